@@ -1,0 +1,31 @@
+"""Errors that a user can act on. Each message names the thing, the value and the fix, on one line."""
+
+from __future__ import annotations
+
+
+class AdasidError(Exception):
+    """Base of all expected failures. ``exit_code`` is what a job returns to the shell."""
+
+    exit_code = 1
+
+
+class ConfigError(AdasidError):
+    """The configuration or the command line is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class InputError(AdasidError):
+    """An input table, file or artifact is missing or invalid (exit code 3)."""
+
+    exit_code = 3
+
+
+class GateError(AdasidError):
+    """A quality gate refused to publish; what was live before stays live (exit code 4)."""
+
+    exit_code = 4
+
+
+class TrainingError(AdasidError):
+    """Training cannot go on, for example because a loss is not finite (exit code 1)."""

@@ -1,0 +1,95 @@
+"""The lake: Delta tables in one folder, read outside Spark through delta-rs, always at a version.
+
+Every write carries, as commit metadata, the digest of what it was made from. A stage whose outputs already carry the
+digest of its inputs has nothing to do: that is what makes every stage safe to run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake.exceptions import TableNotFoundError
+
+from adasid.errors import InputError
+
+STAMP = "adasid"
+"""Commit-metadata key under which the digest of a table's inputs is kept."""
+
+
+@dataclass(frozen=True)
+class Lake:
+    """``root``: folder (or object-store prefix) of the tables; ``pins``: table -> version that replaces the latest."""
+
+    root: str
+    pins: Mapping[str, int]
+
+    def path(self, table: str) -> str:
+        return f"{self.root}/{table}"
+
+    def exists(self, table: str) -> bool:
+        return DeltaTable.is_deltatable(self.path(table))
+
+    def writable(self) -> None:
+        """Raise InputError unless tables can be created under ``root``."""
+        if "://" in self.root:
+            return
+        try:
+            Path(self.root).mkdir(parents=True, exist_ok=True)
+            probe = Path(self.root) / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(f"lake {self.root}: not writable ({error.strerror}); choose another with --set runs_dir=PATH, or mend its permissions") from None
+
+    def open(self, table: str, version: int | None = None) -> DeltaTable:
+        """The table at ``version``, its pin, or its latest version. Raises InputError where there is none."""
+        version = self.pins.get(table) if version is None else version
+        try:
+            return DeltaTable(self.path(table), version=version)
+        except TableNotFoundError:
+            raise InputError(f"table {table} does not exist in {self.root}: run the stage that writes it first (see the README's list of stages)") from None
+        except Exception as error:
+            raise InputError(f"table {table} in {self.root} cannot be read at version {version}: {str(error).splitlines()[0]}") from None
+
+    def version(self, table: str) -> int:
+        return self.open(table).version()
+
+    def versions(self, *tables: str) -> dict[str, int]:
+        return {table: self.version(table) for table in tables}
+
+    def stamp(self, table: str) -> str | None:
+        """The input digest of the table's latest commit; None for no table or no digest."""
+        if not self.exists(table):
+            return None
+        newest = DeltaTable(self.path(table)).history(1)[0]
+        try:
+            return str(json.loads(newest.get("userMetadata") or "{}")[STAMP])
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def fresh(self, digest: str, *tables: str) -> bool:
+        """Whether the latest commit of each table was made from inputs with this digest."""
+        return all(self.stamp(table) == digest for table in tables)
+
+    def batches(self, table: str, version: int | None = None, columns: list[str] | None = None, filter: ds.Expression | None = None) -> Iterator[pa.RecordBatch]:
+        """Stream the rows of one version as Arrow batches."""
+        dataset = self.open(table, version).to_pyarrow_dataset()
+        yield from dataset.to_batches(columns=columns, filter=filter)
+
+    def read(self, table: str, version: int | None = None, columns: list[str] | None = None) -> pa.Table:
+        """All rows of one version: for tables that do not grow with the catalogue, and for tests."""
+        return self.open(table, version).to_pyarrow_table(columns=columns)
+
+    def write(self, table: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], digest: str) -> int:
+        """Replace a table in one commit stamped with ``digest``; returns the new version."""
+        reader = pa.RecordBatchReader.from_batches(schema, batches)
+        properties = CommitProperties(custom_metadata={"userMetadata": json.dumps({STAMP: digest})})
+        write_deltalake(self.path(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=properties)
+        return DeltaTable(self.path(table)).version()

@@ -1,0 +1,88 @@
+"""The Spark session and Delta reads and writes through it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyspark
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+from pyspark.sql.types import StructType
+
+from adasid import config
+from adasid.errors import InputError
+from pipelines.engines.lake import STAMP, Lake
+
+JARS = ("delta-spark_4.2_2.13-4.4.0.jar", "delta-storage-4.4.0.jar")
+_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
+
+
+def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
+    """Get or start a session with Delta. Under spark-submit its master and memory win over the config's.
+
+    Raises InputError with the fix where Java or the Delta jars are missing.
+    """
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = SparkSession.builder.appName(name)
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+        builder = builder.master(settings.master).config("spark.driver.memory", settings.driver_memory)
+    defaults = {
+        "spark.sql.extensions": _EXTENSION,
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        "spark.sql.shuffle.partitions": str(settings.shuffle_partitions),
+        "spark.databricks.delta.snapshotPartitions": "2",
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
+        "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.log.level": "ERROR",
+    }
+    for key, value in {**defaults, **settings.conf}.items():
+        builder = builder.config(key, value)
+    try:
+        spark = builder.getOrCreate()
+    except Exception as error:
+        raise InputError(f"Spark did not start ({str(error).splitlines()[0]}); it needs Java 17 or newer on PATH or JAVA_HOME: run `make setup`") from None
+    try:
+        spark._jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass(_EXTENSION)  # type: ignore[union-attr]
+    except Exception:
+        raise InputError(f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or `make setup`") from None
+    return spark
+
+
+def jar_folder() -> Path:
+    """Where Spark looks for jars by itself, in every way of starting it."""
+    return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent) / "jars"
+
+
+def struct(schema: pa.Schema) -> StructType:
+    return from_arrow_schema(schema)
+
+
+def read(spark: SparkSession, lake: Lake, table: str, version: int | None = None) -> DataFrame:
+    """The table at ``version``, its pin, or its latest version."""
+    version = lake.open(table, version).version()
+    return spark.read.format("delta").option("versionAsOf", version).load(lake.path(table))
+
+
+def write(frame: DataFrame, lake: Lake, table: str, schema: pa.Schema, digest: str, mode: str = "overwrite") -> int:
+    """Write ``frame``, cast to the table's schema, in one commit stamped with ``digest``; returns the version. Idempotent for a digest in append mode."""
+    target = struct(schema)
+    columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
+    writer = frame.select(*columns).write.format("delta").mode(mode).option("userMetadata", json.dumps({STAMP: digest}))
+    writer = writer.option("overwriteSchema", "true") if mode == "overwrite" else writer.option("txnAppId", f"{table}:{digest}").option("txnVersion", 1)
+    writer.save(lake.path(table))
+    return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a result, for manifests and tracking."""
+    return {name: importlib.metadata.version(name) for name in ("pyspark", "delta-spark", "torch", "numpy", "pyarrow")}

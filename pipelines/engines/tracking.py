@@ -1,0 +1,153 @@
+"""MLflow: one parent run for a pipeline run, a child for each stage, with configuration, lineage, metrics and artifacts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import yaml
+from mlflow.data.delta_dataset_source import DeltaDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.tracking import MlflowClient
+
+from adasid.config import Config
+from adasid.errors import AdasidError, InputError
+from pipelines.engines.lake import Lake
+
+_RUNNING = "pipeline.json"
+
+
+def tracking_uri(cfg: Config) -> str:
+    """The configured server, else the sqlite store of the run's folder."""
+    return cfg.tracking.uri or f"sqlite:///{(cfg.run_dir / 'mlflow.db').resolve()}"
+
+
+@dataclass
+class Track:
+    """The MLflow run of one stage. ``status`` is ``done`` or ``up to date``; ``facts`` end up in the printed summary."""
+
+    cfg: Config
+    lake: Lake
+    stage: str
+    client: MlflowClient
+    run_id: str
+    status: str = "done"
+    facts: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def note(self, text: str) -> None:
+        """One line of progress on standard error."""
+        print(f"[{self.stage} {time.monotonic() - self.started:6.1f}s] {text}", file=sys.stderr, flush=True)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers; at most MLflow's characters in a name (``@`` becomes ``_at_``)."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, metrics=[Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()])
+
+    def inputs(self, versions: Mapping[str, int]) -> None:
+        """Record the table versions that were read, as dataset lineage and as tags."""
+        for table, version in versions.items():
+            source = DeltaDatasetSource(path=self.lake.path(table), delta_table_version=version)
+            dataset = MetaDataset(source, name=table, digest=f"v{version}")
+            entity = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", self.stage)])
+            self.client.log_inputs(self.run_id, [entity])
+            self.client.set_tag(self.run_id, f"in.{table}", version)
+
+    def outputs(self, versions: Mapping[str, int]) -> None:
+        """Record the table versions that were written."""
+        for table, version in versions.items():
+            self.client.set_tag(self.run_id, f"out.{table}", version)
+
+    def artifact(self, path: Path | str) -> None:
+        """Log a file, or a folder with all that is in it."""
+        path = Path(path)
+        if path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), path.name)
+        else:
+            self.client.log_artifact(self.run_id, str(path))
+
+
+def open_lake(cfg: Config) -> Lake:
+    """The run's lake, checked to be writable."""
+    lake = Lake(str((cfg.run_dir / "lake").resolve()) if "://" not in cfg.runs_dir else f"{cfg.runs_dir}/{cfg.name}/lake", cfg.pins)
+    lake.writable()
+    return lake
+
+
+def new_pipeline(cfg: Config) -> None:
+    """Make the stages that follow children of a new parent run."""
+    (cfg.run_dir / _RUNNING).unlink(missing_ok=True)
+
+
+@contextmanager
+def stage(cfg: Config, name: str) -> Iterator[Track]:
+    """Open the MLflow run of a stage below the pipeline's parent run (made if there is none), close it with the right status, and
+    append its wall time and facts to ``stages.jsonl`` in the run's folder."""
+    lake = open_lake(cfg)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    uri = tracking_uri(cfg)
+    try:
+        mlflow.set_tracking_uri(uri)
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name(cfg.tracking.experiment)
+        location = None if cfg.tracking.uri else (cfg.run_dir / "artifacts" / "mlflow").resolve().as_uri()
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(cfg.tracking.experiment, artifact_location=location)
+    except Exception as error:
+        raise InputError(f"MLflow store {uri}: {str(error).splitlines()[0]}; check tracking.uri, or leave it null for a local store") from None
+    parent = _parent(cfg, client, experiment_id)
+    run = client.create_run(experiment_id, run_name=name, tags={"mlflow.parentRunId": parent, "stage": name, "run": cfg.name})
+    track = Track(cfg, lake, name, client, run.info.run_id)
+    client.log_text(track.run_id, yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), "config.yaml")
+    try:
+        yield track
+    except BaseException as error:
+        client.set_tag(track.run_id, "error", str(error)[:500])
+        client.set_terminated(track.run_id, "FAILED" if isinstance(error, (AdasidError, Exception)) else "KILLED")
+        client.set_terminated(parent, "FAILED")
+        raise
+    seconds = time.monotonic() - track.started
+    track.metrics({"wall_seconds": seconds})
+    client.set_tag(track.run_id, "status", track.status)
+    client.set_terminated(track.run_id)
+    client.set_terminated(parent)
+    row = {"stage": name, "status": track.status, "seconds": round(seconds, 1), "mlflow_run": track.run_id, "facts": track.facts}
+    with (cfg.run_dir / "stages.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, default=str) + "\n")
+    track.note(f"{track.status} in {seconds:.1f} s" + "".join(f" | {key} {value}" for key, value in track.facts.items()))
+
+
+def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
+    path = cfg.run_dir / _RUNNING
+    if path.exists():
+        known = str(json.loads(path.read_text(encoding="utf-8"))["parent"])
+        try:
+            client.get_run(known)
+            client.update_run(known, status="RUNNING")
+            return known
+        except Exception:
+            path.unlink()  # the store was replaced: start a new parent
+    parent = client.create_run(experiment_id, run_name=cfg.name, tags={"run": cfg.name}).info.run_id
+    flat = {key: value for section, values in cfg.model_dump(mode="json").items() for key, value in _flatten(values, section).items()}
+    params = [Param(key, str(value)[:5000]) for key, value in flat.items()]
+    for start in range(0, len(params), 100):
+        client.log_batch(parent, params=params[start : start + 100])
+    path.write_text(json.dumps({"parent": parent}), encoding="utf-8")
+    return str(parent)
+
+
+def _flatten(value: Any, prefix: str) -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for name, inner in value.items() for k, v in _flatten(inner, f"{prefix}.{name}").items()}
+    return {prefix: value}

@@ -1,0 +1,47 @@
+"""Fixtures that every test folder shares: one Spark session for the whole suite, small configs, the real data where present."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adasid.config import Config, build
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def spark():
+    from adasid.config import Spark
+    from pipelines.engines.spark import session
+
+    spark = session(Spark(master="local[2]", driver_memory="2g", shuffle_partitions=2), "tests")
+    yield spark
+    spark.stop()
+
+
+@pytest.fixture
+def lake(tmp_path: Path):
+    from pipelines.engines.lake import Lake
+
+    return Lake(str(tmp_path / "lake"), {})
+
+
+@pytest.fixture
+def make_config(tmp_path: Path):
+    """Build a config whose runs live in the test's own folder."""
+
+    def make(**sections: Any) -> Config:
+        return build({"name": "t", "runs_dir": str(tmp_path / "runs"), **sections})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """Folder of the real data sets; the test is skipped with the reason where they are absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"real data not present: {DATA}")
+    return DATA

@@ -1,0 +1,42 @@
+"""Contrastive alignment and the controller of its strength (ADC-SID eqs 16 to 21; methods 1.5)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+WEAK = 0.05
+"""An alignment weight below this counts as 'not aligned' when beta is calibrated (methods 10 #14)."""
+
+
+def alignment_weight(richness: Tensor, alpha: float, beta: float) -> Tensor:
+    """``w = sigma(alpha x - beta) / sigma(alpha - beta)`` for richness x in [0, 1]: rises, and is 1 at x = 1 (ADC-SID eq 17)."""
+    return torch.sigmoid(alpha * richness - beta) / (1 / (1 + math.exp(beta - alpha)))
+
+
+def calibrated_beta(quantile: float, alpha: float, weak: float = WEAK) -> float:
+    """The beta for which an item of richness ``quantile`` has the weight ``weak``; bisection, exact to 1e-9.
+
+    The weight at a fixed richness < 1 falls with beta. No beta reaches ``weak`` where exp(alpha (quantile - 1)) > weak:
+    the largest beta tried (alpha + 40) is returned then.
+    """
+    low, high = -40.0, alpha + 40.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        heavy = alignment_weight(torch.tensor(quantile, dtype=torch.float64), alpha, middle) > weak
+        low, high = (middle, high) if heavy else (low, middle)
+    return (low + high) / 2
+
+
+def info_nce(anchors: Tensor, candidates: Tensor, positives: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """Loss of each anchor: -log softmax of its positive among ``candidates`` by cosine / temperature.
+
+    ``anchors`` [B, d], ``candidates`` [C, d], ``positives`` [B]: index of the positive; ``valid`` [C] bool: candidates that exist -> [B].
+    """
+    logits = nnf.normalize(anchors, dim=1) @ nnf.normalize(candidates, dim=1).T / temperature
+    if valid is not None:
+        logits = logits.masked_fill(~valid[None, :], -torch.inf)
+    return nnf.cross_entropy(torch.nan_to_num(logits, neginf=-1e4), positives, reduction="none")

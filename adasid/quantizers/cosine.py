@@ -1,0 +1,80 @@
+"""Cosine codebooks, one for each expert, all of them in one batched product (methods 1.2 to 1.4, 9.4, 9.5)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from adasid.quantizers.kmeans import spherical_kmeans
+
+
+class Quantized(NamedTuple):
+    """``codes`` [L, B]; ``latents`` and ``codewords`` [L, B, d], unit norm: direction is all that is passed on."""
+
+    codes: Tensor
+    latents: Tensor
+    codewords: Tensor
+
+
+class CosineCodebooks(nn.Module):
+    """``slots`` codebooks of ``size`` codewords of ``width`` dimensions; a codeword is used by its direction only."""
+
+    def __init__(self, slots: int, size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nnf.normalize(torch.randn(slots, size, width), dim=2))
+        self.register_buffer("used", torch.zeros(slots, size))
+        self.used: Tensor
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """argmax_j cos(latent, codeword_j). [L, B, d] -> [L, B] (the latent's length does not matter)."""
+        return torch.bmm(latents, nnf.normalize(self.weight, dim=2).transpose(1, 2)).argmax(dim=2)
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """Quantize [L, B, d]."""
+        unit, words = nnf.normalize(latents, dim=2), nnf.normalize(self.weight, dim=2)
+        codes = torch.bmm(unit.detach(), words.detach().transpose(1, 2)).argmax(dim=2)
+        chosen = words.gather(1, codes[:, :, None].expand(-1, -1, words.shape[2]))
+        return Quantized(codes, unit, chosen)
+
+    @torch.no_grad()
+    def initialise(self, latents: Tensor, active: Tensor, rounds: int, generator: torch.Generator) -> None:
+        """k-means on the active rows of each slot. ``latents`` [L, n, d], ``active`` [L, n] bool."""
+        for slot, (rows, keep) in enumerate(zip(latents, active)):
+            if keep.any():
+                self.weight[slot] = spherical_kmeans(rows[keep], self.weight.shape[1], rounds, generator)
+
+    @torch.no_grad()
+    def count(self, codes: Tensor, active: Tensor) -> None:
+        """Add a batch's active assignments ([L, B] each) to the usage since the last revival."""
+        self.used.scatter_add_(1, codes, active.to(self.used.dtype))
+
+    @torch.no_grad()
+    def revive(self, used: Tensor, latents: Tensor, active: Tensor, min_share: float, generator: torch.Generator) -> Tensor:
+        """Replace codes used less than ``min_share`` of their fair share by random active latents of the batch.
+
+        ``used`` [L, K]: usage over all workers; ``latents`` [L, B, d] and ``active`` [L, B]: the same on all workers, so that
+        all make the same choice. Returns the mask [L, K] of replaced codes; usage starts again from zero.
+        """
+        dead = used < min_share * used.mean(dim=1, keepdim=True)
+        for slot in torch.nonzero(dead.any(dim=1)).flatten().tolist():
+            rows = torch.nonzero(active[slot]).flatten()
+            codes = torch.nonzero(dead[slot]).flatten()
+            if not len(rows):
+                dead[slot] = False
+                continue
+            pick = rows[torch.randint(len(rows), (len(codes),), generator=generator).to(rows.device)]
+            self.weight[slot, codes] = nnf.normalize(latents[slot, pick], dim=1)
+        self.used.zero_()
+        return dead
+
+
+def codebook_loss(quantized: Quantized, active: Tensor, commitment: float) -> Tensor:
+    """The loss that the papers leave out (methods 1.4), on unit vectors: sum over slots of the mean over the batch of
+    ``||sg(z) - q||^2 + commitment ||z - sg(q)||^2``, only where ``active`` [L, B]."""
+    mask = active.to(quantized.latents.dtype)
+    codebook = ((quantized.latents.detach() - quantized.codewords) ** 2).sum(2)
+    commit = ((quantized.latents - quantized.codewords.detach()) ** 2).sum(2)
+    return ((codebook + commitment * commit) * mask).mean(1).sum()

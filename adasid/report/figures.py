@@ -1,0 +1,306 @@
+"""Every figure of the report: plain numbers in, a matplotlib ``Figure`` out, one shared look (:mod:`adasid.report.style`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from adasid.report import style, words
+from adasid.report.style import AMBER, BLUE, DASHES, GREY, INK, ORANGE, PALE, PALETTE, SKY, SMALL, canvas, legend, log, percent, styled, thousands
+
+Array = npt.NDArray[np.float64]
+Row = Mapping[str, Any]
+
+PAPERS = ((10.0, 9.0), (20.0, 7.0), (20.0, 9.0), (20.0, 14.0))
+"""(alpha, beta) of the alignment controller as the papers set it (first) and as their ablation tries it."""
+
+
+def column(points: Iterable[Row], key: str) -> Array:
+    """One field of a list of structs."""
+    return np.array([point[key] for point in points], dtype=np.float64)
+
+
+def series(rows: Iterable[Row], key: str) -> tuple[Array, Array]:
+    """Epochs and values of one metric, skipping the rows that lack it; a list of values (one a slot) counts by its mean."""
+    pairs = []
+    for row in rows:
+        value = row.get(key)
+        value = float(np.mean(value)) if isinstance(value, list) and value else value
+        if words.known(value) and words.known(row.get("epoch")):
+            pairs.append((float(row["epoch"]), float(value)))  # type: ignore[arg-type]
+    table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def alignment_weight(richness: Array, alpha: float, beta: float) -> Array:
+    """sigma(alpha x - beta) / sigma(alpha - beta): 1 for the richest item."""
+    return np.asarray((1 + np.exp(beta - alpha)) / (1 + np.exp(beta - alpha * richness)))
+
+
+def sample(quantiles: Sequence[Row], size: int = 2000) -> Array:
+    """Values spread over a distribution that is known by its quantiles (x in percent)."""
+    return np.interp((np.arange(size) + 0.5) * 100 / size, column(quantiles, "x"), column(quantiles, "y"))
+
+
+@styled
+def popularity(points: Sequence[Row], head: int | None = None) -> Figure:
+    """Training events of an item over its rank; items without any cannot stand on a log axis. ``head``: how many items are head."""
+    figure, (axes,) = canvas("Popularity of items")
+    rank, events = column(points, "x"), column(points, "y")
+    if head:
+        axes.axvspan(0.9, head + 0.5, color=PALE, alpha=0.45, lw=0)
+        axes.text(0.03, 0.05, f"head: top {words.plural(head, 'item')}", transform=axes.transAxes, color=INK, fontsize=SMALL)
+    axes.plot(rank[events > 0], events[events > 0], color=BLUE)
+    log(axes.xaxis)
+    log(axes.yaxis)
+    axes.set(xlim=(0.9, rank.max(initial=1) * 1.15), ylim=(0.8, None), xlabel="rank of the item (1 = most events)", ylabel="training events")
+    return figure
+
+
+@styled
+def lorenz(points: Sequence[Row], gini: float) -> Figure:
+    """Share of events on the least popular share of items, against equal popularity."""
+    figure, (axes,) = canvas("Concentration (Lorenz curve)")
+    items, events = column(points, "x"), column(points, "y")
+    axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=DASHES[1])
+    axes.fill_between(items, events, items, color=BLUE, alpha=0.12, lw=0)
+    axes.plot(items, events, color=BLUE)
+    axes.text(0.05, 0.9, f"Gini {words.number(gini, 2)}", transform=axes.transAxes, fontweight="bold", va="top")
+    axes.text(0.05, 0.8, "dashed: all items equal", transform=axes.transAxes, fontsize=SMALL, color=GREY, va="top")
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="share of items, least popular first", ylabel="share of training events")
+    percent(axes.xaxis)
+    percent(axes.yaxis)
+    return figure
+
+
+@styled
+def norm_by_count(spread: Sequence[Row], spearman: float | None) -> Figure:
+    """Median and 10-90 % band of the behaviour norm within bins of the count."""
+    figure, (axes,) = canvas("Behaviour norm over popularity")
+    x = column(spread, "x")
+    axes.fill_between(x, column(spread, "p10"), column(spread, "p90"), color=BLUE, alpha=0.18, lw=0, label="10th to 90th percentile")
+    axes.plot(x, column(spread, "p50"), color=BLUE, marker="o", ms=3.5, label="median")
+    log(axes.xaxis)
+    axes.set(xlabel="training events of the item", ylabel="norm of the embedding (L2)")
+    axes.set_title(f"Spearman(norm, count) {words.number(spearman, 2)}", fontsize=SMALL)
+    legend(figure)
+    return figure
+
+
+@styled
+def alignment(controller: tuple[float, float] | None, quantiles: Sequence[Row], flat: bool = False) -> Figure:
+    """The alignment weight over richness, beside the papers' settings, above the distribution of richness.
+
+    ``controller``: (alpha, beta) of this run, None while unknown; ``flat``: the controller is off and every weight is 1.
+    """
+    figure, (above, below) = canvas("Alignment weight over richness", 4.1, (2.2, 1))
+    x = np.linspace(0, 1, 401)
+    if flat:
+        above.plot(x, np.ones_like(x), color=BLUE, lw=2.4, label="this run: off, weight 1")
+    elif controller:
+        alpha, beta = controller
+        above.plot(x, alignment_weight(x, alpha, beta), color=BLUE, lw=2.4, label=f"this run: α {alpha:g}, β {beta:.3g}")
+    for (alpha, beta), dashes, colour in zip(PAPERS, DASHES[1:], (ORANGE, GREY, AMBER, INK)):
+        above.plot(x, alignment_weight(x, alpha, beta), color=colour, lw=1.2, ls=dashes, label=f"papers: α {alpha:g}, β {beta:g}")
+    above.set(ylabel="alignment weight w", ylim=(-0.02, 1.04), xlim=(0, 1))
+    weights, edges = np.histogram(np.clip(sample(quantiles), 0, 1), bins=40, range=(0, 1))
+    below.bar(edges[:-1], weights / weights.sum(), width=np.diff(edges), align="edge", color=SKY, edgecolor="white", linewidth=0.4)
+    below.set(xlabel="richness of an item (0 = least known)", ylabel="items")
+    percent(below.yaxis)
+    legend(figure, 2, above)
+    return figure
+
+
+@styled
+def by_stratum(values: Mapping[str, Sequence[float]], slots: Sequence[str], title: str, label: str, shares: bool = False) -> Figure:
+    """Grouped bars: one group a stratum, one bar a behaviour slot."""
+    figure, (axes,) = canvas(title)
+    width = 0.8 / max(1, len(slots))
+    for index, slot in enumerate(slots):
+        left = np.arange(len(values)) + (index - (len(slots) - 1) / 2) * width
+        axes.bar(left, [row[index] for row in values.values()], width * 0.92, color=PALETTE[index % len(PALETTE)], label=slot)
+    axes.set_xticks(range(len(values)), list(values))
+    axes.set(xlabel="stratum of items by popularity", ylabel=label)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="x", visible=False)
+    if shares:
+        axes.set_ylim(0, 1)
+        percent(axes.yaxis)
+    legend(figure, 6)
+    return figure
+
+
+@styled
+def active_counts(values: Mapping[str, Sequence[float]]) -> Figure:
+    """Stacked bars: share of the items of a stratum with 0, 1, ... active behaviour slots."""
+    figure, (axes,) = canvas("Active behaviour slots of an item")
+    columns = max(map(len, values.values()))
+    shades = ["#E3E3E3", *(_mix(BLUE, 0.25 + 0.75 * index / max(1, columns - 1)) for index in range(1, columns))]
+    places, left = np.arange(len(values)), np.zeros(len(values))
+    for number in range(columns):
+        widths = np.array([row[number] if number < len(row) else 0.0 for row in values.values()])
+        axes.barh(places, widths, left=left, height=0.68, color=shades[number], edgecolor="white", linewidth=0.8, label=str(number))
+        left += widths
+    axes.set_yticks(places, list(values))
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="share of items, by number of active slots", ylabel="stratum")
+    axes.grid(axis="y", visible=False)
+    percent(axes.xaxis)
+    legend(figure, 8)
+    return figure
+
+
+def _mix(colour: str, share: float) -> tuple[float, ...]:
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return tuple(1 - share * (1 - rgb))
+
+
+@styled
+def usage(slots: Sequence[str], codes: Sequence[Sequence[int]], utilisation: Sequence[float], entropy: Sequence[float]) -> Figure:
+    """Small multiples: items of each code, largest first, one panel a slot; the dashed line is even use."""
+    rows = math.ceil(len(slots) / 2)
+    figure = Figure(figsize=(style.WIDTH, 0.7 + 1.15 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
+    figure.suptitle("Use of the codes in each codebook", x=0.01, ha="left")
+    top = max((max(counts, default=0) for counts in codes), default=0) or 1
+    for axes, slot, counts, used, nats in zip(grid.flat, slots, codes, utilisation, entropy):
+        ordered = np.sort(np.asarray(counts, dtype=np.float64))[::-1]
+        axes.fill_between(np.arange(1, len(ordered) + 1), ordered, step="mid", color=BLUE, alpha=0.85, lw=0)
+        axes.axhline(ordered.mean() if len(ordered) else 0, color=ORANGE, lw=1.1, ls=DASHES[1])
+        cap = math.log(max(2, len(ordered)))
+        axes.set_title(slot, fontweight="bold", pad=3)
+        axes.text(0.98, 0.97, f"{words.share(used)} used\n{nats:.2f} of {cap:.2f} nats", transform=axes.transAxes, ha="right", va="top", fontsize=SMALL)
+    grid.flat[0].set_ylim(0, 1.45 * top)
+    thousands(grid.flat[0].yaxis, 3)
+    for spare in list(grid.flat)[len(slots) :]:
+        spare.set_visible(False)
+    figure.supxlabel("codes, most used first", fontsize=9)
+    figure.supylabel("items with the code", fontsize=9)
+    return figure
+
+
+@styled
+def groups(sizes: Sequence[Sequence[int]], by_distinct: float, by_items: float, largest: int) -> Figure:
+    """How many SIDs are carried by 1, 2, 3, ... items."""
+    figure, (axes,) = canvas("Items that share one semantic ID")
+    table = np.array(sizes, dtype=np.float64).reshape(-1, 2)
+    axes.bar(table[:, 0], table[:, 1], width=0.7, color=BLUE, edgecolor=BLUE, linewidth=1)
+    log(axes.xaxis)
+    log(axes.yaxis)
+    axes.set(xlim=(0.6, max(3.0, 1.3 * table[:, 0].max(initial=1))), ylim=(0.7, 3 * table[:, 1].max(initial=1)))
+    axes.set(xlabel="items in the group (1 = unique ID)", ylabel="number of groups")
+    text = f"items with a shared ID {words.share(by_items)}\n(M − distinct) / M {words.share(by_distinct)}\nlargest group {words.plural(largest, 'item')}"
+    axes.text(0.98, 0.98, text, transform=axes.transAxes, ha="right", va="top", fontsize=SMALL, linespacing=1.4, bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 2})
+    return figure
+
+
+def _epochs(axes: Axes, marks: Mapping[str, int | None]) -> None:
+    axes.set_xlabel("epoch")
+    thousands(axes.xaxis, 6)
+    for (name, epoch), dashes in zip(marks.items(), (DASHES[1], DASHES[2])):
+        if epoch is not None:
+            axes.axvline(epoch, color=INK, lw=1.1, ls=dashes, label=f"{name} (epoch {epoch})")
+
+
+@styled
+def recall(rows: Sequence[Row], best: int | None, early: int | None) -> Figure:
+    """Recall@10 of the next item on validation and test users, epoch by epoch."""
+    figure, (axes,) = canvas("Behaviour model: recall@10")
+    for part, colour, dashes in (("validation", BLUE, DASHES[0]), ("test", ORANGE, DASHES[1])):
+        x, y = series(rows, f"{part}_recall@10")
+        if len(x):
+            axes.plot(x, y, color=colour, ls=dashes, marker="o", ms=3, label=part)
+    _epochs(axes, {"best": best, "early": early})
+    axes.set_ylabel("recall@10, full catalogue")
+    axes.set_ylim(bottom=0)
+    percent(axes.yaxis)
+    legend(figure)
+    return figure
+
+
+@styled
+def spearman(rows: Sequence[Row], best: int | None, early: int | None, threshold: float | None = None) -> Figure:
+    """Rank correlation of embedding norm and count, epoch by epoch; below ``threshold`` the norm is not used."""
+    figure, (axes,) = canvas("Behaviour model: norm as a measure of richness")
+    axes.plot(*series(rows, "spearman"), color=BLUE, marker="o", ms=3, label="Spearman(norm, count)")
+    if threshold is not None:
+        axes.axhline(threshold, color=ORANGE, lw=1.1, label=f"least accepted ({threshold:g})")
+    _epochs(axes, {"best": best, "early": early})
+    axes.set_ylabel("Spearman(norm, count)")
+    legend(figure)
+    return figure
+
+
+def _lines(axes: Axes, rows: Sequence[Row], names: Mapping[str, str], positive: bool = False) -> None:
+    """One line a metric that has values, each with its own colour and dashes."""
+    for (key, label), colour, dashes in zip(names.items(), PALETTE * 2, DASHES * 2):
+        x, y = series(rows, key)
+        keep = y > 0 if positive else np.isfinite(y)
+        if keep.any():
+            axes.plot(x[keep], y[keep], color=colour, ls=dashes, label=label, marker="o" if keep.sum() == 1 else None)
+    _epochs(axes, {})
+
+
+@styled
+def losses(rows: Sequence[Row]) -> Figure:
+    """Total loss and its parts on a log axis; parts of zero are not drawn, parts below 1e-5 of the total run out of the picture."""
+    figure, (axes,) = canvas("Tokenizer: losses")
+    _lines(axes, rows, {"loss": "total", "reconstruction": "reconstruction", "codebook": "codebook", "alignment": "alignment", "routing": "routing"}, positive=True)
+    log(axes.yaxis)
+    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines] or [np.ones(1)])
+    axes.set_ylim(max(drawn.min(), 1e-5 * drawn.max()) / 1.5, 1.5 * drawn.max())
+    axes.set_ylabel("loss")
+    legend(figure, 3)
+    return figure
+
+
+@styled
+def unexplained(rows: Sequence[Row]) -> Figure:
+    """Share of each modality's variance that reconstruction from codes leaves unexplained (FVU)."""
+    figure, (axes,) = canvas("Tokenizer: unexplained variance (FVU)")
+    modalities = dict.fromkeys(key.removeprefix("fvu_") for row in rows for key in row if key.startswith("fvu_"))
+    _lines(axes, rows, {f"fvu_{name}": name for name in modalities})
+    axes.set_ylabel("FVU (0 = perfect, 1 = the mean)")
+    axes.set_ylim(bottom=0)
+    legend(figure, 3)
+    return figure
+
+
+@styled
+def sparsity(rows: Sequence[Row]) -> Figure:
+    """Share of inactive behaviour slots against its target, above the weight that steers it."""
+    figure, (above, below) = canvas("Tokenizer: sparsity of the router", 3.6, (1.5, 1))
+    _lines(above, rows, {"sparsity": "inactive slots", "sparsity_target": "target"})
+    above.set(ylabel="inactive slots", xlabel="")
+    above.set_ylim(bottom=0)
+    percent(above.yaxis)
+    x, y = series(rows, "lambda")
+    below.plot(x[y > 0], y[y > 0], color=INK, lw=1.4)
+    log(below.yaxis)
+    below.set_ylabel("λ")
+    _epochs(below, {})
+    legend(figure, 2, above)
+    return figure
+
+
+@styled
+def code_use(rows: Sequence[Row], size: int | None) -> Figure:
+    """Share of codes in use, above the entropy of code use with its cap ln K."""
+    figure, (above, below) = canvas("Tokenizer: use of the codebooks", 3.6, (1, 1))
+    above.plot(*series(rows, "utilisation"), color=BLUE)
+    above.set(ylabel="codes in use", ylim=(0, 1.04))
+    percent(above.yaxis)
+    below.plot(*series(rows, "entropy"), color=BLUE)
+    if size:
+        below.axhline(math.log(size), color=ORANGE, lw=1.1, ls=DASHES[1], label=f"cap ln {size} = {math.log(size):.2f} nats")
+    below.set_ylabel("entropy (nats)")
+    below.set_ylim(bottom=0)
+    _epochs(below, {})
+    legend(figure, 1, below)
+    return figure

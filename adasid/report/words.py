@@ -1,0 +1,75 @@
+"""Numbers as a reader expects them. What is missing or not finite is a dash, never a guess."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+DASH = "–"
+SPACE = "\N{NARROW NO-BREAK SPACE}"
+
+
+def known(value: Any) -> bool:
+    """Whether ``value`` is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def count(value: Any) -> str:
+    """``12345`` -> ``12,345``."""
+    return f"{round(value):,}" if known(value) else DASH
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A decimal with ``digits`` places; very small numbers in powers of ten."""
+    if not known(value):
+        return DASH
+    if value and abs(value) < 0.5 * 10**-digits:
+        return f"{value:.1e}".replace("-", "−")
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def share(value: Any, digits: int = 1) -> str:
+    """``0.1234`` -> ``12.3 %``; never rounds a share up to a full 100 % or down to a bare 0 %."""
+    if not known(value):
+        return DASH
+    percent, step = 100 * value, 10.0**-digits
+    if 0 < percent < step / 2:
+        return f"<{SPACE}{step:g}{SPACE}%"
+    if 100 - step / 2 <= percent < 100:
+        return f">{SPACE}{100 - step:.{digits}f}{SPACE}%"
+    return f"{percent:.{digits}f}".removesuffix("." + "0" * digits) + f"{SPACE}%"
+
+
+def seconds(value: Any) -> str:
+    """``3723.4`` -> ``1 h 2 min``; below a minute with one decimal."""
+    if not known(value):
+        return DASH
+    if value < 60:
+        return f"{value:.1f}{SPACE}s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}{SPACE}h {minutes}{SPACE}min" if hours else f"{minutes}{SPACE}min {rest}{SPACE}s"
+
+
+def plain(value: Any) -> str:
+    """A value of unknown kind: numbers short, lists and mappings on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {plain(inner)}" for key, inner in value.items()) or DASH
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain, value)) or DASH
+    if isinstance(value, float):
+        return f"{value:,.4g}" if known(value) else DASH
+    if isinstance(value, int) and not isinstance(value, bool):
+        return count(value)
+    return DASH if value is None else str(value)
+
+
+def listed(words: list[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def plural(value: int, noun: str) -> str:
+    """``1 item``, ``2 items``."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"

@@ -1,0 +1,87 @@
+"""Checkpoints that survive a kill at any instant: a folder is written under another name and renamed when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adasid.errors import InputError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``tensors`` by name, ``state`` as plain JSON data."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names start with ``prefix.``, without it."""
+        return {name.removeprefix(prefix + "."): tensor for name, tensor in self.tensors.items() if name.startswith(prefix + ".")}
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one training in ``folder``; the newest two are kept."""
+
+    folder: Path
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write the checkpoint of ``step``. Call on one worker only."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target, draft = self.folder / f"step-{step:09d}", self.folder / f".draft-{os.getpid()}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, draft / "tensors.safetensors")
+        (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        draft.rename(target)
+        for old in self._complete()[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, or None. Raises InputError for one that cannot be read."""
+        complete = self._complete()
+        if not complete:
+            return None
+        try:
+            return Checkpoint(load_file(complete[-1] / "tensors.safetensors"), json.loads((complete[-1] / "state.json").read_text(encoding="utf-8")))
+        except Exception as error:
+            raise InputError(f"checkpoint {complete[-1]}: cannot be read ({str(error).splitlines()[0]}); remove that folder to resume from the one before") from None
+
+    def clear(self) -> None:
+        """Remove them all, once the training's result is stored."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _complete(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    draft.replace(path)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors (its hyperparameters come from the config)."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {f"{i}.{name}": torch.as_tensor(value) for i, p in enumerate(parameters) for name, value in optimizer.state.get(p, {}).items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of :func:`optimizer_tensors`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        optimizer.state[parameter][name] = tensor.clone().to(parameter.device if tensor.dim() else "cpu")

@@ -1,0 +1,46 @@
+"""Users' histories as flat arrays, and batches cut from them without a loop over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+
+class Histories(NamedTuple):
+    """``items`` [total] item_index of all histories one after another; history u is ``items[starts[u]:starts[u + 1]]``, oldest
+    first; ``targets`` [users]: the held-out item, or -1 in the training split."""
+
+    items: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @staticmethod
+    def from_batches(batches: Iterable[pa.RecordBatch]) -> Histories:
+        """From batches with the columns user_id, history and target, brought into the order of user_id."""
+        parts = [b for b in batches if b.num_rows]
+        if not parts:
+            return Histories(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64))
+        table = pa.Table.from_batches(parts).sort_by("user_id").combine_chunks()
+        column = table["history"].combine_chunks()
+        column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        items = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+        targets = table["target"].fill_null(-1).to_numpy().astype(np.int64)
+        return Histories(items, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), targets)
+
+    def last(self, users: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """The last ``length`` items at most of each user: [B, longest of them], padded at the end with -1."""
+        ends = self.starts[users + 1]
+        counts = np.minimum(ends - self.starts[users], length)
+        width = int(counts.max(initial=1))
+        columns = np.arange(width)
+        source = (ends - counts)[:, None] + columns[None, :]
+        inside = columns[None, :] < counts[:, None]
+        return np.where(inside, self.items[np.minimum(source, len(self.items) - 1)], -1)

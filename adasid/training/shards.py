@@ -1,0 +1,117 @@
+"""One worker's part of the catalogue, read once and shuffled by index: in memory, or memory-mapped where it is large."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adasid.errors import InputError
+
+_IN_MEMORY = 4 << 30
+
+
+class Batch(NamedTuple):
+    """Rows for a tokenizer. ``vectors``: modality -> [B, D] float32, zero where absent; ``present``: modality -> [B] bool; ``richness`` [B] in [0, 1]."""
+
+    vectors: dict[str, Tensor]
+    present: dict[str, Tensor]
+    richness: Tensor
+
+    def __len__(self) -> int:
+        return len(self.richness)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        move = {name: value.to(device) for name, value in self.vectors.items()}, {name: value.to(device) for name, value in self.present.items()}
+        return Batch(*move, self.richness.to(device))
+
+
+def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:
+    """Arrow rows of ``item_features`` as a batch. Raises InputError where a vector's width differs from ``widths``."""
+    vectors, present = {}, {}
+    for modality, width in widths.items():
+        if modality not in rows.schema.names:
+            raise InputError(f"item_features has no column {modality!r} (it has {', '.join(rows.schema.names)}); name another modality or add the embedding")
+        values, there = _matrix(rows.column(modality), modality, width)
+        vectors[modality], present[modality] = torch.from_numpy(values), torch.from_numpy(there)
+    return Batch(vectors, present, torch.from_numpy(rows.column("richness").to_numpy(zero_copy_only=False).astype(np.float32)))
+
+
+def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    lengths = column.drop_null().value_lengths().to_numpy(zero_copy_only=False)
+    if len(lengths) and (lengths != width).any():
+        other = int(lengths[lengths != width][0])
+        raise InputError(f"item_features.{modality} holds a vector of width {other}, expected {width}: retrain the tokenizer on these features, or mend the embedding")
+    values = np.zeros((len(column), width), np.float32)
+    values[there] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return values, there
+
+
+class Shard:
+    """``rows`` items of ``total`` in the catalogue. ``widths``: modality -> width; ``item_index`` [rows], ascending."""
+
+    def __init__(self, batches: Iterable[pa.RecordBatch], modalities: Iterable[str], rows: int, total: int, in_memory: int = _IN_MEMORY) -> None:
+        """Fill from Arrow batches (columns item_index, richness and the modalities; ``rows`` rows in all).
+
+        Raises InputError for an empty catalogue, a modality that no item has, or two widths of one modality.
+        """
+        if rows == 0 or total == 0:
+            raise InputError("item_features is empty: nothing to train on; run build_features on a non-empty catalogue")
+        self.total, modalities = total, tuple(modalities)
+        held = [b for b in batches if b.num_rows]
+        order = np.argsort(np.concatenate([b.column("item_index").to_numpy() for b in held]), kind="stable")
+        self.item_index = np.concatenate([b.column("item_index").to_numpy() for b in held])[order]
+        place = np.empty(rows, np.int64)
+        place[order] = np.arange(rows)
+        self.widths = {m: _width(held, m) for m in modalities}
+        large = rows * sum(self.widths.values()) * 4 > in_memory
+        self._folder = tempfile.TemporaryDirectory(prefix="adasid-shard-") if large else None
+        self._vectors = {m: self._allocate(m, (rows, width)) for m, width in self.widths.items()}
+        self._present = {m: np.zeros(rows, bool) for m in modalities}
+        self._richness = np.zeros(rows, np.float32)
+        start = 0
+        for rows_in in held:
+            target = place[start : start + rows_in.num_rows]
+            batch = batch_of(rows_in, self.widths)
+            for m in modalities:
+                self._vectors[m][target] = batch.vectors[m].numpy()
+                self._present[m][target] = batch.present[m].numpy()
+            self._richness[target] = batch.richness.numpy()
+            start += rows_in.num_rows
+
+    def __len__(self) -> int:
+        return len(self.item_index)
+
+    def take(self, rows: NDArray[np.int64]) -> Batch:
+        """The batch of the given positions in this shard."""
+        vectors = {m: torch.from_numpy(np.ascontiguousarray(values[rows])) for m, values in self._vectors.items()}
+        return Batch(vectors, {m: torch.from_numpy(values[rows]) for m, values in self._present.items()}, torch.from_numpy(self._richness[rows]))
+
+    def scan(self, size: int = 4096) -> Iterator[Batch]:
+        """All rows in order, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(np.arange(start, min(start + size, len(self))))
+
+    def _allocate(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+        if self._folder is None:
+            return np.zeros(shape, np.float32)
+        return np.memmap(Path(self._folder.name) / name, np.float32, "w+", shape=shape)
+
+
+def _width(batches: list[pa.RecordBatch], modality: str) -> int:
+    for rows in batches:
+        if modality not in rows.schema.names:
+            raise InputError(f"item_features has no column {modality!r} (it has {', '.join(rows.schema.names)}); leave it out of tokenizer.content_experts or add the embedding")
+        lengths = rows.column(modality).drop_null().value_lengths()
+        if len(lengths):
+            return int(lengths[0].as_py())
+    raise InputError(f"item_features.{modality}: no item has this modality; leave it out of the tokenizer, or bring the embeddings")

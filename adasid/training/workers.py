@@ -1,0 +1,92 @@
+"""What data-parallel training needs of its workers: a thin layer over ``torch.distributed`` that is the identity for one worker.
+
+Whoever starts the processes (Ray Train, torchrun, a test) initialises the process group; this module starts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows, in rank order; the gradient of a row is the sum of what every rank's loss asks of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, workers: Workers) -> Tensor:
+        ctx.workers = workers
+        return workers.gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        workers: Workers = ctx.workers
+        total = workers.sum(gradient.contiguous())
+        return total.chunk(workers.world)[workers.rank].contiguous(), None
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process's place among the workers."""
+
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def current() -> Workers:
+        """From the initialised process group; one worker where there is none."""
+        return Workers(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else Workers()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Elementwise sum over workers, a new tensor."""
+        tensor = tensor.detach().clone()
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Concatenation over workers along the first dimension, rank order; all workers pass the same shape."""
+        if self.world == 1:
+            return rows.detach()
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.detach().contiguous())
+        return torch.cat(parts)
+
+    def gather_ragged(self, rows: Tensor) -> Tensor:
+        """Like :meth:`gather`, for a different number of rows on each worker."""
+        if self.world == 1:
+            return rows.detach()
+        sizes = [int(n) for n in self.gather(torch.tensor([rows.shape[0]], device=rows.device))]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows.detach()
+        parts = self.gather(padded).chunk(self.world)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    def gather_with_gradient(self, rows: Tensor) -> Tensor:
+        """:meth:`gather` that gradients flow through."""
+        return rows if self.world == 1 else _Gather.apply(rows, self)  # type: ignore[no-any-return,no-untyped-call]
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values, written into ``tensor`` on every worker."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace dense gradients by their mean over workers, in one message. A missing gradient counts as zero."""
+        if self.world == 1:
+            return
+        parameters = [p for p in parameters if p.requires_grad]
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            parameter.grad = part.view_as(parameter).clone()
+
+    def agree(self, ok: bool, device: torch.device | str = "cpu") -> bool:
+        """Whether ``ok`` holds on every worker: a condition on which all stop together."""
+        return ok if self.world == 1 else bool(self.sum(torch.tensor([0.0 if ok else 1.0], device=device)).item() == 0)

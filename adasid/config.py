@@ -215,7 +215,8 @@ class Gates(Section):
 
 
 class Sids(Section):
-    batch: int = Field(4096, ge=1, description="items encoded at a time")
+    batch: int = Field(1024, ge=1, description="items encoded at a time")
+    artifact: str | None = Field(None, description="folder of another tokenizer artifact; null: the one of this config")
     gates: Gates = Field(Gates(), description="what a table must satisfy to be published")
 
 

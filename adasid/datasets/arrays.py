@@ -58,7 +58,7 @@ def rows(items: str, embeddings: Mapping[str, str], start: int, stop: int) -> It
 def item_rows(path: str, start: int, stop: int | None) -> Iterator[pa.RecordBatch]:
     """Rows ``start`` to ``stop`` (None: all) of the list of items: ``item_id``, ``title`` (null where there is none)."""
     batches = _lines(path) if Path(path).suffix == ".txt" else _parquet(path)
-    for batch in batches:
+    for batch in (whole.slice(at, BATCH) for whole in batches for at in range(0, len(whole), BATCH)):
         if stop is not None and stop <= 0:
             return
         part = batch.slice(max(start, 0), None if stop is None else max(stop - max(start, 0), 0))

@@ -72,7 +72,8 @@ class Catalog:
         return float(np.sum(self._weight(np.arange(self.params.items))))
 
     def _weight(self, rank: NDArray[np.integer]) -> NDArray[np.float64]:
-        return (rank + 1.0) ** -self.params.popularity_exponent
+        weight: NDArray[np.float64] = np.power(rank + 1.0, -self.params.popularity_exponent)
+        return weight
 
     def expected_count(self, start: int, stop: int) -> NDArray[np.float64]:
         """Expected interactions of the items of a range (stop - start,): interactions * p_i."""
@@ -95,16 +96,20 @@ class Catalog:
         """Where each topic begins in ``order`` (topics + 1,)."""
         return np.concatenate([[0], np.cumsum(np.bincount(self.topic, minlength=self.params.topics))])
 
+    @cached_property
+    def edges(self) -> NDArray[np.float64]:
+        """``cdf`` at the borders of the topics (topics + 1,)."""
+        return np.concatenate([[0.0], self.cdf[np.maximum(self.bounds[1:] - 1, 0)] * (self.bounds[1:] > 0)])
+
     def pick(self, uniform: NDArray[np.float64], topic: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
         """Items by popularity for numbers in [0, 1): in the whole catalogue, or within ``topic`` (same shape; -1: whole catalogue)."""
-        first, last = np.int64(0), np.int64(self.params.items - 1)
-        if topic is not None:
-            edges = np.concatenate([[0.0], self.cdf])[self.bounds]
-            everywhere = topic < 0
-            low, high = np.where(everywhere, 0.0, edges[topic]), np.where(everywhere, 1.0, edges[topic + 1])
-            uniform = low + uniform * (high - low)
-            first, last = np.where(everywhere, first, self.bounds[topic]), np.where(everywhere, last, self.bounds[topic + 1] - 1)
-        return self.order[np.clip(np.searchsorted(self.cdf, uniform, side="right"), first, last)]
+        topic = np.full(uniform.shape, -1, np.int32) if topic is None else topic
+        everywhere = topic < 0
+        low, high = np.where(everywhere, 0.0, self.edges[topic]), np.where(everywhere, 1.0, self.edges[topic + 1])
+        first, last = np.where(everywhere, 0, self.bounds[topic]), np.where(everywhere, self.params.items, self.bounds[topic + 1]) - 1
+        place = np.clip(np.searchsorted(self.cdf, low + uniform * (high - low), side="right"), first, last)
+        item: NDArray[np.int32] = self.order[place]
+        return item
 
     def width(self, modality: str) -> int:
         """Width of a modality's vectors."""
@@ -176,7 +181,7 @@ def _vectors(plan: Catalog, modality: str, centre: NDArray[np.float32], block: i
         radius, scale = plan.noise_norm(begin, begin + count), np.log1p(plan.expected_count(begin, begin + count))
         return (scale[:, None] * (centre + radius[:, None] * _unit(noise))).astype(np.float32), np.ones(count, bool)
     missing = plan.params.missing_visual if modality == "visual" else 0.0
-    present = plan.generator(f"{modality} missing", block).random(count) >= missing
+    present = np.greater_equal(plan.generator(f"{modality} missing", block).random(count), missing)
     return centre + noise * np.float32(plan.params.content_noise / np.sqrt(width)), present
 
 
@@ -203,7 +208,8 @@ def _events(plan: Catalog, block: int, users: int) -> tuple[NDArray[np.int64], N
 
 
 def _unit(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
+    norms: NDArray[np.float32] = np.linalg.norm(values, axis=1, keepdims=True)
+    return values / norms
 
 
 def _ids(prefix: str, numbers: NDArray[np.integer]) -> pa.Array:

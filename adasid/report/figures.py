@@ -27,14 +27,15 @@ def column(points: Iterable[Row], key: str) -> Array:
 
 
 def series(rows: Iterable[Row], key: str) -> tuple[Array, Array]:
-    """Epochs and values of one metric, skipping the rows that lack it; a list of values (one a slot) counts by its mean."""
-    pairs = []
+    """Epochs and values of one metric, skipping rows that lack it; a list of values (one a slot) counts by its mean. Of an epoch that a resumed
+    training logged twice the later row counts."""
+    values: dict[float, float] = {}
     for row in rows:
-        value = row.get(key)
+        epoch, value = row.get("epoch"), row.get(key)
         value = float(np.mean(value)) if isinstance(value, list) and value else value
-        if words.known(value) and words.known(row.get("epoch")):
-            pairs.append((float(row["epoch"]), float(value)))  # type: ignore[arg-type]
-    table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+        if isinstance(epoch, (int, float)) and isinstance(value, (int, float)) and math.isfinite(value):
+            values[float(epoch)] = float(value)
+    table = np.array(sorted(values.items()), dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
@@ -190,10 +191,11 @@ def groups(sizes: Sequence[Sequence[int]], by_distinct: float, by_items: float, 
     """How many SIDs are carried by 1, 2, 3, ... items."""
     figure, (axes,) = canvas("Items that share one semantic ID")
     table = np.array(sizes, dtype=np.float64).reshape(-1, 2)
-    axes.bar(table[:, 0], table[:, 1], width=0.7, color=BLUE, edgecolor=BLUE, linewidth=1)
+    top = table[:, 0].max(initial=1)
+    axes.bar(table[:, 0], table[:, 1], width=0.7, color=BLUE, edgecolor=BLUE, linewidth=0.7)
     log(axes.xaxis)
     log(axes.yaxis)
-    axes.set(xlim=(0.6, max(3.0, 1.3 * table[:, 0].max(initial=1))), ylim=(0.7, 3 * table[:, 1].max(initial=1)))
+    axes.set(xlim=(0.6, max(3.0, 1.3 * top)), ylim=(0.5, 3 * table[:, 1].max(initial=1)))
     axes.set(xlabel="items in the group (1 = unique ID)", ylabel="number of groups")
     text = f"items with a shared ID {words.share(by_items)}\n(M − distinct) / M {words.share(by_distinct)}\nlargest group {words.plural(largest, 'item')}"
     axes.text(0.98, 0.98, text, transform=axes.transAxes, ha="right", va="top", fontsize=SMALL, linespacing=1.4, bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 2})
@@ -249,14 +251,17 @@ def _lines(axes: Axes, rows: Sequence[Row], names: Mapping[str, str], positive: 
 
 @styled
 def losses(rows: Sequence[Row]) -> Figure:
-    """Total loss and its parts on a log axis; parts of zero are not drawn, parts below 1e-5 of the total run out of the picture."""
+    """Total loss and its parts, on a log axis where they differ much; a part that stays below a thousandth of the largest value is left out."""
     figure, (axes,) = canvas("Tokenizer: losses")
-    _lines(axes, rows, {"loss": "total", "reconstruction": "reconstruction", "codebook": "codebook", "alignment": "alignment", "routing": "routing"}, positive=True)
-    log(axes.yaxis)
-    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines] or [np.ones(1)])
-    axes.set_ylim(max(drawn.min(), 1e-5 * drawn.max()) / 1.5, 1.5 * drawn.max())
+    names = {"loss": "total", "reconstruction": "reconstruction", "codebook": "codebook", "alignment": "alignment", "routing": "routing"}
+    tops = {key: series(rows, key)[1].max(initial=0) for key in names}
+    floor = max(tops.values()) / 1000
+    _lines(axes, rows, {key: label for key, label in names.items() if tops[key] > floor}, positive=True)
+    if max(axes.yaxis.get_data_interval()) > 5 * axes.yaxis.get_minpos():
+        log(axes.yaxis)
+        axes.set_ylim(bottom=max(floor, axes.get_ylim()[0]))
     axes.set_ylabel("loss")
-    legend(figure, 3)
+    legend(figure)
     return figure
 
 
@@ -266,7 +271,7 @@ def unexplained(rows: Sequence[Row]) -> Figure:
     figure, (axes,) = canvas("Tokenizer: unexplained variance (FVU)")
     modalities = dict.fromkeys(key.removeprefix("fvu_") for row in rows for key in row if key.startswith("fvu_"))
     _lines(axes, rows, {f"fvu_{name}": name for name in modalities})
-    axes.set_ylabel("FVU (0 = perfect, 1 = the mean)")
+    axes.set_ylabel("unexplained share (FVU)")
     axes.set_ylim(bottom=0)
     legend(figure, 3)
     return figure
@@ -280,11 +285,9 @@ def sparsity(rows: Sequence[Row]) -> Figure:
     above.set(ylabel="inactive slots", xlabel="")
     above.set_ylim(bottom=0)
     percent(above.yaxis)
-    x, y = series(rows, "lambda")
-    below.plot(x[y > 0], y[y > 0], color=INK, lw=1.4)
+    _lines(below, rows, {"lambda": "weight λ"}, positive=True)
     log(below.yaxis)
-    below.set_ylabel("λ")
-    _epochs(below, {})
+    below.set_ylabel("weight λ")
     legend(figure, 2, above)
     return figure
 
@@ -293,14 +296,13 @@ def sparsity(rows: Sequence[Row]) -> Figure:
 def code_use(rows: Sequence[Row], size: int | None) -> Figure:
     """Share of codes in use, above the entropy of code use with its cap ln K."""
     figure, (above, below) = canvas("Tokenizer: use of the codebooks", 3.6, (1, 1))
-    above.plot(*series(rows, "utilisation"), color=BLUE)
-    above.set(ylabel="codes in use", ylim=(0, 1.04))
+    _lines(above, rows, {"utilisation": "codes in use"})
+    above.set(ylabel="codes in use", xlabel="", ylim=(0, 1.04))
     percent(above.yaxis)
-    below.plot(*series(rows, "entropy"), color=BLUE)
+    _lines(below, rows, {"entropy": "mean entropy"})
     if size:
         below.axhline(math.log(size), color=ORANGE, lw=1.1, ls=DASHES[1], label=f"cap ln {size} = {math.log(size):.2f} nats")
     below.set_ylabel("entropy (nats)")
     below.set_ylim(bottom=0)
-    _epochs(below, {})
-    legend(figure, 1, below)
+    legend(figure, 2, below)
     return figure

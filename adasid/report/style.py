@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#B5588D", "#56B4E9", "#B8860B"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER)
@@ -24,13 +24,42 @@ WIDTH = 4.2  # inches: 9 point text is 10.7 px on a 390 px phone and 15 px in a 
 SMALL = 8
 
 STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False, "text.color": INK, "axes.labelcolor": INK, "axes.labelsize": 9,
-    "axes.edgecolor": GREY, "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "axes.titlesize": 9, "axes.titlelocation": "left", "grid.color": "#E8E8E8", "grid.linewidth": 0.7, "xtick.color": GREY, "ytick.color": GREY,
-    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "xtick.minor.size": 0, "ytick.minor.size": 0,
-    "lines.linewidth": 1.8, "legend.frameon": False, "legend.fontsize": SMALL, "legend.handlelength": 2.2, "legend.columnspacing": 1.4,
-    "figure.facecolor": "white", "figure.titlesize": 10, "figure.titleweight": "bold", "savefig.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "grid.color": "#E8E8E8",
+    "grid.linewidth": 0.7,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "legend.fontsize": SMALL,
+    "legend.handlelength": 2.2,
+    "legend.columnspacing": 1.4,
+    "figure.facecolor": "white",
+    "figure.titlesize": 10,
+    "figure.titleweight": "bold",
+    "savefig.facecolor": "white",
 }
+
+LOOK: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")} | STYLE
 
 P = ParamSpec("P")
 
@@ -40,7 +69,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @wraps(draw)
     def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": "agg"}):
+        with matplotlib.rc_context(LOOK):
             return draw(*args, **kwargs)
 
     return inner
@@ -55,48 +84,45 @@ def canvas(title: str, height: float = 3.0, ratios: tuple[float, ...] = (1,)) ->
 
 
 def legend(figure: Figure, columns: int = 2, axes: Axes | None = None) -> None:
-    """The legend of ``axes`` (all axes by default) below the figure, where it can cover no data."""
-    handles, labels = (axes or figure.axes[0]).get_legend_handles_labels() if axes or len(figure.axes) == 1 else _all(figure)
-    if handles:
-        figure.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(handles)), borderpad=0.2)
-
-
-def _all(figure: Figure) -> tuple[list[Any], list[Any]]:
-    pairs = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels())]
-    return [handle for handle, _ in pairs], [label for _, label in pairs]
+    """The legend of ``axes`` (of all axes by default) below the figure, where it can cover no data."""
+    pairs = [pair for part in ([axes] if axes else figure.axes) for pair in zip(*part.get_legend_handles_labels())]
+    if pairs:
+        handles, labels = zip(*pairs)
+        figure.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(pairs)), borderpad=0.2)
 
 
 def log(axis: Axis) -> None:
-    """A logarithmic axis that names powers of ten in plain figures."""
+    """Make the axis of what is drawn so far logarithmic, named in plain figures: powers of ten, with 2 and 5 between them where the range is short."""
+    steps = (1.0, 2.0, 5.0) if max(axis.get_data_interval()) < 100 * axis.get_minpos() else (1.0,)
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")  # type: ignore[attr-defined]
-    axis.set_major_locator(LogLocator(10, numticks=7))
+    axis.set_major_locator(LogLocator(10, steps, numticks=7))
     axis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
 def power(value: float) -> str:
     """``1000`` -> ``1,000``; ``1e-8`` -> ``10⁻⁸``."""
-    if 0.001 <= value < 1e6:
+    if 0.001 <= value < 1e7:
         return f"{value:,.10g}"
     mantissa, exponent = f"{value:.0e}".split("e")
     ten = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return ten if mantissa == "1" else f"{mantissa}·{ten}"
 
 
-def percent(axis: Axis, full: float = 1.0) -> None:
-    """Ticks in percent of ``full``."""
-    axis.set_major_formatter(PercentFormatter(full, symbol="\N{NARROW NO-BREAK SPACE}%"))
+def percent(axis: Axis) -> None:
+    """Ticks of a share, in percent."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}\N{NARROW NO-BREAK SPACE}%"))
 
 
 def thousands(axis: Axis, bins: int = 5) -> None:
     """Whole-number ticks with thousands separators."""
     axis.set_major_locator(MaxNLocator(bins, integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value - round(value)) < 1e-6 else ""))
 
 
 def png(figure: Figure) -> bytes:
     """The picture, sharp on dense screens; the same bytes for the same figure."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": "agg"}):
-        figure.savefig(buffer, format="png", dpi=240, metadata={"Software": None})
+    with matplotlib.rc_context(LOOK):
+        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     return buffer.getvalue()

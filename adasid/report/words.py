@@ -38,7 +38,7 @@ def share(value: Any, digits: int = 1) -> str:
         return f"<{SPACE}{step:g}{SPACE}%"
     if 100 - step / 2 <= percent < 100:
         return f">{SPACE}{100 - step:.{digits}f}{SPACE}%"
-    return f"{percent:.{digits}f}".removesuffix("." + "0" * digits) + f"{SPACE}%"
+    return f"{percent:.{0 if percent in (0, 100) else digits}f}{SPACE}%"
 
 
 def seconds(value: Any) -> str:

@@ -63,8 +63,8 @@ class BehaviorTraining:
         self.log_q = torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(self.device)
         self.checkpoints = Checkpoints(folder / "checkpoints")
 
-    def run(self, report: Callable[[dict[str, float]], None] = lambda metrics: None) -> BehaviorResult:
-        """Train to early stopping. ``report`` gets one row of metrics an epoch, on every worker."""
+    def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> BehaviorResult:
+        """Train to early stopping. ``report`` gets all rows of metrics so far after each epoch, on every worker."""
         first, rows = self._resume()
         for epoch in range(first, self.settings.epochs + 1):
             if self._stop(rows):
@@ -75,7 +75,7 @@ class BehaviorTraining:
             row["seconds"] = time.monotonic() - started
             rows.append(row)
             self._keep(epoch, rows)
-            report(row)
+            report(rows)
         return self._result(rows)
 
     def _resume(self) -> tuple[int, list[dict[str, float]]]:
@@ -122,7 +122,8 @@ class BehaviorTraining:
         states = self.model(history.view(*inputs.shape, -1))[valid]
         loss = sampled_softmax(states, own, others, self.log_q[positive], self.log_q[negative], positive[:, None] == negative[None, :])
         if not self.workers.agree(bool(torch.isfinite(loss)), self.device):
-            raise TrainingError(f"behaviour: loss is not finite at epoch {epoch}, step {step} (this worker: {loss.item()}), input {self.data.version}; lower behavior.lr or behavior.table_lr")
+            where = f"epoch {epoch}, step {step} (this worker: {loss.item()}), input {self.data.version}"
+            raise TrainingError(f"behaviour: loss is not finite at {where}; lower behavior.lr or behavior.table_lr")
         self.dense.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.workers.average_gradients(self.model.parameters())

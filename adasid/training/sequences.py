@@ -35,6 +35,14 @@ class Histories(NamedTuple):
         targets = table["target"].fill_null(-1).to_numpy().astype(np.int64)
         return Histories(items, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), targets)
 
+    def part(self, rank: int, world: int) -> Histories:
+        """Every ``world``-th user from ``rank`` on."""
+        users = np.arange(rank, len(self), world)
+        lengths = self.starts[users + 1] - self.starts[users]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        source = np.arange(starts[-1]) + np.repeat(self.starts[users] - starts[:-1], lengths)
+        return Histories(self.items[source], starts, self.targets[users])
+
     def last(self, users: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """The last ``length`` items at most of each user: [B, longest of them], padded at the end with -1."""
         ends = self.starts[users + 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,36 +57,31 @@ def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np
 
 
 class Shard:
-    """``rows`` items of ``total`` in the catalogue. ``widths``: modality -> width; ``item_index`` [rows], ascending."""
+    """One worker's items of a catalogue of ``total``. ``widths``: modality -> width; ``item_index`` [rows], ascending."""
 
-    def __init__(self, batches: Iterable[pa.RecordBatch], modalities: Iterable[str], rows: int, total: int, in_memory: int = _IN_MEMORY) -> None:
-        """Fill from Arrow batches (columns item_index, richness and the modalities; ``rows`` rows in all).
+    def __init__(self, read: Callable[[list[str]], Iterable[pa.RecordBatch]], modalities: Iterable[str], total: int, in_memory: int = _IN_MEMORY) -> None:
+        """``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches, in any order; it is called twice.
 
         Raises InputError for an empty catalogue, a modality that no item has, or two widths of one modality.
         """
-        if rows == 0 or total == 0:
-            raise InputError("item_features is empty: nothing to train on; run build_features on a non-empty catalogue")
         self.total, modalities = total, tuple(modalities)
-        held = [b for b in batches if b.num_rows]
-        order = np.argsort(np.concatenate([b.column("item_index").to_numpy() for b in held]), kind="stable")
-        self.item_index = np.concatenate([b.column("item_index").to_numpy() for b in held])[order]
-        place = np.empty(rows, np.int64)
-        place[order] = np.arange(rows)
-        self.widths = {m: _width(held, m) for m in modalities}
-        large = rows * sum(self.widths.values()) * 4 > in_memory
-        self._folder = tempfile.TemporaryDirectory(prefix="adasid-shard-") if large else None
-        self._vectors = {m: self._allocate(m, (rows, width)) for m, width in self.widths.items()}
-        self._present = {m: np.zeros(rows, bool) for m in modalities}
-        self._richness = np.zeros(rows, np.float32)
-        start = 0
-        for rows_in in held:
-            target = place[start : start + rows_in.num_rows]
-            batch = batch_of(rows_in, self.widths)
+        parts = [rows.column("item_index").to_numpy() for rows in read(["item_index"]) if rows.num_rows]
+        if not parts:
+            raise InputError("item_features has no rows for this worker: use fewer workers, or run build_features on a larger catalogue")
+        self.item_index = np.sort(np.concatenate(parts))
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+        self._present = {m: np.zeros(len(self), bool) for m in modalities}
+        self._richness = np.zeros(len(self), np.float32)
+        self.widths = self._find_widths(read, modalities)
+        self._allocate(in_memory)
+        for rows in read(["item_index", "richness", *modalities]):
+            place = np.searchsorted(self.item_index, rows.column("item_index").to_numpy())
+            batch = batch_of(rows, self.widths)
             for m in modalities:
-                self._vectors[m][target] = batch.vectors[m].numpy()
-                self._present[m][target] = batch.present[m].numpy()
-            self._richness[target] = batch.richness.numpy()
-            start += rows_in.num_rows
+                self._vectors[m][place] = batch.vectors[m].numpy()
+                self._present[m][place] = batch.present[m].numpy()
+            self._richness[place] = batch.richness.numpy()
 
     def __len__(self) -> int:
         return len(self.item_index)
@@ -101,17 +96,22 @@ class Shard:
         for start in range(0, len(self), size):
             yield self.take(np.arange(start, min(start + size, len(self))))
 
-    def _allocate(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
-        if self._folder is None:
-            return np.zeros(shape, np.float32)
-        return np.memmap(Path(self._folder.name) / name, np.float32, "w+", shape=shape)
+    def _allocate(self, in_memory: int) -> None:
+        large = len(self) * sum(self.widths.values()) * 4 > in_memory
+        self._folder = tempfile.TemporaryDirectory(prefix="adasid-shard-") if large else None
+        for m, width in self.widths.items():
+            shape = (len(self), width)
+            self._vectors[m] = np.memmap(Path(self._folder.name) / m, np.float32, "w+", shape=shape) if self._folder else np.zeros(shape, np.float32)
 
-
-def _width(batches: list[pa.RecordBatch], modality: str) -> int:
-    for rows in batches:
-        if modality not in rows.schema.names:
-            raise InputError(f"item_features has no column {modality!r} (it has {', '.join(rows.schema.names)}); leave it out of tokenizer.content_experts or add the embedding")
-        lengths = rows.column(modality).drop_null().value_lengths()
-        if len(lengths):
-            return int(lengths[0].as_py())
-    raise InputError(f"item_features.{modality}: no item has this modality; leave it out of the tokenizer, or bring the embeddings")
+    @staticmethod
+    def _find_widths(read: Callable[[list[str]], Iterable[pa.RecordBatch]], modalities: tuple[str, ...]) -> dict[str, int]:
+        widths: dict[str, int] = {}
+        for modality in modalities:
+            for rows in read([modality]):
+                lengths = rows.column(0).drop_null().value_lengths()
+                if len(lengths):
+                    widths[modality] = int(lengths[0].as_py())
+                    break
+            else:
+                raise InputError(f"item_features.{modality}: no item has this modality; leave it out of the tokenizer, or bring the embeddings")
+        return widths

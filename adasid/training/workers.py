@@ -23,7 +23,7 @@ class _Gather(torch.autograd.Function):
         return workers.gather(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         workers: Workers = ctx.workers
         total = workers.sum(gradient.contiguous())
         return total.chunk(workers.world)[workers.rank].contiguous(), None
@@ -68,7 +68,7 @@ class Workers:
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
         """:meth:`gather` that gradients flow through."""
-        return rows if self.world == 1 else _Gather.apply(rows, self)  # type: ignore[no-any-return,no-untyped-call]
+        return rows if self.world == 1 else _Gather.apply(rows, self)  # type: ignore[no-any-return]
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's values, written into ``tensor`` on every worker."""

@@ -19,6 +19,7 @@ EXCLUDES = "org.apache.hadoop:*,org.apache.parquet:*,org.antlr:*,org.apache.spar
 
 
 def main() -> int:
+    """Bring what is missing; returns the exit code."""
     folder = jar_folder()
     if all((folder / jar).exists() for jar in JARS):
         return 0

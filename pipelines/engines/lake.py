@@ -31,9 +31,11 @@ class Lake:
     pins: Mapping[str, int]
 
     def path(self, table: str) -> str:
+        """Folder of a table."""
         return f"{self.root}/{table}"
 
     def exists(self, table: str) -> bool:
+        """Whether the table has a first version."""
         return DeltaTable.is_deltatable(self.path(table))
 
     def writable(self) -> None:
@@ -59,20 +61,28 @@ class Lake:
             raise InputError(f"table {table} in {self.root} cannot be read at version {version}: {str(error).splitlines()[0]}") from None
 
     def version(self, table: str) -> int:
+        """The version that a reader gets: the pin, else the latest."""
         return self.open(table).version()
 
     def versions(self, *tables: str) -> dict[str, int]:
+        """:meth:`version` of several tables, by name."""
         return {table: self.version(table) for table in tables}
 
-    def stamp(self, table: str) -> str | None:
-        """The input digest of the table's latest commit; None for no table or no digest."""
+    def stamp(self, table: str, version: int | None = None) -> str | None:
+        """The input digest of the commit that made ``version`` (default: the latest); None for no table or no digest."""
         if not self.exists(table):
             return None
-        newest = DeltaTable(self.path(table)).history(1)[0]
+        latest = DeltaTable(self.path(table))
+        version = latest.version() if version is None else version
         try:
-            return str(json.loads(newest.get("userMetadata") or "{}")[STAMP])
-        except (ValueError, KeyError, TypeError):
+            commit = next(entry for entry in latest.history(latest.version() - version + 1) if entry["version"] == version)
+            return str(json.loads(commit["userMetadata"])[STAMP])
+        except (StopIteration, ValueError, KeyError, TypeError):
             return None
+
+    def stamps(self, versions: Mapping[str, int]) -> dict[str, str]:
+        """What the given versions were made from; the path and version themselves for a table that carries no digest."""
+        return {table: self.stamp(table, version) or f"{self.path(table)}@{version}" for table, version in versions.items()}
 
     def fresh(self, digest: str, *tables: str) -> bool:
         """Whether the latest commit of each table was made from inputs with this digest."""

@@ -64,6 +64,7 @@ def jar_folder() -> Path:
 
 
 def struct(schema: pa.Schema) -> StructType:
+    """The Spark schema of an Arrow schema."""
     return from_arrow_schema(schema)
 
 

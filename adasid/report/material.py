@@ -1,0 +1,92 @@
+"""What a report is made from: plain values, each of which may be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adasid.config import Config
+from adasid.tables import BEHAVIOR
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training's folder: rows of ``metrics.jsonl`` and the closing facts (``result.json`` or ``manifest.json``)."""
+
+    rows: Sequence[Row]
+    facts: Row
+
+
+@dataclass(frozen=True)
+class Material:
+    """``catalog``: the row of ``catalog_stats``; ``generation``: a row of ``generations`` with its JSON columns parsed (``refused``: a newer one that is
+    not live); ``stages``: all rows of ``stages.jsonl``; ``versions``: tables that the report itself read; ``created``: when, as text."""
+
+    cfg: Config
+    catalog: Row | None = None
+    generation: Row | None = None
+    refused: Row | None = None
+    behavior: Training | None = None
+    tokenizer: Training | None = None
+    stages: Sequence[Row] = ()
+    versions: Mapping[str, int] = field(default_factory=dict)
+    created: str = ""
+
+    @property
+    def empty(self) -> bool:
+        """Whether no stage has left anything to report."""
+        return not any((self.catalog, self.generation, self.refused, self.behavior, self.tokenizer))
+
+    @property
+    def codes(self) -> Row:
+        """The code metrics of the generation; empty before one is published."""
+        return self.generation["metrics"] if self.generation else {}
+
+    @property
+    def published(self) -> bool:
+        """Whether the generation shown is live."""
+        return bool(self.generation and self.generation["live"])
+
+    @property
+    def same_tokenizer(self) -> bool:
+        """Whether the tokenizer shown is the one that wrote the generation."""
+        return not (self.generation and self.tokenizer) or self.generation["tokenizer"] in (self.tokenizer.facts.get("digest"), self.tokenizer.facts.get("folder"))
+
+    @property
+    def behavior_slots(self) -> dict[int, str]:
+        """Index and name of the slots that the router switches: by the tokenizer's manifest where it is known, else by their name."""
+        kinds = {slot["name"]: slot["kind"] for slot in (self.tokenizer.facts.get("slots", ()) if self.tokenizer else ())}
+        return {index: name for index, name in enumerate(self.codes.get("slots", ())) if kinds.get(name, BEHAVIOR if name.startswith("b") else "") == BEHAVIOR}
+
+    @property
+    def controller(self) -> tuple[float, float] | None:
+        """(alpha, beta) of the alignment weight; None until training has settled them."""
+        alpha, beta = (self._controller.get(name) for name in ("alpha", "beta"))
+        return None if isinstance(beta, str) or alpha is None or beta is None else (float(alpha), float(beta))
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the controller is on; off, every alignment weight is 1."""
+        return bool(self._controller["enabled"])
+
+    @property
+    def _controller(self) -> Row:
+        trained = (self.tokenizer.facts.get("controller") or {}) if self.tokenizer else {}
+        return {**self.cfg.tokenizer.controller.model_dump(), **trained}
+
+
+def last_stages(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each stage and part, in the order in which they first ran; the report's own are left out."""
+    last: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row["stage"] != "report":
+            last[row["stage"], part(row)] = row
+    return list(last.values())
+
+
+def part(row: Row) -> str:
+    """Which part of a stage a row of ``stages.jsonl`` is about; empty where the stage has none."""
+    return str(row.get("part") or (row.get("facts") or {}).get("part") or "")

@@ -1,0 +1,86 @@
+"""A trained tokenizer as files: ``weights.safetensors`` and ``manifest.json``, loadable with torch alone.
+
+The manifest is written last and holds the digest of the weights: a folder without it, or with other weights, is not an artifact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load, save
+
+from adasid import config
+from adasid.errors import InputError
+from adasid.tokenizers.adc_sid import AdcSid
+from adasid.tokenizers.base import Tokenizer
+
+FORMAT = 1
+
+
+def build(settings: config.AdcSid, widths: Mapping[str, int]) -> Tokenizer:
+    """The untrained tokenizer that ``settings.name`` names."""
+    return AdcSid(settings, widths)
+
+
+def write(folder: Path, tokenizer: Tokenizer, settings: config.AdcSid, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the artifact; returns its manifest. ``facts``: what else the manifest should hold (inputs, seed, versions, metrics)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()})
+    manifest = {
+        "format": FORMAT, "tokenizer": settings.name, "digest": hashlib.sha256(weights).hexdigest()[:16],
+        "slots": [slot._asdict() for slot in tokenizer.slots], "widths": tokenizer.widths, **tokenizer.facts(),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()), **facts, "config": settings.model_dump(mode="json"),
+    }
+    for name, content in (("weights.safetensors", weights), ("manifest.json", json.dumps(manifest, indent=1).encode())):
+        draft = folder / f".{name}.{os.getpid()}"
+        draft.write_bytes(content)
+        draft.replace(folder / name)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises InputError where the folder holds no artifact of this format."""
+    try:
+        manifest = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+    except OSError:
+        raise InputError(f"artifact {folder}: no manifest.json; train a tokenizer first (jobs/train.py --stage tokenizer)") from None
+    except ValueError:
+        raise InputError(f"artifact {folder}/manifest.json: not valid JSON; train the tokenizer again") from None
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"artifact {folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; train the tokenizer again")
+    return manifest
+
+
+def read(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer, ready to encode, and its manifest."""
+    manifest = read_manifest(folder)
+    try:
+        weights = (folder / "weights.safetensors").read_bytes()
+    except OSError:
+        raise InputError(f"artifact {folder}: no weights.safetensors; train the tokenizer again") from None
+    return decode(manifest, weights), manifest
+
+
+def decode(manifest: Mapping[str, Any], weights: bytes) -> Tokenizer:
+    """The tokenizer from a manifest and the bytes of its weights. Raises InputError where they do not belong together."""
+    if hashlib.sha256(weights).hexdigest()[:16] != manifest["digest"]:
+        raise InputError(f"artifact {manifest['digest']}: the weights are damaged or belong to another manifest; train the tokenizer again")
+    try:
+        tokenizer = build(config.AdcSid.model_validate(manifest["config"]), manifest["widths"])
+        tokenizer.load_state_dict(load(weights))
+    except (ValidationError, RuntimeError, KeyError) as error:
+        raise InputError(f"artifact {manifest['digest']}: weights and config do not fit ({str(error).splitlines()[0]}); train the tokenizer again") from None
+    return tokenizer.eval().requires_grad_(False)
+
+
+def threads(number: int) -> None:
+    """Fix the number of torch threads of this process: results and speed depend on it."""
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)

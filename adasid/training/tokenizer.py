@@ -1,0 +1,146 @@
+"""The loop that trains any tokenizer. Plain torch; the workers are passed in.
+
+Data order, initialisation and revival depend on (seed, epoch or step, rank) alone, so that a run that is killed resumes at its
+last checkpoint and ends as it would have, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adasid import config
+from adasid.errors import TrainingError
+from adasid.metrics.codes import code_use
+from adasid.tables import PAD
+from adasid.tokenizers.base import Tokenizer
+from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
+from adasid.training.shards import Shard
+from adasid.training.workers import Workers
+
+
+class TokenizerTraining:
+    """One training run on one worker; all workers hold the same tokenizer. ``data_version`` names the input in errors."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, settings: config.Training, shard: Shard, folder: Path, seed: int,
+        workers: Workers, data_version: str, device: torch.device | str = "cpu",
+    ) -> None:
+        self.tokenizer, self.settings, self.shard, self.seed = tokenizer.to(device), settings, shard, seed
+        self.workers, self.data_version, self.device = workers, data_version, torch.device(device)
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        plain = tokenizer.no_decay()
+        decayed = [p for p in tokenizer.parameters() if p not in plain]
+        kept = [p for p in tokenizer.parameters() if p in plain]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+        self.share = max(1, settings.batch // workers.world)
+        largest = int(workers.gather(torch.tensor([len(shard)], device=self.device)).max())
+        self.steps = -(-largest // self.share)
+        self.waited = 0.0
+
+    def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> list[dict[str, float]]:
+        """Train all epochs; returns the logged rows. ``report`` gets all rows so far, on every worker."""
+        first, rows = self._resume()
+        for epoch in range(first, self.settings.epochs + 1):
+            if epoch == self.settings.warmup_epochs + 1:
+                self.tokenizer.start_quantizing(self.shard, self.workers, self._generator(0))
+            row = self._epoch(epoch)
+            last = epoch == self.settings.epochs
+            if last or epoch % self.settings.log_epochs == 0:
+                row |= self.quality()
+                rows.append(row)
+                report(rows)
+            if (last or epoch % self.settings.checkpoint_epochs == 0) and self.workers.rank == 0:
+                self._save(epoch, rows)
+        self.tokenizer.eval()
+        return rows
+
+    def _resume(self) -> tuple[int, list[dict[str, float]]]:
+        found = self.checkpoints.latest()
+        if found is None:
+            self.tokenizer.prepare(self.shard, self.workers)
+            return 1, []
+        self.tokenizer.load_state_dict(found.under("model"))
+        restore_optimizer(self.optimizer, found.under("optimizer"))
+        return int(found.state["epoch"]) + 1, list(found.state["rows"])
+
+    def _save(self, epoch: int, rows: list[dict[str, float]]) -> None:
+        tensors = {f"model.{name}": tensor for name, tensor in self.tokenizer.state_dict().items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        self.checkpoints.save(epoch, tensors, {"epoch": epoch, "rows": rows})
+
+    def _generator(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+    def _epoch(self, epoch: int) -> dict[str, float]:
+        started, waited = time.monotonic(), 0.0
+        order = np.random.default_rng([self.seed, epoch, self.workers.rank]).permutation(len(self.shard))
+        order = np.resize(order, self.steps * self.share)
+        self.tokenizer.train()
+        sums: dict[str, float] = {}
+        for index in range(self.steps):
+            before = time.monotonic()
+            batch = self.shard.take(order[index * self.share : (index + 1) * self.share]).to(self.device)
+            waited += time.monotonic() - before
+            for name, value in self._step((epoch - 1) * self.steps + index, batch, epoch).items():
+                sums[name] = sums.get(name, 0.0) + value
+        seconds = time.monotonic() - started
+        means = self.workers.sum(torch.tensor([*sums.values(), waited / seconds], dtype=torch.float64, device=self.device)) / self.workers.world
+        row = {name: float(value) / self.steps for name, value in zip(sums, means)}
+        return {"epoch": float(epoch), "step": float(epoch * self.steps), **row, "wait_share": float(means[-1]), "seconds": seconds}
+
+    def _step(self, step: int, batch: Any, epoch: int) -> dict[str, float]:
+        total = self.steps * self.settings.epochs
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * 0.5 * (1 + np.cos(np.pi * step / total))
+        losses = self.tokenizer.losses(batch, self.workers)
+        if not self.workers.agree(bool(torch.isfinite(losses.total)), self.device):
+            raise TrainingError(
+                f"tokenizer: loss is not finite at step {step} (epoch {epoch}), input {self.data_version}, on this worker {losses.parts}; "
+                "lower tokenizer.training.lr, or look at the features"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        self.workers.average_gradients(self.tokenizer.parameters())
+        self.optimizer.step()
+        replaced = self.tokenizer.after_step(step + 1, (step + 1) / total, self.workers, self._generator(step + 1))
+        for parameter, mask in replaced.items():
+            self._forget(parameter, mask)
+        return losses.parts
+
+    def _forget(self, parameter: nn.Parameter, mask: Tensor) -> None:
+        """Clear the optimiser's moments where a parameter was replaced."""
+        for value in self.optimizer.state.get(parameter, {}).values():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                value.masked_fill_(mask, 0.0)
+
+    @torch.no_grad()
+    def quality(self) -> dict[str, float]:
+        """Over all workers' items: fraction of variance unexplained by modality (methods 8.1), mean utilisation and entropy of the codebooks."""
+        self.tokenizer.eval()
+        tokenizer, slots = self.tokenizer, self.tokenizer.slots
+        used = torch.zeros(len(slots), max(slot.size for slot in slots), dtype=torch.float64, device=self.device)
+        errors = {m: torch.zeros(width + 3, dtype=torch.float64, device=self.device) for m, width in tokenizer.widths.items()}
+        for part in self.shard.scan():
+            batch = part.to(self.device)
+            codes = tokenizer.encode(batch).codes.long()
+            used.scatter_add_(1, codes.T.clamp(min=0), (codes.T != PAD).double())
+            for m, decoded in tokenizer.reconstruct(batch).items():
+                there = batch.present[m][:, None]
+                x = batch.vectors[m] * there
+                error = (((decoded - x) * there) ** 2).sum().double()
+                errors[m] += torch.cat([x.double().sum(0), torch.stack([(x**2).sum().double(), error, there.sum().double()])])
+        row = {}
+        for m, width in tokenizer.widths.items():
+            total = self.workers.sum(errors[m])
+            spread = total[width] - (total[:width] ** 2).sum() / total[-1].clamp(min=1)
+            row[f"fvu_{m}"] = float(total[width + 1] / spread.clamp(min=1e-12))
+        use = [code_use(counts[: slot.size]) for slot, counts in zip(slots, self.workers.sum(used).cpu().numpy())]
+        return {**row, "utilisation": float(np.mean([u.utilisation for u in use])), "entropy": float(np.mean([u.entropy for u in use]))}

@@ -1,0 +1,13 @@
+"""Read items and interactions from where the config says (synthetic, Parquet or Delta tables, arrays, Amazon files) into the lake.
+
+  python jobs/ingest.py --config conf/demo.yaml
+  spark-submit jobs/ingest.py --config conf/beauty.yaml
+"""
+
+from pipelines import cli
+
+if __name__ == "__main__":
+    arguments = cli.choose(None, __doc__)
+    from pipelines import ingest
+
+    cli.leave(cli.run(arguments, cli.stage("ingest", ingest.run)))

@@ -1,0 +1,12 @@
+"""Write the report page and its figures from what has been run so far: <runs_dir>/<name>/report/index.html.
+
+  python jobs/report.py --config conf/demo.yaml
+"""
+
+from pipelines import cli
+
+if __name__ == "__main__":
+    arguments = cli.choose(None, __doc__)
+    from pipelines import report
+
+    cli.leave(cli.run(arguments, cli.stage("report", report.run)))

@@ -1,0 +1,13 @@
+"""Train on Ray: the behaviour embeddings (SASRec), then the tokenizer. A killed run resumes from its checkpoint.
+
+  python jobs/train.py --config conf/demo.yaml --stage tokenizer
+  ray job submit --working-dir . -- python jobs/train.py --config conf/beauty.yaml --stage behavior
+"""
+
+from pipelines import cli
+
+if __name__ == "__main__":
+    arguments = cli.choose(None, __doc__, ("--stage", ("tokenizer", "behavior"), "what to train"))
+    from pipelines import train
+
+    cli.leave(cli.run(arguments, cli.stage(arguments.stage, getattr(train, arguments.stage))))

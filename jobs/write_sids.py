@@ -1,0 +1,12 @@
+"""Encode every item with the trained tokenizer and publish the semantic-ID table as a new generation, if it passes its gates.
+
+  spark-submit jobs/write_sids.py --config conf/beauty.yaml
+"""
+
+from pipelines import cli
+
+if __name__ == "__main__":
+    arguments = cli.choose(None, __doc__)
+    from pipelines import sids
+
+    cli.leave(cli.run(arguments, cli.stage("sids", sids.run)))

@@ -1,0 +1,112 @@
+"""What all jobs share: arguments, errors as one line and an exit code, relative paths that mean what the user typed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlparse
+
+from adasid import config
+from adasid.errors import AdasidError
+
+if TYPE_CHECKING:
+    from pipelines.engines.tracking import Track
+
+EPILOG = "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed. Every key with its default: conf/base.yaml."
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that every job takes."""
+    parsed = argparse.ArgumentParser(description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parsed.add_argument("--config", required=True, metavar="FILE", help="YAML file; it names only what differs from the defaults")
+    parsed.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one key, for example --set seed=3 (repeatable)")
+    return parsed
+
+
+def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) -> int:
+    """Load the config, call ``body``, turn errors into one line on standard error and the exit code."""
+    log: Path | None = None
+    try:
+        cfg = config.load(arguments.config, arguments.overrides)
+        _stand_at_home()
+        log = cfg.run_dir / "error.log"
+        body(cfg)
+    except AdasidError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; run the command again to resume", file=sys.stderr)
+        return 1
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        where = _keep_trace(log)
+        print(f"error: {type(error).__name__}: {first[:300]}{where}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def stage(name: str, function: Callable[[config.Config, Track], None]) -> Callable[[config.Config], None]:
+    """``function`` as the body of a job: inside the MLflow run of stage ``name``."""
+
+    def body(cfg: config.Config) -> None:
+        from pipelines.engines.tracking import stage as tracked
+
+        with tracked(cfg, name) as track:
+            function(cfg, track)
+
+    return body
+
+
+def leave(code: int) -> None:
+    """End the process with ``code``; an engine's leftovers cannot change it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _keep_trace(log: Path | None) -> str:
+    if log is None or "://" in str(log):
+        return ""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError:
+        return ""
+    return f" (whole trace: {log})"
+
+
+def _stand_at_home() -> None:
+    """In a Ray job the current folder is a throw-away copy: go to the project's own folder, so that relative paths mean the same there."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return
+    home = os.environ.get("ADASID_HOME") or _editable_home()
+    if home:
+        os.chdir(home)
+    else:
+        print("note: inside a Ray job relative paths lead into its temporary copy; set ADASID_HOME or an absolute runs_dir", file=sys.stderr)
+
+
+def _editable_home() -> str | None:
+    """Where the project was installed from with ``pip install -e``."""
+    for found in importlib.metadata.distributions(name="adasid"):
+        text = found.read_text("direct_url.json")
+        if text:
+            direct = json.loads(text)
+            if direct.get("dir_info", {}).get("editable"):
+                return unquote(urlparse(direct["url"]).path)
+    return None
+
+
+def choose(arguments: Sequence[str] | None, description: str, *options: tuple[str, Sequence[str], str]) -> argparse.Namespace:
+    """Parse the common arguments and further ``(flag, choices, help)``; the first choice is the default."""
+    parsed = parser(description)
+    for flag, choices, text in options:
+        parsed.add_argument(flag, choices=choices, default=choices[0], help=f"{text} (default: {choices[0]})")
+    return parsed.parse_args(arguments)

@@ -1,0 +1,103 @@
+"""Ray: start or join a cluster, run one function on all training workers, bring its errors home as one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from adasid import config, errors
+from adasid.tokenizers.artifact import threads
+from adasid.training.checkpoint import write_json
+
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "2147483648", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
+"""glibc keeps large buffers instead of giving them back to the kernel every step (1.4 times faster training on CPUs)."""
+
+_FAILURE = "failure.json"
+
+
+def fit(function: Callable[[dict[str, Any]], None], payload: dict[str, Any], settings: config.Ray, name: str, folder: Path) -> None:
+    """Run ``function(payload)`` on ``settings.workers`` Ray Train workers with a torch process group, or in this process for 0.
+
+    A worker that dies is replaced (the function resumes from its checkpoint in ``folder``). Raises the workers' own
+    AdasidError, or TrainingError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _FAILURE).unlink(missing_ok=True)
+    if settings.workers == 0:
+        function(payload)
+        return
+    import ray
+    from ray.exceptions import AuthenticationError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    try:
+        _join(settings)
+    except AuthenticationError as error:
+        raise errors.InputError(f"Ray refused the connection ({str(error).splitlines()[0]}): export RAY_AUTH_MODE=token, as where the cluster was started") from None
+    except ConnectionError as error:
+        where = settings.address or os.environ.get("RAY_ADDRESS")
+        raise errors.InputError(f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave ray.address null") from None
+    gpus = settings.gpus == "auto" and ray.cluster_resources().get("GPU", 0) >= settings.workers
+    resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpus else {})}
+    scaling = ScalingConfig(num_workers=settings.workers, use_gpu=gpus, resources_per_worker=resources)
+    run = RunConfig(name=name, storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=settings.max_failures))
+    call = {"function": function, "payload": payload, "folder": str(folder), "threads": max(1, round(settings.cpus_per_worker))}
+    trainer = TorchTrainer(_guarded, train_loop_config=call, scaling_config=scaling, run_config=run)
+    try:
+        trainer.fit()
+    except Exception as error:
+        _raise_failure(folder)
+        raise errors.TrainingError(f"{name}: the workers failed ({_first_line(error)}); run the command again to resume from the last checkpoint") from error
+    _raise_failure(folder)
+
+
+def shutdown() -> None:
+    """Stop the local cluster that :func:`fit` started, or leave the one it joined."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def _join(settings: config.Ray) -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    environment = {**MALLOC, "RAY_TRAIN_V2_ENABLED": "1"}
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": True, "logging_level": "ERROR"}
+    if address:
+        ray.init(address=address, **options)
+    else:
+        cpus = max(os.cpu_count() or 1, math.ceil(settings.workers * settings.cpus_per_worker))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+
+
+def _guarded(call: dict[str, Any]) -> None:
+    """On a worker: run the function; leave an expected error where the driver finds it."""
+    threads(call["threads"])
+    try:
+        call["function"](call["payload"])
+    except errors.AdasidError as error:
+        write_json(Path(call["folder"]) / _FAILURE, {"kind": type(error).__name__, "message": str(error)})
+        if not isinstance(error, errors.TrainingError):  # a TrainingError is raised by all workers together: nothing to retry, nobody waits
+            raise
+
+
+def _raise_failure(folder: Path) -> None:
+    path = folder / _FAILURE
+    if path.exists():
+        failure = json.loads(path.read_text(encoding="utf-8"))
+        raise getattr(errors, failure["kind"])(failure["message"])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]

@@ -1,0 +1,48 @@
+"""A global rank, and exact quantiles on it, without ever moving a whole table to one task."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+_ROW_BITS = 33  # monotonically_increasing_id: partition number above these bits, row within the partition below
+
+
+class Ranked(NamedTuple):
+    """``frame`` with a column ``rank`` (0-based, dense, persisted) and its number of rows."""
+
+    frame: DataFrame
+    size: int
+
+
+def rank_by(frame: DataFrame, *order: Column) -> Ranked:
+    """Rank all rows by ``order``, which must be total for the rank to be deterministic: range partitions, each sorted, plus
+    the sizes of the partitions before. Persisted first: a second execution could cut the ranges elsewhere."""
+    local = frame.repartitionByRange(*order).sortWithinPartitions(*order).select("*", F.monotonically_increasing_id().alias("_at")).persist()
+    part = F.shiftright("_at", _ROW_BITS)
+    sizes = {row["part"]: row["n"] for row in local.groupBy(part.alias("part")).agg(F.count("*").alias("n")).collect()}
+    starts = list(itertools.accumulate((sizes.get(i, 0) for i in range(max(sizes, default=0) + 1)), initial=0))
+    start = F.get(F.array(*map(F.lit, starts)), part.cast("int"))
+    row = F.col("_at").bitwiseAND(F.lit((1 << _ROW_BITS) - 1))
+    return Ranked(local.select(*frame.columns, (start + row).cast("bigint").alias("rank")), starts[-1])
+
+
+def values_at(ranked: Ranked, column: str, ranks: Iterable[int]) -> dict[int, float]:
+    """rank -> value of ``column``, for a bounded number of ranks."""
+    rows = ranked.frame.filter(F.col("rank").isin(sorted(set(ranks)))).select("rank", column).collect()
+    return {row["rank"]: row[column] for row in rows}
+
+
+def places(percents: Sequence[float], size: int, first: int = 0) -> list[tuple[int, int, float]]:
+    """For each percent the two ranks among ``size`` rows from rank ``first`` between which it falls, and how far between them."""
+    at = [(size - 1) * percent / 100 for percent in percents]
+    return [(first + int(x), first + min(int(x) + 1, size - 1), x - int(x)) for x in at]
+
+
+def interpolate(values: dict[int, float], where: Iterable[tuple[int, int, float]], scale: Callable[[float], float] = float) -> list[float]:
+    """Quantiles, linear between two ranks as NumPy's; ``scale`` maps each value first."""
+    return [scale(values[low]) * (1 - share) + scale(values[high]) * share for low, high, share in where]

@@ -1,0 +1,102 @@
+"""How much is known about an item: its behaviour norm, scaled to [0, 1], or its training count where the norm does not follow it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from adasid.config import Features
+from adasid.errors import InputError
+from pipelines.features.ranks import Ranked, interpolate, places, rank_by, values_at
+from pipelines.features.statistics import PERCENTS, curve, wide
+
+_BINS = 30
+
+
+class Richness(NamedTuple):
+    """``column`` computes richness from ``norm`` and ``interactions`` (0 where there is no norm); ``fields`` belong into ``catalog_stats``."""
+
+    column: Column
+    fields: dict[str, Any]
+
+
+def measure(measured: DataFrame, features: Features) -> Richness:
+    """Statistics over ``measured``: item_id, interactions and norm of the items that have a behaviour vector. Raises InputError if there is none, or a norm that is not finite."""
+    ranked = rank_by(measured.select("item_id", "interactions", "norm"), F.asc("norm"), F.asc("item_id"))
+    if not ranked.size:
+        raise InputError("no item has a behaviour vector: train it again, or fill the column 'behavior' of table items")
+    counts = _counts(ranked)
+    spearman, least, most = _spearman(ranked, counts)
+    source = "norm" if spearman >= features.proxy_min_spearman else "count"
+    where = places((*features.norm_percentiles, *PERCENTS), ranked.size)
+    values = values_at(ranked, "norm", (rank for first, second, _ in where for rank in (first, second)))
+    if not math.isfinite(values[ranked.size - 1]):
+        raise InputError(f"a norm of the behaviour vectors is {values[ranked.size - 1]}, not a finite number: train them again, or mend the column 'behavior' of table items")
+    low, high, *quantiles = interpolate(values, where)
+    if source == "norm":
+        column = _unit(F.col("norm"), low, high)
+        spread = interpolate({rank: _scaled(value, low, high) for rank, value in values.items()}, where[2:])
+    else:
+        first, last = math.log1p(least), math.log1p(most)
+        column = _unit(F.log1p("interactions"), first, last)
+        exact = counts.agg(F.percentile(F.log1p("interactions"), [percent / 100 for percent in PERCENTS], F.col("items")).alias("at")).first()
+        assert exact is not None
+        spread = [_scaled(value, first, last) for value in exact["at"]]
+    fields = {
+        "norm_low": low,
+        "norm_high": high,
+        "norm_quantiles": curve(PERCENTS, quantiles),
+        "norm_by_count": _by_count(ranked, counts, most),
+        "spearman": spearman,
+        "richness_source": source,
+        "richness_quantiles": curve(PERCENTS, spread),
+    }
+    return Richness(F.when(F.col("norm").isNull(), 0.0).otherwise(column), fields)
+
+
+def _counts(ranked: Ranked) -> DataFrame:
+    """interactions, items with that count, and twice their average rank (an integer). One task sums it up: n events have at most sqrt(2 n) distinct counts."""
+    grouped = ranked.frame.groupBy("interactions").agg(F.count("*").alias("items"))
+    before = F.sum("items").over(Window.orderBy("interactions").rowsBetween(Window.unboundedPreceding, -1))
+    return grouped.select("*", (2 * F.coalesce(before, F.lit(0)) + F.col("items") + 1).alias("twice")).persist()
+
+
+def _spearman(ranked: Ranked, counts: DataFrame) -> tuple[float, int, int]:
+    """Spearman(norm, count), 0 where one of the two is constant, with the least and the largest count. Exact: sums of integers, on doubled ranks."""
+    n, x, y = ranked.size, wide(2 * F.col("rank") + 2), wide(F.col("twice"))
+    bounds = F.min("interactions").alias("least"), F.max("interactions").alias("most")
+    row = ranked.frame.join(F.broadcast(counts), "interactions").agg(F.sum(x * y).alias("xy"), F.sum(y * y).alias("yy"), *bounds).first()
+    assert row is not None
+    centre = n * (n + 1) ** 2
+    variances = (4 * n * (n + 1) * (2 * n + 1) // 6 - centre) * (int(row["yy"]) - centre)
+    return (int(row["xy"]) - centre) / math.sqrt(variances) if variances else 0.0, row["least"], row["most"]
+
+
+def _by_count(ranked: Ranked, counts: DataFrame, most: int) -> list[dict[str, float]]:
+    """Norms within at most 31 bins of the count, log-spaced (and one for 0)."""
+    edges = sorted({0, *(round(edge) for edge in np.geomspace(1, most + 1, _BINS + 1))})
+    number = sum(((F.col("interactions") >= edge).cast("int") for edge in edges[1:-1]), F.lit(0)).alias("bin")
+    sizes = {row["bin"]: row["n"] for row in counts.groupBy(number).agg(F.sum("items").alias("n")).collect()}
+    binned = rank_by(ranked.frame.select("item_id", "norm", number), F.asc("bin"), F.asc("norm"), F.asc("item_id"))
+    where, start = {}, 0
+    for bin_, size in sorted(sizes.items()):
+        where[bin_] = places((10, 50, 90), size, start)
+        start += size
+    values = values_at(binned, "norm", (rank for at in where.values() for first, second, _ in at for rank in (first, second)))
+    return [
+        {"x": math.sqrt(edges[bin_] * (edges[bin_ + 1] - 1)), "items": sizes[bin_], **dict(zip(("p10", "p50", "p90"), interpolate(values, at)))}
+        for bin_, at in where.items()
+    ]
+
+
+def _unit(value: Column, low: float, high: float) -> Column:
+    return F.least(F.greatest((value - low) / (high - low), F.lit(0.0)), F.lit(1.0)) if high > low else F.lit(0.5)
+
+
+def _scaled(value: float, low: float, high: float) -> float:
+    """Min-max scaling, clipped; 0.5 for all where there is no spread, so that nobody is called rich or poor."""
+    return min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5

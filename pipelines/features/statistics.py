@@ -1,0 +1,63 @@
+"""Long-tail statistics of the catalogue: training counts and strata of items, Gini, Lorenz and popularity curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from adasid.config import Features
+from adasid.tables import STRATA
+from pipelines.features.ranks import Ranked, rank_by, values_at
+
+PERCENTS = tuple(range(101))
+_RANKS = 100
+
+
+def item_stats(accepted: DataFrame, pairs: DataFrame, features: Features) -> Ranked:
+    """A row of ``item_stats`` for every accepted item; its rank is its index. ``pairs``: user_id, item_id and their training ``events``."""
+    counts = pairs.groupBy("item_id").agg(F.sum("events").alias("interactions"), F.count("*").alias("users"))
+    ranked = rank_by(accepted.join(counts, "item_id", "left").fillna(0, ["interactions", "users"]), F.desc("interactions"), F.asc("item_id"))
+    head, tail = round(features.head_share * ranked.size), ranked.size - round(features.tail_share * ranked.size)
+    stratum = F.when(F.col("interactions") == 0, "cold").when(F.col("rank") < head, "head").when(F.col("rank") >= tail, "tail").otherwise("mid")
+    return Ranked(ranked.frame.select("*", F.col("rank").alias("item_index"), stratum.alias("stratum")), ranked.size)
+
+
+def popularity(stats: Ranked) -> dict[str, Any]:
+    """Fields of ``catalog_stats`` that follow from ``item_stats``, by one aggregate of 100 rows. All sums are of integers, hence exact.
+
+    Gini = 2 sum(i x_i) / (n sum(x)) - (n + 1) / n with x ascending and i from 1.
+    """
+    n, count = stats.size, F.col("interactions")
+    ascending = F.lit(n) - F.col("rank")
+    head = F.sum(F.when(F.col("stratum") == "head", count).otherwise(0))
+    sums = [F.sum(count).alias("all"), F.sum(wide(ascending) * wide(count)).alias("weighted"), head.alias("head")]
+    sizes = [F.count_if(F.col("stratum") == name).alias(f"n_{name}") for name in STRATA]
+    rows = stats.frame.groupBy(F.expr(f"int((({n} - rank - 1) * 100) div {n})").alias("part")).agg(*sums, *sizes).collect()
+    whole = {key: sum(int(row[key]) for row in rows) for key in ("all", "weighted", "head", *(f"n_{name}" for name in STRATA))}
+    part = {row["part"]: row["all"] for row in rows}
+    reached = np.cumsum([0, *(part.get(i, 0) for i in range(100))])
+    ranks = sorted({round(rank) for rank in np.geomspace(1, n, _RANKS)})
+    counts = values_at(stats, "interactions", (rank - 1 for rank in ranks))
+    return {
+        "items": n,
+        "train_interactions": whole["all"],
+        "strata": [(name, whole[f"n_{name}"]) for name in STRATA],
+        "gini": 2 * whole["weighted"] / (n * whole["all"]) - (n + 1) / n,
+        "head_interactions": whole["head"] / whole["all"],
+        "popularity": curve(ranks, (counts[rank - 1] for rank in ranks)),
+        "lorenz": curve((-(-i * n // 100) / n for i in PERCENTS), (int(y) / whole["all"] for y in reached)),
+    }
+
+
+def curve(x: Iterable[float], y: Iterable[float]) -> list[dict[str, float]]:
+    """Points of a curve as ``catalog_stats`` keeps them."""
+    return [{"x": float(a), "y": float(b)} for a, b in zip(x, y)]
+
+
+def wide(column: Column) -> Column:
+    """An integer whose products and sums do not overflow and do not depend on the order of rows."""
+    return column.cast("decimal(18,0)")

@@ -1,0 +1,99 @@
+"""The report of a run: reads the aggregates that the other stages left, draws, writes one HTML page and its figures. Cheap, so always rebuilt."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from adasid.config import Config
+from adasid.errors import InputError
+from adasid.report import page, summary
+from adasid.report.material import Material, Training
+from pipelines.engines.lake import Lake
+from pipelines.engines.tracking import Track
+
+
+def run(cfg: Config, track: Track) -> None:
+    """Write ``<run>/report/index.html`` and its PNG figures and log them. Raises InputError where no stage has left anything to report."""
+    material = gather(cfg, track.lake)
+    if material.empty:
+        raise InputError(f"run {cfg.name}: nothing to report in {cfg.run_dir}; run a stage first, for example build_features")
+    html, pictures = page.render(summary.build(material))
+    folder = cfg.run_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in set(folder.glob("*.png")) - {folder / name for name in pictures}:
+        stale.unlink()
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
+    (folder / "index.html").write_text(html, encoding="utf-8")
+    track.inputs(material.versions)
+    track.artifact(folder)
+    track.facts.update(page=str(folder / "index.html"), figures=len(pictures))
+
+
+def gather(cfg: Config, lake: Lake) -> Material:
+    """All that the stages of this run have left so far."""
+    versions = {table: lake.version(table) for table in ("catalog_stats", "generations") if lake.exists(table)}
+    tables = {table: lake.read(table, version).to_pylist() for table, version in versions.items()}
+    live, refused = _generation(tables.get("generations", []))
+    artifacts = cfg.run_dir / "artifacts"
+    return Material(
+        cfg,
+        catalog=_catalog(tables.get("catalog_stats", [])),
+        generation=live or refused,
+        refused=refused if live else None,
+        behavior=_behavior(artifacts / "behavior") if cfg.behavior.source == "sasrec" else None,
+        tokenizer=_tokenizer(artifacts / "tokenizer", (live or refused or {}).get("tokenizer")),
+        stages=_rows(cfg.run_dir / "stages.jsonl"),
+        versions=versions,
+        created=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+    )
+
+
+def _catalog(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The one row; Arrow gives maps as lists of pairs."""
+    return {**rows[0], "rejected": dict(rows[0]["rejected"]), "strata": dict(rows[0]["strata"])} if rows else None
+
+
+def _generation(rows: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The newest live generation, and the newest of all where that is not live."""
+    parsed = [{**row, **{name: json.loads(row[name]) for name in ("inputs", "gates", "metrics")}} for row in sorted(rows, key=lambda row: row["generation"])]
+    live = next((row for row in reversed(parsed) if row["live"]), None)
+    return live, parsed[-1] if parsed and not parsed[-1]["live"] else None
+
+
+def _behavior(folder: Path) -> Training | None:
+    results = sorted(folder.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
+    return Training(_rows(results[-1].parent / "metrics.jsonl"), _object(results[-1])) if results else None
+
+
+def _tokenizer(folder: Path, digest: str | None) -> Training | None:
+    """The training that made the artifact ``digest``, else the newest."""
+    found = [(path, _object(path)) for path in sorted(folder.glob("*/model/manifest.json"), key=lambda path: path.stat().st_mtime)]
+    if not found:
+        return None
+    path, manifest = next((pair for pair in found if digest in {pair[1].get("digest"), pair[0].parents[1].name}), found[-1])
+    return Training(_rows(path.parents[1] / "metrics.jsonl"), {"folder": path.parents[1].name, "digest": path.parents[1].name, **manifest})
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); remove its folder and run the stage again") from None
+    return dict(value)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, none where there is no file. A last line that a killed job left half written is dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: not valid JSON ({error}); remove the line or run the stage again") from None
+    return rows

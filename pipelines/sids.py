@@ -1,0 +1,190 @@
+"""The semantic-ID table: Arrow batches through the artifact on Spark, collisions ranked, gates, one Delta commit, one generation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from adasid import tables
+from adasid.config import Config, Gates, digest
+from adasid.errors import GateError, InputError
+from adasid.metrics.codes import code_use, group_metrics
+from adasid.tables import BEHAVIOR, PAD
+from adasid.tokenizers import artifact
+from adasid.tokenizers.base import Slot, Tokenizer, token
+from adasid.training.shards import batch_of
+from pipelines.engines import spark as engine
+from pipelines.engines.tracking import Track
+from pipelines.train import tokenizer_folder
+
+ENCODED = pa.schema(
+    [tables.SIDS.field(name) for name in ("item_id", "codes", "weights", "active", "tokens")]
+    + [pa.field("interactions", pa.int64(), False), pa.field("stratum", pa.string(), False), pa.field("fingerprint", pa.string(), False)]
+)
+
+
+def run(cfg: Config, track: Track) -> None:
+    """``item_features`` at its pinned version -> ``sids`` and a row of ``generations``.
+
+    Raises GateError, with nothing published, when the table does not satisfy ``sids.gates``.
+    """
+    lake, read = track.lake, track.lake.versions("item_features")
+    folder = Path(cfg.sids.artifact) if cfg.sids.artifact else tokenizer_folder(cfg, lake) / "model"
+    manifest = artifact.read_manifest(folder)
+    key = digest("sids", manifest["digest"], cfg.sids.gates, lake.stamps(read))
+    track.inputs(read)
+    if lake.fresh(key, "sids", "generations"):
+        track.status = "up to date"
+        return
+    spark = engine.session(cfg.spark)
+    features = engine.read(spark, lake, "item_features", read["item_features"])
+    check_features(features, manifest)
+    encoded = encode(spark, features, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
+    try:
+        slots = [Slot(**slot) for slot in manifest["slots"]]
+        metrics = measure(encoded, slots)
+        gates = check_gates(metrics, cfg.sids.gates, features.count(), encoded.select("item_id").distinct().count())
+        track.metrics({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
+        failed = [gate for gate in gates if not gate["passed"]]
+        if failed:
+            text = "; ".join(f"{g['gate']} is {g['value']:.4g}, allowed {g['threshold']:.4g}" for g in failed)
+            raise GateError(f"semantic IDs not published: {text}. The live generation is unchanged; train a better tokenizer, or change sids.gates")
+        generation = _next_generation(track)
+        if not lake.fresh(key, "sids"):
+            engine.write(ranked(encoded, manifest["digest"], generation), lake, "sids", tables.SIDS, key)
+        version = lake.version("sids")
+        row = {
+            "generation": generation, "sids_version": version, "inputs": json.dumps(read), "tokenizer": manifest["digest"], "run": cfg.name,
+            "items": metrics["items"], "gates": json.dumps(gates), "metrics": json.dumps(metrics), "live": True,
+        }
+        published = spark.createDataFrame([row], engine.struct(tables.GENERATIONS))
+        track.outputs({"sids": version, "generations": engine.write(published, lake, "generations", tables.GENERATIONS, key, mode="append")})
+    finally:
+        encoded.unpersist()
+    track.facts.update({
+        "generation": generation, "items": metrics["items"], "distinct SIDs": metrics["distinct"], "not unique": f"{metrics['collision_items']:.2%}",
+        "largest group": metrics["largest_group"], "utilisation": round(float(np.mean(metrics["utilisation"])), 4),
+        "mean entropy": f"{float(np.mean(metrics['entropy'])):.3f} of {math.log(manifest['slots'][0]['size']):.3f} nats",
+    })
+
+
+def check_features(features: DataFrame, manifest: dict[str, Any]) -> None:
+    """Raise InputError unless every input of the artifact is there with the width it was trained on, before any task starts."""
+    for modality in manifest["widths"]:
+        if modality not in features.columns:
+            raise InputError(f"the tokenizer {manifest['digest']} needs {modality!r} but item_features has no such column: train it on these features")
+    sizes = [F.expr(f"{bound}(size({m}))").alias(f"{bound}_{m}") for m in manifest["widths"] for bound in ("min", "max")]
+    found = features.agg(*sizes).first()
+    for modality, width in manifest["widths"].items():
+        present = {found[f"{bound}_{modality}"] for bound in ("min", "max")} - {None, -1} if found else set()
+        if present - {width}:
+            raise InputError(f"item_features.{modality} has width {sorted(present)[-1]} but the tokenizer {manifest['digest']} was trained on {width}: train it on these features")
+
+
+def encode(spark: SparkSession, features: DataFrame, folder: Path, manifest: dict[str, Any], batch: int) -> DataFrame:
+    """One row of :data:`ENCODED` for each row of ``features``; the weights travel as a broadcast of plain bytes."""
+    weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
+    columns = ["item_id", "interactions", "stratum", "fingerprint", "richness", *manifest["widths"]]
+    text = json.dumps(manifest)
+    return features.select(*columns).mapInArrow(_encoder(text, weights, batch), engine.struct(ENCODED))
+
+
+def _encoder(manifest: str, weights: Any, size: int) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def encode_partition(parts: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        tokenizer = _tokenizer(manifest, weights.value)
+        for part in parts:
+            for start in range(0, part.num_rows, size):
+                yield encode_rows(tokenizer, part.slice(start, size))
+
+    return encode_partition
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(manifest: str, weights: bytes) -> Tokenizer:
+    """Built once a Python worker; Spark reuses workers between tasks."""
+    artifact.threads(1)
+    return artifact.decode(json.loads(manifest), weights)
+
+
+def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch) -> pa.RecordBatch:
+    """Encode Arrow rows of ``item_features`` to rows of :data:`ENCODED`."""
+    codes, weights, active = (part.numpy() for part in tokenizer.encode(batch_of(rows, tokenizer.widths)))
+    offsets = np.arange(0, codes.size + 1, codes.shape[1], dtype=np.int32)
+    names = np.full((len(tokenizer.slots), max(slot.size for slot in tokenizer.slots) + 1), "", dtype=object)
+    for index, slot in enumerate(tokenizer.slots):
+        names[index, : slot.size] = [token(slot, code) for code in range(slot.size)]
+        names[index, PAD] = token(slot, PAD)
+    tokens = names[np.arange(codes.shape[1])[None, :], codes]
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind)) for values, kind in
+             ((codes, pa.int32()), (weights, pa.float32()), (active, pa.bool_()), (tokens, pa.string()))]
+    plain = [rows.column(name) for name in ("interactions", "stratum", "fingerprint")]
+    return pa.RecordBatch.from_arrays([rows.column("item_id"), *lists, *plain], schema=ENCODED)
+
+
+def ranked(encoded: DataFrame, tokenizer: str, generation: int) -> DataFrame:
+    """Add the collision rank by (interactions desc, item_id) among the items of one SID."""
+    order = Window.partitionBy("codes").orderBy(F.desc("interactions"), "item_id")
+    rank = F.row_number().over(order) - 1
+    return encoded.select("*", rank.alias("collision_rank"), F.lit(tokenizer).alias("tokenizer"), F.lit(generation).alias("generation"))
+
+
+def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
+    """Code metrics (methods 8.2 to 8.5) and router figures by stratum, as JSON data. Collects L x K rows and small histograms only."""
+    counts = np.zeros((len(slots), max(slot.size for slot in slots)), np.int64)
+    pad = np.zeros(len(slots), np.int64)
+    for row in encoded.select(F.posexplode("codes").alias("slot", "code")).groupBy("slot", "code").count().collect():
+        if row["code"] == PAD:
+            pad[row["slot"]] = row["count"]
+        else:
+            counts[row["slot"], row["code"]] = row["count"]
+    sizes = encoded.groupBy("codes").count().groupBy(F.col("count").alias("size")).count().orderBy("size").collect()
+    groups = [[int(row["size"]), int(row["count"])] for row in sizes]
+    use = [code_use(row[: slot.size]) for row, slot in zip(counts, slots)]
+    collisions = group_metrics(*(np.array(column, np.int64) for column in zip(*groups))) if groups else group_metrics(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    return {
+        "slots": [slot.name for slot in slots], "codebook_size": slots[0].size, "codes": counts.tolist(), "pad": (pad / max(1, collisions["items"])).tolist(),
+        **{name: [getattr(u, name) for u in use] for name in ("entropy", "utilisation", "perplexity", "top1")},
+        **collisions, "group_sizes": groups, **_by_stratum(encoded, slots),
+    }
+
+
+def _by_stratum(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
+    behavior = [index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR]
+    averages = [F.avg(F.col("weights")[i]).alias(f"w{i}") for i in range(len(slots))] + [F.avg(F.col("active")[i].cast("int")).alias(f"a{i}") for i in range(len(slots))]
+    number = sum((F.col("active")[i].cast("int") for i in behavior), F.lit(0))
+    shares = [F.avg((number == n).cast("int")).alias(f"n{n}") for n in range(len(behavior) + 1)]
+    rows = {row["stratum"]: row for row in encoded.groupBy("stratum").agg(*averages, *shares).collect()}
+    present = [stratum for stratum in tables.STRATA if stratum in rows]
+    return {
+        "weights_by_stratum": {s: [rows[s][f"w{i}"] for i in range(len(slots))] for s in present},
+        "active_by_stratum": {s: [rows[s][f"a{i}"] for i in range(len(slots))] for s in present},
+        "active_count_by_stratum": {s: [rows[s][f"n{n}"] for n in range(len(behavior) + 1)] for s in present},
+    }
+
+
+def check_gates(metrics: dict[str, Any], gates: Gates, expected: int, distinct_items: int) -> list[dict[str, Any]]:
+    """What a table must satisfy: every item once, codebooks in use, collisions bounded."""
+    checks = [
+        ("coverage", metrics["items"] / max(1, expected), 1.0, metrics["items"] == expected),
+        ("duplicate items", metrics["items"] - distinct_items, 0.0, metrics["items"] == distinct_items),
+        ("lowest utilisation", min(metrics["utilisation"]), gates.min_utilisation, min(metrics["utilisation"]) >= gates.min_utilisation),
+        ("collision rate", metrics["collision_items"], gates.max_collision, metrics["collision_items"] <= gates.max_collision),
+        ("largest group", metrics["largest_group"], gates.max_group, metrics["largest_group"] <= gates.max_group),
+    ]
+    return [{"gate": gate, "value": value, "threshold": threshold, "passed": bool(passed)} for gate, value, threshold, passed in checks]
+
+
+def _next_generation(track: Track) -> int:
+    if not track.lake.exists("generations"):
+        return 1
+    return int(max(track.lake.read("generations", columns=["generation"])["generation"].to_pylist(), default=0)) + 1

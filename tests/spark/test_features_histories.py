@@ -1,0 +1,109 @@
+"""De-duplication, k-core, order, splits and sequences against hand-computed answers and a brute-force k-core."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+
+from adasid.config import Features
+from adasid.errors import InputError
+from pipelines.features import histories
+
+SCHEMA = "user_id string, item_id string, time timestamp, pos bigint, rating float"
+
+
+def at(second):
+    return None if second is None else datetime.fromtimestamp(second, timezone.utc)
+
+
+def frame(spark, rows):
+    """rows: user, item, second or None, pos or None, rating or None."""
+    return spark.createDataFrame([(user, item, at(second), pos, rating) for user, item, second, pos, rating in rows], SCHEMA)
+
+
+def placed(spark, rows, **settings):
+    ordered = histories.order(frame(spark, rows), Features(**settings))
+    return {(row["user_id"], row["position"]): (row["item_id"], row["split"]) for row in ordered.collect()}
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ("none", [("a", 1), ("a", 1), ("a", 2), ("b", 1), ("p", 3), ("p", 4)]),
+        ("exact", [("a", 1), ("a", 2), ("b", 1), ("p", 3), ("p", 4)]),
+        ("pair", [("a", 1), ("b", 1), ("p", 3)]),
+    ],
+)
+def test_deduplicate(spark, how, kept):
+    rows = [("u", "a", 1, None, None), ("u", "a", 1, 5, None), ("u", "a", 2, None, None), ("u", "b", 1, None, None), ("u", "p", None, 3, None), ("u", "p", None, 4, None)]
+    found = histories.deduplicate(frame(spark, rows), how).collect()
+    assert sorted((row["item_id"], int(row["time"].replace(tzinfo=timezone.utc).timestamp()) if row["time"] else row["pos"]) for row in found) == kept
+
+
+def brute_core(events, least):
+    while True:
+        users, items = Counter(user for user, _ in events), Counter(item for _, item in events)
+        kept = [(user, item) for user, item in events if users[user] >= least and items[item] >= least]
+        if len(kept) == len(events):
+            return kept
+        events = kept
+
+
+def test_k_core_reaches_the_fixed_point_that_brute_force_finds(spark):
+    rng = np.random.default_rng(3)
+    events = sorted({(f"u{rng.integers(25)}", f"i{int(rng.zipf(1.6)) % 18}") for _ in range(110)})
+    expected = brute_core(events, 3)
+    assert 0 < len(expected) < len(events)
+    rows = frame(spark, [(user, item, second, None, None) for second, (user, item) in enumerate(events)]).localCheckpoint()
+    core, fixed = histories.k_core(rows, 3, 20)
+    assert fixed
+    assert sorted((row["user_id"], row["item_id"]) for row in core.collect()) == expected
+    assert histories.k_core(rows, 3, 1)[1] is False
+
+
+def test_order_is_time_then_pos_then_item(spark):
+    rows = [("u", "d", 2, None, None), ("u", "c", 1, 1, None), ("u", "b", 1, 0, None), ("u", "a", 1, 1, None), ("v", "z", None, 1, None), ("v", "y", None, 0, None)]
+    assert {key: item for key, (item, _) in placed(spark, rows).items()} == {("u", 0): "b", ("u", 1): "a", ("u", 2): "c", ("u", 3): "d", ("v", 0): "y", ("v", 1): "z"}
+
+
+def test_leave_one_out_needs_three_events(spark):
+    rows = [(user, f"i{second}", second, None, None) for user, events in (("one", 1), ("two", 2), ("three", 3), ("four", 4)) for second in range(events)]
+    splits = {user: [split for (who, _), (_, split) in sorted(placed(spark, rows).items()) if who == user] for user in ("one", "two", "three", "four")}
+    assert splits == {"one": ["train"], "two": ["train"] * 2, "three": ["train", "validation", "test"], "four": ["train", "train", "validation", "test"]}
+
+
+def test_global_time_cuts_by_time_and_keeps_ties_together(spark):
+    rows = [(f"u{second % 3}", f"i{second}", second, None, None) for second in range(18)] + [("u0", "x", 16, None, None), ("u1", "y", 16, None, None)]
+    found = {item: split for item, split in placed(spark, rows, split="global_time", holdout=0.1).values()}
+    assert {item for item, split in found.items() if split == "test"} == {"i16", "i17", "x", "y"}  # the cut falls on second 16, which stays whole
+    assert {item for item, split in found.items() if split == "validation"} == {"i15"} | {"i14"} - {"i14"} | set()
+    with pytest.raises(InputError, match="no training part is left"):
+        placed(spark, [("u", "a", 5, None, None), ("u", "b", 5, None, None)], split="global_time", holdout=0.1)
+
+
+def test_sequences(spark):
+    def events(user, splits):
+        return [(user, 10 * position, position, split) for position, split in enumerate(splits)]
+
+    train, validation, test = "train", "validation", "test"
+    rows = [
+        *events("a", [train] * 5 + [validation, test]),
+        *events("b", [train, validation, test]),
+        *events("c", [train] * 2),
+        *events("d", [train]),
+        *events("e", [train, validation, validation, test, test]),
+        *events("f", [validation, test]),
+        *events("g", [test]),
+    ]
+    made = histories.sequences(spark.createDataFrame(rows, "user_id string, item_index bigint, position bigint, split string").repartition(2), 3)
+    found = {(row["user_id"], row["split"]): (row["history"], row["target"]) for row in made.collect()}
+    assert found == {
+        ("a", train): ([10, 20, 30, 40], None), ("a", validation): ([20, 30, 40], 50), ("a", test): ([30, 40, 50], 60),
+        ("b", validation): ([0], 10), ("b", test): ([0, 10], 20),
+        ("c", train): ([0, 10], None),
+        ("e", validation): ([0], 10), ("e", test): ([0, 10, 20], 30),
+        ("f", test): ([0], 10),
+    }  # fmt: skip

@@ -1,0 +1,327 @@
+"""Ingest, reader by reader, on real Spark and Delta: what arrives, what is refused and how it says so."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import write_deltalake
+
+from adasid import tables
+from adasid.datasets import synthetic
+from adasid.errors import InputError
+from pipelines import ingest
+from pipelines.engines import tracking
+
+pytestmark = pytest.mark.usefixtures("spark")
+TEXT = {"content_experts": {"text": 1}}
+
+
+def ingested(cfg):
+    """Run the stage; the closed track."""
+    with tracking.stage(cfg, "ingest") as track:
+        ingest.run(cfg, track)
+    return track
+
+
+def rows(track, table: str, *order: str) -> list[dict]:
+    return track.lake.read(table).sort_by([(name, "ascending") for name in order]).to_pylist()
+
+
+def parquet(path: Path, **columns) -> str:
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+EVENTS = {"user_id": ["a", "a"], "item_id": ["x", "y"], "timestamp": [1, 2]}
+
+
+# --- synthetic -------------------------------------------------------------------------------------------------------
+
+
+def test_synthetic_is_the_catalogue_and_a_second_run_changes_nothing(make_config):
+    cfg = make_config(source={"synthetic": {"items": 11_000, "users": 2_000, "interactions": 20_000, "chunk_users": 700}})
+    first = ingested(cfg)
+    assert first.status == "done" and first.facts["items"] == 11_000 and first.facts["interactions"] == first.lake.read("interactions").num_rows
+    assert first.lake.open("items").to_pyarrow_dataset().schema.names == ["item_id", "title", "text", "visual"]
+    params = cfg.source.synthetic
+    for name, made, key in (
+        ("items", synthetic.items(params, cfg.seed, ("text", "visual"), 0, params.items), ["item_id"]),
+        ("truth", synthetic.truth(params, cfg.seed, 0, params.items), ["item_id"]),
+        ("interactions", synthetic.interactions(params, cfg.seed, 0, params.users), ["user_id", "timestamp"]),
+    ):
+        order = [(column, "ascending") for column in key]
+        found, expected = first.lake.read(name).sort_by(order), pa.Table.from_batches(list(made)).sort_by(order)
+        for column in expected.column_names:
+            assert found[column].to_pylist() == expected[column].to_pylist(), (name, column)
+    second = ingested(cfg)
+    assert second.status == "up to date" and second.lake.versions("items", "interactions", "truth") == {"items": 0, "interactions": 0, "truth": 0}
+    other = ingested(cfg.model_copy(update={"seed": 18}))
+    assert other.status == "done" and other.lake.version("items") == 1
+
+
+def test_synthetic_brings_the_planted_behaviour_column(make_config):
+    cfg = make_config(
+        source={"synthetic": {"items": 50, "users": 20, "interactions": 200, "behavior_width": 8}},
+        behavior={"source": "column"}, tokenizer=TEXT,
+    )
+    table = ingested(cfg).lake.read("items")
+    assert table.column_names == ["item_id", "title", "text", "behavior"] and len(table["behavior"][0]) == 8
+
+
+def test_synthetic_does_not_know_other_modalities(make_config):
+    with pytest.raises(InputError, match=r"'synthetic' has no modality 'audio' .*remove it from tokenizer.content_experts"):
+        ingested(make_config(tokenizer={"content_experts": {"audio": 1}}))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def tables_config(make_config, items: str, interactions: str, form: str = "parquet", **sections):
+    return make_config(source={"kind": "tables", "tables": {"items": items, "interactions": interactions, "format": form}}, tokenizer=TEXT, **sections)
+
+
+def test_parquet_tables_keep_raw_values(make_config, tmp_path):
+    items = parquet(tmp_path / "i.parquet", item_id=["x", None, "x"], text=[[1.0, 2.0], None, [float("nan"), 3.0]], title=["X", None, "Y"], extra=[1, 2, 3])
+    events = parquet(tmp_path / "e.parquet", user_id=[1, None], item_id=["x", "zz"], timestamp=[-5, None], rating=[4.5, None])
+    track = ingested(tables_config(make_config, items, events))
+    assert track.lake.read("interactions").to_pylist() == [
+        {"user_id": "1", "item_id": "x", "timestamp": "-5", "pos": None, "rating": 4.5}, {"user_id": None, "item_id": "zz", "timestamp": None, "pos": None, "rating": None}
+    ]
+    found = track.lake.read("items")
+    assert found.column_names == ["item_id", "title", "text"] and found["text"].null_count == 1 and found["item_id"].null_count == 1
+    assert track.facts == {"items": 3, "interactions": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pa.array([1_300_000_000_123, None]), ["1300000000123", None]),
+        (pa.array([1.3e9, 1_300_000_000.25]), ["1300000000", "1300000000.25"]),
+        (pa.array([1.0e10, float("nan")]), ["10000000000", None]),
+        (pa.array(["yesterday", "2020-01-01"]), ["yesterday", "2020-01-01"]),
+        (pa.array([datetime(2020, 1, 2, 3, 4, 5, 600), None], pa.timestamp("us")), ["2020-01-02T03:04:05.000600Z", None]),
+        (pa.array([datetime(2020, 1, 2, 3, tzinfo=timezone.utc)] * 2, pa.timestamp("us", tz="UTC")), ["2020-01-02T03:00:00.000000Z"] * 2),
+    ],
+    ids=["ms", "seconds", "nan", "text", "naive", "utc"],
+)
+def test_timestamps_become_text(make_config, tmp_path, values, expected):
+    items = parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]])
+    events = parquet(tmp_path / "e.parquet", user_id=["a", "b"], item_id=["x", "x"], timestamp=values)
+    assert [row["timestamp"] for row in rows(ingested(tables_config(make_config, items, events)), "interactions", "user_id")] == expected
+
+
+def test_delta_tables_follow_their_version(make_config, tmp_path):
+    items, events = str(tmp_path / "i"), str(tmp_path / "e")
+    write_deltalake(items, pa.table({"item_id": ["x"], "text": pa.array([[1.0]], tables.VECTOR), "behavior": [[2.0]]}))
+    write_deltalake(events, pa.table({"user_id": ["a"], "item_id": ["x"], "order": pa.array([3], pa.int32()), "label": [1]}))
+    cfg = tables_config(make_config, items, events, "delta", behavior={"source": "column"})
+    assert rows(ingested(cfg), "interactions", "user_id") == [{"user_id": "a", "item_id": "x", "timestamp": None, "pos": 3, "rating": 1.0}]
+    assert ingested(cfg).status == "up to date"
+    write_deltalake(events, pa.table({"user_id": ["b"], "item_id": ["x"], "order": pa.array([0], pa.int32()), "label": [0]}), mode="append")
+    assert ingested(cfg).facts["interactions"] == 2
+
+
+def test_a_changed_file_is_read_again(make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]])
+    parquet(tmp_path / "e.parquet", **EVENTS)
+    cfg = tables_config(make_config, "i.parquet", "e.parquet")
+    assert [ingested(cfg).status, ingested(cfg).status] == ["done", "up to date"]
+    parquet(tmp_path / "i.parquet", item_id=["x", "y"], text=[[1.0], [2.0]])
+    assert ingested(cfg).facts["items"] == 2
+
+
+@pytest.mark.parametrize(
+    ("items", "events", "message"),
+    [
+        ({"id": ["x"], "text": [[1.0]]}, EVENTS, r"source.tables.items .*i.parquet: column 'item_id' is missing \(found: id, text\); add"),
+        ({"item_id": ["x"]}, EVENTS, r"column 'text' is missing \(found: item_id\); add it as an array of floats"),
+        ({"item_id": ["x"], "text": ["1 2"]}, EVENTS, r"column 'text' is string; must be an array of floats"),
+        ({"item_id": ["x"], "text": [[1.0]]}, {"user_id": ["a"], "timestamp": [1]}, r"source.tables.interactions .*column 'item_id' is missing \(found: user_id, timestamp\)"),
+        ({"item_id": ["x"], "text": [[1.0]]}, {"user_id": ["a"], "item_id": ["x"]}, r"columns 'timestamp' and 'pos' are missing"),
+        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "pos": ["1", "2"]}, r"column 'pos' is string; must be a number"),
+        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "timestamp": pa.array([1, 2], pa.timestamp("ns"))}, r"e.parquet: not readable as parquet .*store its times in microseconds"),
+        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "timestamp": [[1], [2]]}, r"column 'timestamp' is array<bigint>; must be a number"),
+    ],
+    ids=["item_id", "modality", "not_array", "event_item", "no_order", "pos_text", "nanoseconds", "time_array"],
+)
+def test_table_errors_name_column_and_fix(make_config, tmp_path, items, events, message):
+    cfg = tables_config(make_config, parquet(tmp_path / "i.parquet", **items), parquet(tmp_path / "e.parquet", **events))
+    with pytest.raises(InputError, match=message) as caught:
+        ingested(cfg)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_wrong_files_are_named(make_config, tmp_path):
+    items = parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]])
+    (tmp_path / "junk.parquet").write_text("not parquet at all")
+    for events, form, message in (
+        (str(tmp_path / "none.parquet"), "parquet", r"source.tables.interactions .*none.parquet: does not exist; give an existing path"),
+        (str(tmp_path / "junk.parquet"), "parquet", r"source.tables.interactions .*junk.parquet: not readable as parquet"),
+        (items, "delta", r"source.tables.items .*i.parquet: not a Delta table .*format: parquet"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            ingested(tables_config(make_config, items, events, form))
+        assert "\n" not in str(caught.value)
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "items.txt").write_text("0007\nx,\"y\"\n日本\n", encoding="utf-8")
+    parquet(folder / "items.parquet", item_id=[7, 8, 9], title=["a", None, "c"])
+    parquet(folder / "interactions.parquet", user_id=["a"], item_id=["7"], pos=[0])
+    np.save(folder / "text.npy", np.arange(6, dtype=np.float16).reshape(3, 2))
+    np.save(folder / "behavior.npy", np.ones((3, 4)))
+    return folder
+
+
+def arrays_config(make_config, folder, items="items.txt", content=("text",), **sections):
+    source = {"kind": "arrays", "arrays": {"folder": str(folder), "items": items, "embeddings": {"text": "text.npy", "behavior": "behavior.npy"}}}
+    return make_config(source=source, tokenizer={"content_experts": dict.fromkeys(content, 1)}, **sections)
+
+
+def test_arrays_beside_a_text_file(make_config, folder):
+    track = ingested(arrays_config(make_config, folder))
+    assert {row["item_id"]: row["text"] for row in rows(track, "items", "item_id")} == {"0007": [0, 1], 'x,"y"': [2, 3], "日本": [4, 5]}
+    assert rows(track, "interactions", "user_id") == [{"user_id": "a", "item_id": "7", "timestamp": None, "pos": 0, "rating": None}]
+
+
+def test_arrays_beside_a_table_in_many_tasks(make_config, folder, monkeypatch):
+    monkeypatch.setattr(ingest, "_CHUNK", 2)
+    found = rows(ingested(arrays_config(make_config, folder, "items.parquet", behavior={"source": "column"})), "items", "item_id")
+    assert found == [{"item_id": str(7 + i), "title": title, "text": [2.0 * i, 2.0 * i + 1], "behavior": [1.0] * 4} for i, title in enumerate(["a", None, "c"])]
+
+
+def test_array_errors_name_file_and_key(make_config, folder):
+    def fails(message: str, **options):
+        with pytest.raises(InputError, match=message) as caught:
+            ingested(arrays_config(make_config, folder, **options))
+        assert "\n" not in str(caught.value)
+
+    fails(r"'arrays' has no modality 'visual' \(it has: text, behavior\): .*add it to source.arrays.embeddings", content=("text", "visual"))
+    fails(r"source.arrays.items .*none.txt: does not exist", items="none.txt")
+    fails(r"source.arrays.embeddings.text .*text.npy: 3 rows, but .*interactions.parquet has 1 items", items="interactions.parquet")
+    parquet(folder / "other.parquet", id=[1])
+    fails(r"other.parquet: column 'item_id' is missing \(found: id\)", items="other.parquet")
+    (folder / "bad.parquet").write_bytes(b"nothing")
+    fails(r"source.arrays.items .*bad.parquet: not readable", items="bad.parquet")
+    for value, message in (
+        (np.ones((4, 2)), r"source.arrays.embeddings.text .*text.npy: 4 rows, but .*items.txt has 3 items"),
+        (np.ones(3), r"text.npy: holds float64 of shape \(3,\); must be one float array"),
+        (np.array([[object()]] * 3), r"source.arrays.embeddings.text .*text.npy: not a readable .npy array \(Array can't be memory-mapped"),
+    ):
+        np.save(folder / "text.npy", value, allow_pickle=True)
+        fails(message)
+    (folder / "text.npy").unlink()
+    fails(r"source.arrays.embeddings.text .*text.npy: does not exist")
+
+
+@pytest.mark.parametrize(
+    ("name", "items", "modalities"),
+    [("beauty", "items.parquet", {"text": 384}), ("instruments", "items.txt", {"text": 64, "visual": 64})],
+)
+def test_real_arrays(make_config, real_data, name, items, modalities):
+    embeddings = {modality: f"{modality}_embedding.npy" for modality in modalities}
+    cfg = make_config(
+        source={"kind": "arrays", "arrays": {"folder": str(real_data / name), "items": items, "embeddings": embeddings}},
+        tokenizer={"content_experts": dict.fromkeys(modalities, 1)},
+    )
+    track = ingested(cfg)
+    assert track.facts == {"beauty": {"items": 12_101, "interactions": 198_502}, "instruments": {"items": 6_250, "interactions": 136_226}}[name]
+    path = real_data / name / items
+    ids = path.read_text().split() if items.endswith("txt") else pq.read_table(path)["item_id"].to_pylist()
+    found = {row["item_id"]: row for row in track.lake.read("items").to_pylist()}
+    assert set(found) == set(ids)
+    for modality, width in modalities.items():
+        array = np.load(real_data / name / embeddings[modality])
+        for row in (0, 1, 9_999 % len(ids), len(ids) - 1):
+            assert array.shape[1] == width and np.array_equal(np.float32(found[ids[row]][modality]), array[row].astype(np.float32))
+
+
+# --- amazon ----------------------------------------------------------------------------------------------------------
+
+REVIEWS = {
+    2014: [{"reviewerID": "A1", "asin": "B1", "overall": 5.0, "unixReviewTime": 1252800000}, {"reviewerID": "A2", "asin": "B2", "overall": 3.0, "unixReviewTime": 1252800001}],
+    2018: [{"overall": 4.0, "verified": True, "reviewerID": "A1", "asin": "B1", "style": {"Size:": " L"}, "unixReviewTime": 1514764800}],
+    2023: [{"rating": 1.0, "asin": "V1", "parent_asin": "B1", "user_id": "AE1", "timestamp": 1588687728923, "images": []}],
+}
+PRODUCTS = {
+    2014: [
+        {"asin": "B1", "title": "Rose soap, kid's", "brand": "Acme", "categories": [["Beauty", "Soap"]], "price": 6.5},
+        {"asin": "B2", "title": "Rose soap", "categories": [["Beauty", "Soap"], ["Gifts"]]},
+        {"asin": "B3", "imUrl": "u"},
+    ],
+    2018: [{"asin": "B1", "title": "Rose soap", "brand": "Acme", "category": ["Beauty", "Soap"], "also_buy": ["B2"]}, {"asin": "B2", "title": "Soap rose Acme", "category": []}],
+    2023: [{"parent_asin": "B1", "title": "Rose soap", "store": "Acme", "categories": ["Beauty"], "details": {"a": 1}}, {"parent_asin": "B2", "title": "rose"}],
+}
+BROKEN = '{"asin": "B9", "title": "cut off he'
+
+
+def amazon_config(make_config, folder: Path, year: int, **options):
+    """Files of one release, gzipped except for 2023, each with a broken line; 2014 products are Python literals."""
+    paths = {}
+    for name, content in (("reviews", REVIEWS[year]), ("metadata", PRODUCTS[year])):
+        literal = year == 2014 and name == "metadata"
+        lines = [str(row) if literal else json.dumps(row) for row in content]
+        text = "\n".join([lines[0], BROKEN, "", *lines[1:]]) + "\n"
+        path = folder / f"{name}.json{'' if year == 2023 else '.gz'}"
+        path.write_bytes(text.encode() if year == 2023 else gzip.compress(text.encode()))
+        paths[name] = str(path)
+    return make_config(source={"kind": "amazon", "amazon": {**paths, "text_width": 8, "min_word_count": 1, **options}}, tokenizer=TEXT)
+
+
+@pytest.mark.parametrize("year", [2014, 2018, 2023])
+def test_amazon_releases(make_config, tmp_path, year):
+    cfg = amazon_config(make_config, tmp_path, year)
+    track = ingested(cfg)
+    events, items = rows(track, "interactions", "user_id"), rows(track, "items", "item_id")
+    first = {2014: ("A1", "1252800000", 5.0), 2018: ("A1", "1514764800", 4.0), 2023: ("AE1", "1588687728923", 1.0)}[year]
+    assert events[0] == {"user_id": first[0], "item_id": "B1", "timestamp": first[1], "pos": None, "rating": first[2]}
+    assert [row["item_id"] for row in items] == [row.get("asin", row.get("parent_asin")) for row in PRODUCTS[year]]
+    assert items[0]["title"] == PRODUCTS[year][0]["title"] and all(len(row["text"]) == 8 for row in items[:2])
+    if year == 2014:
+        assert items[2] == {"item_id": "B3", "title": None, "text": None}
+    assert track.facts == {"items": len(items), "interactions": len(events), "unparsable_lines": 2}
+    refused = rows(track, "rejected_rows", "table")
+    assert [row["table"] for row in refused] == ["interactions", "items"]
+    assert all((row["reason"], row["copies"], json.loads(row["row"])) == ("unparsable_json", 1, {"line": BROKEN}) for row in refused)
+    assert ingested(cfg).status == "up to date" and track.lake.version("rejected_rows") == 0
+
+
+def test_amazon_vectors_repeat_with_the_seed(make_config, tmp_path):
+    cfg = amazon_config(make_config, tmp_path, 2018)
+    seeds = [cfg, cfg.model_copy(update={"name": "again"}), cfg.model_copy(update={"name": "other", "seed": 18})]
+    first, again, other = ([row["text"] for row in rows(ingested(cfg), "items", "item_id")] for cfg in seeds)
+    assert first == again and first != other
+
+
+def test_amazon_errors(make_config, tmp_path):
+    cfg = amazon_config(make_config, tmp_path, 2018, min_word_count=100)
+    with pytest.raises(InputError, match=r"no word occurs 100 times; lower source.amazon.min_word_count"):
+        ingested(cfg)
+    with pytest.raises(InputError, match=r"'amazon' has no modality 'visual' \(it has: text\)"):
+        ingested(make_config(source=cfg.source.model_dump()))
+    swapped = cfg.source.model_dump(exclude_none=True)
+    swapped["amazon"] |= {"reviews": cfg.source.amazon.metadata}
+    with pytest.raises(InputError, match=r"source.amazon.reviews .*: no line has reviewerID or user_id"):
+        ingested(make_config(source=swapped, tokenizer=TEXT))
+    Path(cfg.source.amazon.reviews).write_bytes(gzip.compress(b"x" * 10_000)[:30])
+    with pytest.raises(InputError, match=r"source.amazon could not be copied into the lake \(.*\); check the files") as caught:
+        ingested(cfg)
+    print(caught.value)
+    assert "\n" not in str(caught.value)
+    Path(cfg.source.amazon.reviews).unlink()
+    with pytest.raises(InputError, match=r"source.amazon.reviews .*reviews.json.gz: does not exist"):
+        ingested(cfg)

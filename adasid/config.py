@@ -91,7 +91,7 @@ class Features(Section):
     k_core: int = Field(0, ge=0, description="keep users and items with at least this many events, iterated; 0 switches it off")
     k_core_rounds: int = Field(20, ge=1, description="upper bound of the k-core iteration")
     max_length: int = Field(50, ge=2, description="longest history kept in a sequence, in events")
-    split: Literal["leave_one_out", "global_time"] = Field("leave_one_out", description="leave_one_out: last event test, last but one validation; global_time: by two cut-off times")
+    split: Literal["leave_one_out", "global_time"] = Field("leave_one_out", description="leave_one_out: last event test, the one before validation; global_time: by two cut-off times")
     holdout: Share = Field(0.1, description="global_time: last share of events is test, the same share before it is validation")
     positive_rating: float = Field(3.0, description="a rating above this is label 1; data without ratings has label 1 throughout")
     head_share: Share = Field(0.25, description="share of items, by training count, called head")
@@ -126,7 +126,7 @@ class Behavior(Section):
     table_lr: float = Field(0.05, gt=0, description="Adagrad learning rate of the item table (lazy: only rows of the batch)")
     lr: float = Field(0.001, gt=0, description="Adam learning rate of everything else")
     eval_users: int = Field(25_000, ge=1, description="users scored at each validation, at most")
-    norm_checkpoint: Literal["early", "best"] = Field("early", description="early: norms from the epoch with the highest Spearman(norm, count); best: from the best validation epoch")
+    norm_checkpoint: Literal["early", "best"] = Field("early", description="early: norms from the epoch of highest Spearman(norm, count); best: from the best validation epoch")
     early_epochs: int = Field(10, ge=1, description="the early checkpoint is chosen among this many first epochs")
 
     @model_validator(mode="after")
@@ -155,8 +155,8 @@ class Controller(Section):
 
 class Router(Section):
     sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(1 / 3, description="target share of inactive behaviour slots, averaged over items")
-    lambda_start: float = Field(1e-8, gt=0, description="first weight of the sparsity loss (ReMoE)")
-    lambda_step: float = Field(1.2, gt=1, description="factor by which that weight moves a step (ReMoE)")
+    lambda_start: float = Field(1e-3, gt=0, description="first weight of the sparsity loss (ReMoE: 1e-8, for 60,000 steps)")
+    lambda_step: float = Field(1.02, gt=1, description="factor by which that weight moves a step (ReMoE: 1.2; it overshoots in short runs)")
     scale: Literal["sigmoid", "alignment"] = Field("sigmoid", description="sigmoid: R is scaled by sigmoid(richness); alignment: by the alignment weight")
     hidden: int = Field(64, ge=1, description="hidden width of the gates")
 

@@ -96,7 +96,8 @@ CATALOG_STATS = _schema(
 """Key run; one row. ``rejected``: reason -> rows; ``strata``: stratum -> items; ``head_interactions``: share of training events on head items.
 ``popularity``: x = rank (1-based, about 100 log-spaced), y = training count at that rank. ``lorenz``: x = share of items (least popular first), y = share of events (101 points).
 The rest is null until behaviour embeddings exist: the clipping bounds and quantiles of the norm (x in percent), its spread within log-spaced bins of the count
-(x = geometric middle), Spearman(norm, count) over non-cold items, whether richness rests on the ``norm`` or, as fall-back, on the ``count``, and quantiles of richness (x in percent)."""
+(x = geometric middle), Spearman(norm, count) over non-cold items, whether richness rests on the ``norm`` or, as fall-back, on the ``count``,
+and quantiles of richness (x in percent)."""
 
 SIDS = _schema(
     ("item_id", pa.string(), False), ("codes", pa.list_(pa.int32()), False), ("weights", VECTOR, False), ("active", pa.list_(pa.bool_()), False),

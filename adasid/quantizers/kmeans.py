@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -12,7 +14,7 @@ _CHUNK = 65_536
 def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
     """``k`` unit centroids that maximise the mean cosine to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
 
-    Seeds by k-means++ on squared chordal distance; an empty cluster restarts at the point that its centroid serves worst.
+    Seeds by greedy k-means++ on squared chordal distance; an empty cluster restarts at the point that its centroid serves worst.
     With fewer points than ``k`` the surplus centroids are points with a little noise.
     """
     x = nnf.normalize(x, dim=1)
@@ -38,12 +40,15 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _seed(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each next seed is drawn with probability proportional to its distance from the seeds so far."""
-    chosen = [int(torch.randint(len(x), (1,), generator=generator))]
-    distance = (1 - x @ x[chosen[0]]).clamp(min=0)
-    for u in torch.rand(k - 1, generator=generator).tolist():
+    """Greedy k-means++: of a few candidates, drawn with probability proportional to their distance from the seeds so far, the best."""
+    trials = 2 + int(math.log(k))
+    seeds = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
+    distance = (1 - x @ seeds[0]).clamp(min=0)
+    for _ in range(k - 1):
         mass = distance.double().cumsum(0)
-        index = int(torch.searchsorted(mass, u * mass[-1]).clamp(max=len(x) - 1)) if mass[-1] > 0 else len(chosen)
-        chosen.append(index)
-        distance = torch.minimum(distance, (1 - x @ x[index]).clamp(min=0))
-    return x[torch.tensor(chosen, device=x.device)]
+        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * mass[-1]
+        candidates = x[torch.searchsorted(mass, draws).clamp(max=len(x) - 1)]
+        distances = torch.minimum(distance[:, None], (1 - x @ candidates.T).clamp(min=0))
+        best = int(distances.sum(0).argmin())
+        seeds, distance = torch.cat([seeds, candidates[best : best + 1]]), distances[:, best]
+    return seeds

@@ -141,6 +141,12 @@ def weights(material: Material) -> Section:
                 text,
             )
         )
+    plots += _routing(material)
+    return Section(key, title, plots=plots) if plots else Section(key, title, missing=NOT_RUN)
+
+
+def _routing(material: Material) -> list[Plot]:
+    plots = []
     for name, metric, heading, label, text in (
         (
             "router_weights",
@@ -172,7 +178,7 @@ def weights(material: Material) -> Section:
                 f"Mean number of behaviour codes of an item: {', '.join(means)}.",
             )
         )
-    return Section(key, title, plots=plots) if plots else Section(key, title, missing=NOT_RUN)
+    return plots
 
 
 def _ordered(values: Mapping[str, Any]) -> dict[str, Any]:

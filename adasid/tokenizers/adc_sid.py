@@ -41,7 +41,8 @@ class AdcSid(Tokenizer):
         for m in self.modalities:
             gate = [(s.router.hidden, experts[m])] if m == BEHAVIOR or experts[m] > 1 else []
             self.trunks[m] = trunk = Trunk(self.widths[m], experts[m], s.hidden, s.latent_width, [(s.projector_width, s.projector_width), *gate])
-        nn.init.constant_(trunk.heads[1].bias, 1.0)  # the last one is behaviour's gate: dense at the start (ReMoE, stage I)
+        with torch.no_grad():
+            trunk.get_parameter("heads.1.bias").fill_(1.0)  # the last trunk is behaviour's: its gate starts dense (ReMoE, stage I)
         self.shared = Trunk(len(self.modalities) * s.projector_width, s.shared_experts, s.hidden, s.latent_width)
         self.codebooks = CosineCodebooks(len(self.slots), s.codebook_size, s.latent_width)
         self.decoder = mlp([s.latent_width, *s.decoder_hidden, sum(self.widths.values())])

@@ -125,7 +125,7 @@ class BehaviorTraining:
             where = f"epoch {epoch}, step {step} (this worker: {loss.item()}), input {self.data.version}"
             raise TrainingError(f"behaviour: loss is not finite at {where}; lower behavior.lr or behavior.table_lr")
         self.dense.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.workers.average_gradients(self.model.parameters())
         self.dense.step()
         self._update_table(distinct, rows.grad)

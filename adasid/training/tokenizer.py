@@ -107,7 +107,7 @@ class TokenizerTraining:
                 "lower tokenizer.training.lr, or look at the features"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        losses.total.backward()
         self.workers.average_gradients(self.tokenizer.parameters())
         self.optimizer.step()
         replaced = self.tokenizer.after_step(step + 1, (step + 1) / total, self.workers, self._generator(step + 1))

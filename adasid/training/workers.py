@@ -68,7 +68,7 @@ class Workers:
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
         """:meth:`gather` that gradients flow through."""
-        return rows if self.world == 1 else _Gather.apply(rows, self)  # type: ignore[no-any-return]
+        return rows if self.world == 1 else _Gather.apply(rows, self)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's values, written into ``tensor`` on every worker."""

@@ -63,7 +63,7 @@ class Track:
         """Record the table versions that were read, as dataset lineage and as tags."""
         for table, version in versions.items():
             source = DeltaDatasetSource(path=self.lake.path(table), delta_table_version=version)
-            dataset = MetaDataset(source, name=table, digest=f"v{version}")
+            dataset = MetaDataset(source, name=table, digest=f"v{version}")  # type: ignore[abstract]
             entity = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", self.stage)])
             self.client.log_inputs(self.run_id, [entity])
             self.client.set_tag(self.run_id, f"in.{table}", version)

@@ -31,11 +31,13 @@ def measure(measured: DataFrame, features: Features) -> Richness:
         raise InputError("no item has a behaviour vector: train it again, or fill the column 'behavior' of table items")
     counts = _counts(ranked)
     spearman, least, most = _spearman(ranked, counts)
-    source = "norm" if spearman >= features.proxy_min_spearman else "count"
     where = places((*features.norm_percentiles, *PERCENTS), ranked.size)
     values = values_at(ranked, "norm", (rank for first, second, _ in where for rank in (first, second)))
     if not math.isfinite(values[ranked.size - 1]):
         raise InputError(f"a norm of the behaviour vectors is {values[ranked.size - 1]}, not a finite number: train them again, or mend the column 'behavior' of table items")
+    if values[0] == values[ranked.size - 1]:
+        spearman = 0.0  # all norms equal: their ranks rest on the ids alone
+    source = "norm" if spearman >= features.proxy_min_spearman else "count"
     low, high, *quantiles = interpolate(values, where)
     if source == "norm":
         column = _unit(F.col("norm"), low, high)
@@ -66,7 +68,7 @@ def _counts(ranked: Ranked) -> DataFrame:
 
 
 def _spearman(ranked: Ranked, counts: DataFrame) -> tuple[float, int, int]:
-    """Spearman(norm, count), 0 where one of the two is constant, with the least and the largest count. Exact: sums of integers, on doubled ranks."""
+    """Spearman(norm, count), 0 where all counts are equal, with the least and the largest count. Exact: sums of integers, on doubled ranks."""
     n, x, y = ranked.size, wide(2 * F.col("rank") + 2), wide(F.col("twice"))
     bounds = F.min("interactions").alias("least"), F.max("interactions").alias("most")
     row = ranked.frame.join(F.broadcast(counts), "interactions").agg(F.sum(x * y).alias("xy"), F.sum(y * y).alias("yy"), *bounds).first()

@@ -76,10 +76,10 @@ def test_leave_one_out_needs_three_events(spark):
 
 
 def test_global_time_cuts_by_time_and_keeps_ties_together(spark):
-    rows = [(f"u{second % 3}", f"i{second}", second, None, None) for second in range(18)] + [("u0", "x", 16, None, None), ("u1", "y", 16, None, None)]
+    rows = [(f"u{second % 3}", f"i{second}", second, None, None) for second in range(18)] + [("u0", "x", 14, None, None), ("u1", "y", 14, None, None)]
     found = {item: split for item, split in placed(spark, rows, split="global_time", holdout=0.1).values()}
-    assert {item for item, split in found.items() if split == "test"} == {"i16", "i17", "x", "y"}  # the cut falls on second 16, which stays whole
-    assert {item for item, split in found.items() if split == "validation"} == {"i15"} | {"i14"} - {"i14"} | set()
+    assert {item for item, split in found.items() if split == "test"} == {"i16", "i17"}
+    assert {item for item, split in found.items() if split == "validation"} == {"i14", "i15", "x", "y"}  # the cut falls within second 14, which stays whole
     with pytest.raises(InputError, match="no training part is left"):
         placed(spark, [("u", "a", 5, None, None), ("u", "b", 5, None, None)], split="global_time", holdout=0.1)
 

@@ -106,11 +106,11 @@ def test_where_the_norm_does_not_follow_the_count_richness_rests_on_the_count(sp
     assert [rows[f"i{i:03d}"] for i in range(300)] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("norms", "counts", "source"), [([2.0, 2.0, 2.0], [1, 2, 3], "norm"), ([1.0, 2.0, 3.0], [4, 4, 4], "count"), ([1.0], [0], "count")])
-def test_without_spread_nothing_is_nan(spark, norms, counts, source):
+@pytest.mark.parametrize(("norms", "counts", "floor", "source"), [([2.0] * 3, [1, 2, 3], -1.0, "norm"), ([1.0, 2.0, 3.0], [4] * 3, 0.2, "count"), ([1.0], [0], 0.2, "count")])
+def test_without_spread_nothing_is_nan(spark, norms, counts, floor, source):
     frame = measured(spark, norms, counts)
-    found = richness.measure(frame, Features())
-    assert found.fields["richness_source"] == source
+    found = richness.measure(frame, Features(proxy_min_spearman=floor))
+    assert (found.fields["richness_source"], found.fields["spearman"]) == (source, 0.0)
     assert {row["r"] for row in frame.select(found.column.alias("r")).collect()} == {0.5}
     assert set(ys(found.fields["richness_quantiles"])) == {0.5}
 

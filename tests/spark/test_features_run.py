@@ -1,0 +1,252 @@
+"""The whole stage on a small catalogue: against plain Python, twice, in another row order, and how often it shuffles."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from adasid import tables
+from adasid.config import build
+from adasid.errors import InputError
+from pipelines import features
+from pipelines.engines import tracking
+from pipelines.engines.spark import struct, write
+from pipelines.features import events, items
+
+MODALITIES = ("text", "visual")
+COLD = ("i98", "i99")
+
+
+def catalogue():
+    """(items, interactions): 30 items of which two are cold, 25 users, and a few bad rows."""
+    rng = np.random.default_rng(5)
+    names = [f"i{i:02d}" for i in range(28)]
+    vectors = rng.normal(size=(30, 7)).round(3)
+    rows = [(name, f"title {name}", vectors[i, :4].tolist(), None if i % 9 == 0 else vectors[i, 4:].tolist()) for i, name in enumerate([*names, *COLD])]
+    rows += [("", "no id", [1.0] * 4, None), rows[3]]
+    seen = []
+    for user in range(25):
+        for step in range(int(rng.integers(1, 9))):
+            item, time = names[min(int(rng.zipf(1.4)) - 1, 27)], 1_500_000_000 + int(rng.integers(0, 40)) * 86_400
+            text = (str(time), str(time * 1000), np.datetime64(time, "s").astype(str))[step % 3]
+            seen.append((f"u{user:02d}", item, text, None, [None, 2.0, 5.0][step % 3]))
+    return rows, [*seen, *seen[:5], ("u00", "nowhere", "1", None, None)]
+
+
+def config(root, **sections):
+    return build({"name": "t", "runs_dir": str(root), "spark": {"master": "local[2]", "shuffle_partitions": 2}, "features": {"max_rejected": 0.2}, **sections})
+
+
+def prepare(spark, cfg, rows, seen, order=None):
+    """Write both tables, ``order`` reversing and spreading the rows."""
+    schema = tables.items((*MODALITIES, *(["behavior"] if len(rows[0]) == 5 else [])))
+    with tracking.stage(cfg, "ingest") as track:
+        for table, data, arrow in (("items", rows, schema), ("interactions", seen, tables.INTERACTIONS)):
+            frame = spark.createDataFrame(data[::-1] if order else data, struct(arrow))
+            write(frame.repartition(order) if order else frame.coalesce(1), track.lake, table, arrow, table)
+    return track.lake
+
+
+def embed(lake, drop=0):
+    """Behaviour embeddings as the training stage writes them; the norm grows with the count, apart from noise that only depends on the id."""
+    stats = lake.read("item_stats").to_pylist()[drop:]
+    noise = {row["item_id"]: int(hashlib.sha256(row["item_id"].encode()).hexdigest()[:4], 16) / 2**16 for row in stats}
+    rows = [{"item_id": r["item_id"], "item_index": r["item_index"], "behavior": [noise[r["item_id"]], 1.0], "norm": r["interactions"] ** 0.5 + noise[r["item_id"]]} for r in stats]
+    lake.write("behavior_embeddings", tables.BEHAVIOR_EMBEDDINGS, pa.Table.from_pylist(rows, tables.BEHAVIOR_EMBEDDINGS).to_batches(), f"e{drop}")
+
+
+def run(cfg, part="auto"):
+    with tracking.stage(cfg, "features") as track:
+        features.run(cfg, track, part)
+    return track
+
+
+def content(lake, *names):
+    """Table contents without regard to the order of rows, and without the run's digest."""
+    plain = {name: [{k: v for k, v in row.items() if k != "run"} for row in lake.read(name).to_pylist()] for name in names}
+    return {name: sorted(rows, key=str) for name, rows in plain.items()}
+
+
+@pytest.fixture(scope="module")
+def done(spark, tmp_path_factory):
+    """(config, lake, the tracks of three runs): the events part, then with embeddings, then once more."""
+    cfg = config(tmp_path_factory.mktemp("features"))
+    lake = prepare(spark, cfg, *catalogue())
+    first = run(cfg)
+    embed(lake)
+    return cfg, lake, (first, run(cfg), run(cfg))
+
+
+def expected_events():
+    """Clean events by user in order, in plain Python."""
+    users = defaultdict(list)
+    for user, item, text, _, rating in dict.fromkeys(row for row in catalogue()[1] if row[1] != "nowhere"):
+        time = int(np.datetime64(text).astype("datetime64[s]").astype(int)) if "T" in text else int(text) // (1000 if len(text) > 10 else 1)
+        users[user].append((time, item, -1.0 if rating is None else rating))
+    for user, rows in users.items():
+        first = {(time, item): (time, item, rating) for time, item, rating in sorted(rows, reverse=True)}
+        users[user] = sorted(first.values())
+    return users
+
+
+def test_tables_against_plain_python(done):
+    _, lake, _ = done
+    users = expected_events()
+    training = {user: rows[: len(rows) - 2 if len(rows) >= 3 else len(rows)] for user, rows in users.items()}
+    counts = Counter({row[0]: 0 for row in catalogue()[0] if row[0]}) + Counter()
+    counts = {row[0]: 0 for row in catalogue()[0] if row[0]} | Counter(item for rows in training.values() for _, item, _ in rows)
+    index = {item: i for i, item in enumerate(sorted(counts, key=lambda item: (-counts[item], item)))}
+    assert {row["item_id"]: (row["item_index"], row["interactions"]) for row in lake.read("item_stats").to_pylist()} == {item: (index[item], counts[item]) for item in counts}
+    assert {row["user_id"]: row["interactions"] for row in lake.read("user_stats").to_pylist()} == {user: len(rows) for user, rows in training.items()}
+    samples = {(row["user_id"], row["position"]): (row["item_index"], int(row["time"].timestamp()), row["label"]) for row in lake.read("ranking_samples").to_pylist()}
+    assert samples == {(user, i): (index[item], time, int(rating in (-1.0, 5.0))) for user, rows in users.items() for i, (time, item, rating) in enumerate(rows)}
+    sequences = {(row["user_id"], row["split"]): (row["history"], row["target"]) for row in lake.read("sequences").to_pylist()}
+    indexed = {user: [index[item] for _, item, _ in rows] for user, rows in users.items()}
+    assert sequences == {
+        **{(user, "train"): (indexed[user][: len(rows)], None) for user, rows in training.items() if len(rows) >= 2},
+        **{(user, "validation"): (row[:-2], row[-2]) for user, row in indexed.items() if len(row) >= 3},
+        **{(user, "test"): (row[:-1], row[-1]) for user, row in indexed.items() if len(row) >= 3},
+    }
+    stats = lake.read("catalog_stats").to_pylist()[0]
+    assert dict(stats["rejected"]) == {"duplicate_item": 1, "empty_item_id": 1, "unknown_item": 1}
+    assert stats["duplicates"] == len(catalogue()[1]) - 1 - stats["interactions"]
+
+
+def test_every_item_has_a_row_of_features_also_the_cold(done):
+    _, lake, (first, second, _) = done
+    rows = {row["item_id"]: row for row in lake.read("item_features").to_pylist()}
+    given = {row[0]: row for row in catalogue()[0] if row[0]}
+    assert rows.keys() == given.keys()
+    for item, row in rows.items():
+        assert row["text"] == pytest.approx(given[item][2])
+        assert (row["visual"] is None) == (given[item][3] is None)
+        assert 0 <= row["richness"] <= 1
+        assert (row["behavior"] is None) == (row["norm"] is None) == (row["interactions"] == 0) == (row["stratum"] == "cold")
+    assert all(rows[item]["stratum"] == "cold" and rows[item]["richness"] == 0 for item in COLD)
+    assert len({row["fingerprint"] for row in rows.values()}) == len(rows)
+    stats = lake.read("catalog_stats").to_pylist()[0]
+    assert stats["richness_source"] == "norm"
+    assert second.facts["spearman"] == round(stats["spearman"], 3)
+    assert "spearman" not in first.facts
+
+
+def test_a_second_run_writes_nothing(done):
+    _, lake, tracks = done
+    assert [track.status for track in tracks] == ["done", "done", "up to date"]
+    names = ("rejected_rows", "item_stats", "user_stats", "sequences", "ranking_samples", "item_features")
+    assert lake.versions(*names) == dict.fromkeys(names, 0)
+    assert lake.version("catalog_stats") == 1
+    assert tracks[2].facts == tracks[1].facts
+
+
+def test_settings_of_the_second_part_leave_the_first_alone(done):
+    cfg, lake, _ = done
+    assert events.build(cfg.model_copy(update={"features": cfg.features.model_copy(update={"proxy_min_spearman": 0.9})}), tracking.Track(cfg, lake, "x", None, "")) is False
+
+
+def test_neither_row_order_nor_partitioning_changes_a_table(spark, done, tmp_path):
+    cfg = config(tmp_path)
+    lake = prepare(spark, cfg, *catalogue(), order=5)
+    run(cfg)
+    embed(lake)
+    run(cfg, "items")
+    names = ("rejected_rows", "item_stats", "user_stats", "sequences", "ranking_samples", "item_features", "catalog_stats")
+    other, here = content(lake, *names), content(done[1], *names)
+    for name in names:
+        assert other[name] == here[name], name
+
+
+def test_items_wait_for_embeddings_of_the_same_items(spark, tmp_path, capsys):
+    cfg = config(tmp_path)
+    lake = prepare(spark, cfg, *catalogue())
+    assert run(cfg).status == "done"
+    assert "item_features waits, table behavior_embeddings does not exist yet: run `python jobs/train.py --stage behavior`" in capsys.readouterr().err
+    with pytest.raises(InputError, match="behavior_embeddings does not exist yet"):
+        run(cfg, "items")
+    embed(lake, drop=1)
+    assert run(cfg).status == "up to date"
+    with pytest.raises(InputError, match="made of other items than item_stats version 0"):
+        run(cfg, "items")
+    assert not lake.exists("item_features")
+
+
+def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
+    rows, seen = catalogue()
+    vectors = {row[0]: None if row[0] == "i05" else [3.0, 4.0 * (i % 3)] for i, row in enumerate(rows)}
+    cfg = config(tmp_path, behavior={"source": "column"}, source={"kind": "synthetic", "synthetic": {"behavior_width": 2}})
+    cfg = cfg.model_copy(update={"features": cfg.features.model_copy(update={"proxy_min_spearman": 0.95})})
+    lake = prepare(spark, cfg, [(*row, vectors[row[0]]) for row in rows], [(user, item, None, i, rating) for i, (user, item, _, _, rating) in enumerate(seen)])
+    run(cfg)
+    assert "richness is min-max of log(1 + count)" in capsys.readouterr().err
+    found = {row["item_id"]: row for row in lake.read("item_features").to_pylist()}
+    assert {item: row["norm"] for item, row in found.items()} == {item: vector and pytest.approx(np.linalg.norm(vector)) for item, vector in vectors.items() if item}
+    assert (found["i05"]["richness"], found[COLD[0]]["behavior"], found[COLD[0]]["richness"]) == (0, vectors[COLD[0]], 0)
+    assert lake.read("catalog_stats").to_pylist()[0]["richness_source"] == "count"
+    samples = lake.read("ranking_samples").to_pylist()
+    assert {row["time"] for row in samples} == {None}
+    of_user = [row["item_id"] for row in sorted(samples, key=lambda row: row["position"]) if row["user_id"] == "u03"]
+    assert of_user == [item for user, item, *_ in seen if user == "u03"]
+    timed = cfg.model_copy(update={"features": cfg.features.model_copy(update={"split": "global_time"})})
+    with pytest.raises(InputError, match=r"features.split is 'global_time' but \d+ events have no timestamp"):
+        run(timed)
+
+
+def test_a_k_core_that_leaves_nothing(spark, tmp_path):
+    cfg = config(tmp_path, features={"max_rejected": 0.2, "k_core": 1000})
+    prepare(spark, cfg, *catalogue())
+    with pytest.raises(InputError, match=r"features.k_core 1000 leaves no event of \d+: lower it, or set it to 0"):
+        run(cfg)
+
+
+def exchanges(spark, frame):
+    """Partitioning of every shuffle in the executed plan of ``frame``, those of the cached frames below it included, each once."""
+    frame.collect()
+    seen, found = set(), []
+
+    def walk(plan):
+        name, itself = plan.nodeName(), spark._jvm.java.lang.System.identityHashCode(plan)
+        if itself in seen:
+            return
+        seen.add(itself)
+        if name == "Exchange":
+            found.append(plan.outputPartitioning().toString())
+        if name == "InMemoryTableScan":
+            walk(plan.relation().cachedPlan())
+        elif name == "AdaptiveSparkPlan":
+            walk(plan.executedPlan())
+        elif name.endswith("QueryStage"):
+            walk(plan.plan())
+        children = plan.children()
+        for i in range(children.size()):
+            walk(children.apply(i))
+
+    walk(frame._jdf.queryExecution().executedPlan())
+    return found
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_shuffles_are_as_few_as_the_plan_needs(spark, done, broadcast):
+    cfg, lake, _ = done
+    limits = {"spark.sql.autoBroadcastJoinThreshold": "10MB" if broadcast else "-1", "spark.sql.adaptive.autoBroadcastJoinThreshold": "10MB" if broadcast else "-1"}
+    for key, value in limits.items():
+        spark.conf.set(key, value)
+    try:
+        with tracking.stage(cfg, "count") as track:
+            clean = events.prepare(events.check(spark, cfg, lake, "count"), cfg.features, track)
+            of_events = exchanges(spark, clean.events)
+            spark.catalog.clearCache()
+            of_items = exchanges(spark, items.join(spark, cfg, lake))
+    finally:
+        for key in limits:
+            spark.conf.unset(key)
+    # Items by item_id (which duplicate is kept) and events by user_id (de-duplication and both windows share it). Where the
+    # accepted ids are too many to broadcast, the events also go by item_id to meet them.
+    assert sum("user_id" in where for where in of_events) == 1, of_events
+    assert sum("item_id" in where for where in of_events) == (1 if broadcast else 2), of_events
+    # Each of items, item_stats and behavior_embeddings by item_id, the last two only where they are too big to broadcast.
+    assert all("item_id" in where for where in of_items), of_items
+    assert len(of_items) == (1 if broadcast else 3), of_items

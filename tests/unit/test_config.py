@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from adasid import config
+from adasid.errors import ConfigError
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def test_base_yaml_shows_every_key_and_default():
+    assert (CONF / "base.yaml").read_text() == config.render_base(), "run `make conf`"
+    assert config.load(CONF / "base.yaml") == config.Config()
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_is_valid(path):
+    assert config.load(path).name
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("tokenizer.codebok_size=3", ["unknown key 'tokenizer.codebok_size'", "'tokenizer.codebook_size'"]),
+        ("sed=3", ["unknown key 'sed'", "'seed'"]),
+        ("source.synthetic.item=3", ["'source.synthetic.items'"]),
+        ("seed=many", ["seed is 'many'", "integer"]),
+        ("seed=2.5", ["seed is 2.5"]),
+        ("behavior.heads=3", ["behavior.width 64", "behavior.heads 3"]),
+        ("features.head_share=0.9", ["features.head_share", "at most 1"]),
+        ("behavior.max_length=90", ["behavior.max_length 90", "features.max_length 50"]),
+        ("behavior.source=column", ["behavior_width is 0"]),
+        ("source.kind=arrays", ["source.arrays", "missing"]),
+        ("tokenizer.content_experts={}", ["content_experts is empty"]),
+        ("tokenizer.content_experts={text: 0}", ["content_experts.text is 0"]),
+        ("tokenizer.router.sparsity=1.0", ["tokenizer.router.sparsity is 1.0"]),
+        ("name=../x", ["name is '../x'"]),
+        ("novalue", ["dotted.key=value"]),
+        ("seed=[1", ["not valid YAML"]),
+    ],
+)
+def test_bad_settings_are_named_with_the_fix(override, words):
+    with pytest.raises(ConfigError) as error:
+        config.load(CONF / "demo.yaml", [override])
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_section_that_has_no_effect_is_an_error(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"source": {"kind": "synthetic", "tables": {"items": "a", "interactions": "b"}}}))
+    with pytest.raises(ConfigError, match="source.tables is set but source.kind is 'synthetic'"):
+        config.load(path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "name: 3"])
+def test_unreadable_files(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        config.load(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(tmp_path / "absent.yaml")
+
+
+def test_digest_changes_with_any_part():
+    a = config.Config()
+    assert config.digest(a) == config.digest(config.Config())
+    assert config.digest(a.tokenizer, 1) != config.digest(a.tokenizer, 2)
+    assert config.digest(a.tokenizer) != config.digest(a.tokenizer.model_copy(update={"codebook_size": 101}))

@@ -1,0 +1,68 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import entropy as scipy_entropy
+from scipy.stats import spearmanr
+from sklearn.metrics import ndcg_score
+
+from adasid.metrics.codes import code_use, group_metrics
+from adasid.metrics.longtail import spearman
+from adasid.metrics.retrieval import recall_ndcg, target_ranks
+
+
+def test_ranks_and_metrics_match_a_library():
+    torch.manual_seed(0)
+    scores, targets = torch.randn(40, 60), torch.randint(60, (40,))
+    ranks = target_ranks(scores, targets)
+    order = scores.argsort(1, descending=True)
+    assert all(int(order[i, r - 1]) == int(targets[i]) for i, r in enumerate(ranks))
+    found = recall_ndcg(ranks, [10])
+    truth = torch.nn.functional.one_hot(targets, 60).numpy()
+    assert found["ndcg@10"] == pytest.approx(ndcg_score(truth, scores.numpy(), k=10), abs=1e-9)
+    assert found["recall@10"] == pytest.approx(float((ranks <= 10).float().mean()))
+
+
+def test_equal_scores_rank_by_index():
+    assert target_ranks(torch.ones(3, 4), torch.tensor([0, 2, 3])).tolist() == [1, 3, 4]
+
+
+def test_single_target_slope_lies_in_the_possible_band():
+    ranks = torch.arange(1, 2001)
+    m = recall_ndcg(ranks, [50, 100])
+    slope = (m["ndcg@100"] - m["ndcg@50"]) / (m["recall@100"] - m["recall@50"])
+    assert 0.150 <= slope <= 0.175
+    assert m["recall@50"] <= m["recall@100"]
+    assert m["ndcg@50"] <= m["recall@50"]
+
+
+def test_spearman_matches_scipy_with_ties():
+    rng = np.random.default_rng(0)
+    x = rng.integers(5, size=200).astype(float)
+    y = x + rng.normal(size=200)
+    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert spearman(np.ones(9), np.arange(9.0)) == 0.0
+
+
+def test_code_use_closed_forms():
+    flat = code_use(np.full(100, 7))
+    assert flat.entropy == pytest.approx(math.log(100))
+    assert flat.perplexity == pytest.approx(100)
+    assert flat.utilisation == 1.0
+    counts = np.array([5, 0, 3, 2])
+    use = code_use(counts)
+    assert use.entropy == pytest.approx(scipy_entropy(counts))
+    assert use.utilisation == 0.75
+    assert use.top1 == 0.5
+    assert use.perplexity <= 4 * use.utilisation + 1e-9
+    assert code_use(np.zeros(4, int)).utilisation == 0.0
+
+
+def test_group_metrics_count_both_collision_rates():
+    m = group_metrics(np.array([1, 2, 4]), np.array([5, 2, 1]))  # 5 alone, 2 pairs, 1 group of four: 13 items, 8 SIDs
+    assert m["items"] == 13
+    assert m["collision_distinct"] == pytest.approx(5 / 13)
+    assert m["collision_items"] == pytest.approx(8 / 13)
+    assert m["largest_group"] == 4
+    assert m["sid_entropy"] == pytest.approx(scipy_entropy([1] * 5 + [2] * 2 + [4]))

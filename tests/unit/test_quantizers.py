@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as nnf
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
+
+from adasid.experts import GroupedLinear, Trunk
+from adasid.quantizers.cosine import CosineCodebooks, codebook_loss
+from adasid.quantizers.kmeans import nearest, spherical_kmeans
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def clusters(n=400, k=6, d=16, noise=0.15, seed=0):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(k, size=n)
+    return torch.tensor(rng.normal(size=(k, d))[label] + noise * rng.normal(size=(n, d)), dtype=torch.float32), label
+
+
+def test_kmeans_recovers_planted_clusters_and_matches_a_library():
+    x, label = clusters()
+    centroids = spherical_kmeans(x, 6, 20, generator())
+    unit = nnf.normalize(x, dim=1)
+    cosine, assigned = nearest(unit, centroids)
+    assert adjusted_rand_score(label, assigned.numpy()) > 0.99
+    library = KMeans(6, n_init=5, random_state=0).fit(unit.numpy())
+    assert adjusted_rand_score(library.labels_, assigned.numpy()) > 0.99
+    assert cosine.mean() >= nearest(unit, nnf.normalize(torch.tensor(library.cluster_centers_), dim=1))[0].mean() - 1e-3
+
+
+def test_kmeans_leaves_no_empty_cluster_and_takes_fewer_points_than_clusters():
+    x, _ = clusters(n=300, k=3, noise=0.01)
+    centroids = spherical_kmeans(x, 40, 10, generator())
+    assert torch.allclose(centroids.norm(dim=1), torch.ones(40), atol=1e-5)
+    assert len(nearest(nnf.normalize(x, dim=1), centroids)[1].unique()) > 30
+    few = spherical_kmeans(x[:5], 8, 10, generator())
+    assert few.shape == (8, 16)
+    assert torch.isfinite(few).all()
+
+
+def test_kmeans_is_deterministic_for_a_seed():
+    x, _ = clusters()
+    assert torch.equal(spherical_kmeans(x, 6, 5, generator(3)), spherical_kmeans(x, 6, 5, generator(3)))
+
+
+def test_codes_are_the_largest_cosine_and_ignore_length():
+    torch.manual_seed(0)
+    books = CosineCodebooks(3, 11, 8)
+    z = torch.randn(3, 50, 8)
+    codes = books.codes(z)
+    for slot in range(3):
+        expected = nnf.cosine_similarity(z[slot][:, None], books.weight[slot][None], dim=2).argmax(1)
+        assert torch.equal(codes[slot], expected)
+    assert torch.equal(codes, books.codes(z * torch.rand(3, 50, 1).add(0.1)))
+    assert torch.equal(codes, books(z).codes)
+
+
+def test_straight_through_gives_codebooks_no_gradient_and_the_codebook_loss_does():
+    torch.manual_seed(0)
+    books = CosineCodebooks(2, 5, 4)
+    latents = torch.randn(2, 7, 4, requires_grad=True)
+    out = books(latents)
+    z, z_q = out.latents.sum(0), out.codewords.sum(0)
+    (z + (z_q - z).detach()).square().sum().backward()
+    assert books.weight.grad is None
+    assert latents.grad is not None
+    codebook_loss(books(latents), torch.ones(2, 7, dtype=torch.bool), 0.25).backward()
+    assert books.weight.grad.abs().sum() > 0
+
+
+def test_codebook_loss_by_hand():
+    books = CosineCodebooks(1, 2, 2)
+    books.weight.data = torch.tensor([[[2.0, 0.0], [0.0, 3.0]]])
+    latents = torch.tensor([[[5.0, 0.0], [1.0, 1.0], [0.0, 9.0]]])
+    active = torch.tensor([[True, True, False]])
+    half = 2 - 2 * np.cos(np.pi / 4)
+    assert codebook_loss(books(latents), active, 0.25).item() == pytest.approx(1.25 * half / 3, rel=1e-5)
+
+
+def test_dead_codes_come_back_from_active_latents():
+    torch.manual_seed(0)
+    books = CosineCodebooks(2, 4, 3)
+    before = books.weight.detach().clone()
+    latents = torch.randn(2, 6, 3)
+    active = torch.tensor([[True] * 6, [False] * 5 + [True]])
+    used = torch.tensor([[10.0, 10, 10, 0], [10, 0, 10, 10]])
+    dead = books.revive(used, latents, active, 0.1, generator())
+    assert dead.nonzero().tolist() == [[0, 3], [1, 1]]
+    assert torch.equal(books.weight[0, :3], before[0, :3])
+    assert torch.allclose(books.weight[1, 1], nnf.normalize(latents[1, 5], dim=0))
+    assert float((latents[0] / latents[0].norm(dim=1, keepdim=True) @ books.weight[0, 3]).max()) == pytest.approx(1, abs=1e-5)
+
+
+def test_usage_counts_active_rows_only():
+    books = CosineCodebooks(1, 3, 2)
+    books.count(torch.tensor([[0, 0, 2, 1]]), torch.tensor([[True, True, True, False]]))
+    assert books.used.tolist() == [[2, 0, 1]]
+
+
+def test_grouped_experts_equal_a_loop_over_experts():
+    torch.manual_seed(0)
+    layer = GroupedLinear(4, 6, 5)
+    x = torch.randn(4, 9, 6)
+    loop = torch.stack([x[g] @ layer.weight[g] + layer.bias[g] for g in range(4)])
+    assert torch.allclose(layer(x), loop, atol=1e-6)
+
+    trunk = Trunk(7, 3, (8, 6), 5, [(4, 2)])
+    y = torch.randn(10, 7)
+    latents, (head,) = trunk(y)
+    for g in range(3):
+        first = torch.relu(y @ trunk.first.weight[8 * g : 8 * g + 8].T + trunk.first.bias[8 * g : 8 * g + 8])
+        second = torch.relu(first @ trunk.rest[0].weight[g] + trunk.rest[0].bias[g])
+        assert torch.allclose(latents[g], second @ trunk.rest[1].weight[g] + trunk.rest[1].bias[g], atol=1e-5)
+    assert head.shape == (10, 2)

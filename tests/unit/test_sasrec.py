@@ -1,0 +1,107 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from adasid import config
+from adasid.errors import TrainingError
+from adasid.recommenders.sasrec import SASRec, sampled_softmax
+from adasid.training.behavior import BehaviorData, BehaviorTraining
+from adasid.training.sequences import Histories
+from adasid.training.workers import Workers
+
+
+def histories(rows, targets=None):
+    table = pa.table({"user_id": [f"u{i:03d}" for i in range(len(rows))], "history": pa.array(rows, pa.list_(pa.int64())), "target": pa.array(targets or [None] * len(rows), pa.int64())})
+    return Histories.from_batches(table.to_batches(max_chunksize=3))
+
+
+def data(users=120, items=40, seed=0):
+    """Users walk round a ring of items: the next item is the one after."""
+    rng = np.random.default_rng(seed)
+    start = (rng.integers(items, size=users) * rng.random(users)).astype(int)
+    walks = [[int((s + step) % items) for step in range(8)] for s in start]
+    counts = np.bincount(np.concatenate([w[:6] for w in walks]), minlength=items + 1)
+    train, validation, test = histories([w[:6] for w in walks]), histories([w[:6] for w in walks], [w[6] for w in walks]), histories([w[:7] for w in walks], [w[7] for w in walks])
+    return BehaviorData(train, validation, test, counts, "sequences version 0")
+
+
+SMALL = config.Behavior(width=16, blocks=1, epochs=6, batch_users=32, negatives=64, max_length=6, dropout=0.1, patience=6)
+
+
+def test_histories_batches_are_cut_and_padded():
+    h = histories([[1, 2, 3, 4], [5], [6, 7]], [9, 8, 7])
+    assert h.last(np.array([0, 1, 2]), 3).tolist() == [[2, 3, 4], [5, -1, -1], [6, 7, -1]]
+    part = h.part(1, 2)
+    assert part.last(np.array([0]), 3).tolist() == [[5]]
+    assert part.targets.tolist() == [8]
+    assert len(Histories.from_batches([])) == 0
+
+
+def test_sampled_softmax_over_all_items_with_uniform_q_is_the_full_softmax():
+    torch.manual_seed(0)
+    states, table, target = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
+    same = target[:, None] == torch.arange(9)[None]
+    sampled = sampled_softmax(states, table[target], table, torch.full((6,), -2.0), torch.full((9,), -2.0), same)
+    full = torch.nn.functional.cross_entropy(states @ table.T, target)
+    assert sampled.item() == pytest.approx(full.item(), rel=1e-5)
+
+
+def test_logq_correction_makes_the_expected_loss_gradient_unbiased_towards_rare_items():
+    states, positives, negatives = torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)
+    loss = sampled_softmax(states, positives, negatives, torch.tensor([-5.0]), torch.tensor([-1.0]), torch.zeros(1, 1, dtype=torch.bool))
+    assert loss.item() == pytest.approx(float(np.log1p(np.exp(1.0 - 5.0))), rel=1e-5)
+
+
+def test_states_are_causal():
+    torch.manual_seed(0)
+    model = SASRec(10, 8, 2, 2, 5, 0.0).eval()
+    rows = torch.randn(1, 5, 8)
+    changed = rows.clone()
+    changed[0, 3:] += 1
+    assert torch.allclose(model(rows)[0, :3], model(changed)[0, :3], atol=1e-6)
+
+
+def test_it_learns_the_walk_updates_only_seen_rows_and_reports_the_norm(tmp_path):
+    d = data()
+    training = BehaviorTraining(SMALL, d, tmp_path, 1, Workers())
+    unseen = training.table.detach()[-1].clone()
+    rows = []
+    result = training.run(lambda all_rows: rows.append(all_rows[-1]))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert result.summary["test"]["recall@5"] > 0.5
+    assert torch.equal(training.table.detach()[-1], unseen), "Adagrad must not touch a row that is in no batch"
+    assert result.norms[-1] == result.norms[:-1][torch.from_numpy(d.counts[:-1] > 0)].min()
+    assert result.summary["best_epoch"] == max(rows, key=lambda r: r["validation_ndcg@10"])["epoch"]
+    assert result.embeddings.shape == (41, 16)
+
+
+def test_a_killed_run_resumes_and_ends_as_it_would_have(tmp_path):
+    d = data()
+    whole = BehaviorTraining(SMALL, d, tmp_path / "a", 1, Workers()).run()
+
+    class Killed(Exception):
+        pass
+
+    def kill(rows):
+        if len(rows) == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        BehaviorTraining(SMALL, d, tmp_path / "b", 1, Workers()).run(kill)
+    seen = []
+    resumed = BehaviorTraining(SMALL, d, tmp_path / "b", 1, Workers()).run(lambda rows: seen.append(len(rows)))
+    assert seen[0] == 4
+    assert torch.equal(whole.embeddings, resumed.embeddings)
+    assert torch.equal(whole.norms, resumed.norms)
+
+
+def test_early_stopping_and_non_finite_loss(tmp_path):
+    stopped = BehaviorTraining(SMALL.model_copy(update={"patience": 1, "epochs": 40}), data(users=20), tmp_path / "a", 1, Workers())
+    rows = []
+    stopped.run(lambda r: rows.append(r[-1]))
+    assert len(rows) < 40
+    broken = BehaviorTraining(SMALL, data(), tmp_path / "b", 1, Workers())
+    broken.table.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"not finite at epoch 1, step 0.*sequences version 0"):
+        broken.run()

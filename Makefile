@@ -1,0 +1,34 @@
+# One word a task. Everything runs in .venv; nothing outside the checkout is changed, except Java where there is none.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench conf clean
+
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# glibc would give large buffers back to the kernel at every training step
+export MALLOC_MMAP_THRESHOLD_ = 2147483648
+export MALLOC_TRIM_THRESHOLD_ = 8589934592
+export MALLOC_TOP_PAD_ = 268435456
+
+help:   ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## virtual environment, packages, Java, Delta's jars; nothing is done twice
+	@infra/setup.sh
+
+demo: setup  ## the whole chain on the synthetic catalogue, into runs/demo
+	@$(BIN)/python jobs/run_all.py --config conf/demo.yaml
+
+test: setup  ## the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: setup  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: setup  ## encoding throughput against the machine's peak; share of an epoch spent waiting for data
+	@$(BIN)/python tests/benchmarks/bench.py
+
+conf: setup  ## write conf/base.yaml from adasid/config.py
+	@$(BIN)/python -c "from adasid import config; open('conf/base.yaml', 'w').write(config.render_base())"
+
+clean:  ## remove runs and caches, keep .venv
+	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache spark-warehouse

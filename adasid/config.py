@@ -38,7 +38,13 @@ class Synthetic(Section):
     missing_visual: Share = Field(0.05, description="share of items that have no visual embedding")
     behavior_width: int = Field(0, ge=0, description="0: no behaviour is planted, SASRec learns it; else the width of a planted vector")
     behavior_noise: float = Field(2.0, ge=0.0, description="planted behaviour = topic + noise of norm behavior_noise / sqrt(1 + count)")
-    chunk_users: int = Field(20_000, ge=1, description="users generated at a time by one Spark task")
+    chunk_users: int = Field(10_000, ge=1, description="users generated at a time by one Spark task")
+
+    @model_validator(mode="after")
+    def _activity(self) -> Synthetic:
+        if self.interactions < 5 * self.users:
+            raise ValueError(f"source.synthetic.interactions {self.interactions} is less than 5 a user for {self.users} users: raise it, or lower users")
+        return self
 
 
 class TablesSource(Section):
@@ -162,9 +168,9 @@ class Router(Section):
 
 
 class Revival(Section):
-    every: int = Field(200, ge=1, description="steps between two looks at code usage")
-    min_share: float = Field(0.1, ge=0, description="a code used less than this share of its fair share 1/K is revived")
-    until: Share = Field(0.8, description="share of training after which codes are left alone")
+    every: int = Field(50, ge=1, description="steps between two looks at code usage")
+    min_share: float = Field(0.25, ge=0, description="a code used less than this share of its fair share 1/K is revived")
+    until: Share = Field(0.9, description="share of training after which codes are left alone")
 
 
 class AdcSid(Section):

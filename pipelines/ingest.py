@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import DeltaTable
-from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.ml.feature import RegexTokenizer, Word2Vec
 from pyspark.ml.functions import vector_to_array

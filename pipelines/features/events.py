@@ -120,13 +120,13 @@ def prepare(checked: Checked, features: Features, track: Track) -> Clean:
         events = events.localCheckpoint()
         before = events.count()
         events, fixed = histories.k_core(events, features.k_core, features.k_core_rounds)
+        if events.isEmpty():
+            raise InputError(f"features.k_core {features.k_core} leaves no event of {before}: lower it, or set it to 0")
         if not fixed:
             track.note(f"the k-core was still shrinking after features.k_core_rounds {features.k_core_rounds}: raise it, or accept items and users below {features.k_core} events")
     ordered = histories.order(events, features).persist()
     totals = ordered.agg(F.count("*").alias("events"), F.count_if(F.col("position") == 0).alias("users")).first()
     assert totals is not None
-    if not totals["events"]:
-        raise InputError(f"features.k_core {features.k_core} leaves no event of {before}: lower it, or set it to 0")
     duplicates = checked.good - (totals["events"] if before is None else before)
     return Clean(ordered, duplicates, totals["users"], totals["events"])
 

@@ -43,7 +43,8 @@ def order(events: DataFrame, features: Features) -> DataFrame:
     placed = events.select("*", (F.row_number().over(own.orderBy(*_ORDER)) - 1).cast("bigint").alias("position"))
     if features.split == "global_time":
         validation, test = _cuts(events, features.holdout)
-        split = F.when(F.col("time") >= test, "test").when(F.col("time") >= validation, "validation")
+        moment = F.unix_micros("time")
+        split = F.when(moment >= test, "test").when(moment >= validation, "validation")
     else:
         placed = placed.select("*", F.count("*").over(own).alias("_n"))
         left = F.when(F.col("_n") >= 3, F.col("_n") - F.col("position"))
@@ -51,17 +52,17 @@ def order(events: DataFrame, features: Features) -> DataFrame:
     return placed.select(*events.columns, "position", F.coalesce(split, F.lit("train")).alias("split"))
 
 
-def _cuts(events: DataFrame, holdout: float) -> tuple[float, float]:
-    """Times at which the last two ``holdout`` shares of events begin; events of one time stay together, in the later part."""
-    ranked = rank_by(events.select("time"), F.asc("time"))
-    first, second = (ranked.size - round(share * holdout * ranked.size) for share in (2, 1))
-    times = values_at(ranked, "time", (0, first, second))
-    if times and times[first] == times[0]:
+def _cuts(events: DataFrame, holdout: float) -> tuple[int, int]:
+    """Times (microseconds) at which the last two ``holdout`` shares of events begin; events of one time stay together, in the later part."""
+    ranked = rank_by(events.select(F.unix_micros("time").alias("at")), F.asc("at"))
+    first, second = (max(ranked.size - max(round(share * holdout * ranked.size), 1), 0) for share in (2, 1))
+    times = values_at(ranked, "at", (0, first, second))
+    if times[first] == times[0]:
         raise InputError(
-            f"features.split is 'global_time' but the last {2 * holdout:g} of the events begin at the first time there is ({times[0]}): "
+            f"features.split is 'global_time' but the last {2 * holdout:g} of the {ranked.size} events begin at the first time there is: "
             "no training part is left; lower features.holdout, or set features.split: leave_one_out"
         )
-    return times[first], times[second]
+    return int(times[first]), int(times[second])
 
 
 def sequences(indexed: DataFrame, max_length: int) -> DataFrame:

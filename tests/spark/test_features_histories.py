@@ -10,7 +10,7 @@ import pytest
 
 from adasid.config import Features
 from adasid.errors import InputError
-from pipelines.features import histories
+from pipelines.features import events, histories
 
 SCHEMA = "user_id string, item_id string, time timestamp, pos bigint, rating float"
 
@@ -39,8 +39,8 @@ def placed(spark, rows, **settings):
 )
 def test_deduplicate(spark, how, kept):
     rows = [("u", "a", 1, None, None), ("u", "a", 1, 5, None), ("u", "a", 2, None, None), ("u", "b", 1, None, None), ("u", "p", None, 3, None), ("u", "p", None, 4, None)]
-    found = histories.deduplicate(frame(spark, rows), how).collect()
-    assert sorted((row["item_id"], int(row["time"].replace(tzinfo=timezone.utc).timestamp()) if row["time"] else row["pos"]) for row in found) == kept
+    found = histories.deduplicate(frame(spark, rows), how).selectExpr("item_id", "coalesce(unix_seconds(time), pos) AS place").collect()
+    assert sorted((row["item_id"], row["place"]) for row in found) == kept
 
 
 def brute_core(events, least):
@@ -84,19 +84,36 @@ def test_global_time_cuts_by_time_and_keeps_ties_together(spark):
         placed(spark, [("u", "a", 5, None, None), ("u", "b", 5, None, None)], split="global_time", holdout=0.1)
 
 
+class Notes:
+    def note(self, text):
+        raise AssertionError(text)
+
+
+def test_settings_that_the_data_cannot_meet(spark):
+    judged = frame(spark, [("u", "a", 1, None, None), ("u", "b", None, 2, None)]).selectExpr("*", "CAST(NULL AS string) AS reason")
+    checked = events.Checked(judged, judged, 2, {})
+    with pytest.raises(InputError, match=r"features.split is 'global_time' but 1 events have no timestamp"):
+        events.prepare(checked, Features(split="global_time"), Notes())
+    with pytest.raises(InputError, match=r"features.k_core 5 leaves no event of 2: lower it, or set it to 0"):
+        events.prepare(checked, Features(k_core=5), Notes())
+    with pytest.raises(AssertionError, match=r"k-core was still shrinking after features.k_core_rounds 1"):
+        twice = frame(spark, [(user, item, 1, None, None) for user, item in ("ux", "uy", "vx", "vy", "wy", "wz")]).selectExpr("*", "CAST(NULL AS string) AS reason")
+        events.prepare(events.Checked(twice, twice, 6, {}), Features(k_core=2, k_core_rounds=1), Notes())
+
+
 def test_sequences(spark):
-    def events(user, splits):
+    def some(user, splits):
         return [(user, 10 * position, position, split) for position, split in enumerate(splits)]
 
     train, validation, test = "train", "validation", "test"
     rows = [
-        *events("a", [train] * 5 + [validation, test]),
-        *events("b", [train, validation, test]),
-        *events("c", [train] * 2),
-        *events("d", [train]),
-        *events("e", [train, validation, validation, test, test]),
-        *events("f", [validation, test]),
-        *events("g", [test]),
+        *some("a", [train] * 5 + [validation, test]),
+        *some("b", [train, validation, test]),
+        *some("c", [train] * 2),
+        *some("d", [train]),
+        *some("e", [train, validation, validation, test, test]),
+        *some("f", [validation, test]),
+        *some("g", [test]),
     ]
     made = histories.sequences(spark.createDataFrame(rows, "user_id string, item_index bigint, position bigint, split string").repartition(2), 3)
     found = {(row["user_id"], row["split"]): (row["history"], row["target"]) for row in made.collect()}

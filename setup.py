@@ -20,7 +20,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["adasid*", "pipelines*"]),
-    package_data={"adasid.report": ["*.html"]},
+    package_data={"adasid.report": ["*.html"], "pipelines.engines": ["*.properties"]},
     install_requires=["torch>=2.11", "numpy>=1.26", "pyarrow>=17", "pydantic>=2.7", "pyyaml>=6", "safetensors>=0.4"],
-    extras_require={"engines": ENGINES, "report": REPORT, "test": TEST, "lint": ["ruff", "mypy", "types-PyYAML"], "all": [*ENGINES, *REPORT, *TEST]},
+    extras_require={
+        "engines": ENGINES,
+        "report": REPORT,
+        "test": TEST,
+        "lint": ["ruff", "mypy", "types-PyYAML"],
+        "all": [*ENGINES, *REPORT, *TEST],
+    },
 )

@@ -30,11 +30,11 @@ class Synthetic(Section):
     items: int = Field(20_000, ge=10, description="catalogue size")
     users: int = Field(20_000, ge=10, description="number of users")
     interactions: int = Field(400_000, ge=100, description="expected number of interactions, all users together")
-    topics: int = Field(100, ge=2, description="planted clusters of items")
+    topics: int = Field(30, ge=2, description="planted clusters of items")
     popularity_exponent: float = Field(0.9, ge=0.0, description="Zipf exponent of item popularity")
     text_width: int = Field(128, ge=2, description="width of the text embedding")
     visual_width: int = Field(64, ge=2, description="width of the visual embedding")
-    content_noise: float = Field(0.5, ge=0.0, description="norm of the noise on a content vector; the topic vector has norm 1")
+    content_noise: float = Field(0.8, ge=0.0, description="norm of the noise on a content vector; the topic vector has norm 1")
     missing_visual: Share = Field(0.05, description="share of items that have no visual embedding")
     behavior_width: int = Field(0, ge=0, description="0: no behaviour is planted, SASRec learns it; else the width of a planted vector")
     behavior_noise: float = Field(2.0, ge=0.0, description="planted behaviour = topic + noise of norm behavior_noise / sqrt(1 + count)")
@@ -43,7 +43,9 @@ class Synthetic(Section):
     @model_validator(mode="after")
     def _activity(self) -> Synthetic:
         if self.interactions < 5 * self.users:
-            raise ValueError(f"source.synthetic.interactions {self.interactions} is less than 5 a user for {self.users} users: raise it, or lower users")
+            raise ValueError(
+                f"source.synthetic.interactions {self.interactions} is less than 5 a user for {self.users} users: raise it, or lower users"
+            )
         return self
 
 
@@ -68,7 +70,9 @@ class AmazonSource(Section):
 
 
 class Source(Section):
-    kind: Literal["synthetic", "tables", "arrays", "amazon"] = Field("synthetic", description="which reader; its section below must be the only one given")
+    kind: Literal["synthetic", "tables", "arrays", "amazon"] = Field(
+        "synthetic", description="which reader; its section below must be the only one given"
+    )
     synthetic: Synthetic | None = Field(None, description="the synthetic long-tail catalogue with a planted truth")
     tables: TablesSource | None = Field(None, description="Parquet or Delta tables")
     arrays: ArraysSource | None = Field(None, description="embedding arrays beside a table")
@@ -93,19 +97,27 @@ class Source(Section):
 
 
 class Features(Section):
-    deduplicate: Literal["exact", "pair", "none"] = Field("exact", description="exact: same user, item and time; pair: first event of a user with an item; none")
+    deduplicate: Literal["exact", "pair", "none"] = Field(
+        "exact", description="exact: same user, item and time; pair: first event of a user with an item; none"
+    )
     k_core: int = Field(0, ge=0, description="keep users and items with at least this many events, iterated; 0 switches it off")
     k_core_rounds: int = Field(20, ge=1, description="upper bound of the k-core iteration")
     max_length: int = Field(50, ge=2, description="longest history kept in a sequence, in events")
-    split: Literal["leave_one_out", "global_time"] = Field("leave_one_out", description="leave_one_out: last event test, the one before validation; global_time: by two cut-off times")
+    split: Literal["leave_one_out", "global_time"] = Field(
+        "leave_one_out", description="leave_one_out: last event test, the one before validation; global_time: by two cut-off times"
+    )
     holdout: Share = Field(0.1, description="global_time: last share of events is test, the same share before it is validation")
     positive_rating: float = Field(3.0, description="a rating above this is label 1; data without ratings has label 1 throughout")
     head_share: Share = Field(0.25, description="share of items, by training count, called head")
     tail_share: Share = Field(0.25, description="share of items, by training count, called tail (items never trained on are cold)")
     max_rejected: Share = Field(0.05, description="larger share of rejected rows in a table stops the stage")
     now: str | None = Field(None, description="ISO time after which a timestamp is in the future; null: the clock")
-    norm_percentiles: Annotated[tuple[float, float], Field(strict=False)] = Field((0.5, 99.5), description="norms are clipped to these percentiles before min-max scaling")
-    proxy_min_spearman: float = Field(0.2, ge=-1, le=1, description="below this Spearman(norm, count) richness falls back to min-max of log(1 + count)")
+    norm_percentiles: Annotated[tuple[float, float], Field(strict=False)] = Field(
+        (0.5, 99.5), description="norms are clipped to these percentiles before min-max scaling"
+    )
+    proxy_min_spearman: float = Field(
+        0.2, ge=-1, le=1, description="below this Spearman(norm, count) richness falls back to min-max of log(1 + count)"
+    )
 
     @model_validator(mode="after")
     def _shares(self) -> Features:
@@ -132,7 +144,9 @@ class Behavior(Section):
     table_lr: float = Field(0.05, gt=0, description="Adagrad learning rate of the item table (lazy: only rows of the batch)")
     lr: float = Field(0.001, gt=0, description="Adam learning rate of everything else")
     eval_users: int = Field(25_000, ge=1, description="users scored at each validation, at most")
-    norm_checkpoint: Literal["early", "best"] = Field("early", description="early: norms from the epoch of highest Spearman(norm, count); best: from the best validation epoch")
+    norm_checkpoint: Literal["early", "best"] = Field(
+        "early", description="early: norms from the epoch of highest Spearman(norm, count); best: from the best validation epoch"
+    )
     early_epochs: int = Field(10, ge=1, description="the early checkpoint is chosen among this many first epochs")
 
     @model_validator(mode="after")
@@ -155,7 +169,9 @@ class Training(Section):
 class Controller(Section):
     enabled: bool = Field(True, description="false: every alignment weight is 1 (ablation)")
     alpha: float = Field(10.0, gt=0, description="slope of the alignment weight over richness")
-    beta: float | Literal["calibrated"] = Field("calibrated", description="shift of the alignment weight (paper: 9); calibrated: see calibrated_share")
+    beta: float | Literal["calibrated"] = Field(
+        "calibrated", description="shift of the alignment weight (paper: 9); calibrated: see calibrated_share"
+    )
     calibrated_share: Share = Field(0.4, description="calibrated beta puts this share of items below a weight of 0.05 (the paper's 'about 40 %')")
 
 
@@ -163,7 +179,9 @@ class Router(Section):
     sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(1 / 3, description="target share of inactive behaviour slots, averaged over items")
     lambda_start: float = Field(1e-3, gt=0, description="first weight of the sparsity loss (ReMoE: 1e-8, for 60,000 steps)")
     lambda_step: float = Field(1.02, gt=1, description="factor by which that weight moves a step (ReMoE: 1.2; it overshoots in short runs)")
-    scale: Literal["sigmoid", "alignment"] = Field("sigmoid", description="sigmoid: R is scaled by sigmoid(richness); alignment: by the alignment weight")
+    scale: Literal["sigmoid", "alignment"] = Field(
+        "sigmoid", description="sigmoid: R is scaled by sigmoid(richness); alignment: by the alignment weight"
+    )
     hidden: int = Field(64, ge=1, description="hidden width of the gates")
 
 
@@ -179,7 +197,9 @@ class AdcSid(Section):
     name: Literal["adc-sid"] = Field("adc-sid", description="which tokenizer")
     codebook_size: int = Field(100, ge=2, description="codes in a codebook (K)")
     shared_experts: int = Field(1, ge=1, description="experts that read all modalities (N_s)")
-    content_experts: dict[str, int] = Field({"text": 1, "visual": 1}, description="experts of each content modality (N_t, N_v, ...); its keys are the modalities used")
+    content_experts: dict[str, int] = Field(
+        {"text": 1, "visual": 1}, description="experts of each content modality (N_t, N_v, ...); its keys are the modalities used"
+    )
     behavior_experts: int = Field(3, ge=1, description="experts of the behaviour modality (N_b)")
     latent_width: int = Field(64, ge=2, description="width of a latent and of a codeword (d)")
     projector_width: int = Field(256, ge=2, description="width of the aligned space (d_h)")
@@ -271,7 +291,9 @@ class Config(Section):
         if self.behavior.source == "column" and self.source.synthetic and not self.source.synthetic.behavior_width:
             raise ValueError("behavior.source is 'column' but source.synthetic.behavior_width is 0: set the width, or behavior.source: sasrec")
         if self.behavior.source == "sasrec" and self.source.synthetic and self.source.synthetic.behavior_width:
-            raise ValueError("source.synthetic.behavior_width plants a behaviour vector but behavior.source is 'sasrec': set behavior.source: column, or the width to 0")
+            raise ValueError(
+                "source.synthetic.behavior_width plants a behaviour vector but behavior.source is 'sasrec': set behavior.source: column, or the width to 0"
+            )
         return self
 
     @property

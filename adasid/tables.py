@@ -31,24 +31,39 @@ def items(modalities: Iterable[str]) -> pa.Schema:
 
 
 INTERACTIONS = _schema(
-    ("user_id", pa.string(), True), ("item_id", pa.string(), True), ("timestamp", pa.string(), True),
-    ("pos", pa.int64(), True), ("rating", pa.float32(), True),
+    ("user_id", pa.string(), True),
+    ("item_id", pa.string(), True),
+    ("timestamp", pa.string(), True),
+    ("pos", pa.int64(), True),
+    ("rating", pa.float32(), True),
 )
 """An event as the user brought it, unchecked. ``timestamp`` is text (unix seconds or milliseconds, or ISO 8601) and is
 parsed with the checks; ``pos`` orders the events of a user where time does not. At least one of the two is set."""
 
 REJECTED_ROWS = _schema(
-    ("run", pa.string(), False), ("table", pa.string(), False), ("row_hash", pa.string(), False),
-    ("reason", pa.string(), False), ("row", pa.string(), False), ("copies", pa.int64(), False),
+    ("run", pa.string(), False),
+    ("table", pa.string(), False),
+    ("row_hash", pa.string(), False),
+    ("reason", pa.string(), False),
+    ("row", pa.string(), False),
+    ("copies", pa.int64(), False),
 )
 """Key run, table, row_hash. An input row that was refused, whole (``row`` is JSON), with the reason."""
 
-TRUTH = _schema(("item_id", pa.string(), False), ("topic", pa.int32(), False), ("expected_count", pa.float64(), False), ("behavior_noise", pa.float32(), False))
+TRUTH = _schema(
+    ("item_id", pa.string(), False),
+    ("topic", pa.int32(), False),
+    ("expected_count", pa.float64(), False),
+    ("behavior_noise", pa.float32(), False),
+)
 """Key item_id. What the synthetic catalogue planted; ``behavior_noise`` is the norm of the noise on the planted behaviour."""
 
 ITEM_STATS = _schema(
-    ("item_id", pa.string(), False), ("item_index", pa.int64(), False), ("interactions", pa.int64(), False),
-    ("users", pa.int64(), False), ("stratum", pa.string(), False),
+    ("item_id", pa.string(), False),
+    ("item_index", pa.int64(), False),
+    ("interactions", pa.int64(), False),
+    ("users", pa.int64(), False),
+    ("stratum", pa.string(), False),
 )
 """Key item_id. Counts on the training part; ``item_index`` is the 0-based rank by (interactions desc, item_id): a dense index of all items."""
 
@@ -56,19 +71,31 @@ USER_STATS = _schema(("user_id", pa.string(), False), ("interactions", pa.int64(
 """Key user_id. Counts on the training part."""
 
 SEQUENCES = _schema(
-    ("user_id", pa.string(), False), ("split", pa.string(), False), ("history", pa.list_(pa.int64()), False), ("target", pa.int64(), True),
+    ("user_id", pa.string(), False),
+    ("split", pa.string(), False),
+    ("history", pa.list_(pa.int64()), False),
+    ("target", pa.int64(), True),
 )
 """Key user_id, split. ``history``: item_index in time order, oldest first. In ``train`` every event but the first is a target and
 ``target`` is null; in ``validation`` and ``test`` ``target`` is the one held-out item that follows ``history``."""
 
 RANKING_SAMPLES = _schema(
-    ("user_id", pa.string(), False), ("item_id", pa.string(), False), ("item_index", pa.int64(), False), ("time", pa.timestamp("us", tz="UTC"), True),
-    ("position", pa.int64(), False), ("rating", pa.float32(), True), ("label", pa.int32(), False), ("split", pa.string(), False),
+    ("user_id", pa.string(), False),
+    ("item_id", pa.string(), False),
+    ("item_index", pa.int64(), False),
+    ("time", pa.timestamp("us", tz="UTC"), True),
+    ("position", pa.int64(), False),
+    ("rating", pa.float32(), True),
+    ("label", pa.int32(), False),
+    ("split", pa.string(), False),
 )
 """Key user_id, position. A clean event; ``position`` is its 0-based place in the user's history, which is the events before it."""
 
 BEHAVIOR_EMBEDDINGS = _schema(
-    ("item_id", pa.string(), False), ("item_index", pa.int64(), False), (BEHAVIOR, VECTOR, False), ("norm", pa.float32(), False),
+    ("item_id", pa.string(), False),
+    ("item_index", pa.int64(), False),
+    (BEHAVIOR, VECTOR, False),
+    ("norm", pa.float32(), False),
 )
 """Key item_id. The behaviour embedding (best validation epoch) and the norm that measures richness (early checkpoint)."""
 
@@ -78,8 +105,15 @@ def item_features(content: Iterable[str]) -> pa.Schema:
     items), ``norm`` of the behaviour embedding (null for cold), ``richness`` in [0, 1] (0 for cold), stratum, fingerprint of the vectors."""
     vectors = ((modality, VECTOR, True) for modality in (*content, BEHAVIOR))
     return _schema(
-        ("item_id", pa.string(), False), ("item_index", pa.int64(), False), ("interactions", pa.int64(), False), ("stratum", pa.string(), False),
-        ("title", pa.string(), True), *vectors, ("norm", pa.float32(), True), ("richness", pa.float32(), False), ("fingerprint", pa.string(), False),
+        ("item_id", pa.string(), False),
+        ("item_index", pa.int64(), False),
+        ("interactions", pa.int64(), False),
+        ("stratum", pa.string(), False),
+        ("title", pa.string(), True),
+        *vectors,
+        ("norm", pa.float32(), True),
+        ("richness", pa.float32(), False),
+        ("fingerprint", pa.string(), False),
     )
 
 
@@ -87,11 +121,25 @@ _CURVE = pa.list_(pa.struct([pa.field("x", pa.float64()), pa.field("y", pa.float
 _SPREAD = pa.list_(pa.struct([pa.field("x", pa.float64()), pa.field("items", pa.int64()), *(pa.field(f"p{q}", pa.float64()) for q in (10, 50, 90))]))
 
 CATALOG_STATS = _schema(
-    ("run", pa.string(), False), ("items", pa.int64(), False), ("users", pa.int64(), False), ("interactions", pa.int64(), False), ("train_interactions", pa.int64(), False),
-    ("duplicates", pa.int64(), False), ("rejected", pa.map_(pa.string(), pa.int64()), False), ("strata", pa.map_(pa.string(), pa.int64()), False),
-    ("gini", pa.float64(), False), ("head_interactions", pa.float64(), False), ("popularity", _CURVE, False), ("lorenz", _CURVE, False),
-    ("norm_low", pa.float64(), True), ("norm_high", pa.float64(), True), ("norm_quantiles", _CURVE, True), ("norm_by_count", _SPREAD, True),
-    ("spearman", pa.float64(), True), ("richness_source", pa.string(), True), ("richness_quantiles", _CURVE, True),
+    ("run", pa.string(), False),
+    ("items", pa.int64(), False),
+    ("users", pa.int64(), False),
+    ("interactions", pa.int64(), False),
+    ("train_interactions", pa.int64(), False),
+    ("duplicates", pa.int64(), False),
+    ("rejected", pa.map_(pa.string(), pa.int64()), False),
+    ("strata", pa.map_(pa.string(), pa.int64()), False),
+    ("gini", pa.float64(), False),
+    ("head_interactions", pa.float64(), False),
+    ("popularity", _CURVE, False),
+    ("lorenz", _CURVE, False),
+    ("norm_low", pa.float64(), True),
+    ("norm_high", pa.float64(), True),
+    ("norm_quantiles", _CURVE, True),
+    ("norm_by_count", _SPREAD, True),
+    ("spearman", pa.float64(), True),
+    ("richness_source", pa.string(), True),
+    ("richness_quantiles", _CURVE, True),
 )
 """Key run; one row. ``rejected``: reason -> rows; ``strata``: stratum -> items; ``head_interactions``: share of training events on head items.
 ``popularity``: x = rank (1-based, about 100 log-spaced), y = training count at that rank. ``lorenz``: x = share of items (least popular first), y = share of events (101 points).
@@ -100,16 +148,29 @@ The rest is null until behaviour embeddings exist: the clipping bounds and quant
 and quantiles of richness (x in percent)."""
 
 SIDS = _schema(
-    ("item_id", pa.string(), False), ("codes", pa.list_(pa.int32()), False), ("weights", VECTOR, False), ("active", pa.list_(pa.bool_()), False),
-    ("tokens", pa.list_(pa.string()), False), ("collision_rank", pa.int32(), False), ("tokenizer", pa.string(), False),
-    ("generation", pa.int64(), False), ("fingerprint", pa.string(), False),
+    ("item_id", pa.string(), False),
+    ("codes", pa.list_(pa.int32()), False),
+    ("weights", VECTOR, False),
+    ("active", pa.list_(pa.bool_()), False),
+    ("tokens", pa.list_(pa.string()), False),
+    ("collision_rank", pa.int32(), False),
+    ("tokenizer", pa.string(), False),
+    ("generation", pa.int64(), False),
+    ("fingerprint", pa.string(), False),
 )
 """Key item_id. ``codes``: L codes in slot order (PAD where the item lacks the slot's modality); ``weights``: 1 for shared and content slots, the router's
 value for behaviour slots, 0 where inactive; ``collision_rank``: 0-based rank by (interactions desc, item_id) among the items of one SID; ``tokenizer``: artifact digest."""
 
 GENERATIONS = _schema(
-    ("generation", pa.int64(), False), ("sids_version", pa.int64(), False), ("inputs", pa.string(), False), ("tokenizer", pa.string(), False),
-    ("run", pa.string(), False), ("items", pa.int64(), False), ("gates", pa.string(), False), ("metrics", pa.string(), False), ("live", pa.bool_(), False),
+    ("generation", pa.int64(), False),
+    ("sids_version", pa.int64(), False),
+    ("inputs", pa.string(), False),
+    ("tokenizer", pa.string(), False),
+    ("run", pa.string(), False),
+    ("items", pa.int64(), False),
+    ("gates", pa.string(), False),
+    ("metrics", pa.string(), False),
+    ("live", pa.bool_(), False),
 )
 """Key generation. What was published: the version of ``sids``, table versions read, gates passed and code metrics (JSON each). A reader takes the
 newest live generation and reads ``sids`` at its version."""

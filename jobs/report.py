@@ -1,6 +1,6 @@
 """Write the report page and its figures from what has been run so far: <runs_dir>/<name>/report/index.html.
 
-  python jobs/report.py --config conf/demo.yaml
+python jobs/report.py --config conf/demo.yaml
 """
 
 from pipelines import cli

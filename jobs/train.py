@@ -1,7 +1,7 @@
 """Train on Ray: the behaviour embeddings (SASRec), then the tokenizer. A killed run resumes from its checkpoint.
 
-  python jobs/train.py --config conf/demo.yaml --stage tokenizer
-  ray job submit --working-dir . -- python jobs/train.py --config conf/beauty.yaml --stage behavior
+python jobs/train.py --config conf/demo.yaml --stage tokenizer
+ray job submit --working-dir . -- python jobs/train.py --config conf/beauty.yaml --stage behavior
 """
 
 from pipelines import cli

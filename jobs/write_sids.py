@@ -1,6 +1,6 @@
 """Encode every item with the trained tokenizer and publish the semantic-ID table as a new generation, if it passes its gates.
 
-  spark-submit jobs/write_sids.py --config conf/beauty.yaml
+spark-submit jobs/write_sids.py --config conf/beauty.yaml
 """
 
 from pipelines import cli

@@ -49,5 +49,9 @@ def summary(cfg: Config, seconds: float) -> str:
         lines.append(f"  {name:<14}{row['seconds']:>7.1f} s  {row['status']:<11} {facts}")
     base = cfg.run_dir.resolve()
     lines += ["", f"  tables   {base}/lake/<table>   (semantic IDs: {base}/lake/sids)", f"  report   {base}/report/index.html"]
-    lines += [f"  model    {base}/artifacts/tokenizer", f"  runs     {sys.executable.rsplit('/', 1)[0]}/mlflow ui --backend-store-uri {tracking_uri(cfg)}", ""]
+    lines += [
+        f"  model    {base}/artifacts/tokenizer",
+        f"  runs     {sys.executable.rsplit('/', 1)[0]}/mlflow ui --backend-store-uri {tracking_uri(cfg)}",
+        "",
+    ]
     return "\n".join(lines)

@@ -26,7 +26,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The arguments that every job takes."""
     parsed = argparse.ArgumentParser(description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsed.add_argument("--config", required=True, metavar="FILE", help="YAML file; it names only what differs from the defaults")
-    parsed.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one key, for example --set seed=3 (repeatable)")
+    parsed.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override one key, for example --set seed=3 (repeatable)",
+    )
     return parsed
 
 

@@ -54,7 +54,12 @@ def run(cfg: Config, track: Track) -> None:
     with _reading(cfg):
         frames = _frames(spark, cfg, modalities, prints, stamp)
         for name, frame in frames.items():
-            schema = {"items": tables.items(modalities), "interactions": tables.INTERACTIONS, "truth": tables.TRUTH, "rejected_rows": tables.REJECTED_ROWS}[name]
+            schema = {
+                "items": tables.items(modalities),
+                "interactions": tables.INTERACTIONS,
+                "truth": tables.TRUTH,
+                "rejected_rows": tables.REJECTED_ROWS,
+            }[name]
             versions[name] = engine.write(frame, track.lake, name, schema, stamp, "append" if name == "rejected_rows" else "overwrite")
             track.note(f"{name} written at version {versions[name]}")
     track.outputs(versions)
@@ -79,7 +84,11 @@ def _modalities(cfg: Config) -> tuple[str, ...]:
     for modality in wanted:
         if modality not in offered:
             fix = "add it to source.arrays.embeddings" if source.kind == "arrays" else "bring your own with source.kind: arrays or tables"
-            use = "set behavior.source: sasrec" if modality == tables.BEHAVIOR else f"remove it from tokenizer.content_experts ({', '.join(cfg.tokenizer.content)})"
+            use = (
+                "set behavior.source: sasrec"
+                if modality == tables.BEHAVIOR
+                else f"remove it from tokenizer.content_experts ({', '.join(cfg.tokenizer.content)})"
+            )
             raise InputError(f"source.kind {source.kind!r} has no modality {modality!r} (it has: {', '.join(offered)}): {use}, or {fix}")
     return wanted
 
@@ -147,23 +156,38 @@ def _generate(spark: SparkSession, rows: int, chunk: int, make: Callable[[int, i
     return ranges.mapInArrow(partial(over_ranges, make), engine.struct(schema))
 
 
-def _from_tables(spark: SparkSession, source: TablesSource, paths: dict[str, str], modalities: tuple[str, ...], prints: dict[str, list[Any]]) -> dict[str, DataFrame]:
+def _from_tables(
+    spark: SparkSession, source: TablesSource, paths: dict[str, str], modalities: tuple[str, ...], prints: dict[str, list[Any]]
+) -> dict[str, DataFrame]:
     items, interactions = (_load(spark, key, paths[key.rsplit(".", 1)[-1]], source.format, found) for key, found in prints.items())
     where = f"source.tables.items {paths['items']}"
-    _require(items, where, {"item_id": "add the item's id", **{m: "add it as an array of floats (null where an item has none)" for m in modalities}})
+    _require(
+        items,
+        where,
+        {"item_id": "add the item's id", **{m: "add it as an array of floats (null where an item has none)" for m in modalities}},
+    )
     for modality in modalities:
         kind = items.schema[modality].dataType
         if not (isinstance(kind, T.ArrayType) and isinstance(kind.elementType, T.NumericType)):
             raise InputError(f"{where}: column {modality!r} is {kind.simpleString()}; must be an array of floats")
     title = F.col("title") if "title" in items.columns else F.lit(None)
-    return {"items": items.select("item_id", title.alias("title"), *modalities), "interactions": _events(interactions, f"source.tables.interactions {paths['interactions']}")}
+    return {
+        "items": items.select("item_id", title.alias("title"), *modalities),
+        "interactions": _events(interactions, f"source.tables.interactions {paths['interactions']}"),
+    }
 
 
 def _from_arrays(spark: SparkSession, source: ArraysSource, paths: dict[str, str], modalities: tuple[str, ...]) -> dict[str, DataFrame]:
     embeddings = {modality: str((Path(source.folder) / source.embeddings[modality]).absolute()) for modality in modalities}
     rows = arrays.check(paths["items"], embeddings)
-    events = _events(_load(spark, "source.arrays.interactions", paths["interactions"], "parquet", []), f"source.arrays.interactions {paths['interactions']}")
-    return {"items": _generate(spark, rows, _chunk(rows), partial(arrays.rows, paths["items"], embeddings), tables.items(modalities)), "interactions": events}
+    events = _events(
+        _load(spark, "source.arrays.interactions", paths["interactions"], "parquet", []),
+        f"source.arrays.interactions {paths['interactions']}",
+    )
+    return {
+        "items": _generate(spark, rows, _chunk(rows), partial(arrays.rows, paths["items"], embeddings), tables.items(modalities)),
+        "interactions": events,
+    }
 
 
 def _load(spark: SparkSession, key: str, path: str, form: str, found: list[Any]) -> DataFrame:
@@ -186,7 +210,9 @@ def _events(frame: DataFrame, where: str) -> DataFrame:
     """The columns of ``tables.INTERACTIONS`` from user_id, item_id, timestamp and/or pos (or order), rating (or label)."""
     _require(frame, where, {"user_id": "add the user's id", "item_id": "add the item's id"})
     if not {"timestamp", "pos", "order"} & set(frame.columns):
-        raise InputError(f"{where}: columns 'timestamp' and 'pos' are missing (found: {', '.join(frame.columns)}); add one of them to order the events")
+        raise InputError(
+            f"{where}: columns 'timestamp' and 'pos' are missing (found: {', '.join(frame.columns)}); add one of them to order the events"
+        )
     timestamp = _time_text(frame, where) if "timestamp" in frame.columns else F.lit(None)
     pos, rating = _number(frame, where, ("pos", "order"), "bigint"), _number(frame, where, ("rating", "label"), "float")
     return frame.select("user_id", "item_id", timestamp.alias("timestamp"), pos.alias("pos"), rating.alias("rating"))
@@ -220,16 +246,25 @@ def _from_amazon(spark: SparkSession, source: AmazonSource, paths: dict[str, str
     reviews, products = _json_lines(spark, paths["reviews"], _REVIEW), _json_lines(spark, paths["metadata"], _PRODUCT)
     item = F.coalesce("parent_asin", "asin")
     events = reviews.filter("broken is null").select(
-        F.coalesce("reviewerID", "user_id").alias("user_id"), item.alias("item_id"), F.coalesce("unixReviewTime", "timestamp").alias("timestamp"),
-        F.lit(None).alias("pos"), F.coalesce("overall", "rating").try_cast("float").alias("rating"),
+        F.coalesce("reviewerID", "user_id").alias("user_id"),
+        item.alias("item_id"),
+        F.coalesce("unixReviewTime", "timestamp").alias("timestamp"),
+        F.lit(None).alias("pos"),
+        F.coalesce("overall", "rating").try_cast("float").alias("rating"),
     )
     words = F.concat_ws(" ", "title", F.coalesce("brand", "store"), F.coalesce("categories", "category"))
     items = products.filter("broken is null").select(item.alias("item_id"), "title", words.alias("words"))
-    checks = {"reviews": (events, "reviewerID or user_id, with asin or parent_asin", ["user_id", "item_id"]), "metadata": (items, "asin or parent_asin", ["item_id"])}
+    checks = {
+        "reviews": (events, "reviewerID or user_id, with asin or parent_asin", ["user_id", "item_id"]),
+        "metadata": (items, "asin or parent_asin", ["item_id"]),
+    }
     for name, (frame, fields, keys) in checks.items():
         if frame.dropna(subset=keys).isEmpty():
             raise InputError(f"source.amazon.{name} {paths[name]}: no line has {fields}; give the {name} file as downloaded, JSON lines")
-    refused = [frame.filter("broken is not null").select(F.lit(table).alias("table"), "broken") for table, frame in (("interactions", reviews), ("items", products))]
+    refused = [
+        frame.filter("broken is not null").select(F.lit(table).alias("table"), "broken")
+        for table, frame in (("interactions", reviews), ("items", products))
+    ]
     return {"items": _embed(items, source, seed), "interactions": events, "rejected_rows": _rejected(refused[0].union(refused[1]), stamp)}
 
 
@@ -239,7 +274,12 @@ def _json_lines(spark: SparkSession, path: str, fields: tuple[str, ...]) -> Data
     The schema is text throughout, so that a number, a nested list and a value of an unexpected type are all kept as written.
     """
     schema = T.StructType([T.StructField(name, T.StringType()) for name in (*fields, "broken")])
-    options = {"mode": "PERMISSIVE", "columnNameOfCorruptRecord": "broken", "allowSingleQuotes": "true", "allowBackslashEscapingAnyCharacter": "true"}
+    options = {
+        "mode": "PERMISSIVE",
+        "columnNameOfCorruptRecord": "broken",
+        "allowSingleQuotes": "true",
+        "allowBackslashEscapingAnyCharacter": "true",
+    }
     return spark.read.text(path).filter("trim(value) <> ''").select(F.from_json("value", schema, options).alias("line")).select("line.*")
 
 
@@ -250,14 +290,24 @@ def _embed(items: DataFrame, source: AmazonSource, seed: int) -> DataFrame:
     machine with one input split; a cluster may order them otherwise and learn other, equally good vectors.
     """
     split = RegexTokenizer(inputCol="words", outputCol="tokens", pattern=r"[^\p{L}\p{N}]+")
-    embed = Word2Vec(inputCol="tokens", outputCol="vector", vectorSize=source.text_width, minCount=source.min_word_count, seed=seed, numPartitions=1, maxIter=_ROUNDS)
+    embed = Word2Vec(
+        inputCol="tokens",
+        outputCol="vector",
+        vectorSize=source.text_width,
+        minCount=source.min_word_count,
+        seed=seed,
+        numPartitions=1,
+        maxIter=_ROUNDS,
+    )
     tokens = split.transform(items)
     try:
         model = embed.fit(tokens)
     except PySparkException as error:
         if "vocabulary size" not in str(error):
             raise
-        raise InputError(f"source.amazon.metadata {source.metadata}: no word occurs {source.min_word_count} times; lower source.amazon.min_word_count") from None
+        raise InputError(
+            f"source.amazon.metadata {source.metadata}: no word occurs {source.min_word_count} times; lower source.amazon.min_word_count"
+        ) from None
     known = model.transform(tokens).withColumn("text", vector_to_array(F.col("vector"), "float32"))
     return known.select("item_id", "title", F.when(F.exists("text", lambda x: x != 0), F.col("text")).alias("text"))
 
@@ -265,7 +315,9 @@ def _embed(items: DataFrame, source: AmazonSource, seed: int) -> DataFrame:
 def _rejected(lines: DataFrame, stamp: str) -> DataFrame:
     row = F.to_json(F.struct(F.col("broken").alias("line")))
     rows = lines.groupBy("table", row.alias("row")).agg(F.count("*").alias("copies"))
-    return rows.select(F.lit(stamp).alias("run"), "table", F.sha2("row", 256).alias("row_hash"), F.lit("unparsable_json").alias("reason"), "row", "copies")
+    return rows.select(
+        F.lit(stamp).alias("run"), "table", F.sha2("row", 256).alias("row_hash"), F.lit("unparsable_json").alias("reason"), "row", "copies"
+    )
 
 
 @contextmanager

@@ -59,7 +59,9 @@ def _catalog(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _generation(rows: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The newest live generation, and the newest of all where that is not live."""
-    parsed = [{**row, **{name: json.loads(row[name]) for name in ("inputs", "gates", "metrics")}} for row in sorted(rows, key=lambda row: row["generation"])]
+    parsed = [
+        {**row, **{name: json.loads(row[name]) for name in ("inputs", "gates", "metrics")}} for row in sorted(rows, key=lambda row: row["generation"])
+    ]
     live = next((row for row in reversed(parsed) if row["live"]), None)
     return live, parsed[-1] if parsed and not parsed[-1]["live"] else None
 

@@ -64,31 +64,48 @@ def run(cfg: Config, track: Track) -> None:
             engine.write(ranked(encoded, manifest["digest"], generation), lake, "sids", tables.SIDS, key)
         version = lake.version("sids")
         row = {
-            "generation": generation, "sids_version": version, "inputs": json.dumps(read), "tokenizer": manifest["digest"], "run": cfg.name,
-            "items": metrics["items"], "gates": json.dumps(gates), "metrics": json.dumps(metrics), "live": True,
+            "generation": generation,
+            "sids_version": version,
+            "inputs": json.dumps(read),
+            "tokenizer": manifest["digest"],
+            "run": cfg.name,
+            "items": metrics["items"],
+            "gates": json.dumps(gates),
+            "metrics": json.dumps(metrics),
+            "live": True,
         }
         published = spark.createDataFrame([row], engine.struct(tables.GENERATIONS))
         track.outputs({"sids": version, "generations": engine.write(published, lake, "generations", tables.GENERATIONS, key, mode="append")})
     finally:
         encoded.unpersist()
-    track.facts.update({
-        "generation": generation, "items": metrics["items"], "distinct SIDs": metrics["distinct"], "not unique": f"{metrics['collision_items']:.2%}",
-        "largest group": metrics["largest_group"], "utilisation": round(float(np.mean(metrics["utilisation"])), 4),
-        "mean entropy": f"{float(np.mean(metrics['entropy'])):.3f} of {math.log(manifest['slots'][0]['size']):.3f} nats",
-    })
+    track.facts.update(
+        {
+            "generation": generation,
+            "items": metrics["items"],
+            "distinct SIDs": metrics["distinct"],
+            "not unique": f"{metrics['collision_items']:.2%}",
+            "largest group": metrics["largest_group"],
+            "utilisation": round(float(np.mean(metrics["utilisation"])), 4),
+            "mean entropy": f"{float(np.mean(metrics['entropy'])):.3f} of {math.log(manifest['slots'][0]['size']):.3f} nats",
+        }
+    )
 
 
 def check_features(features: DataFrame, manifest: dict[str, Any]) -> None:
     """Raise InputError unless every input of the artifact is there with the width it was trained on, before any task starts."""
     for modality in manifest["widths"]:
         if modality not in features.columns:
-            raise InputError(f"the tokenizer {manifest['digest']} needs {modality!r} but item_features has no such column: train it on these features")
+            raise InputError(
+                f"the tokenizer {manifest['digest']} needs {modality!r} but item_features has no such column: train it on these features"
+            )
     sizes = [F.expr(f"{bound}(size({m}))").alias(f"{bound}_{m}") for m in manifest["widths"] for bound in ("min", "max")]
     found = features.agg(*sizes).first()
     for modality, width in manifest["widths"].items():
         present = {found[f"{bound}_{modality}"] for bound in ("min", "max")} - {None, -1} if found else set()
         if present - {width}:
-            raise InputError(f"item_features.{modality} has width {sorted(present)[-1]} but the tokenizer {manifest['digest']} was trained on {width}: train it on these features")
+            raise InputError(
+                f"item_features.{modality} has width {sorted(present)[-1]} but the tokenizer {manifest['digest']} was trained on {width}: train it on these features"
+            )
 
 
 def encode(spark: SparkSession, features: DataFrame, folder: Path, manifest: dict[str, Any], batch: int) -> DataFrame:
@@ -125,8 +142,10 @@ def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch) -> pa.RecordBatch:
         names[index, : slot.size] = [token(slot, code) for code in range(slot.size)]
         names[index, PAD] = token(slot, PAD)
     tokens = names[np.arange(codes.shape[1])[None, :], codes]
-    lists = [pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind)) for values, kind in
-             ((codes, pa.int32()), (weights, pa.float32()), (active, pa.bool_()), (tokens, pa.string()))]
+    lists = [
+        pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind))
+        for values, kind in ((codes, pa.int32()), (weights, pa.float32()), (active, pa.bool_()), (tokens, pa.string()))
+    ]
     plain = [rows.column(name) for name in ("interactions", "stratum", "fingerprint")]
     return pa.RecordBatch.from_arrays([rows.column("item_id"), *lists, *plain], schema=ENCODED)
 
@@ -150,17 +169,28 @@ def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
     sizes = encoded.groupBy("codes").count().groupBy(F.col("count").alias("size")).count().orderBy("size").collect()
     groups = [[int(row["size"]), int(row["count"])] for row in sizes]
     use = [code_use(row[: slot.size]) for row, slot in zip(counts, slots)]
-    collisions = group_metrics(*(np.array(column, np.int64) for column in zip(*groups))) if groups else group_metrics(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    collisions = (
+        group_metrics(*(np.array(column, np.int64) for column in zip(*groups)))
+        if groups
+        else group_metrics(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    )
     return {
-        "slots": [slot.name for slot in slots], "codebook_size": slots[0].size, "codes": counts.tolist(), "pad": (pad / max(1, collisions["items"])).tolist(),
+        "slots": [slot.name for slot in slots],
+        "codebook_size": slots[0].size,
+        "codes": counts.tolist(),
+        "pad": (pad / max(1, collisions["items"])).tolist(),
         **{name: [getattr(u, name) for u in use] for name in ("entropy", "utilisation", "perplexity", "top1")},
-        **collisions, "group_sizes": groups, **_by_stratum(encoded, slots),
+        **collisions,
+        "group_sizes": groups,
+        **_by_stratum(encoded, slots),
     }
 
 
 def _by_stratum(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
     behavior = [index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR]
-    averages = [F.avg(F.col("weights")[i]).alias(f"w{i}") for i in range(len(slots))] + [F.avg(F.col("active")[i].cast("int")).alias(f"a{i}") for i in range(len(slots))]
+    averages = [F.avg(F.col("weights")[i]).alias(f"w{i}") for i in range(len(slots))] + [
+        F.avg(F.col("active")[i].cast("int")).alias(f"a{i}") for i in range(len(slots))
+    ]
     number = sum((F.col("active")[i].cast("int") for i in behavior), F.lit(0))
     shares = [F.avg((number == n).cast("int")).alias(f"n{n}") for n in range(len(behavior) + 1)]
     rows = {row["stratum"]: row for row in encoded.groupBy("stratum").agg(*averages, *shares).collect()}

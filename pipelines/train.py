@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from adasid.config import Config, digest
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
 from adasid.training.behavior import BehaviorData, BehaviorTraining
-from adasid.training.checkpoint import write_json
+from adasid.training.checkpoint import write_json, write_text
 from adasid.training.sequences import Histories
 from adasid.training.shards import Shard
 from adasid.training.tokenizer import TokenizerTraining
@@ -46,13 +46,23 @@ def behavior(cfg: Config, track: Track) -> None:
         track.status = "up to date"
         return
     folder = (cfg.run_dir / "artifacts" / "behavior" / key).resolve()
-    cluster.fit(_behavior_worker, _payload(cfg, track, read, folder), cfg.ray, f"behavior-{key}", folder)
+    shown = ("loss", "validation_ndcg@10", "validation_recall@10", "test_recall@10", "spearman", "seconds")
+    show = _progress(track, cfg.behavior.epochs, shown)
+    cluster.fit(_behavior_worker, _payload(cfg, track, read, folder), cfg.ray, f"behavior-{key}", folder, show)
     result = load_file(folder / "result.safetensors")
     items = _item_ids(track.lake, read["item_stats"], len(result["norms"]))
-    track.outputs({"behavior_embeddings": track.lake.write("behavior_embeddings", tables.BEHAVIOR_EMBEDDINGS, _embedding_batches(items, result), key)})
+    track.outputs(
+        {"behavior_embeddings": track.lake.write("behavior_embeddings", tables.BEHAVIOR_EMBEDDINGS, _embedding_batches(items, result), key)}
+    )
     summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     track.artifact(folder / "result.json")
-    track.facts.update({"best epoch": summary["best_epoch"], "test R@10": round(summary["test"]["recall@10"], 4), "Spearman(norm, count)": round(summary["spearman"], 3)})
+    track.facts.update(
+        {
+            "best epoch": summary["best_epoch"],
+            "test R@10": round(summary["test"]["recall@10"], 4),
+            "Spearman(norm, count)": round(summary["spearman"], 3),
+        }
+    )
 
 
 def tokenizer(cfg: Config, track: Track) -> None:
@@ -64,7 +74,9 @@ def tokenizer(cfg: Config, track: Track) -> None:
         artifact.read(folder / "model")
         track.status = "up to date"
         return
-    cluster.fit(_tokenizer_worker, _payload(cfg, track, read, folder), cfg.ray, f"tokenizer-{folder.name}", folder)
+    shown = ("loss", "reconstruction", "codebook", "alignment", "sparsity", "utilisation", "entropy", "seconds")
+    show = _progress(track, cfg.tokenizer.training.epochs, shown)
+    cluster.fit(_tokenizer_worker, _payload(cfg, track, read, folder), cfg.ray, f"tokenizer-{folder.name}", folder, show)
     manifest = artifact.read_manifest(folder / "model")
     _register(cfg, track, folder / "model", manifest)
     quality = manifest["metrics"]
@@ -80,8 +92,12 @@ def tokenizer_folder(cfg: Config, lake: Lake) -> Path:
 
 def _payload(cfg: Config, track: Track, read: Mapping[str, int], folder: Path) -> dict[str, Any]:
     return {
-        "config": cfg.model_dump(mode="json"), "lake": track.lake.root, "read": dict(read), "folder": str(folder),
-        "tracking": {"uri": tracking_uri(cfg), "run": track.run_id, "stage": track.stage}, "versions": library_versions(),
+        "config": cfg.model_dump(mode="json"),
+        "lake": track.lake.root,
+        "read": dict(read),
+        "folder": str(folder),
+        "tracking": {"uri": tracking_uri(cfg), "run": track.run_id},
+        "versions": library_versions(),
     }
 
 
@@ -93,38 +109,51 @@ def _device(cfg: Config) -> torch.device:
     return torch.device("cuda" if cfg.ray.gpus == "auto" and torch.cuda.is_available() else "cpu")
 
 
-def _reporter(payload: dict[str, Any], workers: Workers, epochs: int, shown: Iterable[str]) -> Callable[[list[dict[str, float]]], None]:
-    """Per-epoch reporting: a line on the screen, ``metrics.jsonl`` and MLflow from rank 0; Ray Train hears from every rank."""
-    folder, where = Path(payload["folder"]), payload["tracking"]
-    client = MlflowClient(where["uri"]) if workers.rank == 0 else None
+def _progress(track: Track, epochs: int, shown: tuple[str, ...]) -> Callable[[dict[str, float]], None]:
+    """One line on the screen for a row of metrics."""
+
+    def show(row: dict[str, float]) -> None:
+        figures = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+        track.note(f"epoch {int(row['epoch'])}/{epochs}  {figures}")
+
+    return show
+
+
+def _reporter(payload: dict[str, Any], workers: Workers) -> Callable[[list[dict[str, float]]], None]:
+    """Rank 0 keeps ``metrics.jsonl`` and MLflow up to date; Ray Train hears from every rank."""
+    client = MlflowClient(payload["tracking"]["uri"]) if workers.rank == 0 else None
     on_ray = bool(payload["config"]["ray"]["workers"])
 
     def report(rows: list[dict[str, float]]) -> None:
-        row = rows[-1]
         if client is not None:
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-            Track.log(client, where["run"], row, int(row["epoch"]))
-            figures = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
-            print(f"[{where['stage']}] epoch {int(row['epoch'])}/{epochs}  {figures}", flush=True)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            write_text(Path(payload["folder"]) / cluster.METRICS, lines)
+            Track.log(client, payload["tracking"]["run"], rows[-1], int(rows[-1]["epoch"]))
         if on_ray:
             import ray.train
 
-            ray.train.report(row)
+            ray.train.report(rows[-1])
 
     return report
 
 
 def _behavior_worker(payload: dict[str, Any]) -> None:
-    cfg, workers, lake, folder = Config.model_validate(payload["config"]), Workers.current(), Lake(payload["lake"], {}), Path(payload["folder"])
+    cfg, workers, lake, folder = (
+        Config.model_validate(payload["config"]),
+        Workers.current(),
+        Lake(payload["lake"], {}),
+        Path(payload["folder"]),
+    )
     read = payload["read"]
     columns = ["user_id", "history", "target"]
-    histories = {split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split)) for split in tables.SPLITS}
+    histories = {
+        split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split)) for split in tables.SPLITS
+    }
     counts = lake.read("item_stats", read["item_stats"], ["item_index", "interactions"]).sort_by("item_index")["interactions"].to_numpy()
     parts = {split: histories[split].part(workers.rank, workers.world) for split in tables.SPLITS}
     data = BehaviorData(parts["train"], parts["validation"], parts["test"], counts.astype(np.int64), f"sequences version {read['sequences']}")
     training = BehaviorTraining(cfg.behavior, data, folder, cfg.seed, workers, _device(cfg))
-    report = _reporter(payload, workers, cfg.behavior.epochs, ("loss", "validation_ndcg@10", "validation_recall@10", "test_recall@10", "spearman", "seconds"))
-    result = training.run(report)
+    result = training.run(_reporter(payload, workers))
     if workers.rank == 0:
         save_file({"embeddings": result.embeddings.contiguous(), "norms": result.norms.contiguous()}, folder / "result.safetensors")
         write_json(folder / "result.json", result.summary)
@@ -132,14 +161,31 @@ def _behavior_worker(payload: dict[str, Any]) -> None:
 
 
 def _tokenizer_worker(payload: dict[str, Any]) -> None:
-    cfg, workers, lake, folder = Config.model_validate(payload["config"]), Workers.current(), Lake(payload["lake"], {}), Path(payload["folder"])
+    cfg, workers, lake, folder = (
+        Config.model_validate(payload["config"]),
+        Workers.current(),
+        Lake(payload["lake"], {}),
+        Path(payload["folder"]),
+    )
     version, settings = payload["read"]["item_features"], cfg.tokenizer
     mine = _modulo("item_index", workers) if workers.world > 1 else None
-    shard = Shard(lambda columns: lake.batches("item_features", version, columns, mine), (*settings.content, BEHAVIOR), lake.open("item_features", version).count())
+    shard = Shard(
+        lambda columns: lake.batches("item_features", version, columns, mine),
+        (*settings.content, BEHAVIOR),
+        lake.open("item_features", version).count(),
+    )
     torch.manual_seed(cfg.seed)
-    training = TokenizerTraining(artifact.build(settings, shard.widths), settings.training, shard, folder, cfg.seed, workers, f"item_features version {version}", _device(cfg))
-    shown = ("loss", "reconstruction", "codebook", "alignment", "sparsity", "utilisation", "entropy", "seconds")
-    rows = training.run(_reporter(payload, workers, settings.training.epochs, shown))
+    training = TokenizerTraining(
+        artifact.build(settings, shard.widths),
+        settings.training,
+        shard,
+        folder,
+        cfg.seed,
+        workers,
+        f"item_features version {version}",
+        _device(cfg),
+    )
+    rows = training.run(_reporter(payload, workers))
     if workers.rank == 0:
         last = rows[-1]
         quality = {name: last[name] for name in ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target")}
@@ -167,7 +213,9 @@ def _embedding_batches(items: pa.Array, result: Mapping[str, torch.Tensor]) -> I
         part = result["embeddings"][start : start + _CHUNK].numpy()
         vectors = pa.ListArray.from_arrays(np.arange(0, part.size + 1, width, dtype=np.int32), pa.array(part.reshape(-1)))
         index, norms = np.arange(start, start + len(part)), result["norms"][start : start + _CHUNK].numpy()
-        yield pa.RecordBatch.from_arrays([items.slice(start, len(part)), pa.array(index), vectors, pa.array(norms)], schema=tables.BEHAVIOR_EMBEDDINGS)
+        yield pa.RecordBatch.from_arrays(
+            [items.slice(start, len(part)), pa.array(index), vectors, pa.array(norms)], schema=tables.BEHAVIOR_EMBEDDINGS
+        )
 
 
 def _register(cfg: Config, track: Track, folder: Path, manifest: Mapping[str, Any]) -> None:

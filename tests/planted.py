@@ -10,12 +10,18 @@ from adasid.tables import BEHAVIOR
 from adasid.training.shards import Shard
 
 
-def catalogue(items: int = 600, clusters: int = 8, text: int = 24, visual: int = 16, behavior: int = 12, seed: int = 0) -> tuple[pa.Table, np.ndarray]:
+def catalogue(
+    items: int = 600, clusters: int = 8, text: int = 24, visual: int = 16, behavior: int = 12, seed: int = 0
+) -> tuple[pa.Table, np.ndarray]:
     """Rows like ``item_features`` (what a tokenizer reads of it) and the planted cluster of each item. Some items lack an image, the last tenth lack behaviour."""
     rng = np.random.default_rng(seed)
     cluster = rng.integers(clusters, size=items)
     richness = np.linspace(1, 0, items).astype(np.float32)
-    columns: dict[str, pa.Array] = {"item_id": pa.array([f"i{n:05d}" for n in range(items)]), "item_index": pa.array(np.arange(items)), "richness": pa.array(richness)}
+    columns: dict[str, pa.Array] = {
+        "item_id": pa.array([f"i{n:05d}" for n in range(items)]),
+        "item_index": pa.array(np.arange(items)),
+        "richness": pa.array(richness),
+    }
     columns["interactions"] = pa.array(np.maximum(0, 200 - np.arange(items)))
     columns["stratum"] = pa.array(np.where(np.arange(items) < items * 0.9, "mid", "cold"))
     columns["fingerprint"] = columns["item_id"]

@@ -26,11 +26,15 @@ def check(items: str, embeddings: Mapping[str, str]) -> int:
     try:
         rows = sum(len(batch) for batch in item_rows(items, 0, None))
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-        raise InputError(f"source.arrays.items {items}: not readable ({_line(error)}); give one Parquet file with item_id, or a .txt with one id a line") from None
+        raise InputError(
+            f"source.arrays.items {items}: not readable ({_line(error)}); give one Parquet file with item_id, or a .txt with one id a line"
+        ) from None
     for modality, path in embeddings.items():
         array = open_array(path, f"source.arrays.embeddings.{modality}")
         if len(array) != rows:
-            raise InputError(f"source.arrays.embeddings.{modality} {path}: {len(array)} rows, but {items} has {rows} items; row i of the array must belong to row i of the items")
+            raise InputError(
+                f"source.arrays.embeddings.{modality} {path}: {len(array)} rows, but {items} has {rows} items; row i of the array must belong to row i of the items"
+            )
     return rows
 
 

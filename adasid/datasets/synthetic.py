@@ -50,7 +50,9 @@ class Catalog:
     def __post_init__(self) -> None:
         mean = self.params.interactions / self.params.users
         if mean < MIN_LENGTH:
-            raise ConfigError(f"source.synthetic: {self.params.interactions} interactions of {self.params.users} users are {mean:.3g} a user; must be at least {MIN_LENGTH}")
+            raise ConfigError(
+                f"source.synthetic: {self.params.interactions} interactions of {self.params.users} users are {mean:.3g} a user; must be at least {MIN_LENGTH}"
+            )
 
     def generator(self, purpose: str, block: int = 0) -> np.random.Generator:
         """The stream of one purpose and block."""
@@ -152,7 +154,12 @@ def truth(params: Synthetic, seed: int, start: int, stop: int) -> Iterator[pa.Re
     """What was planted for items ``start`` to ``stop``, as batches of ``tables.TRUTH``."""
     plan = catalog(params, seed)
     for _, first, last in _blocks(start, stop):
-        columns = [_ids("i", np.arange(first, last)), plan.topic[first:last], plan.expected_count(first, last), plan.noise_norm(first, last).astype(np.float32)]
+        columns = [
+            _ids("i", np.arange(first, last)),
+            plan.topic[first:last],
+            plan.expected_count(first, last),
+            plan.noise_norm(first, last).astype(np.float32),
+        ]
         yield pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=tables.TRUTH)
 
 

@@ -38,7 +38,10 @@ def group_metrics(sizes: NDArray[np.int64], groups: NDArray[np.int64]) -> dict[s
         return {"items": 0, "distinct": 0, "collision_distinct": 0.0, "collision_items": 0.0, "largest_group": 0, "sid_entropy": 0.0}
     share = sizes / items
     return {
-        "items": items, "distinct": distinct, "collision_distinct": (items - distinct) / items,
-        "collision_items": float((sizes * groups)[sizes > 1].sum()) / items, "largest_group": int(sizes.max()),
+        "items": items,
+        "distinct": distinct,
+        "collision_distinct": (items - distinct) / items,
+        "collision_items": float((sizes * groups)[sizes > 1].sum()) / items,
+        "largest_group": int(sizes.max()),
         "sid_entropy": float(-(groups * share * np.log(share)).sum()) + 0.0,
     }

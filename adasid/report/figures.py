@@ -12,7 +12,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from adasid.report import style, words
-from adasid.report.style import AMBER, BLUE, DASHES, GREY, INK, ORANGE, PALE, PALETTE, SKY, SMALL, canvas, legend, log, percent, styled, thousands
+from adasid.report.style import (
+    AMBER,
+    BLUE,
+    DASHES,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PALETTE,
+    SKY,
+    SMALL,
+    canvas,
+    legend,
+    log,
+    percent,
+    styled,
+    thousands,
+)
 
 Array = npt.NDArray[np.float64]
 Row = Mapping[str, Any]
@@ -176,7 +193,15 @@ def usage(slots: Sequence[str], codes: Sequence[Sequence[int]], utilisation: Seq
         axes.axhline(ordered.mean() if len(ordered) else 0, color=ORANGE, lw=1.1, ls=DASHES[1])
         cap = math.log(max(2, len(ordered)))
         axes.set_title(slot, fontweight="bold", pad=3)
-        axes.text(0.98, 0.97, f"{words.share(used)} used\n{nats:.2f} of {cap:.2f} nats", transform=axes.transAxes, ha="right", va="top", fontsize=SMALL)
+        axes.text(
+            0.98,
+            0.97,
+            f"{words.share(used)} used\n{nats:.2f} of {cap:.2f} nats",
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            fontsize=SMALL,
+        )
     grid.flat[0].set_ylim(0, 1.45 * top)
     thousands(grid.flat[0].yaxis, 3)
     for spare in list(grid.flat)[len(slots) :]:
@@ -198,7 +223,17 @@ def groups(sizes: Sequence[Sequence[int]], by_distinct: float, by_items: float, 
     axes.set(xlim=(0.6, max(3.0, 1.3 * top)), ylim=(0.5, 3 * table[:, 1].max(initial=1)))
     axes.set(xlabel="items in the group (1 = unique ID)", ylabel="number of groups")
     text = f"items with a shared ID {words.share(by_items)}\n(M − distinct) / M {words.share(by_distinct)}\nlargest group {words.plural(largest, 'item')}"
-    axes.text(0.98, 0.98, text, transform=axes.transAxes, ha="right", va="top", fontsize=SMALL, linespacing=1.4, bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 2})
+    axes.text(
+        0.98,
+        0.98,
+        text,
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+        fontsize=SMALL,
+        linespacing=1.4,
+        bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 2},
+    )
     return figure
 
 

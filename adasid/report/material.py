@@ -53,13 +53,20 @@ class Material:
     @property
     def same_tokenizer(self) -> bool:
         """Whether the tokenizer shown is the one that wrote the generation."""
-        return not (self.generation and self.tokenizer) or self.generation["tokenizer"] in (self.tokenizer.facts.get("digest"), self.tokenizer.facts.get("folder"))
+        return not (self.generation and self.tokenizer) or self.generation["tokenizer"] in (
+            self.tokenizer.facts.get("digest"),
+            self.tokenizer.facts.get("folder"),
+        )
 
     @property
     def behavior_slots(self) -> dict[int, str]:
         """Index and name of the slots that the router switches: by the tokenizer's manifest where it is known, else by their name."""
         kinds = {slot["name"]: slot["kind"] for slot in (self.tokenizer.facts.get("slots", ()) if self.tokenizer else ())}
-        return {index: name for index, name in enumerate(self.codes.get("slots", ())) if kinds.get(name, BEHAVIOR if name.startswith("b") else "") == BEHAVIOR}
+        return {
+            index: name
+            for index, name in enumerate(self.codes.get("slots", ()))
+            if kinds.get(name, BEHAVIOR if name.startswith("b") else "") == BEHAVIOR
+        }
 
     @property
     def controller(self) -> tuple[float, float] | None:

@@ -54,7 +54,12 @@ def catalogue(material: Material) -> Section:
     ]
     rows += [(f"Items in stratum {name}", count(strata[name])) for name in (*STRATA, *sorted(set(strata) - set(STRATA))) if name in strata]
     refused = [(reason, count(rows)) for reason, rows in sorted(rejected.items(), key=lambda pair: -pair[1])] or [("none", "0")]
-    return Section(key, title, plots=plots, tables=[Table("Size and concentration", ("Quantity", "Value"), rows), Table("Rejected input rows", ("Reason", "Rows"), refused)])
+    return Section(
+        key,
+        title,
+        plots=plots,
+        tables=[Table("Size and concentration", ("Quantity", "Value"), rows), Table("Rejected input rows", ("Reason", "Rows"), refused)],
+    )
 
 
 def behavior(material: Material) -> Section:
@@ -115,9 +120,22 @@ def _behavior_training(material: Material, rows: Sequence[Row], result: Row) -> 
             )
         )
     test, validation = result.get("test") or {}, result.get("validation") or {}
-    names = sorted({*test, *validation}, key=lambda name: (name.partition("@")[0] != "recall", int(name.partition("@")[2] or 0) if name.partition("@")[2].isdigit() else 0, name))
-    scores = [(name, number(validation.get(name), 4), number(test.get(name), 4)) for name in names if known(test.get(name)) or known(validation.get(name))]
-    return plots, Table(f"Next-item scores of the embeddings, {plural(int(result.get('users') or 0), 'user')}, full catalogue", ("Metric", "Validation", "Test"), scores)
+    names = sorted(
+        {*test, *validation},
+        key=lambda name: (
+            name.partition("@")[0] != "recall",
+            int(name.partition("@")[2] or 0) if name.partition("@")[2].isdigit() else 0,
+            name,
+        ),
+    )
+    scores = [
+        (name, number(validation.get(name), 4), number(test.get(name), 4)) for name in names if known(test.get(name)) or known(validation.get(name))
+    ]
+    return plots, Table(
+        f"Next-item scores of the embeddings, {plural(int(result.get('users') or 0), 'user')}, full catalogue",
+        ("Metric", "Validation", "Test"),
+        scores,
+    )
 
 
 def weights(material: Material) -> Section:
@@ -218,10 +236,19 @@ def semantic_ids(material: Material) -> Section:
     columns = ("Slot", "Utilisation", "Entropy (nats)", "of ln K", "Perplexity", "Top-1 load", "PAD")
     rows = [
         (slot, share(used), number(nats), share(nats / math.log(max(2, len(counts)))), number(perplexity, 1), share(top), share(pad))
-        for slot, used, nats, counts, perplexity, top, pad in zip(*(codes[name] for name in ("slots", "utilisation", "entropy", "codes", "perplexity", "top1", "pad")))
+        for slot, used, nats, counts, perplexity, top, pad in zip(
+            *(codes[name] for name in ("slots", "utilisation", "entropy", "codes", "perplexity", "top1", "pad"))
+        )
     ]
-    gates = [(gate["gate"], plain(gate["value"]), plain(gate["threshold"]), "✓ passed" if gate["passed"] else "✗ failed") for gate in material.generation["gates"]]
-    tables = [_code_metrics(material), Table("Each codebook", columns, rows), Table("Gates before publishing", ("Gate", "Value", "Threshold", "Result"), gates)]
+    gates = [
+        (gate["gate"], plain(gate["value"]), plain(gate["threshold"]), "✓ passed" if gate["passed"] else "✗ failed")
+        for gate in material.generation["gates"]
+    ]
+    tables = [
+        _code_metrics(material),
+        Table("Each codebook", columns, rows),
+        Table("Gates before publishing", ("Gate", "Value", "Threshold", "Result"), gates),
+    ]
     return Section(key, title, lead, plots, tables)
 
 
@@ -243,12 +270,20 @@ def _code_metrics(material: Material) -> Table:
         for name, value in (trained.get("fvu") or {}).items()
     ]
     rows += [
-        ("Mean entropy", number(_mean(codes["entropy"])), f"nats, over codebooks, PAD excluded; cap ln {codes['codebook_size']} = {number(math.log(codes['codebook_size']))}"),
+        (
+            "Mean entropy",
+            number(_mean(codes["entropy"])),
+            f"nats, over codebooks, PAD excluded; cap ln {codes['codebook_size']} = {number(math.log(codes['codebook_size']))}",
+        ),
         ("Mean utilisation", share(_mean(codes["utilisation"]), 2), "share of codes used by at least one item, over codebooks"),
         ("Perplexity, lowest", number(min(codes["perplexity"]), 1), "exp(entropy): codes that carry the load, worst codebook"),
         ("Perplexity, mean", number(_mean(codes["perplexity"]), 1), "over codebooks"),
         ("Top-1 load, highest", share(max(codes["top1"])), "share of items on the most used code of a codebook"),
-        ("Entropy of whole IDs", number(codes["sid_entropy"]), f"nats over complete IDs; cap ln {count(items)} = {number(math.log(max(1, items)))}"),
+        (
+            "Entropy of whole IDs",
+            number(codes["sid_entropy"]),
+            f"nats over complete IDs; cap ln {count(items)} = {number(math.log(max(1, items)))}",
+        ),
         ("Collision rate by IDs", share(codes["collision_distinct"], 2), f"(M − distinct) / M, M = {plural(items, 'item')}"),
         ("Collision rate by items", share(codes["collision_items"], 2), "share of items whose ID another item has too"),
         ("Distinct IDs", count(distinct), f"{share(distinct / items if items else None, 2)} of the items"),
@@ -295,7 +330,9 @@ def tokenizer(material: Material) -> Section:
     rows, facts = training.rows, training.facts
     size = (facts.get("config") or {}).get("codebook_size") or material.codes.get("codebook_size")
     present = {name for row in rows for name, value in row.items() if value is not None}
-    plots = [Plot(name, draw(rows, size), alt, text) for name, needs, draw, alt, text in _CURVES if any(metric.startswith(needs) for metric in present)]
+    plots = [
+        Plot(name, draw(rows, size), alt, text) for name, needs, draw, alt, text in _CURVES if any(metric.startswith(needs) for metric in present)
+    ]
     last, controller = rows[-1] if rows else {}, facts.get("controller") or {}
     table = [
         ("Method", plain(facts.get("tokenizer"))),
@@ -307,7 +344,11 @@ def tokenizer(material: Material) -> Section:
         ("Alignment β", number(controller.get("beta"), 2)),
     ]
     tables = [Table("The training", ("Quantity", "Value"), [row for row in table if row[1] != DASH])]
-    lead = "" if material.same_tokenizer else "These curves are not those of the generation shown above: its tokenizer's folder is not there, so the newest one is shown."
+    lead = (
+        ""
+        if material.same_tokenizer
+        else "These curves are not those of the generation shown above: its tokenizer's folder is not there, so the newest one is shown."
+    )
     return Section(key, title, lead, plots, tables)
 
 
@@ -319,7 +360,13 @@ def stages(material: Material) -> Section:
     table = [(" ".join(filter(None, (row["stage"], part(row)))), str(row.get("status", DASH)), seconds(row.get("seconds"))) for row in rows]
     total = sum(row["seconds"] for row in rows if known(row.get("seconds")))
     lead = "A stage that was up to date had nothing to do." if any(row.get("status") == "up to date" for row in rows) else ""
-    last = Table("Last run of each stage", ("Stage", "Status", "Wall time"), [*table, ("Total", "", seconds(total))], words=2, notes=[*map(_facts, rows), ""])
+    last = Table(
+        "Last run of each stage",
+        ("Stage", "Status", "Wall time"),
+        [*table, ("Total", "", seconds(total))],
+        words=2,
+        notes=[*map(_facts, rows), ""],
+    )
     return Section(key, title, lead, tables=[last])
 
 
@@ -338,7 +385,11 @@ def provenance(material: Material) -> Section:
         ]
     if facts.get("digest") and facts["digest"] != generation.get("tokenizer"):
         rows.append(("Tokenizer shown", str(facts["digest"])))
-    versions = {"The generation read": generation.get("inputs"), "The tokenizer was trained on": facts.get("inputs"), "This report read": material.versions}
+    versions = {
+        "The generation read": generation.get("inputs"),
+        "The tokenizer was trained on": facts.get("inputs"),
+        "This report read": material.versions,
+    }
     rows += [(name, listed([f"{table} v{version}" for table, version in tables.items()])) for name, tables in versions.items() if tables]
     rows += [(f"Library {name}", str(version)) for name, version in (facts.get("versions") or {}).items()]
     return Section("provenance", "Provenance", tables=[Table("Inputs, seed and versions", ("What", "Value"), rows, words=2)])

@@ -11,7 +11,14 @@ from adasid.report.words import count, known, listed, number, plain, plural, sha
 def build(material: Material) -> Page:
     """The whole report of a run."""
     footer = f"Report of run {material.cfg.name}" + (f", made {material.created}." if material.created else ".")
-    return Page(f"Semantic IDs: {material.cfg.name}", summary(material), warnings(material), headline(material), [section(material) for section in sections.ALL], footer)
+    return Page(
+        f"Semantic IDs: {material.cfg.name}",
+        summary(material),
+        warnings(material),
+        headline(material),
+        [section(material) for section in sections.ALL],
+        footer,
+    )
 
 
 def summary(material: Material) -> list[str]:
@@ -59,7 +66,9 @@ def warnings(material: Material) -> list[str]:
         for gate in row["gates"] if row else ():
             if not gate["passed"]:
                 assert row is not None
-                said.append(f"Generation {row['generation']} ({name}): gate {gate['gate']} failed, {plain(gate['value'])} against a threshold of {plain(gate['threshold'])}.")
+                said.append(
+                    f"Generation {row['generation']} ({name}): gate {gate['gate']} failed, {plain(gate['value'])} against a threshold of {plain(gate['threshold'])}."
+                )
     if material.refused:
         said.append(f"Generation {material.refused['generation']} is newer but was not published; the page shows the one that is live.")
     if material.generation and not material.published:

@@ -155,7 +155,12 @@ class AdcSid(Tokenizer):
         gates = weights[-s.behavior_experts :].T[batch.present[BEHAVIOR]]
         routing, figures = self._routing(gates, batch, workers)
         total = s.reconstruction_weight * reconstruction + s.alignment_weight * alignment + routing
-        parts = {"reconstruction": float(reconstruction.detach()), "alignment": float(alignment.detach()), "routing": float(routing.detach()), **figures}
+        parts = {
+            "reconstruction": float(reconstruction.detach()),
+            "alignment": float(alignment.detach()),
+            "routing": float(routing.detach()),
+            **figures,
+        }
         if self.quantizing:
             codebook = codebook_loss(quantized, active, s.commitment)
             total = total + s.codebook_weight * codebook
@@ -194,7 +199,13 @@ class AdcSid(Tokenizer):
     def _routing(self, gates: Tensor, batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
         """Methods 1.7: the loss, and the controller's move on the sparsity of all workers' items."""
         richness = batch.richness[batch.present[BEHAVIOR]].double()
-        local = torch.cat([(gates > 0).double().sum(0), (1 - richness).sum().reshape(1), torch.tensor([len(gates)], device=gates.device, dtype=torch.float64)])
+        local = torch.cat(
+            [
+                (gates > 0).double().sum(0),
+                (1 - richness).sum().reshape(1),
+                torch.tensor([len(gates)], device=gates.device, dtype=torch.float64),
+            ]
+        )
         total = workers.sum(local)
         count = total[-1].clamp(min=1)
         share = (total[:-2] / count).to(gates.dtype)
@@ -248,5 +259,8 @@ def _letters(content: tuple[str, ...]) -> dict[str, str]:
     """Short prefixes of the slots' names: s, b and, for content, the shortest start of its name that is unique."""
     letters = {"shared": "s", BEHAVIOR: "b"}
     for m in content:
-        letters[m] = next((m[:n] for n in range(1, len(m)) if m[:n] not in letters.values() and not any(o != m and o.startswith(m[:n]) for o in content)), m)
+        letters[m] = next(
+            (m[:n] for n in range(1, len(m)) if m[:n] not in letters.values() and not any(o != m and o.startswith(m[:n]) for o in content)),
+            m,
+        )
     return letters

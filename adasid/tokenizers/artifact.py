@@ -34,9 +34,15 @@ def write(folder: Path, tokenizer: Tokenizer, settings: config.AdcSid, facts: Ma
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()})
     manifest = {
-        "format": FORMAT, "tokenizer": settings.name, "digest": hashlib.sha256(weights).hexdigest()[:16],
-        "slots": [slot._asdict() for slot in tokenizer.slots], "widths": tokenizer.widths, **tokenizer.facts(),
-        "parameters": sum(p.numel() for p in tokenizer.parameters()), **facts, "config": settings.model_dump(mode="json"),
+        "format": FORMAT,
+        "tokenizer": settings.name,
+        "digest": hashlib.sha256(weights).hexdigest()[:16],
+        "slots": [slot._asdict() for slot in tokenizer.slots],
+        "widths": tokenizer.widths,
+        **tokenizer.facts(),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        **facts,
+        "config": settings.model_dump(mode="json"),
     }
     for name, content in (("weights.safetensors", weights), ("manifest.json", json.dumps(manifest, indent=1).encode())):
         draft = folder / f".{name}.{os.getpid()}"
@@ -76,7 +82,9 @@ def decode(manifest: Mapping[str, Any], weights: bytes) -> Tokenizer:
         tokenizer = build(config.AdcSid.model_validate(manifest["config"]), manifest["widths"])
         tokenizer.load_state_dict(load(weights))
     except (ValidationError, RuntimeError, KeyError) as error:
-        raise InputError(f"artifact {manifest['digest']}: weights and config do not fit ({str(error).splitlines()[0]}); train the tokenizer again") from None
+        raise InputError(
+            f"artifact {manifest['digest']}: weights and config do not fit ({str(error).splitlines()[0]}); train the tokenizer again"
+        ) from None
     return tokenizer.eval().requires_grad_(False)
 
 

@@ -52,8 +52,17 @@ class BehaviorResult:
 class BehaviorTraining:
     """One training run of SASRec on one worker; all workers hold the same model."""
 
-    def __init__(self, settings: config.Behavior, data: BehaviorData, folder: Path, seed: int, workers: Workers, device: torch.device | str = "cpu") -> None:
-        self.settings, self.data, self.folder, self.seed, self.workers, self.device = settings, data, folder, seed, workers, torch.device(device)
+    def __init__(
+        self, settings: config.Behavior, data: BehaviorData, folder: Path, seed: int, workers: Workers, device: torch.device | str = "cpu"
+    ) -> None:
+        self.settings, self.data, self.folder, self.seed, self.workers, self.device = (
+            settings,
+            data,
+            folder,
+            seed,
+            workers,
+            torch.device(device),
+        )
         torch.manual_seed(seed)
         s = settings
         self.model = SASRec(len(data.counts), s.width, s.blocks, s.heads, s.max_length, s.dropout, self.device).to(self.device)
@@ -180,7 +189,9 @@ class BehaviorTraining:
             if epoch <= self.settings.early_epochs and max(early, key=lambda row: row["spearman"]) is rows[-1]:
                 _replace(self.folder / "early.safetensors", {"norms": self.table.detach().norm(dim=1).cpu()})
             tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {"table": self.table}
-            tensors |= {f"dense.{k}": v for k, v in optimizer_tensors(self.dense).items()} | {f"lazy.{k}": v for k, v in optimizer_tensors(self.lazy).items()}
+            tensors |= {f"dense.{k}": v for k, v in optimizer_tensors(self.dense).items()} | {
+                f"lazy.{k}": v for k, v in optimizer_tensors(self.lazy).items()
+            }
             self.checkpoints.save(epoch, tensors, {"epoch": epoch, "rows": rows})
         self.workers.agree(True, self.device)
 
@@ -195,8 +206,12 @@ class BehaviorTraining:
             norms = torch.where(unseen, norms[~unseen].min(), norms)
         users = int(self.workers.sum(torch.tensor([len(self.data.test)], device=self.device)))
         summary = {
-            "best_epoch": int(best["epoch"]), "early_epoch": int(early["epoch"]), "norm_checkpoint": self.settings.norm_checkpoint,
-            "spearman": (early if use_early else best)["spearman"], "epochs": len(rows), "users": users,
+            "best_epoch": int(best["epoch"]),
+            "early_epoch": int(early["epoch"]),
+            "norm_checkpoint": self.settings.norm_checkpoint,
+            "spearman": (early if use_early else best)["spearman"],
+            "epochs": len(rows),
+            "users": users,
             **{split: {k.removeprefix(split + "_"): v for k, v in best.items() if k.startswith(split + "_")} for split in ("validation", "test")},
         }
         return BehaviorResult(embeddings, norms, summary)

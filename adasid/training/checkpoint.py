@@ -55,7 +55,9 @@ class Checkpoints:
         try:
             return Checkpoint(load_file(complete[-1] / "tensors.safetensors"), json.loads((complete[-1] / "state.json").read_text(encoding="utf-8")))
         except Exception as error:
-            raise InputError(f"checkpoint {complete[-1]}: cannot be read ({str(error).splitlines()[0]}); remove that folder to resume from the one before") from None
+            raise InputError(
+                f"checkpoint {complete[-1]}: cannot be read ({str(error).splitlines()[0]}); remove that folder to resume from the one before"
+            ) from None
 
     def clear(self) -> None:
         """Remove them all, once the training's result is stored."""
@@ -65,11 +67,16 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    draft.write_text(text, encoding="utf-8")
     draft.replace(path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """:func:`write_text` of JSON."""
+    write_text(path, json.dumps(data, indent=1))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -31,7 +31,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        move = {name: value.to(device) for name, value in self.vectors.items()}, {name: value.to(device) for name, value in self.present.items()}
+        move = (
+            {name: value.to(device) for name, value in self.vectors.items()},
+            {name: value.to(device) for name, value in self.present.items()},
+        )
         return Batch(*move, self.richness.to(device))
 
 
@@ -40,7 +43,9 @@ def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:
     vectors, present = {}, {}
     for modality, width in widths.items():
         if modality not in rows.schema.names:
-            raise InputError(f"item_features has no column {modality!r} (it has {', '.join(rows.schema.names)}); name another modality or add the embedding")
+            raise InputError(
+                f"item_features has no column {modality!r} (it has {', '.join(rows.schema.names)}); name another modality or add the embedding"
+            )
         values, there = _matrix(rows.column(modality), modality, width)
         vectors[modality], present[modality] = torch.from_numpy(values), torch.from_numpy(there)
     return Batch(vectors, present, torch.from_numpy(rows.column("richness").to_numpy(zero_copy_only=False).astype(np.float32)))
@@ -51,7 +56,9 @@ def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np
     lengths = column.drop_null().value_lengths().to_numpy(zero_copy_only=False)
     if len(lengths) and (lengths != width).any():
         other = int(lengths[lengths != width][0])
-        raise InputError(f"item_features.{modality} holds a vector of width {other}, expected {width}: retrain the tokenizer on these features, or mend the embedding")
+        raise InputError(
+            f"item_features.{modality} holds a vector of width {other}, expected {width}: retrain the tokenizer on these features, or mend the embedding"
+        )
     values = np.zeros((len(column), width), np.float32)
     values[there] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
     return values, there
@@ -60,7 +67,9 @@ def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np
 class Shard:
     """One worker's items of a catalogue of ``total``. ``widths``: modality -> width; ``item_index`` [rows], ascending."""
 
-    def __init__(self, read: Callable[[list[str]], Iterable[pa.RecordBatch]], modalities: Iterable[str], total: int, in_memory: int = _IN_MEMORY) -> None:
+    def __init__(
+        self, read: Callable[[list[str]], Iterable[pa.RecordBatch]], modalities: Iterable[str], total: int, in_memory: int = _IN_MEMORY
+    ) -> None:
         """``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches, in any order; it is called twice.
 
         Raises InputError for an empty catalogue, a modality that no item has, or two widths of one modality.

@@ -29,8 +29,15 @@ class TokenizerTraining:
     """One training run on one worker; all workers hold the same tokenizer. ``data_version`` names the input in errors."""
 
     def __init__(
-        self, tokenizer: Tokenizer, settings: config.Training, shard: Shard, folder: Path, seed: int,
-        workers: Workers, data_version: str, device: torch.device | str = "cpu",
+        self,
+        tokenizer: Tokenizer,
+        settings: config.Training,
+        shard: Shard,
+        folder: Path,
+        seed: int,
+        workers: Workers,
+        data_version: str,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.tokenizer, self.settings, self.shard, self.seed = tokenizer.to(device), settings, shard, seed
         self.workers, self.data_version, self.device = workers, data_version, torch.device(device)

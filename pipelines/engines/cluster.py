@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,33 @@ from adasid.training.checkpoint import write_json
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "2147483648", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
 """glibc keeps large buffers instead of giving them back to the kernel every step (1.4 times faster training on CPUs)."""
 
+METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"
 
 
-def fit(function: Callable[[dict[str, Any]], None], payload: dict[str, Any], settings: config.Ray, name: str, folder: Path) -> None:
+def fit(
+    function: Callable[[dict[str, Any]], None],
+    payload: dict[str, Any],
+    settings: config.Ray,
+    name: str,
+    folder: Path,
+    show: Callable[[dict[str, float]], None],
+) -> None:
     """Run ``function(payload)`` on ``settings.workers`` Ray Train workers with a torch process group, or in this process for 0.
 
-    A worker that dies is replaced (the function resumes from its checkpoint in ``folder``). Raises the workers' own
-    AdasidError, or TrainingError.
+    A worker that dies is replaced (the function resumes from its checkpoint in ``folder``). ``show`` gets each new row of
+    the ``metrics.jsonl`` that the function writes there. Raises the workers' own AdasidError, or TrainingError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _FAILURE).unlink(missing_ok=True)
-    if settings.workers == 0:
-        function(payload)
-        return
+    with _watch(folder / METRICS, show):
+        if settings.workers == 0:
+            function(payload)
+        else:
+            _fit_on_ray(function, payload, settings, name, folder)
+
+
+def _fit_on_ray(function: Callable[[dict[str, Any]], None], payload: dict[str, Any], settings: config.Ray, name: str, folder: Path) -> None:
     import ray
     from ray.exceptions import AuthenticationError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -38,10 +53,14 @@ def fit(function: Callable[[dict[str, Any]], None], payload: dict[str, Any], set
     try:
         _join(settings)
     except AuthenticationError as error:
-        raise errors.InputError(f"Ray refused the connection ({str(error).splitlines()[0]}): export RAY_AUTH_MODE=token, as where the cluster was started") from None
+        raise errors.InputError(
+            f"Ray refused the connection ({str(error).splitlines()[0]}): export RAY_AUTH_MODE=token, as where the cluster was started"
+        ) from None
     except ConnectionError as error:
         where = settings.address or os.environ.get("RAY_ADDRESS")
-        raise errors.InputError(f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave ray.address null") from None
+        raise errors.InputError(
+            f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave ray.address null"
+        ) from None
     gpus = settings.gpus == "auto" and ray.cluster_resources().get("GPU", 0) >= settings.workers
     resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpus else {})}
     scaling = ScalingConfig(num_workers=settings.workers, use_gpu=gpus, resources_per_worker=resources)
@@ -52,8 +71,36 @@ def fit(function: Callable[[dict[str, Any]], None], payload: dict[str, Any], set
         trainer.fit()
     except Exception as error:
         _raise_failure(folder)
-        raise errors.TrainingError(f"{name}: the workers failed ({_first_line(error)}); run the command again to resume from the last checkpoint") from error
+        raise errors.TrainingError(
+            f"{name}: the workers failed ({_first_line(error)}); run the command again to resume from the last checkpoint"
+        ) from error
     _raise_failure(folder)
+
+
+@contextmanager
+def _watch(path: Path, show: Callable[[dict[str, float]], None]) -> Iterator[None]:
+    """Call ``show`` with each row that appears in a growing JSON-lines file (also where another machine writes it)."""
+    stop = threading.Event()
+
+    def rows() -> list[str]:
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+    def follow(seen: int) -> None:
+        last = False
+        while not last:
+            last = stop.wait(1.0)
+            found = rows()
+            for line in found[min(seen, len(found)) :]:
+                show(json.loads(line))
+            seen = len(found)
+
+    thread = threading.Thread(target=follow, args=(len(rows()),), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def shutdown() -> None:
@@ -72,7 +119,7 @@ def _join(settings: config.Ray) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     environment = {**MALLOC, "RAY_TRAIN_V2_ENABLED": "1"}
     address = settings.address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": True, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
     if address:
         ray.init(address=address, **options)
     else:

@@ -28,7 +28,10 @@ def main() -> int:
             builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").config("spark.jars.ivy", ivy)
             builder.config("spark.jars.packages", PACKAGES).config("spark.jars.excludes", EXCLUDES).getOrCreate().stop()
         except Exception as error:
-            print(f"Delta's jars could not be resolved ({str(error).splitlines()[0]}); put {' and '.join(JARS)} into {folder}", file=sys.stderr)
+            print(
+                f"Delta's jars could not be resolved ({str(error).splitlines()[0]}); put {' and '.join(JARS)} into {folder}",
+                file=sys.stderr,
+            )
             return 1
         found = {jar: next(Path(ivy).rglob(f"*{jar}"), None) for jar in JARS}
         for jar, path in found.items():

@@ -48,7 +48,9 @@ class Lake:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise InputError(f"lake {self.root}: not writable ({error.strerror}); choose another with --set runs_dir=PATH, or mend its permissions") from None
+            raise InputError(
+                f"lake {self.root}: not writable ({error.strerror}); choose another with --set runs_dir=PATH, or mend its permissions"
+            ) from None
 
     def open(self, table: str, version: int | None = None) -> DeltaTable:
         """The table at ``version``, its pin, or its latest version. Raises InputError where there is none."""
@@ -56,7 +58,9 @@ class Lake:
         try:
             return DeltaTable(self.path(table), version=version)
         except TableNotFoundError:
-            raise InputError(f"table {table} does not exist in {self.root}: run the stage that writes it first (see the README's list of stages)") from None
+            raise InputError(
+                f"table {table} does not exist in {self.root}: run the stage that writes it first (see the README's list of stages)"
+            ) from None
         except Exception as error:
             raise InputError(f"table {table} in {self.root} cannot be read at version {version}: {str(error).splitlines()[0]}") from None
 
@@ -88,7 +92,9 @@ class Lake:
         """Whether the latest commit of each table was made from inputs with this digest."""
         return all(self.stamp(table) == digest for table in tables)
 
-    def batches(self, table: str, version: int | None = None, columns: list[str] | None = None, filter: ds.Expression | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, table: str, version: int | None = None, columns: list[str] | None = None, filter: ds.Expression | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """Stream the rows of one version as Arrow batches."""
         dataset = self.open(table, version).to_pyarrow_dataset()
         yield from dataset.to_batches(columns=columns, filter=filter)

@@ -31,7 +31,8 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName(name)
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
-        builder = builder.master(settings.master).config("spark.driver.memory", settings.driver_memory)
+        quiet = f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
+        builder = builder.master(settings.master).config("spark.driver.memory", settings.driver_memory).config("spark.driver.extraJavaOptions", quiet)
     defaults = {
         "spark.sql.extensions": _EXTENSION,
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
@@ -50,11 +51,15 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     try:
         spark = builder.getOrCreate()
     except Exception as error:
-        raise InputError(f"Spark did not start ({str(error).splitlines()[0]}); it needs Java 17 or newer on PATH or JAVA_HOME: run `make setup`") from None
+        raise InputError(
+            f"Spark did not start ({str(error).splitlines()[0]}); it needs Java 17 or newer on PATH or JAVA_HOME: run `make setup`"
+        ) from None
     try:
         spark._jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass(_EXTENSION)  # type: ignore[union-attr]
     except Exception:
-        raise InputError(f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or `make setup`") from None
+        raise InputError(
+            f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or `make setup`"
+        ) from None
     return spark
 
 
@@ -79,7 +84,9 @@ def write(frame: DataFrame, lake: Lake, table: str, schema: pa.Schema, digest: s
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
     writer = frame.select(*columns).write.format("delta").mode(mode).option("userMetadata", json.dumps({STAMP: digest}))
-    writer = writer.option("overwriteSchema", "true") if mode == "overwrite" else writer.option("txnAppId", f"{table}:{digest}").option("txnVersion", 1)
+    writer = (
+        writer.option("overwriteSchema", "true") if mode == "overwrite" else writer.option("txnAppId", f"{table}:{digest}").option("txnVersion", 1)
+    )
     writer.save(lake.path(table))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
 

@@ -18,7 +18,9 @@ def run(cfg: Config, track: Track, part: Literal["auto", "events", "items"] = "a
     if not any(worked):
         track.status = "up to date"
     row = track.lake.read("catalog_stats").to_pylist()[0]
-    track.facts.update({"items": row["items"], "users": row["users"], "events": row["interactions"], "rejected": sum(rows for _, rows in row["rejected"])})
+    track.facts.update(
+        {"items": row["items"], "users": row["users"], "events": row["interactions"], "rejected": sum(rows for _, rows in row["rejected"])}
+    )
     track.facts.update({"gini": round(row["gini"], 3), "head share": round(row["head_interactions"], 3)})
     if row["spearman"] is not None:
         track.facts.update({"spearman": round(row["spearman"], 3), "richness": row["richness_source"]})

@@ -114,7 +114,9 @@ def prepare(checked: Checked, features: Features, track: Track) -> Clean:
     """De-duplicate, apply the k-core, order and split the accepted events, without another exchange by user."""
     accepted = checked.judged.filter("reason IS NULL").select(*histories.EVENT)
     if features.split == "global_time" and (timeless := accepted.filter("time IS NULL").count()):
-        raise InputError(f"features.split is 'global_time' but {timeless} events have no timestamp: add timestamps, or set features.split: leave_one_out")
+        raise InputError(
+            f"features.split is 'global_time' but {timeless} events have no timestamp: add timestamps, or set features.split: leave_one_out"
+        )
     events, before = histories.deduplicate(accepted, features.deduplicate), None
     if features.k_core:
         events = events.localCheckpoint()
@@ -123,7 +125,9 @@ def prepare(checked: Checked, features: Features, track: Track) -> Clean:
         if events.isEmpty():
             raise InputError(f"features.k_core {features.k_core} leaves no event of {before}: lower it, or set it to 0")
         if not fixed:
-            track.note(f"the k-core was still shrinking after features.k_core_rounds {features.k_core_rounds}: raise it, or accept items and users below {features.k_core} events")
+            track.note(
+                f"the k-core was still shrinking after features.k_core_rounds {features.k_core_rounds}: raise it, or accept items and users below {features.k_core} events"
+            )
     ordered = histories.order(events, features).persist()
     totals = ordered.agg(F.count("*").alias("events"), F.count_if(F.col("position") == 0).alias("users")).first()
     assert totals is not None

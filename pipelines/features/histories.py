@@ -73,7 +73,10 @@ def sequences(indexed: DataFrame, max_length: int) -> DataFrame:
         return F.min(F.when(F.col("split") == split, F.col("position"))).cast("int")
 
     users = indexed.groupBy("user_id").agg(
-        history.alias("items"), F.count_if(F.col("split") == "train").cast("int").alias("train"), first("validation").alias("validation"), first("test").alias("test")
+        history.alias("items"),
+        F.count_if(F.col("split") == "train").cast("int").alias("train"),
+        first("validation").alias("validation"),
+        first("test").alias("test"),
     )
 
     def last(most: int, end: Column) -> Column:
@@ -81,7 +84,12 @@ def sequences(indexed: DataFrame, max_length: int) -> DataFrame:
         return F.slice("items", start + 1, end - start)
 
     nothing = F.lit(None).cast("bigint")
-    rows = [F.when(F.col("train") >= 2, F.struct(F.lit("train").alias("split"), last(max_length + 1, F.col("train")).alias("history"), nothing.alias("target")))]
+    rows = [
+        F.when(
+            F.col("train") >= 2,
+            F.struct(F.lit("train").alias("split"), last(max_length + 1, F.col("train")).alias("history"), nothing.alias("target")),
+        )
+    ]
     for split in ("validation", "test"):
         at = F.col(split)
         rows.append(F.when(at >= 1, F.struct(F.lit(split).alias("split"), last(max_length, at).alias("history"), F.get("items", at).alias("target"))))

@@ -31,7 +31,11 @@ def build(cfg: Config, track: Track, required: bool) -> bool:
         return False
     spark = session(cfg.spark)
     if trained and not _same_items(spark, lake):
-        return _wait(track, required, f"table {EMBEDDINGS} version {versions[EMBEDDINGS]} was made of other items than item_stats version {versions['item_stats']}")
+        return _wait(
+            track,
+            required,
+            f"table {EMBEDDINGS} version {versions[EMBEDDINGS]} was made of other items than item_stats version {versions['item_stats']}",
+        )
     track.inputs(versions)
     try:
         track.outputs(_build(spark, cfg, track, mark))
@@ -50,7 +54,9 @@ def _wait(track: Track, required: bool, why: str) -> bool:
 
 def _same_items(spark: SparkSession, lake: Lake) -> bool:
     stats, embeddings = read(spark, lake, "item_stats"), read(spark, lake, EMBEDDINGS)
-    both = stats.select("item_id", "item_index", "stratum").join(embeddings.select("item_id", "item_index", "norm"), ["item_id", "item_index"], "full")
+    both = stats.select("item_id", "item_index", "stratum").join(
+        embeddings.select("item_id", "item_index", "norm"), ["item_id", "item_index"], "full"
+    )
     return both.filter("stratum IS NULL OR norm IS NULL").isEmpty()
 
 
@@ -76,7 +82,9 @@ def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
     """Every item of ``item_stats`` with its accepted row of ``items``, its behaviour vector and norm (null where it has none) and fingerprint.
     One exchange by item_id for each table."""
     items, stats, content = read(spark, lake, "items"), read(spark, lake, "item_stats"), cfg.tokenizer.content
-    accepted = validate.judge_items(items, validate.widths(items, modalities(cfg))).filter("reason IS NULL").select("item_id", "title", *modalities(cfg))
+    accepted = (
+        validate.judge_items(items, validate.widths(items, modalities(cfg))).filter("reason IS NULL").select("item_id", "title", *modalities(cfg))
+    )
     columns = ["item_id", "item_index", "interactions", "stratum", "title", *content]
     if cfg.behavior.source == "column":
         joined = stats.join(accepted, "item_id", "left").select(*columns, BEHAVIOR, _length(BEHAVIOR).alias("norm"))

@@ -34,7 +34,9 @@ def measure(measured: DataFrame, features: Features) -> Richness:
     where = places((*features.norm_percentiles, *PERCENTS), ranked.size)
     values = values_at(ranked, "norm", (rank for first, second, _ in where for rank in (first, second)))
     if not math.isfinite(values[ranked.size - 1]):
-        raise InputError(f"a norm of the behaviour vectors is {values[ranked.size - 1]}, not a finite number: train them again, or mend the column 'behavior' of table items")
+        raise InputError(
+            f"a norm of the behaviour vectors is {values[ranked.size - 1]}, not a finite number: train them again, or mend the column 'behavior' of table items"
+        )
     if values[0] == values[ranked.size - 1]:
         spearman = 0.0  # all norms equal: their ranks rest on the ids alone
     source = "norm" if spearman >= features.proxy_min_spearman else "count"
@@ -90,7 +92,11 @@ def _by_count(ranked: Ranked, counts: DataFrame, most: int) -> list[dict[str, fl
         start += size
     values = values_at(binned, "norm", (rank for at in where.values() for first, second, _ in at for rank in (first, second)))
     return [
-        {"x": math.sqrt(edges[bin_] * (edges[bin_ + 1] - 1)), "items": sizes[bin_], **dict(zip(("p10", "p50", "p90"), interpolate(values, at)))}
+        {
+            "x": math.sqrt(edges[bin_] * (edges[bin_ + 1] - 1)),
+            "items": sizes[bin_],
+            **dict(zip(("p10", "p50", "p90"), interpolate(values, at))),
+        }
         for bin_, at in where.items()
     ]
 

@@ -38,7 +38,14 @@ def placed(spark, rows, **settings):
     ],
 )
 def test_deduplicate(spark, how, kept):
-    rows = [("u", "a", 1, None, None), ("u", "a", 1, 5, None), ("u", "a", 2, None, None), ("u", "b", 1, None, None), ("u", "p", None, 3, None), ("u", "p", None, 4, None)]
+    rows = [
+        ("u", "a", 1, None, None),
+        ("u", "a", 1, 5, None),
+        ("u", "a", 2, None, None),
+        ("u", "b", 1, None, None),
+        ("u", "p", None, 3, None),
+        ("u", "p", None, 4, None),
+    ]
     found = histories.deduplicate(frame(spark, rows), how).selectExpr("item_id", "coalesce(unix_seconds(time), pos) AS place").collect()
     assert sorted((row["item_id"], row["place"]) for row in found) == kept
 
@@ -65,21 +72,52 @@ def test_k_core_reaches_the_fixed_point_that_brute_force_finds(spark):
 
 
 def test_order_is_time_then_pos_then_item(spark):
-    rows = [("u", "d", 2, None, None), ("u", "c", 1, 1, None), ("u", "b", 1, 0, None), ("u", "a", 1, 1, None), ("v", "z", None, 1, None), ("v", "y", None, 0, None)]
-    assert {key: item for key, (item, _) in placed(spark, rows).items()} == {("u", 0): "b", ("u", 1): "a", ("u", 2): "c", ("u", 3): "d", ("v", 0): "y", ("v", 1): "z"}
+    rows = [
+        ("u", "d", 2, None, None),
+        ("u", "c", 1, 1, None),
+        ("u", "b", 1, 0, None),
+        ("u", "a", 1, 1, None),
+        ("v", "z", None, 1, None),
+        ("v", "y", None, 0, None),
+    ]
+    assert {key: item for key, (item, _) in placed(spark, rows).items()} == {
+        ("u", 0): "b",
+        ("u", 1): "a",
+        ("u", 2): "c",
+        ("u", 3): "d",
+        ("v", 0): "y",
+        ("v", 1): "z",
+    }
 
 
 def test_leave_one_out_needs_three_events(spark):
-    rows = [(user, f"i{second}", second, None, None) for user, events in (("one", 1), ("two", 2), ("three", 3), ("four", 4)) for second in range(events)]
-    splits = {user: [split for (who, _), (_, split) in sorted(placed(spark, rows).items()) if who == user] for user in ("one", "two", "three", "four")}
-    assert splits == {"one": ["train"], "two": ["train"] * 2, "three": ["train", "validation", "test"], "four": ["train", "train", "validation", "test"]}
+    rows = [
+        (user, f"i{second}", second, None, None) for user, events in (("one", 1), ("two", 2), ("three", 3), ("four", 4)) for second in range(events)
+    ]
+    splits = {
+        user: [split for (who, _), (_, split) in sorted(placed(spark, rows).items()) if who == user] for user in ("one", "two", "three", "four")
+    }
+    assert splits == {
+        "one": ["train"],
+        "two": ["train"] * 2,
+        "three": ["train", "validation", "test"],
+        "four": ["train", "train", "validation", "test"],
+    }
 
 
 def test_global_time_cuts_by_time_and_keeps_ties_together(spark):
-    rows = [(f"u{second % 3}", f"i{second}", second, None, None) for second in range(18)] + [("u0", "x", 14, None, None), ("u1", "y", 14, None, None)]
+    rows = [(f"u{second % 3}", f"i{second}", second, None, None) for second in range(18)] + [
+        ("u0", "x", 14, None, None),
+        ("u1", "y", 14, None, None),
+    ]
     found = {item: split for item, split in placed(spark, rows, split="global_time", holdout=0.1).values()}
     assert {item for item, split in found.items() if split == "test"} == {"i16", "i17"}
-    assert {item for item, split in found.items() if split == "validation"} == {"i14", "i15", "x", "y"}  # the cut falls within second 14, which stays whole
+    assert {item for item, split in found.items() if split == "validation"} == {
+        "i14",
+        "i15",
+        "x",
+        "y",
+    }  # the cut falls within second 14, which stays whole
     with pytest.raises(InputError, match="no training part is left"):
         placed(spark, [("u", "a", 5, None, None), ("u", "b", 5, None, None)], split="global_time", holdout=0.1)
 
@@ -97,7 +135,9 @@ def test_settings_that_the_data_cannot_meet(spark):
     with pytest.raises(InputError, match=r"features.k_core 5 leaves no event of 2: lower it, or set it to 0"):
         events.prepare(checked, Features(k_core=5), Notes())
     with pytest.raises(AssertionError, match=r"k-core was still shrinking after features.k_core_rounds 1"):
-        twice = frame(spark, [(user, item, 1, None, None) for user, item in ("ux", "uy", "vx", "vy", "wy", "wz")]).selectExpr("*", "CAST(NULL AS string) AS reason")
+        twice = frame(spark, [(user, item, 1, None, None) for user, item in ("ux", "uy", "vx", "vy", "wy", "wz")]).selectExpr(
+            "*", "CAST(NULL AS string) AS reason"
+        )
         events.prepare(events.Checked(twice, twice, 6, {}), Features(k_core=2, k_core_rounds=1), Notes())
 
 

@@ -26,7 +26,9 @@ def catalogue():
     rng = np.random.default_rng(5)
     names = [f"i{i:02d}" for i in range(28)]
     vectors = rng.normal(size=(30, 7)).round(3)
-    rows = [(name, f"title {name}", vectors[i, :4].tolist(), None if i % 9 == 0 else vectors[i, 4:].tolist()) for i, name in enumerate([*names, *COLD])]
+    rows = [
+        (name, f"title {name}", vectors[i, :4].tolist(), None if i % 9 == 0 else vectors[i, 4:].tolist()) for i, name in enumerate([*names, *COLD])
+    ]
     rows += [("", "no id", [1.0] * 4, None), rows[3]]
     seen = []
     for user in range(25):
@@ -38,7 +40,15 @@ def catalogue():
 
 
 def config(root, **sections):
-    return build({"name": "t", "runs_dir": str(root), "spark": {"master": "local[2]", "shuffle_partitions": 2}, "features": {"max_rejected": 0.2}, **sections})
+    return build(
+        {
+            "name": "t",
+            "runs_dir": str(root),
+            "spark": {"master": "local[2]", "shuffle_partitions": 2},
+            "features": {"max_rejected": 0.2},
+            **sections,
+        }
+    )
 
 
 def prepare(spark, cfg, rows, seen, order=None):
@@ -55,7 +65,15 @@ def embed(lake, drop=0):
     """Behaviour embeddings as the training stage writes them; the norm grows with the count, apart from noise that only depends on the id."""
     stats = lake.read("item_stats").to_pylist()[drop:]
     noise = {row["item_id"]: int(hashlib.sha256(row["item_id"].encode()).hexdigest()[:4], 16) / 2**16 for row in stats}
-    rows = [{"item_id": r["item_id"], "item_index": r["item_index"], "behavior": [noise[r["item_id"]], 1.0], "norm": r["interactions"] ** 0.5 + noise[r["item_id"]]} for r in stats]
+    rows = [
+        {
+            "item_id": r["item_id"],
+            "item_index": r["item_index"],
+            "behavior": [noise[r["item_id"]], 1.0],
+            "norm": r["interactions"] ** 0.5 + noise[r["item_id"]],
+        }
+        for r in stats
+    ]
     lake.write("behavior_embeddings", tables.BEHAVIOR_EMBEDDINGS, pa.Table.from_pylist(rows, tables.BEHAVIOR_EMBEDDINGS).to_batches(), f"e{drop}")
 
 
@@ -99,10 +117,19 @@ def test_tables_against_plain_python(done):
     training = {user: rows[: len(rows) - 2 if len(rows) >= 3 else len(rows)] for user, rows in users.items()}
     counts = {row[0]: 0 for row in catalogue()[0] if row[0]} | Counter(item for rows in training.values() for _, item, _ in rows)
     index = {item: i for i, item in enumerate(sorted(counts, key=lambda item: (-counts[item], item)))}
-    assert {row["item_id"]: (row["item_index"], row["interactions"]) for row in lake.read("item_stats").to_pylist()} == {item: (index[item], counts[item]) for item in counts}
-    assert {row["user_id"]: row["interactions"] for row in lake.read("user_stats").to_pylist()} == {user: len(rows) for user, rows in training.items()}
-    samples = {(row["user_id"], row["position"]): (row["item_index"], int(row["time"].timestamp()), row["label"]) for row in lake.read("ranking_samples").to_pylist()}
-    assert samples == {(user, i): (index[item], time, int(rating in (-1.0, 5.0))) for user, rows in users.items() for i, (time, item, rating) in enumerate(rows)}
+    assert {row["item_id"]: (row["item_index"], row["interactions"]) for row in lake.read("item_stats").to_pylist()} == {
+        item: (index[item], counts[item]) for item in counts
+    }
+    assert {row["user_id"]: row["interactions"] for row in lake.read("user_stats").to_pylist()} == {
+        user: len(rows) for user, rows in training.items()
+    }
+    samples = {
+        (row["user_id"], row["position"]): (row["item_index"], int(row["time"].timestamp()), row["label"])
+        for row in lake.read("ranking_samples").to_pylist()
+    }
+    assert samples == {
+        (user, i): (index[item], time, int(rating in (-1.0, 5.0))) for user, rows in users.items() for i, (time, item, rating) in enumerate(rows)
+    }
     sequences = {(row["user_id"], row["split"]): (row["history"], row["target"]) for row in lake.read("sequences").to_pylist()}
     indexed = {user: [index[item] for _, item, _ in rows] for user, rows in users.items()}
     assert sequences == {
@@ -144,7 +171,13 @@ def test_a_second_run_writes_nothing(done):
 
 def test_settings_of_the_second_part_leave_the_first_alone(done):
     cfg, lake, _ = done
-    assert events.build(cfg.model_copy(update={"features": cfg.features.model_copy(update={"proxy_min_spearman": 0.9})}), tracking.Track(cfg, lake, "x", None, "")) is False
+    assert (
+        events.build(
+            cfg.model_copy(update={"features": cfg.features.model_copy(update={"proxy_min_spearman": 0.9})}),
+            tracking.Track(cfg, lake, "x", None, ""),
+        )
+        is False
+    )
 
 
 def test_neither_row_order_nor_partitioning_changes_a_table(spark, done, tmp_path, capsys):
@@ -171,11 +204,18 @@ def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
     vectors = {row[0]: None if row[0] == "i05" else [3.0, 4.0 * (i % 3)] for i, row in enumerate(rows)}
     cfg = config(tmp_path, behavior={"source": "column"}, source={"kind": "synthetic", "synthetic": {"behavior_width": 2}})
     cfg = cfg.model_copy(update={"features": cfg.features.model_copy(update={"proxy_min_spearman": 0.95})})
-    lake = prepare(spark, cfg, [(*row, vectors[row[0]]) for row in rows], [(user, item, None, i, rating) for i, (user, item, _, _, rating) in enumerate(seen)])
+    lake = prepare(
+        spark,
+        cfg,
+        [(*row, vectors[row[0]]) for row in rows],
+        [(user, item, None, i, rating) for i, (user, item, _, _, rating) in enumerate(seen)],
+    )
     run(cfg)
     assert "richness is min-max of log(1 + count)" in capsys.readouterr().err
     found = {row["item_id"]: row for row in lake.read("item_features").to_pylist()}
-    assert {item: row["norm"] for item, row in found.items()} == {item: vector and pytest.approx(np.linalg.norm(vector)) for item, vector in vectors.items() if item}
+    assert {item: row["norm"] for item, row in found.items()} == {
+        item: vector and pytest.approx(np.linalg.norm(vector)) for item, vector in vectors.items() if item
+    }
     assert (found["i05"]["richness"], found[COLD[0]]["behavior"], found[COLD[0]]["richness"]) == (0, vectors[COLD[0]], 0)
     assert lake.read("catalog_stats").to_pylist()[0]["richness_source"] == "count"
     samples = lake.read("ranking_samples").to_pylist()
@@ -213,7 +253,10 @@ def exchanges(spark, frame):
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_shuffles_are_as_few_as_the_plan_needs(spark, done, broadcast):
     cfg, lake, _ = done
-    limits = {"spark.sql.autoBroadcastJoinThreshold": "10MB" if broadcast else "-1", "spark.sql.adaptive.autoBroadcastJoinThreshold": "10MB" if broadcast else "-1"}
+    limits = {
+        "spark.sql.autoBroadcastJoinThreshold": "10MB" if broadcast else "-1",
+        "spark.sql.adaptive.autoBroadcastJoinThreshold": "10MB" if broadcast else "-1",
+    }
     for key, value in limits.items():
         spark.conf.set(key, value)
     try:

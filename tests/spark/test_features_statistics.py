@@ -17,7 +17,12 @@ COUNTS = [40, 17, 17, 9, 5, 3, 3, 1, 1, 1, 0, 0]
 @pytest.fixture(scope="module")
 def stats(spark):
     """item_stats of items i00..i11 whose counts are COUNTS, each item with two users where it has two events."""
-    pairs = [(f"u{user}", f"i{item:02d}", count // 2 if user else count - count // 2) for item, count in enumerate(COUNTS) for user in (0, 1) if count > user]
+    pairs = [
+        (f"u{user}", f"i{item:02d}", count // 2 if user else count - count // 2)
+        for item, count in enumerate(COUNTS)
+        for user in (0, 1)
+        if count > user
+    ]
     accepted = spark.createDataFrame([(f"i{item:02d}",) for item in reversed(range(len(COUNTS)))], "item_id string").repartition(3)
     return statistics.item_stats(accepted, spark.createDataFrame(pairs, "user_id string, item_id string, events bigint"), Features())
 
@@ -106,7 +111,10 @@ def test_where_the_norm_does_not_follow_the_count_richness_rests_on_the_count(sp
     assert [rows[f"i{i:03d}"] for i in range(300)] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("norms", "counts", "floor", "source"), [([2.0] * 3, [1, 2, 3], -1.0, "norm"), ([1.0, 2.0, 3.0], [4] * 3, 0.2, "count"), ([1.0], [0], 0.2, "count")])
+@pytest.mark.parametrize(
+    ("norms", "counts", "floor", "source"),
+    [([2.0] * 3, [1, 2, 3], -1.0, "norm"), ([1.0, 2.0, 3.0], [4] * 3, 0.2, "count"), ([1.0], [0], 0.2, "count")],
+)
 def test_without_spread_nothing_is_nan(spark, norms, counts, floor, source):
     frame = measured(spark, norms, counts)
     found = richness.measure(frame, Features(proxy_min_spearman=floor))

@@ -38,32 +38,68 @@ def reason_of(spark, rows):
 
 def test_every_reason_for_an_item(spark):
     rows = [
-        (None, "a", GOOD), ("  ", "b", GOOD), ("wide", "c", [1.0, 2.0]), ("nan", "d", [1.0, NAN, 0.0]), ("inf", "e", [INF, 1.0, 1.0]),
-        ("minus", "f", [-INF, 1.0, 1.0]), ("hole", "g", [1.0, None, 1.0]), ("zero", "h", [0.0, -0.0, 0.0]), ("none", "i", None), ("fine", "j", [0.0, 0.0, 1e-9]),
+        (None, "a", GOOD),
+        ("  ", "b", GOOD),
+        ("wide", "c", [1.0, 2.0]),
+        ("nan", "d", [1.0, NAN, 0.0]),
+        ("inf", "e", [INF, 1.0, 1.0]),
+        ("minus", "f", [-INF, 1.0, 1.0]),
+        ("hole", "g", [1.0, None, 1.0]),
+        ("zero", "h", [0.0, -0.0, 0.0]),
+        ("none", "i", None),
+        ("fine", "j", [0.0, 0.0, 1e-9]),
         ("holes", "k", [None, None, None]),
     ]
-    assert reason_of(spark, rows) == sorted([
-        ("", "a", "null_item_id"), ("  ", "b", "empty_item_id"), ("wide", "c", "wrong_dimension"), ("nan", "d", "non_finite"), ("inf", "e", "non_finite"),
-        ("minus", "f", "non_finite"), ("hole", "g", "non_finite"), ("zero", "h", "zero_vector"), ("none", "i", None), ("fine", "j", None), ("holes", "k", "non_finite"),
-    ], key=str)
+    assert reason_of(spark, rows) == sorted(
+        [
+            ("", "a", "null_item_id"),
+            ("  ", "b", "empty_item_id"),
+            ("wide", "c", "wrong_dimension"),
+            ("nan", "d", "non_finite"),
+            ("inf", "e", "non_finite"),
+            ("minus", "f", "non_finite"),
+            ("hole", "g", "non_finite"),
+            ("zero", "h", "zero_vector"),
+            ("none", "i", None),
+            ("fine", "j", None),
+            ("holes", "k", "non_finite"),
+        ],
+        key=str,
+    )
 
 
 def test_of_duplicates_a_faultless_one_is_kept_whatever_the_order(spark):
-    rows = [("x", "bad", [0.0] * 3), ("x", "first", GOOD), ("x", "second", GOOD), ("same", "s", GOOD), ("same", "s", GOOD), ("worse", "w", [NAN] * 3), ("worse", "w", [NAN] * 3)]
+    rows = [
+        ("x", "bad", [0.0] * 3),
+        ("x", "first", GOOD),
+        ("x", "second", GOOD),
+        ("same", "s", GOOD),
+        ("same", "s", GOOD),
+        ("worse", "w", [NAN] * 3),
+        ("worse", "w", [NAN] * 3),
+    ]
     found = reason_of(spark, rows)
     assert found == reason_of(spark, rows[::-1])
     kept = [title for _, title, reason in found if reason is None]
     assert sorted(kept) in (["first", "s"], ["s", "second"])
     assert ("x", "bad", "duplicate_item") in found
-    assert [reason for item, _, reason in found if item == "worse"] == ["non_finite", "non_finite"]  # identical rows share one reason: row_hash stays a key
+    assert [reason for item, _, reason in found if item == "worse"] == [
+        "non_finite",
+        "non_finite",
+    ]  # identical rows share one reason: row_hash stays a key
 
 
 def test_every_reason_for_an_interaction(spark):
     now = datetime(2020, 1, 1, tzinfo=timezone.utc)
     cases = {
-        "null_user_id": (None, "x", "1", None), "empty_user_id": (" ", "x", "1", None), "null_item_id": ("u", None, "1", None),
-        "empty_item_id": ("u", "", "1", None), "unknown_item": ("u", "y", "1", None), "no_order": ("u", "x", " ", None),
-        "unparsable_timestamp": ("u", "x", "yesterday", 1), "future_timestamp": ("u", "x", "2020-01-02", 1),
+        "null_user_id": (None, "x", "1", None),
+        "empty_user_id": (" ", "x", "1", None),
+        "null_item_id": ("u", None, "1", None),
+        "empty_item_id": ("u", "", "1", None),
+        "unknown_item": ("u", "y", "1", None),
+        "no_order": ("u", "x", " ", None),
+        "unparsable_timestamp": ("u", "x", "yesterday", 1),
+        "future_timestamp": ("u", "x", "2020-01-02", 1),
     }
     frame = events_frame(spark, [(*row, None) for row in cases.values()] + [("u", "x", None, 3, None), ("u", "x", "2020-01-01T00:00:00", None, 5.0)])
     known = spark.createDataFrame([("x",)], "item_id string")
@@ -74,8 +110,19 @@ def test_every_reason_for_an_interaction(spark):
 
 def test_timestamps_are_seconds_milliseconds_or_iso(spark):
     texts = {
-        "0": 0, "100000000000": 10**11, "100000000001": 100_000_000.001, "-86400": -86400, "1970-01-02": 86400, "1970-01-01T01:00:00+01:00": 0, "1970-01-01 00:00:01.5": 1.5,
-        "1.5": None, "12:30": None, "9" * 30: None, "9" * 17: None, "2020-13-01": None, "soon": None,
+        "0": 0,
+        "100000000000": 10**11,
+        "100000000001": 100_000_000.001,
+        "-86400": -86400,
+        "1970-01-02": 86400,
+        "1970-01-01T01:00:00+01:00": 0,
+        "1970-01-01 00:00:01.5": 1.5,
+        "1.5": None,
+        "12:30": None,
+        "9" * 30: None,
+        "9" * 17: None,
+        "2020-13-01": None,
+        "soon": None,
     }
     frame = spark.createDataFrame([(text,) for text in texts], "text string")
     rows = {row["text"]: row["seconds"] for row in frame.select("text", validate.parse_time(frame["text"]).cast("double").alias("seconds")).collect()}
@@ -94,7 +141,14 @@ def lake(spark, tmp_path_factory):
     """A lake of which half of the items and a third of the interactions are to be refused."""
     lake = Lake(str(tmp_path_factory.mktemp("validate")), {})
     items = [("a", "t", GOOD), ("b", None, GOOD), ("z", None, [0.0, NAN, 0.0]), ("z", None, [0.0, NAN, 0.0])]
-    seen = [("u", "a", "1", None, None), ("u", "b", "2", None, 4.0), ("u", "b", "2", None, 4.0), ("u", "b", "3", None, None), ("v", "q", "3", 7, None), ("v", "q", "3", 7, None)]
+    seen = [
+        ("u", "a", "1", None, None),
+        ("u", "b", "2", None, 4.0),
+        ("u", "b", "2", None, 4.0),
+        ("u", "b", "3", None, None),
+        ("v", "q", "3", 7, None),
+        ("v", "q", "3", 7, None),
+    ]
     write(items_frame(spark, items), lake, "items", tables.items(["text"]), "i")
     write(events_frame(spark, seen), lake, "interactions", tables.INTERACTIONS, "e")
     return lake
@@ -105,14 +159,26 @@ def test_refused_rows_are_kept_whole_once_a_run(spark, lake):
         checked = events.check(spark, config(max_rejected=0.5), lake, "one")
     assert (checked.good, checked.rejected) == (4, {"non_finite": 2, "unknown_item": 2})
     rows = {(row["table"], row["reason"]): row for row in lake.read("rejected_rows").to_pylist()}
-    assert {key: (row["run"], row["copies"]) for key, row in rows.items()} == {("items", "non_finite"): ("one", 2), ("interactions", "unknown_item"): ("one", 2)}
+    assert {key: (row["run"], row["copies"]) for key, row in rows.items()} == {
+        ("items", "non_finite"): ("one", 2),
+        ("interactions", "unknown_item"): ("one", 2),
+    }
     assert lake.read("rejected_rows").num_rows == 2
     assert json.loads(rows["items", "non_finite"]["row"]) == {"item_id": "z", "title": None, "text": [0.0, "NaN", 0.0]}
-    assert json.loads(rows["interactions", "unknown_item"]["row"]) == {"user_id": "v", "item_id": "q", "timestamp": "3", "pos": 7, "rating": None}
+    assert json.loads(rows["interactions", "unknown_item"]["row"]) == {
+        "user_id": "v",
+        "item_id": "q",
+        "timestamp": "3",
+        "pos": 7,
+        "rating": None,
+    }
 
 
 def test_too_many_refused_rows_stop_the_stage_after_they_were_written(spark, lake):
-    with pytest.raises(InputError, match=r"table items: 2 of 4 rows rejected, more than features.max_rejected 0.05 \(non_finite: 2\); look at them in table rejected_rows"):
+    with pytest.raises(
+        InputError,
+        match=r"table items: 2 of 4 rows rejected, more than features.max_rejected 0.05 \(non_finite: 2\); look at them in table rejected_rows",
+    ):
         events.check(spark, config(), lake, "two")
     assert [row["table"] for row in lake.read("rejected_rows").to_pylist() if row["run"] == "two"] == ["items"]
 
@@ -121,7 +187,10 @@ def test_two_widths_are_named_with_their_counts(spark):
     frame = items_frame(spark, [("a", None, GOOD), ("b", None, GOOD), ("c", None, GOOD[:2]), ("d", None, None)])
     widths = validate.widths(frame, ["text"])
     assert widths == {"text": [(3, 2), (2, 1)]}
-    with pytest.raises(InputError, match=r"table items: 1 of 4 rows rejected.*'text' has vectors of width 3 \(2 rows\) and 2 \(1 rows\): embed all items with one model"):
+    with pytest.raises(
+        InputError,
+        match=r"table items: 1 of 4 rows rejected.*'text' has vectors of width 3 \(2 rows\) and 2 \(1 rows\): embed all items with one model",
+    ):
         validate.insist("items", {None: 3, "wrong_dimension": 1}, 0.05, widths)
 
 
@@ -130,7 +199,10 @@ def test_a_configured_modality_needs_its_column(spark):
         validate.widths(items_frame(spark, [("a", None, GOOD)]), ["text", "audio"])
 
 
-@pytest.mark.parametrize(("counted", "message"), [({}, "table items has no rows"), ({"empty_item_id": 4}, r"table items: none of its 4 rows was accepted \(empty_item_id: 4\)")])
+@pytest.mark.parametrize(
+    ("counted", "message"),
+    [({}, "table items has no rows"), ({"empty_item_id": 4}, r"table items: none of its 4 rows was accepted \(empty_item_id: 4\)")],
+)
 def test_nothing_to_work_on(counted, message):
     with pytest.raises(InputError, match=message):
         validate.insist("items", counted, 1.0)

@@ -61,7 +61,11 @@ def test_synthetic_is_the_catalogue_and_a_second_run_changes_nothing(make_config
         for column in expected.column_names:
             assert found[column].to_pylist() == expected[column].to_pylist(), (name, column)
     second = ingested(cfg)
-    assert second.status == "up to date" and second.lake.versions("items", "interactions", "truth") == {"items": 0, "interactions": 0, "truth": 0}
+    assert second.status == "up to date" and second.lake.versions("items", "interactions", "truth") == {
+        "items": 0,
+        "interactions": 0,
+        "truth": 0,
+    }
     other = ingested(cfg.model_copy(update={"seed": 18}))
     assert other.status == "done" and other.lake.version("items") == 1
 
@@ -69,7 +73,8 @@ def test_synthetic_is_the_catalogue_and_a_second_run_changes_nothing(make_config
 def test_synthetic_brings_the_planted_behaviour_column(make_config):
     cfg = make_config(
         source={"synthetic": {"items": 50, "users": 20, "interactions": 200, "behavior_width": 8}},
-        behavior={"source": "column"}, tokenizer=TEXT,
+        behavior={"source": "column"},
+        tokenizer=TEXT,
     )
     table = ingested(cfg).lake.read("items")
     assert table.column_names == ["item_id", "title", "text", "behavior"] and len(table["behavior"][0]) == 8
@@ -84,15 +89,24 @@ def test_synthetic_does_not_know_other_modalities(make_config):
 
 
 def tables_config(make_config, items: str, interactions: str, form: str = "parquet", **sections):
-    return make_config(source={"kind": "tables", "tables": {"items": items, "interactions": interactions, "format": form}}, tokenizer=TEXT, **sections)
+    return make_config(
+        source={"kind": "tables", "tables": {"items": items, "interactions": interactions, "format": form}}, tokenizer=TEXT, **sections
+    )
 
 
 def test_parquet_tables_keep_raw_values(make_config, tmp_path):
-    items = parquet(tmp_path / "i.parquet", item_id=["x", None, "x"], text=[[1.0, 2.0], None, [float("nan"), 3.0]], title=["X", None, "Y"], extra=[1, 2, 3])
+    items = parquet(
+        tmp_path / "i.parquet",
+        item_id=["x", None, "x"],
+        text=[[1.0, 2.0], None, [float("nan"), 3.0]],
+        title=["X", None, "Y"],
+        extra=[1, 2, 3],
+    )
     events = parquet(tmp_path / "e.parquet", user_id=[1, None], item_id=["x", "zz"], timestamp=[-5, None], rating=[4.5, None])
     track = ingested(tables_config(make_config, items, events))
     assert track.lake.read("interactions").to_pylist() == [
-        {"user_id": "1", "item_id": "x", "timestamp": "-5", "pos": None, "rating": 4.5}, {"user_id": None, "item_id": "zz", "timestamp": None, "pos": None, "rating": None}
+        {"user_id": "1", "item_id": "x", "timestamp": "-5", "pos": None, "rating": 4.5},
+        {"user_id": None, "item_id": "zz", "timestamp": None, "pos": None, "rating": None},
     ]
     found = track.lake.read("items")
     assert found.column_names == ["item_id", "title", "text"] and found["text"].null_count == 1 and found["item_id"].null_count == 1
@@ -144,11 +158,23 @@ def test_a_changed_file_is_read_again(make_config, tmp_path, monkeypatch):
         ({"id": ["x"], "text": [[1.0]]}, EVENTS, r"source.tables.items .*i.parquet: column 'item_id' is missing \(found: id, text\); add"),
         ({"item_id": ["x"]}, EVENTS, r"column 'text' is missing \(found: item_id\); add it as an array of floats"),
         ({"item_id": ["x"], "text": ["1 2"]}, EVENTS, r"column 'text' is string; must be an array of floats"),
-        ({"item_id": ["x"], "text": [[1.0]]}, {"user_id": ["a"], "timestamp": [1]}, r"source.tables.interactions .*column 'item_id' is missing \(found: user_id, timestamp\)"),
+        (
+            {"item_id": ["x"], "text": [[1.0]]},
+            {"user_id": ["a"], "timestamp": [1]},
+            r"source.tables.interactions .*column 'item_id' is missing \(found: user_id, timestamp\)",
+        ),
         ({"item_id": ["x"], "text": [[1.0]]}, {"user_id": ["a"], "item_id": ["x"]}, r"columns 'timestamp' and 'pos' are missing"),
         ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "pos": ["1", "2"]}, r"column 'pos' is string; must be a number"),
-        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "timestamp": pa.array([1, 2], pa.timestamp("ns"))}, r"not readable as parquet .*store its times in microseconds"),
-        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "timestamp": [[1], [2]]}, r"column 'timestamp' is array<bigint>; must be a number"),
+        (
+            {"item_id": ["x"], "text": [[1.0]]},
+            {**EVENTS, "timestamp": pa.array([1, 2], pa.timestamp("ns"))},
+            r"not readable as parquet .*store its times in microseconds",
+        ),
+        (
+            {"item_id": ["x"], "text": [[1.0]]},
+            {**EVENTS, "timestamp": [[1], [2]]},
+            r"column 'timestamp' is array<bigint>; must be a number",
+        ),
     ],
     ids=["item_id", "modality", "not_array", "event_item", "no_order", "pos_text", "nanoseconds", "time_array"],
 )
@@ -179,7 +205,7 @@ def test_missing_and_wrong_files_are_named(make_config, tmp_path):
 def folder(tmp_path) -> Path:
     folder = tmp_path / "set"
     folder.mkdir()
-    (folder / "items.txt").write_text("0007\nx,\"y\"\n日本\n", encoding="utf-8")
+    (folder / "items.txt").write_text('0007\nx,"y"\n日本\n', encoding="utf-8")
     parquet(folder / "items.parquet", item_id=[7, 8, 9], title=["a", None, "c"])
     parquet(folder / "interactions.parquet", user_id=["a"], item_id=["7"], pos=[0])
     np.save(folder / "text.npy", np.arange(6, dtype=np.float16).reshape(3, 2))
@@ -188,7 +214,10 @@ def folder(tmp_path) -> Path:
 
 
 def arrays_config(make_config, folder, items="items.txt", content=("text",), **sections):
-    source = {"kind": "arrays", "arrays": {"folder": str(folder), "items": items, "embeddings": {"text": "text.npy", "behavior": "behavior.npy"}}}
+    source = {
+        "kind": "arrays",
+        "arrays": {"folder": str(folder), "items": items, "embeddings": {"text": "text.npy", "behavior": "behavior.npy"}},
+    }
     return make_config(source=source, tokenizer={"content_experts": dict.fromkeys(content, 1)}, **sections)
 
 
@@ -201,7 +230,9 @@ def test_arrays_beside_a_text_file(make_config, folder):
 def test_arrays_beside_a_table_in_many_tasks(make_config, folder, monkeypatch):
     monkeypatch.setattr(ingest, "_CHUNK", 2)
     found = rows(ingested(arrays_config(make_config, folder, "items.parquet", behavior={"source": "column"})), "items", "item_id")
-    assert found == [{"item_id": str(7 + i), "title": title, "text": [2.0 * i, 2.0 * i + 1], "behavior": [1.0] * 4} for i, title in enumerate(["a", None, "c"])]
+    assert found == [
+        {"item_id": str(7 + i), "title": title, "text": [2.0 * i, 2.0 * i + 1], "behavior": [1.0] * 4} for i, title in enumerate(["a", None, "c"])
+    ]
 
 
 def test_array_errors_name_file_and_key(make_config, folder):
@@ -253,7 +284,10 @@ def test_real_arrays(make_config, real_data, name, items, modalities):
 # --- amazon ----------------------------------------------------------------------------------------------------------
 
 REVIEWS = {
-    2014: [{"reviewerID": "A1", "asin": "B1", "overall": 5.0, "unixReviewTime": 1252800000}, {"reviewerID": "A2", "asin": "B2", "overall": 3.0, "unixReviewTime": 1252800001}],
+    2014: [
+        {"reviewerID": "A1", "asin": "B1", "overall": 5.0, "unixReviewTime": 1252800000},
+        {"reviewerID": "A2", "asin": "B2", "overall": 3.0, "unixReviewTime": 1252800001},
+    ],
     2018: [{"overall": 4.0, "verified": True, "reviewerID": "A1", "asin": "B1", "style": {"Size:": " L"}, "unixReviewTime": 1514764800}],
     2023: [{"rating": 1.0, "asin": "V1", "parent_asin": "B1", "user_id": "AE1", "timestamp": 1588687728923, "images": []}],
 }
@@ -263,8 +297,14 @@ PRODUCTS = {
         {"asin": "B2", "title": "Rose soap", "categories": [["Beauty", "Soap"], ["Gifts"]]},
         {"asin": "B3", "imUrl": "u"},
     ],
-    2018: [{"asin": "B1", "title": "Rose soap", "brand": "Acme", "category": ["Beauty", "Soap"], "also_buy": ["B2"]}, {"asin": "B2", "title": "Soap rose Acme", "category": []}],
-    2023: [{"parent_asin": "B1", "title": "Rose soap", "store": "Acme", "categories": ["Beauty"], "details": {"a": 1}}, {"parent_asin": "B2", "title": "rose"}],
+    2018: [
+        {"asin": "B1", "title": "Rose soap", "brand": "Acme", "category": ["Beauty", "Soap"], "also_buy": ["B2"]},
+        {"asin": "B2", "title": "Soap rose Acme", "category": []},
+    ],
+    2023: [
+        {"parent_asin": "B1", "title": "Rose soap", "store": "Acme", "categories": ["Beauty"], "details": {"a": 1}},
+        {"parent_asin": "B2", "title": "rose"},
+    ],
 }
 BROKEN = '{"asin": "B9", "title": "cut off he'
 

@@ -8,7 +8,18 @@ from adasid.losses.alignment import alignment_weight, calibrated_beta, info_nce
 from adasid.losses.routing import SparsityController, sparsity_loss
 
 
-@pytest.mark.parametrize(("x", "alpha", "beta", "w"), [(0.0, 10, 9, 0.0002), (0.5, 10, 9, 0.0246), (0.9, 10, 9, 0.684), (1.0, 10, 9, 1.0), (0.35, 20, 7, 0.5), (0.45, 20, 9, 0.5), (0.7, 20, 14, 0.5)])
+@pytest.mark.parametrize(
+    ("x", "alpha", "beta", "w"),
+    [
+        (0.0, 10, 9, 0.0002),
+        (0.5, 10, 9, 0.0246),
+        (0.9, 10, 9, 0.684),
+        (1.0, 10, 9, 1.0),
+        (0.35, 20, 7, 0.5),
+        (0.45, 20, 9, 0.5),
+        (0.7, 20, 14, 0.5),
+    ],
+)
 def test_alignment_weight_has_the_papers_shape(x, alpha, beta, w):
     assert float(alignment_weight(torch.tensor(x), alpha, beta)) == pytest.approx(w, abs=3e-3)
 
@@ -16,7 +27,7 @@ def test_alignment_weight_has_the_papers_shape(x, alpha, beta, w):
 def test_alignment_weight_rises_to_one():
     w = alignment_weight(torch.linspace(0, 1, 101), 10, 9)
     assert (w.diff() > 0).all()
-    assert 0 < w.min()
+    assert w.min() > 0
     assert float(w[-1]) == pytest.approx(1.0)
 
 

@@ -63,19 +63,47 @@ def codes() -> dict[str, Any]:
 
 
 def generation(**changes: Any) -> dict[str, Any]:
-    gates = [{"gate": "coverage", "value": 1.0, "threshold": 1.0, "passed": True}, {"gate": "largest group", "value": 9, "threshold": 1000, "passed": True}]
-    row = {"generation": 3, "sids_version": 5, "inputs": {"item_features": 4}, "tokenizer": "0123456789abcdef", "run": "demo", "items": ITEMS}
+    gates = [
+        {"gate": "coverage", "value": 1.0, "threshold": 1.0, "passed": True},
+        {"gate": "largest group", "value": 9, "threshold": 1000, "passed": True},
+    ]
+    row = {
+        "generation": 3,
+        "sids_version": 5,
+        "inputs": {"item_features": 4},
+        "tokenizer": "0123456789abcdef",
+        "run": "demo",
+        "items": ITEMS,
+    }
     row |= {"gates": gates, "metrics": codes(), "live": True}
     return {**row, **changes}
 
 
 def behavior() -> Training:
     rows = [
-        {"epoch": e, "loss": 7 - math.log(e + 1), "validation_recall@10": 0.08 * rise, "test_recall@10": 0.075 * rise, "spearman": 0.6 - 0.02 * e, "seconds": 2.0}
+        {
+            "epoch": e,
+            "loss": 7 - math.log(e + 1),
+            "validation_recall@10": 0.08 * rise,
+            "test_recall@10": 0.075 * rise,
+            "spearman": 0.6 - 0.02 * e,
+            "seconds": 2.0,
+        }
         for e, rise in ((e, 1 - math.exp(-e / 6)) for e in range(1, 21))
     ]
     scores = {f"{metric}@{n}": n / 200 for metric in ("ndcg", "recall") for n in (5, 10, 20)}
-    return Training(rows, {"best_epoch": 17, "early_epoch": 3, "norm_checkpoint": "early", "spearman": 0.54, "test": scores, "validation": scores, "users": 1_500})
+    return Training(
+        rows,
+        {
+            "best_epoch": 17,
+            "early_epoch": 3,
+            "norm_checkpoint": "early",
+            "spearman": 0.54,
+            "test": scores,
+            "validation": scores,
+            "users": 1_500,
+        },
+    )
 
 
 def tokenizer() -> Training:
@@ -114,7 +142,17 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def material(**changes: Any) -> Material:
-    whole = Material(configure({"name": "demo"}), catalog(), generation(), None, behavior(), tokenizer(), stages(), {"catalog_stats": 1, "generations": 2}, "2025-01-02 03:04 UTC")
+    whole = Material(
+        configure({"name": "demo"}),
+        catalog(),
+        generation(),
+        None,
+        behavior(),
+        tokenizer(),
+        stages(),
+        {"catalog_stats": 1, "generations": 2},
+        "2025-01-02 03:04 UTC",
+    )
     return dataclasses.replace(whole, **changes)
 
 
@@ -151,7 +189,15 @@ class Reader(HTMLParser):
 def test_page_is_whole_and_self_contained() -> None:
     html, pictures = page.render(summary.build(material()))
     read = Reader(html)
-    assert [section["id"] for section in read.all("section")] == ["catalogue", "behaviour", "weights", "sids", "tokenizer", "stages", "provenance"]
+    assert [section["id"] for section in read.all("section")] == [
+        "catalogue",
+        "behaviour",
+        "weights",
+        "sids",
+        "tokenizer",
+        "stages",
+        "provenance",
+    ]
     assert len(read.all("h1")) == 1 and "class" not in {name for section in read.all("section") for name in section}
     for forbidden in ("http://", "https://", "<script", "<link", "@import", "url("):
         assert forbidden not in html
@@ -211,7 +257,10 @@ def test_warnings_name_what_is_off(undrawn: None) -> None:
         ({"stages": []}, sections.NOT_RUN),
         ({"catalog": None, "behavior": None}, "The behaviour model is not trained yet."),
         ({"generation": None, "tokenizer": None, "behavior": None, "catalog": catalog(**UNKNOWN)}, "not trained yet"),
-        ({"behavior": None, "cfg": configure({"behavior": {"source": "column"}, "source": {"synthetic": {"behavior_width": 64}}})}, sections.BROUGHT),
+        (
+            {"behavior": None, "cfg": configure({"behavior": {"source": "column"}, "source": {"synthetic": {"behavior_width": 64}}})},
+            sections.BROUGHT,
+        ),
     ],
 )
 def test_missing_parts_leave_a_line(undrawn: None, missing: dict[str, Any], line: str) -> None:
@@ -228,7 +277,11 @@ def test_everything_missing_still_renders(undrawn: None) -> None:
 
 def test_values_are_escaped(undrawn: None) -> None:
     evil = "<script>alert('x')</script>$a$"
-    html, _ = page.render(summary.build(material(catalog=catalog(rejected={evil: 3}), stages=[{"stage": evil, "status": "done", "seconds": 1.0, "facts": {evil: evil}}])))
+    html, _ = page.render(
+        summary.build(
+            material(catalog=catalog(rejected={evil: 3}), stages=[{"stage": evil, "status": "done", "seconds": 1.0, "facts": {evil: evil}}])
+        )
+    )
     assert "<script" not in html and evil in Reader(html).text
     marked = generation(metrics={**codes(), "slots": ["s0", "t0", "$v$_<b>", "b0", "b1", "b2"]})
     assert "<b>" not in page.render(summary.build(material(generation=marked)))[0]
@@ -290,7 +343,9 @@ def test_router_rows_may_hold_all_slots_or_behaviour_slots_only() -> None:
 def test_training_figures_plot_their_input() -> None:
     rows = behavior().rows
     axes = figures.recall(rows, 17, 3).axes[0]
-    assert data(axes)[1].tolist() == [row["validation_recall@10"] for row in rows] and data(axes, 1)[1].tolist() == [row["test_recall@10"] for row in rows]
+    assert data(axes)[1].tolist() == [row["validation_recall@10"] for row in rows] and data(axes, 1)[1].tolist() == [
+        row["test_recall@10"] for row in rows
+    ]
     assert data(axes, 2)[0].tolist() == [17, 17] and data(axes, 3)[0].tolist() == [3, 3]
     assert data(figures.spearman(rows, 17, 3, 0.2).axes[0])[1].tolist() == [row["spearman"] for row in rows]
     rows = tokenizer().rows
@@ -302,7 +357,15 @@ def test_training_figures_plot_their_input() -> None:
 
 
 def test_series_skips_gaps_and_repeats() -> None:
-    rows = [{"epoch": 1, "a": 2.0}, {"epoch": 2}, {"epoch": 3, "a": None}, {"epoch": 4, "a": float("nan")}, {"epoch": 5, "a": 9}, {"epoch": 5, "a": [1, 2]}, {"a": 3}]
+    rows = [
+        {"epoch": 1, "a": 2.0},
+        {"epoch": 2},
+        {"epoch": 3, "a": None},
+        {"epoch": 4, "a": float("nan")},
+        {"epoch": 5, "a": 9},
+        {"epoch": 5, "a": [1, 2]},
+        {"a": 3},
+    ]
     x, y = figures.series(rows, "a")
     assert x.tolist() == [1, 5] and y.tolist() == [2.0, 1.5]
     assert all(len(part) == 0 for part in figures.series([], "a"))
@@ -325,7 +388,10 @@ def write_run(cfg: Any, lake: Any) -> None:
     stats = catalog()
     stats = {**stats, "rejected": list(stats["rejected"].items()), "strata": list(stats["strata"].items())}
     lake.write("catalog_stats", CATALOG_STATS, pa.Table.from_pylist([stats], CATALOG_STATS).to_batches(), "d1")
-    published = [generation(), generation(generation=4, live=False, gates=[{"gate": "collision", "value": 0.6, "threshold": 0.5, "passed": False}])]
+    published = [
+        generation(),
+        generation(generation=4, live=False, gates=[{"gate": "collision", "value": 0.6, "threshold": 0.5, "passed": False}]),
+    ]
     plain = [{name: json.dumps(value) if name in {"inputs", "gates", "metrics"} else value for name, value in row.items()} for row in published]
     lake.write("generations", GENERATIONS, pa.Table.from_pylist(plain, GENERATIONS).to_batches(), "d2")
     for kind, name, training, facts in (
@@ -358,7 +424,9 @@ def test_stage_from_nothing_to_the_whole_run(undrawn: None, make_config: Any) ->
         run()
 
     early = catalog(rejected=[], strata=[("head", 500), ("mid", 1500)], **UNKNOWN)
-    text = Reader(run(lambda lake: lake.write("catalog_stats", CATALOG_STATS, pa.Table.from_pylist([early], CATALOG_STATS).to_batches(), "d"))[1]).text
+    text = Reader(
+        run(lambda lake: lake.write("catalog_stats", CATALOG_STATS, pa.Table.from_pylist([early], CATALOG_STATS).to_batches(), "d"))[1]
+    ).text
     assert "No semantic IDs are published yet." in text and "The behaviour model is not trained yet." in text
 
     (folder / "stale.png").write_bytes(b"")

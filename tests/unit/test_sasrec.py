@@ -12,7 +12,13 @@ from adasid.training.workers import Workers
 
 
 def histories(rows, targets=None):
-    table = pa.table({"user_id": [f"u{i:03d}" for i in range(len(rows))], "history": pa.array(rows, pa.list_(pa.int64())), "target": pa.array(targets or [None] * len(rows), pa.int64())})
+    table = pa.table(
+        {
+            "user_id": [f"u{i:03d}" for i in range(len(rows))],
+            "history": pa.array(rows, pa.list_(pa.int64())),
+            "target": pa.array(targets or [None] * len(rows), pa.int64()),
+        }
+    )
     return Histories.from_batches(table.to_batches(max_chunksize=3))
 
 
@@ -22,7 +28,11 @@ def data(users=120, items=40, seed=0):
     start = (rng.integers(items, size=users) * rng.random(users)).astype(int)
     walks = [[int((s + step) % items) for step in range(8)] for s in start]
     counts = np.bincount(np.concatenate([w[:6] for w in walks]), minlength=items + 1)
-    train, validation, test = histories([w[:6] for w in walks]), histories([w[:6] for w in walks], [w[6] for w in walks]), histories([w[:7] for w in walks], [w[7] for w in walks])
+    train, validation, test = (
+        histories([w[:6] for w in walks]),
+        histories([w[:6] for w in walks], [w[6] for w in walks]),
+        histories([w[:7] for w in walks], [w[7] for w in walks]),
+    )
     return BehaviorData(train, validation, test, counts, "sequences version 0")
 
 

@@ -60,16 +60,25 @@ def test_schemas_ids_and_titles(items, truth, events):
 def test_any_chunking_gives_the_same_rows(items, truth, events, chunk):
     starts = range(2_000, 2_010, chunk) if chunk == 1 else range(0, PARAMS.items, chunk)
     stop = 2_010 if chunk == 1 else PARAMS.items
-    for whole, make in ((items, lambda a, b: synthetic.items(PARAMS, SEED, MODALITIES, a, b)), (truth, lambda a, b: synthetic.truth(PARAMS, SEED, a, b))):
+    for whole, make in (
+        (items, lambda a, b: synthetic.items(PARAMS, SEED, MODALITIES, a, b)),
+        (truth, lambda a, b: synthetic.truth(PARAMS, SEED, a, b)),
+    ):
         parts = [batch for start in starts for batch in make(start, min(start + chunk, stop))]
         assert table(parts).combine_chunks().equals(whole.slice(starts[0], stop - starts[0]).combine_chunks())
-    users = [batch for start in reversed(range(0, PARAMS.users, 1_700)) for batch in synthetic.interactions(PARAMS, SEED, start, min(start + 1_700, PARAMS.users))]
+    users = [
+        batch
+        for start in reversed(range(0, PARAMS.users, 1_700))
+        for batch in synthetic.interactions(PARAMS, SEED, start, min(start + 1_700, PARAMS.users))
+    ]
     assert table(users).sort_by([("user_id", "ascending"), ("timestamp", "ascending")]).combine_chunks().equals(events.combine_chunks())
 
 
 def test_seed_decides_and_a_modality_does_not_depend_on_the_others(items):
     again = synthetic.Catalog(PARAMS, SEED)
-    assert np.array_equal(again.rank, synthetic.catalog(PARAMS, SEED).rank) and not np.array_equal(again.rank, synthetic.Catalog(PARAMS, SEED + 1).rank)
+    assert np.array_equal(again.rank, synthetic.catalog(PARAMS, SEED).rank) and not np.array_equal(
+        again.rank, synthetic.Catalog(PARAMS, SEED + 1).rank
+    )
     alone = table(synthetic.items(PARAMS, SEED, ("visual",), 0, PARAMS.items))
     assert alone["visual"].equals(items["visual"])
     assert not table(synthetic.items(PARAMS, SEED + 1, ("visual",), 0, PARAMS.items))["visual"].equals(items["visual"])

@@ -18,11 +18,20 @@ from adasid.training.workers import Workers
 from tests.planted import catalogue, shard
 
 TRAINING = {"epochs": 80, "batch": 128, "lr": 0.003, "log_epochs": 1, "checkpoint_epochs": 10}
-SMALL = {"latent_width": 16, "projector_width": 32, "hidden": [48, 32], "decoder_hidden": [32, 48], "codebook_size": 8, "training": TRAINING}
+SMALL = {
+    "latent_width": 16,
+    "projector_width": 32,
+    "hidden": [48, 32],
+    "decoder_hidden": [32, 48],
+    "codebook_size": 8,
+    "training": TRAINING,
+}
 ROUTER = {"hidden": 16}
 TOKENIZERS = {
     "adc-sid": config.AdcSid.model_validate({**SMALL, "router": ROUTER, "revival": {"every": 20}}),
-    "adc-sid two experts": config.AdcSid.model_validate({**SMALL, "shared_experts": 2, "content_experts": {"text": 2, "visual": 2}, "router": ROUTER, "revival": {"every": 20}}),
+    "adc-sid two experts": config.AdcSid.model_validate(
+        {**SMALL, "shared_experts": 2, "content_experts": {"text": 2, "visual": 2}, "router": ROUTER, "revival": {"every": 20}}
+    ),
 }
 
 
@@ -157,7 +166,9 @@ def test_the_same_seed_gives_the_same_codes_and_a_non_finite_loss_is_named(tmp_p
     two, _ = train(settings, table, tmp_path / "b", epochs=5)
     data = shard(table)
     assert torch.equal(one.tokenizer.encode(everything(data)).codes, two.tokenizer.encode(everything(data)).codes)
-    broken = TokenizerTraining(artifact.build(settings, data.widths), settings.training, data, tmp_path / "c", 5, Workers(), "item_features version 7")
+    broken = TokenizerTraining(
+        artifact.build(settings, data.widths), settings.training, data, tmp_path / "c", 5, Workers(), "item_features version 7"
+    )
     with torch.no_grad():
         next(broken.tokenizer.parameters()).fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"not finite at step 0 .*item_features version 7"):

@@ -13,8 +13,11 @@ CUTOFFS = (5, 10, 20, 50, 100)
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """1-based rank of each row's target. ``scores`` [B, M], ``targets`` [B] (int64) -> [B]. Equal scores rank by index."""
     own = scores.gather(1, targets[:, None])
-    before = torch.arange(scores.shape[1], device=scores.device)[None, :] < targets[:, None]
-    return 1 + (scores > own).sum(1) + ((scores == own) & before).sum(1)
+    ranks = 1 + (scores > own).sum(1, dtype=torch.int32)
+    tied = torch.nonzero((scores >= own).sum(1, dtype=torch.int32) > ranks).flatten()  # rare: another item has exactly the target's score
+    before = torch.arange(scores.shape[1], device=scores.device)[None, :] < targets[tied, None]
+    ranks[tied] += ((scores[tied] == own[tied]) & before).sum(1)
+    return ranks
 
 
 def recall_ndcg(ranks: Tensor, cutoffs: Iterable[int] = CUTOFFS) -> dict[str, float]:

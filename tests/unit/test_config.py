@@ -52,7 +52,7 @@ def test_bad_settings_are_named_with_the_fix(override, words):
 def test_a_section_that_has_no_effect_is_an_error(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({"source": {"kind": "synthetic", "tables": {"items": "a", "interactions": "b"}}}))
-    with pytest.raises(ConfigError, match="source.tables is set but source.kind is 'synthetic'"):
+    with pytest.raises(ConfigError, match=r"source\.tables is set but source.kind is 'synthetic'"):
         config.load(path)
 
 

@@ -1,4 +1,4 @@
-"""Contrastive alignment and the controller of its strength (ADC-SID eqs 16 to 21; methods 1.5)."""
+"""Contrastive alignment and the controller of its strength (ADC-SID eqs 15 to 21; methods 1.5)."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class AdcSid(Tokenizer):
         return scaled
 
     def _experts(self, x: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Latents [L, B, d] (eqs 3, 7), gate weights [L, B] (eqs 10, 22; 0 where the modality is absent), projections [B, h] (eq 2)."""
+        """Latents [L, B, d] (eqs 4, 6), gate weights [L, B] (eqs 12, 13, 22; 0 where the modality is absent), projections [B, h] (eq 2)."""
         latents, weights, projections = {}, {}, {}
         for m in self.modalities:
             there = batch.present[m][:, None].to(x[m].dtype)
@@ -91,7 +91,7 @@ class AdcSid(Tokenizer):
         return alignment_weight(richness, c.alpha, float(self.beta)) if c.enabled else torch.ones_like(richness)
 
     def _fuse(self, quantized: Quantized, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """z and z_q (eqs 11, 12) from unit-norm latents and codewords; [B, d] each."""
+        """z and z_q (eqs 10, 11) from unit-norm latents and codewords; [B, d] each."""
         w = weights[:, :, None]
         return (w * quantized.latents).sum(0), (w * quantized.codewords).sum(0)
 
@@ -173,7 +173,7 @@ class AdcSid(Tokenizer):
         return torch.tensor([slot.kind != BEHAVIOR for slot in self.slots], device=self.theta.device)
 
     def _reconstruction(self, decoded: Tensor, x: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Eq 13, each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the mean), absent ones left out."""
+        """Eq 14, each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the mean), absent ones left out."""
         parts = zip(self.modalities, decoded.split(list(self.widths.values()), dim=1))
         return torch.stack([(((y - x[m]) ** 2).mean(1) * batch.present[m]).mean() for m, y in parts]).sum()
 

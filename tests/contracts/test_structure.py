@@ -1,0 +1,98 @@
+"""What the house promises: imports run one way, the core stands alone, doors are thin and their flags are frozen."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adasid import tables
+
+ROOT = Path(__file__).parents[2]
+ENGINES = {"pyspark", "delta", "deltalake", "ray", "mlflow"}
+JOBS = ("ingest", "build_features", "train", "write_sids", "report", "run_all")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize(("room", "forbidden"), [("adasid", {"pipelines", "jobs", *ENGINES}), ("pipelines", {"jobs"})])
+def test_imports_run_one_way(room, forbidden):
+    bad = [(path.name, name) for path in (ROOT / room).rglob("*.py") for name in imported(path) if name.split(".")[0] in forbidden]
+    assert not bad
+
+
+def test_the_core_imports_without_engines():
+    code = (
+        "import sys, pkgutil, importlib\n"
+        f"for name in {sorted(ENGINES)!r}: sys.modules[name] = None\n"
+        "import adasid\n"
+        "for module in pkgutil.walk_packages(adasid.__path__, 'adasid.'): importlib.import_module(module.name)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_is_a_thin_door_with_help(job):
+    path = ROOT / "jobs" / f"{job}.py"
+    assert len(path.read_text().splitlines()) <= 60
+    shown = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
+    for word in (
+        "--config FILE",
+        "--set KEY=VALUE",
+        "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed",
+    ):
+        assert word in " ".join(shown.split())
+    assert {p.stem for p in (ROOT / "jobs").glob("*.py")} == set(JOBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "--config"),
+        (["--config", "conf/absent.yaml"], 2, "conf/absent.yaml: cannot be read"),
+        (["--config", "conf/demo.yaml", "--set", "tokenizer.codebok_size=1"], 2, "did you mean 'tokenizer.codebook_size'"),
+        (["--config", "conf/demo.yaml", "--set", "runs_dir=/proc/none"], 3, "not writable"),
+        (["--config", "conf/demo.yaml", "--set", "runs_dir={tmp}"], 3, "item_features does not exist"),
+    ],
+)
+def test_exit_codes_and_one_line_errors(arguments, code, words, tmp_path):
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    done = subprocess.run([sys.executable, "jobs/write_sids.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_other_secret_loader():
+    code = "\n".join(path.read_text() for room in ("adasid", "pipelines", "jobs") for path in (ROOT / room).rglob("*.py"))
+    for word in ("yaml.load(", "pickle", "torch.load("):
+        assert word not in code.replace("allow_pickle=False", "")
+
+
+def test_table_schemas_are_frozen():
+    names = (
+        "INTERACTIONS",
+        "REJECTED_ROWS",
+        "TRUTH",
+        "ITEM_STATS",
+        "USER_STATS",
+        "SEQUENCES",
+        "RANKING_SAMPLES",
+        "BEHAVIOR_EMBEDDINGS",
+        "CATALOG_STATS",
+        "SIDS",
+        "GENERATIONS",
+    )
+    schemas = {name.lower(): getattr(tables, name) for name in names}
+    schemas |= {"items": tables.items(["text"]), "item_features": tables.item_features(["text"])}
+    found = {name: [f"{field.name}: {field.type}{'' if field.nullable else ' not null'}" for field in schema] for name, schema in schemas.items()}
+    frozen = json.loads((Path(__file__).parent / "schemas.json").read_text())
+    assert found == frozen, "a table's contract changed: say so in the README and update tests/contracts/schemas.json on purpose"

@@ -1,0 +1,79 @@
+"""Training through real Ray Train: two workers, a worker that dies, errors that come home. Few fits: each costs half a minute to start."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from adasid import config, errors
+from adasid.training.workers import Workers
+from pipelines.engines import cluster
+
+SETTINGS = config.Ray(workers=2, cpus_per_worker=0.5, gpus="never", max_failures=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stop_ray():
+    yield
+    cluster.shutdown()
+
+
+def collectives(payload):
+    """On each worker: every operation of Workers against its closed form, and a worker that is killed at its first try."""
+    workers, folder = Workers.current(), Path(payload["folder"])
+    tried = folder / f"tried-{workers.rank}"
+    if not tried.exists():
+        tried.write_text("")
+        if workers.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    r = workers.rank
+    checks = {
+        "world": workers.world == 2,
+        "sum": workers.sum(torch.tensor([1.0, r])).tolist() == [2.0, 1.0],
+        "gather": workers.gather(torch.tensor([[r, 5]])).tolist() == [[0, 5], [1, 5]],
+        "ragged": workers.gather_ragged(torch.arange(r + 1)).tolist() == [0, 0, 1],
+        "broadcast": workers.broadcast(torch.tensor([float(r)])).item() == 0.0,
+        "agree": workers.agree(True) and not workers.agree(r == 0),
+    }
+    own = torch.full((2, 3), float(r + 1), requires_grad=True)
+    everyone = workers.gather_with_gradient(own)
+    (everyone.sum(dim=0) * (r + 1)).sum().backward()
+    checks["gather gradient"] = own.grad.tolist() == [[3.0] * 3] * 2  # d/d(own) of both ranks' losses: weights 1 + 2
+    weight, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.tensor([1.0, 3.0]) * (r + 1)
+    workers.average_gradients([weight, unused])
+    checks["average"] = weight.grad.tolist() == [1.5, 4.5] and unused.grad.tolist() == [0.0]
+    dist.barrier()
+    (folder / f"result-{r}.json").write_text(json.dumps(checks))
+    if r == 0:
+        (folder / cluster.METRICS).write_text(json.dumps({"epoch": 1, "loss": 0.5}) + "\n")
+
+
+def fail_together(payload):
+    Workers.current().agree(False)
+    raise errors.TrainingError("loss is not finite at step 7, input item_features version 3")
+
+
+def test_collectives_and_a_worker_that_dies_once(tmp_path):
+    shown = []
+    cluster.fit(collectives, {"folder": str(tmp_path)}, SETTINGS, "collectives", tmp_path, shown.append)
+    for rank in range(2):
+        checks = json.loads((tmp_path / f"result-{rank}.json").read_text())
+        assert all(checks.values()), checks
+    assert shown == [{"epoch": 1, "loss": 0.5}]
+    assert (tmp_path / "tried-1").exists()
+
+
+def test_an_expected_error_comes_home_as_one_line_and_is_not_retried(tmp_path):
+    with pytest.raises(errors.TrainingError, match=r"^loss is not finite at step 7, input item_features version 3$"):
+        cluster.fit(fail_together, {}, SETTINGS, "fail", tmp_path, lambda row: None)
+
+
+def test_no_cluster_is_one_line_with_the_fix(tmp_path, monkeypatch):
+    cluster.shutdown()
+    with pytest.raises(errors.InputError, match="ray start --head"):
+        cluster.fit(fail_together, {}, SETTINGS.model_copy(update={"address": "127.0.0.1:1"}), "none", tmp_path, lambda row: None)

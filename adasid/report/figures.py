@@ -184,13 +184,14 @@ def usage(slots: Sequence[str], codes: Sequence[Sequence[int]], utilisation: Seq
     """Small multiples: items of each code, largest first, one panel a slot; the dashed line is even use."""
     rows = math.ceil(len(slots) / 2)
     figure = Figure(figsize=(style.WIDTH, 0.7 + 1.15 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(rows, 2, squeeze=False, sharex=True)
     figure.suptitle("Use of the codes in each codebook", x=0.01, ha="left")
-    top = max((max(counts, default=0) for counts in codes), default=0) or 1
     for axes, slot, counts, used, nats in zip(grid.flat, slots, codes, utilisation, entropy):
         ordered = np.sort(np.asarray(counts, dtype=np.float64))[::-1]
         axes.fill_between(np.arange(1, len(ordered) + 1), ordered, step="mid", color=BLUE, alpha=0.85, lw=0)
         axes.axhline(ordered.mean() if len(ordered) else 0, color=ORANGE, lw=1.1, ls=DASHES[1])
+        axes.set_ylim(0, 1.45 * max(1.0, ordered.max(initial=0)))
+        thousands(axes.yaxis, 3)
         cap = math.log(max(2, len(ordered)))
         axes.set_title(slot, fontweight="bold", pad=3)
         axes.text(
@@ -202,8 +203,6 @@ def usage(slots: Sequence[str], codes: Sequence[Sequence[int]], utilisation: Seq
             va="top",
             fontsize=SMALL,
         )
-    grid.flat[0].set_ylim(0, 1.45 * top)
-    thousands(grid.flat[0].yaxis, 3)
     for spare in list(grid.flat)[len(slots) :]:
         spare.set_visible(False)
     figure.supxlabel("codes, most used first", fontsize=9)

@@ -119,6 +119,8 @@ def _join(settings: config.Ray) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     environment = {**MALLOC, "RAY_TRAIN_V2_ENABLED": "1"}
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("http"):  # where jobs are submitted, not where a driver joins
+        address = "auto"
     options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
     if address:
         ray.init(address=address, **options)

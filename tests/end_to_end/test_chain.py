@@ -199,11 +199,14 @@ def test_a_failed_gate_publishes_nothing(in_process, folder):
 
 
 def test_an_artifact_from_other_features_is_refused(in_process, on_ray, folder):
-    path = config_file(folder, "narrow", source={"synthetic": {**SMALL["source"]["synthetic"], "text_width": 10}})
+    """Here the items also bring their own behaviour vectors: there is no SASRec to train."""
+    source = {"synthetic": {**SMALL["source"]["synthetic"], "text_width": 10, "behavior_width": 16}}
+    path = config_file(folder, "narrow", source=source, behavior={"source": "column"})
     cfg = load(path)
     for name, function in chain.STAGES[:4]:
         with chain.tracking.stage(cfg, name) as track:
             function(cfg, track)
+    assert not lake_of(folder, "narrow").exists("behavior_embeddings")
     other = next((folder / "runs" / "alone" / "artifacts" / "tokenizer").iterdir()) / "model"
     done = job("write_sids", path, "--set", f"sids.artifact={other}")
     assert done.returncode == 3

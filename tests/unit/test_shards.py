@@ -1,0 +1,80 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from adasid.errors import InputError
+from adasid.tables import BEHAVIOR
+from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
+from adasid.training.shards import Shard
+from tests.planted import catalogue, shard
+
+
+def test_rows_come_back_in_item_order_whatever_the_order_of_reading():
+    table, _ = catalogue(items=50)
+    mixed = table.take(np.random.default_rng(0).permutation(50))
+    a, b = shard(table), shard(mixed)
+    assert a.item_index.tolist() == b.item_index.tolist() == list(range(50))
+    rows = np.array([3, 40, 7])
+    for m in ("text", "visual", BEHAVIOR):
+        assert torch.equal(a.take(rows).vectors[m], b.take(rows).vectors[m])
+        assert torch.equal(a.take(rows).present[m], b.take(rows).present[m])
+    assert a.take(rows).vectors["text"].tolist() == [table["text"][i].as_py() for i in rows]
+    assert not a.take(rows).present["visual"][0]
+    assert (a.take(rows).vectors["visual"][0] == 0).all()
+    assert sum(len(batch) for batch in a.scan(7)) == 50
+
+
+def test_a_large_shard_is_memory_mapped_and_equal():
+    table, _ = catalogue(items=50)
+    small = shard(table)
+    large = Shard(lambda columns: table.select(columns).to_batches(), ("text", "visual", BEHAVIOR), 50, in_memory=0)
+    assert isinstance(large._vectors["text"], np.memmap)
+    assert torch.equal(small.take(np.arange(50)).vectors["text"], large.take(np.arange(50)).vectors["text"])
+
+
+def test_unusable_features_are_named():
+    table, _ = catalogue(items=20)
+    with pytest.raises(InputError, match="no rows for this worker"):
+        shard(table.slice(0, 0))
+    nothing = table.set_column(table.schema.get_field_index("visual"), "visual", pa.nulls(20, pa.list_(pa.float32())))
+    with pytest.raises(InputError, match="no item has this modality"):
+        shard(nothing)
+    two = [row if i else [1.0, 2.0] for i, row in enumerate(table["text"].to_pylist())]
+    mixed = table.set_column(table.schema.get_field_index("text"), "text", pa.array(two, pa.list_(pa.float32())))
+    with pytest.raises(InputError, match=r"text holds a vector of width 24, expected 2"):
+        shard(mixed)
+
+
+def test_checkpoints_survive_a_half_written_one_and_name_a_broken_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"a.x": torch.full((2,), float(step)), "b": torch.tensor(step)}, {"step": step})
+    (tmp_path / ".draft-99").mkdir()
+    (tmp_path / ".draft-99" / "tensors.safetensors").write_bytes(b"half")
+    latest = checkpoints.latest()
+    assert latest.state == {"step": 3}
+    assert latest.under("a")["x"].tolist() == [3.0, 3.0]
+    assert len(list(tmp_path.glob("step-*"))) == 2
+    (tmp_path / "step-000000003" / "tensors.safetensors").write_bytes(b"broken")
+    with pytest.raises(InputError, match="step-000000003: cannot be read"):
+        checkpoints.latest()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_optimiser_state_round_trips(kind):
+    def steps(parameter, optimizer, number):
+        for i in range(number):
+            parameter.grad = torch.arange(3.0) + i
+            optimizer.step()
+
+    a = torch.nn.Parameter(torch.ones(3))
+    whole = kind([a], lr=0.1)
+    steps(a, whole, 3)
+    b = torch.nn.Parameter(a.detach().clone())
+    fresh = kind([b], lr=0.1)
+    restore_optimizer(fresh, optimizer_tensors(whole))
+    steps(a, whole, 2)
+    steps(b, fresh, 2)
+    assert torch.equal(a, b)

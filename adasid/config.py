@@ -165,6 +165,14 @@ class Training(Section):
     checkpoint_epochs: int = Field(20, ge=1, description="epochs between two checkpoints")
     log_epochs: int = Field(5, ge=1, description="epochs between two rows of metrics")
 
+    @model_validator(mode="after")
+    def _warmup(self) -> Training:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"tokenizer.training.warmup_epochs {self.warmup_epochs} is not below tokenizer.training.epochs {self.epochs}: nothing would be quantized"
+            )
+        return self
+
 
 class Controller(Section):
     enabled: bool = Field(True, description="false: every alignment weight is 1 (ablation)")
@@ -269,7 +277,7 @@ class Tracking(Section):
 
 class Config(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run: its outputs lie in <runs_dir>/<name>")
-    seed: int = Field(17, ge=0, description="the one seed")
+    seed: int = Field(17, ge=0, lt=2**31, description="the one seed")
     runs_dir: str = Field("runs", description="where runs are kept")
     pins: dict[str, int] = Field({}, description="table -> version to read instead of the latest")
     source: Source = Field(Source(kind="synthetic", synthetic=Synthetic()), description="where items and interactions come from")
@@ -283,6 +291,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _lengths(self) -> Config:
+        if "://" in self.runs_dir:
+            raise ValueError(f"runs_dir is {self.runs_dir!r}: must be a folder that all machines share, mounted under one path")
         if self.behavior.max_length > self.features.max_length:
             raise ValueError(
                 f"behavior.max_length {self.behavior.max_length} is longer than features.max_length {self.features.max_length}: "

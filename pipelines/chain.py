@@ -26,6 +26,7 @@ STAGES: tuple[tuple[str, Callable[[Config, Track], None]], ...] = (
 def run(cfg: Config) -> None:
     """Run every stage that is not up to date; print the summary."""
     started = time.monotonic()
+    tracking.open_lake(cfg)
     tracking.new_pipeline(cfg)
     try:
         for name, function in STAGES:
@@ -42,10 +43,11 @@ def summary(cfg: Config, seconds: float) -> str:
     """What was built, the headline figures, and where to look."""
     rows = [json.loads(line) for line in (cfg.run_dir / "stages.jsonl").read_text(encoding="utf-8").splitlines()]
     last = {row["stage"]: row for row in rows}
+    told = {row["stage"]: row["facts"] for row in rows if row["facts"]}
     lines = ["", f"{cfg.name}: done in {seconds:.0f} s", ""]
     for name, _ in STAGES:
         row = last[name]
-        facts = "   ".join(f"{key}: {value}" for key, value in row["facts"].items())
+        facts = "   ".join(f"{key}: {value}" for key, value in told.get(name, {}).items())
         lines.append(f"  {name:<14}{row['seconds']:>7.1f} s  {row['status']:<11} {facts}")
     base = cfg.run_dir.resolve()
     lines += ["", f"  tables   {base}/lake/<table>   (semantic IDs: {base}/lake/sids)", f"  report   {base}/report/index.html"]

@@ -79,7 +79,7 @@ def leave(code: int) -> None:
 
 
 def _keep_trace(log: Path | None) -> str:
-    if log is None or "://" in str(log):
+    if log is None:
         return ""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ def run(cfg: Config, track: Track) -> None:
                 "truth": tables.TRUTH,
                 "rejected_rows": tables.REJECTED_ROWS,
             }[name]
-            versions[name] = engine.write(frame, track.lake, name, schema, stamp, "append" if name == "rejected_rows" else "overwrite")
+            versions[name] = engine.write(frame, track.lake, name, schema, stamp, (f"{name}:{stamp}", 1) if name == "rejected_rows" else None)
             track.note(f"{name} written at version {versions[name]}")
     track.outputs(versions)
     facts = {name: track.lake.open(name, versions[name]).to_pyarrow_dataset().count_rows() for name in ("items", "interactions")}

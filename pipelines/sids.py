@@ -23,6 +23,7 @@ from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot, Tokenizer, token
 from adasid.training.shards import batch_of
+from adasid.training.workers import settle
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import Track
 from pipelines.train import tokenizer_folder
@@ -75,7 +76,12 @@ def run(cfg: Config, track: Track) -> None:
             "live": True,
         }
         published = spark.createDataFrame([row], engine.struct(tables.GENERATIONS))
-        track.outputs({"sids": version, "generations": engine.write(published, lake, "generations", tables.GENERATIONS, key, mode="append")})
+        track.outputs(
+            {
+                "sids": version,
+                "generations": engine.write(published, lake, "generations", tables.GENERATIONS, key, append=("generations", generation)),
+            }
+        )
     finally:
         encoded.unpersist()
     track.facts.update(
@@ -129,7 +135,7 @@ def _encoder(manifest: str, weights: Any, size: int) -> Callable[[Iterable[pa.Re
 @lru_cache(maxsize=2)
 def _tokenizer(manifest: str, weights: bytes) -> Tokenizer:
     """Built once a Python worker; Spark reuses workers between tasks."""
-    artifact.threads(1)
+    settle(1)
     return artifact.decode(json.loads(manifest), weights)
 
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from adasid import tables
 from adasid.config import Config, digest
+from adasid.errors import InputError
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
 from adasid.training.behavior import BehaviorData, BehaviorTraining
-from adasid.training.checkpoint import write_json, write_text
+from adasid.training.checkpoint import Checkpoints, write_json, write_text
 from adasid.training.sequences import Histories
 from adasid.training.shards import Shard
 from adasid.training.tokenizer import TokenizerTraining
@@ -42,6 +43,8 @@ def behavior(cfg: Config, track: Track) -> None:
     read = track.lake.versions("sequences", "item_stats")
     key = digest("behavior", cfg.behavior, cfg.seed, track.lake.stamps(read))
     track.inputs(read)
+    if len(set(track.lake.stamps(read).values())) > 1:
+        raise InputError("sequences and item_stats come from different runs of build_features (was one cut off?): run jobs/build_features.py again")
     if track.lake.fresh(key, "behavior_embeddings"):
         track.status = "up to date"
         return
@@ -54,6 +57,7 @@ def behavior(cfg: Config, track: Track) -> None:
     track.outputs(
         {"behavior_embeddings": track.lake.write("behavior_embeddings", tables.BEHAVIOR_EMBEDDINGS, _embedding_batches(items, result), key)}
     )
+    Checkpoints(folder / "checkpoints").clear()
     summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     track.artifact(folder / "result.json")
     track.facts.update(
@@ -71,7 +75,8 @@ def tokenizer(cfg: Config, track: Track) -> None:
     folder = tokenizer_folder(cfg, track.lake)
     track.inputs(read)
     if (folder / "model" / "manifest.json").exists():
-        artifact.read(folder / "model")
+        _, manifest = artifact.read(folder / "model")
+        _register(cfg, track, folder / "model", manifest)
         track.status = "up to date"
         return
     shown = ("loss", "reconstruction", "codebook", "alignment", "sparsity", "utilisation", "entropy", "seconds")
@@ -79,6 +84,7 @@ def tokenizer(cfg: Config, track: Track) -> None:
     cluster.fit(_tokenizer_worker, _payload(cfg, track, read, folder), cfg.ray, f"tokenizer-{folder.name}", folder, show)
     manifest = artifact.read_manifest(folder / "model")
     _register(cfg, track, folder / "model", manifest)
+    Checkpoints(folder / "checkpoints").clear()
     quality = manifest["metrics"]
     track.facts.update({"tokenizer": manifest["digest"], "utilisation": round(quality["utilisation"], 4), "entropy": round(quality["entropy"], 3)})
     track.facts.update({f"FVU {m}": round(value, 3) for m, value in quality["fvu"].items()})
@@ -120,15 +126,19 @@ def _progress(track: Track, epochs: int, shown: tuple[str, ...]) -> Callable[[di
 
 
 def _reporter(payload: dict[str, Any], workers: Workers) -> Callable[[list[dict[str, float]]], None]:
-    """Rank 0 keeps ``metrics.jsonl`` and MLflow up to date; Ray Train hears from every rank."""
+    """Rank 0 keeps ``metrics.jsonl`` and MLflow up to date (a resumed run logs its earlier rows again); Ray Train hears from every rank."""
+    logged = 0
     client = MlflowClient(payload["tracking"]["uri"]) if workers.rank == 0 else None
     on_ray = bool(payload["config"]["ray"]["workers"])
 
     def report(rows: list[dict[str, float]]) -> None:
+        nonlocal logged
         if client is not None:
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             write_text(Path(payload["folder"]) / cluster.METRICS, lines)
-            Track.log(client, payload["tracking"]["run"], rows[-1], int(rows[-1]["epoch"]))
+            for row in rows[logged:]:
+                Track.log(client, payload["tracking"]["run"], row, int(row["epoch"]))
+            logged = len(rows)
         if on_ray:
             import ray.train
 
@@ -150,6 +160,11 @@ def _behavior_worker(payload: dict[str, Any]) -> None:
         split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split)) for split in tables.SPLITS
     }
     counts = lake.read("item_stats", read["item_stats"], ["item_index", "interactions"]).sort_by("item_index")["interactions"].to_numpy()
+    if len(histories["train"]) < workers.world:
+        raise InputError(
+            f"sequences version {read['sequences']} has {len(histories['train'])} users with at least two training events, "
+            f"fewer than ray.workers {workers.world}: bring more interactions"
+        )
     parts = {split: histories[split].part(workers.rank, workers.world) for split in tables.SPLITS}
     data = BehaviorData(parts["train"], parts["validation"], parts["test"], counts.astype(np.int64), f"sequences version {read['sequences']}")
     training = BehaviorTraining(cfg.behavior, data, folder, cfg.seed, workers, _device(cfg))
@@ -157,7 +172,6 @@ def _behavior_worker(payload: dict[str, Any]) -> None:
     if workers.rank == 0:
         save_file({"embeddings": result.embeddings.contiguous(), "norms": result.norms.contiguous()}, folder / "result.safetensors")
         write_json(folder / "result.json", result.summary)
-        training.checkpoints.clear()
 
 
 def _tokenizer_worker(payload: dict[str, Any]) -> None:
@@ -169,11 +183,7 @@ def _tokenizer_worker(payload: dict[str, Any]) -> None:
     )
     version, settings = payload["read"]["item_features"], cfg.tokenizer
     mine = _modulo("item_index", workers) if workers.world > 1 else None
-    shard = Shard(
-        lambda columns: lake.batches("item_features", version, columns, mine),
-        (*settings.content, BEHAVIOR),
-        lake.open("item_features", version).count(),
-    )
+    shard = Shard(lambda columns: lake.batches("item_features", version, columns, mine), (*settings.content, BEHAVIOR))
     torch.manual_seed(cfg.seed)
     training = TokenizerTraining(
         artifact.build(settings, shard.widths),
@@ -192,7 +202,6 @@ def _tokenizer_worker(payload: dict[str, Any]) -> None:
         metrics = {**quality, "fvu": {m: last[f"fvu_{m}"] for m in training.tokenizer.widths}}
         facts = {"metrics": metrics, "inputs": payload["read"], "seed": cfg.seed, "versions": payload["versions"], "run": cfg.name}
         artifact.write(folder / "model", training.tokenizer, settings, facts)
-        training.checkpoints.clear()
 
 
 def _modulo(column: str, workers: Workers) -> pc.Expression:
@@ -219,14 +228,19 @@ def _embedding_batches(items: pa.Array, result: Mapping[str, torch.Tensor]) -> I
 
 
 def _register(cfg: Config, track: Track, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Log the artifact and register it under the alias ``candidate``."""
-    name = cfg.tracking.model or f"adasid-{cfg.name}"
-    track.artifact(folder)
+    """Log and register the artifact, unless it is, and let the alias ``candidate`` point at it."""
+    name, client = cfg.tracking.model or f"adasid-{cfg.name}", track.client
     try:
-        track.client.create_registered_model(name)
+        client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"{track.client.get_run(track.run_id).info.artifact_uri}/{folder.name}"
-    version = track.client.create_model_version(name, source, track.run_id, tags={"digest": manifest["digest"], "tokenizer": manifest["tokenizer"]})
-    track.client.set_registered_model_alias(name, "candidate", version.version)
+    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("digest") == manifest["digest"]]
+    if known:
+        version = known[0]
+    else:
+        track.artifact(folder)
+        source = f"{client.get_run(track.run_id).info.artifact_uri}/{folder.name}"
+        tags = {"digest": manifest["digest"], "tokenizer": manifest["tokenizer"]}
+        version = client.create_model_version(name, source, track.run_id, tags=tags)
+    client.set_registered_model_alias(name, "candidate", version.version)

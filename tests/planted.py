@@ -36,4 +36,4 @@ def catalogue(
 def shard(table: pa.Table, modalities: tuple[str, ...] = ("text", "visual", BEHAVIOR), rank: int = 0, world: int = 1) -> Shard:
     """The part of worker ``rank``."""
     mine = table.take(np.arange(rank, table.num_rows, world))
-    return Shard(lambda columns: mine.select(columns).to_batches(max_chunksize=97), modalities, table.num_rows)
+    return Shard(lambda columns: mine.select(columns).to_batches(max_chunksize=97), modalities)

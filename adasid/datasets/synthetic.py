@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from adasid import tables
 from adasid.config import Synthetic
 from adasid.datasets.arrow import vectors
-from adasid.errors import ConfigError
 
 BLOCK = 1024
 """Items or users that share one random stream."""
@@ -42,17 +41,10 @@ BASE_TIME, STARTS, LONGEST_SPAN, DAY = 1_500_000_000, 730, 365, 86_400
 
 @dataclass(frozen=True)
 class Catalog:
-    """The planted structure; arrays are made on first use. Raises ConfigError where histories would be too short."""
+    """The planted structure; arrays are made on first use."""
 
     params: Synthetic
     seed: int
-
-    def __post_init__(self) -> None:
-        mean = self.params.interactions / self.params.users
-        if mean < MIN_LENGTH:
-            raise ConfigError(
-                f"source.synthetic: {self.params.interactions} interactions of {self.params.users} users are {mean:.3g} a user; must be at least {MIN_LENGTH}"
-            )
 
     def generator(self, purpose: str, block: int = 0) -> np.random.Generator:
         """The stream of one purpose and block."""

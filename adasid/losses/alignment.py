@@ -38,5 +38,5 @@ def info_nce(anchors: Tensor, candidates: Tensor, positives: Tensor, temperature
     """
     logits = nnf.normalize(anchors, dim=1) @ nnf.normalize(candidates, dim=1).T / temperature
     if valid is not None:
-        logits = logits.masked_fill(~valid[None, :], -torch.inf)
-    return nnf.cross_entropy(torch.nan_to_num(logits, neginf=-1e4), positives, reduction="none")
+        logits = logits.masked_fill(~valid[None, :], -1e4)
+    return nnf.cross_entropy(logits, positives, reduction="none")

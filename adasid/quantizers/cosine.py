@@ -47,18 +47,18 @@ class CosineCodebooks(nn.Module):
                 self.weight[slot] = spherical_kmeans(rows[keep], self.weight.shape[1], rounds, generator)
 
     @torch.no_grad()
-    def count(self, codes: Tensor, active: Tensor) -> None:
-        """Add a batch's active assignments ([L, B] each) to the usage since the last revival."""
-        self.used.scatter_add_(1, codes, active.to(self.used.dtype))
+    def counts(self, codes: Tensor, active: Tensor) -> Tensor:
+        """How often each code is assigned in a batch of active assignments; [L, B] each -> [L, K]."""
+        return torch.zeros_like(self.used).scatter_add_(1, codes, active.to(self.used.dtype))
 
     @torch.no_grad()
-    def revive(self, used: Tensor, latents: Tensor, active: Tensor, min_share: float, generator: torch.Generator) -> Tensor:
+    def revive(self, latents: Tensor, active: Tensor, min_share: float, generator: torch.Generator) -> Tensor:
         """Replace codes used less than ``min_share`` of their fair share by random active latents of the batch.
 
-        ``used`` [L, K]: usage over all workers; ``latents`` [L, B, d] and ``active`` [L, B]: the same on all workers, so that
-        all make the same choice. Returns the mask [L, K] of replaced codes; usage starts again from zero.
+        ``used`` (usage since the last revival, over all workers), ``latents`` [L, B, d] and ``active`` [L, B] are the same on all
+        workers, so that all make the same choice. Returns the mask [L, K] of replaced codes; usage starts again from zero.
         """
-        dead = used < min_share * used.mean(dim=1, keepdim=True)
+        dead = self.used < min_share * self.used.mean(dim=1, keepdim=True)
         for slot in torch.nonzero(dead.any(dim=1)).flatten().tolist():
             rows = torch.nonzero(active[slot]).flatten()
             codes = torch.nonzero(dead[slot]).flatten()

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -125,7 +126,7 @@ class AdcSid(Tokenizer):
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
         share = -(-self.settings.kmeans_samples // workers.world)
-        rows = torch.linspace(0, len(shard) - 1, min(share, len(shard))).round().long().unique().numpy()
+        rows = np.unique(np.linspace(0, len(shard) - 1, min(share, len(shard))).round().astype(np.int64))
         found = [self._sample(shard.take(rows[start : start + 4096]).to(self.theta.device)) for start in range(0, len(rows), 4096)]
         latents, active = (workers.gather_ragged(torch.cat(part)) for part in zip(*found))
         self.codebooks.initialise(latents.transpose(0, 1), active.T, self.settings.kmeans_rounds, generator)
@@ -165,7 +166,7 @@ class AdcSid(Tokenizer):
             codebook = codebook_loss(quantized, active, s.commitment)
             total = total + s.codebook_weight * codebook
             parts["codebook"] = float(codebook.detach())
-            self.codebooks.count(quantized.codes, active)
+            self.codebooks.used += workers.sum(self.codebooks.counts(quantized.codes, active))
             self._last = (quantized.latents.detach(), active)
         return Losses(total, {"loss": float(total.detach()), **parts})
 
@@ -225,7 +226,7 @@ class AdcSid(Tokenizer):
             return {}
         latents, active = self._last
         latents, active = workers.gather(latents.transpose(0, 1)).transpose(0, 1), workers.gather(active.T.to(torch.uint8)).T.bool()
-        dead = self.codebooks.revive(workers.sum(self.codebooks.used), latents, active, r.min_share, generator)
+        dead = self.codebooks.revive(latents, active, r.min_share, generator)
         return {self.codebooks.weight: dead[:, :, None].expand_as(self.codebooks.weight)}
 
     def no_decay(self) -> set[nn.Parameter]:

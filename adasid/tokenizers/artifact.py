@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors.torch import load, save
 
@@ -86,9 +85,3 @@ def decode(manifest: Mapping[str, Any], weights: bytes) -> Tokenizer:
             f"artifact {manifest['digest']}: weights and config do not fit ({str(error).splitlines()[0]}); train the tokenizer again"
         ) from None
     return tokenizer.eval().requires_grad_(False)
-
-
-def threads(number: int) -> None:
-    """Fix the number of torch threads of this process: results and speed depend on it."""
-    if torch.get_num_threads() != number:
-        torch.set_num_threads(number)

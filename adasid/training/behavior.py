@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +28,7 @@ from adasid.training.sequences import Histories
 from adasid.training.workers import Workers
 
 _SPEARMAN_SAMPLE = 1_000_000
+_SCORES = 1 << 26
 
 
 @dataclass
@@ -88,7 +90,7 @@ class BehaviorTraining:
         return self._result(rows)
 
     def _resume(self) -> tuple[int, list[dict[str, float]]]:
-        found = self.checkpoints.latest()
+        found = self.checkpoints.latest(self.workers)
         if found is None:
             return 1, []
         self.model.load_state_dict(found.under("model"))
@@ -121,12 +123,12 @@ class BehaviorTraining:
         inputs, targets = ids[:, :-1], ids[:, 1:]
         valid = targets >= 0
         positive = targets[valid]
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + step) % 2**63)
         pool = self.workers.gather_ragged(positive)
         negative = pool[torch.randint(len(pool), (self.settings.negatives,), generator=generator).to(self.device)]
         distinct, place = torch.unique(torch.cat([inputs.clamp(min=0).reshape(-1), positive, negative]), return_inverse=True)
         rows = self.table.detach()[distinct].requires_grad_()
-        vectors = rows[place]
+        vectors = nnf.embedding(place, rows)  # its gradient is summed in a fixed order; plain indexing adds atomically, in any order
         history, own, others = vectors.split([inputs.numel(), len(positive), len(negative)])
         states = self.model(history.view(*inputs.shape, -1))[valid]
         loss = sampled_softmax(states, own, others, self.log_q[positive], self.log_q[negative], positive[:, None] == negative[None, :])
@@ -161,9 +163,10 @@ class BehaviorTraining:
 
     def _ranks(self, histories: Histories) -> Tensor:
         """1-based ranks of the targets of all workers' users, full catalogue, history not removed."""
-        users = np.arange(min(len(histories), -(-self.settings.eval_users // self.workers.world)))
+        users = self._scored(histories)
         found = [torch.zeros(0, dtype=torch.int64, device=self.device)]
-        for part in np.array_split(users, max(1, -(-len(users) // 256))):
+        chunk = max(1, min(256, _SCORES // len(self.table)))
+        for part in np.array_split(users, max(1, -(-len(users) // chunk))):
             if not len(part):
                 continue
             ids = torch.from_numpy(histories.last(part, self.settings.max_length)).to(self.device)
@@ -171,6 +174,10 @@ class BehaviorTraining:
             state = states[torch.arange(len(part)), (ids >= 0).sum(1) - 1]
             found.append(target_ranks(state @ self.table.T, torch.from_numpy(histories.targets[part]).to(self.device)))
         return self.workers.gather_ragged(torch.cat(found))
+
+    def _scored(self, histories: Histories) -> NDArray[np.int64]:
+        """This worker's users that are scored: its share of ``eval_users``, the first by user_id."""
+        return np.arange(min(len(histories), -(-self.settings.eval_users // self.workers.world)))
 
     def _spearman(self, norms: Tensor) -> float:
         """Spearman(norm, count) over items that occur in training; a fixed sample where there are very many."""
@@ -184,7 +191,7 @@ class BehaviorTraining:
         if self.workers.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             if max(row["validation_ndcg@10"] for row in rows[:-1] or [{"validation_ndcg@10": -1.0}]) < rows[-1]["validation_ndcg@10"]:
-                _replace(self.folder / "best.safetensors", {"embeddings": self.table.detach().cpu().clone()})
+                _replace(self.folder / "best.safetensors", {"embeddings": self.table.detach().cpu()})
             early = rows[: self.settings.early_epochs]
             if epoch <= self.settings.early_epochs and max(early, key=lambda row: row["spearman"]) is rows[-1]:
                 _replace(self.folder / "early.safetensors", {"norms": self.table.detach().norm(dim=1).cpu()})
@@ -204,7 +211,7 @@ class BehaviorTraining:
         unseen = torch.from_numpy(self.data.counts == 0)
         if (~unseen).any():
             norms = torch.where(unseen, norms[~unseen].min(), norms)
-        users = int(self.workers.sum(torch.tensor([len(self.data.test)], device=self.device)))
+        users = int(self.workers.sum(torch.tensor([len(self._scored(self.data.test))], device=self.device)))
         summary = {
             "best_epoch": int(best["epoch"]),
             "early_epoch": int(early["epoch"]),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adasid.errors import InputError
+from adasid.training.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,25 @@ class Checkpoints:
         target, draft = self.folder / f"step-{step:09d}", self.folder / f".draft-{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, draft / "tensors.safetensors")
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft / "tensors.safetensors")
         (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
         for old in self._complete()[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, or None. Raises InputError for one that cannot be read."""
+    def latest(self, workers: Workers) -> Checkpoint | None:
+        """The newest complete checkpoint that rank 0 sees, the same on all workers, or None. Raises InputError for one that cannot be read."""
         complete = self._complete()
-        if not complete:
+        step = int(workers.broadcast(torch.tensor([int(complete[-1].name.removeprefix("step-")) if complete else -1])))
+        if step < 0:
             return None
+        folder = self.folder / f"step-{step:09d}"
         try:
-            return Checkpoint(load_file(complete[-1] / "tensors.safetensors"), json.loads((complete[-1] / "state.json").read_text(encoding="utf-8")))
+            return Checkpoint(load_file(folder / "tensors.safetensors"), json.loads((folder / "state.json").read_text(encoding="utf-8")))
         except Exception as error:
             raise InputError(
-                f"checkpoint {complete[-1]}: cannot be read ({str(error).splitlines()[0]}); remove that folder to resume from the one before"
+                f"checkpoint {folder}: cannot be read ({str(error).splitlines()[0]}); remove that folder to resume from the one before"
             ) from None
 
     def clear(self) -> None:
@@ -87,8 +90,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Inverse of :func:`optimizer_tensors`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    owners = [(p, group.get("fused")) for group in optimizer.param_groups for p in group["params"]]
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        optimizer.state[parameter][name] = tensor.clone().to(parameter.device if tensor.dim() else "cpu")
+        parameter, fused = owners[int(index)]
+        optimizer.state[parameter][name] = tensor.clone().to(parameter.device if tensor.dim() or fused else "cpu")

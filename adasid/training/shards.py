@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -59,27 +58,24 @@ def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np
         raise InputError(
             f"item_features.{modality} holds a vector of width {other}, expected {width}: retrain the tokenizer on these features, or mend the embedding"
         )
-    values = np.zeros((len(column), width), np.float32)
+    values = torch.zeros(len(column), width).numpy()  # torch's alignment: the same sums whatever the batch
     values[there] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
     return values, there
 
 
 class Shard:
-    """One worker's items of a catalogue of ``total``. ``widths``: modality -> width; ``item_index`` [rows], ascending."""
+    """One worker's items of the catalogue. ``widths``: modality -> width; ``item_index`` [rows], ascending."""
 
-    def __init__(
-        self, read: Callable[[list[str]], Iterable[pa.RecordBatch]], modalities: Iterable[str], total: int, in_memory: int = _IN_MEMORY
-    ) -> None:
+    def __init__(self, read: Callable[[list[str]], Iterable[pa.RecordBatch]], modalities: Iterable[str], in_memory: int = _IN_MEMORY) -> None:
         """``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches, in any order; it is called twice.
 
         Raises InputError for an empty catalogue, a modality that no item has, or two widths of one modality.
         """
-        self.total, modalities = total, tuple(modalities)
+        modalities = tuple(modalities)
         parts = [rows.column("item_index").to_numpy() for rows in read(["item_index"]) if rows.num_rows]
         if not parts:
             raise InputError("item_features has no rows for this worker: use fewer workers, or run build_features on a larger catalogue")
         self.item_index = np.sort(np.concatenate(parts))
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._vectors: dict[str, NDArray[np.float32]] = {}
         self._present = {m: np.zeros(len(self), bool) for m in modalities}
         self._richness = np.zeros(len(self), np.float32)
@@ -98,7 +94,8 @@ class Shard:
 
     def take(self, rows: NDArray[np.int64]) -> Batch:
         """The batch of the given positions in this shard."""
-        vectors = {m: torch.from_numpy(np.ascontiguousarray(values[rows])) for m, values in self._vectors.items()}
+        where = torch.from_numpy(rows)
+        vectors = {m: torch.from_numpy(values).index_select(0, where) for m, values in self._vectors.items()}
         return Batch(vectors, {m: torch.from_numpy(values[rows]) for m, values in self._present.items()}, torch.from_numpy(self._richness[rows]))
 
     def scan(self, size: int = 4096) -> Iterator[Batch]:
@@ -108,10 +105,12 @@ class Shard:
 
     def _allocate(self, in_memory: int) -> None:
         large = len(self) * sum(self.widths.values()) * 4 > in_memory
-        self._folder = tempfile.TemporaryDirectory(prefix="adasid-shard-") if large else None
         for m, width in self.widths.items():
-            shape = (len(self), width)
-            self._vectors[m] = np.memmap(Path(self._folder.name) / m, np.float32, "w+", shape=shape) if self._folder else np.zeros(shape, np.float32)
+            if large:
+                with tempfile.TemporaryFile(prefix="adasid-shard-") as file:  # has no name: gone when this process is, however it ends
+                    self._vectors[m] = np.memmap(file, np.float32, "w+", shape=(len(self), width))
+            else:
+                self._vectors[m] = np.zeros((len(self), width), np.float32)
 
     @staticmethod
     def _find_widths(read: Callable[[list[str]], Iterable[pa.RecordBatch]], modalities: tuple[str, ...]) -> dict[str, int]:

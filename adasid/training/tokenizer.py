@@ -70,7 +70,7 @@ class TokenizerTraining:
         return rows
 
     def _resume(self) -> tuple[int, list[dict[str, float]]]:
-        found = self.checkpoints.latest()
+        found = self.checkpoints.latest(self.workers)
         if found is None:
             self.tokenizer.prepare(self.shard, self.workers)
             return 1, []
@@ -84,7 +84,7 @@ class TokenizerTraining:
         self.checkpoints.save(epoch, tensors, {"epoch": epoch, "rows": rows})
 
     def _generator(self, step: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
 
     def _epoch(self, epoch: int) -> dict[str, float]:
         started, waited = time.monotonic(), 0.0

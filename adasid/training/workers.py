@@ -14,6 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def settle(threads: int) -> None:
+    """Fix what would make results depend on the process: the number of threads, and kernels that add in any order."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - a property that mypy does not see; it costs time
+
+
 class _Gather(torch.autograd.Function):
     """All ranks' rows, in rank order; the gradient of a row is the sum of what every rank's loss asks of it."""
 
@@ -73,7 +81,9 @@ class Workers:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's values, written into ``tensor`` on every worker."""
         if self.world > 1:
-            dist.broadcast(tensor, 0)
+            place = tensor.to("cuda") if dist.get_backend() == "nccl" else tensor
+            dist.broadcast(place, 0)
+            tensor.copy_(place)
         return tensor
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:

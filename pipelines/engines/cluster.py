@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from adasid import config, errors
-from adasid.tokenizers.artifact import threads
 from adasid.training.checkpoint import write_json
+from adasid.training.workers import settle
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "2147483648", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
 """glibc keeps large buffers instead of giving them back to the kernel every step (1.4 times faster training on CPUs)."""
@@ -39,6 +40,7 @@ def fit(
     (folder / _FAILURE).unlink(missing_ok=True)
     with _watch(folder / METRICS, show):
         if settings.workers == 0:
+            settle(_threads(settings))
             function(payload)
         else:
             _fit_on_ray(function, payload, settings, name, folder)
@@ -61,11 +63,20 @@ def _fit_on_ray(function: Callable[[dict[str, Any]], None], payload: dict[str, A
         raise errors.InputError(
             f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave ray.address null"
         ) from None
-    gpus = settings.gpus == "auto" and ray.cluster_resources().get("GPU", 0) >= settings.workers
+    there = ray.cluster_resources()
+    gpus = int(there.get("GPU", 0)) if settings.gpus == "auto" else 0
+    workers = min(settings.workers, gpus) if gpus else settings.workers
+    if workers < settings.workers:
+        print(f"note: {workers} workers instead of {settings.workers}, one for each GPU", file=sys.stderr)
+    if there.get("CPU", 0) < workers * settings.cpus_per_worker:
+        need = workers * settings.cpus_per_worker
+        print(
+            f"note: waiting for {need:g} CPUs, the Ray cluster has {there.get('CPU', 0):g}; lower ray.workers or ray.cpus_per_worker", file=sys.stderr
+        )
     resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpus else {})}
-    scaling = ScalingConfig(num_workers=settings.workers, use_gpu=gpus, resources_per_worker=resources)
+    scaling = ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources)
     run = RunConfig(name=name, storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=settings.max_failures))
-    call = {"function": function, "payload": payload, "folder": str(folder), "threads": max(1, round(settings.cpus_per_worker))}
+    call = {"function": function, "payload": payload, "folder": str(folder), "threads": _threads(settings)}
     trainer = TorchTrainer(_guarded, train_loop_config=call, scaling_config=scaling, run_config=run)
     try:
         trainer.fit()
@@ -74,7 +85,7 @@ def _fit_on_ray(function: Callable[[dict[str, Any]], None], payload: dict[str, A
         raise errors.TrainingError(
             f"{name}: the workers failed ({_first_line(error)}); run the command again to resume from the last checkpoint"
         ) from error
-    _raise_failure(folder)
+    _raise_failure(folder, ("TrainingError",))  # any other was mended by a later try
 
 
 @contextmanager
@@ -131,7 +142,7 @@ def _join(settings: config.Ray) -> None:
 
 def _guarded(call: dict[str, Any]) -> None:
     """On a worker: run the function; leave an expected error where the driver finds it."""
-    threads(call["threads"])
+    settle(call["threads"])
     try:
         call["function"](call["payload"])
     except errors.AdasidError as error:
@@ -140,11 +151,16 @@ def _guarded(call: dict[str, Any]) -> None:
             raise
 
 
-def _raise_failure(folder: Path) -> None:
+def _raise_failure(folder: Path, kinds: tuple[str, ...] = ("TrainingError", "InputError", "ConfigError")) -> None:
     path = folder / _FAILURE
     if path.exists():
         failure = json.loads(path.read_text(encoding="utf-8"))
-        raise getattr(errors, failure["kind"])(failure["message"])
+        if failure["kind"] in kinds:
+            raise getattr(errors, failure["kind"])(failure["message"])
+
+
+def _threads(settings: config.Ray) -> int:
+    return max(1, round(settings.cpus_per_worker))
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ STAMP = "adasid"
 
 @dataclass(frozen=True)
 class Lake:
-    """``root``: folder (or object-store prefix) of the tables; ``pins``: table -> version that replaces the latest."""
+    """``root``: folder of the tables; ``pins``: table -> version that replaces the latest."""
 
     root: str
     pins: Mapping[str, int]
@@ -40,8 +40,6 @@ class Lake:
 
     def writable(self) -> None:
         """Raise InputError unless tables can be created under ``root``."""
-        if "://" in self.root:
-            return
         try:
             Path(self.root).mkdir(parents=True, exist_ok=True)
             probe = Path(self.root) / f".probe-{os.getpid()}"

@@ -79,14 +79,17 @@ def read(spark: SparkSession, lake: Lake, table: str, version: int | None = None
     return spark.read.format("delta").option("versionAsOf", version).load(lake.path(table))
 
 
-def write(frame: DataFrame, lake: Lake, table: str, schema: pa.Schema, digest: str, mode: str = "overwrite") -> int:
-    """Write ``frame``, cast to the table's schema, in one commit stamped with ``digest``; returns the version. Idempotent for a digest in append mode."""
+def write(frame: DataFrame, lake: Lake, table: str, schema: pa.Schema, digest: str, append: tuple[str, int] | None = None) -> int:
+    """Replace the table by ``frame``, cast to its schema, in one commit stamped with ``digest``; returns the version.
+
+    ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's last.
+    """
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
-    writer = frame.select(*columns).write.format("delta").mode(mode).option("userMetadata", json.dumps({STAMP: digest}))
     writer = (
-        writer.option("overwriteSchema", "true") if mode == "overwrite" else writer.option("txnAppId", f"{table}:{digest}").option("txnVersion", 1)
+        frame.select(*columns).write.format("delta").mode("append" if append else "overwrite").option("userMetadata", json.dumps({STAMP: digest}))
     )
+    writer = writer.option("txnAppId", append[0]).option("txnVersion", append[1]) if append else writer.option("overwriteSchema", "true")
     writer.save(lake.path(table))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
 

@@ -21,7 +21,8 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.tracking import MlflowClient
 
 from adasid.config import Config
-from adasid.errors import AdasidError, InputError
+from adasid.errors import InputError
+from adasid.training.checkpoint import write_json
 from pipelines.engines.lake import Lake
 
 _RUNNING = "pipeline.json"
@@ -84,7 +85,7 @@ class Track:
 
 def open_lake(cfg: Config) -> Lake:
     """The run's lake, checked to be writable."""
-    lake = Lake(str((cfg.run_dir / "lake").resolve()) if "://" not in cfg.runs_dir else f"{cfg.runs_dir}/{cfg.name}/lake", cfg.pins)
+    lake = Lake(str((cfg.run_dir / "lake").resolve()), cfg.pins)
     lake.writable()
     return lake
 
@@ -119,7 +120,7 @@ def stage(cfg: Config, name: str) -> Iterator[Track]:
         yield track
     except BaseException as error:
         client.set_tag(track.run_id, "error", str(error)[:500])
-        client.set_terminated(track.run_id, "FAILED" if isinstance(error, (AdasidError, Exception)) else "KILLED")
+        client.set_terminated(track.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         client.set_terminated(parent, "FAILED")
         raise
     seconds = time.monotonic() - track.started
@@ -148,7 +149,7 @@ def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
     params = [Param(key, str(value)[:5000]) for key, value in flat.items()]
     for start in range(0, len(params), 100):
         client.log_batch(parent, params=params[start : start + 100])
-    path.write_text(json.dumps({"parent": parent}), encoding="utf-8")
+    write_json(path, {"parent": parent})
     return str(parent)
 
 

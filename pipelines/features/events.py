@@ -48,7 +48,7 @@ def modalities(cfg: Config) -> tuple[str, ...]:
 def build(cfg: Config, track: Track) -> bool:
     """Do the part unless its outputs are up to date; whether anything was done. Raises InputError for unusable input."""
     lake, versions = track.lake, track.lake.versions("items", "interactions")
-    mark = digest("events", cfg.features.model_dump(mode="json", exclude=_LATER), modalities(cfg), versions)
+    mark = digest("events", cfg.features.model_dump(mode="json", exclude=_LATER), modalities(cfg), lake.stamps(versions))
     if lake.fresh(mark, *_OUTPUTS) and _catalog_run(lake) == mark:
         return False
     spark = session(cfg.spark)
@@ -165,4 +165,4 @@ def _quarantine(spark: SparkSession, lake: Lake, mark: str, *bad: DataFrame | No
     frame = frames[0] if frames else spark.createDataFrame([], "run string, table string, row_hash string, reason string, row string, copies bigint")
     for other in frames[1:]:
         frame = frame.unionByName(other)
-    write(frame, lake, "rejected_rows", tables.REJECTED_ROWS, mark, mode="append")
+    write(frame, lake, "rejected_rows", tables.REJECTED_ROWS, mark, append=(f"rejected_rows:{mark}", 1))

@@ -26,7 +26,7 @@ def build(cfg: Config, track: Track, required: bool) -> bool:
     if trained and not lake.exists(EMBEDDINGS):
         return _wait(track, required, f"table {EMBEDDINGS} does not exist yet")
     versions = lake.versions("items", "item_stats", *([EMBEDDINGS] if trained else []))
-    mark = digest("items", cfg.features.norm_percentiles, cfg.features.proxy_min_spearman, modalities(cfg), versions)
+    mark = digest("items", cfg.features.norm_percentiles, cfg.features.proxy_min_spearman, modalities(cfg), lake.stamps(versions))
     if lake.fresh(mark, "item_features", "catalog_stats"):
         return False
     spark = session(cfg.spark)

@@ -82,7 +82,7 @@ def waiting(items: int = 20_000) -> None:
         for m, w in WIDTHS.items()
     }
     table = pa.table({"item_index": np.arange(items), "richness": rng.random(items, np.float32), **columns})
-    shard = Shard(lambda names: table.select(names).to_batches(max_chunksize=4096), tuple(WIDTHS), items)
+    shard = Shard(lambda names: table.select(names).to_batches(max_chunksize=4096), tuple(WIDTHS))
     with TemporaryDirectory() as folder:
         training = TokenizerTraining(artifact.build(SETTINGS, shard.widths), SETTINGS.training, shard, Path(folder), 0, Workers(), "bench")
         rows = training.run()

@@ -7,6 +7,7 @@ from adasid.errors import InputError
 from adasid.tables import BEHAVIOR
 from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 from adasid.training.shards import Shard
+from adasid.training.workers import Workers
 from tests.planted import catalogue, shard
 
 
@@ -28,7 +29,7 @@ def test_rows_come_back_in_item_order_whatever_the_order_of_reading():
 def test_a_large_shard_is_memory_mapped_and_equal():
     table, _ = catalogue(items=50)
     small = shard(table)
-    large = Shard(lambda columns: table.select(columns).to_batches(), ("text", "visual", BEHAVIOR), 50, in_memory=0)
+    large = Shard(lambda columns: table.select(columns).to_batches(), ("text", "visual", BEHAVIOR), in_memory=0)
     assert isinstance(large._vectors["text"], np.memmap)
     assert torch.equal(small.take(np.arange(50)).vectors["text"], large.take(np.arange(50)).vectors["text"])
 
@@ -48,18 +49,18 @@ def test_unusable_features_are_named():
 
 def test_checkpoints_survive_a_half_written_one_and_name_a_broken_one(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.latest() is None
+    assert checkpoints.latest(Workers()) is None
     for step in (1, 2, 3):
         checkpoints.save(step, {"a.x": torch.full((2,), float(step)), "b": torch.tensor(step)}, {"step": step})
     (tmp_path / ".draft-99").mkdir()
     (tmp_path / ".draft-99" / "tensors.safetensors").write_bytes(b"half")
-    latest = checkpoints.latest()
+    latest = checkpoints.latest(Workers())
     assert latest.state == {"step": 3}
     assert latest.under("a")["x"].tolist() == [3.0, 3.0]
     assert len(list(tmp_path.glob("step-*"))) == 2
     (tmp_path / "step-000000003" / "tensors.safetensors").write_bytes(b"broken")
     with pytest.raises(InputError, match="step-000000003: cannot be read"):
-        checkpoints.latest()
+        checkpoints.latest(Workers())
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])

@@ -12,7 +12,6 @@ import pytest
 from adasid import tables
 from adasid.config import Features, Synthetic
 from adasid.datasets import synthetic
-from adasid.errors import ConfigError
 
 PARAMS = Synthetic(items=3_000, users=5_000, interactions=100_000, topics=20, behavior_width=16)
 SEED = 7
@@ -168,11 +167,6 @@ def test_more_topics_than_items_and_the_shortest_histories_work():
     odd = Synthetic(items=10, users=100, interactions=500, topics=50)
     assert len(table(synthetic.interactions(odd, SEED, 0, 100))) == 500
     assert len(table(synthetic.items(odd, SEED, ("text",), 0, 10))) == 10
-
-
-def test_too_few_interactions_a_user_is_an_error():
-    with pytest.raises(ConfigError, match=r"100 interactions of 50 users are 2 a user; must be at least 5"):
-        synthetic.catalog(Synthetic(users=50, interactions=100), SEED)
 
 
 def test_a_million_interactions_take_seconds_and_little_memory():

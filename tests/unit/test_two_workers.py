@@ -1,0 +1,94 @@
+"""Two ranks in two processes (gloo), without Ray: state stays identical, and a killed run resumes exactly."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from adasid import config
+from adasid.tokenizers import artifact
+from adasid.training.behavior import BehaviorTraining
+from adasid.training.tokenizer import TokenizerTraining
+from adasid.training.workers import Workers, settle
+from tests.planted import catalogue, shard
+from tests.unit.test_sasrec import SMALL, data
+from tests.unit.test_tokenizers import TOKENIZERS
+
+EPOCHS, KILLED_AT = 14, 7
+# 3 steps an epoch, revival every 20 steps, checkpoints every 5 epochs: usage counts are under way in every checkpoint
+SETTINGS = TOKENIZERS["adc-sid"].model_copy(
+    update={"training": config.Training(epochs=EPOCHS, batch=128, lr=0.003, log_epochs=1, checkpoint_epochs=5)}
+)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill(rows):
+    if len(rows) == KILLED_AT:
+        raise Killed
+
+
+def tokenizer_state(folder, workers, report=lambda rows: None):
+    table, _ = catalogue(items=300)
+    mine = shard(table, rank=workers.rank, world=workers.world)
+    torch.manual_seed(5)
+    loop = TokenizerTraining(artifact.build(SETTINGS, mine.widths), SETTINGS.training, mine, folder, 5, workers, "v0")
+    rows = loop.run(report)
+    return loop.tokenizer.state_dict(), rows
+
+
+def run_rank(rank, folder):
+    folder = Path(folder)
+    settle(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    workers = Workers.current()
+    whole, rows = tokenizer_state(folder / "whole", workers)
+    try:
+        tokenizer_state(folder / "killed", workers, kill)
+    except Killed:
+        resumed, _ = tokenizer_state(folder / "killed", workers)
+    same = {name: torch.equal(tensor, resumed[name]) for name, tensor in whole.items()}
+    across = {name: torch.equal(*workers.gather(tensor[None].float())) for name, tensor in whole.items()}
+
+    d = data()
+    d.train, d.validation, d.test = (part.part(rank, 2) for part in (d.train, d.validation, d.test))
+    training = BehaviorTraining(SMALL, d, folder / "sasrec", 1, workers)
+    result = training.run()
+    across |= {"item table": torch.equal(*workers.gather(training.table.detach()[None]))}
+    facts = {
+        "resumed": same,
+        "across": across,
+        "utilisation": rows[-1]["utilisation"],
+        "recall": result.summary["test"]["recall@5"],
+        "users": result.summary["users"],
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(facts))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(run_rank, (str(folder),), nprocs=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_all_ranks_hold_the_same_state(facts):
+    for rank in facts:
+        assert all(rank["across"].values()), [name for name, equal in rank["across"].items() if not equal]
+
+
+def test_a_killed_run_of_two_workers_ends_as_it_would_have(facts):
+    for rank in facts:
+        assert all(rank["resumed"].values()), [name for name, equal in rank["resumed"].items() if not equal]
+
+
+def test_two_workers_learn_as_one_does(facts):
+    assert facts[0]["utilisation"] > 0.9
+    assert facts[0]["recall"] > 0.5
+    assert facts[0]["users"] == 120

@@ -157,7 +157,7 @@ class Behavior(Section):
 
 
 class Training(Section):
-    epochs: int = Field(200, ge=2, description="passes over the catalogue")
+    epochs: int = Field(100, ge=2, description="passes over the catalogue")
     batch: int = Field(1024, ge=2, description="items a step, all workers together")
     lr: float = Field(0.001, gt=0, description="AdamW learning rate at the start; cosine decay to 0")
     weight_decay: float = Field(0.0001, ge=0, description="AdamW weight decay (not on codebooks and biases)")
@@ -216,7 +216,9 @@ class AdcSid(Section):
     temperature: float = Field(0.07, gt=0, description="temperature of the contrastive losses")
     reconstruction_weight: float = Field(1.0, ge=0, description="weight of L_recon")
     codebook_weight: float = Field(1.0, gt=0, description="weight of the codebook loss")
-    commitment: float = Field(0.25, ge=0, description="weight of the commitment half of the codebook loss")
+    commitment: float = Field(
+        1.0, ge=0, description="weight of the commitment half of the codebook loss (0.25 is usual; gates then grow without bound)"
+    )
     alignment_weight: float = Field(0.1, ge=0, description="weight of the alignment losses")
     kmeans_samples: int = Field(20_000, ge=1, description="latents that initialise the codebooks")
     kmeans_rounds: int = Field(20, ge=1, description="Lloyd rounds of that initialisation")

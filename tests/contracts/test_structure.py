@@ -71,10 +71,10 @@ def test_exit_codes_and_one_line_errors(arguments, code, words, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_no_other_secret_loader():
+def test_nothing_is_loaded_that_could_run_code():
     code = "\n".join(path.read_text() for room in ("adasid", "pipelines", "jobs") for path in (ROOT / room).rglob("*.py"))
-    for word in ("yaml.load(", "pickle", "torch.load("):
-        assert word not in code.replace("allow_pickle=False", "")
+    for word in ("yaml.load(", "import pickle", "pickle.load", "allow_pickle=True", "torch.load("):
+        assert word not in code
 
 
 def test_table_schemas_are_frozen():

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
@@ -21,17 +18,11 @@ from adasid.errors import GateError, InputError
 from adasid.metrics.codes import code_use, group_metrics
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot, Tokenizer, token
-from adasid.training.shards import batch_of
-from adasid.training.workers import settle
+from adasid.tokenizers.base import Slot
+from adasid.tokenizers.encode import ENCODED, encoder
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import Track
 from pipelines.train import tokenizer_folder
-
-ENCODED = pa.schema(
-    [tables.SIDS.field(name) for name in ("item_id", "codes", "weights", "active", "tokens")]
-    + [pa.field("interactions", pa.int64(), False), pa.field("stratum", pa.string(), False), pa.field("fingerprint", pa.string(), False)]
-)
 
 
 def run(cfg: Config, track: Track) -> None:
@@ -119,41 +110,7 @@ def encode(spark: SparkSession, features: DataFrame, folder: Path, manifest: dic
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
     columns = ["item_id", "interactions", "stratum", "fingerprint", "richness", *manifest["widths"]]
     text = json.dumps(manifest)
-    return features.select(*columns).mapInArrow(_encoder(text, weights, batch), engine.struct(ENCODED))
-
-
-def _encoder(manifest: str, weights: Any, size: int) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    def encode_partition(parts: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        tokenizer = _tokenizer(manifest, weights.value)
-        for part in parts:
-            for start in range(0, part.num_rows, size):
-                yield encode_rows(tokenizer, part.slice(start, size))
-
-    return encode_partition
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(manifest: str, weights: bytes) -> Tokenizer:
-    """Built once a Python worker; Spark reuses workers between tasks."""
-    settle(1)
-    return artifact.decode(json.loads(manifest), weights)
-
-
-def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch) -> pa.RecordBatch:
-    """Encode Arrow rows of ``item_features`` to rows of :data:`ENCODED`."""
-    codes, weights, active = (part.numpy() for part in tokenizer.encode(batch_of(rows, tokenizer.widths)))
-    offsets = np.arange(0, codes.size + 1, codes.shape[1], dtype=np.int32)
-    names = np.full((len(tokenizer.slots), max(slot.size for slot in tokenizer.slots) + 1), "", dtype=object)
-    for index, slot in enumerate(tokenizer.slots):
-        names[index, : slot.size] = [token(slot, code) for code in range(slot.size)]
-        names[index, PAD] = token(slot, PAD)
-    tokens = names[np.arange(codes.shape[1])[None, :], codes]
-    lists = [
-        pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind))
-        for values, kind in ((codes, pa.int32()), (weights, pa.float32()), (active, pa.bool_()), (tokens, pa.string()))
-    ]
-    plain = [rows.column(name) for name in ("interactions", "stratum", "fingerprint")]
-    return pa.RecordBatch.from_arrays([rows.column("item_id"), *lists, *plain], schema=ENCODED)
+    return features.select(*columns).mapInArrow(encoder(text, weights, batch), engine.struct(ENCODED))
 
 
 def ranked(encoded: DataFrame, tokenizer: str, generation: int) -> DataFrame:

@@ -1,6 +1,7 @@
 """The main job as users run it: real processes, real Ray, Spark, Delta and MLflow, on a small synthetic catalogue."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -210,13 +211,13 @@ def test_an_artifact_from_other_features_is_refused(in_process, on_ray, folder):
 
 
 def killed(arguments, ready, deadline=240):
-    """Start a job, SIGKILL it as soon as ``ready()``; returns whether it was still running then."""
+    """Start a job, SIGKILL it with all its processes as soon as ``ready()``; returns whether it was still running then."""
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     end = time.monotonic() + deadline
     while not ready() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     alive = process.poll() is None
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # the job and its JVM
     process.wait()
     return alive
 

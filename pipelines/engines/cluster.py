@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def _fit_on_ray(function: Callable[[dict[str, Any]], None], payload: dict[str, A
         raise errors.InputError(
             f"Ray refused the connection ({str(error).splitlines()[0]}): export RAY_AUTH_MODE=token, as where the cluster was started"
         ) from None
-    except ConnectionError as error:
+    except OSError as error:  # ConnectionError, and a time-out
         where = settings.address or os.environ.get("RAY_ADDRESS")
         raise errors.InputError(
             f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave ray.address null"
@@ -134,6 +135,9 @@ def _join(settings: config.Ray) -> None:
         address = "auto"
     options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
     if address:
+        host, _, port = address.rpartition(":")
+        if host and port.isdigit():  # Ray itself would try for five minutes without a word
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
         ray.init(address=address, **options)
     else:
         cpus = max(os.cpu_count() or 1, math.ceil(settings.workers * settings.cpus_per_worker))

@@ -1,4 +1,4 @@
-"""Training stages on Ray Train: behaviour embeddings, then the tokenizer. The maths is in ``adasid/training``."""
+"""Training stages: behaviour embeddings, then the tokenizer. The fit runs ``pipelines/workers.py`` on Ray Train; this is its driver."""
 
 from __future__ import annotations
 
@@ -9,27 +9,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from adasid import tables
 from adasid.config import Config, digest
 from adasid.errors import InputError
-from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
-from adasid.training.behavior import BehaviorData, BehaviorTraining
-from adasid.training.checkpoint import Checkpoints, write_json, write_text
-from adasid.training.sequences import Histories
-from adasid.training.shards import Shard
-from adasid.training.tokenizer import TokenizerTraining
-from adasid.training.workers import Workers
+from adasid.training.checkpoint import Checkpoints
+from pipelines import workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import versions as library_versions
-from pipelines.engines.tracking import Track, tracking_uri
+from pipelines.engines.tracking import Track
 
 _CHUNK = 50_000
 
@@ -50,8 +43,8 @@ def behavior(cfg: Config, track: Track) -> None:
         return
     folder = (cfg.run_dir / "artifacts" / "behavior" / key).resolve()
     shown = ("loss", "validation_ndcg@10", "validation_recall@10", "test_recall@10", "spearman", "seconds")
-    show = _progress(track, cfg.behavior.epochs, shown)
-    cluster.fit(_behavior_worker, _payload(cfg, track, read, folder), cfg.ray, f"behavior-{key}", folder, show)
+    show = _progress(track, cfg.behavior.epochs, shown, folder)
+    cluster.fit(workers.behavior, _payload(cfg, track, read, folder), cfg.ray, f"behavior-{key}", folder, show)
     result = load_file(folder / "result.safetensors")
     items = _item_ids(track.lake, read["item_stats"], len(result["norms"]))
     track.outputs(
@@ -80,8 +73,8 @@ def tokenizer(cfg: Config, track: Track) -> None:
         track.status = "up to date"
         return
     shown = ("loss", "reconstruction", "codebook", "alignment", "sparsity", "utilisation", "entropy", "seconds")
-    show = _progress(track, cfg.tokenizer.training.epochs, shown)
-    cluster.fit(_tokenizer_worker, _payload(cfg, track, read, folder), cfg.ray, f"tokenizer-{folder.name}", folder, show)
+    show = _progress(track, cfg.tokenizer.training.epochs, shown, folder)
+    cluster.fit(workers.tokenizer, _payload(cfg, track, read, folder), cfg.ray, f"tokenizer-{folder.name}", folder, show)
     manifest = artifact.read_manifest(folder / "model")
     _register(cfg, track, folder / "model", manifest)
     Checkpoints(folder / "checkpoints").clear()
@@ -102,112 +95,25 @@ def _payload(cfg: Config, track: Track, read: Mapping[str, int], folder: Path) -
         "lake": track.lake.root,
         "read": dict(read),
         "folder": str(folder),
-        "tracking": {"uri": tracking_uri(cfg), "run": track.run_id},
         "versions": library_versions(),
     }
 
 
-def _device(cfg: Config) -> torch.device:
-    if cfg.ray.workers:
-        from ray.train.torch import get_device
-
-        return torch.device(get_device())
-    return torch.device("cuda" if cfg.ray.gpus == "auto" and torch.cuda.is_available() else "cpu")
-
-
-def _progress(track: Track, epochs: int, shown: tuple[str, ...]) -> Callable[[dict[str, float]], None]:
-    """One line on the screen for a row of metrics."""
+def _progress(track: Track, epochs: int, shown: tuple[str, ...], folder: Path) -> Callable[[dict[str, float]], None]:
+    """Every epoch's metrics to MLflow (those of a run that is resumed at once), and one line on the screen."""
+    earlier = cluster.rows(folder)
+    for row in earlier:
+        track.metrics(row, int(row["epoch"]))
+    logged = {row["epoch"] for row in earlier}
 
     def show(row: dict[str, float]) -> None:
+        if row["epoch"] not in logged:
+            logged.add(row["epoch"])
+            track.metrics(row, int(row["epoch"]))
         figures = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
         track.note(f"epoch {int(row['epoch'])}/{epochs}  {figures}")
 
     return show
-
-
-def _reporter(payload: dict[str, Any], workers: Workers) -> Callable[[list[dict[str, float]]], None]:
-    """Rank 0 keeps ``metrics.jsonl`` and MLflow up to date (a resumed run logs its earlier rows again); Ray Train hears from every rank."""
-    logged = 0
-    client = MlflowClient(payload["tracking"]["uri"]) if workers.rank == 0 else None
-    on_ray = bool(payload["config"]["ray"]["workers"])
-
-    def report(rows: list[dict[str, float]]) -> None:
-        nonlocal logged
-        if client is not None:
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            write_text(Path(payload["folder"]) / cluster.METRICS, lines)
-            for row in rows[logged:]:
-                Track.log(client, payload["tracking"]["run"], row, int(row["epoch"]))
-            logged = len(rows)
-        if on_ray:
-            import ray.train
-
-            ray.train.report(rows[-1])
-
-    return report
-
-
-def _behavior_worker(payload: dict[str, Any]) -> None:
-    cfg, workers, lake, folder = (
-        Config.model_validate(payload["config"]),
-        Workers.current(),
-        Lake(payload["lake"], {}),
-        Path(payload["folder"]),
-    )
-    read = payload["read"]
-    columns = ["user_id", "history", "target"]
-    histories = {
-        split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split)) for split in tables.SPLITS
-    }
-    counts = lake.read("item_stats", read["item_stats"], ["item_index", "interactions"]).sort_by("item_index")["interactions"].to_numpy()
-    if len(histories["train"]) < workers.world:
-        raise InputError(
-            f"sequences version {read['sequences']} has {len(histories['train'])} users with at least two training events, "
-            f"fewer than ray.workers {workers.world}: bring more interactions"
-        )
-    parts = {split: histories[split].part(workers.rank, workers.world) for split in tables.SPLITS}
-    data = BehaviorData(parts["train"], parts["validation"], parts["test"], counts.astype(np.int64), f"sequences version {read['sequences']}")
-    training = BehaviorTraining(cfg.behavior, data, folder, cfg.seed, workers, _device(cfg))
-    result = training.run(_reporter(payload, workers))
-    if workers.rank == 0:
-        save_file({"embeddings": result.embeddings.contiguous(), "norms": result.norms.contiguous()}, folder / "result.safetensors")
-        write_json(folder / "result.json", result.summary)
-
-
-def _tokenizer_worker(payload: dict[str, Any]) -> None:
-    cfg, workers, lake, folder = (
-        Config.model_validate(payload["config"]),
-        Workers.current(),
-        Lake(payload["lake"], {}),
-        Path(payload["folder"]),
-    )
-    version, settings = payload["read"]["item_features"], cfg.tokenizer
-    mine = _modulo("item_index", workers) if workers.world > 1 else None
-    shard = Shard(lambda columns: lake.batches("item_features", version, columns, mine), (*settings.content, BEHAVIOR))
-    torch.manual_seed(cfg.seed)
-    training = TokenizerTraining(
-        artifact.build(settings, shard.widths),
-        settings.training,
-        shard,
-        folder,
-        cfg.seed,
-        workers,
-        f"item_features version {version}",
-        _device(cfg),
-    )
-    rows = training.run(_reporter(payload, workers))
-    if workers.rank == 0:
-        last = rows[-1]
-        quality = {name: last[name] for name in ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target")}
-        metrics = {**quality, "fvu": {m: last[f"fvu_{m}"] for m in training.tokenizer.widths}}
-        facts = {"metrics": metrics, "inputs": payload["read"], "seed": cfg.seed, "versions": payload["versions"], "run": cfg.name}
-        artifact.write(folder / "model", training.tokenizer, settings, facts)
-
-
-def _modulo(column: str, workers: Workers) -> pc.Expression:
-    """Rows whose ``column`` modulo the number of workers is this worker's rank."""
-    field = pc.field(column)
-    return pc.subtract(field, pc.multiply(pc.divide(field, workers.world), workers.world)) == workers.rank
 
 
 def _item_ids(lake: Lake, version: int, items: int) -> pa.Array:

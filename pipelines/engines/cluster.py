@@ -39,7 +39,7 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _FAILURE).unlink(missing_ok=True)
-    with _watch(folder / METRICS, show):
+    with _watch(folder, show):
         if settings.workers == 0:
             settle(_threads(settings))
             function(payload)
@@ -89,30 +89,42 @@ def _fit_on_ray(function: Callable[[dict[str, Any]], None], payload: dict[str, A
     _raise_failure(folder, ("TrainingError",))  # any other was mended by a later try
 
 
-@contextmanager
-def _watch(path: Path, show: Callable[[dict[str, float]], None]) -> Iterator[None]:
-    """Call ``show`` with each row that appears in a growing JSON-lines file (also where another machine writes it)."""
-    stop = threading.Event()
+def rows(folder: Path) -> list[dict[str, float]]:
+    """The metrics that the function has written so far, one row an epoch."""
+    path = folder / METRICS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
-    def rows() -> list[str]:
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+@contextmanager
+def _watch(folder: Path, show: Callable[[dict[str, float]], None]) -> Iterator[None]:
+    """Call ``show`` with each row of metrics that appears (also where another machine writes it); its error is raised at the end."""
+    stop = threading.Event()
+    failed: list[Exception] = []
 
     def follow(seen: int) -> None:
         last = False
         while not last:
             last = stop.wait(1.0)
-            found = rows()
-            for line in found[min(seen, len(found)) :]:
-                show(json.loads(line))
+            found = rows(folder)
+            for row in found[min(seen, len(found)) :]:
+                show(row)
             seen = len(found)
 
-    thread = threading.Thread(target=follow, args=(len(rows()),), daemon=True)
+    def guarded(seen: int) -> None:
+        try:
+            follow(seen)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=guarded, args=(len(rows(folder)),), daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
+    if failed:
+        raise failed[0]
 
 
 def shutdown() -> None:

@@ -52,13 +52,8 @@ class Track:
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers; at most MLflow's characters in a name (``@`` becomes ``_at_``)."""
-        self.log(self.client, self.run_id, values, step)
-
-    @staticmethod
-    def log(client: MlflowClient, run_id: str, values: Mapping[str, float], step: int) -> None:
-        """Log numbers to a run from any process."""
         now = int(time.time() * 1000)
-        client.log_batch(run_id, metrics=[Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()])
+        self.client.log_batch(self.run_id, metrics=[Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()])
 
     def inputs(self, versions: Mapping[str, int]) -> None:
         """Record the table versions that were read, as dataset lineage and as tags."""

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
@@ -17,7 +16,8 @@ from adasid import tables
 from adasid.config import load
 from adasid.errors import InputError
 from adasid.tokenizers import artifact
-from pipelines import chain
+from pipelines import chain, cli
+from pipelines import sids as sids_stage
 from pipelines.engines.lake import Lake
 
 ROOT = Path(__file__).parents[2]
@@ -192,13 +192,14 @@ def test_one_worker_and_two_give_the_same_quality(in_process, on_ray, folder):
         assert fvu[0][modality] == pytest.approx(fvu[1][modality], rel=0.15)
 
 
-def test_a_failed_gate_publishes_nothing(in_process, folder):
+def test_a_failed_gate_publishes_nothing(in_process, folder, capsys):
     lake = lake_of(folder, "alone")
     before = lake.versions("sids", "generations")
-    done = job("write_sids", in_process, "--set", "sids.gates.max_group=1", "--set", "sids.gates.max_collision=0.0")
-    assert done.returncode == 4
-    assert "largest group is" in done.stderr
-    assert "live generation is unchanged" in done.stderr
+    arguments = ["--config", str(in_process), "--set", "sids.gates.max_group=1", "--set", "sids.gates.max_collision=0.0"]
+    assert cli.run(cli.choose(arguments, "write_sids"), cli.stage("sids", sids_stage.run)) == 4
+    told = capsys.readouterr().err
+    assert "largest group is" in told
+    assert "live generation is unchanged" in told
     assert lake.versions("sids", "generations") == before
 
 
@@ -240,25 +241,26 @@ def test_a_trainer_killed_in_mid_run_resumes_and_ends_as_it_would_have(in_proces
             (folder / "kept").rename(whole)
 
 
-@pytest.mark.parametrize("moment", ["first data file", "sids commit"])
-def test_write_sids_killed_and_run_again_loses_and_doubles_nothing(in_process, folder, moment):
-    source = load(in_process)
+def test_write_sids_killed_twice_and_run_again_loses_and_doubles_nothing(in_process, folder):
     lake = lake_of(folder, "alone")
-    expected = sids(lake)
-    version, generations = lake.version("sids"), lake.read("generations").num_rows
-    artifact_folder = next((source.run_dir / "artifacts" / "tokenizer").iterdir()) / "model"
+    expected, version, generations = sids(lake), lake.version("sids"), lake.read("generations").num_rows
+    model = next((load(in_process).run_dir / "artifacts" / "tokenizer").iterdir()) / "model"
     table = Path(lake.path("sids"))
     files = len(list(table.glob("*.parquet")))
     # other thresholds make it a new publication of the same codes
-    arguments = ["--set", f"sids.gates.max_group={900 if moment == 'sids commit' else 901}", "--set", f"sids.artifact={artifact_folder}"]
-    ready = {
-        "first data file": lambda: len(list(table.glob("*.parquet"))) > files,
-        "sids commit": lambda: (table / "_delta_log" / f"{version + 1:020d}.json").exists(),
-    }[moment]
-    assert killed(["jobs/write_sids.py", "--config", str(in_process), *arguments], ready), "the job ended before it could be killed"
-    assert sids(lake).equals(expected), "readers see a whole table"
-    run_stage(load(in_process, arguments[1::2]), "sids")
-    assert sids(lake).equals(expected)
-    assert lake.version("sids") == version + 1
-    assert lake.read("generations").num_rows == generations + 1
-    assert pq.read_schema(next(table.glob("*.parquet"))).names == tables.SIDS.names
+    changes = ["sids.gates.max_group=900", f"sids.artifact={model}"]
+    moments = (
+        lambda: len(list(table.glob("*.parquet"))) > files,  # the first data file
+        lambda: (table / "_delta_log" / f"{version + 1:020d}.json").exists(),  # the table's commit, before the generation's
+    )
+    for ready in moments:
+        arguments = [argument for change in changes for argument in ("--set", change)]
+        assert killed(["jobs/write_sids.py", "--config", str(in_process), *arguments], ready), "the job ended before it could be killed"
+        assert sids(lake).equals(expected), "readers see a whole table"
+    for again, settings in enumerate((load(in_process, changes), load(in_process)), start=1):
+        run_stage(settings, "sids")  # first what was cut off, then what was live before it: both are publications
+        assert sids(lake).equals(expected)
+        assert lake.version("sids") == version + again
+        assert sorted(lake.read("generations")["generation"].to_pylist()) == list(range(1, generations + again + 1))
+        run_stage(settings, "sids")
+        assert lake.version("sids") == version + again

@@ -23,14 +23,14 @@ def stop_ray():
 
 
 def collectives(payload):
-    """On each worker: every operation of Workers against its closed form, and a worker that is killed at its first try."""
+    """On each worker: killed at the first try of rank 1; then every operation of Workers against its closed form; then an error of all."""
     workers, folder = Workers.current(), Path(payload["folder"])
-    tried = folder / f"tried-{workers.rank}"
-    if not tried.exists():
-        tried.write_text("")
-        if workers.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
     r = workers.rank
+    tries = folder / f"tries-{r}"
+    with tries.open("a") as file:
+        file.write("x")
+    if r == 1 and tries.read_text() == "x":
+        os.kill(os.getpid(), signal.SIGKILL)
     checks = {
         "world": workers.world == 2,
         "sum": workers.sum(torch.tensor([1.0, r])).tolist() == [2.0, 1.0],
@@ -51,29 +51,22 @@ def collectives(payload):
     (folder / f"result-{r}.json").write_text(json.dumps(checks))
     if r == 0:
         (folder / cluster.METRICS).write_text(json.dumps({"epoch": 1, "loss": 0.5}) + "\n")
-
-
-def fail_together(payload):
-    Workers.current().agree(False)
+    workers.agree(False)
     raise errors.TrainingError("loss is not finite at step 7, input item_features version 3")
 
 
-def test_collectives_and_a_worker_that_dies_once(tmp_path):
+def test_collectives_and_a_worker_that_dies_once_and_an_expected_error_that_comes_home_as_one_line(tmp_path):
     shown = []
-    cluster.fit(collectives, {"folder": str(tmp_path)}, SETTINGS, "collectives", tmp_path, shown.append)
+    with pytest.raises(errors.TrainingError, match=r"^loss is not finite at step 7, input item_features version 3$"):
+        cluster.fit(collectives, {"folder": str(tmp_path)}, SETTINGS, "collectives", tmp_path, shown.append)
+    assert (tmp_path / "tries-1").read_text() == "xx", "killed once, and not tried again after the expected error"
     for rank in range(2):
         checks = json.loads((tmp_path / f"result-{rank}.json").read_text())
         assert all(checks.values()), checks
     assert shown == [{"epoch": 1, "loss": 0.5}]
-    assert (tmp_path / "tried-1").exists()
-
-
-def test_an_expected_error_comes_home_as_one_line_and_is_not_retried(tmp_path):
-    with pytest.raises(errors.TrainingError, match=r"^loss is not finite at step 7, input item_features version 3$"):
-        cluster.fit(fail_together, {}, SETTINGS, "fail", tmp_path, lambda row: None)
 
 
 def test_no_cluster_is_one_line_with_the_fix(tmp_path, monkeypatch):
     cluster.shutdown()
     with pytest.raises(errors.InputError, match="ray start --head"):
-        cluster.fit(fail_together, {}, SETTINGS.model_copy(update={"address": "127.0.0.1:1"}), "none", tmp_path, lambda row: None)
+        cluster.fit(collectives, {}, SETTINGS.model_copy(update={"address": "127.0.0.1:1"}), "none", tmp_path, lambda row: None)

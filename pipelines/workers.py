@@ -1,0 +1,117 @@
+"""What every training worker runs: read its part of the tables, train with ``adasid/training``, leave the result in the fit's folder.
+
+Imported by each worker process: neither MLflow nor Spark is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from safetensors.torch import save_file
+
+from adasid import tables
+from adasid.config import Config
+from adasid.errors import InputError
+from adasid.tables import BEHAVIOR
+from adasid.tokenizers import artifact
+from adasid.training.behavior import BehaviorData, BehaviorTraining
+from adasid.training.checkpoint import write_json, write_text
+from adasid.training.sequences import Histories
+from adasid.training.shards import Shard
+from adasid.training.tokenizer import TokenizerTraining
+from adasid.training.workers import Workers
+from pipelines.engines import cluster
+from pipelines.engines.lake import Lake
+
+
+def behavior(payload: dict[str, Any]) -> None:
+    """SASRec: ``result.safetensors`` (embeddings and norms of all items) and ``result.json``."""
+    cfg, workers, lake, folder = (
+        Config.model_validate(payload["config"]),
+        Workers.current(),
+        Lake(payload["lake"], {}),
+        Path(payload["folder"]),
+    )
+    read = payload["read"]
+    columns = ["user_id", "history", "target"]
+    histories = {
+        split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split)) for split in tables.SPLITS
+    }
+    counts = lake.read("item_stats", read["item_stats"], ["item_index", "interactions"]).sort_by("item_index")["interactions"].to_numpy()
+    if len(histories["train"]) < workers.world:
+        raise InputError(
+            f"sequences version {read['sequences']} has {len(histories['train'])} users with at least two training events, "
+            f"fewer than ray.workers {workers.world}: bring more interactions"
+        )
+    parts = {split: histories[split].part(workers.rank, workers.world) for split in tables.SPLITS}
+    data = BehaviorData(parts["train"], parts["validation"], parts["test"], counts.astype(np.int64), f"sequences version {read['sequences']}")
+    training = BehaviorTraining(cfg.behavior, data, folder, cfg.seed, workers, _device(cfg))
+    result = training.run(_report(payload, workers))
+    if workers.rank == 0:
+        save_file({"embeddings": result.embeddings.contiguous(), "norms": result.norms.contiguous()}, folder / "result.safetensors")
+        write_json(folder / "result.json", result.summary)
+
+
+def tokenizer(payload: dict[str, Any]) -> None:
+    """The tokenizer: its artifact in ``model``."""
+    cfg, workers, lake, folder = (
+        Config.model_validate(payload["config"]),
+        Workers.current(),
+        Lake(payload["lake"], {}),
+        Path(payload["folder"]),
+    )
+    version, settings = payload["read"]["item_features"], cfg.tokenizer
+    mine = _modulo("item_index", workers) if workers.world > 1 else None
+    shard = Shard(lambda columns: lake.batches("item_features", version, columns, mine), (*settings.content, BEHAVIOR))
+    torch.manual_seed(cfg.seed)
+    training = TokenizerTraining(
+        artifact.build(settings, shard.widths),
+        settings.training,
+        shard,
+        folder,
+        cfg.seed,
+        workers,
+        f"item_features version {version}",
+        _device(cfg),
+    )
+    rows = training.run(_report(payload, workers))
+    if workers.rank == 0:
+        last = rows[-1]
+        quality = {name: last[name] for name in ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target")}
+        metrics = {**quality, "fvu": {m: last[f"fvu_{m}"] for m in training.tokenizer.widths}}
+        facts = {"metrics": metrics, "inputs": payload["read"], "seed": cfg.seed, "versions": payload["versions"], "run": cfg.name}
+        artifact.write(folder / "model", training.tokenizer, settings, facts)
+
+
+def _modulo(column: str, workers: Workers) -> pc.Expression:
+    """Rows whose ``column`` modulo the number of workers is this worker's rank."""
+    field = pc.field(column)
+    return pc.subtract(field, pc.multiply(pc.divide(field, workers.world), workers.world)) == workers.rank
+
+
+def _report(payload: dict[str, Any], workers: Workers) -> Callable[[list[dict[str, float]]], None]:
+    """Rank 0 keeps ``metrics.jsonl`` up to date, where the driver reads it; Ray Train hears from every rank."""
+
+    def report(rows: list[dict[str, float]]) -> None:
+        if workers.rank == 0:
+            write_text(Path(payload["folder"]) / cluster.METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        if payload["config"]["ray"]["workers"]:
+            import ray.train
+
+            ray.train.report(rows[-1])
+
+    return report
+
+
+def _device(cfg: Config) -> torch.device:
+    if cfg.ray.workers:
+        from ray.train.torch import get_device
+
+        return torch.device(get_device())
+    return torch.device("cuda" if cfg.ray.gpus == "auto" and torch.cuda.is_available() else "cpu")

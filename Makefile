@@ -27,7 +27,7 @@ lint: setup  ## ruff and mypy
 bench: setup  ## encoding throughput against the machine's peak; share of an epoch spent waiting for data
 	@$(BIN)/python tests/benchmarks/bench.py
 
-conf: setup  ## write conf/base.yaml from adasid/config.py
+conf: setup  ## write conf/base.yaml from adasid/config/*.py
 	@$(BIN)/python -c "from adasid import config; open('conf/base.yaml', 'w').write(config.render_base())"
 
 clean:  ## remove runs and caches, keep .venv

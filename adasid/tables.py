@@ -91,6 +91,15 @@ RANKING_SAMPLES = _schema(
 )
 """Key user_id, position. A clean event; ``position`` is its 0-based place in the user's history, which is the events before it."""
 
+ITEM_PAIRS = _schema(
+    ("item_index", pa.int64(), False),
+    ("partner_index", pa.int64(), False),
+    ("score", pa.float64(), False),
+    ("users", pa.int64(), False),
+)
+"""Key item_index, partner_index. A co-engaged partner of an item, among its best by (score desc, partner_index), from the training part;
+``users``: how many have both (swing: of the users compared). Written where ``features.pairs.method`` is not ``none``."""
+
 BEHAVIOR_EMBEDDINGS = _schema(
     ("item_id", pa.string(), False),
     ("item_index", pa.int64(), False),

@@ -73,7 +73,7 @@ def run(cfg: Config, track: Track) -> None:
 
 def _modalities(cfg: Config) -> tuple[str, ...]:
     """The vector columns of ``items``. Raises InputError where the source cannot bring one."""
-    wanted = (*cfg.tokenizer.content, *((tables.BEHAVIOR,) if cfg.behavior.source == "column" else ()))
+    wanted = (*cfg.features.content, *((tables.BEHAVIOR,) if cfg.behavior.source == "column" else ()))
     source = cfg.source
     offered = {
         "synthetic": synthetic.MODALITIES,
@@ -87,7 +87,7 @@ def _modalities(cfg: Config) -> tuple[str, ...]:
             use = (
                 "set behavior.source: sasrec"
                 if modality == tables.BEHAVIOR
-                else f"remove it from tokenizer.content_experts ({', '.join(cfg.tokenizer.content)})"
+                else f"remove it from features.content ({', '.join(cfg.features.content)})"
             )
             raise InputError(f"source.kind {source.kind!r} has no modality {modality!r} (it has: {', '.join(offered)}): {use}, or {fix}")
     return wanted

@@ -108,7 +108,7 @@ def check_features(features: DataFrame, manifest: dict[str, Any]) -> None:
 def encode(spark: SparkSession, features: DataFrame, folder: Path, manifest: dict[str, Any], batch: int) -> DataFrame:
     """One row of :data:`ENCODED` for each row of ``features``; the weights travel as a broadcast of plain bytes."""
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
-    columns = ["item_id", "interactions", "stratum", "fingerprint", "richness", *manifest["widths"]]
+    columns = ["item_id", "item_index", "interactions", "stratum", "fingerprint", "richness", *manifest["widths"]]
     text = json.dumps(manifest)
     return features.select(*columns).mapInArrow(encoder(text, weights, batch), engine.struct(ENCODED))
 

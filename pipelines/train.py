@@ -64,29 +64,36 @@ def behavior(cfg: Config, track: Track) -> None:
 
 def tokenizer(cfg: Config, track: Track) -> None:
     """``item_features`` -> the tokenizer's artifact in ``artifacts/tokenizer/<key>/model``, registered in MLflow as candidate."""
-    read = track.lake.versions("item_features")
     folder = tokenizer_folder(cfg, track.lake)
+    _register(cfg, track, folder / "model", fit_tokenizer(cfg, track, folder))
+
+
+def fit_tokenizer(cfg: Config, track: Track, folder: Path) -> dict[str, Any]:
+    """Train or fit the tokenizer into ``folder/model``, unless it is there; returns its manifest."""
+    read = track.lake.versions(*_inputs(cfg))
     track.inputs(read)
     if (folder / "model" / "manifest.json").exists():
-        _, manifest = artifact.read(folder / "model")
-        _register(cfg, track, folder / "model", manifest)
         track.status = "up to date"
-        return
+        return artifact.read(folder / "model")[1]
     shown = ("loss", "reconstruction", "codebook", "alignment", "sparsity", "utilisation", "entropy", "seconds")
-    show = _progress(track, cfg.tokenizer.training.epochs, shown, folder)
+    show = _progress(track, cfg.tokenizer.epochs.epochs if cfg.tokenizer.epochs else 1, shown, folder)
     cluster.fit(workers.tokenizer, _payload(cfg, track, read, folder), cfg.ray, f"tokenizer-{folder.name}", folder, show)
     manifest = artifact.read_manifest(folder / "model")
-    _register(cfg, track, folder / "model", manifest)
     Checkpoints(folder / "checkpoints").clear()
     quality = manifest["metrics"]
     track.facts.update({"tokenizer": manifest["digest"], "utilisation": round(quality["utilisation"], 4), "entropy": round(quality["entropy"], 3)})
     track.facts.update({f"FVU {m}": round(value, 3) for m, value in quality["fvu"].items()})
+    return manifest
 
 
-def tokenizer_folder(cfg: Config, lake: Lake) -> Path:
-    """Where the tokenizer of this config, seed and ``item_features`` is, or will be."""
-    key = digest("tokenizer", cfg.tokenizer, cfg.seed, lake.stamps(lake.versions("item_features")))
-    return (cfg.run_dir / "artifacts" / "tokenizer" / key).resolve()
+def tokenizer_folder(cfg: Config, lake: Lake, room: str = "tokenizer") -> Path:
+    """Where the tokenizer of this config, seed and ``item_features`` is, or will be: in a folder of ``artifacts/<room>``."""
+    key = digest("tokenizer", cfg.tokenizer, cfg.seed, lake.stamps(lake.versions(*_inputs(cfg))))
+    return (cfg.run_dir / "artifacts" / room / key).resolve()
+
+
+def _inputs(cfg: Config) -> tuple[str, ...]:
+    return ("item_features", "item_pairs") if cfg.tokenizer.pairs else ("item_features",)
 
 
 def _payload(cfg: Config, track: Track, read: Mapping[str, int], folder: Path) -> dict[str, Any]:

@@ -6,11 +6,13 @@ Imported by each worker process: neither MLflow nor Spark is.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from safetensors.torch import save_file
@@ -18,16 +20,18 @@ from safetensors.torch import save_file
 from adasid import tables
 from adasid.config import Config
 from adasid.errors import InputError
-from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
 from adasid.training.behavior import BehaviorData, BehaviorTraining
 from adasid.training.checkpoint import write_json, write_text
 from adasid.training.sequences import Histories
-from adasid.training.shards import Shard
+from adasid.training.shards import Pairs, Shard
 from adasid.training.tokenizer import TokenizerTraining
 from adasid.training.workers import Workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
+
+_QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target")
+_PAIR = pa.schema([tables.ITEM_PAIRS.field(name) for name in ("item_index", "partner_index")])
 
 
 def behavior(payload: dict[str, Any]) -> None:
@@ -68,25 +72,44 @@ def tokenizer(payload: dict[str, Any]) -> None:
     )
     version, settings = payload["read"]["item_features"], cfg.tokenizer
     mine = _modulo("item_index", workers) if workers.world > 1 else None
-    shard = Shard(lambda columns: lake.batches("item_features", version, columns, mine), (*settings.content, BEHAVIOR))
-    torch.manual_seed(cfg.seed)
-    training = TokenizerTraining(
-        artifact.build(settings, shard.widths),
-        settings.training,
-        shard,
-        folder,
-        cfg.seed,
-        workers,
-        f"item_features version {version}",
-        _device(cfg),
+    shard = Shard(
+        lambda columns: lake.batches("item_features", version, columns, mine),
+        settings.inputs,
+        pairs=_pairs(lake, payload["read"], mine) if settings.pairs else None,
     )
+    torch.manual_seed(cfg.seed)
+    tokenizer = artifact.build(settings, shard.widths)
+    training = TokenizerTraining(tokenizer, settings, shard, folder, cfg.seed, workers, f"item_features version {version}", _device(cfg))
+    started = time.monotonic()
     rows = training.run(_report(payload, workers))
     if workers.rank == 0:
         last = rows[-1]
-        quality = {name: last[name] for name in ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target")}
-        metrics = {**quality, "fvu": {m: last[f"fvu_{m}"] for m in training.tokenizer.widths}}
-        facts = {"metrics": metrics, "inputs": payload["read"], "seed": cfg.seed, "versions": payload["versions"], "run": cfg.name}
-        artifact.write(folder / "model", training.tokenizer, settings, facts)
+        metrics: dict[str, Any] = {name: last[name] for name in _QUALITY if name in last}
+        metrics["fvu"] = {m: last[f"fvu_{m}"] for m in tokenizer.widths if f"fvu_{m}" in last}
+        facts = {
+            "metrics": metrics,
+            "inputs": payload["read"],
+            "seed": cfg.seed,
+            "seconds": round(time.monotonic() - started, 1),
+            "versions": payload["versions"],
+            "run": cfg.name,
+        }
+        artifact.write(folder / "model", tokenizer, settings, facts)
+
+
+def _pairs(lake: Lake, read: dict[str, int], mine: pc.Expression | None) -> Pairs:
+    """Pairs whose first item is this worker's own, and the rows of their partners."""
+    parts = [pa.table({"item_index": [], "partner_index": []}, schema=_PAIR)]
+    parts += [pa.Table.from_batches([batch]) for batch in lake.batches("item_pairs", read["item_pairs"], _PAIR.names, mine)]
+    table = pa.concat_tables(parts)
+    items, partners = (table[name].to_numpy().astype(np.int64) for name in _PAIR.names)
+    if not len(items):
+        raise InputError(
+            f"item_pairs version {read['item_pairs']} has no pair for this worker: lower features.pairs.min_users, or bring more interactions"
+        )
+    wanted = pc.field("item_index").isin(pa.array(np.unique(partners)))
+    others = wanted if mine is None else wanted & ~mine
+    return Pairs(items, partners, lambda columns: lake.batches("item_features", read["item_features"], columns, others) if mine is not None else [])
 
 
 def _modulo(column: str, workers: Workers) -> pc.Expression:

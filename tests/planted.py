@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 
 from adasid import tables
 from adasid.tables import BEHAVIOR
-from adasid.training.shards import Shard
+from adasid.training.shards import Pairs, Shard
 
 
 def catalogue(
@@ -33,7 +35,23 @@ def catalogue(
     return pa.table(columns), cluster
 
 
-def shard(table: pa.Table, modalities: tuple[str, ...] = ("text", "visual", BEHAVIOR), rank: int = 0, world: int = 1) -> Shard:
-    """The part of worker ``rank``."""
-    mine = table.take(np.arange(rank, table.num_rows, world))
-    return Shard(lambda columns: mine.select(columns).to_batches(max_chunksize=97), modalities)
+def shard(
+    table: pa.Table,
+    modalities: tuple[str, ...] = ("text", "visual", BEHAVIOR),
+    rank: int = 0,
+    world: int = 1,
+    cluster: np.ndarray | None = None,
+) -> Shard:
+    """The part of worker ``rank``; with ``cluster``, three partners of its own cluster for each item."""
+    mine, others = np.arange(rank, table.num_rows, world), np.setdiff1d(np.arange(table.num_rows), np.arange(rank, table.num_rows, world))
+
+    def read(rows: np.ndarray) -> Callable[[list[str]], list[pa.RecordBatch]]:
+        return lambda columns: table.take(rows).select(columns).to_batches(max_chunksize=97)
+
+    if cluster is None:
+        return Shard(read(mine), modalities)
+    rng = np.random.default_rng(0)
+    partners = np.array([rng.choice(np.flatnonzero(cluster == cluster[item]), 3) for item in range(len(cluster))])
+    items = np.repeat(mine, 3)
+    wanted = np.intersect1d(others, partners[mine].ravel())
+    return Shard(read(mine), modalities, pairs=Pairs(items, partners[mine].ravel(), read(wanted)))

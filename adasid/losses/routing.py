@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 BOUNDS = (1e-10, 1e2)
+SHARPNESS, LEVEL = 10.0, 0.05
+"""The smooth count of active slots in the hinge for each item."""
 
 
 class SparsityController(nn.Module):
@@ -30,3 +32,10 @@ def sparsity_loss(gates: Tensor, active_share: Tensor, target: float) -> Tensor:
     """
     load = (active_share / (1 - target)).detach()
     return (gates * load).sum(1).mean() if len(gates) else gates.sum()
+
+
+def item_sparsity_loss(gates: Tensor, target: Tensor) -> Tensor:
+    """Hinge that asks every item for its own sparsity (methods 1.7): mean over items of
+    ``[mean_j sigma(SHARPNESS (R_j - LEVEL)) - (1 - target)]_+^2``. ``gates`` [B, N_b], ``target`` [B]: share of slots to be inactive."""
+    busy = torch.sigmoid(SHARPNESS * (gates - LEVEL)).mean(1)
+    return (torch.relu(busy - (1 - target)) ** 2).mean() if len(gates) else gates.sum()

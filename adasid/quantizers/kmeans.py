@@ -1,8 +1,9 @@
-"""Spherical k-means: the initialisation of cosine codebooks (methods 9.3)."""
+"""k-means: spherical for cosine codebooks (methods 9.3), Euclidean and balanced for residual and product quantization (methods 6.2, 6.3)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as nnf
@@ -19,14 +20,11 @@ def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator)
     """
     x = nnf.normalize(x, dim=1)
     if len(x) < k:
-        extra = x[torch.arange(k - len(x), device=x.device) % len(x)]
-        noise = torch.randn(extra.shape, generator=generator).to(x) * 0.05
-        return nnf.normalize(torch.cat([x, extra + noise]), dim=1)
-    centroids = _seed(x, k, generator)
+        return nnf.normalize(_surplus(x, k, 0.05, generator), dim=1)
+    centroids = _seed(x, k, generator, lambda points: (1 - x @ points.transpose(0, -1)).clamp(min=0))
     for _ in range(rounds):
         cosine, assigned = nearest(x, centroids)
-        counts = torch.bincount(assigned, minlength=k)
-        sums = torch.zeros_like(centroids).index_add_(0, assigned, x)
+        counts, sums = _totals(x, assigned, k)
         empty = torch.nonzero(counts == 0).flatten()
         sums[empty] = x[cosine.argsort()[: len(empty)]]
         centroids = nnf.normalize(sums, dim=1)
@@ -39,16 +37,115 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
-def _seed(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-means++: of a few candidates, drawn with probability proportional to their distance from the seeds so far, the best."""
+def kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator, balanced: bool = False) -> Tensor:
+    """``k`` centroids of small squared distance to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
+
+    Seeds by greedy k-means++, then :func:`lloyd`. With fewer points than ``k`` the surplus centroids are points with a little noise.
+    """
+    if len(x) < k:
+        return _surplus(x, k, 0.05 * float(x.square().mean().sqrt()), generator)
+    squares = x.square().sum(1)
+
+    def distance(points: Tensor) -> Tensor:
+        gaps = points.square().sum(-1) - 2 * (x @ points.transpose(0, -1))
+        return (gaps.transpose(0, -1) + squares).transpose(0, -1).clamp(min=0)
+
+    return lloyd(x, _seed(x, k, generator, distance), rounds, balanced)
+
+
+def lloyd(x: Tensor, centroids: Tensor, rounds: int, balanced: bool = False) -> Tensor:
+    """At most ``rounds`` rounds of assignment and means from ``centroids`` [k, d], fewer where the assignment settles -> [k, d].
+
+    ``balanced``: clusters of at most ceil(n / k) points, by :func:`balanced_assignment`. An empty cluster restarts at the point that is served worst.
+    """
+    k, squares = len(centroids), x.square().sum(1)
+    before = None
+    for _ in range(rounds):
+        if balanced:
+            costs = squared_distances(x, centroids)
+            assigned = balanced_assignment(costs, -(-len(x) // k))
+            distance = costs.gather(1, assigned[:, None])[:, 0]
+        else:
+            score, assigned = _lowest(x, centroids)
+            distance = score + squares
+        counts, sums = _totals(x, assigned, k)
+        empty = torch.nonzero(counts == 0).flatten()
+        if before is not None and not len(empty) and torch.equal(assigned, before):
+            break
+        centroids, before = sums / counts.clamp(min=1)[:, None], assigned
+        centroids[empty] = x[distance.argsort(descending=True, stable=True)[: len(empty)]]
+    return centroids
+
+
+def nearest_euclidean(x: Tensor, centroids: Tensor) -> Tensor:
+    """Index of the centroid at the smallest distance, the lowest of equals. ``x`` [n, d], ``centroids`` [k, d] -> [n].
+
+    Distances are compared in float32: with float64 input the order of additions, which follows the batch's size, does not decide near ties.
+    """
+    return _lowest(x, centroids)[1]
+
+
+def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
+    """``x`` [n, d], ``centroids`` [k, d] -> [n, k]."""
+    return (x.square().sum(1, keepdim=True) + centroids.square().sum(1) - 2 * (x @ centroids.T)).clamp(min=0)
+
+
+def balanced_assignment(costs: Tensor, capacity: int) -> Tensor:
+    """A cluster for each point, at most ``capacity`` points each, by deferred acceptance (Gale and Shapley, 1962).
+
+    Free points propose to the cheapest cluster that would still take them; a cluster keeps its cheapest ones. The result is stable:
+    no point and cluster would both rather have each other. ``costs`` [n, k] with k * capacity >= n -> [n].
+    """
+    n, k = costs.shape
+    held = torch.zeros(n, dtype=torch.int64, device=costs.device)
+    limit = costs.new_full((k,), math.inf)
+    free = torch.arange(n, device=costs.device)
+    while len(free):
+        offers = costs[free]
+        held[free] = offers.masked_fill(offers >= limit, math.inf).argmin(1)
+        asked = torch.zeros(k, dtype=torch.bool, device=costs.device).index_fill_(0, held[free], True)
+        rows = torch.nonzero(asked[held]).flatten()
+        price = costs[rows, held[rows]]
+        order = price.argsort(stable=True)
+        order = order[held[rows[order]].argsort(stable=True)]
+        rows, price = rows[order], price[order]
+        counts = torch.bincount(held[rows], minlength=k)
+        place = torch.arange(len(rows), device=costs.device) - (counts.cumsum(0) - counts)[held[rows]]
+        last = place == capacity - 1
+        limit[held[rows[last]]] = price[last]
+        free = rows[place >= capacity]
+    return held
+
+
+def _lowest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest squared distance less ``|x|^2``, and its index."""
+    squares = centroids.square().sum(1)
+    best = [(squares - 2 * (part @ centroids.T)).float().min(dim=1) for part in x.split(_CHUNK)]
+    return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+
+
+def _totals(x: Tensor, assigned: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Points of each cluster and their sum: [k], [k, d]."""
+    return torch.bincount(assigned, minlength=k), x.new_zeros(k, x.shape[1]).index_add_(0, assigned, x)
+
+
+def _surplus(x: Tensor, k: int, scale: float, generator: torch.Generator) -> Tensor:
+    extra = x[torch.arange(k - len(x), device=x.device) % len(x)]
+    noise = torch.randn(extra.shape, generator=generator).to(x) * scale
+    return torch.cat([x, extra + noise])
+
+
+def _seed(x: Tensor, k: int, generator: torch.Generator, distance_to: Callable[[Tensor], Tensor]) -> Tensor:
+    """Greedy k-means++: of a few candidates, drawn with probability proportional to their distance from the seeds so far, the best.
+    ``distance_to``: squared distances of ``x`` from points [d] or [c, d] -> [n] or [n, c]."""
     trials = 2 + int(math.log(k))
     seeds = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
-    distance = (1 - x @ seeds[0]).clamp(min=0)
+    distance = distance_to(seeds[0])
     for _ in range(k - 1):
         mass = distance.double().cumsum(0)
         draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * mass[-1]
         candidates = x[torch.searchsorted(mass, draws).clamp(max=len(x) - 1)]
-        distances = torch.minimum(distance[:, None], (1 - x @ candidates.T).clamp(min=0))
+        distances = torch.minimum(distance[:, None], distance_to(candidates))
         best = int(distances.sum(0).argmin())
         seeds, distance = torch.cat([seeds, candidates[best : best + 1]]), distances[:, best]
     return seeds

@@ -141,6 +141,8 @@ def _behavior_training(material: Material, rows: Sequence[Row], result: Row) -> 
 def weights(material: Material) -> Section:
     """How strongly content is aligned to behaviour, and how many behaviour codes an item gets."""
     key, title, stats = "weights", "Alignment and routing by popularity", material.catalog or {}
+    if not material.routed:
+        return Section(key, title, missing=f"The tokenizer {material.cfg.tokenizer.name} has neither an alignment controller nor a router.")
     plots: list[Plot] = []
     quantiles, controller, enabled = stats.get("richness_quantiles"), material.controller, material.controlled
     if quantiles:

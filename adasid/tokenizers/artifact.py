@@ -12,23 +12,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load, save
 
 from adasid import config
 from adasid.errors import InputError
+from adasid.tokenizers.ada_sid import AdaSid
 from adasid.tokenizers.adc_sid import AdcSid
 from adasid.tokenizers.base import Tokenizer
+from adasid.tokenizers.controls import ItemId, RandomSid
+from adasid.tokenizers.das import Das
+from adasid.tokenizers.letter import Letter
+from adasid.tokenizers.mm_rq_vae import MmRqVae
+from adasid.tokenizers.opq import Opq
+from adasid.tokenizers.rq_kmeans import RqKmeans
+from adasid.tokenizers.rq_vae import RqVae, RqVaePlus
 
-FORMAT = 1
+FORMAT = 2
+_CLASSES: dict[str, Any] = {
+    "adc-sid": AdcSid,
+    "ada-sid": AdaSid,
+    "quasid": RqVae,
+    "adasid": RqVae,
+    "rq-vae": RqVae,
+    "letter": Letter,
+    "das": Das,
+    "rq-vae++": RqVaePlus,
+    "mm-rq-vae": MmRqVae,
+    "rq-kmeans": RqKmeans,
+    "opq": Opq,
+    "item-id": ItemId,
+    "random": RandomSid,
+}
+_SETTINGS: TypeAdapter[config.TokenizerSettings] = TypeAdapter(config.AnyTokenizer)
 
 
-def build(settings: config.AdcSid, widths: Mapping[str, int]) -> Tokenizer:
+def build(settings: config.TokenizerSettings, widths: Mapping[str, int]) -> Tokenizer:
     """The untrained tokenizer that ``settings.name`` names."""
-    return AdcSid(settings, widths)
+    tokenizer: Tokenizer = _CLASSES[settings.name](settings, widths)
+    return tokenizer
 
 
-def write(folder: Path, tokenizer: Tokenizer, settings: config.AdcSid, facts: Mapping[str, Any]) -> dict[str, Any]:
+def write(folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write the artifact; returns its manifest. ``facts``: what else the manifest should hold (inputs, seed, versions, metrics)."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()})
@@ -78,7 +103,7 @@ def decode(manifest: Mapping[str, Any], weights: bytes) -> Tokenizer:
     if hashlib.sha256(weights).hexdigest()[:16] != manifest["digest"]:
         raise InputError(f"artifact {manifest['digest']}: the weights are damaged or belong to another manifest; train the tokenizer again")
     try:
-        tokenizer = build(config.AdcSid.model_validate(manifest["config"]), manifest["widths"])
+        tokenizer = build(_SETTINGS.validate_python(manifest["config"]), manifest["widths"])
         tokenizer.load_state_dict(load(weights))
     except (ValidationError, RuntimeError, KeyError) as error:
         raise InputError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +39,11 @@ class Losses(NamedTuple):
 
 
 class Tokenizer(nn.Module, ABC):
-    """A trained tokenizer. Everything that ``encode`` needs is in ``state_dict``; ``encode`` of an item depends on that item only."""
+    """Everything that ``encode`` needs is in ``state_dict``; ``encode`` of an item depends on that item only.
+
+    The loop calls, in this order: ``prepare``; for a tokenizer with epochs (``settings.epochs``), ``start_epoch``, then ``losses`` and
+    ``after_step`` for every batch, with ``start_quantizing`` after the warm-up; ``fit`` at the end.
+    """
 
     slots: tuple[Slot, ...]
     widths: dict[str, int]
@@ -46,20 +51,7 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, shard: Shard, workers: Workers) -> None:
-        """Set the constants that depend on the data (scales, calibration), equal on all workers. Called once, before training."""
-
-    @abstractmethod
-    def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
-        """Initialise the codebooks from the encoder's outputs, equal on all workers. Called after the warm-up."""
-
-    @abstractmethod
-    def losses(self, batch: Batch, workers: Workers) -> Losses:
-        """The losses of this worker's part of a batch."""
-
-    @abstractmethod
-    def after_step(self, step: int, progress: float, workers: Workers, generator: torch.Generator) -> dict[nn.Parameter, Tensor]:
-        """Maintenance after an optimiser step (``progress`` in [0, 1]), the same on all workers. Returns, by parameter, masks of
-        entries that were replaced: the loop clears the optimiser's state there."""
+        """Set the constants that depend on the data (scales, calibration), equal on all workers. Called once."""
 
     @abstractmethod
     def encode(self, batch: Batch) -> Codes:
@@ -67,15 +59,46 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
-        """Decoded vectors by modality, in the scale of the inputs; [B, D] each."""
+        """Decoded vectors, in the scale of the inputs, of the modalities that the method can decode; [B, D] each."""
 
-    @abstractmethod
+    def fit(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
+        """Fit what is not trained by gradients, equal on all workers."""
+
+    def start_epoch(self, generator: torch.Generator) -> None:
+        """Maintenance before an epoch, the same on all workers."""
+
+    def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
+        """Initialise the codebooks from the encoder's outputs, equal on all workers."""
+
+    def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
+        """The losses of this worker's part of a batch; ``progress``: share of training that is done."""
+        raise NotImplementedError(f"{type(self).__name__} is not trained by gradients")
+
+    def after_step(self, step: int, progress: float, workers: Workers, generator: torch.Generator) -> dict[nn.Parameter, Tensor]:
+        """Maintenance after an optimiser step, the same on all workers. Returns, by parameter, masks of entries that were replaced:
+        the loop clears the optimiser's state there."""
+        return {}
+
     def facts(self) -> Mapping[str, Any]:
         """What a reader of the artifact wants to know besides the config (for example the calibrated controller), as JSON data."""
+        return {}
 
     def no_decay(self) -> set[nn.Parameter]:
         """Parameters that weight decay must leave alone: biases and, where a tokenizer adds them, codebooks."""
         return {p for name, p in self.named_parameters() if name.endswith("bias")}
+
+
+def sample(shard: Shard, workers: Workers, items: int) -> Iterator[Batch]:
+    """This worker's part of a fixed sample of ``items`` items of all workers, evenly spaced, some thousands at a time."""
+    share = -(-items // workers.world)
+    rows = np.unique(np.linspace(0, len(shard) - 1, min(share, len(shard))).round().astype(np.int64))
+    for start in range(0, len(rows), 4096):
+        yield shard.take(rows[start : start + 4096])
+
+
+def letters(kinds: Sequence[str]) -> dict[str, str]:
+    """Short prefixes of slot names: for each kind the shortest start of its name that no other has."""
+    return {m: next((m[:n] for n in range(1, len(m)) if not any(o != m and o.startswith(m[:n]) for o in kinds)), m) for m in kinds}
 
 
 def token(slot: Slot, code: int) -> str:

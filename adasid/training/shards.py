@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,22 +19,23 @@ _IN_MEMORY = 4 << 30
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for a tokenizer. ``vectors``: modality -> [B, D] float32, zero where absent; ``present``: modality -> [B] bool; ``richness`` [B] in [0, 1]."""
+    """Rows for a tokenizer. ``vectors``: modality -> [B, D] float32, zero where absent; ``present``: modality -> [B] bool;
+    ``richness`` [B] in [0, 1]; ``index`` [B] int64: the item's index in the catalogue. In a batch of pairs row i and row i + B/2 are
+    co-engaged items where ``paired`` [B/2] is true, and one item twice where it is not."""
 
     vectors: dict[str, Tensor]
     present: dict[str, Tensor]
     richness: Tensor
+    index: Tensor
+    paired: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.richness)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        move = (
-            {name: value.to(device) for name, value in self.vectors.items()},
-            {name: value.to(device) for name, value in self.present.items()},
-        )
-        return Batch(*move, self.richness.to(device))
+        vectors, present = ({name: value.to(device) for name, value in part.items()} for part in (self.vectors, self.present))
+        return Batch(vectors, present, self.richness.to(device), self.index.to(device), None if self.paired is None else self.paired.to(device))
 
 
 def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:
@@ -47,7 +48,8 @@ def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:
             )
         values, there = _matrix(rows.column(modality), modality, width)
         vectors[modality], present[modality] = torch.from_numpy(values), torch.from_numpy(there)
-    return Batch(vectors, present, torch.from_numpy(rows.column("richness").to_numpy(zero_copy_only=False).astype(np.float32)))
+    richness = rows.column("richness").to_numpy(zero_copy_only=False).astype(np.float32)
+    return Batch(vectors, present, torch.from_numpy(richness), torch.from_numpy(rows.column("item_index").to_numpy().astype(np.int64)))
 
 
 def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -63,10 +65,26 @@ def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np
     return values, there
 
 
-class Shard:
-    """One worker's items of the catalogue. ``widths``: modality -> width; ``item_index`` [rows], ascending."""
+Read = Callable[[list[str]], Iterable[pa.RecordBatch]]
 
-    def __init__(self, read: Callable[[list[str]], Iterable[pa.RecordBatch]], modalities: Iterable[str], in_memory: int = _IN_MEMORY) -> None:
+
+@dataclass(frozen=True)
+class Pairs:
+    """Co-engaged pairs of a worker's items. ``items`` and ``partners`` [pairs]: item indices; ``read(columns)`` streams the rows of
+    ``item_features`` of those partners that are not the worker's own."""
+
+    items: NDArray[np.int64]
+    partners: NDArray[np.int64]
+    read: Read
+
+
+class Shard:
+    """One worker's items of the catalogue, and the partners that they are trained together with.
+
+    ``widths``: modality -> width; ``item_index`` [rows], ascending. ``len`` and :meth:`scan` are of the worker's own items.
+    """
+
+    def __init__(self, read: Read, modalities: Iterable[str], in_memory: int = _IN_MEMORY, pairs: Pairs | None = None) -> None:
         """``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches, in any order; it is called twice.
 
         Raises InputError for an empty catalogue, a modality that no item has, or two widths of one modality.
@@ -76,18 +94,17 @@ class Shard:
         if not parts:
             raise InputError("item_features has no rows for this worker: use fewer workers, or run build_features on a larger catalogue")
         self.item_index = np.sort(np.concatenate(parts))
+        partners = np.setdiff1d(pairs.partners, self.item_index) if pairs else np.zeros(0, np.int64)
+        self._rows = np.concatenate([self.item_index, partners])
         self._vectors: dict[str, NDArray[np.float32]] = {}
-        self._present = {m: np.zeros(len(self), bool) for m in modalities}
-        self._richness = np.zeros(len(self), np.float32)
+        self._present = {m: np.zeros(len(self._rows), bool) for m in modalities}
+        self._richness = np.zeros(len(self._rows), np.float32)
         self.widths = self._find_widths(read, modalities)
         self._allocate(in_memory)
-        for rows in read(["item_index", "richness", *modalities]):
-            place = np.searchsorted(self.item_index, rows.column("item_index").to_numpy())
-            batch = batch_of(rows, self.widths)
-            for m in modalities:
-                self._vectors[m][place] = batch.vectors[m].numpy()
-                self._present[m][place] = batch.present[m].numpy()
-            self._richness[place] = batch.richness.numpy()
+        self._load(read, modalities, self.item_index, 0)
+        if pairs:
+            self._load(pairs.read, modalities, partners, len(self))
+            self._link(pairs)
 
     def __len__(self) -> int:
         return len(self.item_index)
@@ -96,24 +113,50 @@ class Shard:
         """The batch of the given positions in this shard."""
         where = torch.from_numpy(rows)
         vectors = {m: torch.from_numpy(values).index_select(0, where) for m, values in self._vectors.items()}
-        return Batch(vectors, {m: torch.from_numpy(values[rows]) for m, values in self._present.items()}, torch.from_numpy(self._richness[rows]))
+        present = {m: torch.from_numpy(values[rows]) for m, values in self._present.items()}
+        return Batch(vectors, present, torch.from_numpy(self._richness[rows]), torch.from_numpy(self._rows[rows]))
+
+    def take_pairs(self, rows: NDArray[np.int64], random: np.random.Generator) -> Batch:
+        """The batch of the given positions, followed by one partner of each, drawn evenly; an item without partners is its own."""
+        first, last = self._offsets[rows], self._offsets[rows + 1]
+        paired = last > first
+        drawn = first + (random.random(len(rows)) * (last - first)).astype(np.int64)
+        partner = np.where(paired, self._partner[np.minimum(drawn, max(0, len(self._partner) - 1))] if len(self._partner) else rows, rows)
+        return replace(self.take(np.concatenate([rows, partner])), paired=torch.from_numpy(paired))
 
     def scan(self, size: int = 4096) -> Iterator[Batch]:
-        """All rows in order, ``size`` at a time."""
+        """All own rows in order, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self.take(np.arange(start, min(start + size, len(self))))
 
+    def _load(self, read: Read, modalities: tuple[str, ...], order: NDArray[np.int64], start: int) -> None:
+        for rows in read(["item_index", "richness", *modalities]):
+            place = start + np.searchsorted(order, rows.column("item_index").to_numpy())
+            batch = batch_of(rows, self.widths)
+            for m in modalities:
+                self._vectors[m][place] = batch.vectors[m].numpy()
+                self._present[m][place] = batch.present[m].numpy()
+            self._richness[place] = batch.richness.numpy()
+
+    def _link(self, pairs: Pairs) -> None:
+        """Partners of each own row as positions, in compressed rows."""
+        order = np.argsort(pairs.items, kind="stable")
+        items, partners = pairs.items[order], pairs.partners[order]
+        self._offsets = np.concatenate([np.searchsorted(items, self.item_index), [len(items)]])
+        sorter = np.argsort(self._rows, kind="stable")
+        self._partner = sorter[np.searchsorted(self._rows, partners, sorter=sorter)]
+
     def _allocate(self, in_memory: int) -> None:
-        large = len(self) * sum(self.widths.values()) * 4 > in_memory
+        large = len(self._rows) * sum(self.widths.values()) * 4 > in_memory
         for m, width in self.widths.items():
             if large:
                 with tempfile.TemporaryFile(prefix="adasid-shard-") as file:  # has no name: gone when this process is, however it ends
-                    self._vectors[m] = np.memmap(file, np.float32, "w+", shape=(len(self), width))
+                    self._vectors[m] = np.memmap(file, np.float32, "w+", shape=(len(self._rows), width))
             else:
-                self._vectors[m] = np.zeros((len(self), width), np.float32)
+                self._vectors[m] = np.zeros((len(self._rows), width), np.float32)
 
     @staticmethod
-    def _find_widths(read: Callable[[list[str]], Iterable[pa.RecordBatch]], modalities: tuple[str, ...]) -> dict[str, int]:
+    def _find_widths(read: Read, modalities: tuple[str, ...]) -> dict[str, int]:
         widths: dict[str, int] = {}
         for modality in modalities:
             for rows in read([modality]):

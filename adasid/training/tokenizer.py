@@ -24,14 +24,17 @@ from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_o
 from adasid.training.shards import Shard
 from adasid.training.workers import Workers
 
+_NOTHING = config.Training()
+"""Settings of the loop for a tokenizer that it only fits."""
+
 
 class TokenizerTraining:
-    """One training run on one worker; all workers hold the same tokenizer. ``data_version`` names the input in errors."""
+    """One training run, or one fit, on one worker; all workers hold the same tokenizer. ``data_version`` names the input in errors."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        settings: config.Training,
+        settings: config.TokenizerSettings,
         shard: Shard,
         folder: Path,
         seed: int,
@@ -39,39 +42,46 @@ class TokenizerTraining:
         data_version: str,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.tokenizer, self.settings, self.shard, self.seed = tokenizer.to(device), settings, shard, seed
+        self.tokenizer, self.settings, self.shard, self.seed = tokenizer.to(device), settings.epochs or _NOTHING, shard, seed
+        self.epochs, self.pairs = settings.epochs.epochs if settings.epochs else 0, settings.pairs
         self.workers, self.data_version, self.device = workers, data_version, torch.device(device)
         self.checkpoints = Checkpoints(folder / "checkpoints")
         plain = tokenizer.no_decay()
         decayed = [p for p in tokenizer.parameters() if p not in plain]
         kept = [p for p in tokenizer.parameters() if p in plain]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-        self.share = max(1, settings.batch // workers.world)
+        groups = [{"params": decayed, "weight_decay": self.settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, fused=True) if self.epochs else None
+        self.share = max(1, self.settings.batch // workers.world // (2 if self.pairs else 1))
         largest = int(workers.gather(torch.tensor([len(shard)], device=self.device)).max())
         self.steps = -(-largest // self.share)
         self.waited = 0.0
 
     def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> list[dict[str, float]]:
-        """Train all epochs; returns the logged rows. ``report`` gets all rows so far, on every worker."""
+        """Train all epochs, then fit; returns the logged rows. ``report`` gets all rows so far, on every worker."""
         first, rows = self._resume()
-        for epoch in range(first, self.settings.epochs + 1):
+        for epoch in range(first, self.epochs + 1):
             if epoch == self.settings.warmup_epochs + 1:
                 self.tokenizer.start_quantizing(self.shard, self.workers, self._generator(0))
             row = self._epoch(epoch)
-            last = epoch == self.settings.epochs
-            if last or epoch % self.settings.log_epochs == 0:
-                row |= self.quality()
-                rows.append(row)
+            last = epoch == self.epochs
+            if not last and epoch % self.settings.log_epochs == 0:
+                rows.append(row | self.quality())
                 report(rows)
+            if last:
+                rows.append(row)
             if (last or epoch % self.settings.checkpoint_epochs == 0) and self.workers.rank == 0:
                 self._save(epoch, rows)
+        started = time.monotonic()
+        self.tokenizer.fit(self.shard, self.workers, self._generator(0))
+        end = rows.pop() if self.epochs else {"epoch": 1.0, "step": 1.0, "seconds": time.monotonic() - started}
+        rows.append(end | self.quality())
+        report(rows)
         self.tokenizer.eval()
         return rows
 
     def _resume(self) -> tuple[int, list[dict[str, float]]]:
-        found = self.checkpoints.latest(self.workers)
-        if found is None:
+        found = self.checkpoints.latest(self.workers) if self.optimizer else None
+        if found is None or self.optimizer is None:
             self.tokenizer.prepare(self.shard, self.workers)
             return 1, []
         self.tokenizer.load_state_dict(found.under("model"))
@@ -80,6 +90,7 @@ class TokenizerTraining:
 
     def _save(self, epoch: int, rows: list[dict[str, float]]) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.tokenizer.state_dict().items()}
+        assert self.optimizer is not None
         tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
         self.checkpoints.save(epoch, tensors, {"epoch": epoch, "rows": rows})
 
@@ -88,13 +99,16 @@ class TokenizerTraining:
 
     def _epoch(self, epoch: int) -> dict[str, float]:
         started, waited = time.monotonic(), 0.0
-        order = np.random.default_rng([self.seed, epoch, self.workers.rank]).permutation(len(self.shard))
+        random = np.random.default_rng([self.seed, epoch, self.workers.rank])
+        order = random.permutation(len(self.shard))
         order = np.resize(order, self.steps * self.share)
         self.tokenizer.train()
+        self.tokenizer.start_epoch(self._generator(-epoch))
         sums: dict[str, float] = {}
         for index in range(self.steps):
             before = time.monotonic()
-            batch = self.shard.take(order[index * self.share : (index + 1) * self.share]).to(self.device)
+            rows = order[index * self.share : (index + 1) * self.share]
+            batch = (self.shard.take_pairs(rows, random) if self.pairs else self.shard.take(rows)).to(self.device)
             waited += time.monotonic() - before
             for name, value in self._step((epoch - 1) * self.steps + index, batch, epoch).items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -104,10 +118,11 @@ class TokenizerTraining:
         return {"epoch": float(epoch), "step": float(epoch * self.steps), **row, "wait_share": float(means[-1]), "seconds": seconds}
 
     def _step(self, step: int, batch: Any, epoch: int) -> dict[str, float]:
-        total = self.steps * self.settings.epochs
+        assert self.optimizer is not None
+        total = self.steps * self.epochs
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * 0.5 * (1 + np.cos(np.pi * step / total))
-        losses = self.tokenizer.losses(batch, self.workers)
+        losses = self.tokenizer.losses(batch, self.workers, step / total)
         if not self.workers.agree(bool(torch.isfinite(losses.total)), self.device):
             raise TrainingError(
                 f"tokenizer: loss is not finite at step {step} (epoch {epoch}), input {self.data_version}, on this worker {losses.parts}; "
@@ -124,6 +139,7 @@ class TokenizerTraining:
 
     def _forget(self, parameter: nn.Parameter, mask: Tensor) -> None:
         """Clear the optimiser's moments where a parameter was replaced."""
+        assert self.optimizer is not None
         for value in self.optimizer.state.get(parameter, {}).values():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 value.masked_fill_(mask, 0.0)
@@ -148,6 +164,8 @@ class TokenizerTraining:
         for m, width in tokenizer.widths.items():
             total = self.workers.sum(errors[m])
             spread = total[width] - (total[:width] ** 2).sum() / total[-1].clamp(min=1)
+            if float(total[width + 2]) == 0:
+                continue
             row[f"fvu_{m}"] = float(total[width + 1] / spread.clamp(min=1e-12))
         use = [code_use(counts[: slot.size]) for slot, counts in zip(slots, self.workers.sum(used).cpu().numpy())]
         return {**row, "utilisation": float(np.mean([u.utilisation for u in use])), "entropy": float(np.mean([u.entropy for u in use]))}

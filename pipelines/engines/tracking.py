@@ -91,9 +91,9 @@ def new_pipeline(cfg: Config) -> None:
 
 
 @contextmanager
-def stage(cfg: Config, name: str) -> Iterator[Track]:
+def stage(cfg: Config, name: str, journal: bool = True) -> Iterator[Track]:
     """Open the MLflow run of a stage below the pipeline's parent run (made if there is none), close it with the right status, and
-    append its wall time and facts to ``stages.jsonl`` in the run's folder."""
+    append its wall time and facts to ``stages.jsonl`` in the run's folder (not without ``journal``)."""
     lake = open_lake(cfg)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -124,8 +124,9 @@ def stage(cfg: Config, name: str) -> Iterator[Track]:
     client.set_terminated(track.run_id)
     client.set_terminated(parent)
     row = {"stage": name, "status": track.status, "seconds": round(seconds, 1), "mlflow_run": track.run_id, "facts": track.facts}
-    with (cfg.run_dir / "stages.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, default=str) + "\n")
+    if journal:
+        with (cfg.run_dir / "stages.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, default=str) + "\n")
     track.note(f"{track.status} in {seconds:.1f} s" + "".join(f" | {key} {value}" for key, value in track.facts.items()))
 
 

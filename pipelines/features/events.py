@@ -1,4 +1,5 @@
-"""The first part of the features stage: from raw items and interactions to item_stats, user_stats, sequences, ranking_samples, catalog_stats."""
+"""The first part of the features stage: from raw items and interactions to item_stats, user_stats, sequences, ranking_samples, catalog_stats,
+and item_pairs where they are wanted."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from adasid.errors import InputError
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
 from pipelines.engines.tracking import Track
-from pipelines.features import histories, validate
+from pipelines.features import histories, pairs, validate
 from pipelines.features.ranks import Ranked
 from pipelines.features.statistics import item_stats, popularity
 
 _OUTPUTS = ("item_stats", "user_stats", "ranking_samples", "sequences")
-_LATER = {"norm_percentiles", "proxy_min_spearman"}  # settings of the second part
+_LATER = {"norm_percentiles", "proxy_min_spearman", "pairs"}  # settings of the second part, and of item_pairs
 
 
 class Checked(NamedTuple):
@@ -42,11 +43,16 @@ class Clean(NamedTuple):
 
 def modalities(cfg: Config) -> tuple[str, ...]:
     """The vector columns that ``items`` must have."""
-    return (*cfg.tokenizer.content, *([tables.BEHAVIOR] if cfg.behavior.source == "column" else []))
+    return (*cfg.features.content, *([tables.BEHAVIOR] if cfg.behavior.source == "column" else []))
 
 
 def build(cfg: Config, track: Track) -> bool:
     """Do the part unless its outputs are up to date; whether anything was done. Raises InputError for unusable input."""
+    worked = _events(cfg, track)
+    return pairs.build(cfg, track) or worked
+
+
+def _events(cfg: Config, track: Track) -> bool:
     lake, versions = track.lake, track.lake.versions("items", "interactions")
     mark = digest("events", cfg.features.model_dump(mode="json", exclude=_LATER), modalities(cfg), lake.stamps(versions))
     if lake.fresh(mark, *_OUTPUTS) and _catalog_run(lake) == mark:
@@ -66,9 +72,9 @@ def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[st
     track.note(f"checked the input: {sum(checked.rejected.values())} rows rejected")
     clean = prepare(checked, features, track)
     train = clean.events.filter("split = 'train'")
-    pairs = train.groupBy("user_id", "item_id").agg(F.count("*").alias("events")).persist()
-    stats = item_stats(checked.items, pairs, features)
-    users = pairs.groupBy("user_id").agg(F.sum("events").alias("interactions"), F.count("*").alias("items"))
+    counts = train.groupBy("user_id", "item_id").agg(F.count("*").alias("events")).persist()
+    stats = item_stats(checked.items, counts, features)
+    users = counts.groupBy("user_id").agg(F.sum("events").alias("interactions"), F.count("*").alias("items"))
     index = stats.frame.select("item_id", "item_index")
     label = F.when(F.col("rating").isNull() | (F.col("rating") > features.positive_rating), 1).otherwise(0)
     indexed = clean.events.join(index, "item_id").select("*", label.alias("label")).persist()

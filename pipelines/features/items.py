@@ -71,7 +71,7 @@ def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[st
             "the norm does not measure how much is known about an item, so richness is min-max of log(1 + count)"
         )
     features = joined.select("*", richness.column.alias("richness"))
-    written = {"item_features": write(features, lake, "item_features", tables.item_features(cfg.tokenizer.content), mark)}
+    written = {"item_features": write(features, lake, "item_features", tables.item_features(cfg.features.content), mark)}
     row = lake.read("catalog_stats").to_pylist()[0]
     written["catalog_stats"] = write_catalog(lake, {**row, **richness.fields}, mark)
     track.metrics({key: richness.fields[key] for key in ("spearman", "norm_low", "norm_high")})
@@ -81,7 +81,7 @@ def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[st
 def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
     """Every item of ``item_stats`` with its accepted row of ``items``, its behaviour vector and norm (null where it has none) and fingerprint.
     One exchange by item_id for each table."""
-    items, stats, content = read(spark, lake, "items"), read(spark, lake, "item_stats"), cfg.tokenizer.content
+    items, stats, content = read(spark, lake, "items"), read(spark, lake, "item_stats"), cfg.features.content
     accepted = (
         validate.judge_items(items, validate.widths(items, modalities(cfg))).filter("reason IS NULL").select("item_id", "title", *modalities(cfg))
     )

@@ -86,6 +86,7 @@ def test_table_schemas_are_frozen():
         "USER_STATS",
         "SEQUENCES",
         "RANKING_SAMPLES",
+        "ITEM_PAIRS",
         "BEHAVIOR_EMBEDDINGS",
         "CATALOG_STATS",
         "SIDS",

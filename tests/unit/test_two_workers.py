@@ -13,15 +13,25 @@ from adasid.tokenizers import artifact
 from adasid.training.behavior import BehaviorTraining
 from adasid.training.tokenizer import TokenizerTraining
 from adasid.training.workers import Workers, settle
-from tests.planted import catalogue, shard
+from tests.planted import catalogue
 from tests.unit.test_sasrec import SMALL, data
-from tests.unit.test_tokenizers import TOKENIZERS
+from tests.unit.test_tokenizers import TOKENIZERS, data_of
 
 EPOCHS, KILLED_AT = 14, 7
 # 3 steps an epoch, revival every 20 steps, checkpoints every 5 epochs: usage counts are under way in every checkpoint
-SETTINGS = TOKENIZERS["adc-sid"].model_copy(
-    update={"training": config.Training(epochs=EPOCHS, batch=128, lr=0.003, log_epochs=1, checkpoint_epochs=5)}
-)
+TRAINING = config.Training(epochs=EPOCHS, batch=128, lr=0.003, log_epochs=1, checkpoint_epochs=5)
+RESUMED = "adc-sid"
+
+
+def brief(name):
+    """Eight epochs are enough for one revival."""
+    if not hasattr(TOKENIZERS[name], "training"):
+        return TOKENIZERS[name]
+    training = TRAINING if name == RESUMED else TRAINING.model_copy(update={"epochs": 8})
+    return TOKENIZERS[name].model_copy(update={"training": training})
+
+
+SETTINGS = {name: brief(name) for name in TOKENIZERS if " " not in name or name == "rq-kmeans by modality"}
 
 
 class Killed(Exception):
@@ -33,11 +43,11 @@ def kill(rows):
         raise Killed
 
 
-def tokenizer_state(folder, workers, report=lambda rows: None):
-    table, _ = catalogue(items=300)
-    mine = shard(table, rank=workers.rank, world=workers.world)
+def tokenizer_state(name, folder, workers, report=lambda rows: None):
+    settings = SETTINGS[name]
+    mine = data_of(settings, *catalogue(items=300), workers)
     torch.manual_seed(5)
-    loop = TokenizerTraining(artifact.build(SETTINGS, mine.widths), SETTINGS.training, mine, folder, 5, workers, "v0")
+    loop = TokenizerTraining(artifact.build(settings, mine.widths), settings, mine, folder, 5, workers, "v0")
     rows = loop.run(report)
     return loop.tokenizer.state_dict(), rows
 
@@ -47,13 +57,18 @@ def run_rank(rank, folder):
     settle(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     workers = Workers.current()
-    whole, rows = tokenizer_state(folder / "whole", workers)
+    across, use = {}, {}
+    for name in SETTINGS:
+        state, rows = tokenizer_state(name, folder / name, workers)
+        across |= {f"{name} {key}": torch.equal(*workers.gather(tensor[None].double())) for key, tensor in state.items()}
+        use[name] = rows[-1]["utilisation"]
+        if name == RESUMED:
+            whole = state
     try:
-        tokenizer_state(folder / "killed", workers, kill)
+        tokenizer_state(RESUMED, folder / "killed", workers, kill)
     except Killed:
-        resumed, _ = tokenizer_state(folder / "killed", workers)
+        resumed, _ = tokenizer_state(RESUMED, folder / "killed", workers)
     same = {name: torch.equal(tensor, resumed[name]) for name, tensor in whole.items()}
-    across = {name: torch.equal(*workers.gather(tensor[None].float())) for name, tensor in whole.items()}
 
     d = data()
     d.train, d.validation, d.test = (part.part(rank, 2) for part in (d.train, d.validation, d.test))
@@ -63,7 +78,7 @@ def run_rank(rank, folder):
     facts = {
         "resumed": same,
         "across": across,
-        "utilisation": rows[-1]["utilisation"],
+        "utilisation": use,
         "recall": result.summary["test"]["recall@5"],
         "users": result.summary["users"],
     }
@@ -89,6 +104,6 @@ def test_a_killed_run_of_two_workers_ends_as_it_would_have(facts):
 
 
 def test_two_workers_learn_as_one_does(facts):
-    assert facts[0]["utilisation"] > 0.9
+    assert facts[0]["utilisation"][RESUMED] > 0.9
     assert facts[0]["recall"] > 0.5
     assert facts[0]["users"] == 120

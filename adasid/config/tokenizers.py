@@ -1,0 +1,435 @@
+"""Every tokenizer's settings: one model each, chosen by ``tokenizer.name``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from adasid.config.base import Names, Section, Share, Sizes
+from adasid.tables import BEHAVIOR
+
+Experts = Annotated[dict[str, int], Field(strict=False)]
+
+
+class Training(Section):
+    epochs: int = Field(100, ge=2, description="passes over the catalogue")
+    batch: int = Field(1024, ge=2, description="items a step, all workers together (where pairs are trained on, half of them are partners)")
+    lr: float = Field(0.001, gt=0, description="AdamW learning rate at the start; cosine decay to 0")
+    weight_decay: float = Field(0.0001, ge=0, description="AdamW weight decay (not on codebooks and biases)")
+    warmup_epochs: int = Field(1, ge=1, description="epochs without quantization, before the k-means initialisation")
+    checkpoint_epochs: int = Field(20, ge=1, description="epochs between two checkpoints")
+    log_epochs: int = Field(5, ge=1, description="epochs between two rows of metrics")
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Training:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"tokenizer.training.warmup_epochs {self.warmup_epochs} is not below tokenizer.training.epochs {self.epochs}: nothing would be quantized"
+            )
+        return self
+
+
+class Controller(Section):
+    enabled: bool = Field(True, description="false: every alignment weight is 1 (ablation)")
+    alpha: float = Field(10.0, gt=0, description="slope of the alignment weight over richness")
+    beta: float | Literal["calibrated"] = Field(
+        "calibrated", description="shift of the alignment weight (paper: 9); calibrated: see calibrated_share"
+    )
+    calibrated_share: Share = Field(0.4, description="calibrated beta puts this share of items below a weight of 0.05 (the paper's 'about 40 %')")
+
+
+class Router(Section):
+    gate: Literal["dynamic", "equal"] = Field("dynamic", description="dynamic: R(e_b); equal: weight 1 for every behaviour slot (ablation)")
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        1 / 3, description="target share of inactive behaviour slots, averaged over items; null: no sparsity loss (ablation)"
+    )
+    lambda_start: float = Field(1e-3, gt=0, description="first weight of the sparsity loss (ReMoE: 1e-8, for 60,000 steps)")
+    lambda_step: float = Field(1.02, gt=1, description="factor by which that weight moves a step (ReMoE: 1.2; it overshoots in short runs)")
+    item_weight: float = Field(0.0, ge=0, description="weight of the hinge that asks every item for its own sparsity; 0: only the average counts")
+    scale: Literal["sigmoid", "alignment"] = Field(
+        "sigmoid", description="sigmoid: R is scaled by sigmoid(richness); alignment: by the alignment weight"
+    )
+    hidden: int = Field(64, ge=1, description="hidden width of the gates")
+
+
+class Revival(Section):
+    every: int = Field(50, ge=1, description="steps between two looks at code usage")
+    min_share: float = Field(0.25, ge=0, description="a code used less than this share of its fair share 1/K is revived")
+    until: Share = Field(0.9, description="share of training after which codes are left alone")
+
+
+class Hamr(Section):
+    """Hamming-guided margin repulsion (QuaSID, arXiv 2603.00632, eqs 8 to 13)."""
+
+    kind: Literal["hamr"] = Field(description="hamr: QuaSID's repulsion")
+    full_margin: float = Field(0.8, gt=0, le=2, description="cosine distance below which items of one whole SID are repelled")
+    partial_margin: float = Field(0.5, gt=0, le=2, description="the same for SIDs that differ in at most radius slots")
+    radius: int | None = Field(None, ge=1, description="Hamming distance up to which an overlap is partial; null: a third of the slots")
+    full_weight: float = Field(0.2, ge=0, description="weight of the repulsion of whole overlaps")
+    partial_weight: float = Field(0.1, ge=0, description="weight of the repulsion of partial overlaps")
+
+
+class Adaptive(Section):
+    """Adaptive overlap regulation (AdaSID, arXiv 2604.23522): relaxation, load-adaptive strengthening, progress-adaptive rebalancing."""
+
+    kind: Literal["adaptive"] = Field(description="adaptive: AdaSID's repulsion")
+    thresholds: Annotated[tuple[float, float], Field(strict=False)] = Field(
+        (0.18, 0.3), description="cosine from which an overlap is spared: for one shared code, for all; evenly spaced between"
+    )
+    margin: float = Field(1.0, gt=0, le=2, description="cosine distance below which an overlap that is not spared is repelled")
+    load: Literal["pattern", "code"] = Field(
+        "pattern", description="load of an overlap counts pairs with the same matching slots, or also the same codes"
+    )
+    load_gain: Annotated[tuple[float, float], Field(strict=False)] = Field((1.0, 2.0), description="strength at no load and at full load")
+    load_power: float = Field(1.0, gt=0, description="sharpness of the rise between")
+    load_quantile: Share = Field(0.9, description="quantile of the loads seen that counts as full load")
+    progress: Annotated[tuple[float, float], Field(strict=False)] = Field(
+        (0.1, 0.9), description="share of training at which rebalancing starts and ends"
+    )
+    weight: Annotated[tuple[float, float], Field(strict=False)] = Field(
+        (1.0, 0.2), description="weight of the repulsion before and after rebalancing"
+    )
+
+    @model_validator(mode="after")
+    def _window(self) -> Adaptive:
+        low, high = self.thresholds
+        if not -1 < low <= high <= 1:
+            raise ValueError(f"repulsion.thresholds {self.thresholds} must rise within -1 and 1")
+        if self.margin <= 1 - low:
+            raise ValueError(
+                f"repulsion.margin {self.margin:g} must be above 1 - {low:g} (the lowest threshold): else the hinge never acts on an overlap "
+                "that is not spared"
+            )
+        if not 0 <= self.progress[0] < self.progress[1] <= 1:
+            raise ValueError(f"repulsion.progress {self.progress} must rise within 0 and 1")
+        return self
+
+
+Repulsion = Annotated[Hamr | Adaptive, Field(discriminator="kind")]
+
+
+class Contrast(Section):
+    weight: Annotated[tuple[float, float], Field(strict=False)] = Field(
+        (0.1, 0.1), description="weight of the loss on pairs: at the start, at the end"
+    )
+    temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss on co-engaged pairs")
+
+
+class TokenizerSettings(Section):
+    """What every tokenizer has. ``inputs``: the modalities that it reads; ``pairs``: whether it learns from co-engaged pairs."""
+
+    name: str = Field("", description="which tokenizer")
+    codebook_size: int = Field(100, ge=2, description="codes in a codebook (K)")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Modalities in slot order, behaviour last."""
+        raise NotImplementedError
+
+    @property
+    def pairs(self) -> bool:
+        """Whether ``item_pairs`` is read."""
+        return False
+
+    @property
+    def epochs(self) -> Training | None:
+        """The training loop's settings; None for a tokenizer that is fitted or needs no data."""
+        return None
+
+
+class Trained(TokenizerSettings):
+    """Trained by gradients."""
+
+    reconstruction_weight: float = Field(1.0, ge=0, description="weight of L_recon")
+    codebook_weight: float = Field(1.0, gt=0, description="weight of the codebook loss")
+    kmeans_samples: int = Field(20_000, ge=1, description="latents that initialise the codebooks")
+    kmeans_rounds: int = Field(20, ge=1, description="Lloyd rounds of that initialisation")
+    repulsion: Repulsion | None = Field(None, description="repulsion of items whose SIDs overlap: a section of kind hamr or adaptive; null: none")
+    contrast: Contrast | None = Field(None, description="contrastive loss on co-engaged pairs (needs features.pairs); null: none")
+    revival: Revival = Field(Revival(), description="revival of dead codes")
+    training: Training = Field(Training(), description="the training loop")
+
+    @property
+    def pairs(self) -> bool:
+        return self.contrast is not None
+
+    @property
+    def epochs(self) -> Training | None:
+        return self.training
+
+
+class AdcSid(Trained):
+    """ADC-SID (arXiv 2510.25622 v3), with the paper's settings on Beauty where it states them."""
+
+    name: Literal["adc-sid"] = Field("adc-sid", description="mixture of quantization, alignment by richness, weighted behaviour slots")
+    shared_experts: int = Field(1, ge=1, description="experts that read all modalities (N_s)")
+    content_experts: Experts = Field(
+        {"text": 1, "visual": 1}, description="experts of each content modality (N_t, N_v, ...); not given: one for each of features.content"
+    )
+    behavior_experts: int = Field(3, ge=1, description="experts of the behaviour modality (N_b)")
+    latent_width: int = Field(64, ge=2, description="width of a latent and of a codeword (d)")
+    projector_width: int = Field(256, ge=2, description="width of the aligned space (d_h)")
+    hidden: Sizes = Field((512, 256), description="hidden widths of an expert")
+    decoder_hidden: Sizes = Field((256, 512), description="hidden widths of the decoder")
+    temperature: float = Field(0.07, gt=0, description="temperature of the contrastive losses")
+    commitment: float = Field(
+        1.0, ge=0, description="weight of the commitment half of the codebook loss (0.25 is usual; gates then grow without bound)"
+    )
+    alignment_weight: float = Field(0.1, ge=0, description="weight of the alignment losses; 0: no contrastive alignment (ablation)")
+    controller: Controller = Field(Controller(), description="alignment strength controller")
+    router: Router = Field(Router(), description="dynamic behaviour gate")
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """Content modalities in slot order."""
+        return tuple(self.content_experts)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*self.content, BEHAVIOR)
+
+    @model_validator(mode="after")
+    def _experts(self) -> AdcSid:
+        _check_slots("content_experts", self.content_experts, behavior=False)
+        return self
+
+
+class AdaSid(AdcSid):
+    """ADA-SID (arXiv 2510.25622 v1): behaviour aligned to text + image, item-specific sparsity, SIDs of variable length."""
+
+    name: Literal["ada-sid"] = Field("ada-sid", description="ADC-SID's first version: inactive behaviour slots become PAD")  # type: ignore[assignment]
+    behavior_experts: int = Field(5, ge=1, description="experts of the behaviour modality (N_b)")
+    threshold: float = Field(0.0, ge=0, description="a behaviour slot whose weight is not above it becomes PAD")
+    router: Router = Field(Router(sparsity=0.4, item_weight=0.1), description="dynamic behaviour gate")
+
+
+class _Content(Section):
+    content: Names = Field(("text", "visual"), min_length=1, description="content modalities that are read; not given: all of features.content")
+
+    @model_validator(mode="after")
+    def _content(self) -> _Content:
+        _check_slots("content", dict.fromkeys(self.content, 1), behavior=False)
+        return self
+
+
+class _Residual(Trained):
+    latent_width: int = Field(32, ge=2, description="width of a latent and of a codeword (d)")
+    hidden: Sizes = Field((512, 256, 128), description="hidden widths of the encoder; the decoder has them backwards")
+    commitment: float = Field(0.25, ge=0, description="weight of the commitment half of the codebook loss")
+
+
+class RqVae(_Content, _Residual):
+    """RQ-VAE (TIGER, arXiv 2305.05065): residual quantization of one content latent."""
+
+    name: Literal["rq-vae"] = Field("rq-vae", description="residual quantization of the content")
+    levels: int = Field(6, ge=1, description="codebooks, each of the residual of the one before (L)")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.content
+
+
+class Letter(RqVae):
+    """LETTER (arXiv 2405.07314): RQ-VAE with collaborative and diversity regularisation."""
+
+    name: Literal["letter"] = Field("letter", description="RQ-VAE whose latent matches behaviour, with diverse codebooks")  # type: ignore[assignment]
+    collaborative_weight: float = Field(0.02, ge=0, description="weight of L_CF")
+    diversity_weight: float = Field(1e-4, ge=0, description="weight of L_div")
+    diversity_groups: int = Field(10, ge=2, description="groups of codewords of a level, formed anew every epoch")
+    sinkhorn: float = Field(0.003, ge=0, description="entropy of the balanced assignment of the last level in training; 0: nearest code")
+    sinkhorn_rounds: int = Field(50, ge=1, description="row and column normalisations of that assignment")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*self.content, BEHAVIOR)
+
+
+class Das(RqVae):
+    """DAS (arXiv 2508.10584), item side: RQ-VAE aligned with behaviour and with co-engaged items."""
+
+    name: Literal["das"] = Field("das", description="RQ-VAE aligned with behaviour and co-engagement (item side)")  # type: ignore[assignment]
+    behavior_weight: float = Field(0.1, ge=0, description="weight of the contrast of quantized content and behaviour")
+    temperature: float = Field(0.07, gt=0, description="temperature of that contrast")
+    contrast: Contrast | None = Field(Contrast(), description="contrast of the quantized vectors of co-engaged pairs (needs features.pairs)")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*self.content, BEHAVIOR)
+
+
+class QuaSid(RqVae):
+    """QuaSID (arXiv 2603.00632): residual quantization, qualified repulsion, co-engaged pairs."""
+
+    name: Literal["quasid"] = Field("quasid", description="RQ-VAE with Hamming-guided repulsion and co-engaged pairs")  # type: ignore[assignment]
+    repulsion: Repulsion | None = Field(Hamr(kind="hamr"), description="repulsion of items whose SIDs overlap")
+    contrast: Contrast | None = Field(Contrast(), description="contrastive loss on co-engaged pairs (needs features.pairs)")
+
+
+class AdaptiveSid(RqVae):
+    """AdaSID (arXiv 2604.23522): residual quantization, repulsion regulated by similarity, load and progress."""
+
+    name: Literal["adasid"] = Field("adasid", description="RQ-VAE with adaptive repulsion and co-engaged pairs")  # type: ignore[assignment]
+    repulsion: Repulsion | None = Field(Adaptive(kind="adaptive"), description="repulsion of items whose SIDs overlap")
+    contrast: Contrast | None = Field(Contrast(weight=(0.0, 0.1)), description="contrastive loss on co-engaged pairs (needs features.pairs)")
+
+
+class RqVaePlus(_Residual):
+    """RQ-VAE++ (a baseline of arXiv 2510.25622 v1): one RQ-VAE for each modality."""
+
+    name: Literal["rq-vae++"] = Field("rq-vae++", description="a residual quantizer for each modality, behaviour among them")
+    levels: Experts = Field(
+        {"text": 2, "visual": 2, BEHAVIOR: 2}, description="codebooks of each modality; not given: two for each of features.content and behaviour"
+    )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(self.levels)
+
+    @model_validator(mode="after")
+    def _levels(self) -> RqVaePlus:
+        _check_slots("levels", self.levels, behavior=True)
+        return self
+
+
+class MmRqVae(RqVaePlus):
+    """MM-RQ-VAE (MME-SID, arXiv 2509.02017): one RQ-VAE for each modality, distributions reconstructed, modalities aligned with behaviour."""
+
+    name: Literal["mm-rq-vae"] = Field("mm-rq-vae", description="RQ-VAE++ with MMD reconstruction and aligned modalities")  # type: ignore[assignment]
+    reconstruction: Literal["mmd", "mse"] = Field("mmd", description="mmd: match the batch's distribution, as published; mse: each item")
+    reconstruction_weight: float = Field(3.0, ge=0, description="weight of L_recon")
+    alignment: Literal["contrastive", "mmd"] = Field("contrastive", description="contrastive: as in the paper; mmd: as in its code")
+    alignment_weight: float = Field(0.01, ge=0, description="weight of the alignment of each content modality with behaviour")
+    temperature: float = Field(0.07, gt=0, description="temperature of the contrastive alignment")
+
+    @model_validator(mode="after")
+    def _behavior(self) -> MmRqVae:
+        if BEHAVIOR not in self.levels:
+            raise ValueError(f"tokenizer.levels of mm-rq-vae lacks {BEHAVIOR!r}, which the others are aligned with: add it")
+        return self
+
+
+class Fitted(TokenizerSettings):
+    fit_samples: int = Field(200_000, ge=1, description="items that the fit sees; all items are then assigned")
+    rounds: int = Field(50, ge=1, description="rounds of the fit")
+
+
+class Aligner(Section):
+    """The content encoder that is trained on co-engaged pairs before residual k-means (QARM)."""
+
+    width: int = Field(64, ge=2, description="width of the aligned vector")
+    hidden: Sizes = Field((512, 256), description="hidden widths of the encoder")
+    temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss on co-engaged pairs")
+    training: Training = Field(Training(epochs=30), description="the training loop")
+
+
+class RqKmeans(_Content, Fitted):
+    """RQ-KMeans (OneRec, QARM): residual k-means without an encoder; plain, balanced, aligned, or one for each modality."""
+
+    name: Literal["rq-kmeans"] = Field("rq-kmeans", description="residual k-means: plain, balanced, aligned, or for each modality")
+    levels: int | Experts = Field(6, description="codebooks over the joint content vector, or modality -> codebooks for one quantizer each")
+    balanced: bool = Field(False, description="fit with clusters of equal size")
+    aligner: Aligner | None = Field(None, description="train a content encoder on co-engaged pairs first (needs features.pairs); null: raw vectors")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(self.levels) if isinstance(self.levels, dict) else self.content
+
+    @property
+    def pairs(self) -> bool:
+        return self.aligner is not None
+
+    @property
+    def epochs(self) -> Training | None:
+        return self.aligner.training if self.aligner else None
+
+    @model_validator(mode="after")
+    def _levels(self) -> RqKmeans:
+        if isinstance(self.levels, dict):
+            _check_slots("levels", self.levels, behavior=True)
+            if self.aligner:
+                raise ValueError(
+                    "tokenizer.aligner encodes the joint content vector, but tokenizer.levels names modalities: give a number, or no aligner"
+                )
+        elif self.levels < 1:
+            raise ValueError(f"tokenizer.levels is {self.levels}: must be at least 1")
+        return self
+
+
+class Opq(_Content, Fitted):
+    """OPQ (Ge et al., CVPR 2013, as RPG uses it): principal components, a learned rotation, one k-means for each sub-space."""
+
+    name: Literal["opq"] = Field("opq", description="optimised product quantization of the content")
+    levels: int = Field(6, ge=1, description="sub-spaces (L)")
+    width: int = Field(96, ge=1, description="principal components kept (at most those there are); a multiple of levels")
+    whiten: bool = Field(True, description="scale the components to unit variance")
+    engine: Literal["own", "faiss"] = Field("own", description="own: any K; faiss: K a power of two, needs the faiss-cpu package")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.content
+
+    @model_validator(mode="after")
+    def _width(self) -> Opq:
+        if self.width % self.levels:
+            raise ValueError(
+                f"tokenizer.width {self.width} is not a multiple of tokenizer.levels {self.levels}: take {self.width // self.levels * self.levels or self.levels}"
+            )
+        if self.engine == "faiss" and self.codebook_size & (self.codebook_size - 1):
+            raise ValueError(f"tokenizer.engine is 'faiss' but tokenizer.codebook_size {self.codebook_size} is not a power of two: use engine: own")
+        return self
+
+
+class ItemId(TokenizerSettings):
+    """Control: the item's index, written with ``codebook_size`` digits. Unique, and without meaning."""
+
+    name: Literal["item-id"] = Field("item-id", description="control: the item's index in base K")
+    levels: int = Field(4, ge=1, description="digits: K^levels items at most")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ()
+
+
+class RandomSid(TokenizerSettings):
+    """Control: codes drawn at random from the seed and the item's index."""
+
+    name: Literal["random"] = Field("random", description="control: random codes")
+    levels: int = Field(6, ge=1, description="codes of an item (L)")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ()
+
+
+TOKENIZERS: tuple[type[TokenizerSettings], ...] = (
+    AdcSid,
+    AdaSid,
+    QuaSid,
+    AdaptiveSid,
+    RqVae,
+    Letter,
+    Das,
+    RqVaePlus,
+    MmRqVae,
+    RqKmeans,
+    Opq,
+    ItemId,
+    RandomSid,
+)
+AnyTokenizer = Annotated[
+    AdcSid | AdaSid | QuaSid | AdaptiveSid | RqVae | Letter | Das | RqVaePlus | MmRqVae | RqKmeans | Opq | ItemId | RandomSid,
+    Field(discriminator="name"),
+]
+
+
+def _check_slots(key: str, numbers: dict[str, int], behavior: bool) -> None:
+    if not numbers:
+        raise ValueError(f"tokenizer.{key} is empty: name at least one modality, for example text")
+    for modality, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"tokenizer.{key}.{modality} is {number}: must be at least 1, or leave the modality out")
+        if modality == "shared" or (modality == BEHAVIOR and not behavior):
+            raise ValueError(f"tokenizer.{key}: {modality!r} is not a content modality")
+    if BEHAVIOR in numbers and list(numbers)[-1] != BEHAVIOR:
+        raise ValueError(f"tokenizer.{key}: name {BEHAVIOR!r} last, the slots of a SID are in this order")

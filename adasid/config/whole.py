@@ -1,0 +1,189 @@
+"""The whole configuration: validation across sections, reading a file with overrides, errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from adasid.config.base import Section
+from adasid.config.sources import Source, Synthetic
+from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Tracking
+from adasid.config.tokenizers import TOKENIZERS, AdcSid, AnyTokenizer, TokenizerSettings
+from adasid.errors import ConfigError
+from adasid.tables import BEHAVIOR
+
+_BY_NAME = {model.model_fields["name"].default: model for model in TOKENIZERS}
+
+
+class Config(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run: its outputs lie in <runs_dir>/<name>")
+    seed: int = Field(17, ge=0, lt=2**31, description="the one seed")
+    runs_dir: str = Field("runs", description="where runs are kept")
+    pins: dict[str, int] = Field({}, description="table -> version to read instead of the latest")
+    source: Source = Field(Source(kind="synthetic", synthetic=Synthetic()), description="where items and interactions come from")
+    features: Features = Field(Features(), description="validation, split and long-tail statistics (Spark)")
+    behavior: Behavior = Field(Behavior(), description="behaviour embeddings (SASRec on Ray Train)")
+    tokenizer: AnyTokenizer = Field(AdcSid(), description="the tokenizer (Ray Train), chosen by its name")
+    sids: Sids = Field(Sids(), description="the semantic-ID table (Spark)")
+    spark: Spark = Field(Spark(), description="Spark session")
+    ray: Ray = Field(Ray(), description="Ray Train")
+    compare: Compare = Field(Compare(), description="jobs/compare_tokenizers.py")
+    tracking: Tracking = Field(Tracking(), description="MLflow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """A tokenizer section without a name is the default's; one that does not say what it reads reads all of features.content."""
+        if not isinstance(data, Mapping):
+            return data
+        features, compare = data.get("features", {}), data.get("compare", {})
+        content = features.get("content") if isinstance(features, Mapping) else None
+        content = list(content) if isinstance(content, list | tuple) else list(Features().content)
+        filled = {**data, "tokenizer": _filled(data.get("tokenizer", {}), content)}
+        if isinstance(compare, Mapping) and isinstance(compare.get("tokenizers"), Mapping):
+            filled["compare"] = {**compare, "tokenizers": {label: _filled(section, content) for label, section in compare["tokenizers"].items()}}
+        return filled
+
+    @model_validator(mode="after")
+    def _inputs(self) -> Config:
+        for key, settings in {"tokenizer": self.tokenizer, **{f"compare.tokenizers.{k}": v for k, v in self.compare.tokenizers.items()}}.items():
+            for modality in settings.inputs:
+                if modality not in (*self.features.content, BEHAVIOR):
+                    raise ValueError(
+                        f"{key} ({settings.name}) reads {modality!r} but features.content is {list(self.features.content)}: "
+                        "add it there, or leave it out of the tokenizer"
+                    )
+            if settings.pairs and self.features.pairs.method == "none":
+                raise ValueError(
+                    f"{key} ({settings.name}) learns from co-engaged pairs but features.pairs.method is 'none': "
+                    "set features.pairs.method: swing, or contrast: null"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Config:
+        if "://" in self.runs_dir:
+            raise ValueError(f"runs_dir is {self.runs_dir!r}: must be a folder that all machines share, mounted under one path")
+        if self.behavior.max_length > self.features.max_length:
+            raise ValueError(
+                f"behavior.max_length {self.behavior.max_length} is longer than features.max_length {self.features.max_length}: "
+                "the sequences are cut before the model sees them; lower the first or raise the second"
+            )
+        if self.behavior.source == "column" and self.source.synthetic and not self.source.synthetic.behavior_width:
+            raise ValueError("behavior.source is 'column' but source.synthetic.behavior_width is 0: set the width, or behavior.source: sasrec")
+        if self.behavior.source == "sasrec" and self.source.synthetic and self.source.synthetic.behavior_width:
+            raise ValueError(
+                "source.synthetic.behavior_width plants a behaviour vector but behavior.source is 'sasrec': set behavior.source: column, or the width to 0"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+def digest(*parts: object) -> str:
+    """16 hex digits that change when any of ``parts`` (models, mappings, scalars) changes."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file over the defaults, then apply ``dotted.key=value`` overrides (values are YAML).
+
+    Raises ConfigError for a missing file, bad YAML, an unknown key, a wrong type or contradictory keys.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing file, for example conf/demo.yaml") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds a {type(data).__name__}, not a mapping of keys")
+    for override in overrides:
+        _apply(data, override)
+    return build(data, str(path))
+
+
+def build(data: Mapping[str, Any], origin: str = "config") -> Config:
+    """Validate a plain mapping. ``origin`` names it in errors."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(origin, dict(e)) for e in error.errors())) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: must read dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
+    node = data
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.get(parent)
+        node[parent] = node = dict(child) if isinstance(child, dict) else {}
+    node[last] = value
+
+
+def _filled(section: Any, content: list[str]) -> Any:
+    if isinstance(section, TokenizerSettings) or not isinstance(section, Mapping):
+        return section
+    filled = {"name": AdcSid.model_fields["name"].default, **section}
+    model = _BY_NAME.get(filled["name"])
+    fields = model.model_fields if model else {}
+    defaults: dict[str, Any] = {"content": content, "content_experts": dict.fromkeys(content, 1)}
+    if "levels" in fields and isinstance(fields["levels"].default, dict):
+        defaults["levels"] = dict.fromkeys([*content, BEHAVIOR], 2)
+    return {**{key: value for key, value in defaults.items() if key in fields}, **filled}
+
+
+def _explain(origin: str, error: dict[str, Any]) -> str:
+    location = [str(part) for part in error["loc"] if part not in _BY_NAME]  # a union's tag is not a key
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        siblings = _keys([str(part) for part in error["loc"][:-1]])
+        near = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.0)
+        hint = f"; did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
+        return f"{origin}: unknown key {key!r}{hint}"
+    if error["type"] == "value_error":
+        return f"{origin}: {error['msg'].removeprefix('Value error, ')}"
+    if error["type"] == "missing":
+        return f"{origin}: key {key!r} is missing; add it"
+    if error["type"] == "union_tag_invalid":
+        tag = error["ctx"]["discriminator"].strip("'")
+        return f"{origin}: {key}.{tag} is {error['ctx']['tag']!r}: must be one of {error['ctx']['expected_tags']}"
+    return f"{origin}: {key} is {error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _keys(location: list[str]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if part in _BY_NAME:
+            model = _BY_NAME[part]
+            continue
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            if not isinstance(model, type):  # a label of compare.tokenizers: its tag follows
+                continue
+            return []
+        model = section_of(field.annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def section_of(annotation: Any) -> Any:
+    """The model class inside ``Model`` or ``Model | None``; the annotation itself where there is none, or more than one."""
+    found = [candidate for candidate in (annotation, *get_args(annotation)) if isinstance(candidate, type) and issubclass(candidate, BaseModel)]
+    return found[0] if len(found) == 1 else annotation

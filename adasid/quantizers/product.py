@@ -1,0 +1,104 @@
+"""Optimised product quantization (Ge et al., CVPR 2013; methods 6.2): principal components, a rotation, one k-means for each sub-space."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adasid.errors import InputError
+from adasid.quantizers.kmeans import kmeans, lloyd, nearest_euclidean
+
+
+class Components(NamedTuple):
+    """``mean`` [D], ``basis`` [D, w] with orthonormal columns, ``deviation`` [w] that components are divided by (1: not whitened)."""
+
+    mean: Tensor
+    basis: Tensor
+    deviation: Tensor
+
+    def project(self, x: Tensor) -> Tensor:
+        """[n, D] -> [n, w]."""
+        return (x - self.mean) @ self.basis / self.deviation
+
+    def restore(self, y: Tensor) -> Tensor:
+        """[n, w] -> [n, D]."""
+        return y * self.deviation @ self.basis.T + self.mean
+
+
+class ProductQuantizer(NamedTuple):
+    """``rotation`` R [w, w] with R R^T = I; ``centroids`` [L, K, w / L] of the sub-spaces of x R."""
+
+    rotation: Tensor
+    centroids: Tensor
+
+    def codes(self, x: Tensor) -> Tensor:
+        """[n, w] -> [n, L]."""
+        parts = (x @ self.rotation).chunk(len(self.centroids), dim=1)
+        return torch.stack([nearest_euclidean(part, words) for part, words in zip(parts, self.centroids)], dim=1)
+
+    def words(self, codes: Tensor) -> Tensor:
+        """Codewords in the rotated space: [n, L] -> [n, w]."""
+        return torch.cat([words[column] for column, words in zip(codes.T, self.centroids)], dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """[n, L] -> [n, w]."""
+        return self.words(codes) @ self.rotation.T
+
+
+def principal_components(x: Tensor, width: int, whiten: bool) -> Components:
+    """The ``width`` <= D components of ``x`` [n, D] of the largest variance, in falling order. One without variance is not whitened."""
+    mean = x.double().mean(0)
+    centred = x - mean.to(x)
+    variance, basis = torch.linalg.eigh((centred.T @ centred).double() / len(x))
+    variance, basis = variance.flip(0)[:width], basis.flip(1)[:, :width]
+    deviation = torch.where(variance > 1e-7 * variance[0], variance.clamp(min=0).sqrt(), 1.0) if whiten else torch.ones_like(variance)
+    return Components(mean.to(x), basis.to(x), deviation.to(x))
+
+
+def fit_opq(x: Tensor, parts: int, k: int, rounds: int, generator: torch.Generator) -> tuple[ProductQuantizer, list[float]]:
+    """Alternate a round of k-means in each of ``parts`` sub-spaces of x R, from the centroids before, and R = U V^T of svd(x^T x_q) = U S V^T.
+
+    ``x`` [n, w], w a multiple of ``parts``; R starts at random. Returns the quantizer and, after each of ``rounds`` >= 1 rounds, the mean
+    squared error of a row, which does not rise.
+    """
+    rotation = torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], generator=generator))[0].to(x)
+    centroids, errors = None, []
+    for _ in range(rounds):
+        spaces = (x @ rotation).chunk(parts, dim=1)
+        starts = [kmeans(space, k, 0, generator) for space in spaces] if centroids is None else centroids
+        centroids = torch.stack([lloyd(space, start, 1) for space, start in zip(spaces, starts)])
+        now = ProductQuantizer(rotation, centroids)
+        words = now.words(now.codes(x))
+        rotation = procrustes(x, words)
+        errors.append(float((x @ rotation - words).square().sum(1).mean()))
+    assert centroids is not None
+    return ProductQuantizer(rotation, centroids), errors
+
+
+def fit_opq_faiss(x: Tensor, parts: int, k: int, rounds: int) -> ProductQuantizer:
+    """The same by faiss; ``k`` a power of two. Raises InputError without faiss, or for fewer rows than ``k``."""
+    try:
+        faiss: Any = importlib.import_module("faiss")
+    except ImportError:
+        raise InputError("tokenizer.engine is 'faiss', which is not installed: pip install faiss-cpu, or use tokenizer.engine: own") from None
+    if len(x) < k:
+        raise InputError(f"tokenizer.engine 'faiss' needs at least codebook_size {k} items and got {len(x)}: use tokenizer.engine: own")
+    width = x.shape[1]
+    quantizer, turn = faiss.ProductQuantizer(width, parts, k.bit_length() - 1), faiss.OPQMatrix(width, parts)
+    quantizer.cp.min_points_per_centroid = 1
+    turn.niter, turn.pq = rounds, quantizer
+    turn.train(x.cpu().contiguous().numpy())
+    rotation = torch.from_numpy(faiss.vector_to_array(turn.A).reshape(width, width)).T.to(x)
+    quantizer.train((x @ rotation).cpu().contiguous().numpy())
+    centroids = torch.from_numpy(faiss.vector_to_array(quantizer.centroids).reshape(parts, k, width // parts))
+    return ProductQuantizer(rotation, centroids.to(x))
+
+
+def procrustes(x: Tensor, y: Tensor) -> Tensor:
+    """The orthogonal R that brings x R nearest to y; [n, w] each -> [w, w]."""
+    u, _, vt = torch.linalg.svd((x.T @ y).double())
+    rotation: Tensor = u @ vt
+    return rotation.to(x)

@@ -1,0 +1,99 @@
+"""Residual codebooks: each level quantizes what the levels before it left (RQ-VAE, arXiv 2107.03312; methods 6.1)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from adasid.quantizers.kmeans import kmeans, nearest_euclidean
+
+
+class Residual(NamedTuple):
+    """``codes`` [B, L]; ``quantized`` [B, d]: sum of the chosen codewords; ``residuals`` and ``codewords`` [L, B, d]: r_{l-1} and e_l."""
+
+    codes: Tensor
+    quantized: Tensor
+    residuals: Tensor
+    codewords: Tensor
+
+
+class ResidualCodebooks(nn.Module):
+    """``levels`` codebooks of ``size`` codewords of ``width`` dimensions, walked in order by Euclidean distance."""
+
+    def __init__(self, levels: int, size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(levels, size, width) / width**0.5)
+        self.register_buffer("used", torch.zeros(levels, size))
+        self.used: Tensor
+
+    def forward(self, z: Tensor, balanced: tuple[float, int] | None = None) -> Residual:
+        """Quantize [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for training only."""
+        residual, codes, residuals, words = z, [], [], []
+        for level, book in enumerate(self.weight):
+            last = balanced is not None and level == len(self.weight) - 1
+            with torch.no_grad():
+                distance = _distance(residual, book)
+                code = sinkhorn(distance, *balanced).argmax(1) if balanced and last else distance.argmin(1)
+            word = nnf.embedding(code, book)
+            codes.append(code)
+            residuals.append(residual)
+            words.append(word)
+            residual = residual - word.detach()
+        return Residual(torch.stack(codes, 1), torch.stack(words).sum(0), torch.stack(residuals), torch.stack(words))
+
+    @torch.no_grad()
+    def initialise(self, latents: Tensor, rounds: int, generator: torch.Generator) -> None:
+        """k-means of each level on the residuals of the levels before. ``latents`` [n, d]."""
+        for book in self.weight:
+            book.copy_(kmeans(latents, len(book), rounds, generator))
+            latents = latents - book[nearest_euclidean(latents, book)]
+
+    @torch.no_grad()
+    def count(self, codes: Tensor, there: Tensor) -> Tensor:
+        """How often each code is assigned; ``codes`` [B, L], ``there`` [B] bool -> [L, K]."""
+        return torch.zeros_like(self.used).scatter_add_(1, codes.T, there.to(self.used.dtype).expand(codes.shape[1], -1))
+
+    @torch.no_grad()
+    def revive(self, residuals: Tensor, there: Tensor, min_share: float, generator: torch.Generator) -> Tensor:
+        """Replace codes used less than ``min_share`` of their fair share by random residuals of the batch at their level.
+
+        ``used`` (since the last revival, over all workers), ``residuals`` [L, B, d] and ``there`` [B] are the same on all workers, so
+        that all make the same choice. Returns the mask [L, K] of replaced codes; usage starts again from zero.
+        """
+        dead = self.used < min_share * self.used.mean(dim=1, keepdim=True)
+        rows = torch.nonzero(there).flatten()
+        if not len(rows):
+            return torch.zeros_like(dead)
+        for level in torch.nonzero(dead.any(dim=1)).flatten().tolist():
+            codes = torch.nonzero(dead[level]).flatten()
+            pick = rows[torch.randint(len(rows), (len(codes),), generator=generator).to(rows.device)]
+            self.weight[level, codes] = residuals[level, pick]
+        self.used.zero_()
+        return dead
+
+
+def residual_loss(quantized: Residual, there: Tensor, commitment: float) -> Tensor:
+    """L_rq: sum over levels of ``||sg(r_{l-1}) - e_l||^2 + commitment ||r_{l-1} - sg(e_l)||^2``, mean over dimensions and batch; ``there`` [B]."""
+    codebook = ((quantized.residuals.detach() - quantized.codewords) ** 2).mean(2)
+    commit = ((quantized.residuals - quantized.codewords.detach()) ** 2).mean(2)
+    return ((codebook + commitment * commit) * there).mean(1).sum()
+
+
+@torch.no_grad()
+def sinkhorn(distance: Tensor, entropy: float, rounds: int) -> Tensor:
+    """Balanced soft assignment of a batch, [B, K]: distances centred to [-1, 1], then rows and columns normalised in turn (methods 9.7)."""
+    d = distance.double()
+    middle, spread = (d.max() + d.min()) / 2, (d.max() - d.min()).clamp(min=1e-12) / 2
+    plan = torch.exp(-(d - middle) / spread / entropy)
+    for _ in range(rounds):
+        plan = plan / plan.sum(0, keepdim=True).clamp(min=1e-300) / plan.shape[1]
+        plan = plan / plan.sum(1, keepdim=True).clamp(min=1e-300) / plan.shape[0]
+    return plan
+
+
+def _distance(x: Tensor, book: Tensor) -> Tensor:
+    """Squared distance up to a term of the row: [B, d], [K, d] -> [B, K]."""
+    return torch.addmm((book * book).sum(1), x, book.T, alpha=-2)

@@ -1,0 +1,122 @@
+"""The page and the table of a comparison of tokenizers: mean and spread over seeds, every method by the same measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from adasid.report import style
+from adasid.report.page import Page, Plot, Section, Table
+from adasid.report.words import DASH, count, number, plural, seconds, share
+
+Row = dict[str, Any]
+
+_CODES = (
+    ("length", "Slots", count),
+    ("entropy", "Entropy, nats", lambda v: number(v, 3)),
+    ("utilisation", "Codes used", share),
+    ("perplexity", "Perplexity", lambda v: number(v, 1)),
+    ("collision_items", "Not unique", lambda v: share(v, 2)),
+    ("collision_distinct", "(M − distinct)/M", lambda v: share(v, 2)),
+    ("largest_group", "Largest group", lambda v: number(v, 0)),
+)
+_COST = (("seconds", "Training", seconds), ("parameters", "Parameters", count))
+
+
+def build(name: str, rows: Sequence[Row]) -> Page:
+    """The page of a comparison. ``rows``: one a cell (tokenizer and seed)."""
+    groups, modalities = grouped(rows), _modalities(rows)
+    titles = {m: f"{m.capitalize()}" for m in modalities}
+    readout = [(f"readout_{m}", titles[m], lambda v: number(v, 3)) for m in modalities]
+    own = [(f"own_{m}", titles[m], lambda v: number(v, 3)) for m in modalities]
+    kinds = [("agreement", "All items", share), ("agreement_tail", "Tail and cold", share)]
+    sections = [
+        Section(
+            "probes",
+            "What the codes say about an item",
+            lead="The same linear readout for every method: one vector a code, fitted on four fifths of the items, measured on the rest. "
+            "1 is no better than the mean. Neighbours are the items that share most codes.",
+            plots=[
+                Plot(
+                    "readout",
+                    _bars(groups, [(key, title) for key, title, _ in readout]),
+                    "Bars of unexplained variance by method.",
+                    "Shorter is better.",
+                )
+            ]
+            + (
+                [Plot("agreement", _bars(groups, [(k, t) for k, t, _ in kinds]), "Bars of neighbour agreement by method.", "Longer is better.")]
+                if any("agreement" in row for row in rows)
+                else []
+            ),
+            tables=[
+                _table("Unexplained variance, linear readout", groups, readout),
+                _table("Neighbours of the same category", groups, kinds),
+                _table("Unexplained variance, the method's own decoder", groups, own),
+            ],
+        ),
+        Section("codes", "How the codes use their space", tables=[_table("Codes", groups, _CODES)]),
+        Section("cost", "What it took", tables=[_table("Cost", groups, _COST)]),
+    ]
+    seeds = sorted({len(group) for group in groups.values()})
+    said = [
+        f"{plural(len(groups), 'tokenizer')} on the same {count(rows[0]['items'])} items; {' to '.join(map(str, seeds))} seed(s) each. "
+        "A figure after ± is the standard deviation over seeds."
+    ]
+    return Page(f"Tokenizers compared: {name}", said, [], [], sections, f"Comparison of run {name}.")
+
+
+def text(rows: Sequence[Row]) -> str:
+    """The table for a terminal: one line a method."""
+    columns = [*[(f"readout_{m}", f"FVU {m}", 3) for m in _modalities(rows)], ("entropy", "entropy", 3), ("utilisation", "used", 3)]
+    columns += [("collision_items", "not unique", 4), ("largest_group", "largest", 0), ("agreement", "agreement", 3), ("agreement_tail", "tail", 3)]
+    columns += [("seconds", "seconds", 0)]
+    lines = ["", f"{'':<26}" + "".join(f"{title:>16}" for _, title, _ in columns)]
+    for label, group in grouped(rows).items():
+        lines.append(f"{label:<26}" + "".join(f"{_spread(group, key, lambda v, d=digits: number(v, d)):>16}" for key, _, digits in columns))
+    return "\n".join([*lines, ""])
+
+
+def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Cells of each method, in the order of the config."""
+    return {label: [row for row in rows if row["label"] == label] for label in dict.fromkeys(row["label"] for row in rows)}
+
+
+def _modalities(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key.removeprefix("readout_") for row in rows for key in row if key.startswith("readout_")))
+
+
+def _spread(group: Sequence[Row], key: str, show: Any) -> str:
+    values = [row[key] for row in group if row.get(key) is not None]
+    if not values:
+        return DASH
+    return str(show(float(np.mean(values)))) + (f" ± {show(float(np.std(values, ddof=1)))}" if len(values) > 1 else "")
+
+
+def _table(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str, Any]]) -> Table:
+    rows = [(label, *(_spread(group, key, show) for key, _, show in columns)) for label, group in groups.items()]
+    return Table(title, ("Tokenizer", *(head for _, head, _ in columns)), [row for row in rows if set(row[1:]) != {DASH}])
+
+
+@style.styled
+def _bars(groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]]) -> Figure:
+    """Horizontal bars, a group of them a method, one a column; whiskers are the range over seeds."""
+    figure, (axes,) = style.canvas("", 0.6 + 0.13 * (len(columns) + 1) * len(groups))
+    figure.suptitle("")
+    height = 0.8 / len(columns)
+    for place, (key, title) in enumerate(columns):
+        values = [[row[key] for row in group if row.get(key) is not None] or [np.nan] for group in groups.values()]
+        middle = np.array([np.mean(v) for v in values])
+        whiskers = np.array([[m - min(v), max(v) - m] for m, v in zip(middle, values)]).T
+        at = np.arange(len(groups)) + (place - (len(columns) - 1) / 2) * height
+        axes.barh(
+            at, np.minimum(middle, 1.5), height, xerr=whiskers, label=title, color=style.PALETTE[place % len(style.PALETTE)], error_kw={"lw": 0.8}
+        )
+    axes.set_yticks(np.arange(len(groups)), list(groups))
+    axes.set_xlim(0, None)
+    axes.invert_yaxis()
+    style.legend(figure, 3)
+    return figure

@@ -1,0 +1,104 @@
+"""Controls: codes that say nothing of the item, unique or random. What a method gains over them is what its codes mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adasid import config
+from adasid.errors import InputError
+from adasid.tokenizers.base import Codes, Slot, Tokenizer
+from adasid.training.shards import Batch, Shard
+from adasid.training.workers import Workers
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+class _Control(Tokenizer):
+    """Reads no vectors, so that it cannot decode any."""
+
+    def __init__(self, letter: str, levels: int, size: int) -> None:
+        super().__init__()
+        self.widths = {}
+        self.slots = tuple(Slot(f"{letter}{i}", "shared", size) for i in range(levels))
+
+    def prepare(self, shard: Shard, workers: Workers) -> None:
+        """Nothing depends on the data."""
+
+    @torch.inference_mode()
+    def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+class ItemId(_Control):
+    """The item's index in base K, most significant digit first, in slots i0 to i{L-1}. ``widths`` is not read."""
+
+    def __init__(self, settings: config.ItemId, widths: Mapping[str, int]) -> None:
+        super().__init__("i", settings.levels, settings.codebook_size)
+        self.settings = settings
+        powers = [min(settings.codebook_size**place, 2**62) for place in reversed(range(settings.levels))]
+        self.register_buffer("powers", torch.tensor(powers))
+
+    def prepare(self, shard: Shard, workers: Workers) -> None:
+        """Raises InputError where the catalogue has more items than there are codes."""
+        self._check(int(workers.gather(torch.tensor([shard.item_index[-1]], device=self.get_buffer("powers").device)).max()))
+
+    def _check(self, largest: int) -> None:
+        s = self.settings
+        if largest >= s.codebook_size**s.levels:
+            raise InputError(
+                f"tokenizer item-id: item_index {largest} does not fit tokenizer.codebook_size {s.codebook_size} to the power of tokenizer.levels "
+                f"{s.levels} = {s.codebook_size**s.levels}: raise tokenizer.levels"
+            )
+
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> Codes:
+        """Digits of the index. Raises InputError for an index that does not fit."""
+        if len(batch):
+            self._check(int(batch.index.max()))
+        return _whole(batch.index[:, None] // self.get_buffer("powers") % self.settings.codebook_size)
+
+
+class RandomSid(_Control):
+    """Codes drawn evenly by a hash of salt, slot and item index, in slots x0 to x{L-1}. ``widths`` is not read.
+
+    The salt comes from torch's generator at construction, that is, from the run's seed.
+    """
+
+    def __init__(self, settings: config.RandomSid, widths: Mapping[str, int]) -> None:
+        super().__init__("x", settings.levels, settings.codebook_size)
+        self.settings = settings
+        self.register_buffer("salt", torch.randint(-(2**63), 2**63 - 1, ()))
+
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> Codes:
+        """For each slot a stream of splitmix64, at the item's index; the streams' seeds are the stream of the salt."""
+        salt = self.get_buffer("salt")
+        seeds = _splitmix(salt, torch.arange(self.settings.levels, device=salt.device))
+        return _whole(_shift(_splitmix(seeds, batch.index[:, None]), 1) % self.settings.codebook_size)
+
+
+def _whole(codes: Tensor) -> Codes:
+    return Codes(codes.int(), torch.ones_like(codes, dtype=torch.float32), torch.ones_like(codes, dtype=torch.bool))
+
+
+def _splitmix(seed: Tensor, index: Tensor) -> Tensor:
+    """Value ``index`` >= 0 of the splitmix64 stream of ``seed`` (Steele, Lea and Flood, OOPSLA 2014), in int64 that wraps around."""
+    z = seed + (index + 1) * _signed(_GAMMA)
+    for bits, factor in _MIX:
+        z = (z ^ _shift(z, bits)) * _signed(factor)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right."""
+    return (z >> bits).bitwise_and(2 ** (64 - bits) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of a 64-bit unsigned number."""
+    return value - 2**64 if value >= 2**63 else value

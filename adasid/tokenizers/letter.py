@@ -1,0 +1,76 @@
+"""LETTER (arXiv 2405.07314): RQ-VAE with collaborative regularisation L_CF, diversity regularisation L_div, and a balanced
+assignment of the last level in training (methods 6.4). Codes of new items never depend on their batch: encoding takes the nearest code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from adasid import config
+from adasid.quantizers.kmeans import kmeans, nearest_euclidean
+from adasid.tables import BEHAVIOR
+from adasid.tokenizers.rq_vae import Passed, RqVae
+from adasid.training.shards import Batch
+from adasid.training.workers import Workers
+
+
+class Letter(RqVae):
+    """The collaborative vector is the item's scaled behaviour, brought to the code's width by a learned linear map (the paper trains
+    SASRec at that width)."""
+
+    def __init__(self, settings: config.Letter, widths: Mapping[str, int]) -> None:
+        super().__init__(settings, widths)
+        self.letter = settings
+        self.project = nn.Linear(self.widths[BEHAVIOR], settings.latent_width, bias=False)
+        self.register_buffer("partner", torch.zeros(settings.levels, settings.codebook_size, dtype=torch.int64))
+        self.partner: Tensor
+
+    @torch.no_grad()
+    def start_epoch(self, generator: torch.Generator) -> None:
+        """Group each level's codewords by balanced k-means; draw another codeword of its group for each."""
+        if not self.quantizing:
+            return
+        groups = min(self.letter.diversity_groups, self.letter.codebook_size // 2)
+        for level, book in enumerate(self.tower("shared").codebooks.weight):
+            group = nearest_euclidean(book, kmeans(book, groups, self.letter.kmeans_rounds, generator, balanced=True))
+            mates = (group[:, None] == group[None, :]).fill_diagonal_(False).double()
+            alone = mates.sum(1) == 0
+            mates[alone] = 1 - torch.eye(len(mates), dtype=mates.dtype, device=mates.device)[alone]
+            self.partner[level] = torch.multinomial(mates.cpu(), 1, generator=generator).flatten().to(self.partner.device)
+
+    def balanced(self) -> tuple[float, int] | None:
+        """Sinkhorn on the last level."""
+        return (self.letter.sinkhorn, self.letter.sinkhorn_rounds) if self.letter.sinkhorn else None
+
+    def added(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
+        """L_CF and L_div."""
+        p, s = passed["shared"], self.letter
+        collaborative = self._collaborative(p.straight, x[BEHAVIOR], batch, workers)
+        total, parts = s.collaborative_weight * collaborative, {"collaborative": float(collaborative.detach())}
+        if self.quantizing:
+            diversity = self._diversity(p)
+            total = total + s.diversity_weight * diversity
+            parts["diversity"] = float(diversity.detach())
+        return total, parts
+
+    def _collaborative(self, z: Tensor, behavior: Tensor, batch: Batch, workers: Workers) -> Tensor:
+        """Softmax over the inner products of z_q with all workers' behaviour vectors; items without behaviour do not count."""
+        there = batch.present[BEHAVIOR]
+        everyone, valid = workers.gather_with_gradient(self.project(behavior)), workers.gather(there.to(torch.uint8)).bool()
+        own = torch.arange(len(batch), device=z.device) + workers.rank * len(batch)
+        logits = (z @ everyone.T).masked_fill(~valid[None, :], -1e4)
+        return (nnf.cross_entropy(logits, own, reduction="none") * there).sum() / there.sum().clamp(min=1)
+
+    def _diversity(self, p: Passed) -> Tensor:
+        """Each level: softmax over the other codewords, positive: the drawn mate of the item's own codeword; mean over levels."""
+        losses = []
+        for level, book in enumerate(self.tower("shared").codebooks.weight):
+            code, residual, word = p.quantized.codes[:, level], p.quantized.residuals[level], p.quantized.codewords[level]
+            straight = residual + (word - residual).detach()
+            logits = (straight @ book.T).masked_fill(nnf.one_hot(code, len(book)).bool(), -1e4)
+            losses.append(nnf.cross_entropy(logits, self.partner[level][code]))
+        return torch.stack(losses).mean()

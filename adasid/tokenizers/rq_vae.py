@@ -1,0 +1,186 @@
+"""RQ-VAE (TIGER, arXiv 2305.05065) and RQ-VAE++ (a baseline of arXiv 2510.25622 v1): residual quantization of an encoder's latent
+(methods 6.1, 6.7). QuaSID and AdaSID are RQ-VAEs with ``repulsion`` and ``contrast`` set (methods 4, 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adasid import config
+from adasid.experts import mlp
+from adasid.quantizers.residual import Residual, ResidualCodebooks, residual_loss
+from adasid.tables import PAD
+from adasid.tokenizers.base import Codes, Losses, Slot, letters, sample
+from adasid.tokenizers.trained import TrainedTokenizer
+from adasid.training.shards import Batch, Shard
+from adasid.training.workers import Workers
+
+
+class Tower(nn.Module):
+    """Encoder, residual codebooks and decoder of the modalities ``reads``, which it takes side by side."""
+
+    def __init__(self, settings: config.RqVae | config.RqVaePlus, reads: tuple[str, ...], width: int, levels: int) -> None:
+        super().__init__()
+        self.reads = reads
+        self.encoder = mlp([width, *settings.hidden, settings.latent_width])
+        self.codebooks = ResidualCodebooks(levels, settings.codebook_size, settings.latent_width)
+        self.decoder = mlp([settings.latent_width, *reversed(settings.hidden), width])
+
+
+class Passed(NamedTuple):
+    """What a tower makes of a batch: ``z`` [B, d], ``quantized``, ``straight`` [B, d]: z in the gradient, z_q in value; ``there`` [B] bool."""
+
+    z: Tensor
+    quantized: Residual
+    straight: Tensor
+    there: Tensor
+
+
+class _Residual(TrainedTokenizer):
+    """One tower or several, each with its own levels."""
+
+    towers: nn.ModuleDict
+
+    def __init__(self, settings: config.RqVae | config.RqVaePlus, widths: Mapping[str, int], plan: Mapping[str, tuple[tuple[str, ...], int]]) -> None:
+        """``plan``: name of a tower -> (modalities, levels); the name is the kind of its slots."""
+        names = letters(tuple(plan))
+        slots = [Slot(f"{names[kind]}{level}", kind, settings.codebook_size) for kind, (_, levels) in plan.items() for level in range(levels)]
+        super().__init__(settings, widths, slots)
+        self.settings = settings
+        self.towers = nn.ModuleDict(
+            {kind: Tower(settings, reads, sum(self.widths[m] for m in reads), levels) for kind, (reads, levels) in plan.items()}
+        )
+        self._last: dict[str, Passed] = {}
+
+    def prepare(self, shard: Shard, workers: Workers) -> None:
+        """Scales of the inputs."""
+        self.inputs.fit(shard, workers)
+
+    def tower(self, kind: str) -> Tower:
+        """The tower of that name."""
+        found = self.towers[kind]
+        assert isinstance(found, Tower)
+        return found
+
+    def passed(self, x: dict[str, Tensor], batch: Batch, balanced: tuple[float, int] | None = None) -> dict[str, Passed]:
+        """Every tower's latents and codes."""
+        found = {}
+        for kind in self.towers:
+            tower = self.tower(kind)
+            z = tower.encoder(torch.cat([x[m] for m in tower.reads], dim=1))
+            quantized = tower.codebooks(z, balanced)
+            there = batch.present[kind] if kind in batch.present else torch.ones_like(batch.richness, dtype=torch.bool)
+            found[kind] = Passed(z, quantized, z + (quantized.quantized - z).detach() if self.quantizing else z, there)
+        return found
+
+    @torch.no_grad()
+    def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
+        """k-means of every level on the latents of a fixed sample of all workers' items (methods 9.3)."""
+        found: dict[str, list[Tensor]] = {kind: [] for kind in self.towers}
+        for part in sample(shard, workers, self.settings.kmeans_samples):
+            batch = part.to(self.quantizing.device)
+            for kind, p in self.passed(self.inputs(batch), batch).items():
+                found[kind].append(p.z[p.there])
+        for kind, parts in found.items():
+            books = self.tower(kind).codebooks
+            books.initialise(workers.gather_ragged(torch.cat(parts)), self.settings.kmeans_rounds, generator)
+            workers.broadcast(books.weight.data)
+        self.quantizing.fill_(True)
+
+    def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
+        """Reconstruction + residual quantization + what the subclass and the config add."""
+        s, x = self.settings, self.inputs(batch)
+        passed = self.passed(x, batch, self.balanced() if self.quantizing else None)
+        reconstruction = self.reconstruction(passed, x, batch)
+        total, parts = s.reconstruction_weight * reconstruction, {"reconstruction": float(reconstruction.detach())}
+        codes = self.codes_of(passed)
+        z = torch.cat([p.z for p in passed.values()], dim=1)
+        extra = (
+            self.repelled(z, codes, batch, workers, progress),
+            self.contrasted(self.paired_view(passed), batch, workers, progress),
+            self.added(passed, x, batch, workers),
+        )
+        for loss, figures in extra:
+            total, parts = total + loss, {**parts, **figures}
+        if self.quantizing:
+            codebook = torch.stack([residual_loss(p.quantized, p.there, s.commitment) for p in passed.values()]).sum()
+            total = total + s.codebook_weight * codebook
+            parts["codebook"] = float(codebook.detach())
+            for kind, p in passed.items():
+                books = self.tower(kind).codebooks
+                books.used += workers.sum(books.count(p.quantized.codes, p.there))
+            self._last = passed
+        return Losses(total, {"loss": float(total.detach()), **parts})
+
+    def balanced(self) -> tuple[float, int] | None:
+        """Sinkhorn assignment of the last level in training."""
+        return None
+
+    def paired_view(self, passed: dict[str, Passed]) -> Tensor:
+        """What co-engaged pairs are contrasted on: the latents before quantization."""
+        return torch.cat([p.z for p in passed.values()], dim=1)
+
+    def added(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
+        """Further losses of a method."""
+        return batch.richness.new_zeros(()), {}
+
+    def reconstruction(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Squared error of each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the mean), absent ones left out."""
+        decoded = self.decoded({kind: p.straight for kind, p in passed.items()})
+        return torch.stack([(((y - x[m]) ** 2).mean(1) * batch.present[m]).mean() for m, y in decoded.items()]).sum()
+
+    def decoded(self, latents: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scaled vectors by modality, of the latents of each tower."""
+        found: dict[str, Tensor] = {}
+        for kind, latent in latents.items():
+            tower = self.tower(kind)
+            found |= dict(zip(tower.reads, tower.decoder(latent).split([self.widths[m] for m in tower.reads], dim=1)))
+        return found
+
+    def codes_of(self, passed: dict[str, Passed]) -> Tensor:
+        """[B, L] int64; PAD where a tower's modality is absent."""
+        return torch.cat([p.quantized.codes.masked_fill(~p.there[:, None], PAD) for p in passed.values()], dim=1)
+
+    @torch.no_grad()
+    def after_step(self, step: int, progress: float, workers: Workers, generator: torch.Generator) -> dict[nn.Parameter, Tensor]:
+        """Revive dead codes every ``revival.every`` steps, from the residuals of all workers' last batch."""
+        if not self.revival_due(step, progress):
+            return {}
+        replaced: dict[nn.Parameter, Tensor] = {}
+        for kind, p in self._last.items():
+            books = self.tower(kind).codebooks
+            residuals = workers.gather(p.quantized.residuals.transpose(0, 1)).transpose(0, 1)
+            there = workers.gather(p.there.to(torch.uint8)).bool()
+            dead = books.revive(residuals, there, self.settings.revival.min_share, generator)
+            replaced[books.weight] = dead[:, :, None].expand_as(books.weight)
+        return replaced
+
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> Codes:
+        """Codes of all levels; weight 1 where there is a code."""
+        codes = self.codes_of(self.passed(self.inputs(batch), batch))
+        return Codes(codes.int(), (codes != PAD).float(), codes != PAD)
+
+    @torch.inference_mode()
+    def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
+        """Decode z_q back to the inputs' own scale."""
+        passed = self.passed(self.inputs(batch), batch)
+        decoded = self.decoded({kind: p.quantized.quantized for kind, p in passed.items()})
+        return {m: self.inputs.restore(m, y) for m, y in decoded.items()}
+
+
+class RqVae(_Residual):
+    """One tower over all content modalities; every item gets a SID."""
+
+    def __init__(self, settings: config.RqVae, widths: Mapping[str, int]) -> None:
+        super().__init__(settings, widths, {"shared": (settings.content, settings.levels)})
+
+
+class RqVaePlus(_Residual):
+    """A tower for each modality, behaviour among them."""
+
+    def __init__(self, settings: config.RqVaePlus, widths: Mapping[str, int]) -> None:
+        super().__init__(settings, widths, {m: ((m,), levels) for m, levels in settings.levels.items()})

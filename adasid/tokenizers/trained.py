@@ -1,0 +1,61 @@
+"""What the tokenizers that are trained by gradients share: the losses that any of them takes by config, and the revival of dead codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adasid import config
+from adasid.losses.overlap import AdaptiveRepulsion, pair_contrast, repulsion
+from adasid.tokenizers.base import Slot, Tokenizer
+from adasid.tokenizers.inputs import Inputs
+from adasid.training.shards import Batch
+from adasid.training.workers import Workers
+
+
+class TrainedTokenizer(Tokenizer):
+    """Holds scaled ``inputs``, the ``overlap`` regulation and whether codebooks are in use yet (``quantizing``)."""
+
+    def __init__(self, settings: config.Trained, widths: Mapping[str, int], slots: Sequence[Slot]) -> None:
+        super().__init__()
+        self.trained = settings
+        self.slots = tuple(slots)
+        self.widths = {m: int(widths[m]) for m in settings.inputs}
+        self.inputs = Inputs(self.widths)
+        self.overlap = repulsion(settings.repulsion, len(self.slots))
+        self.register_buffer("quantizing", torch.tensor(False))
+        self.quantizing: Tensor
+
+    def repelled(self, z: Tensor, codes: Tensor, batch: Batch, workers: Workers, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """Repulsion of overlapping SIDs among this worker's rows, where the config asks for it. ``z`` [B, d]: latents before
+        quantization; ``codes`` [B, L]."""
+        if self.overlap is None or not self.quantizing:
+            return z.new_zeros(()), {}
+        loss, figures = self.overlap(z, codes, batch.index, batch.paired, progress)
+        if isinstance(self.overlap, AdaptiveRepulsion) and workers.world > 1:
+            self.overlap.agree(lambda learned: workers.sum(learned) / workers.world)
+        return loss, {"repulsion": float(loss.detach()), **figures}
+
+    def contrasted(self, z: Tensor, batch: Batch, workers: Workers, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """InfoNCE of co-engaged pairs on [B, d] against all workers' rows, where the config asks for it."""
+        contrast = self.trained.contrast
+        if contrast is None or batch.paired is None:
+            return z.new_zeros(()), {}
+        everyone, index = workers.gather_with_gradient(z), workers.gather(batch.index)
+        loss = pair_contrast(z, batch.index, batch.paired, contrast.temperature, everyone, index, workers.rank * len(batch))
+        return at(contrast.weight, progress) * loss, {"contrast": float(loss.detach())}
+
+    def no_decay(self) -> set[nn.Parameter]:
+        """Biases and codebooks."""
+        return super().no_decay() | {p for name, p in self.named_parameters() if "codebooks" in name}
+
+    def revival_due(self, step: int, progress: float) -> bool:
+        """Whether dead codes are to be replaced after this step."""
+        return bool(self.quantizing) and step % self.trained.revival.every == 0 and progress <= self.trained.revival.until
+
+
+def at(ends: tuple[float, float], progress: float) -> float:
+    """Between two weights, in proportion to progress."""
+    return ends[0] + (ends[1] - ends[0]) * progress

@@ -1,0 +1,171 @@
+"""All tokenizers of ``compare`` on the same features: each trained, encoded by Spark, measured and probed alike; one table and one page.
+
+A cell is a tokenizer and a seed. Its result is kept as soon as it is there, so the command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from numpy.typing import NDArray
+from pyspark import StorageLevel
+
+from adasid.config import Categories, Config, digest
+from adasid.errors import InputError
+from adasid.metrics.probes import Readout, agreement
+from adasid.report import comparison, page
+from adasid.tables import BEHAVIOR, PAD
+from adasid.tokenizers import artifact
+from adasid.tokenizers.base import Slot
+from adasid.training.checkpoint import write_json
+from adasid.training.shards import batch_of
+from pipelines import sids, train
+from pipelines.engines import cluster, tracking
+from pipelines.engines import spark as engine
+from pipelines.engines.lake import Lake
+from pipelines.engines.tracking import Track
+
+Row = dict[str, Any]
+
+
+def run(cfg: Config, track: Track) -> None:
+    """Every cell that has no result yet, then the table in ``<run>/report/tokenizers``."""
+    cells = [
+        (label, seed) for label in cfg.compare.tokenizers for seed in dict.fromkeys((*cfg.compare.seeds, *cfg.compare.more_seeds.get(label, ())))
+    ]
+    if not cells:
+        raise InputError("compare.tokenizers is empty: name the tokenizers to compare (conf/demo.yaml shows how)")
+    rows, spent, started = [], 0, time.monotonic()
+    kinds = _kinds(cfg, track.lake)
+    try:
+        for number, (label, seed) in enumerate(cells, 1):
+            cell = cfg.model_copy(update={"tokenizer": cfg.compare.tokenizers[label], "seed": seed})
+            folder = train.tokenizer_folder(cell, track.lake, "compare")
+            result = folder / f"result-{digest(cfg.compare.model_dump(mode='json', include=_PROBES))}.json"
+            if not result.exists():
+                with tracking.stage(cell, f"compare {label}, seed {seed}", journal=False) as inner:
+                    row = {"label": label, "seed": seed, **_measure(cell, inner, folder, kinds)}
+                    inner.metrics({k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "seed"})
+                    write_json(result, row)
+                spent += 1
+                left = (time.monotonic() - started) / spent * (len(cells) - number) / 60
+                track.note(f"{number} of {len(cells)} done, at most about {left:.0f} min left")
+            rows.append({**json.loads(result.read_text(encoding="utf-8")), "label": label})
+    finally:
+        cluster.shutdown()
+    _write(cfg, track, rows)
+
+
+_PROBES = {"sample", "queries", "neighbours", "categories"}
+
+
+def _measure(cfg: Config, track: Track, folder: Path, kinds: dict[str, int]) -> Row:
+    manifest = train.fit_tokenizer(cfg, track, folder)
+    lake, version = track.lake, manifest["inputs"]["item_features"]
+    spark = engine.session(cfg.spark)
+    features = engine.read(spark, lake, "item_features", version)
+    encoded = sids.encode(spark, features, folder / "model", manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
+    try:
+        found = sids.measure(encoded, [Slot(**slot) for slot in manifest["slots"]])
+    finally:
+        encoded.unpersist()
+    row = {name: found[name] for name in ("items", "distinct", "collision_items", "collision_distinct", "largest_group", "sid_entropy")}
+    row |= {name: float(np.mean(found[name])) for name in ("entropy", "utilisation", "perplexity")}
+    row |= {"length": len(manifest["slots"]), "parameters": manifest["parameters"], "seconds": manifest["seconds"], "method": manifest["tokenizer"]}
+    row |= {f"own_{m}": value for m, value in manifest["metrics"]["fvu"].items()}
+    return row | _probe(cfg, lake, version, folder / "model", kinds) | {"artifact": manifest["digest"], "mlflow_run": track.run_id}
+
+
+def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, int]) -> Row:
+    """Readout of every modality and agreement of neighbours, on a sample of the catalogue that is evenly spaced by popularity."""
+    tokenizer, _ = artifact.read(model)
+    dataset = lake.open("item_features", version).to_pyarrow_dataset()
+    chosen = _chosen(cfg, dataset.count_rows())
+    modalities = (*cfg.features.content, BEHAVIOR)
+    slots, probe, parts = tokenizer.slots, None, []
+    for rows in dataset.to_batches(columns=["item_id", "item_index", "richness", "stratum", *modalities], filter=chosen):
+        if not rows.num_rows:
+            continue
+        widths = _widths(rows, modalities)
+        batch = batch_of(rows, widths)
+        codes, _, active = tokenizer.encode(batch_of(rows, tokenizer.widths))
+        if probe is None:
+            probe = Readout(len(slots), max(slot.size for slot in slots), widths)
+        probe.add(codes, batch.index, batch.vectors, batch.present)
+        kind = np.array([kinds.get(item, -1) for item in rows.column("item_id").to_pylist()] if kinds else np.full(len(rows), -1), np.int64)
+        parts.append((codes.masked_fill(~active, PAD).numpy(), kind, rows.column("stratum").to_numpy(zero_copy_only=False)))
+    assert probe is not None
+    found: Row = {f"readout_{m}": value for m, value in probe.unexplained().items()}
+    if kinds:
+        codes_, kind_, stratum = (np.concatenate(part) for part in zip(*parts))
+        everyone = np.unique(np.linspace(0, len(kind_) - 1, min(cfg.compare.queries, len(kind_))).round().astype(np.int64))
+        tail = np.flatnonzero(np.isin(stratum, ("tail", "cold")))
+        found["agreement"] = agreement(codes_, kind_, everyone, cfg.compare.neighbours)
+        found["agreement_tail"] = agreement(codes_, kind_, tail[:: max(1, len(tail) // cfg.compare.queries)], cfg.compare.neighbours)
+    return found
+
+
+def _widths(rows: pa.RecordBatch, modalities: tuple[str, ...]) -> dict[str, int]:
+    lengths = {m: rows.column(m).drop_null().value_lengths() for m in modalities}
+    return {m: int(found[0].as_py()) for m, found in lengths.items() if len(found)}
+
+
+def _chosen(cfg: Config, items: int) -> pc.Expression:
+    """Every n-th item of the catalogue, by popularity."""
+    index, step = pc.field("item_index"), -(-items // cfg.compare.sample)
+    return pc.subtract(index, pc.multiply(pc.divide(index, step), step)) == 0
+
+
+def _kinds(cfg: Config, lake: Lake) -> dict[str, int]:
+    """Category number of each sampled item that has one; empty where none are known."""
+    features = lake.open("item_features").to_pyarrow_dataset()
+    items = features.to_table(columns=["item_id"], filter=_chosen(cfg, features.count_rows()))["item_id"]
+    wanted = pc.field("item_id").isin(items.combine_chunks())
+    if cfg.compare.categories:
+        found, kinds = _categories(cfg.compare.categories, wanted)
+    elif cfg.source.synthetic:
+        truth = lake.open("truth").to_pyarrow_dataset().to_table(columns=["item_id", "topic"], filter=wanted)
+        found, kinds = truth["item_id"], truth["topic"].to_numpy()
+    else:
+        return {}
+    return dict(zip(found.to_pylist(), kinds.tolist()))
+
+
+def _categories(source: Categories, wanted: pc.Expression) -> tuple[pa.ChunkedArray, NDArray[np.int64]]:
+    try:
+        table = ds.dataset(source.file, format="parquet").to_table(columns=["item_id", source.column], filter=wanted)
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise InputError(
+            f"compare.categories {source.file}: cannot be read ({str(error).splitlines()[0]}); give a Parquet file with item_id and {source.column}"
+        ) from None
+    column = table[source.column]
+    if pa.types.is_list(column.type):
+        column = pc.binary_join(pc.list_slice(column, 0, source.depth), "/")
+    return table["item_id"], pc.fill_null(column.combine_chunks().dictionary_encode().indices, -1).to_numpy().astype(np.int64)
+
+
+def _write(cfg: Config, track: Track, rows: list[Row]) -> None:
+    folder = cfg.run_dir / "report" / "tokenizers"
+    folder.mkdir(parents=True, exist_ok=True)
+    html, pictures = page.render(comparison.build(cfg.name, rows))
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
+    (folder / "index.html").write_text(html, encoding="utf-8")
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    (folder / "cells.csv").write_text(text.getvalue(), encoding="utf-8")
+    track.artifact(folder)
+    track.facts.update(cells=len(rows), tokenizers=len({row["label"] for row in rows}), page=str(folder / "index.html"))
+    print(comparison.text(rows))

@@ -1,0 +1,88 @@
+"""Co-engaged pairs of items from the training events (table ``item_pairs``), by co-occurrence or Swing (Yang et al., arXiv 2010.05525).
+
+Work is bounded by the arrays that are paired: a user brings at most ``max_user_items`` items and, for Swing, an item at most
+``max_item_users`` users, so Swing forms at most items x max_item_users^2 / 2 pairs of users and from each of those at most
+max_user_items^2 / 2 pairs of items. Users are cut by a hash of their id, the same for every item: those of two items' users that
+are kept are mostly the same ones. No row holds more than one such array, and nothing is collected.
+"""
+
+from __future__ import annotations
+
+from pyspark.sql import DataFrame, Window
+from pyspark.sql import functions as F
+
+from adasid import tables
+from adasid.config import Config, Pairs, digest
+from pipelines.engines.spark import read, session, write
+from pipelines.engines.tracking import Track
+
+TABLE = "item_pairs"
+_SAMPLES = "ranking_samples"
+
+
+def build(cfg: Config, track: Track) -> bool:
+    """Write ``item_pairs`` where ``features.pairs.method`` asks for it, unless it is up to date; whether anything was done."""
+    lake, settings = track.lake, cfg.features.pairs
+    if settings.method == "none":
+        return False
+    versions = lake.versions(_SAMPLES, "item_stats")
+    mark = digest("pairs", settings.model_dump(mode="json"), lake.stamps(versions))
+    if lake.fresh(mark, TABLE):
+        return False
+    spark = session(cfg.spark)
+    track.inputs(versions)
+    version = write(mine(read(spark, lake, _SAMPLES).filter("split = 'train'"), settings), lake, TABLE, tables.ITEM_PAIRS, mark)
+    track.outputs({TABLE: version})
+    written = read(spark, lake, TABLE, version)
+    pairs, paired = written.count(), written.select("item_index").distinct().count()
+    share = paired / read(spark, lake, "item_stats").count()
+    track.metrics({"item_pairs": pairs, "paired_items": share})
+    track.facts.update({"pairs": pairs, "items with pairs": round(share, 3)})
+    return True
+
+
+def mine(events: DataFrame, settings: Pairs) -> DataFrame:
+    """item_index, partner_index, score, users: the best partners of every item. ``events``: user_id, item_index, position."""
+    kept = histories(events, settings.max_user_items)
+    scored = cooccurrence(kept) if settings.method == "cooccurrence" else swing(kept, settings)
+    both = scored.filter(F.col("users") >= settings.min_users).select(
+        F.inline(F.array(*(F.struct(F.col(a).alias("item_index"), F.col(b).alias("partner_index"), "score", "users") for a, b in ("ab", "ba"))))
+    )
+    best = Window.partitionBy("item_index").orderBy(F.desc("score"), "partner_index")
+    return both.select("*", F.row_number().over(best).alias("_n")).filter(F.col("_n") <= settings.per_item).drop("_n")
+
+
+def histories(events: DataFrame, most: int) -> DataFrame:
+    """user_id, item_index: the ``most`` items that each user had last, of users with at least two."""
+    own = Window.partitionBy("user_id")
+    last = events.groupBy("user_id", "item_index").agg(F.max("position").alias("last"))
+    recent = last.select("*", F.row_number().over(own.orderBy(F.desc("last"))).alias("_n")).filter(F.col("_n") <= most)
+    return recent.select("user_id", "item_index", F.count("*").over(own).alias("_items")).filter("_items > 1").drop("_items")
+
+
+def cooccurrence(kept: DataFrame) -> DataFrame:
+    """a < b, score = number of users who have both, users."""
+    items = kept.groupBy("user_id").agg(F.array_sort(F.collect_list("item_index")).alias("all"))
+    counted = _two_of(items).groupBy("a", "b").agg(F.count("*").alias("users"))
+    return counted.select("a", "b", F.col("users").cast("double").alias("score"), "users")
+
+
+def swing(kept: DataFrame, settings: Pairs) -> DataFrame:
+    """a < b, score = sum over pairs of users u < v who have both of 1 / (alpha + |I_u and I_v|), users.
+
+    Everything, |I_u and I_v| too, is of the users that are kept for an item. Sums are decimal: they do not depend on the order of rows.
+    """
+    chance = Window.partitionBy("item_index").orderBy(F.xxhash64("user_id"), "user_id")
+    sampled = kept.select("*", F.row_number().over(chance).alias("_n")).filter(F.col("_n") <= settings.max_item_users)
+    users = sampled.groupBy("item_index").agg(F.array_sort(F.collect_list("user_id")).alias("all"))
+    common = _two_of(users, "item_index").groupBy("a", "b").agg(F.array_sort(F.collect_list("item_index")).alias("all"))
+    weight = (1 / (F.lit(settings.alpha) + F.size("all"))).cast("decimal(18,18)")  # below a half: two items at least
+    weighted = common.filter(F.size("all") > 1).select("all", weight.alias("weight"))
+    summed = _two_of(weighted, "weight").groupBy("a", "b").agg(F.sum("weight").cast("double").alias("score"), F.count("*").alias("n"))
+    return summed.select("a", "b", "score", F.round((1 + F.sqrt(1 + 8 * F.col("n"))) / 2).cast("bigint").alias("users"))  # n = users (users - 1) / 2
+
+
+def _two_of(frame: DataFrame, *columns: str) -> DataFrame:
+    """``columns`` with every two elements ``a``, ``b`` of the array ``all``, in the array's order."""
+    first = frame.select(*columns, "all", F.posexplode("all").alias("at", "a"))
+    return first.select(*columns, "a", F.explode(F.slice("all", F.col("at") + 2, F.size("all"))).alias("b"))

@@ -1,0 +1,65 @@
+"""Probes of codes against closed forms."""
+
+import numpy as np
+import pytest
+import torch
+
+from adasid.metrics.probes import Readout, agreement
+from adasid.tables import PAD
+
+
+def readout(codes, x, present=None, size=4):
+    probe = Readout(codes.shape[1], size, {"text": x.shape[1]})
+    there = torch.ones(len(x), dtype=torch.bool) if present is None else present
+    for start in range(0, len(x), 300):
+        part = slice(start, start + 300)
+        probe.add(codes[part], torch.arange(len(x))[part], {"text": x[part]}, {"text": there[part]})
+    return probe.unexplained()["text"]
+
+
+def test_readout_of_a_sum_of_code_vectors_leaves_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(4, (5000, 3), generator=generator)
+    tables = torch.randn(3, 4, 6, generator=generator)
+    clean = sum(tables[slot][codes[:, slot]] for slot in range(3)) + 5
+    noise = torch.randn(5000, 6, generator=generator) * 0.5
+    x = clean + noise
+    expected = float((noise**2).sum() / ((x - x.mean(0)) ** 2).sum())
+    assert readout(codes, x) == pytest.approx(expected, rel=0.05)
+
+
+def test_readout_of_random_codes_explains_nothing_and_absent_rows_do_not_count():
+    generator = torch.Generator().manual_seed(1)
+    codes, x = torch.randint(4, (4000, 2), generator=generator), torch.randn(4000, 5, generator=generator)
+    assert readout(codes, x) == pytest.approx(1, abs=0.02)
+    present = torch.rand(4000, generator=generator) < 0.5
+    dirty = torch.where(present[:, None], x, torch.full_like(x, 1e3))
+    assert readout(codes, dirty, present) == pytest.approx(1, abs=0.03)
+
+
+def test_pad_is_a_symbol_of_the_readout():
+    codes = torch.tensor([[0], [PAD]]).repeat(500, 1)
+    x = torch.where(codes == PAD, 3.0, -1.0)
+    assert readout(codes, x) == pytest.approx(0, abs=1e-3)
+
+
+def test_agreement_by_hand():
+    codes = np.array([[1, 2], [1, 2], [1, 3], [0, 3], [PAD, PAD], [PAD, PAD]], np.int32)
+    kinds = np.array([7, 7, 8, 8, 9, 9])
+    # item 0: item 1 shares both codes (same kind), item 2 one code (other kind)
+    assert agreement(codes, kinds, np.array([0]), 1) == 1
+    assert agreement(codes, kinds, np.array([0]), 2) == 0.5
+    # item 2 shares one code with 0, 1 and 3: the one place is shared by the three, one of them of its kind
+    assert agreement(codes, kinds, np.array([2]), 1) == pytest.approx(1 / 3)
+    # PAD equals nothing: item 4's place is shared by all five others, one of its kind
+    assert agreement(codes, kinds, np.array([4]), 1) == pytest.approx(1 / 5)
+    unknown = np.where(kinds == 8, -1, kinds)
+    assert agreement(codes, unknown, np.array([0, 2]), 2) == 0.5, "items of unknown kind are left out"
+
+
+def test_agreement_does_not_depend_on_the_order_of_rows():
+    rng = np.random.default_rng(0)
+    codes, kinds = rng.integers(3, size=(200, 3)).astype(np.int32), rng.integers(4, size=200)
+    order = rng.permutation(200)
+    whole = agreement(codes, kinds, np.arange(200), 5)
+    assert agreement(codes[order], kinds[order], np.arange(200), 5) == pytest.approx(whole, abs=1e-6)

@@ -31,7 +31,7 @@ from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 
 _QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target")
-_PAIR = pa.schema([tables.ITEM_PAIRS.field(name) for name in ("item_index", "partner_index")])
+_PAIR = pa.schema([(name, pa.int64()) for name in ("item_index", "partner_index")])
 
 
 def behavior(payload: dict[str, Any]) -> None:
@@ -99,10 +99,8 @@ def tokenizer(payload: dict[str, Any]) -> None:
 
 def _pairs(lake: Lake, read: dict[str, int], mine: pc.Expression | None) -> Pairs:
     """Pairs whose first item is this worker's own, and the rows of their partners."""
-    parts = [pa.table({"item_index": [], "partner_index": []}, schema=_PAIR)]
-    parts += [pa.Table.from_batches([batch]) for batch in lake.batches("item_pairs", read["item_pairs"], _PAIR.names, mine)]
-    table = pa.concat_tables(parts)
-    items, partners = (table[name].to_numpy().astype(np.int64) for name in _PAIR.names)
+    table = pa.Table.from_batches((batch.cast(_PAIR) for batch in lake.batches("item_pairs", read["item_pairs"], _PAIR.names, mine)), _PAIR)
+    items, partners = (table[name].to_numpy() for name in _PAIR.names)
     if not len(items):
         raise InputError(
             f"item_pairs version {read['item_pairs']} has no pair for this worker: lower features.pairs.min_users, or bring more interactions"

@@ -141,7 +141,9 @@ def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
         except Exception:
             path.unlink()  # the store was replaced: start a new parent
     parent = client.create_run(experiment_id, run_name=cfg.name, tags={"run": cfg.name}).info.run_id
-    flat = {key: value for section, values in cfg.model_dump(mode="json").items() for key, value in _flatten(values, section).items()}
+    flat = {
+        key: value for section, values in cfg.model_dump(mode="json", exclude={"compare"}).items() for key, value in _flatten(values, section).items()
+    }
     params = [Param(key, str(value)[:5000]) for key, value in flat.items()]
     for start in range(0, len(params), 100):
         client.log_batch(parent, params=params[start : start + 100])

@@ -28,7 +28,7 @@ def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
         if modality not in items.columns:
             raise InputError(
                 f"table items has no column {modality!r} (it has {', '.join(items.columns)}): add it, or take {modality!r} out of the configuration "
-                "(tokenizer.content_experts, behavior.source)"
+                "(features.content, behavior.source)"
             )
         found[modality] = []
     sizes = F.array(*(F.struct(F.lit(m).alias("modality"), F.array_size(m).alias("width"), F.col(m).isNotNull().alias("given")) for m in found))

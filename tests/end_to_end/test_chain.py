@@ -1,5 +1,6 @@
 """The main job as users run it: real processes, real Ray, Spark, Delta and MLflow, on a small synthetic catalogue."""
 
+import csv
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from adasid import tables
 from adasid.config import load
 from adasid.errors import InputError
 from adasid.tokenizers import artifact
-from pipelines import chain, cli
+from pipelines import chain, cli, compare
 from pipelines import sids as sids_stage
 from pipelines.engines.lake import Lake
 
@@ -26,6 +27,7 @@ SMALL = {
     "source": {
         "synthetic": {"items": ITEMS, "users": 400, "interactions": 6000, "topics": 8, "text_width": 16, "visual_width": 12, "chunk_users": 200}
     },
+    "features": {"pairs": {"method": "cooccurrence", "min_users": 1}},
     "behavior": {"width": 16, "blocks": 1, "epochs": 3, "batch_users": 64, "negatives": 128, "early_epochs": 3},
     "tokenizer": {
         "codebook_size": 16,
@@ -49,6 +51,7 @@ TABLES = (
     "ranking_samples",
     "behavior_embeddings",
     "item_features",
+    "item_pairs",
     "catalog_stats",
     "sids",
     "generations",
@@ -208,6 +211,44 @@ def test_an_artifact_from_other_features_is_refused(in_process, tmp_path):
     other = artifact.write(tmp_path, artifact.build(settings, {"text": 10, "visual": 12, "behavior": 16}), settings, {})
     with pytest.raises(InputError, match=f"item_features.text has width 16 but the tokenizer {other['digest']} was trained on 10"):
         run_stage(load(in_process, [f"sids.artifact={tmp_path}"]), "sids")
+
+
+def test_tokenizers_are_compared_and_a_second_run_trains_nothing(in_process, capsys):
+    small = {"codebook_size": 16, "hidden": [24], "training": {"epochs": 15, "batch": 128, "lr": 0.003}}
+    chosen = {
+        "rq-vae": {"name": "rq-vae", "levels": 3, **small},
+        "quasid": {"name": "quasid", "levels": 3, **small},
+        "rq-kmeans, by modality": {"name": "rq-kmeans", "codebook_size": 16, "levels": {"text": 2, "behavior": 1}},
+        "random": {"name": "random", "codebook_size": 16, "levels": 3},
+    }
+    cfg = load(in_process, [f"compare.tokenizers={json.dumps(chosen)}", "compare.more_seeds={rq-vae: [18]}"])
+    client = MlflowClient(f"sqlite:///{cfg.run_dir.resolve()}/mlflow.db")
+
+    def cells():
+        with chain.tracking.stage(cfg, "compare") as track:
+            compare.run(cfg, track)
+        experiment = client.get_experiment_by_name("adasid").experiment_id
+        return sorted(run.info.run_name for run in client.search_runs([experiment]) if run.info.run_name.startswith("compare "))
+
+    first = cells()
+    assert first == ["compare quasid, seed 17", "compare random, seed 17", "compare rq-kmeans, by modality, seed 17"] + [
+        f"compare rq-vae, seed {seed}" for seed in (17, 18)
+    ]
+    printed = capsys.readouterr().out
+    assert "FVU text" in printed
+    assert "rq-kmeans, by modality" in printed
+    with (cfg.run_dir / "report" / "tokenizers" / "cells.csv").open() as file:
+        rows = {(row["label"], row["seed"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 5
+    for (label, _), row in rows.items():
+        assert int(row["items"]) == ITEMS
+        assert (float(row["readout_text"]) > 0.95) == (label == "random")
+        assert (float(row["agreement"]) < 0.25) == (label == "random")
+    assert rows["rq-vae", "17"]["artifact"] != rows["rq-vae", "18"]["artifact"]
+    page = (cfg.run_dir / "report" / "tokenizers" / "index.html").read_text()
+    assert page.count("data:image/png;base64") == 2
+    assert "±" in page
+    assert cells() == first, "a cell that has its result is not run again"
 
 
 def killed(arguments, ready, deadline=240):

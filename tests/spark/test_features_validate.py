@@ -27,7 +27,7 @@ def events_frame(spark, rows):
 
 
 def config(**settings):
-    return build({"tokenizer": {"content_experts": {"text": 1}}, "features": settings})
+    return build({"features": {"content": ["text"], **settings}})
 
 
 def reason_of(spark, rows):

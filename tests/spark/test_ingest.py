@@ -20,7 +20,7 @@ from pipelines import ingest
 from pipelines.engines import tracking
 
 pytestmark = pytest.mark.usefixtures("spark")
-TEXT = {"content_experts": {"text": 1}}
+TEXT = {"content": ["text"]}
 
 
 def ingested(cfg):
@@ -74,24 +74,22 @@ def test_synthetic_brings_the_planted_behaviour_column(make_config):
     cfg = make_config(
         source={"synthetic": {"items": 50, "users": 20, "interactions": 200, "behavior_width": 8}},
         behavior={"source": "column"},
-        tokenizer=TEXT,
+        features=TEXT,
     )
     table = ingested(cfg).lake.read("items")
     assert table.column_names == ["item_id", "title", "text", "behavior"] and len(table["behavior"][0]) == 8
 
 
 def test_synthetic_does_not_know_other_modalities(make_config):
-    with pytest.raises(InputError, match=r"'synthetic' has no modality 'audio' .*remove it from tokenizer.content_experts"):
-        ingested(make_config(tokenizer={"content_experts": {"audio": 1}}))
+    with pytest.raises(InputError, match=r"'synthetic' has no modality 'audio' .*remove it from features.content"):
+        ingested(make_config(features={"content": ["audio"]}))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def tables_config(make_config, items: str, interactions: str, form: str = "parquet", **sections):
-    return make_config(
-        source={"kind": "tables", "tables": {"items": items, "interactions": interactions, "format": form}}, tokenizer=TEXT, **sections
-    )
+    return make_config(source={"kind": "tables", "tables": {"items": items, "interactions": interactions, "format": form}}, features=TEXT, **sections)
 
 
 def test_parquet_tables_keep_raw_values(make_config, tmp_path):
@@ -218,7 +216,7 @@ def arrays_config(make_config, folder, items="items.txt", content=("text",), **s
         "kind": "arrays",
         "arrays": {"folder": str(folder), "items": items, "embeddings": {"text": "text.npy", "behavior": "behavior.npy"}},
     }
-    return make_config(source=source, tokenizer={"content_experts": dict.fromkeys(content, 1)}, **sections)
+    return make_config(source=source, features={"content": list(content)}, **sections)
 
 
 def test_arrays_beside_a_text_file(make_config, folder):
@@ -267,7 +265,7 @@ def test_real_arrays(make_config, real_data, name, items, modalities):
     embeddings = {modality: f"{modality}_embedding.npy" for modality in modalities}
     cfg = make_config(
         source={"kind": "arrays", "arrays": {"folder": str(real_data / name), "items": items, "embeddings": embeddings}},
-        tokenizer={"content_experts": dict.fromkeys(modalities, 1)},
+        features={"content": list(modalities)},
     )
     track = ingested(cfg)
     assert track.facts == {"beauty": {"items": 12_101, "interactions": 198_502}, "instruments": {"items": 6_250, "interactions": 136_226}}[name]
@@ -319,7 +317,7 @@ def amazon_config(make_config, folder: Path, year: int, **options):
         path = folder / f"{name}.json{'' if year == 2023 else '.gz'}"
         path.write_bytes(text.encode() if year == 2023 else gzip.compress(text.encode()))
         paths[name] = str(path)
-    return make_config(source={"kind": "amazon", "amazon": {**paths, "text_width": 8, "min_word_count": 1, **options}}, tokenizer=TEXT)
+    return make_config(source={"kind": "amazon", "amazon": {**paths, "text_width": 8, "min_word_count": 1, **options}}, features=TEXT)
 
 
 @pytest.mark.parametrize("year", [2014, 2018, 2023])
@@ -356,7 +354,7 @@ def test_amazon_errors(make_config, tmp_path):
     swapped = cfg.source.model_dump(exclude_none=True)
     swapped["amazon"] |= {"reviews": cfg.source.amazon.metadata}
     with pytest.raises(InputError, match=r"source.amazon.reviews .*: no line has reviewerID or user_id"):
-        ingested(make_config(source=swapped, tokenizer=TEXT))
+        ingested(make_config(source=swapped, features=TEXT))
     Path(cfg.source.amazon.reviews).write_bytes(gzip.compress(b"x" * 10_000)[:30])
     with pytest.raises(InputError, match=r"source.amazon could not be copied into the lake \(.*\); check the files") as caught:
         ingested(cfg)

@@ -6,7 +6,7 @@ import torch
 from adasid.errors import InputError
 from adasid.tables import BEHAVIOR
 from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
-from adasid.training.shards import Shard
+from adasid.training.shards import Pairs, Shard
 from adasid.training.workers import Workers
 from tests.planted import catalogue, shard
 
@@ -79,3 +79,39 @@ def test_optimiser_state_round_trips(kind):
     steps(a, whole, 2)
     steps(b, fresh, 2)
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_partners_are_loaded_whoever_owns_them_and_drawn_evenly(world):
+    table, cluster = catalogue(items=200)
+    whole = shard(table)
+    for rank in range(world):
+        mine = shard(table, rank=rank, world=world, cluster=cluster)
+        assert mine.item_index.tolist() == list(range(rank, 200, world))
+        assert sum(len(batch) for batch in mine.scan()) == len(mine), "partners are not among the worker's own items"
+        drawn = {}
+        for seed in range(30):
+            rows = np.arange(len(mine))
+            batch = mine.take_pairs(rows, np.random.default_rng(seed))
+            first, second = batch.index[: len(rows)].numpy(), batch.index[len(rows) :].numpy()
+            assert first.tolist() == mine.item_index.tolist()
+            assert (cluster[first] == cluster[second]).all()
+            assert batch.paired.all()
+            reference = whole.take(batch.index.numpy())
+            assert all(torch.equal(batch.vectors[m], reference.vectors[m]) for m in whole.widths)
+            assert torch.equal(batch.richness, reference.richness)
+            for a, b in zip(first, second):
+                drawn.setdefault(int(a), set()).add(int(b))
+        assert np.mean([len(partners) for partners in drawn.values()]) > 2.5, "three partners each"
+
+
+def test_an_item_without_partners_is_its_own():
+    table, _ = catalogue(items=50)
+    rows = lambda columns: table.select(columns).to_batches()  # noqa: E731
+    data = Shard(rows, ("text",), pairs=Pairs(np.array([3, 3]), np.array([7, 9]), lambda columns: []))
+    batch = data.take_pairs(np.array([2, 3, 49]), np.random.default_rng(0))
+    assert batch.paired.tolist() == [False, True, False]
+    assert batch.index[:3].tolist() == [2, 3, 49]
+    assert batch.index[3].item() == 2
+    assert batch.index[4].item() in {7, 9}
+    assert batch.index[5].item() == 49

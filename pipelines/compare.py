@@ -33,6 +33,7 @@ from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
+from pipelines.features import pairs
 
 Row = dict[str, Any]
 
@@ -46,6 +47,8 @@ def run(cfg: Config, track: Track) -> None:
         raise InputError("compare.tokenizers is empty: name the tokenizers to compare (conf/demo.yaml shows how)")
     rows, spent, started = [], 0, time.monotonic()
     kinds = _kinds(cfg, track.lake)
+    if any(settings.pairs for settings in cfg.compare.tokenizers.values()):
+        pairs.build(cfg, track)
     try:
         for number, (label, seed) in enumerate(cells, 1):
             cell = cfg.model_copy(update={"tokenizer": cfg.compare.tokenizers[label], "seed": seed})

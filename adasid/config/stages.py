@@ -11,8 +11,8 @@ from adasid.config.tokenizers import AnyTokenizer
 
 
 class Pairs(Section):
-    method: Literal["none", "swing", "cooccurrence"] = Field(
-        "none", description="none: no pairs; swing: users who share little else count more; cooccurrence: number of users who have both"
+    method: Literal["swing", "cooccurrence"] = Field(
+        "swing", description="swing: users who share little else count more; cooccurrence: number of users who have both"
     )
     per_item: int = Field(20, ge=1, description="partners kept for an item, the best by score")
     min_users: int = Field(2, ge=1, description="users who must have both items")
@@ -41,7 +41,7 @@ class Features(Section):
     norm_percentiles: Annotated[tuple[float, float], Field(strict=False)] = Field(
         (0.5, 99.5), description="norms are clipped to these percentiles before min-max scaling"
     )
-    pairs: Pairs = Field(Pairs(), description="co-engaged pairs of items, for tokenizers that learn from them")
+    pairs: Pairs = Field(Pairs(), description="co-engaged pairs of items, mined where a tokenizer learns from them")
     proxy_min_spearman: float = Field(
         0.2, ge=-1, le=1, description="below this Spearman(norm, count) richness falls back to min-max of log(1 + count)"
     )

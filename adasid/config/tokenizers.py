@@ -113,6 +113,7 @@ class Contrast(Section):
     weight: Annotated[tuple[float, float], Field(strict=False)] = Field(
         (0.1, 0.1), description="weight of the loss on pairs: at the start, at the end"
     )
+    progress: Annotated[tuple[float, float], Field(strict=False)] = Field((0.0, 1.0), description="share of training between which the weight moves")
     temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss on co-engaged pairs")
 
 
@@ -146,7 +147,7 @@ class Trained(TokenizerSettings):
     kmeans_samples: int = Field(20_000, ge=1, description="latents that initialise the codebooks")
     kmeans_rounds: int = Field(20, ge=1, description="Lloyd rounds of that initialisation")
     repulsion: Repulsion | None = Field(None, description="repulsion of items whose SIDs overlap: a section of kind hamr or adaptive; null: none")
-    contrast: Contrast | None = Field(None, description="contrastive loss on co-engaged pairs (needs features.pairs); null: none")
+    contrast: Contrast | None = Field(None, description="contrastive loss on co-engaged pairs; null: none")
     revival: Revival = Field(Revival(), description="revival of dead codes")
     training: Training = Field(Training(), description="the training loop")
 
@@ -251,7 +252,7 @@ class Das(RqVae):
     name: Literal["das"] = Field("das", description="RQ-VAE aligned with behaviour and co-engagement (item side)")  # type: ignore[assignment]
     behavior_weight: float = Field(0.1, ge=0, description="weight of the contrast of quantized content and behaviour")
     temperature: float = Field(0.07, gt=0, description="temperature of that contrast")
-    contrast: Contrast | None = Field(Contrast(), description="contrast of the quantized vectors of co-engaged pairs (needs features.pairs)")
+    contrast: Contrast | None = Field(Contrast(), description="contrast of the quantized vectors of co-engaged pairs")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -263,7 +264,7 @@ class QuaSid(RqVae):
 
     name: Literal["quasid"] = Field("quasid", description="RQ-VAE with Hamming-guided repulsion and co-engaged pairs")  # type: ignore[assignment]
     repulsion: Repulsion | None = Field(Hamr(kind="hamr"), description="repulsion of items whose SIDs overlap")
-    contrast: Contrast | None = Field(Contrast(), description="contrastive loss on co-engaged pairs (needs features.pairs)")
+    contrast: Contrast | None = Field(Contrast(), description="contrastive loss on co-engaged pairs")
 
 
 class AdaptiveSid(RqVae):
@@ -271,7 +272,7 @@ class AdaptiveSid(RqVae):
 
     name: Literal["adasid"] = Field("adasid", description="RQ-VAE with adaptive repulsion and co-engaged pairs")  # type: ignore[assignment]
     repulsion: Repulsion | None = Field(Adaptive(kind="adaptive"), description="repulsion of items whose SIDs overlap")
-    contrast: Contrast | None = Field(Contrast(weight=(0.0, 0.1)), description="contrastive loss on co-engaged pairs (needs features.pairs)")
+    contrast: Contrast | None = Field(Contrast(weight=(0.0, 0.1), progress=(0.1, 0.9)), description="contrastive loss on co-engaged pairs")
 
 
 class RqVaePlus(_Residual):
@@ -329,7 +330,7 @@ class RqKmeans(_Content, Fitted):
     name: Literal["rq-kmeans"] = Field("rq-kmeans", description="residual k-means: plain, balanced, aligned, or for each modality")
     levels: int | Experts = Field(6, description="codebooks over the joint content vector, or modality -> codebooks for one quantizer each")
     balanced: bool = Field(False, description="fit with clusters of equal size")
-    aligner: Aligner | None = Field(None, description="train a content encoder on co-engaged pairs first (needs features.pairs); null: raw vectors")
+    aligner: Aligner | None = Field(None, description="train a content encoder on co-engaged pairs first; null: raw vectors")
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -60,11 +60,6 @@ class Config(Section):
                         f"{key} ({settings.name}) reads {modality!r} but features.content is {list(self.features.content)}: "
                         "add it there, or leave it out of the tokenizer"
                     )
-            if settings.pairs and self.features.pairs.method == "none":
-                raise ValueError(
-                    f"{key} ({settings.name}) learns from co-engaged pairs but features.pairs.method is 'none': "
-                    "set features.pairs.method: swing, or contrast: null"
-                )
         return self
 
     @model_validator(mode="after")

@@ -28,6 +28,12 @@ def repulsion(settings: config.Repulsion | None, slots: int) -> HammingRepulsion
     return HammingRepulsion(settings, slots) if isinstance(settings, config.Hamr) else AdaptiveRepulsion(settings, slots)
 
 
+def moved(weight: tuple[float, float], window: tuple[float, float], progress: float) -> float:
+    """From the first weight to the second while progress runs through the window (AdaSID's rebalancing, methods 5.4)."""
+    (first, last), (start, end) = weight, window
+    return first + (last - first) * min(max((progress - start) / (end - start), 0.0), 1.0)
+
+
 def same_codes(codes: Tensor) -> Iterator[Tensor]:
     """For each slot [B, B] bool: rows that have the same code."""
     for slot in codes.T:
@@ -103,8 +109,7 @@ class AdaptiveRepulsion(nn.Module):
 
     def weight(self, progress: float) -> float:
         """``lam_col``: from ``settings.weight[0]`` to ``[1]`` while progress runs through ``settings.progress`` (methods 5.4)."""
-        (start, end), (first, last) = self.settings.progress, self.settings.weight
-        return first + (last - first) * min(max((progress - start) / (end - start), 0.0), 1.0)
+        return moved(self.settings.weight, self.settings.progress, progress)
 
     @torch.no_grad()
     def agree(self, mean: Callable[[Tensor], Tensor]) -> None:

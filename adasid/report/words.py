@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 DASH = "–"
+NOT_RUN = "Not run yet."
+BROUGHT = "Not trained: the embeddings were brought with the items."
 SPACE = "\N{NARROW NO-BREAK SPACE}"
 
 
@@ -63,6 +65,11 @@ def plain(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return count(value)
     return DASH if value is None else str(value)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; not a number where there are no values."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def listed(words: list[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adasid import config
-from adasid.losses.overlap import AdaptiveRepulsion, pair_contrast, repulsion
+from adasid.losses.overlap import AdaptiveRepulsion, moved, pair_contrast, repulsion
 from adasid.tokenizers.base import Slot, Tokenizer
 from adasid.tokenizers.inputs import Inputs
 from adasid.training.shards import Batch
@@ -45,7 +45,7 @@ class TrainedTokenizer(Tokenizer):
             return z.new_zeros(()), {}
         everyone, index = workers.gather_with_gradient(z), workers.gather(batch.index)
         loss = pair_contrast(z, batch.index, batch.paired, contrast.temperature, everyone, index, workers.rank * len(batch))
-        return at(contrast.weight, progress) * loss, {"contrast": float(loss.detach())}
+        return moved(contrast.weight, contrast.progress, progress) * loss, {"contrast": float(loss.detach())}
 
     def no_decay(self) -> set[nn.Parameter]:
         """Biases and codebooks."""
@@ -54,8 +54,3 @@ class TrainedTokenizer(Tokenizer):
     def revival_due(self, step: int, progress: float) -> bool:
         """Whether dead codes are to be replaced after this step."""
         return bool(self.quantizing) and step % self.trained.revival.every == 0 and progress <= self.trained.revival.until
-
-
-def at(ends: tuple[float, float], progress: float) -> float:
-    """Between two weights, in proportion to progress."""
-    return ends[0] + (ends[1] - ends[0]) * progress

@@ -1,5 +1,5 @@
 """The first part of the features stage: from raw items and interactions to item_stats, user_stats, sequences, ranking_samples, catalog_stats,
-and item_pairs where they are wanted."""
+and item_pairs where the tokenizer learns from them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def modalities(cfg: Config) -> tuple[str, ...]:
 def build(cfg: Config, track: Track) -> bool:
     """Do the part unless its outputs are up to date; whether anything was done. Raises InputError for unusable input."""
     worked = _events(cfg, track)
-    return pairs.build(cfg, track) or worked
+    return (cfg.tokenizer.pairs and pairs.build(cfg, track)) or worked
 
 
 def _events(cfg: Config, track: Track) -> bool:

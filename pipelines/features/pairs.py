@@ -21,10 +21,8 @@ _SAMPLES = "ranking_samples"
 
 
 def build(cfg: Config, track: Track) -> bool:
-    """Write ``item_pairs`` where ``features.pairs.method`` asks for it, unless it is up to date; whether anything was done."""
+    """Write ``item_pairs`` unless it is up to date; whether anything was done."""
     lake, settings = track.lake, cfg.features.pairs
-    if settings.method == "none":
-        return False
     versions = lake.versions(_SAMPLES, "item_stats")
     mark = digest("pairs", settings.model_dump(mode="json"), lake.stamps(versions))
     if lake.fresh(mark, TABLE):

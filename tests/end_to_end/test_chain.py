@@ -51,7 +51,6 @@ TABLES = (
     "ranking_samples",
     "behavior_embeddings",
     "item_features",
-    "item_pairs",
     "catalog_stats",
     "sids",
     "generations",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adasid import tables
-from adasid.config import Pairs
+from adasid.config import Pairs, QuaSid
 from pipelines.engines import tracking
 from pipelines.features import pairs
 from tests.spark.test_features_run import catalogue, config, prepare, run
@@ -103,7 +103,8 @@ def table(lake):
 
 
 def with_pairs(cfg, **settings):
-    return cfg.model_copy(update={"features": cfg.features.model_copy(update={"pairs": Pairs(**settings)})})
+    features = cfg.features.model_copy(update={"pairs": Pairs(**settings)})
+    return cfg.model_copy(update={"features": features, "tokenizer": QuaSid()})
 
 
 def test_the_stage_writes_pairs_of_training_events_when_asked_and_again_when_something_changed(spark, tmp_path):

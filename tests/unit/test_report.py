@@ -251,15 +251,15 @@ def test_warnings_name_what_is_off(undrawn: None) -> None:
 @pytest.mark.parametrize(
     "missing, line",
     [
-        ({"catalog": None}, sections.NOT_RUN),
+        ({"catalog": None}, words.NOT_RUN),
         ({"generation": None}, "Nothing published yet."),
-        ({"tokenizer": None}, sections.NOT_RUN),
-        ({"stages": []}, sections.NOT_RUN),
+        ({"tokenizer": None}, words.NOT_RUN),
+        ({"stages": []}, words.NOT_RUN),
         ({"catalog": None, "behavior": None}, "The behaviour model is not trained yet."),
         ({"generation": None, "tokenizer": None, "behavior": None, "catalog": catalog(**UNKNOWN)}, "not trained yet"),
         (
             {"behavior": None, "cfg": configure({"behavior": {"source": "column"}, "source": {"synthetic": {"behavior_width": 64}}})},
-            sections.BROUGHT,
+            words.BROUGHT,
         ),
     ],
 )
@@ -336,7 +336,7 @@ def test_code_figures_plot_their_input() -> None:
 def test_router_rows_may_hold_all_slots_or_behaviour_slots_only() -> None:
     short = {name: row[3:] for name, row in codes()["weights_by_stratum"].items()}
     for metrics in (codes(), {**codes(), "weights_by_stratum": short}):
-        shown = sections._strata(material(generation=generation(metrics=metrics)), "weights_by_stratum")
+        shown = sections.codes._strata(material(generation=generation(metrics=metrics)), "weights_by_stratum")
         assert shown == short
 
 

@@ -1,0 +1,7 @@
+"""The sections of the report: each takes the material and says, shows and tabulates one part of it, or says why it cannot."""
+
+from adasid.report.sections.codes import semantic_ids, weights
+from adasid.report.sections.data import behavior, catalogue
+from adasid.report.sections.runs import provenance, stages, tokenizer
+
+ALL = (catalogue, behavior, weights, semantic_ids, tokenizer, stages, provenance)

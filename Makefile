@@ -18,8 +18,8 @@ setup:  ## virtual environment, packages, Java, Delta's jars; nothing is done tw
 demo: setup  ## the whole chain on the synthetic catalogue, into runs/demo
 	@$(BIN)/python jobs/run_all.py --config conf/demo.yaml
 
-test: setup  ## the whole test suite
-	@$(BIN)/python -m pytest
+test: setup  ## the whole test suite, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -27,7 +27,7 @@ lint: setup  ## ruff and mypy
 bench: setup  ## encoding throughput against the machine's peak; share of an epoch spent waiting for data
 	@$(BIN)/python tests/benchmarks/bench.py
 
-conf: setup  ## write conf/base.yaml from adasid/config/*.py
+conf: setup  ## write conf/base.yaml from adasid/config
 	@$(BIN)/python -c "from adasid import config; open('conf/base.yaml', 'w').write(config.render_base())"
 
 clean:  ## remove runs and caches, keep .venv

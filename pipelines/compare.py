@@ -27,7 +27,7 @@ from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.training.checkpoint import write_json
-from adasid.training.shards import batch_of
+from adasid.training.shards import batch_of, find_widths
 from pipelines import sids, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
@@ -89,24 +89,24 @@ def _measure(cfg: Config, track: Track, folder: Path, kinds: dict[str, int]) -> 
 
 
 def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, int]) -> Row:
-    """Readout of every modality and agreement of neighbours, on a sample of the catalogue that is evenly spaced by popularity."""
+    """Readout of every modality and agreement of neighbours, on a sample of the catalogue that is evenly spaced by popularity. An
+    inactive slot counts as PAD here (collisions and code use are of what is emitted)."""
     tokenizer, _ = artifact.read(model)
     dataset = lake.open("item_features", version).to_pyarrow_dataset()
-    chosen = _chosen(cfg, dataset.count_rows())
+    items = dataset.count_rows()
+    chosen, step = _chosen(cfg, items), _step(cfg, items)
     modalities = (*cfg.features.content, BEHAVIOR)
-    slots, probe, parts = tokenizer.slots, None, []
+    widths = find_widths(lambda columns: lake.batches("item_features", version, columns), modalities)
+    probe, parts = Readout(len(tokenizer.slots), max(slot.size for slot in tokenizer.slots), widths), []
     for rows in dataset.to_batches(columns=["item_id", "item_index", "richness", "stratum", *modalities], filter=chosen):
         if not rows.num_rows:
             continue
-        widths = _widths(rows, modalities)
         batch = batch_of(rows, widths)
         codes, _, active = tokenizer.encode(batch_of(rows, tokenizer.widths))
-        if probe is None:
-            probe = Readout(len(slots), max(slot.size for slot in slots), widths)
-        probe.add(codes, batch.index, batch.vectors, batch.present)
+        codes = codes.masked_fill(~active, PAD)
+        probe.add(codes, batch.index // step, batch.vectors, batch.present)
         kind = np.array([kinds.get(item, -1) for item in rows.column("item_id").to_pylist()] if kinds else np.full(len(rows), -1), np.int64)
-        parts.append((codes.masked_fill(~active, PAD).numpy(), kind, rows.column("stratum").to_numpy(zero_copy_only=False)))
-    assert probe is not None
+        parts.append((codes.numpy(), kind, rows.column("stratum").to_numpy(zero_copy_only=False)))
     found: Row = {f"readout_{m}": value for m, value in probe.unexplained().items()}
     if kinds:
         codes_, kind_, stratum = (np.concatenate(part) for part in zip(*parts))
@@ -114,18 +114,17 @@ def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, 
         tail = np.flatnonzero(np.isin(stratum, ("tail", "cold")))
         found["agreement"] = agreement(codes_, kind_, everyone, cfg.compare.neighbours)
         found["agreement_tail"] = agreement(codes_, kind_, tail[:: max(1, len(tail) // cfg.compare.queries)], cfg.compare.neighbours)
-    return found
-
-
-def _widths(rows: pa.RecordBatch, modalities: tuple[str, ...]) -> dict[str, int]:
-    lengths = {m: rows.column(m).drop_null().value_lengths() for m in modalities}
-    return {m: int(found[0].as_py()) for m, found in lengths.items() if len(found)}
+    return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
 def _chosen(cfg: Config, items: int) -> pc.Expression:
     """Every n-th item of the catalogue, by popularity."""
-    index, step = pc.field("item_index"), -(-items // cfg.compare.sample)
+    index, step = pc.field("item_index"), _step(cfg, items)
     return pc.subtract(index, pc.multiply(pc.divide(index, step), step)) == 0
+
+
+def _step(cfg: Config, items: int) -> int:
+    return -(-items // cfg.compare.sample)
 
 
 def _kinds(cfg: Config, lake: Lake) -> dict[str, int]:

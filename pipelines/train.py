@@ -23,6 +23,7 @@ from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import versions as library_versions
 from pipelines.engines.tracking import Track
+from pipelines.features import items, pairs
 
 _CHUNK = 50_000
 
@@ -46,10 +47,8 @@ def behavior(cfg: Config, track: Track) -> None:
     show = _progress(track, cfg.behavior.epochs, shown, folder)
     cluster.fit(workers.behavior, _payload(cfg, track, read, folder), cfg.ray, f"behavior-{key}", folder, show)
     result = load_file(folder / "result.safetensors")
-    items = _item_ids(track.lake, read["item_stats"], len(result["norms"]))
-    track.outputs(
-        {"behavior_embeddings": track.lake.write("behavior_embeddings", tables.BEHAVIOR_EMBEDDINGS, _embedding_batches(items, result), key)}
-    )
+    ids = _item_ids(track.lake, read["item_stats"], len(result["norms"]))
+    track.outputs({"behavior_embeddings": track.lake.write("behavior_embeddings", tables.BEHAVIOR_EMBEDDINGS, _embedding_batches(ids, result), key)})
     Checkpoints(folder / "checkpoints").clear()
     summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     track.artifact(folder / "result.json")
@@ -71,6 +70,9 @@ def tokenizer(cfg: Config, track: Track) -> None:
 def fit_tokenizer(cfg: Config, track: Track, folder: Path) -> dict[str, Any]:
     """Train or fit the tokenizer into ``folder/model``, unless it is there; returns its manifest."""
     read = track.lake.versions(*_inputs(cfg))
+    if cfg.tokenizer.pairs:
+        items.check(cfg, track.lake)
+        pairs.check(cfg, track.lake)
     track.inputs(read)
     if (folder / "model" / "manifest.json").exists():
         track.status = "up to date"
@@ -81,6 +83,10 @@ def fit_tokenizer(cfg: Config, track: Track, folder: Path) -> dict[str, Any]:
     manifest = artifact.read_manifest(folder / "model")
     Checkpoints(folder / "checkpoints").clear()
     quality = manifest["metrics"]
+    if quality.get("least_active", 1.0) < 0.001:
+        track.note(
+            "warning: the gate has switched a behaviour slot off for all items; it cannot come back: lower router.sparsity or router.item_weight"
+        )
     track.facts.update({"tokenizer": manifest["digest"], "utilisation": round(quality["utilisation"], 4), "entropy": round(quality["entropy"], 3)})
     track.facts.update({f"FVU {m}": round(value, 3) for m, value in quality["fvu"].items()})
     return manifest

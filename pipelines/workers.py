@@ -30,7 +30,7 @@ from adasid.training.workers import Workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 
-_QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target")
+_QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target", "least_active")
 _PAIR = pa.schema([(name, pa.int64()) for name in ("item_index", "partner_index")])
 
 
@@ -75,6 +75,7 @@ def tokenizer(payload: dict[str, Any]) -> None:
     shard = Shard(
         lambda columns: lake.batches("item_features", version, columns, mine),
         settings.inputs,
+        everyone=lambda columns: lake.batches("item_features", version, columns),
         pairs=_pairs(lake, payload["read"], mine) if settings.pairs else None,
     )
     torch.manual_seed(cfg.seed)

@@ -13,8 +13,8 @@ Experts = Annotated[dict[str, int], Field(strict=False)]
 
 
 class Training(Section):
-    epochs: int = Field(100, ge=2, description="passes over the catalogue")
-    batch: int = Field(1024, ge=2, description="items a step, all workers together (where pairs are trained on, half of them are partners)")
+    epochs: int = Field(100, ge=2, description="epochs: each sees as many rows as there are items")
+    batch: int = Field(1024, ge=2, description="items a step, all workers together (of co-engaged pairs, half are partners)")
     lr: float = Field(0.001, gt=0, description="AdamW learning rate at the start; cosine decay to 0")
     weight_decay: float = Field(0.0001, ge=0, description="AdamW weight decay (not on codebooks and biases)")
     warmup_epochs: int = Field(1, ge=1, description="epochs without quantization, before the k-means initialisation")
@@ -115,6 +115,12 @@ class Contrast(Section):
     )
     progress: Annotated[tuple[float, float], Field(strict=False)] = Field((0.0, 1.0), description="share of training between which the weight moves")
     temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss on co-engaged pairs")
+
+    @model_validator(mode="after")
+    def _window(self) -> Contrast:
+        if not 0 <= self.progress[0] < self.progress[1] <= 1:
+            raise ValueError(f"contrast.progress {self.progress} must rise within 0 and 1")
+        return self
 
 
 class TokenizerSettings(Section):

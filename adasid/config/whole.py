@@ -142,7 +142,20 @@ def _filled(section: Any, content: list[str]) -> Any:
     defaults: dict[str, Any] = {"content": content, "content_experts": dict.fromkeys(content, 1)}
     if "levels" in fields and isinstance(fields["levels"].default, dict):
         defaults["levels"] = dict.fromkeys([*content, BEHAVIOR], 2)
-    return {**{key: value for key, value in defaults.items() if key in fields}, **filled}
+    filled = {**{key: value for key, value in defaults.items() if key in fields}, **filled}
+    return {key: _merged(fields[key].default, value) if key in fields else value for key, value in filled.items()}
+
+
+def _merged(default: Any, given: Any) -> Any:
+    """A section that is given in part keeps the rest of this tokenizer's own default, unless it is of another kind."""
+    if (
+        not isinstance(default, BaseModel)
+        or not isinstance(given, Mapping)
+        or given.get("kind", getattr(default, "kind", None)) != getattr(default, "kind", None)
+    ):
+        return given
+    own = default.model_dump()
+    return {**own, **{key: _merged(getattr(default, key, None), value) for key, value in given.items()}}
 
 
 def _explain(origin: str, error: dict[str, Any]) -> str:

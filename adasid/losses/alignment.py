@@ -31,12 +31,23 @@ def calibrated_beta(quantile: float, alpha: float, weak: float = WEAK) -> float:
     return (low + high) / 2
 
 
-def info_nce(anchors: Tensor, candidates: Tensor, positives: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+def info_nce(
+    anchors: Tensor,
+    candidates: Tensor,
+    positives: Tensor,
+    temperature: float,
+    valid: Tensor | None = None,
+    items: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Loss of each anchor: -log softmax of its positive among ``candidates`` by cosine / temperature.
 
-    ``anchors`` [B, d], ``candidates`` [C, d], ``positives`` [B]: index of the positive; ``valid`` [C] bool: candidates that exist -> [B].
+    ``anchors`` [B, d], ``candidates`` [C, d], ``positives`` [B]: index of the positive; ``valid`` [C] bool: candidates that exist;
+    ``items``: item of each anchor [B] and of each candidate [C], so that further rows of the anchor's item are no negatives -> [B].
     """
     logits = nnf.normalize(anchors, dim=1) @ nnf.normalize(candidates, dim=1).T / temperature
     if valid is not None:
         logits = logits.masked_fill(~valid[None, :], -1e4)
+    if items is not None:
+        again = (items[0][:, None] == items[1][None, :]).scatter(1, positives[:, None], False)
+        logits = logits.masked_fill(again, -1e4)
     return nnf.cross_entropy(logits, positives, reduction="none")

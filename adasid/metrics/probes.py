@@ -11,7 +11,7 @@ from torch import Tensor
 from adasid.tables import PAD
 
 HELD_OUT = 5
-"""Every fifth item, by index, is kept for measuring the readout."""
+"""Every fifth item is kept for measuring the readout."""
 _RIDGE = 1e-4
 _CHUNK = 256
 
@@ -32,12 +32,12 @@ class Readout:
         self._squares = {m: torch.zeros(2, dtype=torch.float64) for m in widths}
         self._items = {m: torch.zeros(2, dtype=torch.float64) for m in widths}
 
-    def add(self, codes: Tensor, index: Tensor, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> None:
-        """``codes`` [B, L], ``index`` [B], ``vectors`` modality -> [B, D], ``present`` modality -> [B] bool."""
+    def add(self, codes: Tensor, place: Tensor, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> None:
+        """``codes`` [B, L], ``place`` [B]: number of the item in the sample, ``vectors`` modality -> [B, D], ``present`` modality -> [B] bool."""
         column = torch.where(codes == PAD, self.size, codes).long() + torch.arange(self.slots) * (self.size + 1)
         hot = torch.zeros(len(codes), self.slots * (self.size + 1)).scatter_(1, column, 1.0)
         for m in self._codes:
-            for part, rows in enumerate((index % HELD_OUT != 0, index % HELD_OUT == 0)):
+            for part, rows in enumerate((place % HELD_OUT != 0, place % HELD_OUT == 0)):
                 keep = rows & present[m]
                 x, y = hot[keep], vectors[m][keep].double()
                 self._codes[m][part] += (x.T @ x).double()
@@ -69,7 +69,7 @@ def agreement(codes: NDArray[np.int32], kinds: NDArray[np.int64], queries: NDArr
     """Mean share of an item's ``neighbours`` nearest items, by number of shared codes, that are of its kind.
 
     ``codes`` [M, L], ``kinds`` [M] (negative: unknown, such items are left out), ``queries``: positions of the items asked about. Items
-    that share equally many codes share the last places evenly, so that the order of rows does not matter.
+    that share equally many codes share the last places evenly, so that the order of rows does not matter. NaN where no item is asked about.
     """
     known = kinds >= 0
     table, kind = torch.from_numpy(codes[known]), torch.from_numpy(kinds[known])
@@ -87,4 +87,4 @@ def agreement(codes: NDArray[np.int32], kinds: NDArray[np.int64], queries: NDArr
         room = (neighbours - above.sum(1, keepdim=True)).clamp(min=0) / tied.sum(1, keepdim=True)
         same = kind[part][:, None] == kind[None, :]
         total += float(((above + tied * room) * same).sum()) / neighbours
-    return total / max(1, len(rows))
+    return total / len(rows) if len(rows) else float("nan")

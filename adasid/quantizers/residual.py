@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from adasid.quantizers.kmeans import kmeans, nearest_euclidean
+from adasid.quantizers.kmeans import kmeans, nearest_euclidean, squared_distances
 
 
 class Residual(NamedTuple):
@@ -35,8 +35,10 @@ class ResidualCodebooks(nn.Module):
         for level, book in enumerate(self.weight):
             last = balanced is not None and level == len(self.weight) - 1
             with torch.no_grad():
-                distance = _distance(residual, book)
-                code = sinkhorn(distance, *balanced).argmax(1) if balanced and last else distance.argmin(1)
+                if balanced and last:
+                    code = sinkhorn(squared_distances(residual, book), *balanced).argmax(1)
+                else:
+                    code = _distance(residual, book).argmin(1)
             word = nnf.embedding(code, book)
             codes.append(code)
             residuals.append(residual)

@@ -38,7 +38,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
             "probes",
             "What the codes say about an item",
             lead="The same linear readout for every method: one vector a code, fitted on four fifths of the items, measured on the rest. "
-            "1 is no better than the mean. Neighbours are the items that share most codes.",
+            "1 is no better than the mean. Neighbours are the items that share most codes. An inactive slot counts as empty here; code use and collisions below are of the codes as emitted.",
             plots=[
                 Plot(
                     "readout",

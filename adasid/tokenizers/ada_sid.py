@@ -27,7 +27,7 @@ class AdaSid(AdcSid):
         content = self.settings.content
         there = {m: batch.present[m] for m in h}
         joint = {**h, "content": torch.stack([h[m] for m in content]).sum(0)}
-        one_way = self._contrast(joint, {**there, "content": torch.stack([there[m] for m in content]).any(0)}, workers)
+        one_way = self._contrast(joint, {**there, "content": torch.stack([there[m] for m in content]).any(0)}, batch.index, workers)
         return torch.stack([*self._content_pairs(one_way), one_way(BEHAVIOR, "content", self._strength(batch.richness))]).sum()
 
     @torch.inference_mode()

@@ -160,22 +160,25 @@ class AdcSid(TrainedTokenizer):
     def _alignment(self, h: dict[str, Tensor], batch: Batch, workers: Workers) -> Tensor:
         """Eqs 18 to 21: content pairs both ways; each content modality (anchor) against behaviour, times the item's strength."""
         strength = self._strength(batch.richness)
-        one_way = self._contrast(h, {m: batch.present[m] for m in h}, workers)
+        one_way = self._contrast(h, {m: batch.present[m] for m in h}, batch.index, workers)
         return torch.stack([*self._content_pairs(one_way), *(one_way(m, BEHAVIOR, strength) for m in self.settings.content)]).sum()
 
     def _content_pairs(self, one_way: Callable[[str, str, Tensor | float], Tensor]) -> list[Tensor]:
         content = self.settings.content
         return [(one_way(a, b, 1.0) + one_way(b, a, 1.0)) / 2 for i, a in enumerate(content) for b in content[i + 1 :]]
 
-    def _contrast(self, h: dict[str, Tensor], there: dict[str, Tensor], workers: Workers) -> Callable[[str, str, Tensor | float], Tensor]:
+    def _contrast(
+        self, h: dict[str, Tensor], there: dict[str, Tensor], index: Tensor, workers: Workers
+    ) -> Callable[[str, str, Tensor | float], Tensor]:
         """InfoNCE of anchor and target projections [B, h], times a weight. Negatives are the other items of the batch on all workers;
         items that lack either side do not count."""
         everyone = {m: workers.gather_with_gradient(value) for m, value in h.items()}
         valid = {m: workers.gather(value.to(torch.uint8)).bool() for m, value in there.items()}
+        items = (index, workers.gather(index))
 
         def one_way(anchor: str, target: str, weight: Tensor | float) -> Tensor:
             own = torch.arange(len(h[anchor]), device=h[anchor].device) + workers.rank * len(h[anchor])
-            loss = info_nce(h[anchor], everyone[target], own, self.settings.temperature, valid[target])
+            loss = info_nce(h[anchor], everyone[target], own, self.settings.temperature, valid[target], items)
             return (loss * weight * (there[anchor] & there[target])).mean()
 
         return one_way
@@ -190,7 +193,7 @@ class AdcSid(TrainedTokenizer):
         share = (total[:-2] / count).to(gates.dtype)
         current = 1 - float(share.mean())
         if router.sparsity is None:
-            return gates.new_zeros(()), {"sparsity": current}
+            return gates.new_zeros(()), {"sparsity": current, "least_active": float(share.min())}
         target = min(max(float(self.theta * total[-2] / count), 0.0), 0.99)
         weight = float(self.sparsity.weight)
         loss = weight * sparsity_loss(gates, share, target)
@@ -199,7 +202,13 @@ class AdcSid(TrainedTokenizer):
             loss = loss + router.item_weight * item_sparsity_loss(gates, wanted)
         if self.training:
             self.sparsity.update(current, target)
-        return loss, {"routing": float(loss.detach()), "sparsity": current, "sparsity_target": target, "lambda": weight}
+        return loss, {
+            "routing": float(loss.detach()),
+            "sparsity": current,
+            "sparsity_target": target,
+            "lambda": weight,
+            "least_active": float(share.min()),
+        }
 
     @torch.no_grad()
     def after_step(self, step: int, progress: float, workers: Workers, generator: torch.Generator) -> dict[nn.Parameter, Tensor]:

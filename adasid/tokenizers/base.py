@@ -39,7 +39,8 @@ class Losses(NamedTuple):
 
 
 class Tokenizer(nn.Module, ABC):
-    """Everything that ``encode`` needs is in ``state_dict``; ``encode`` of an item depends on that item only.
+    """Everything that ``encode`` needs is in ``state_dict``; ``encode`` of an item depends on that item only (in float32, up to rounding:
+    a batch of a few rows may resolve a near tie otherwise).
 
     The loop calls, in this order: ``prepare``; for a tokenizer with epochs (``settings.epochs``), ``start_epoch``, then ``losses`` and
     ``after_step`` for every batch, with ``start_quantizing`` after the warm-up; ``fit`` at the end.

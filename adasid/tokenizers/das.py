@@ -1,5 +1,5 @@
 """DAS (arXiv 2508.10584), item side: RQ-VAE whose quantized vectors are aligned with behaviour and with those of co-engaged items
-(methods 6.5, which reduces the method to what can be had without the advertiser's user features)."""
+(methods 6.5). Left out: the user side, the contrast with a user's state (w3), and the debiasing of pairs by their items' popularity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class Das(RqVae):
         there = batch.present[BEHAVIOR]
         everyone, valid = workers.gather(x[BEHAVIOR]), workers.gather(there.to(torch.uint8)).bool()
         own = torch.arange(len(batch), device=there.device) + workers.rank * len(batch)
-        each = info_nce(self.project(passed["shared"].straight), everyone, own, self.das.temperature, valid)
+        each = info_nce(
+            self.project(passed["shared"].straight), everyone, own, self.das.temperature, valid, (batch.index, workers.gather(batch.index))
+        )
         loss = (each * there).sum() / there.sum().clamp(min=1)
         return self.das.behavior_weight * loss, {"alignment": float(loss.detach())}
 

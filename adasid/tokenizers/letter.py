@@ -1,5 +1,6 @@
 """LETTER (arXiv 2405.07314): RQ-VAE with collaborative regularisation L_CF, diversity regularisation L_div, and a balanced
 assignment of the last level in training (methods 6.4). Codes of new items never depend on their batch: encoding takes the nearest code.
+A codeword's mate for L_div is drawn once an epoch (in LETTER's code, for every item).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from adasid import config
-from adasid.quantizers.kmeans import kmeans, nearest_euclidean
+from adasid.quantizers.kmeans import balanced_assignment, kmeans, squared_distances
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers.rq_vae import Passed, RqVae
 from adasid.training.shards import Batch
@@ -36,7 +37,8 @@ class Letter(RqVae):
             return
         groups = min(self.letter.diversity_groups, self.letter.codebook_size // 2)
         for level, book in enumerate(self.tower("shared").codebooks.weight):
-            group = nearest_euclidean(book, kmeans(book, groups, self.letter.kmeans_rounds, generator, balanced=True))
+            centres = kmeans(book, groups, self.letter.kmeans_rounds, generator, balanced=True)
+            group = balanced_assignment(squared_distances(book, centres), -(-len(book) // groups))
             mates = (group[:, None] == group[None, :]).fill_diagonal_(False).double()
             alone = mates.sum(1) == 0
             mates[alone] = 1 - torch.eye(len(mates), dtype=mates.dtype, device=mates.device)[alone]
@@ -45,6 +47,10 @@ class Letter(RqVae):
     def balanced(self) -> tuple[float, int] | None:
         """Sinkhorn on the last level."""
         return (self.letter.sinkhorn, self.letter.sinkhorn_rounds) if self.letter.sinkhorn else None
+
+    def quantization(self, passed: dict[str, Passed]) -> Tensor:
+        """L_rq by its mean over levels."""
+        return super().quantization(passed) / self.letter.levels
 
     def added(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
         """L_CF and L_div."""
@@ -62,7 +68,8 @@ class Letter(RqVae):
         there = batch.present[BEHAVIOR]
         everyone, valid = workers.gather_with_gradient(self.project(behavior)), workers.gather(there.to(torch.uint8)).bool()
         own = torch.arange(len(batch), device=z.device) + workers.rank * len(batch)
-        logits = (z @ everyone.T).masked_fill(~valid[None, :], -1e4)
+        again = (batch.index[:, None] == workers.gather(batch.index)[None, :]).scatter(1, own[:, None], False)
+        logits = (z @ everyone.T).masked_fill(~valid[None, :] | again, -1e4)
         return (nnf.cross_entropy(logits, own, reduction="none") * there).sum() / there.sum().clamp(min=1)
 
     def _diversity(self, p: Passed) -> Tensor:

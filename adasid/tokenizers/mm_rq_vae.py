@@ -29,21 +29,22 @@ class MmRqVae(RqVaePlus):
         if self.mm.reconstruction == "mse":
             return super().reconstruction(passed, x, batch)
         decoded = self.decoded({kind: p.straight for kind, p in passed.items()})
-        return torch.stack([mmd(y[batch.present[m]], x[m][batch.present[m]]) for m, y in decoded.items() if batch.present[m].any()]).sum()
+        return torch.stack([mmd(y[batch.present[m]], x[m][batch.present[m]]) for m, y in decoded.items()]).sum()
 
     def added(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
         """Each content modality's z_q against behaviour's, for the items that have both."""
         target, losses = passed[BEHAVIOR], [batch.richness.new_zeros(())]
         everyone, valid = workers.gather_with_gradient(target.straight), workers.gather(target.there.to(torch.uint8)).bool()
+        items = (batch.index, workers.gather(batch.index))
         own = torch.arange(len(batch), device=valid.device) + workers.rank * len(batch)
         for kind, p in passed.items():
             both = p.there & target.there
             if kind == BEHAVIOR:
                 continue
             if self.mm.alignment == "contrastive":
-                each = info_nce(p.straight, everyone, own, self.mm.temperature, valid)
+                each = info_nce(p.straight, everyone, own, self.mm.temperature, valid, items)
                 losses.append((each * both).sum() / both.sum().clamp(min=1))
-            elif both.any():
+            else:
                 losses.append(mmd(target.straight[both], p.straight[both]))
         loss = torch.stack(losses).sum()
         return self.mm.alignment_weight * loss, {"alignment": float(loss.detach())}

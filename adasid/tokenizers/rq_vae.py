@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adasid import config
+from adasid.errors import InputError
 from adasid.experts import mlp
 from adasid.quantizers.residual import Residual, ResidualCodebooks, residual_loss
 from adasid.tables import PAD
@@ -86,7 +87,12 @@ class _Residual(TrainedTokenizer):
                 found[kind].append(p.z[p.there])
         for kind, parts in found.items():
             books = self.tower(kind).codebooks
-            books.initialise(workers.gather_ragged(torch.cat(parts)), self.settings.kmeans_rounds, generator)
+            latents = workers.gather_ragged(torch.cat(parts))
+            if not len(latents):
+                raise InputError(
+                    f"tokenizer.kmeans_samples {self.settings.kmeans_samples}: none of these items has {kind!r}; raise it, or leave the modality out"
+                )
+            books.initialise(latents, self.settings.kmeans_rounds, generator)
             workers.broadcast(books.weight.data)
         self.quantizing.fill_(True)
 
@@ -106,7 +112,7 @@ class _Residual(TrainedTokenizer):
         for loss, figures in extra:
             total, parts = total + loss, {**parts, **figures}
         if self.quantizing:
-            codebook = torch.stack([residual_loss(p.quantized, p.there, s.commitment) for p in passed.values()]).sum()
+            codebook = self.quantization(passed)
             total = total + s.codebook_weight * codebook
             parts["codebook"] = float(codebook.detach())
             for kind, p in passed.items():
@@ -114,6 +120,10 @@ class _Residual(TrainedTokenizer):
                 books.used += workers.sum(books.count(p.quantized.codes, p.there))
             self._last = passed
         return Losses(total, {"loss": float(total.detach()), **parts})
+
+    def quantization(self, passed: dict[str, Passed]) -> Tensor:
+        """L_rq of all towers."""
+        return torch.stack([residual_loss(p.quantized, p.there, self.settings.commitment) for p in passed.values()]).sum()
 
     def balanced(self) -> tuple[float, int] | None:
         """Sinkhorn assignment of the last level in training."""

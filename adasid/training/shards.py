@@ -84,8 +84,11 @@ class Shard:
     ``widths``: modality -> width; ``item_index`` [rows], ascending. ``len`` and :meth:`scan` are of the worker's own items.
     """
 
-    def __init__(self, read: Read, modalities: Iterable[str], in_memory: int = _IN_MEMORY, pairs: Pairs | None = None) -> None:
-        """``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches, in any order; it is called twice.
+    def __init__(
+        self, read: Read, modalities: Iterable[str], in_memory: int = _IN_MEMORY, pairs: Pairs | None = None, everyone: Read | None = None
+    ) -> None:
+        """``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches, in any order, and is called several times;
+        ``everyone``: the rows of all workers, of which only the first ones are read, to learn the widths.
 
         Raises InputError for an empty catalogue, a modality that no item has, or two widths of one modality.
         """
@@ -99,7 +102,8 @@ class Shard:
         self._vectors: dict[str, NDArray[np.float32]] = {}
         self._present = {m: np.zeros(len(self._rows), bool) for m in modalities}
         self._richness = np.zeros(len(self._rows), np.float32)
-        self.widths = self._find_widths(read, modalities)
+        self._loaded = np.zeros(len(self._rows), bool)
+        self.widths = find_widths(everyone or read, modalities)
         self._allocate(in_memory)
         self._load(read, modalities, self.item_index, 0)
         if pairs:
@@ -137,11 +141,14 @@ class Shard:
                 self._vectors[m][place] = batch.vectors[m].numpy()
                 self._present[m][place] = batch.present[m].numpy()
             self._richness[place] = batch.richness.numpy()
+            self._loaded[place] = True
 
     def _link(self, pairs: Pairs) -> None:
-        """Partners of each own row as positions, in compressed rows."""
-        order = np.argsort(pairs.items, kind="stable")
-        items, partners = pairs.items[order], pairs.partners[order]
+        """Partners of each own row as positions, in compressed rows; pairs of items without features are left out."""
+        known = np.isin(pairs.items, self.item_index) & np.isin(pairs.partners, self._rows[self._loaded])
+        items, partners = pairs.items[known], pairs.partners[known]
+        order = np.argsort(items, kind="stable")
+        items, partners = items[order], partners[order]
         self._offsets = np.concatenate([np.searchsorted(items, self.item_index), [len(items)]])
         sorter = np.argsort(self._rows, kind="stable")
         self._partner = sorter[np.searchsorted(self._rows, partners, sorter=sorter)]
@@ -155,15 +162,16 @@ class Shard:
             else:
                 self._vectors[m] = np.zeros((len(self._rows), width), np.float32)
 
-    @staticmethod
-    def _find_widths(read: Read, modalities: tuple[str, ...]) -> dict[str, int]:
-        widths: dict[str, int] = {}
-        for modality in modalities:
-            for rows in read([modality]):
-                lengths = rows.column(0).drop_null().value_lengths()
-                if len(lengths):
-                    widths[modality] = int(lengths[0].as_py())
-                    break
-            else:
-                raise InputError(f"item_features.{modality}: no item has this modality; leave it out of the tokenizer, or bring the embeddings")
-        return widths
+
+def find_widths(read: Read, modalities: Iterable[str]) -> dict[str, int]:
+    """Width of each modality, from the first item that has it. Raises InputError where none does."""
+    widths: dict[str, int] = {}
+    for modality in modalities:
+        for rows in read([modality]):
+            lengths = rows.column(0).drop_null().value_lengths()
+            if len(lengths):
+                widths[modality] = int(lengths[0].as_py())
+                break
+        else:
+            raise InputError(f"item_features.{modality}: no item has this modality; leave it out of the tokenizer, or bring the embeddings")
+    return widths

@@ -51,9 +51,10 @@ class TokenizerTraining:
         kept = [p for p in tokenizer.parameters() if p in plain]
         groups = [{"params": decayed, "weight_decay": self.settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, fused=True) if self.epochs else None
-        self.share = max(1, self.settings.batch // workers.world // (2 if self.pairs else 1))
+        rows = max(1, self.settings.batch // workers.world)
         largest = int(workers.gather(torch.tensor([len(shard)], device=self.device)).max())
-        self.steps = -(-largest // self.share)
+        self.steps = -(-largest // rows)
+        self.share = max(1, rows // 2) if self.pairs else rows  # a batch of pairs is half partners: as many steps and rows an epoch as without
         self.waited = 0.0
 
     def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> list[dict[str, float]]:
@@ -101,7 +102,7 @@ class TokenizerTraining:
         started, waited = time.monotonic(), 0.0
         random = np.random.default_rng([self.seed, epoch, self.workers.rank])
         order = random.permutation(len(self.shard))
-        order = np.resize(order, self.steps * self.share)
+        order = np.resize(order, self.steps * self.share)  # of pairs, half the items are asked about in an epoch
         self.tokenizer.train()
         self.tokenizer.start_epoch(self._generator(-epoch))
         sums: dict[str, float] = {}

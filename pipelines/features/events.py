@@ -20,7 +20,7 @@ from pipelines.features.ranks import Ranked
 from pipelines.features.statistics import item_stats, popularity
 
 _OUTPUTS = ("item_stats", "user_stats", "ranking_samples", "sequences")
-_LATER = {"norm_percentiles", "proxy_min_spearman", "pairs"}  # settings of the second part, and of item_pairs
+_LATER = {"content", "norm_percentiles", "proxy_min_spearman", "pairs"}  # modalities(), settings of the second part, and of item_pairs
 
 
 class Checked(NamedTuple):

@@ -25,8 +25,7 @@ def build(cfg: Config, track: Track, required: bool) -> bool:
     lake, trained = track.lake, cfg.behavior.source == "sasrec"
     if trained and not lake.exists(EMBEDDINGS):
         return _wait(track, required, f"table {EMBEDDINGS} does not exist yet")
-    versions = lake.versions("items", "item_stats", *([EMBEDDINGS] if trained else []))
-    mark = digest("items", cfg.features.norm_percentiles, cfg.features.proxy_min_spearman, modalities(cfg), lake.stamps(versions))
+    versions, mark = _reads(cfg, lake), _mark(cfg, lake)
     if lake.fresh(mark, "item_features", "catalog_stats"):
         return False
     spark = session(cfg.spark)
@@ -42,6 +41,20 @@ def build(cfg: Config, track: Track, required: bool) -> bool:
     finally:
         spark.catalog.clearCache()
     return True
+
+
+def check(cfg: Config, lake: Lake) -> None:
+    """Raise InputError unless ``item_features`` was made of today's ``item_stats``, so that an item has one index in all tables."""
+    if not lake.fresh(_mark(cfg, lake), "item_features"):
+        raise InputError("item_features is of other items or settings than item_stats and this run's config: run jobs/build_features.py again")
+
+
+def _reads(cfg: Config, lake: Lake) -> dict[str, int]:
+    return lake.versions("items", "item_stats", *([EMBEDDINGS] if cfg.behavior.source == "sasrec" else []))
+
+
+def _mark(cfg: Config, lake: Lake) -> str:
+    return digest("items", cfg.features.norm_percentiles, cfg.features.proxy_min_spearman, modalities(cfg), lake.stamps(_reads(cfg, lake)))
 
 
 def _wait(track: Track, required: bool, why: str) -> bool:

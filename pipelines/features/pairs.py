@@ -13,6 +13,8 @@ from pyspark.sql import functions as F
 
 from adasid import tables
 from adasid.config import Config, Pairs, digest
+from adasid.errors import InputError
+from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
 from pipelines.engines.tracking import Track
 
@@ -24,7 +26,7 @@ def build(cfg: Config, track: Track) -> bool:
     """Write ``item_pairs`` unless it is up to date; whether anything was done."""
     lake, settings = track.lake, cfg.features.pairs
     versions = lake.versions(_SAMPLES, "item_stats")
-    mark = digest("pairs", settings.model_dump(mode="json"), lake.stamps(versions))
+    mark = _mark(cfg, lake)
     if lake.fresh(mark, TABLE):
         return False
     spark = session(cfg.spark)
@@ -37,6 +39,16 @@ def build(cfg: Config, track: Track) -> bool:
     track.metrics({"item_pairs": pairs, "paired_items": share})
     track.facts.update({"pairs": pairs, "items with pairs": round(share, 3)})
     return True
+
+
+def check(cfg: Config, lake: Lake) -> None:
+    """Raise InputError unless ``item_pairs`` was made of today's events, with today's settings."""
+    if not lake.fresh(_mark(cfg, lake), TABLE):
+        raise InputError(f"table {TABLE} is not there, or of other events or settings than this run's: run jobs/build_features.py again")
+
+
+def _mark(cfg: Config, lake: Lake) -> str:
+    return digest("pairs", cfg.features.pairs.model_dump(mode="json"), lake.stamps(lake.versions(_SAMPLES, "item_stats")))
 
 
 def mine(events: DataFrame, settings: Pairs) -> DataFrame:

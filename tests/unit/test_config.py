@@ -75,3 +75,38 @@ def test_digest_changes_with_any_part():
     assert config.digest(a) == config.digest(config.Config())
     assert config.digest(a.tokenizer, 1) != config.digest(a.tokenizer, 2)
     assert config.digest(a.tokenizer) != config.digest(a.tokenizer.model_copy(update={"codebook_size": 101}))
+
+
+def test_a_section_given_in_part_keeps_the_tokenizers_own_defaults():
+    ada = config.build({"tokenizer": {"name": "ada-sid", "router": {"hidden": 32}}}).tokenizer
+    assert (ada.router.hidden, ada.router.sparsity, ada.router.item_weight) == (32, 0.4, 0.1)
+    adasid = config.build({"tokenizer": {"name": "adasid", "contrast": {"temperature": 0.1}, "repulsion": {"margin": 1.5}}}).tokenizer
+    assert (adasid.contrast.weight, adasid.contrast.progress, adasid.contrast.temperature) == ((0.0, 0.1), (0.1, 0.9), 0.1)
+    assert (adasid.repulsion.kind, adasid.repulsion.margin) == ("adaptive", 1.5)
+    other = config.build({"tokenizer": {"name": "adasid", "repulsion": {"kind": "hamr", "radius": 1}}}).tokenizer
+    assert (other.repulsion.kind, other.repulsion.full_margin) == ("hamr", 0.8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tokenizer": {"name": "rqvae"}}, ["tokenizer.name is 'rqvae'", "'rq-vae'"]),
+        ({"tokenizer": {"name": "rq-vae", "levls": 3}}, ["unknown key 'tokenizer.levls'", "'tokenizer.levels'"]),
+        (
+            {"features": {"content": ["text"]}, "tokenizer": {"name": "opq", "content": ["visual"]}},
+            ["tokenizer (opq) reads 'visual'", "features.content"],
+        ),
+        ({"tokenizer": {"name": "opq", "width": 100}}, ["tokenizer.width 100 is not a multiple of tokenizer.levels 6"]),
+        ({"tokenizer": {"name": "opq", "engine": "faiss"}}, ["codebook_size 100 is not a power of two"]),
+        ({"tokenizer": {"repulsion": {"kind": "adaptive", "margin": 0.5}}}, ["repulsion.margin 0.5 must be above 1 - 0.18"]),
+        ({"tokenizer": {"contrast": {"progress": [0.5, 0.5]}}}, ["contrast.progress (0.5, 0.5) must rise"]),
+        ({"tokenizer": {"name": "mm-rq-vae", "levels": {"text": 2}}}, ["lacks 'behavior'"]),
+        ({"tokenizer": {"name": "rq-kmeans", "levels": {"text": 2}, "aligner": {}}}, ["tokenizer.aligner", "give a number"]),
+        ({"compare": {"tokenizers": {"a": {"name": "rq-vae"}}, "more_seeds": {"b": [1]}}}, ["compare.more_seeds.b"]),
+    ],
+)
+def test_what_a_tokenizer_section_may_not_say(settings, words):
+    with pytest.raises(ConfigError) as error:
+        config.build(settings)
+    for word in words:
+        assert word in str(error.value)

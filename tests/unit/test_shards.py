@@ -115,3 +115,13 @@ def test_an_item_without_partners_is_its_own():
     assert batch.index[3].item() == 2
     assert batch.index[4].item() in {7, 9}
     assert batch.index[5].item() == 49
+
+
+def test_pairs_of_items_without_features_are_left_out():
+    table, _ = catalogue(items=5)
+    own, other = table.slice(0, 3), table.slice(4, 1)
+    pairs = Pairs(np.array([0, 1, 3, 3, 2]), np.array([4, 9, 0, 4, 4]), lambda columns: other.select(columns).to_batches())
+    data = Shard(lambda columns: own.select(columns).to_batches(), ("text",), pairs=pairs)
+    batch = data.take_pairs(np.arange(3), np.random.default_rng(0))
+    assert batch.index.tolist() == [0, 1, 2, 4, 1, 4]
+    assert batch.paired.tolist() == [True, False, True]

@@ -1,0 +1,134 @@
+"""The same chain in one process, without Ray: repeated, refused, compared, killed."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from adasid.config import load
+from adasid.errors import InputError
+from adasid.tokenizers import artifact
+from pipelines import chain, cli, compare
+from pipelines import sids as sids_stage
+from tests.end_to_end.running import ITEMS, config_file, killed, lake_of, run_stage, sids
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("chain")
+
+
+@pytest.fixture(scope="module")
+def in_process(folder, spark):
+    """The same chain in this process, without Ray."""
+    path = config_file(folder, "alone")
+    chain.run(load(path))
+    return path
+
+
+def test_the_same_seed_gives_the_same_sids(in_process, folder, spark):
+    chain.run(load(config_file(folder, "again")))
+    assert sids(lake_of(folder, "alone")).equals(sids(lake_of(folder, "again")))
+    assert lake_of(folder, "alone").stamp("sids") == lake_of(folder, "again").stamp("sids")
+
+
+def test_a_failed_gate_publishes_nothing(in_process, folder, capsys):
+    lake = lake_of(folder, "alone")
+    before = lake.versions("sids", "generations")
+    arguments = ["--config", str(in_process), "--set", "sids.gates.max_group=1", "--set", "sids.gates.max_collision=0.0"]
+    assert cli.run(cli.choose(arguments, "write_sids"), cli.stage("sids", sids_stage.run)) == 4
+    told = capsys.readouterr().err
+    assert "largest group is" in told
+    assert "live generation is unchanged" in told
+    assert lake.versions("sids", "generations") == before
+
+
+def test_an_artifact_from_other_features_is_refused(in_process, tmp_path):
+    settings = load(in_process).tokenizer
+    other = artifact.write(tmp_path, artifact.build(settings, {"text": 10, "visual": 12, "behavior": 16}), settings, {})
+    with pytest.raises(InputError, match=f"item_features.text has width 16 but the tokenizer {other['digest']} was trained on 10"):
+        run_stage(load(in_process, [f"sids.artifact={tmp_path}"]), "sids")
+
+
+def test_tokenizers_are_compared_and_a_second_run_trains_nothing(in_process, capsys):
+    small = {"codebook_size": 16, "hidden": [24], "training": {"epochs": 15, "batch": 128, "lr": 0.003}}
+    chosen = {
+        "rq-vae": {"name": "rq-vae", "levels": 3, **small},
+        "quasid": {"name": "quasid", "levels": 3, **small},
+        "rq-kmeans, by modality": {"name": "rq-kmeans", "codebook_size": 16, "levels": {"text": 2, "behavior": 1}},
+        "random": {"name": "random", "codebook_size": 16, "levels": 3},
+    }
+    cfg = load(in_process, [f"compare.tokenizers={json.dumps(chosen)}", "compare.more_seeds={rq-vae: [18]}"])
+    client = MlflowClient(f"sqlite:///{cfg.run_dir.resolve()}/mlflow.db")
+
+    def cells():
+        with chain.tracking.stage(cfg, "compare") as track:
+            compare.run(cfg, track)
+        experiment = client.get_experiment_by_name("adasid").experiment_id
+        return sorted(run.info.run_name for run in client.search_runs([experiment]) if run.info.run_name.startswith("compare "))
+
+    first = cells()
+    assert first == ["compare quasid, seed 17", "compare random, seed 17", "compare rq-kmeans, by modality, seed 17"] + [
+        f"compare rq-vae, seed {seed}" for seed in (17, 18)
+    ]
+    printed = capsys.readouterr().out
+    assert "FVU text" in printed
+    assert "rq-kmeans, by modality" in printed
+    with (cfg.run_dir / "report" / "tokenizers" / "cells.csv").open() as file:
+        rows = {(row["label"], row["seed"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 5
+    for (label, _), row in rows.items():
+        assert int(row["items"]) == ITEMS
+        assert (float(row["readout_text"]) > 0.95) == (label == "random")
+        assert (float(row["agreement"]) < 0.25) == (label == "random")
+    assert rows["rq-vae", "17"]["artifact"] != rows["rq-vae", "18"]["artifact"]
+    page = (cfg.run_dir / "report" / "tokenizers" / "index.html").read_text()
+    assert page.count("data:image/png;base64") == 2
+    assert "±" in page
+    assert cells() == first, "a cell that has its result is not run again"
+
+
+def test_a_trainer_killed_in_mid_run_resumes_and_ends_as_it_would_have(in_process, folder):
+    run = folder / "runs" / "alone" / "artifacts" / "tokenizer"
+    (whole,) = run.iterdir()
+    expected = artifact.read_manifest(whole / "model")["digest"]
+    whole.rename(folder / "kept")
+    try:
+        checkpoints = whole / "checkpoints"
+        alive = killed(["jobs/train.py", "--config", str(in_process), "--stage", "tokenizer"], lambda: len(list(checkpoints.glob("step-*"))) >= 2)
+        assert alive, "the job ended before it could be killed: make the training longer"
+        assert not (whole / "model").exists()
+        reached = max(int(p.name[5:]) for p in checkpoints.glob("step-*"))
+        assert 0 < reached < 40
+        run_stage(load(in_process), "tokenizer")
+        assert artifact.read_manifest(whole / "model")["digest"] == expected
+    finally:
+        if not (whole / "model").exists():
+            (folder / "kept").rename(whole)
+
+
+def test_write_sids_killed_twice_and_run_again_loses_and_doubles_nothing(in_process, folder):
+    lake = lake_of(folder, "alone")
+    expected, version, generations = sids(lake), lake.version("sids"), lake.read("generations").num_rows
+    model = next((load(in_process).run_dir / "artifacts" / "tokenizer").iterdir()) / "model"
+    table = Path(lake.path("sids"))
+    files = len(list(table.glob("*.parquet")))
+    # other thresholds make it a new publication of the same codes
+    changes = ["sids.gates.max_group=900", f"sids.artifact={model}"]
+    moments = (
+        lambda: len(list(table.glob("*.parquet"))) > files,  # the first data file
+        lambda: (table / "_delta_log" / f"{version + 1:020d}.json").exists(),  # the table's commit, before the generation's
+    )
+    for ready in moments:
+        arguments = [argument for change in changes for argument in ("--set", change)]
+        assert killed(["jobs/write_sids.py", "--config", str(in_process), *arguments], ready), "the job ended before it could be killed"
+        assert sids(lake).equals(expected), "readers see a whole table"
+    for again, settings in enumerate((load(in_process, changes), load(in_process)), start=1):
+        run_stage(settings, "sids")  # first what was cut off, then what was live before it: both are publications
+        assert sids(lake).equals(expected)
+        assert lake.version("sids") == version + again
+        assert sorted(lake.read("generations")["generation"].to_pylist()) == list(range(1, generations + again + 1))
+        run_stage(settings, "sids")
+        assert lake.version("sids") == version + again

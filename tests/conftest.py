@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adasid.config import Config, build
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in two processes: more threads than cores only wait for each other
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from adasid.report import style
 from adasid.report.page import Page, Plot, Section, Table
 from adasid.report.words import DASH, count, number, plural, seconds, share
+from adasid.tables import BEHAVIOR
 
 Row = dict[str, Any]
 
@@ -29,7 +30,7 @@ _COST = (("seconds", "Training", seconds), ("parameters", "Parameters", count))
 def build(name: str, rows: Sequence[Row]) -> Page:
     """The page of a comparison. ``rows``: one a cell (tokenizer and seed)."""
     groups, modalities = grouped(rows), _modalities(rows)
-    titles = {m: f"{m.capitalize()}" for m in modalities}
+    titles = {m: "Behaviour" if m == BEHAVIOR else m.capitalize() for m in modalities}
     readout = [(f"readout_{m}", titles[m], lambda v: number(v, 3)) for m in modalities]
     own = [(f"own_{m}", titles[m], lambda v: number(v, 3)) for m in modalities]
     kinds = [("agreement", "All items", share), ("agreement_tail", "Tail and cold", share)]
@@ -42,13 +43,20 @@ def build(name: str, rows: Sequence[Row]) -> Page:
             plots=[
                 Plot(
                     "readout",
-                    _bars(groups, [(key, title) for key, title, _ in readout]),
+                    _bars("Unexplained variance, linear readout", groups, [(key, title) for key, title, _ in readout]),
                     "Bars of unexplained variance by method.",
                     "Shorter is better.",
                 )
             ]
             + (
-                [Plot("agreement", _bars(groups, [(k, t) for k, t, _ in kinds]), "Bars of neighbour agreement by method.", "Longer is better.")]
+                [
+                    Plot(
+                        "agreement",
+                        _bars("Share of neighbours of the same category", groups, [(k, t) for k, t, _ in kinds]),
+                        "Bars of neighbour agreement by method.",
+                        "Longer is better.",
+                    )
+                ]
                 if any("agreement" in row for row in rows)
                 else []
             ),
@@ -63,7 +71,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
     ]
     seeds = sorted({len(group) for group in groups.values()})
     said = [
-        f"{plural(len(groups), 'tokenizer')} on the same {count(rows[0]['items'])} items; {' to '.join(map(str, seeds))} seed(s) each. "
+        f"{plural(len(groups), 'tokenizer')} on the same {count(rows[0]['items'])} items; {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} {'seed' if seeds == [1] else 'seeds'} each. "
         "A figure after ± is the standard deviation over seeds."
     ]
     return Page(f"Tokenizers compared: {name}", said, [], [], sections, f"Comparison of run {name}.")
@@ -102,18 +110,17 @@ def _table(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str
 
 
 @style.styled
-def _bars(groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]]) -> Figure:
+def _bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]]) -> Figure:
     """Horizontal bars, a group of them a method, one a column; whiskers are the range over seeds."""
-    figure, (axes,) = style.canvas("", 0.6 + 0.13 * (len(columns) + 1) * len(groups))
-    figure.suptitle("")
+    figure, (axes,) = style.canvas(title, 0.8 + 0.13 * (len(columns) + 1) * len(groups))
     height = 0.8 / len(columns)
-    for place, (key, title) in enumerate(columns):
+    for place, (key, name) in enumerate(columns):
         values = [[row[key] for row in group if row.get(key) is not None] or [np.nan] for group in groups.values()]
         middle = np.array([np.mean(v) for v in values])
         whiskers = np.array([[m - min(v), max(v) - m] for m, v in zip(middle, values)]).T
         at = np.arange(len(groups)) + (place - (len(columns) - 1) / 2) * height
         axes.barh(
-            at, np.minimum(middle, 1.5), height, xerr=whiskers, label=title, color=style.PALETTE[place % len(style.PALETTE)], error_kw={"lw": 0.8}
+            at, np.minimum(middle, 1.5), height, xerr=whiskers, label=name, color=style.PALETTE[place % len(style.PALETTE)], error_kw={"lw": 0.8}
         )
     axes.set_yticks(np.arange(len(groups)), list(groups))
     axes.set_xlim(0, None)

@@ -36,12 +36,7 @@ _PAIR = pa.schema([(name, pa.int64()) for name in ("item_index", "partner_index"
 
 def behavior(payload: dict[str, Any]) -> None:
     """SASRec: ``result.safetensors`` (embeddings and norms of all items) and ``result.json``."""
-    cfg, workers, lake, folder = (
-        Config.model_validate(payload["config"]),
-        Workers.current(),
-        Lake(payload["lake"], {}),
-        Path(payload["folder"]),
-    )
+    cfg, workers, lake, folder = _opened(payload)
     read = payload["read"]
     columns = ["user_id", "history", "target"]
     histories = {
@@ -64,12 +59,7 @@ def behavior(payload: dict[str, Any]) -> None:
 
 def tokenizer(payload: dict[str, Any]) -> None:
     """The tokenizer: its artifact in ``model``."""
-    cfg, workers, lake, folder = (
-        Config.model_validate(payload["config"]),
-        Workers.current(),
-        Lake(payload["lake"], {}),
-        Path(payload["folder"]),
-    )
+    cfg, workers, lake, folder = _opened(payload)
     version, settings = payload["read"]["item_features"], cfg.tokenizer
     mine = _modulo("item_index", workers) if workers.world > 1 else None
     shard = Shard(
@@ -115,6 +105,10 @@ def _modulo(column: str, workers: Workers) -> pc.Expression:
     """Rows whose ``column`` modulo the number of workers is this worker's rank."""
     field = pc.field(column)
     return pc.subtract(field, pc.multiply(pc.divide(field, workers.world), workers.world)) == workers.rank
+
+
+def _opened(payload: dict[str, Any]) -> tuple[Config, Workers, Lake, Path]:
+    return Config.model_validate(payload["config"]), Workers.current(), Lake(payload["lake"], {}), Path(payload["folder"])
 
 
 def _report(payload: dict[str, Any], workers: Workers) -> Callable[[list[dict[str, float]]], None]:

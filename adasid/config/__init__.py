@@ -4,38 +4,31 @@ shows them all and a test keeps the two equal. An unknown key, a wrong type or a
 """
 
 from adasid.config.base import Names, Section, Share, Sizes
+from adasid.config.parts import Adaptive, Contrast, Controller, Hamr, Repulsion, Revival, Router, Training
 from adasid.config.render import render_base
 from adasid.config.sources import AmazonSource, ArraysSource, Source, Synthetic, TablesSource
 from adasid.config.stages import Behavior, Categories, Compare, Features, Gates, Pairs, Ray, Sids, Spark, Tracking
 from adasid.config.tokenizers import (
     TOKENIZERS,
-    Adaptive,
     AdaptiveSid,
     AdaSid,
     AdcSid,
     Aligner,
     AnyTokenizer,
-    Contrast,
-    Controller,
     Das,
     Experts,
     Fitted,
-    Hamr,
     ItemId,
     Letter,
     MmRqVae,
     Opq,
     QuaSid,
     RandomSid,
-    Repulsion,
-    Revival,
-    Router,
     RqKmeans,
     RqVae,
     RqVaePlus,
     TokenizerSettings,
     Trained,
-    Training,
 )
 from adasid.config.whole import Config, build, digest, load
 

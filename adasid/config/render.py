@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from adasid.config.tokenizers import TOKENIZERS, Adaptive, Hamr
+from adasid.config.parts import Adaptive, Hamr
+from adasid.config.tokenizers import TOKENIZERS
 from adasid.config.whole import Config, section_of
 
 

@@ -287,7 +287,8 @@ def _lines(axes: Axes, rows: Sequence[Row], names: Mapping[str, str], positive: 
 def losses(rows: Sequence[Row]) -> Figure:
     """Total loss and its parts, on a log axis where they differ much; a part that stays below a thousandth of the largest value is left out."""
     figure, (axes,) = canvas("Tokenizer: losses")
-    names = {"loss": "total", "reconstruction": "reconstruction", "codebook": "codebook", "alignment": "alignment", "routing": "routing"}
+    parts = ("reconstruction", "codebook", "alignment", "routing", "repulsion", "contrast", "collaborative", "diversity")
+    names = {"loss": "total", **{part: part for part in parts}}
     tops = {key: series(rows, key)[1].max(initial=0) for key in names}
     floor = max(tops.values()) / 1000
     _lines(axes, rows, {key: label for key, label in names.items() if tops[key] > floor}, positive=True)

@@ -51,7 +51,7 @@ TOKENIZERS = {
     "item-id": config.ItemId(codebook_size=8),
     "random": config.RandomSid(codebook_size=8, levels=3),
 }
-CONTROLS, MIXTURES = ("item-id", "random"), ("adc-sid", "ada-sid")
+CONTROLS = ("item-id", "random")
 
 
 def data_of(settings, table, cluster, workers=Workers()):
@@ -134,8 +134,8 @@ def test_planted_clusters_are_recovered(trained):
     if settings.name in CONTROLS:
         assert best < 0.1
     else:
-        # as many codes as clusters: an encoder that has two of them merged at the k-means start comes to .81
-        assert best > (0.5 if settings.name == "opq" else 0.75 if hasattr(settings, "commitment") and settings.name not in MIXTURES else 0.9)
+        # as many codes as clusters: a k-means start that merges two of them comes to .81; OPQ spreads clusters over its slots
+        assert best > {"opq": 0.5, "das": 0.8, "rq-vae++": 0.8, "mm-rq-vae": 0.8}.get(settings.name, 0.9)
 
 
 def test_no_codebook_dies_and_training_lowers_the_loss(trained):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,9 @@ from adasid.errors import InputError
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import Track
 
+_READ_THROUGH = 2**28
+"""Bytes up to which a local file is known by its content."""
+
 _CHUNK, _TASKS = 10_000, 256
 """Items made by one task, at least; tasks that make items, at most."""
 
@@ -38,8 +42,8 @@ _ROUNDS = 5
 def run(cfg: Config, track: Track) -> None:
     """Write ``items``, ``interactions`` and, for the synthetic source, ``truth``; unparsable lines of Amazon files go to ``rejected_rows``.
 
-    Nothing is written where the tables already come from the same settings and the same source files (size and time of
-    change; version of a Delta table). Raises InputError for a missing or unreadable file, column or modality.
+    Nothing is written where the tables already come from the same settings and the same source files (see ``_fingerprint``). Raises
+    InputError for a missing or unreadable file, column or modality.
     """
     spark = engine.session(cfg.spark)
     modalities = _modalities(cfg)
@@ -109,7 +113,8 @@ def _inputs(cfg: Config) -> dict[str, tuple[str, str]]:
 
 
 def _fingerprint(spark: SparkSession, key: str, path: str, form: str) -> list[Any]:
-    """What changes with the content of a source: id and version of a Delta table, else name, size and time of change of each file."""
+    """What changes with the content of a source: id and version of a Delta table, else each file's name, size and content (of a local file
+    of up to 256 MiB) or time of change. A copy with the same content is the same source."""
     if form == "delta":
         try:
             table = DeltaTable(path)
@@ -119,9 +124,13 @@ def _fingerprint(spark: SparkSession, key: str, path: str, form: str) -> list[An
     try:
         target = spark._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
         files, found = target.getFileSystem(spark._jsc.hadoopConfiguration()).listFiles(target, True), []
+        root = target.getFileSystem(spark._jsc.hadoopConfiguration()).makeQualified(target).getParent().toUri().toString()
         while files.hasNext():
             file = files.next()
-            found.append([file.getPath().toString(), file.getLen(), file.getModificationTime()])
+            uri, size = file.getPath().toUri(), file.getLen()
+            local = uri.getScheme() == "file" and size <= _READ_THROUGH
+            mark = hashlib.sha256(Path(uri.getPath()).read_bytes()).hexdigest() if local else file.getModificationTime()
+            found.append([uri.toString().removeprefix(root), size, mark])
     except (Py4JJavaError, PySparkException) as error:
         problem = "does not exist" if "FileNotFound" in _line(error) else f"cannot be listed ({_line(error)})"
         raise InputError(f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -146,6 +147,8 @@ def test_a_changed_file_is_read_again(make_config, tmp_path, monkeypatch):
     parquet(tmp_path / "e.parquet", **EVENTS)
     cfg = tables_config(make_config, "i.parquet", "e.parquet")
     assert [ingested(cfg).status, ingested(cfg).status] == ["done", "up to date"]
+    os.utime(tmp_path / "i.parquet", (1, 1))
+    assert ingested(cfg).status == "up to date"
     parquet(tmp_path / "i.parquet", item_id=["x", "y"], text=[[1.0], [2.0]])
     assert ingested(cfg).facts["items"] == 2
 

@@ -16,12 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import torch
+import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from pyspark import StorageLevel
 
 from adasid.config import Categories, Config, digest
 from adasid.errors import InputError
-from adasid.metrics.probes import Readout, agreement
+from adasid.metrics.probes import Readout, agreement, shared_cosine
 from adasid.report import comparison, page
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
@@ -102,14 +104,20 @@ def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, 
         if not rows.num_rows:
             continue
         batch = batch_of(rows, widths)
-        codes, _, active = tokenizer.encode(batch_of(rows, tokenizer.widths))
-        codes = codes.masked_fill(~active, PAD)
+        emitted, _, active = tokenizer.encode(batch_of(rows, tokenizer.widths))
+        codes = emitted.masked_fill(~active, PAD)
         probe.add(codes, batch.index // step, batch.vectors, batch.present)
         kind = np.array([kinds.get(item, -1) for item in rows.column("item_id").to_pylist()] if kinds else np.full(len(rows), -1), np.int64)
-        parts.append((codes.numpy(), kind, rows.column("stratum").to_numpy(zero_copy_only=False)))
+        content = nnf.normalize(torch.cat([nnf.normalize(batch.vectors[m], dim=1) for m in cfg.features.content], 1), dim=1)
+        slots = active[:, [slot.kind == BEHAVIOR for slot in tokenizer.slots]].double().mean(1)
+        stratum = rows.column("stratum").to_numpy(zero_copy_only=False)
+        parts.append((codes.numpy(), kind, stratum, emitted.numpy(), content.numpy(), slots.numpy()))
+    codes_, kind_, stratum, emitted_, content_, active_ = (np.concatenate(part) for part in zip(*parts))
     found: Row = {f"readout_{m}": value for m, value in probe.unexplained().items()}
+    found["shared_cosine"] = shared_cosine(emitted_, content_)
+    if (active_ < 1).any():
+        found |= {f"active_{name}": float(active_[stratum == name].mean()) for name in ("head", "tail")}
     if kinds:
-        codes_, kind_, stratum = (np.concatenate(part) for part in zip(*parts))
         everyone = np.unique(np.linspace(0, len(kind_) - 1, min(cfg.compare.queries, len(kind_))).round().astype(np.int64))
         tail = np.flatnonzero(np.isin(stratum, ("tail", "cold")))
         found["agreement"] = agreement(codes_, kind_, everyone, cfg.compare.neighbours)

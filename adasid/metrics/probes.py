@@ -88,3 +88,20 @@ def agreement(codes: NDArray[np.int32], kinds: NDArray[np.int64], queries: NDArr
         same = kind[part][:, None] == kind[None, :]
         total += float(((above + tied * room) * same).sum()) / neighbours
     return total / len(rows) if len(rows) else float("nan")
+
+
+def shared_cosine(codes: NDArray[np.int32], vectors: NDArray[np.float32]) -> float:
+    """Mean cosine of the pairs of items that share all codes; NaN where no two do. ``codes`` [M, L], ``vectors`` [M, D] of unit norm.
+
+    The unit vectors of a group of n sum to S; its n (n - 1) ordered pairs have |S|^2 - n as the sum of their cosines.
+    """
+    group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
+    size = np.bincount(group)
+    crowded = np.flatnonzero(size[group] > 1)
+    if not len(crowded):
+        return float("nan")
+    found, place = np.unique(group[crowded], return_inverse=True)
+    sums = np.zeros((len(found), vectors.shape[1]))
+    np.add.at(sums, place, vectors[crowded])
+    n = size[found].astype(np.float64)
+    return float(((sums**2).sum(1) - n).sum() / (n * (n - 1)).sum())

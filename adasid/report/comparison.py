@@ -23,6 +23,7 @@ _CODES = (
     ("collision_items", "Not unique", lambda v: share(v, 2)),
     ("collision_distinct", "(M − distinct)/M", lambda v: share(v, 2)),
     ("largest_group", "Largest group", lambda v: number(v, 0)),
+    ("shared_cosine", "Cosine in a group", lambda v: number(v, 2)),
 )
 _COST = (("seconds", "Training", seconds), ("parameters", "Parameters", count))
 
@@ -34,6 +35,8 @@ def build(name: str, rows: Sequence[Row]) -> Page:
     readout = [(f"readout_{m}", titles[m], lambda v: number(v, 3)) for m in modalities]
     own = [(f"own_{m}", titles[m], lambda v: number(v, 3)) for m in modalities]
     kinds = [("agreement", "All items", share), ("agreement_tail", "Tail and cold", share)]
+    active = [("active_head", "Head items", share), ("active_tail", "Tail items", share)]
+    gated = {label: group for label, group in groups.items() if any("active_head" in row for row in group)}
     sections = [
         Section(
             "probes",
@@ -66,7 +69,22 @@ def build(name: str, rows: Sequence[Row]) -> Page:
                 _table("Unexplained variance, the method's own decoder", groups, own),
             ],
         ),
-        Section("codes", "How the codes use their space", tables=[_table("Codes", groups, _CODES)]),
+        Section(
+            "codes",
+            "How the codes use their space",
+            lead="The last column is the mean cosine of the content of items that share a whole SID: low where unlike items collide.",
+            plots=[
+                Plot(
+                    "active",
+                    _bars("Share of behaviour slots that are active", gated, [(k, t) for k, t, _ in active]),
+                    "Bars of the share of active behaviour slots, head and tail items, by method.",
+                    "Where behaviour is noise, a gate is meant to switch it off: the tail's bar should be the shorter one.",
+                )
+            ]
+            if gated
+            else [],
+            tables=[_table("Codes", groups, _CODES), _table("Active behaviour slots", gated, active)],
+        ),
         Section("cost", "What it took", tables=[_table("Cost", groups, _COST)]),
     ]
     seeds = sorted({len(group) for group in groups.values()})

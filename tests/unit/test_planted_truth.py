@@ -34,8 +34,20 @@ def training(epochs):
     return {"epochs": epochs, "batch": 256, "lr": 0.003, "log_epochs": 1000, "checkpoint_epochs": 1000}
 
 
+LONG_TAIL = {
+    "codebook_size": 20,
+    "latent_width": 16,
+    "projector_width": 32,
+    "hidden": [128, 64],
+    "decoder_hidden": [64, 128],
+    "revival": {"every": 20},
+    "training": training(60),
+}
+
+
 def long_tail(seed, items=1500):
-    """A synthetic catalogue whose behaviour is the topic for popular items and noise for rare ones; items by expected count, most first."""
+    """A synthetic catalogue whose behaviour is the topic for popular items and noise for rare ones; items by expected count, most
+    first. Richness is the documented fall-back, log(1 + count): with noise this strong the norm is larger for rare items."""
     params = config.Synthetic(
         items=items,
         users=items,
@@ -49,32 +61,22 @@ def long_tail(seed, items=1500):
     )
     table = pa.Table.from_batches(list(synthetic.items(params, seed, ("text", "visual", BEHAVIOR), 0, items)))
     truth = pa.Table.from_batches(list(synthetic.truth(params, seed, 0, items)))
-    norms = np.linalg.norm(np.stack(table[BEHAVIOR].to_pylist()), axis=1)
-    low, high = np.percentile(norms, [0.5, 99.5])
-    richness = np.clip((norms - low) / (high - low), 0, 1).astype(np.float32)
+    count = truth["expected_count"].to_numpy()
+    order = np.argsort(-count, kind="stable")
+    logs = np.log1p(count)
+    richness = ((logs - logs.min()) / (logs.max() - logs.min())).astype(np.float32)
     table = table.append_column("item_index", pa.array(np.arange(items))).append_column("richness", pa.array(richness))
-    return table, np.argsort(-truth["expected_count"].to_numpy(), kind="stable")
+    return table, order
 
 
 def test_the_gate_gives_rare_items_fewer_behaviour_slots():
-    settings = config.AdcSid.model_validate(
-        {
-            "codebook_size": 20,
-            "latent_width": 16,
-            "projector_width": 32,
-            "hidden": [128, 64],
-            "decoder_hidden": [64, 128],
-            "revival": {"every": 20},
-            "training": training(60),
-        }
-    )
     for seed in SEEDS:
         table, order = long_tail(seed)
-        tokenizer, batch = trained(settings, table, seed)
+        tokenizer, batch = trained(config.AdcSid.model_validate(LONG_TAIL), table, seed)
         slots = [index for index, slot in enumerate(tokenizer.slots) if slot.kind == BEHAVIOR]
         active = tokenizer.encode(batch).active[:, slots].sum(1).double().numpy()
         quarter = len(order) // 4
-        assert active[order[:quarter]].mean() > active[order[-quarter:]].mean() + 0.1  # 2.27 against 1.95, 2.24 against 1.95
+        assert active[order[:quarter]].mean() > active[order[-quarter:]].mean() + 0.08  # 2.14 against 1.99, 2.20 against 2.01
 
 
 def near_duplicates(seed, kinds=40, each=10, width=32):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from adasid.metrics.probes import Readout, agreement
+from adasid.metrics.probes import Readout, agreement, shared_cosine
 from adasid.tables import PAD
 
 
@@ -63,3 +63,12 @@ def test_agreement_does_not_depend_on_the_order_of_rows():
     order = rng.permutation(200)
     whole = agreement(codes, kinds, np.arange(200), 5)
     assert agreement(codes[order], kinds[order], np.arange(200), 5) == pytest.approx(whole, abs=1e-6)
+
+
+def test_the_cosine_of_items_that_share_a_sid_is_the_mean_over_pairs():
+    rng = np.random.default_rng(0)
+    codes, vectors = rng.integers(0, 3, (60, 2)).astype(np.int32), rng.normal(size=(60, 5)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    pairs = [vectors[i] @ vectors[j] for i in range(60) for j in range(i) if (codes[i] == codes[j]).all()]
+    assert shared_cosine(codes, vectors) == pytest.approx(np.mean(pairs), rel=1e-5)
+    assert np.isnan(shared_cosine(np.arange(8, dtype=np.int32).reshape(4, 2), vectors[:4]))

@@ -254,24 +254,29 @@ class RqKmeans(_Content, Fitted):
 
 
 class Opq(_Content, Fitted):
-    """OPQ (Ge et al., CVPR 2013, as RPG uses it): principal components, a learned rotation, one k-means for each sub-space."""
+    """OPQ (Ge et al., CVPR 2013, as RPG uses it): principal components, a learned rotation, one k-means for each sub-space; over the
+    joint content, or for each modality."""
 
-    name: Literal["opq"] = Field("opq", description="optimised product quantization of the content")
-    levels: int = Field(6, ge=1, description="sub-spaces (L)")
-    width: int = Field(96, ge=1, description="principal components kept (at most those there are); a multiple of levels")
+    name: Literal["opq"] = Field("opq", description="optimised product quantization of the content, or of each modality")
+    levels: int | Experts = Field(6, description="sub-spaces of the joint content vector, or modality -> sub-spaces for one quantizer each")
+    width: int = Field(96, ge=1, description="principal components kept of a vector: at most those there are, and a multiple of its levels")
     whiten: bool = Field(True, description="scale the components to unit variance")
     engine: Literal["own", "faiss"] = Field("own", description="own: any K; faiss: K a power of two, needs the faiss-cpu package")
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return self.content
+        return tuple(self.levels) if isinstance(self.levels, dict) else self.content
 
     @model_validator(mode="after")
     def _width(self) -> Opq:
-        if self.width % self.levels:
-            raise ValueError(
-                f"tokenizer.width {self.width} is not a multiple of tokenizer.levels {self.levels}: take {self.width // self.levels * self.levels or self.levels}"
-            )
+        if isinstance(self.levels, dict):
+            _check_slots("levels", self.levels, behavior=True)
+        elif self.levels < 1:
+            raise ValueError(f"tokenizer.levels is {self.levels}: must be at least 1")
+        for levels in self.levels.values() if isinstance(self.levels, dict) else (self.levels,):
+            if self.width % levels:
+                fix = self.width // levels * levels or levels
+                raise ValueError(f"tokenizer.width {self.width} is not a multiple of tokenizer.levels {levels}: take {fix}")
         if self.engine == "faiss" and self.codebook_size & (self.codebook_size - 1):
             raise ValueError(f"tokenizer.engine is 'faiss' but tokenizer.codebook_size {self.codebook_size} is not a power of two: use engine: own")
         return self

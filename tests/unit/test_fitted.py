@@ -203,6 +203,7 @@ FITTED = {
     "by modality": (RqKmeans, config.RqKmeans(levels={"text": 2, "visual": 1, BEHAVIOR: 2}, **PLAIN)),
     "aligned": (RqKmeans, config.RqKmeans(levels=2, aligner=config.Aligner(width=8, hidden=(16,)), **PLAIN)),
     "opq": (Opq, config.Opq(levels=3, width=12, **PLAIN)),
+    "opq by modality": (Opq, config.Opq(levels={"text": 2, "visual": 1, BEHAVIOR: 2}, width=12, **PLAIN)),
     "opq K=100": (Opq, config.Opq(levels=3, width=12, codebook_size=100, rounds=5)),
     "item-id": (ItemId, config.ItemId(codebook_size=9, levels=3)),
     "random": (RandomSid, config.RandomSid(codebook_size=9, levels=3)),
@@ -311,7 +312,9 @@ def test_the_fit_sees_a_sample_and_all_items_are_assigned():
 
 
 def test_opq_keeps_what_fits_and_refuses_too_many_slots():
-    assert Opq(config.Opq(levels=6, width=96), {"text": 24, "visual": 16}).get_buffer("basis").shape == (40, 36)
+    assert Opq(config.Opq(levels=6, width=96), {"text": 24, "visual": 16}).quantizers["shared"].get_buffer("basis").shape == (40, 36)
+    each = Opq(config.Opq(levels={"text": 2, "visual": 3}, width=12), {"text": 24, "visual": 10}).quantizers
+    assert [each[m].get_buffer("basis").shape for m in ("text", "visual")] == [(24, 12), (10, 9)]
     with pytest.raises(InputError, match=r"tokenizer\.levels is 6, but the content has 5 dimensions"):
         Opq(config.Opq(levels=6, width=6, content=("text",)), {"text": 5})
 

@@ -48,6 +48,7 @@ TOKENIZERS = {
         {"codebook_size": 8, "levels": 2, "aligner": {"width": 8, "hidden": [32], "training": {**TRAINING, "epochs": 40}}}
     ),
     "opq": config.Opq(codebook_size=8, levels=2, width=8),
+    "opq by modality": config.Opq(codebook_size=8, levels=EACH, width=8),
     "item-id": config.ItemId(codebook_size=8),
     "random": config.RandomSid(codebook_size=8, levels=3),
 }

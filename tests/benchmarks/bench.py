@@ -1,7 +1,7 @@
-"""Speed and memory as ratios: encoding against this machine's own matrix-product peak, the training step of RQ-VAE against
-vector-quantize-pytorch's, the share of an epoch spent waiting for data, and memory against the size of the catalogue.
+"""Speed and memory as ratios: encoding against this machine's own matrix-product peak, training and fitting against libraries that compute the
+same thing, what repulsion adds to a step, the share of an epoch spent waiting for data, and memory against the size of the catalogue.
 
-    python tests/benchmarks/bench.py
+    python tests/benchmarks/bench.py [encoding residual repulsion clusters product waiting memory]
 
 Both sides of every ratio are measured in the same run, alternating, so that a slow or busy machine slows both.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import torch
@@ -26,9 +27,11 @@ from torch import nn
 from vector_quantize_pytorch import ResidualVQ
 
 from adasid import config
+from adasid.quantizers.product import ProductQuantizer, fit_opq, fit_opq_faiss
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Tokenizer
+from adasid.tokenizers.rq_kmeans import ResidualCentroids
 from adasid.training.shards import Batch, Shard
 from adasid.training.tokenizer import TokenizerTraining
 from adasid.training.workers import Workers
@@ -39,7 +42,7 @@ SETTINGS = config.AdcSid(
     shared_experts=2,
     content_experts={"text": 2, "visual": 2},
     behavior_experts=4,
-    training=config.Training(epochs=3, log_epochs=1, checkpoint_epochs=3),
+    training=config.Training(epochs=2, log_epochs=1, checkpoint_epochs=2),
 )
 RESIDUAL = config.RqVae(content=("text",))
 ROUNDS = 7
@@ -99,44 +102,118 @@ class Theirs(nn.Module):
         return nnf.mse_loss(self.decoder(quantized[:, 0]), x) + commitment.sum()
 
 
+def stepper(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """A training step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def run() -> None:
+        total = loss()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+
+    return run
+
+
+def text_batch(size: int) -> Batch:
+    """Random text vectors."""
+    x = torch.randn(size, WIDTHS["text"])
+    return Batch({"text": x}, {"text": torch.ones(size, dtype=torch.bool)}, torch.rand(size), torch.arange(size))
+
+
+def rq_vae(settings: config.RqVae) -> Tokenizer:
+    """RQ-VAE on text, as it is after its codebooks were initialised."""
+    tokenizer = artifact.build(settings, {"text": WIDTHS["text"]}).train()
+    tokenizer.get_buffer("quantizing").fill_(True)
+    return tokenizer
+
+
+def show(ours: str, theirs: str, times: list[tuple[float, float]], target: str) -> None:
+    """Both medians, and the ratio with its range."""
+    ratios = sorted(mine / other for mine, other in times)
+    print(f"{ours:<25}median {1e3 * statistics.median(t[0] for t in times):8.1f} ms")
+    print(f"{theirs:<25}median {1e3 * statistics.median(t[1] for t in times):8.1f} ms")
+    print(f"{'ratio':<25}median {statistics.median(ratios):8.2f}            ({ratios[0]:.2f} to {ratios[-1]:.2f})   target {target}")
+
+
 def residual() -> None:
     """Print the seconds of a training step of RQ-VAE and of the same model with vector-quantize-pytorch's ResidualVQ."""
-    size = RESIDUAL.training.batch
-    ours = artifact.build(RESIDUAL, {"text": WIDTHS["text"]}).train()
-    ours.get_buffer("quantizing").fill_(True)
+    ours = rq_vae(RESIDUAL)
     tower = copy.deepcopy(ours.get_submodule("towers.shared"))
     theirs = Theirs(tower.get_submodule("encoder"), tower.get_submodule("decoder")).train()
-    x = torch.randn(size, WIDTHS["text"])
-    batch = Batch({"text": x}, {"text": torch.ones(size, dtype=torch.bool)}, torch.rand(size), torch.arange(size))
+    batch = text_batch(RESIDUAL.training.batch)
+    mine = stepper(ours, lambda: ours.losses(batch, Workers(), 0.5).total)
+    other = stepper(theirs, lambda: theirs(batch.vectors["text"]))
+    show("RQ-VAE training step", "with ResidualVQ", [(seconds(mine), seconds(other)) for _ in range(ROUNDS)], "at most 1")
 
-    def step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-        def run() -> None:
-            total = loss()
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
+def repulsion(size: int = 4096) -> None:
+    """Print the share of a training step that the repulsions take at a batch of ``size``."""
+    batch = text_batch(size)
+    plain = rq_vae(RESIDUAL)
+    without = stepper(plain, lambda: plain.losses(batch, Workers(), 0.5).total)
+    for kind in ("hamr", "adaptive"):
+        model = rq_vae(config.RqVae.model_validate({"content": ("text",), "repulsion": {"kind": kind}}))
+        step = stepper(model, lambda model=model: model.losses(batch, Workers(), 0.5).total)  # type: ignore[misc]
+        shares = sorted(1 - seconds(without, 1.0) / seconds(step, 1.0) for _ in range(5))
+        print(
+            f"share of a step, {kind:<9}median {statistics.median(shares):8.2f}            ({shares[0]:.2f} to {shares[-1]:.2f})   target at most 0.30"
+        )
 
-        return run
 
-    mine, other = step(ours, lambda: ours.losses(batch, Workers(), 0.5).total), step(theirs, lambda: theirs(x))
-    ratios, times = [], []
-    for _ in range(ROUNDS):
-        times.append((seconds(mine), seconds(other)))
-        ratios.append(times[-1][0] / times[-1][1])
-    print(f"RQ-VAE training step     median {1e3 * statistics.median(t[0] for t in times):8.1f} ms")
-    print(f"with ResidualVQ          median {1e3 * statistics.median(t[1] for t in times):8.1f} ms")
-    print(f"ours / theirs            median {statistics.median(ratios):8.2f}            ({min(ratios):.2f} to {max(ratios):.2f})   target at most 1")
+def mixture(rows: int, width: int) -> torch.Tensor:
+    """Vectors around 500 centres."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(500, width, generator=generator)
+    return centres[torch.randint(500, (rows,), generator=generator)] + 0.7 * torch.randn(rows, width, generator=generator)
+
+
+def clusters(rows: int = 50_000, width: int = 128, k: int = 256, levels: int = 3, rounds: int = 20) -> None:
+    """Print the seconds of fit and encoding by residual k-means, ours and faiss', and both errors."""
+    x = mixture(rows, width)
+    data = x.numpy()
+    quantizer, left = ResidualCentroids(levels, k, width), {}
+
+    def ours() -> None:
+        quantizer.fit(x, rounds, torch.Generator().manual_seed(0), balanced=False)
+        left["ours"] = float((x - quantizer(x)[1]).square().sum(1).mean())
+
+    def theirs() -> None:
+        residual = data.copy()
+        for level in range(levels):
+            found = faiss.Kmeans(width, k, niter=rounds, max_points_per_centroid=rows, seed=level)
+            found.train(residual)
+            residual -= found.centroids[found.index.search(residual, 1)[1][:, 0]]
+        left["faiss"] = float((residual**2).sum(1).mean())
+
+    show("RQ-KMeans fit and encode", "faiss.Kmeans by level", [(seconds(ours), seconds(theirs)) for _ in range(5)], "at most 1")
+    print(f"squared error            ours {left['ours']:.2f}   faiss {left['faiss']:.2f}")
+
+
+def product(rows: int = 20_000, width: int = 96, parts: int = 6, k: int = 256, rounds: int = 50) -> None:
+    """Print the seconds of an OPQ fit, ours and faiss', and both errors."""
+    x, left = mixture(rows, width), {}
+
+    def error(found: ProductQuantizer) -> float:
+        return float((x - found.decode(found.codes(x))).square().sum(1).mean())
+
+    def ours() -> None:
+        left["ours"] = error(fit_opq(x, parts, k, rounds, torch.Generator().manual_seed(0))[0])
+
+    def theirs() -> None:
+        left["faiss"] = error(fit_opq_faiss(x, parts, k, rounds))
+
+    show("OPQ fit, K=256", "faiss OPQMatrix and PQ", [(seconds(ours), seconds(theirs)) for _ in range(3)], "at most 0.33")
+    print(f"squared error            ours {left['ours']:.2f}   faiss {left['faiss']:.2f}")
 
 
 def memory() -> None:
     """Print the peak memory of a training process beyond its shard, for a catalogue and for one four times as large."""
     beyond = []
-    for items in (15_000, 60_000):
+    for items in (10_000, 40_000):
         found = subprocess.run([sys.executable, __file__, str(items)], capture_output=True, text=True, check=True).stdout.split()
         beyond.append((int(found[-2]) - int(found[-1])) / 2**20)
-    print(f"memory beyond the shard  {beyond[0]:10.0f} MiB for 15,000 items, {beyond[1]:.0f} MiB for 60,000")
+    print(f"memory beyond the shard  {beyond[0]:10.0f} MiB for 10,000 items, {beyond[1]:.0f} MiB for 40,000")
 
 
 def waiting(items: int = 20_000) -> None:
@@ -148,7 +225,7 @@ def waiting(items: int = 20_000) -> None:
 
 
 def train(items: int) -> tuple[Shard, list[dict[str, float]]]:
-    """Three epochs on random vectors, which are made as they are read."""
+    """Two epochs on random vectors, which are made as they are read."""
 
     def read(names: list[str]) -> Iterator[pa.RecordBatch]:
         for start in range(0, items, 4096):
@@ -165,12 +242,13 @@ def train(items: int) -> tuple[Shard, list[dict[str, float]]]:
         return shard, training.run()
 
 
+PARTS: tuple[Callable[[], None], ...] = (encoding, residual, repulsion, clusters, product, waiting, memory)
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) == 2 and sys.argv[1].isdigit():
         held = len(train(int(sys.argv[1]))[0]) * sum(WIDTHS.values()) * 4
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, held)
     else:
-        encoding()
-        residual()
-        waiting()
-        memory()
+        for part in PARTS:
+            if len(sys.argv) == 1 or part.__name__ in sys.argv[1:]:
+                part()

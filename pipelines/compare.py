@@ -5,8 +5,6 @@ A cell is a tokenizer and a seed. Its result is kept as soon as it is there, so 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from pathlib import Path
@@ -24,13 +22,13 @@ from pyspark import StorageLevel
 from adasid.config import Categories, Config, digest
 from adasid.errors import InputError
 from adasid.metrics.probes import Readout, agreement, shared_cosine
-from adasid.report import comparison, page
+from adasid.report import comparison
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.training.checkpoint import write_json
 from adasid.training.shards import batch_of, find_widths
-from pipelines import sids, train
+from pipelines import report, sids, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
@@ -165,17 +163,7 @@ def _categories(source: Categories, wanted: pc.Expression) -> tuple[pa.ChunkedAr
 
 def _write(cfg: Config, track: Track, rows: list[Row]) -> None:
     folder = cfg.run_dir / "report" / "tokenizers"
-    folder.mkdir(parents=True, exist_ok=True)
-    html, pictures = page.render(comparison.build(cfg.name, rows))
-    for name, data in pictures.items():
-        (folder / name).write_bytes(data)
-    (folder / "index.html").write_text(html, encoding="utf-8")
-    text = io.StringIO()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    (folder / "cells.csv").write_text(text.getvalue(), encoding="utf-8")
+    report.write(folder, comparison.build(cfg.name, rows), rows)
     track.artifact(folder)
     track.facts.update(cells=len(rows), tokenizers=len({row["label"] for row in rows}), page=str(folder / "index.html"))
     print(comparison.text(rows))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,28 @@ def run(cfg: Config, track: Track) -> None:
     material = gather(cfg, track.lake)
     if material.empty:
         raise InputError(f"run {cfg.name}: nothing to report in {cfg.run_dir}; run a stage first, for example build_features")
-    html, pictures = page.render(summary.build(material))
     folder = cfg.run_dir / "report"
+    figures = write(folder, summary.build(material))
+    track.inputs(material.versions)
+    track.artifact(folder)
+    track.facts.update(page=str(folder / "index.html"), figures=figures)
+
+
+def write(folder: Path, content: page.Page, cells: Sequence[Mapping[str, Any]] = ()) -> int:
+    """The page as ``index.html`` with its PNG figures, whose number is returned, and the ``cells`` of a comparison as ``cells.csv``."""
+    html, pictures = page.render(content)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in set(folder.glob("*.png")) - {folder / name for name in pictures}:
         stale.unlink()
     for name, data in pictures.items():
         (folder / name).write_bytes(data)
     (folder / "index.html").write_text(html, encoding="utf-8")
-    track.inputs(material.versions)
-    track.artifact(folder)
-    track.facts.update(page=str(folder / "index.html"), figures=len(pictures))
+    if cells:
+        with (folder / "cells.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in cells for key in row)))
+            writer.writeheader()
+            writer.writerows(cells)
+    return len(pictures)
 
 
 def gather(cfg: Config, lake: Lake) -> Material:

@@ -27,6 +27,9 @@ from pipelines.features import items, pairs
 
 _CHUNK = 50_000
 
+Catalogue = dict[str, Any]
+"""The SIDs that a downstream model reads: ``table``, ``version``, and ``slots`` of their tokenizer."""
+
 
 def behavior(cfg: Config, track: Track) -> None:
     """``sequences`` and ``item_stats`` -> ``behavior_embeddings``: SASRec. Skipped where the items bring the embeddings."""
@@ -90,6 +93,48 @@ def fit_tokenizer(cfg: Config, track: Track, folder: Path) -> dict[str, Any]:
     track.facts.update({"tokenizer": manifest["digest"], "utilisation": round(quality["utilisation"], 4), "entropy": round(quality["entropy"], 3)})
     track.facts.update({f"FVU {m}": round(value, 3) for m, value in quality["fvu"].items()})
     return manifest
+
+
+def retrieval(cfg: Config, track: Track) -> None:
+    """``sequences`` and the live ``sids`` -> a retriever in ``artifacts/retriever/<key>``, its metrics in MLflow."""
+    lake = track.lake
+    generation = max(lake.read("generations").to_pylist(), key=lambda row: (row["live"], row["generation"]))
+    manifest = artifact.read_manifest(Path(cfg.sids.artifact) if cfg.sids.artifact else tokenizer_folder(cfg, lake) / "model")
+    if generation["tokenizer"] != manifest["digest"]:
+        raise InputError(f"the live SIDs are of tokenizer {generation['tokenizer']}, this config's is {manifest['digest']}: run jobs/write_sids.py")
+    result = fit_retriever(cfg, track, {"table": "sids", "version": generation["sids_version"], "slots": manifest["slots"]})
+    test = result["test"]
+    track.facts.update(
+        {"best epoch": result["best_epoch"], **{f"test {name}": round(test[name], 4) for name in ("recall@10", "ndcg@10", "recall@50")}}
+    )
+
+
+def fit_retriever(cfg: Config, track: Track, catalogue: Catalogue | None) -> dict[str, Any]:
+    """Train ``cfg.retrieval`` on the SIDs of ``catalogue``, or on one token an item, unless it is done; returns its result."""
+    folder, read = retriever_folder(cfg, track.lake, catalogue), _read_by_retriever(track.lake, catalogue)
+    track.inputs(read)
+    if (folder / "result.json").exists():
+        track.status = "up to date"
+    else:
+        shown = ("loss", "validation_ndcg@10", "validation_recall@10", "seconds", "validation_seconds")
+        payload = {**_payload(cfg, track, read, folder), "catalogue": catalogue, "mlflow_run": track.run_id}
+        cluster.fit(workers.retrieval, payload, cfg.ray, f"retriever-{folder.name}", folder, _progress(track, cfg.retrieval.epochs, shown, folder))
+        Checkpoints(folder / "checkpoints").clear()
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    track.metrics({f"test_{name}": value for name, value in result["test"].items()})
+    track.artifact(folder / "result.json")
+    return result
+
+
+def retriever_folder(cfg: Config, lake: Lake, catalogue: Catalogue | None) -> Path:
+    """Where the retriever of this config, seed and these SIDs is, or will be."""
+    key = digest("retrieval", cfg.retrieval, cfg.seed, lake.stamps(_read_by_retriever(lake, catalogue)))
+    return (cfg.run_dir / "artifacts" / "retriever" / key).resolve()
+
+
+def _read_by_retriever(lake: Lake, catalogue: Catalogue | None) -> dict[str, int]:
+    read = lake.versions("sequences", "item_stats")
+    return {**read, catalogue["table"]: catalogue["version"]} if catalogue else read
 
 
 def tokenizer_folder(cfg: Config, lake: Lake, room: str = "tokenizer") -> Path:

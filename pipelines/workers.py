@@ -17,12 +17,15 @@ import pyarrow.compute as pc
 import torch
 from safetensors.torch import save_file
 
-from adasid import tables
+from adasid import config, tables
 from adasid.config import Config
 from adasid.errors import InputError
+from adasid.recommenders.tokens import ItemTokens
 from adasid.tokenizers import artifact
+from adasid.tokenizers.base import Slot
 from adasid.training.behavior import BehaviorData, BehaviorTraining
 from adasid.training.checkpoint import write_json, write_text
+from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from adasid.training.sequences import Histories
 from adasid.training.shards import Pairs, Shard
 from adasid.training.tokenizer import TokenizerTraining
@@ -38,17 +41,8 @@ def behavior(payload: dict[str, Any]) -> None:
     """SASRec: ``result.safetensors`` (embeddings and norms of all items) and ``result.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read = payload["read"]
-    columns = ["user_id", "history", "target"]
-    histories = {
-        split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split)) for split in tables.SPLITS
-    }
     counts = lake.read("item_stats", read["item_stats"], ["item_index", "interactions"]).sort_by("item_index")["interactions"].to_numpy()
-    if len(histories["train"]) < workers.world:
-        raise InputError(
-            f"sequences version {read['sequences']} has {len(histories['train'])} users with at least two training events, "
-            f"fewer than ray.workers {workers.world}: bring more interactions"
-        )
-    parts = {split: histories[split].part(workers.rank, workers.world) for split in tables.SPLITS}
+    parts = _histories(lake, read, workers, cfg)
     data = BehaviorData(parts["train"], parts["validation"], parts["test"], counts.astype(np.int64), f"sequences version {read['sequences']}")
     training = BehaviorTraining(cfg.behavior, data, folder, cfg.seed, workers, _device(cfg))
     result = training.run(_report(payload, workers))
@@ -86,6 +80,57 @@ def tokenizer(payload: dict[str, Any]) -> None:
             "run": cfg.name,
         }
         artifact.write(folder / "model", tokenizer, settings, facts)
+
+
+def retrieval(payload: dict[str, Any]) -> None:
+    """A retriever on the SIDs of ``payload["catalogue"]`` (table, version and slots; None: one token an item): ``best.safetensors``, ``result.json``."""
+    cfg, workers, lake, folder = _opened(payload)
+    read, settings = payload["read"], cfg.retrieval
+    stats = lake.read("item_stats", read["item_stats"], ["item_id", "item_index", "interactions", "stratum"]).sort_by("item_index").combine_chunks()
+    parts = _histories(lake, read, workers, cfg)
+    strata = pc.index_in(stats["stratum"], pa.array(tables.STRATA)).to_numpy().astype(np.int64)
+    data = RetrievalData(
+        parts["train"], parts["validation"], parts["test"], stats["interactions"].to_numpy(), strata, f"sequences version {read['sequences']}"
+    )
+    chosen = payload["catalogue"]
+    catalogue = _catalogue(lake, stats, chosen, settings) if chosen else ItemTokens.ids(len(stats))
+    result = RetrievalTraining(settings, catalogue, data, folder, cfg.seed, workers, _device(cfg)).run(_report(payload, workers))
+    if workers.rank == 0:
+        facts = {"seed": cfg.seed, "inputs": read, "mlflow_run": payload["mlflow_run"], "versions": payload["versions"]}
+        write_json(folder / "result.json", {**result, **facts})
+
+
+def _catalogue(lake: Lake, stats: pa.Table, chosen: dict[str, Any], settings: config.Retrieval) -> ItemTokens:
+    """The SIDs in the order of item_index. Raises InputError where they are of other items."""
+    slots = [Slot(**slot) for slot in chosen["slots"]]
+    rows = lake.read(chosen["table"], chosen["version"], ["item_id", "codes", "weights", "active"])
+    place = pc.index_in(stats["item_id"], rows["item_id"].combine_chunks())
+    if place.null_count or len(rows) != len(stats):
+        raise InputError(
+            f"{chosen['table']} version {chosen['version']} has {len(rows)} items, of which {len(stats) - place.null_count} are among the {len(stats)} of "
+            "item_stats: write the SIDs of these items (jobs/write_sids.py)"
+        )
+    rows = rows.take(place).combine_chunks()
+    codes, weights, active = (
+        pc.list_flatten(rows[name]).to_numpy(zero_copy_only=False).reshape(len(rows), -1) for name in ("codes", "weights", "active")
+    )
+    if settings.inactive == "pad":
+        codes = np.where(active, codes, tables.PAD)
+    return ItemTokens.of(codes.astype(np.int32), slots, weights.astype(np.float32) if settings.weights else None)
+
+
+def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) -> dict[str, Histories]:
+    """This worker's users of each split."""
+    columns = ["user_id", "history", "target"]
+    found = {
+        split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split)) for split in tables.SPLITS
+    }
+    if len(found["train"]) < workers.world:
+        raise InputError(
+            f"sequences version {read['sequences']} has {len(found['train'])} users with at least two training events, "
+            f"fewer than ray.workers {workers.world}: bring more interactions"
+        )
+    return {split: histories.part(workers.rank, workers.world) for split, histories in found.items()}
 
 
 def _pairs(lake: Lake, read: dict[str, int], mine: pc.Expression | None) -> Pairs:

@@ -4,6 +4,7 @@ shows them all and a test keeps the two equal. An unknown key, a wrong type or a
 """
 
 from adasid.config.base import Names, Section, Share, Sizes
+from adasid.config.downstream import Evaluate, Retrieval
 from adasid.config.parts import Adaptive, Contrast, Controller, Hamr, Repulsion, Revival, Router, Training
 from adasid.config.render import render_base
 from adasid.config.sources import AmazonSource, ArraysSource, Source, Synthetic, TablesSource
@@ -49,6 +50,7 @@ __all__ = [
     "Contrast",
     "Controller",
     "Das",
+    "Evaluate",
     "Experts",
     "Features",
     "Fitted",
@@ -64,6 +66,7 @@ __all__ = [
     "RandomSid",
     "Ray",
     "Repulsion",
+    "Retrieval",
     "Revival",
     "Router",
     "RqKmeans",

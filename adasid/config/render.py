@@ -44,7 +44,7 @@ def _render(model: type[BaseModel], values: BaseModel | None, depth: int, lines:
         value = getattr(values, name) if values is not None else (None if field.is_required() else field.default)
         inner: Any = type(value) if isinstance(value, BaseModel) else section_of(field.annotation)
         pad = "  " * depth
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and not isinstance(value, dict):
             hide = mark or ("# " if value is None else "")
             lines.append(f"{hide}{pad}{name}:  # {field.description}")
             _render(inner, value, depth + 1, lines, hide)

@@ -7,12 +7,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from adasid.config.base import Section
+from adasid.config.downstream import Evaluate, Retrieval
 from adasid.config.sources import Source, Synthetic
 from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Tracking
 from adasid.config.tokenizers import TOKENIZERS, AdcSid, AnyTokenizer, TokenizerSettings
@@ -34,7 +35,9 @@ class Config(Section):
     sids: Sids = Field(Sids(), description="the semantic-ID table (Spark)")
     spark: Spark = Field(Spark(), description="Spark session")
     ray: Ray = Field(Ray(), description="Ray Train")
+    retrieval: Retrieval = Field(Retrieval(), description="the retriever over the semantic IDs (Ray Train)")
     compare: Compare = Field(Compare(), description="jobs/compare_tokenizers.py")
+    evaluate: Evaluate = Field(Evaluate(), description="jobs/evaluate.py")
     tracking: Tracking = Field(Tracking(), description="MLflow")
 
     @model_validator(mode="before")
@@ -71,6 +74,15 @@ class Config(Section):
                 f"behavior.max_length {self.behavior.max_length} is longer than features.max_length {self.features.max_length}: "
                 "the sequences are cut before the model sees them; lower the first or raise the second"
             )
+        retrievers = {"retrieval": self.retrieval}
+        retrievers |= {f"evaluate.retrievers.{k}": v for k, v in self.evaluate.retrievers.items()}
+        retrievers |= {f"evaluate.controls.{k}": v for k, v in self.evaluate.controls.items()}
+        for key, settings in retrievers.items():
+            if settings.max_length > self.features.max_length:
+                raise ValueError(f"{key}.max_length {settings.max_length} is longer than features.max_length {self.features.max_length}: lower it")
+        for label in self.evaluate.tokenizers:
+            if label not in self.compare.tokenizers:
+                raise ValueError(f"evaluate.tokenizers names {label!r}, which is not a label of compare.tokenizers: add its section there")
         if self.behavior.source == "column" and self.source.synthetic and not self.source.synthetic.behavior_width:
             raise ValueError("behavior.source is 'column' but source.synthetic.behavior_width is 0: set the width, or behavior.source: sasrec")
         if self.behavior.source == "sasrec" and self.source.synthetic and self.source.synthetic.behavior_width:
@@ -178,7 +190,11 @@ def _explain(origin: str, error: dict[str, Any]) -> str:
 
 def _keys(location: list[str]) -> list[str]:
     model: Any = Config
+    labelled = False  # the part is a label in a mapping of sections
     for part in location:
+        if labelled:
+            labelled = False
+            continue
         if part in _BY_NAME:
             model = _BY_NAME[part]
             continue
@@ -187,7 +203,7 @@ def _keys(location: list[str]) -> list[str]:
             if not isinstance(model, type):  # a label of compare.tokenizers: its tag follows
                 continue
             return []
-        model = section_of(field.annotation)
+        model, labelled = section_of(field.annotation), get_origin(field.annotation) is dict and section_of(field.annotation) is not field.annotation
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 

@@ -46,7 +46,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
             plots=[
                 Plot(
                     "readout",
-                    _bars("Unexplained variance, linear readout", groups, [(key, title) for key, title, _ in readout]),
+                    bars("Unexplained variance, linear readout", groups, [(key, title) for key, title, _ in readout]),
                     "Bars of unexplained variance by method.",
                     "Shorter is better.",
                 )
@@ -55,7 +55,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
                 [
                     Plot(
                         "agreement",
-                        _bars("Share of neighbours of the same category", groups, [(k, t) for k, t, _ in kinds]),
+                        bars("Share of neighbours of the same category", groups, [(k, t) for k, t, _ in kinds]),
                         "Bars of neighbour agreement by method.",
                         "Longer is better.",
                     )
@@ -76,7 +76,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
             plots=[
                 Plot(
                     "active",
-                    _bars("Share of behaviour slots that are active", gated, [(k, t) for k, t, _ in active]),
+                    bars("Share of behaviour slots that are active", gated, [(k, t) for k, t, _ in active]),
                     "Bars of the share of active behaviour slots, head and tail items, by method.",
                     "Where behaviour is noise, a gate is meant to switch it off: the tail's bar should be the shorter one.",
                 )
@@ -128,7 +128,7 @@ def _table(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str
 
 
 @style.styled
-def _bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]]) -> Figure:
+def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]]) -> Figure:
     """Horizontal bars, a group of them a method, one a column; whiskers are the range over seeds."""
     figure, (axes,) = style.canvas(title, 0.8 + 0.13 * (len(columns) + 1) * len(groups))
     height = 0.8 / len(columns)

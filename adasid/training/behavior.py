@@ -25,6 +25,7 @@ from adasid.metrics.retrieval import recall_ndcg, target_ranks
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
 from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 from adasid.training.sequences import Histories
+from adasid.training.sequences import epoch as epochs
 from adasid.training.workers import Workers
 
 _SPEARMAN_SAMPLE = 1_000_000
@@ -106,15 +107,11 @@ class BehaviorTraining:
     def _epoch(self, epoch: int) -> float:
         """One pass over the users; returns the mean loss over all workers."""
         torch.manual_seed(self.seed + 1_000_003 * epoch + 7919 * self.workers.rank)
-        share = max(1, self.settings.batch_users // self.workers.world)
-        users = len(self.data.train)
-        largest = int(self.workers.gather(torch.tensor([users], device=self.device)).max())
-        order = np.resize(np.random.default_rng([self.seed, epoch, self.workers.rank]).permutation(users), -(-largest // share) * share)
         self.model.train()
         total = torch.zeros(2, device=self.device)
-        for start in range(0, len(order), share):
-            loss = self._step(self.data.train.last(order[start : start + share], self.settings.max_length + 1), epoch, start // share)
-            total += torch.tensor([loss, 1.0], device=self.device)
+        s = self.settings
+        for step, events in enumerate(epochs(self.data.train, s.batch_users, s.max_length + 1, self.seed, epoch, self.workers, self.device)):
+            total += torch.tensor([self._step(events, epoch, step), 1.0], device=self.device)
         total = self.workers.sum(total)
         return float(total[0] / total[1])
 

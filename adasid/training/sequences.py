@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
+
+from adasid.training.workers import Workers
 
 
 class Histories(NamedTuple):
@@ -52,3 +55,15 @@ class Histories(NamedTuple):
         source = (ends - counts)[:, None] + columns[None, :]
         inside = columns[None, :] < counts[:, None]
         return np.where(inside, self.items[np.minimum(source, len(self.items) - 1)], -1)
+
+
+def epoch(
+    histories: Histories, users: int, length: int, seed: int, number: int, workers: Workers, device: torch.device
+) -> Iterator[NDArray[np.int64]]:
+    """The batches of epoch ``number``: this worker's share of ``users`` users a step, shuffled, their last ``length`` items
+    (see :meth:`Histories.last`). All workers make equally many steps; one with fewer users sees some of them again."""
+    share = max(1, users // workers.world)
+    largest = int(workers.gather(torch.tensor([len(histories)], device=device)).max())
+    order = np.resize(np.random.default_rng([seed, number, workers.rank]).permutation(len(histories)), -(-largest // share) * share)
+    for start in range(0, len(order), share):
+        yield histories.last(order[start : start + share], length)

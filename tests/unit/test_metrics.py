@@ -9,7 +9,7 @@ from sklearn.metrics import ndcg_score
 
 from adasid.metrics.codes import code_use, group_metrics
 from adasid.metrics.longtail import spearman
-from adasid.metrics.retrieval import recall_ndcg, target_ranks
+from adasid.metrics.retrieval import intervals, of_histogram, rank_histogram, recall_ndcg, target_ranks
 
 
 def test_ranks_and_metrics_match_a_library():
@@ -66,3 +66,27 @@ def test_group_metrics_count_both_collision_rates():
     assert m["collision_items"] == pytest.approx(8 / 13)
     assert m["largest_group"] == 4
     assert m["sid_entropy"] == pytest.approx(scipy_entropy([1] * 5 + [2] * 2 + [4]))
+
+
+def test_histograms_give_the_metrics_of_ranks_and_add_up():
+    rng = np.random.default_rng(0)
+    ranks, kinds = torch.from_numpy(rng.integers(1, 300, 500)), torch.from_numpy(rng.integers(0, 3, 500))
+    whole = rank_histogram(ranks, kinds, 3)
+    parts = rank_histogram(ranks[:200], kinds[:200], 3) + rank_histogram(ranks[200:], kinds[200:], 3)
+    assert torch.equal(whole, parts)
+    assert of_histogram(whole.numpy()) == pytest.approx(recall_ndcg(ranks))
+    assert of_histogram(whole[1].numpy()) == pytest.approx(recall_ndcg(ranks[kinds == 1]))
+
+
+def test_bootstrap_intervals_are_those_of_the_normal_law():
+    ranks = torch.from_numpy(np.random.default_rng(2).integers(1, 101, 4000))
+    counts = rank_histogram(ranks, torch.zeros_like(ranks), 1)[0].numpy()
+    low, high = intervals(counts, 4000, 0)["recall@20"]
+    p = of_histogram(counts)["recall@20"]
+    assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(p * (1 - p) / 4000), rel=0.06)
+
+
+def test_credit_of_shared_sids_is_counted_in_full_over_all_users():
+    ranks, kinds = torch.tensor([1, 1, 200]), torch.zeros(3, dtype=torch.int64)
+    credit = rank_histogram(ranks, kinds, 1, torch.tensor([1.0, 0.25, 0.5]))
+    assert of_histogram(credit.numpy(), users=3)["recall@10"] == pytest.approx(1.25 / 3)

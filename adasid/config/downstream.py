@@ -1,0 +1,58 @@
+"""The models on top of semantic IDs, and their comparison."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from adasid.config.base import Names, Section, Share
+
+
+class Retrieval(Section):
+    head: Literal["item", "parallel", "autoregressive"] = Field(
+        "item", description="item: an item is the sum of its tokens; parallel: all tokens at once; autoregressive: one after the other, beam search"
+    )
+    width: int = Field(64, ge=2, description="width of tokens and states")
+    blocks: int = Field(2, ge=1, description="transformer blocks of the encoder")
+    decoder_blocks: int = Field(1, ge=1, description="transformer blocks of the autoregressive decoder")
+    heads: int = Field(1, ge=1, description="attention heads")
+    max_length: int = Field(20, ge=1, description="events of history that the model sees")
+    dropout: Share = Field(0.5, description="dropout on embeddings, attention and feed-forward")
+    temperature: float = Field(0.07, gt=0, description="temperature of the token heads' cosine logits")
+    inactive: Literal["keep", "pad"] = Field("keep", description="an inactive slot's token: keep it, or pad: replace it by PAD")
+    weights: bool = Field(True, description="token heads: the tokenizer's weights of the target's behaviour tokens weigh their losses")
+    beam: int = Field(100, ge=1, description="autoregressive: prefixes kept at a time")
+    epochs: int = Field(40, ge=1, description="upper bound of epochs")
+    patience: int = Field(5, ge=1, description="epochs without a better validation NDCG@10 before stopping")
+    batch_users: int = Field(256, ge=2, description="users a step, all workers together")
+    negatives: int = Field(1024, ge=1, description="item head: in-batch negatives a step, drawn from the targets of all workers")
+    table_lr: float = Field(0.05, gt=0, description="Adagrad learning rate of the token table")
+    lr: float = Field(0.001, gt=0, description="Adam learning rate of everything else")
+    eval_users: int = Field(25_000, ge=1, description="users scored at each validation, at most; the test is of all users")
+
+    @model_validator(mode="after")
+    def _heads(self) -> Retrieval:
+        if self.width % self.heads:
+            raise ValueError(f"retrieval.width {self.width} is not a multiple of retrieval.heads {self.heads}")
+        return self
+
+
+class Evaluate(Section):
+    tokenizers: Names = Field((), description="labels of compare.tokenizers whose SIDs are put to use")
+    retrievers: dict[str, Retrieval] = Field({}, description="label -> retrieval section: each on the SIDs of each tokenizer")
+    controls: dict[str, Retrieval] = Field({}, description="label -> retrieval section with head item: on one token an item instead of SIDs (SASRec)")
+    published: Literal["none", "beauty"] = Field("none", description="published results shown beside ours: those of this data set")
+    reference: str = Field("adc-sid", description="label of evaluate.tokenizers that the others are compared with")
+    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field((17,), description="seeds of tokenizer and retriever together")
+    more_seeds: dict[str, Annotated[tuple[int, ...], Field(strict=False)]] = Field({}, description="label of a tokenizer or control -> further seeds")
+
+    @model_validator(mode="after")
+    def _labels(self) -> Evaluate:
+        for label in self.more_seeds:
+            if label not in (*self.tokenizers, *self.controls):
+                raise ValueError(f"evaluate.more_seeds.{label}: neither evaluate.tokenizers nor evaluate.controls has such a label")
+        for label, settings in self.controls.items():
+            if settings.head != "item":
+                raise ValueError(f"evaluate.controls.{label}.head is {settings.head!r}: one token an item has nothing to decode, use head: item")
+        return self

@@ -1,0 +1,229 @@
+"""Retrieval of items through their semantic IDs: one encoder, three heads (methods 7.1 to 7.4).
+
+``item``: an item is the sum of its tokens' embeddings, trained and scored as an item. ``parallel``: all tokens are predicted at once, an
+item's score is the sum of their log-probabilities (RPG). ``autoregressive``: tokens are decoded one after the other along the prefixes
+of the catalogue (TIGER, REG4Rec), so that every answer is an item.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from adasid import config
+from adasid.metrics.retrieval import target_ranks
+from adasid.recommenders.encoder import CausalEncoder
+from adasid.recommenders.sasrec import sampled_softmax
+from adasid.recommenders.tokens import ItemTokens, Prefixes
+
+_CHUNK = 1 << 20
+"""Items whose vectors or scores are made at a time."""
+
+
+class Retriever(CausalEncoder, ABC):
+    """The token table [V, width] and the encoder of histories. ``catalogue``: the tokens of all M items."""
+
+    def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
+        s = self.settings = settings
+        super().__init__(s.width, s.blocks, s.heads, s.max_length, s.dropout)
+        self.catalogue = catalogue
+        self.table = nn.Parameter(torch.randn(sum(catalogue.sizes), s.width) * 0.02)
+
+    def vectors(self, items: Tensor) -> Tensor:
+        """Sum of the tokens' embeddings over sqrt(L), which has the variance of one token: [...] item_index -> [..., width]."""
+        rows = self.catalogue.rows[items.reshape(-1)]
+        return nnf.embedding_bag(rows, self.table, mode="sum").view(*items.shape, -1) / math.sqrt(rows.shape[1])
+
+    def states(self, histories: Tensor) -> Tensor:
+        """State after each event of ``histories`` [B, T], padded at the end with -1 -> [B, T, width]. Each distinct item is embedded once."""
+        distinct, place = torch.unique(histories.clamp(min=0), return_inverse=True)
+        rows: Tensor = self(nnf.embedding(place, self.vectors(distinct)))
+        return rows
+
+    @abstractmethod
+    def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
+        """``states`` [P, width] and the item that follows each, ``targets`` [P]; ``negatives`` [N] item_index drawn from all targets,
+        ``log_q`` [M] log-probability of drawing each item. A scalar."""
+
+    @abstractmethod
+    def top(self, states: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The ``number`` best items of each state [B, width] and their scores, [B, number], best first; -1 and -inf where there are no more."""
+
+    @abstractmethod
+    def ranks(self, states: Tensor, targets: Tensor) -> Tensor:
+        """1-based rank of each row's target [B] among all items; M + 1 where the head's list ends before it."""
+
+
+class _Scored(Retriever):
+    """A head that can score the whole catalogue."""
+
+    @abstractmethod
+    def scorer(self, states: Tensor) -> Tensor:
+        """What :meth:`score` needs of ``states`` [B, width]."""
+
+    @abstractmethod
+    def score(self, prepared: Tensor, first: int, last: int) -> Tensor:
+        """Scores [B, last - first] of the items first to last - 1."""
+
+    def scores(self, states: Tensor) -> Tensor:
+        """[B, width] -> [B, M]."""
+        prepared, items = self.scorer(states), len(self.catalogue.rows)
+        parts = [self.score(prepared, first, min(first + _CHUNK, items)) for first in range(0, items, _CHUNK)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def top(self, states: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Exact, over the whole catalogue in chunks; equal scores (of items that share a SID) rank by item_index."""
+        prepared, items = self.scorer(states), len(self.catalogue.rows)
+        best = states.new_full((len(states), number), -torch.inf)
+        found = torch.full((len(states), number), -1, dtype=torch.int64, device=states.device)
+        for first in range(0, items, _CHUNK):
+            part = self.score(prepared, first, min(first + _CHUNK, items))
+            value, place = part.topk(min(number, part.shape[1]), dim=1)
+            together, ids = torch.cat([best, value], dim=1), torch.cat([found, place + first], dim=1)
+            order = ids.argsort(dim=1, stable=True)
+            together, ids = together.gather(1, order), ids.gather(1, order)
+            order = together.argsort(dim=1, descending=True, stable=True)[:, :number]
+            best, found = together.gather(1, order), ids.gather(1, order)
+        return found, best
+
+    def ranks(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Exact; equal scores rank by item_index."""
+        return target_ranks(self.scores(states), targets)
+
+
+class ItemRetriever(_Scored):
+    """Score = state . vector; sampled softmax over items with logQ correction (methods 7.3, the item head)."""
+
+    def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
+        """Items that share the target's SID are no negatives."""
+        distinct, place = torch.unique(torch.cat([targets, negatives]), return_inverse=True)
+        own, others = nnf.embedding(place, self.vectors(distinct)).split([len(targets), len(negatives)])
+        group = self.catalogue.group
+        return sampled_softmax(states, own, others, log_q[targets], log_q[negatives], group[targets][:, None] == group[negatives][None, :])
+
+    def scorer(self, states: Tensor) -> Tensor:
+        """The states themselves."""
+        return states
+
+    def score(self, prepared: Tensor, first: int, last: int) -> Tensor:
+        """Inner products."""
+        return prepared @ self.vectors(torch.arange(first, last, device=prepared.device)).T
+
+
+class ParallelRetriever(_Scored):
+    """A residual head for each slot, cosine logits; the score of an item is the sum of its tokens' log-probabilities (RPG; methods 7.3)."""
+
+    def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
+        super().__init__(settings, catalogue)
+        self.heads = nn.Parameter(torch.zeros(settings.width, len(catalogue.sizes) * settings.width))
+
+    def _logits(self, states: Tensor) -> list[Tensor]:
+        """[P, width] -> for each slot [P, size]."""
+        turned = (states @ self.heads).view(len(states), len(self.catalogue.sizes), -1)
+        heads = nnf.normalize(states[:, None] + nnf.silu(turned), dim=2)
+        words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
+        return [heads[:, slot] @ table.T / self.settings.temperature for slot, table in enumerate(words)]
+
+    def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
+        """Weighted mean over slots and targets of the cross-entropy of each token."""
+        return token_loss(self._logits(states), self.catalogue, targets)
+
+    def scorer(self, states: Tensor) -> Tensor:
+        """Log-probability of every token [V, B]."""
+        return torch.cat([logits.log_softmax(1) for logits in self._logits(states)], dim=1).T.contiguous()
+
+    def score(self, prepared: Tensor, first: int, last: int) -> Tensor:
+        """Sums over the items' tokens."""
+        return nnf.embedding_bag(self.catalogue.rows[first:last], prepared, mode="sum").T
+
+
+class AutoregressiveRetriever(Retriever):
+    """A causal decoder over slots that starts from the state, with cosine logits; beam search along the catalogue's prefixes."""
+
+    def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
+        super().__init__(settings, catalogue)
+        s = settings
+        self.decoder = CausalEncoder(s.width, s.decoder_blocks, s.heads, len(catalogue.sizes), s.dropout)
+        self.prefixes: Prefixes | None = None
+
+    def _decoded(self, states: Tensor, rows: Tensor) -> Tensor:
+        """Output of each slot after ``states`` [P, width] and the rows of the tokens before it [P, l] -> [P, l + 1, width], unit vectors."""
+        first = states[:, None] / math.sqrt(states.shape[1])
+        out: Tensor = self.decoder(torch.cat([first, nnf.embedding(rows, self.table)], dim=1))
+        return nnf.normalize(out, dim=2)
+
+    def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
+        """Teacher forcing; weighted mean over slots and targets of the cross-entropy of each token."""
+        out = self._decoded(states, self.catalogue.rows[targets][:, :-1])
+        words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
+        return token_loss([out[:, slot] @ table.T / self.settings.temperature for slot, table in enumerate(words)], self.catalogue, targets)
+
+    def top(self, states: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Beam search of ``beam`` prefixes at a time. Only prefixes of the catalogue are followed, so that every answer is an item; items
+        that share a SID follow each other by item_index."""
+        if self.prefixes is None:
+            self.prefixes = Prefixes.of(self.catalogue).to(states.device)
+        prefixes, beam, users = self.prefixes, max(self.settings.beam, 1), len(states)
+        words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
+        nodes = torch.zeros(users, 1, dtype=torch.int64, device=states.device)
+        value = torch.zeros(users, 1, device=states.device)
+        rows = torch.zeros(users, 1, 0, dtype=torch.int64, device=states.device)
+        for level, (size, start) in enumerate(zip(self.catalogue.sizes, self.catalogue.starts)):
+            alive = torch.nonzero(torch.isfinite(value).reshape(-1)).flatten()
+            flat = self._decoded(states[alive // value.shape[1]], rows.reshape(value.numel(), level)[alive])[:, -1]
+            log_p = (flat @ words[level].T / self.settings.temperature).log_softmax(1)
+            parent, child = prefixes.children(level, nodes.reshape(-1)[alive])
+            token = prefixes.token[level][child].long()
+            # a dense place for each (beam, token), empty where the catalogue has no such prefix
+            place = alive[parent] * size + token
+            dense = value.new_full((value.numel() * size,), -torch.inf)
+            dense[place] = value.reshape(-1)[alive[parent]] + log_p[parent, token]
+            node = torch.zeros_like(dense, dtype=torch.int64)
+            node[place] = child
+            dense, node = dense.view(users, -1), node.view(users, -1)
+            value, chosen = dense.topk(min(beam, dense.shape[1]), dim=1)
+            nodes = node.gather(1, chosen)
+            before = rows.gather(1, (chosen // size)[:, :, None].expand(-1, -1, level))
+            rows = torch.cat([before, (chosen % size + start)[:, :, None]], dim=2)
+        return self._expand(nodes, value, number)
+
+    def _expand(self, leaves: Tensor, value: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The items of the leaves [B, beam], in order, the first ``number``."""
+        assert self.prefixes is not None
+        users, beam = leaves.shape
+        alive = torch.nonzero(torch.isfinite(value).reshape(-1)).flatten()
+        where, item = self.prefixes.members(leaves.reshape(-1)[alive])
+        source = alive[where]
+        user = source // beam
+        count = torch.bincount(user, minlength=users)
+        rank = torch.arange(len(user), device=user.device) - (count.cumsum(0) - count)[user]
+        kept = rank < number
+        items = torch.full((users, number), -1, dtype=torch.int64, device=user.device)
+        scores = value.new_full((users, number), -torch.inf)
+        items[user[kept], rank[kept]] = item[kept]
+        scores[user[kept], rank[kept]] = value.reshape(-1)[source[kept]]
+        return items, scores
+
+    def ranks(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Within the items of the beam."""
+        items, _ = self.top(states, self.settings.beam)
+        hit = items == targets[:, None]
+        return torch.where(hit.any(1), hit.int().argmax(1) + 1, len(self.catalogue.rows) + 1)
+
+
+def token_loss(logits: list[Tensor], catalogue: ItemTokens, targets: Tensor) -> Tensor:
+    """``- sum_l omega_l log p(c_l) / sum_l omega_l`` over the slots of all targets (methods 7.2). ``logits``: for each slot [P, size]."""
+    rows, weights = catalogue.rows[targets], catalogue.weights[targets]
+    own = [rows[:, slot] - start for slot, start in enumerate(catalogue.starts)]
+    total = torch.stack([nnf.cross_entropy(x, code, reduction="none") for x, code in zip(logits, own)], dim=1)
+    return (total * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
+def build(settings: config.Retrieval, catalogue: ItemTokens) -> Retriever:
+    """The retriever that ``settings.head`` names."""
+    kinds: dict[str, type[Retriever]] = {"item": ItemRetriever, "parallel": ParallelRetriever, "autoregressive": AutoregressiveRetriever}
+    return kinds[settings.head](settings, catalogue)

@@ -1,0 +1,117 @@
+"""A catalogue's semantic IDs as rows of one token table, and as prefixes that decoding may walk along. Arrays only: no object per item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adasid.errors import InputError
+from adasid.tables import BEHAVIOR, PAD
+from adasid.tokenizers.base import Slot
+
+_CLIP = 3.0
+"""Largest loss weight of a token (methods 7.2)."""
+
+
+@dataclass(frozen=True)
+class ItemTokens:
+    """``rows`` [M, L] int64: row of an item's token in the table of all slots, where slot l has its codes and then PAD;
+    ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: loss weight of a token; ``group`` [M]: number of the item's SID among the distinct ones."""
+
+    rows: Tensor
+    sizes: tuple[int, ...]
+    weights: Tensor
+    group: Tensor
+
+    @staticmethod
+    def of(codes: NDArray[np.int32], slots: Sequence[Slot], weights: NDArray[np.float32] | None = None) -> ItemTokens:
+        """``codes`` [M, L], PAD where a slot has none. ``weights`` [M, L], of the behaviour slots only (ADC-SID): brought to mean 1
+        over the catalogue, so that items of little richness are damped, and clipped to 3 (methods 7.2). None: 1."""
+        if codes.shape[1] != len(slots):
+            raise InputError(f"the SIDs have {codes.shape[1]} codes but the tokenizer has {len(slots)} slots: write them with this tokenizer")
+        sizes = tuple(slot.size + 1 for slot in slots)
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        rows = np.where(codes == PAD, np.array(sizes) - 1, codes).astype(np.int64) + starts
+        loss = np.ones(codes.shape, np.float32)
+        gated = [index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR]
+        if weights is not None and gated:
+            own, there = weights[:, gated], codes[:, gated] != PAD
+            mean = own[there].mean() if there.any() else 1.0
+            loss[:, gated] = np.where(there, np.clip(own / max(float(mean), 1e-6), 0, _CLIP), 1.0)
+        group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
+        return ItemTokens(torch.from_numpy(rows), sizes, torch.from_numpy(loss), torch.from_numpy(group))
+
+    @staticmethod
+    def ids(items: int) -> ItemTokens:
+        """One token an item: the control that has no semantic IDs."""
+        index = torch.arange(items)
+        return ItemTokens(index[:, None], (items,), torch.ones(items, 1), index)
+
+    def to(self, device: torch.device | str) -> ItemTokens:
+        """The same on another device."""
+        return ItemTokens(self.rows.to(device), self.sizes, self.weights.to(device), self.group.to(device))
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First row of each slot."""
+        return tuple(np.concatenate([[0], np.cumsum(self.sizes)[:-1]]).tolist())
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """The catalogue's SIDs as a trie of arrays. Level l has a node for each distinct prefix of l + 1 tokens, in lexicographic order.
+
+    ``token[l]`` [n_l]: token of a node's last slot, 0 to sizes[l] - 1; ``first[l]`` [n_l + 1]: first child of each node on level l + 1,
+    and on the last level the first place of its items in ``items`` [M] (item_index, lowest first within a SID).
+    """
+
+    token: tuple[Tensor, ...]
+    first: tuple[Tensor, ...]
+    items: Tensor
+
+    @staticmethod
+    def of(tokens: ItemTokens) -> Prefixes:
+        """From all items' tokens: one lexicographic sort, then comparisons of neighbours."""
+        local = (tokens.rows - torch.tensor(tokens.starts, device=tokens.rows.device)).cpu().numpy()
+        order = np.lexsort((np.arange(len(local)), *local.T[::-1]))
+        ordered = local[order]
+        opens = np.zeros(len(local), bool)
+        opens[:1] = True
+        token, places = [], []
+        for column in ordered.T:
+            opens = opens.copy()
+            opens[1:] |= column[1:] != column[:-1]
+            places.append(np.flatnonzero(opens))
+            token.append(torch.from_numpy(column[places[-1]].astype(np.int32)))
+        deeper = [*places[1:], np.arange(len(local))]
+        first = [torch.from_numpy(np.append(np.searchsorted(below, here), len(below)).astype(np.int64)) for here, below in zip(places, deeper)]
+        return Prefixes(tuple(token), tuple(first), torch.from_numpy(order.astype(np.int64)))
+
+    def to(self, device: torch.device | str) -> Prefixes:
+        """The same on another device."""
+        return Prefixes(tuple(t.to(device) for t in self.token), tuple(f.to(device) for f in self.first), self.items.to(device))
+
+    def children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Children on ``level`` of ``nodes`` [n] of the level above (the root's, for level 0): the position in ``nodes`` of each child's
+        parent and the child's node, both [children]."""
+        if level == 0:
+            found = torch.arange(len(self.token[0]), device=nodes.device)
+            return torch.arange(len(nodes), device=nodes.device).repeat_interleave(len(found)), found.repeat(len(nodes))
+        return self._spans(self.first[level - 1], nodes)
+
+    def members(self, leaves: Tensor) -> tuple[Tensor, Tensor]:
+        """Items of ``leaves`` [n]: the position in ``leaves`` and the item_index of each, both [items]."""
+        where, place = self._spans(self.first[-1], leaves)
+        return where, self.items[place]
+
+    @staticmethod
+    def _spans(first: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        begin, count = first[nodes], first[nodes + 1] - first[nodes]
+        where = torch.arange(len(nodes), device=nodes.device).repeat_interleave(count)
+        place = torch.arange(len(where), device=nodes.device) - (count.cumsum(0) - count)[where]
+        return where, begin[where] + place

@@ -1,0 +1,15 @@
+"""Put semantic IDs to use: every retriever of the config's evaluate section on every tokenizer's SIDs, seed by seed; one table, one page.
+
+python jobs/evaluate.py --config conf/beauty.yaml
+
+Needs item_features and sequences (jobs/build_features.py after jobs/train.py --stage behavior). It goes on where it stopped; each cell is an
+MLflow run. Tokenizers that jobs/compare_tokenizers.py has trained are not trained again.
+"""
+
+from pipelines import cli
+
+if __name__ == "__main__":
+    arguments = cli.choose(None, __doc__)
+    from pipelines import evaluate
+
+    cli.leave(cli.run(arguments, cli.stage("evaluate", evaluate.run)))

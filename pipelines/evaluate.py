@@ -1,0 +1,137 @@
+"""Tokenizers put to use: every retriever of ``evaluate`` on the SIDs of every tokenizer, seed by seed; one table and one page.
+
+A cell is a tokenizer, a retriever and a seed. Its result is kept as soon as it is there, so the command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from adasid import tables
+from adasid.config import Config, Retrieval
+from adasid.errors import InputError
+from adasid.metrics.retrieval import of_histogram, rank_histogram
+from adasid.report import evaluation
+from adasid.tokenizers import artifact
+from adasid.training.retrieval import by_stratum
+from pipelines import report, sids, train
+from pipelines.engines import cluster, tracking
+from pipelines.engines import spark as engine
+from pipelines.engines.lake import Lake
+from pipelines.engines.tracking import Track
+from pipelines.features import pairs
+
+Row = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """``config``: with the cell's seed, tokenizer and retriever; ``sids``: whether items are represented by SIDs."""
+
+    tokenizer: str
+    retriever: str
+    config: Config
+    sids: bool
+
+
+def run(cfg: Config, track: Track) -> None:
+    """Every cell that has no result yet, then ``<run>/report/evaluation``."""
+    cells = _cells(cfg)
+    if not cells:
+        raise InputError("evaluate.tokenizers and evaluate.controls are empty: name what to evaluate (conf/demo.yaml shows how)")
+    if any(cell.config.tokenizer.pairs for cell in cells if cell.sids):
+        pairs.build(cfg, track)
+    rows, spent, started = [_popularity(cfg, track.lake)], 0, time.monotonic()
+    try:
+        for number, cell in enumerate(cells, 1):
+            result = _known(cell, track.lake)
+            if result is None:
+                name = f"evaluate {cell.tokenizer}, {cell.retriever}, seed {cell.config.seed}"
+                with tracking.stage(cell.config, name, journal=False) as inner:
+                    result = train.fit_retriever(cell.config, inner, _catalogue(cell, inner) if cell.sids else None)
+                spent += 1
+                left = (time.monotonic() - started) / spent * (len(cells) - number) / 60
+                track.note(f"{number} of {len(cells)} done, at most about {left:.0f} min left")
+            rows.append({"tokenizer": cell.tokenizer, "retriever": cell.retriever, "head": cell.config.retrieval.head, **result})
+    finally:
+        cluster.shutdown()
+    folder = cfg.run_dir / "report" / "evaluation"
+    report.write(folder, evaluation.build(cfg.name, rows, cfg.evaluate), [evaluation.flat(row) for row in rows])
+    track.artifact(folder)
+    track.facts.update(cells=len(cells), page=str(folder / "index.html"))
+    print(evaluation.text(rows))
+
+
+def _cells(cfg: Config) -> list[Cell]:
+    found = []
+    for label in cfg.evaluate.tokenizers:
+        for seed in dict.fromkeys((*cfg.evaluate.seeds, *cfg.evaluate.more_seeds.get(label, ()))):
+            for name, retriever in cfg.evaluate.retrievers.items():
+                found.append(Cell(label, name, _with(cfg, seed, retriever, label), True))
+    for label, retriever in cfg.evaluate.controls.items():
+        for seed in dict.fromkeys((*cfg.evaluate.seeds, *cfg.evaluate.more_seeds.get(label, ()))):
+            found.append(Cell(label, "item", _with(cfg, seed, retriever), False))
+    return found
+
+
+def _with(cfg: Config, seed: int, retriever: Retrieval, label: str | None = None) -> Config:
+    update: dict[str, Any] = {"seed": seed, "retrieval": retriever}
+    return cfg.model_copy(update=update | ({"tokenizer": cfg.compare.tokenizers[label]} if label else {}))
+
+
+def _known(cell: Cell, lake: Lake) -> Row | None:
+    """The cell's result where it is there, without any training."""
+    catalogue = None
+    if cell.sids:
+        model = train.tokenizer_folder(cell.config, lake, "compare") / "model"
+        if not (model / "manifest.json").exists():
+            return None
+        manifest = artifact.read_manifest(model)
+        table = _table(cell, lake)
+        if not lake.fresh(manifest["digest"], table):
+            return None
+        catalogue = {"table": table, "version": lake.version(table), "slots": manifest["slots"]}
+    path = train.retriever_folder(cell.config, lake, catalogue) / "result.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def _catalogue(cell: Cell, track: Track) -> train.Catalogue:
+    """The SIDs of the cell's tokenizer, trained and written where they are not there yet."""
+    cfg, lake = cell.config, track.lake
+    folder = train.tokenizer_folder(cfg, lake, "compare")
+    manifest, table = train.fit_tokenizer(cfg, track, folder), _table(cell, lake)
+    if not lake.fresh(manifest["digest"], table):
+        spark = engine.session(cfg.spark)
+        features = engine.read(spark, lake, "item_features", manifest["inputs"]["item_features"])
+        encoded = sids.encode(spark, features, folder / "model", manifest, cfg.sids.batch)
+        engine.write(sids.ranked(encoded, manifest["digest"], 0), lake, table, tables.SIDS, manifest["digest"])
+    return {"table": table, "version": lake.version(table), "slots": manifest["slots"]}
+
+
+def _table(cell: Cell, lake: Lake) -> str:
+    return f"trials/{train.tokenizer_folder(cell.config, lake, 'compare').name}"
+
+
+def _popularity(cfg: Config, lake: Lake) -> Row:
+    """Every user gets the items in the order of their training counts, which is the order of item_index."""
+    strata = lake.read("item_stats", columns=["item_index", "stratum"]).sort_by("item_index")["stratum"]
+    kinds = torch.from_numpy(pc.index_in(strata.combine_chunks(), pa.array(tables.STRATA)).to_numpy().astype(np.int64))
+    total = torch.zeros(len(tables.STRATA), rank_histogram(kinds[:0], kinds[:0], 1).shape[1], dtype=torch.float64)
+    for rows in lake.batches("sequences", None, ["target"], pc.field("split") == "test"):
+        target = torch.from_numpy(rows.column("target").to_numpy(zero_copy_only=False).astype(np.int64))
+        total += rank_histogram(target + 1, kinds[target], len(tables.STRATA))
+    counts = total.numpy()
+    return {
+        "tokenizer": "popularity",
+        "retriever": "item",
+        "head": "none",
+        "seed": cfg.seed,
+        "test": of_histogram(counts),
+        "strata": by_stratum(counts, counts, cfg.seed),
+    }

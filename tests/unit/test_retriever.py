@@ -1,0 +1,233 @@
+"""Retrieval through semantic IDs: token tables, prefixes, the three heads against brute force, and training on sequences with a known rule."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as nnf
+
+from adasid import config
+from adasid.errors import InputError
+from adasid.recommenders import retriever
+from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.tables import BEHAVIOR, PAD
+from adasid.tokenizers.base import Slot
+from adasid.training.retrieval import RetrievalData, RetrievalTraining
+from adasid.training.sequences import Histories
+from adasid.training.workers import Workers
+
+SLOTS = (Slot("t0", "text", 4), Slot("t1", "text", 3), Slot("b0", BEHAVIOR, 5))
+
+
+def codes_of(items, seed=0):
+    """Codes with PAD and with items that share a SID."""
+    rng = np.random.default_rng(seed)
+    codes = np.stack([rng.integers(0, slot.size, items) for slot in SLOTS], axis=1).astype(np.int32)
+    codes[rng.random(codes.shape) < 0.1] = PAD
+    codes[1] = codes[0]
+    return codes
+
+
+def model(head, items=60, **settings):
+    torch.manual_seed(0)
+    made = retriever.build(
+        config.Retrieval.model_validate({"head": head, "width": 8, "max_length": 5, **settings}), ItemTokens.of(codes_of(items), SLOTS)
+    )
+    torch.nn.init.normal_(made.table)
+    return made.eval()
+
+
+def test_tokens_are_rows_of_one_table_and_pad_is_a_slots_last():
+    tokens = ItemTokens.of(np.array([[0, 2, PAD], [3, PAD, 4], [0, 2, PAD]], np.int32), SLOTS)
+    assert tokens.sizes == (5, 4, 6)
+    assert tokens.rows.tolist() == [[0, 7, 14], [3, 8, 13], [0, 7, 14]]
+    assert tokens.group[0] == tokens.group[2] != tokens.group[1]
+    with pytest.raises(InputError, match="2 codes but the tokenizer has 3 slots"):
+        ItemTokens.of(np.zeros((1, 2), np.int32), SLOTS)
+
+
+def test_loss_weights_have_mean_one_over_the_behaviour_tokens_and_are_clipped():
+    codes = np.array([[0, 0, 0], [0, 0, 1], [0, 0, PAD], [0, 0, 2], [0, 0, 3], [0, 0, 4]], np.int32)
+    weights = np.ones((6, 3), np.float32)
+    weights[:, 2] = (0.1, 0.1, 9.0, 0.1, 0.1, 4.6)  # the one of a PAD does not count; mean of the others 1
+    found = ItemTokens.of(codes, SLOTS, weights).weights
+    torch.testing.assert_close(found[:, 2], torch.tensor([0.1, 0.1, 1.0, 0.1, 0.1, 3.0]))
+    assert (found[:, :2] == 1).all()
+
+
+@pytest.mark.parametrize("items", [1, 7, 60, 500])
+def test_prefixes_are_those_of_the_catalogue(items):
+    codes = codes_of(items) if items > 1 else np.zeros((1, 3), np.int32)
+    tokens = ItemTokens.of(codes, SLOTS)
+    local = (tokens.rows - torch.tensor(tokens.starts)).numpy()
+    prefixes = Prefixes.of(tokens)
+    walked = {(): torch.zeros(1, dtype=torch.int64)}
+    for level in range(3):
+        deeper = {}
+        for prefix, node in walked.items():
+            _, children = prefixes.children(level, node)
+            for child in children.tolist():
+                deeper[(*prefix, int(prefixes.token[level][child]))] = torch.tensor([child])
+        walked = deeper
+        assert set(walked) == {tuple(row[: level + 1]) for row in local.tolist()}
+    for prefix, leaf in walked.items():
+        _, members = prefixes.members(leaf)
+        assert members.tolist() == np.flatnonzero((local == prefix).all(1)).tolist()
+
+
+def test_item_scores_are_inner_products_with_the_sum_of_tokens():
+    made = model("item")
+    states = torch.randn(4, 8)
+    vectors = torch.stack([made.table[row].sum(0) / 3**0.5 for row in made.catalogue.rows])
+    torch.testing.assert_close(made.scores(states), states @ vectors.T)
+
+
+def test_parallel_scores_are_sums_of_token_log_probabilities():
+    made = model("parallel")
+    torch.nn.init.normal_(made.heads)
+    states, starts = torch.randn(4, 8), made.catalogue.starts
+    expected = torch.zeros(4, 60)
+    for slot, (start, size) in enumerate(zip(starts, made.catalogue.sizes)):
+        own = states + nnf.silu(states @ made.heads[:, slot * 8 : slot * 8 + 8])
+        log_p = (nnf.normalize(own, dim=1) @ nnf.normalize(made.table[start : start + size], dim=1).T / 0.07).log_softmax(1)
+        expected += log_p[:, made.catalogue.rows[:, slot] - start]
+    torch.testing.assert_close(made.scores(states), expected)
+
+
+@pytest.mark.parametrize("head", ["item", "parallel"])
+def test_the_exact_list_is_the_sorted_catalogue(head, monkeypatch):
+    monkeypatch.setattr(retriever, "_CHUNK", 13)
+    made = model(head)
+    states = torch.randn(6, 8)
+    items, scores = made.top(states, 20)
+    whole = made.scores(states)
+    order = torch.argsort(whole, dim=1, descending=True, stable=True)[:, :20]
+    torch.testing.assert_close(scores, whole.gather(1, order))
+    assert (items == order).float().mean() > 0.95  # equal scores at the end of a chunk may be cut otherwise
+    assert made.ranks(states, items[:, 3])[0] == 4
+
+
+def sequence_log_p(made, state, tokens):
+    """Log-probability of a whole SID, slot after slot."""
+    total = 0.0
+    for slot, start in enumerate(made.catalogue.starts):
+        out = made._decoded(state[None], tokens[None, :slot])[0, -1]
+        words = nnf.normalize(made.table[start : start + made.catalogue.sizes[slot]], dim=1)
+        total += (words @ out / 0.07).log_softmax(0)[tokens[slot] - start]
+    return total
+
+
+def test_a_wide_beam_is_exact_and_never_leaves_the_catalogue():
+    made = model("autoregressive", beam=200)
+    states = torch.randn(3, 8)
+    with torch.no_grad():
+        items, scores = made.top(states, 60)
+        for state, row, score in zip(states, items, scores):
+            expected = torch.stack([sequence_log_p(made, state, made.catalogue.rows[item]) for item in range(60)])
+            assert sorted(row.tolist()) == list(range(60))
+            torch.testing.assert_close(score, expected[row], rtol=1e-4, atol=1e-4)
+            assert (score[:-1] >= score[1:] - 1e-5).all()
+            assert row.tolist().index(1) == row.tolist().index(0) + 1  # they share a SID
+        assert (made.ranks(states, items[:, 7]) == 8).all()
+
+
+def test_a_narrow_beam_gives_items_of_the_catalogue_and_says_where_it_ends():
+    made = model("autoregressive", beam=2)
+    items, scores = made.top(torch.randn(5, 8), 10)
+    assert items.shape == scores.shape == (5, 10)
+    assert ((items >= 0) == torch.isfinite(scores)).all()
+    known = {tuple(row) for row in made.catalogue.rows.tolist()}
+    sids = {tuple(made.catalogue.rows[item].tolist()) for item in items[items >= 0].tolist()}
+    assert sids <= known
+    assert all(len({tuple(made.catalogue.rows[i].tolist()) for i in row[row >= 0].tolist()}) == 2 for row in items)
+
+
+def test_autoregressive_loss_is_the_mean_of_the_tokens_cross_entropies():
+    made = model("autoregressive")
+    states, targets = torch.randn(5, 8), torch.tensor([0, 3, 9, 20, 59])
+    log_p = torch.stack([sequence_log_p(made, s, made.catalogue.rows[t]) for s, t in zip(states, targets)])
+    torch.testing.assert_close(made.loss(states, targets, targets, torch.zeros(60)), -log_p.mean() / 3)
+
+
+def chains(users=400, items=40, seed=0):
+    """Item i is followed by 7 i + 3 modulo the catalogue, nine times of ten."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(0, items, users)]
+    for _ in range(7):
+        rows.append(np.where(rng.random(users) < 0.9, (7 * rows[-1] + 3) % items, rng.integers(0, items, users)))
+    table = np.stack(rows, axis=1)
+
+    def cut(last, held_out):
+        target = table[:, last] if held_out else np.full(users, -1)
+        return Histories(table[:, :last].reshape(-1).astype(np.int64), np.arange(0, users * last + 1, last).astype(np.int64), target.astype(np.int64))
+
+    counts = np.bincount(table[:, :6].reshape(-1), minlength=items)
+    return RetrievalData(cut(6, False), cut(6, True), cut(7, True), counts, np.arange(items) * 3 // items, "test")
+
+
+def training(head, folder, epochs, **settings):
+    codes = np.stack([np.arange(40) // 8, np.arange(40) % 8, np.arange(40) % 5], axis=1).astype(np.int32)
+    slots = (Slot("a", "text", 5), Slot("b", "text", 8), Slot("c", BEHAVIOR, 5))
+    chosen = {
+        "head": head,
+        "width": 32,
+        "max_length": 6,
+        "dropout": 0.0,
+        "epochs": epochs,
+        "batch_users": 64,
+        "negatives": 64,
+        "lr": 0.003,
+        "beam": 10,
+    }
+    return RetrievalTraining(config.Retrieval.model_validate(chosen | settings), ItemTokens.of(codes, slots), chains(), Path(folder), 3, Workers())
+
+
+@pytest.mark.parametrize("head", ["item", "parallel", "autoregressive"])
+def test_each_head_learns_the_rule(head, tmp_path):
+    result = training(head, tmp_path, 30).run()
+    assert result["test"]["recall@5"] > 0.8  # by chance .13
+    assert set(result["strata"]) == {"all", "head", "mid", "tail"}
+    assert sum(result["strata"][s]["users"] for s in ("head", "mid", "tail")) == result["strata"]["all"]["users"] == 400
+    low, high = result["strata"]["all"]["intervals"]["recall@5"]
+    assert low <= result["test"]["recall@5"] <= high
+
+
+def test_a_killed_training_ends_as_it_would_have(tmp_path):
+    whole = training("item", tmp_path / "whole", 4).run()
+
+    class Killed(Exception):
+        pass
+
+    def kill(rows):
+        if len(rows) == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        training("item", tmp_path / "cut", 4).run(kill)
+    rest = training("item", tmp_path / "cut", 4).run()
+    for key in ("best_epoch", "epochs", "validation", "test", "strata"):
+        assert rest[key] == whole[key], key
+
+
+def test_weights_of_the_target_weigh_the_loss():
+    codes = np.array([[0, 0, 0], [1, 1, 1]], np.int32)
+    weights = np.ones((2, 3), np.float32)
+    weights[:, 2] = (0.0, 2.0)
+    tokens = ItemTokens.of(codes, SLOTS, weights)
+    logits = [torch.zeros(2, size) for size in tokens.sizes]
+    logits[2][0, 0] = -50.0  # very wrong, but of weight 0
+    expected = (2 * (np.log(5) + np.log(4)) + 2 * np.log(6)) / 6
+    assert retriever.token_loss(logits, tokens, torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_figures(tmp_path):
+    found = [training("autoregressive", tmp_path / name, 2).run()["strata"] for name in "ab"]
+    assert found[0] == found[1]
+
+
+def test_all_slots_reach_every_combination():
+    everything = np.array(list(itertools.product(range(4), range(3), range(5))), np.int32)
+    prefixes = Prefixes.of(ItemTokens.of(everything, SLOTS))
+    assert [len(t) for t in prefixes.token] == [4, 12, 60]

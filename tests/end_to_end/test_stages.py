@@ -4,13 +4,15 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 from mlflow.tracking import MlflowClient
 
 from adasid.config import load
 from adasid.errors import InputError
 from adasid.tokenizers import artifact
-from pipelines import chain, cli, compare
+from pipelines import chain, cli, compare, train
+from pipelines import evaluate as pipeline
 from pipelines import sids as sids_stage
 from tests.end_to_end.running import ITEMS, config_file, killed, lake_of, run_stage, sids
 
@@ -85,9 +87,66 @@ def test_tokenizers_are_compared_and_a_second_run_trains_nothing(in_process, cap
         assert (float(row["agreement"]) < 0.25) == (label == "random")
     assert rows["rq-vae", "17"]["artifact"] != rows["rq-vae", "18"]["artifact"]
     page = (cfg.run_dir / "report" / "tokenizers" / "index.html").read_text()
-    assert page.count("data:image/png;base64") == 2
+    assert page.count("data:image/png;base64") == 3
     assert "±" in page
     assert cells() == first, "a cell that has its result is not run again"
+
+
+def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process, capsys):
+    chosen = {
+        "rq-kmeans": {"name": "rq-kmeans", "codebook_size": 16, "levels": {"text": 2, "behavior": 1}},
+        "random": {"name": "random", "codebook_size": 16, "levels": 3},
+    }
+    small = {"width": 16, "blocks": 1, "epochs": 3, "batch_users": 64, "negatives": 128, "beam": 20}
+    retrievers = {head: {"head": head, **small} for head in ("item", "parallel", "autoregressive")}
+    evaluate = {
+        "tokenizers": list(chosen),
+        "retrievers": retrievers,
+        "controls": {"sasrec": retrievers["item"]},
+        "reference": "rq-kmeans",
+        "more_seeds": {"rq-kmeans": [18], "sasrec": [18]},
+        "published": "beauty",
+    }
+    cfg = load(in_process, [f"compare.tokenizers={json.dumps(chosen)}", f"evaluate={json.dumps(evaluate)}"])
+    client = MlflowClient(f"sqlite:///{cfg.run_dir.resolve()}/mlflow.db")
+
+    def cells():
+        with chain.tracking.stage(cfg, "evaluate") as track:
+            pipeline.run(cfg, track)
+        experiment = client.get_experiment_by_name("adasid").experiment_id
+        return sorted(run.info.run_name for run in client.search_runs([experiment]) if run.info.run_name.startswith("evaluate "))
+
+    first = cells()
+    assert len(first) == 3 * 3 + 2
+    printed = capsys.readouterr().out
+    assert "rq-kmeans / autoregressive" in printed
+    assert "popularity / item" in printed
+    folder = cfg.run_dir / "report" / "evaluation"
+    with (folder / "cells.csv").open() as file:
+        rows = {(row["tokenizer"], row["retriever"], row["seed"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 12
+    lake = chain.tracking.open_lake(cfg)
+    users = lake.read("sequences").filter(pc.field("split") == "test").num_rows
+    assert {int(row["all_users"]) for row in rows.values()} == {users}
+    ranks = lake.read("sequences").filter(pc.field("split") == "test")["target"].to_numpy() + 1
+    assert float(rows["popularity", "item", "17"]["all_recall@50"]) == pytest.approx((ranks <= 50).mean())
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/png;base64") == 2
+    assert "the best other tokenizer, random" in page
+    assert "as printed" not in page
+    assert "ADC-SID, table 2" in page
+    assert cells() == first, "a cell that has its result is not run again"
+
+
+def test_a_retriever_learns_from_the_live_table(in_process):
+    small = "{width: 16, blocks: 1, epochs: 2, batch_users: 64, negatives: 128}"
+    cfg = load(in_process, [f"retrieval={small}"])
+    with chain.tracking.stage(cfg, "retrieval") as track:
+        train.retrieval(cfg, track)
+        assert 0 <= track.facts["test recall@10"] <= 1
+    with chain.tracking.stage(cfg, "retrieval") as track:
+        train.retrieval(cfg, track)
+        assert track.status == "up to date"
 
 
 def test_a_trainer_killed_in_mid_run_resumes_and_ends_as_it_would_have(in_process, folder):

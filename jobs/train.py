@@ -1,4 +1,5 @@
-"""Train on Ray: the behaviour embeddings (SASRec), the tokenizer, and a retriever on its semantic IDs. A killed run resumes from its checkpoint.
+"""Train on Ray: the behaviour embeddings (SASRec), the tokenizer, and on its semantic IDs a retriever
+or a click-through model. A killed run resumes from its checkpoint.
 
 python jobs/train.py --config conf/demo.yaml --stage tokenizer
 ray job submit --working-dir . -- python jobs/train.py --config conf/beauty.yaml --stage behavior
@@ -7,7 +8,7 @@ ray job submit --working-dir . -- python jobs/train.py --config conf/beauty.yaml
 from pipelines import cli
 
 if __name__ == "__main__":
-    arguments = cli.choose(None, __doc__, ("--stage", ("tokenizer", "behavior", "retrieval"), "what to train"))
+    arguments = cli.choose(None, __doc__, ("--stage", ("tokenizer", "behavior", "retrieval", "ranking"), "what to train"))
     from pipelines import train
 
     cli.leave(cli.run(arguments, cli.stage(arguments.stage, getattr(train, arguments.stage))))

@@ -1,6 +1,6 @@
-"""Tokenizers put to use: every retriever of ``evaluate`` on the SIDs of every tokenizer, seed by seed; one table and one page.
+"""Tokenizers put to use: every retriever and ranker of ``evaluate`` on the SIDs of every tokenizer, seed by seed; one table and one page.
 
-A cell is a tokenizer, a retriever and a seed. Its result is kept as soon as it is there, so the command goes on where it stopped.
+A cell is a tokenizer, a model and a seed. Its result is kept as soon as it is there, so the command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from adasid import tables
-from adasid.config import Config, Retrieval
+from adasid.config import Config, Ranking, Retrieval
 from adasid.errors import InputError
 from adasid.metrics.retrieval import of_histogram, rank_histogram
 from adasid.report import evaluation
@@ -32,10 +32,12 @@ Row = dict[str, Any]
 
 
 class Cell(NamedTuple):
-    """``config``: with the cell's seed, tokenizer and retriever; ``sids``: whether items are represented by SIDs."""
+    """``model``: label of the retriever or ranker; ``config``: with the cell's seed, tokenizer and model; ``sids``: whether items are
+    represented by SIDs."""
 
+    task: train.Task
     tokenizer: str
-    retriever: str
+    model: str
     config: Config
     sids: bool
 
@@ -44,7 +46,7 @@ def run(cfg: Config, track: Track) -> None:
     """Every cell that has no result yet, then ``<run>/report/evaluation``."""
     cells = _cells(cfg)
     if not cells:
-        raise InputError("evaluate.tokenizers and evaluate.controls are empty: name what to evaluate (conf/demo.yaml shows how)")
+        raise InputError("evaluate names no tokenizer with a model, and no control: name what to evaluate (conf/demo.yaml shows how)")
     if any(cell.config.tokenizer.pairs for cell in cells if cell.sids):
         pairs.build(cfg, track)
     rows, spent, started = [_popularity(cfg, track.lake)], 0, time.monotonic()
@@ -52,13 +54,13 @@ def run(cfg: Config, track: Track) -> None:
         for number, cell in enumerate(cells, 1):
             result = _known(cell, track.lake)
             if result is None:
-                name = f"evaluate {cell.tokenizer}, {cell.retriever}, seed {cell.config.seed}"
+                name = f"evaluate {cell.tokenizer}, {cell.model}, seed {cell.config.seed}"
                 with tracking.stage(cell.config, name, journal=False) as inner:
-                    result = train.fit_retriever(cell.config, inner, _catalogue(cell, inner) if cell.sids else None)
+                    result = train.fit_downstream(cell.config, inner, cell.task, _catalogue(cell, inner) if cell.sids else None)
                 spent += 1
                 left = (time.monotonic() - started) / spent * (len(cells) - number) / 60
                 track.note(f"{number} of {len(cells)} done, at most about {left:.0f} min left")
-            rows.append({"tokenizer": cell.tokenizer, "retriever": cell.retriever, "head": cell.config.retrieval.head, **result})
+            rows.append({"task": cell.task, "tokenizer": cell.tokenizer, "model": cell.model, **result})
     finally:
         cluster.shutdown()
     folder = cfg.run_dir / "report" / "evaluation"
@@ -69,20 +71,23 @@ def run(cfg: Config, track: Track) -> None:
 
 
 def _cells(cfg: Config) -> list[Cell]:
-    found = []
-    for label in cfg.evaluate.tokenizers:
-        for seed in dict.fromkeys((*cfg.evaluate.seeds, *cfg.evaluate.more_seeds.get(label, ()))):
-            for name, retriever in cfg.evaluate.retrievers.items():
-                found.append(Cell(label, name, _with(cfg, seed, retriever, label), True))
-    for label, retriever in cfg.evaluate.controls.items():
-        for seed in dict.fromkeys((*cfg.evaluate.seeds, *cfg.evaluate.more_seeds.get(label, ()))):
-            found.append(Cell(label, "item", _with(cfg, seed, retriever), False))
-    return found
+    e = cfg.evaluate
+    models: list[tuple[train.Task, str, Retrieval | Ranking]] = [("retrieval", *pair) for pair in e.retrievers.items()]
+    models += [("ranking", *pair) for pair in e.rankers.items()]
+    controls: list[tuple[train.Task, str, Retrieval | Ranking]] = [("retrieval", *pair) for pair in e.controls.items()]
+    controls += [("ranking", *pair) for pair in e.ranking_controls.items()]
 
+    def cells(label: str, chosen: list[tuple[train.Task, str, Retrieval | Ranking]], sids: bool) -> list[Cell]:
+        own = {"tokenizer": cfg.compare.tokenizers[label]} if sids else {}
+        seeds = dict.fromkeys((*e.seeds, *e.more_seeds.get(label, ())))
+        return [
+            Cell(task, label, model if sids else "item ids", cfg.model_copy(update={"seed": seed, task: settings, **own}), sids)
+            for seed in seeds
+            for task, model, settings in chosen
+        ]
 
-def _with(cfg: Config, seed: int, retriever: Retrieval, label: str | None = None) -> Config:
-    update: dict[str, Any] = {"seed": seed, "retrieval": retriever}
-    return cfg.model_copy(update=update | ({"tokenizer": cfg.compare.tokenizers[label]} if label else {}))
+    found = [cell for label in e.tokenizers for cell in cells(label, models, True)]
+    return found + [cell for control in controls for cell in cells(control[1], [control], False)]
 
 
 def _known(cell: Cell, lake: Lake) -> Row | None:
@@ -97,7 +102,7 @@ def _known(cell: Cell, lake: Lake) -> Row | None:
         if not lake.fresh(manifest["digest"], table):
             return None
         catalogue = {"table": table, "version": lake.version(table), "slots": manifest["slots"]}
-    path = train.retriever_folder(cell.config, lake, catalogue) / "result.json"
+    path = train.downstream_folder(cell.config, lake, cell.task, catalogue) / "result.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
@@ -128,9 +133,9 @@ def _popularity(cfg: Config, lake: Lake) -> Row:
         total += rank_histogram(target + 1, kinds[target], len(tables.STRATA))
     counts = total.numpy()
     return {
+        "task": "retrieval",
         "tokenizer": "popularity",
-        "retriever": "item",
-        "head": "none",
+        "model": "item ids",
         "seed": cfg.seed,
         "test": of_histogram(counts),
         "strata": by_stratum(counts, counts, cfg.seed),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from pipelines.features import items, pairs
 
 _CHUNK = 50_000
 
+Task = Literal["retrieval", "ranking"]
 Catalogue = dict[str, Any]
 """The SIDs that a downstream model reads: ``table``, ``version``, and ``slots`` of their tokenizer."""
 
@@ -96,29 +97,43 @@ def fit_tokenizer(cfg: Config, track: Track, folder: Path) -> dict[str, Any]:
 
 
 def retrieval(cfg: Config, track: Track) -> None:
-    """``sequences`` and the live ``sids`` -> a retriever in ``artifacts/retriever/<key>``, its metrics in MLflow."""
-    lake = track.lake
+    """``sequences`` and the live ``sids`` -> a retriever in ``artifacts/retrieval/<key>``, its metrics in MLflow."""
+    result = fit_downstream(cfg, track, "retrieval", _live(cfg, track.lake))
+    _told(track, result, ("recall@10", "ndcg@10", "recall@50"))
+
+
+def ranking(cfg: Config, track: Track) -> None:
+    """``ranking_samples`` and the live ``sids`` -> a click-through model in ``artifacts/ranking/<key>``, its metrics in MLflow."""
+    result = fit_downstream(cfg, track, "ranking", _live(cfg, track.lake))
+    _told(track, result, ("auc", "gauc"))
+
+
+def _live(cfg: Config, lake: Lake) -> Catalogue:
+    """The live generation's SIDs. Raises InputError where they are not of this config's tokenizer."""
     generation = max(lake.read("generations").to_pylist(), key=lambda row: (row["live"], row["generation"]))
     manifest = artifact.read_manifest(Path(cfg.sids.artifact) if cfg.sids.artifact else tokenizer_folder(cfg, lake) / "model")
     if generation["tokenizer"] != manifest["digest"]:
         raise InputError(f"the live SIDs are of tokenizer {generation['tokenizer']}, this config's is {manifest['digest']}: run jobs/write_sids.py")
-    result = fit_retriever(cfg, track, {"table": "sids", "version": generation["sids_version"], "slots": manifest["slots"]})
-    test = result["test"]
-    track.facts.update(
-        {"best epoch": result["best_epoch"], **{f"test {name}": round(test[name], 4) for name in ("recall@10", "ndcg@10", "recall@50")}}
-    )
+    return {"table": "sids", "version": generation["sids_version"], "slots": manifest["slots"]}
 
 
-def fit_retriever(cfg: Config, track: Track, catalogue: Catalogue | None) -> dict[str, Any]:
-    """Train ``cfg.retrieval`` on the SIDs of ``catalogue``, or on one token an item, unless it is done; returns its result."""
-    folder, read = retriever_folder(cfg, track.lake, catalogue), _read_by_retriever(track.lake, catalogue)
+def _told(track: Track, result: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    track.facts.update({"best epoch": result["best_epoch"], **{f"test {name}": round(result["test"][name], 4) for name in names}})
+    if "labels" in result:
+        track.facts["labels"] = result["labels"]
+
+
+def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue | None) -> dict[str, Any]:
+    """Train ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``, or on one token an item, unless it is done; returns its result."""
+    folder, read = downstream_folder(cfg, track.lake, task, catalogue), _read(track.lake, task, catalogue)
     track.inputs(read)
     if (folder / "result.json").exists():
         track.status = "up to date"
     else:
-        shown = ("loss", "validation_ndcg@10", "validation_recall@10", "seconds", "validation_seconds")
+        shown = ("loss", "validation_ndcg@10", "validation_recall@10", "validation_auc", "seconds", "validation_seconds")
         payload = {**_payload(cfg, track, read, folder), "catalogue": catalogue, "mlflow_run": track.run_id}
-        cluster.fit(workers.retrieval, payload, cfg.ray, f"retriever-{folder.name}", folder, _progress(track, cfg.retrieval.epochs, shown, folder))
+        show = _progress(track, getattr(cfg, task).epochs, shown, folder)
+        cluster.fit(getattr(workers, task), payload, cfg.ray, f"{task}-{folder.name}", folder, show)
         Checkpoints(folder / "checkpoints").clear()
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     track.metrics({f"test_{name}": value for name, value in result["test"].items()})
@@ -126,14 +141,14 @@ def fit_retriever(cfg: Config, track: Track, catalogue: Catalogue | None) -> dic
     return result
 
 
-def retriever_folder(cfg: Config, lake: Lake, catalogue: Catalogue | None) -> Path:
-    """Where the retriever of this config, seed and these SIDs is, or will be."""
-    key = digest("retrieval", cfg.retrieval, cfg.seed, lake.stamps(_read_by_retriever(lake, catalogue)))
-    return (cfg.run_dir / "artifacts" / "retriever" / key).resolve()
+def downstream_folder(cfg: Config, lake: Lake, task: Task, catalogue: Catalogue | None) -> Path:
+    """Where the model of this task, config, seed and these SIDs is, or will be."""
+    key = digest(task, getattr(cfg, task), cfg.seed, lake.stamps(_read(lake, task, catalogue)))
+    return (cfg.run_dir / "artifacts" / task / key).resolve()
 
 
-def _read_by_retriever(lake: Lake, catalogue: Catalogue | None) -> dict[str, int]:
-    read = lake.versions("sequences", "item_stats")
+def _read(lake: Lake, task: Task, catalogue: Catalogue | None) -> dict[str, int]:
+    read = lake.versions("sequences" if task == "retrieval" else "ranking_samples", "item_stats")
     return {**read, catalogue["table"]: catalogue["version"]} if catalogue else read
 
 

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from adasid import config, tables
+from adasid import tables
 from adasid.config import Config
 from adasid.errors import InputError
 from adasid.recommenders.tokens import ItemTokens
@@ -25,6 +26,7 @@ from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.training.behavior import BehaviorData, BehaviorTraining
 from adasid.training.checkpoint import write_json, write_text
+from adasid.training.ranking import Events, RankingTraining
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from adasid.training.sequences import Histories
 from adasid.training.shards import Pairs, Shard
@@ -86,23 +88,40 @@ def retrieval(payload: dict[str, Any]) -> None:
     """A retriever on the SIDs of ``payload["catalogue"]`` (table, version and slots; None: one token an item): ``best.safetensors``, ``result.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read, settings = payload["read"], cfg.retrieval
-    stats = lake.read("item_stats", read["item_stats"], ["item_id", "item_index", "interactions", "stratum"]).sort_by("item_index").combine_chunks()
+    catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
     parts = _histories(lake, read, workers, cfg)
-    strata = pc.index_in(stats["stratum"], pa.array(tables.STRATA)).to_numpy().astype(np.int64)
-    data = RetrievalData(
-        parts["train"], parts["validation"], parts["test"], stats["interactions"].to_numpy(), strata, f"sequences version {read['sequences']}"
-    )
-    chosen = payload["catalogue"]
-    catalogue = _catalogue(lake, stats, chosen, settings) if chosen else ItemTokens.ids(len(stats))
-    result = RetrievalTraining(settings, catalogue, data, folder, cfg.seed, workers, _device(cfg)).run(_report(payload, workers))
+    data = RetrievalData(parts["train"], parts["validation"], parts["test"], counts, strata, f"sequences version {read['sequences']}")
+    training = RetrievalTraining(settings, catalogue, data, folder, cfg.seed, workers, _device(cfg))
+    _finish(payload, workers, training.run(_report(payload, workers)))
+
+
+def ranking(payload: dict[str, Any]) -> None:
+    """A click-through model on the same: ``best.safetensors``, ``result.json``."""
+    cfg, workers, lake, folder = _opened(payload)
+    version, settings = payload["read"]["ranking_samples"], cfg.ranking
+    catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
+    events = Events.from_batches(lake.batches("ranking_samples", version, ["user_id", "position", "item_index", "label", "split"]))
+    name = f"ranking_samples version {version}"
+    training = RankingTraining(settings, catalogue, events, counts, strata, folder, cfg.seed, workers, name, _device(cfg))
+    _finish(payload, workers, training.run(_report(payload, workers)))
+
+
+def _finish(payload: dict[str, Any], workers: Workers, result: dict[str, Any]) -> None:
     if workers.rank == 0:
-        facts = {"seed": cfg.seed, "inputs": read, "mlflow_run": payload["mlflow_run"], "versions": payload["versions"]}
-        write_json(folder / "result.json", {**result, **facts})
+        facts = {"seed": payload["config"]["seed"], "inputs": payload["read"], "mlflow_run": payload["mlflow_run"], "versions": payload["versions"]}
+        write_json(Path(payload["folder"]) / "result.json", {**result, **facts})
 
 
-def _catalogue(lake: Lake, stats: pa.Table, chosen: dict[str, Any], settings: config.Retrieval) -> ItemTokens:
-    """The SIDs in the order of item_index. Raises InputError where they are of other items."""
-    slots = [Slot(**slot) for slot in chosen["slots"]]
+def _catalogue(lake: Lake, payload: dict[str, Any], pad: bool, weights: bool) -> tuple[ItemTokens, NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens, training counts and strata of all items, in the order of item_index. ``pad``: inactive slots are PAD; ``weights``: with the
+    tokenizer's. Raises InputError where the SIDs are of other items."""
+    stats = lake.read("item_stats", payload["read"]["item_stats"], ["item_id", "item_index", "interactions", "stratum"])
+    stats = stats.sort_by("item_index").combine_chunks()
+    counts = stats["interactions"].to_numpy().astype(np.int64)
+    strata = pc.index_in(stats["stratum"], pa.array(tables.STRATA)).to_numpy().astype(np.int64)
+    chosen = payload["catalogue"]
+    if not chosen:
+        return ItemTokens.ids(len(stats)), counts, strata
     rows = lake.read(chosen["table"], chosen["version"], ["item_id", "codes", "weights", "active"])
     place = pc.index_in(stats["item_id"], rows["item_id"].combine_chunks())
     if place.null_count or len(rows) != len(stats):
@@ -111,12 +130,12 @@ def _catalogue(lake: Lake, stats: pa.Table, chosen: dict[str, Any], settings: co
             "item_stats: write the SIDs of these items (jobs/write_sids.py)"
         )
     rows = rows.take(place).combine_chunks()
-    codes, weights, active = (
+    codes, factors, active = (
         pc.list_flatten(rows[name]).to_numpy(zero_copy_only=False).reshape(len(rows), -1) for name in ("codes", "weights", "active")
     )
-    if settings.inactive == "pad":
-        codes = np.where(active, codes, tables.PAD)
-    return ItemTokens.of(codes.astype(np.int32), slots, weights.astype(np.float32) if settings.weights else None)
+    codes = np.where(active, codes, tables.PAD) if pad else codes
+    slots = [Slot(**slot) for slot in chosen["slots"]]
+    return ItemTokens.of(codes.astype(np.int32), slots, factors.astype(np.float32) if weights else None), counts, strata
 
 
 def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) -> dict[str, Histories]:

@@ -4,7 +4,7 @@ shows them all and a test keeps the two equal. An unknown key, a wrong type or a
 """
 
 from adasid.config.base import Names, Section, Share, Sizes
-from adasid.config.downstream import Evaluate, Retrieval
+from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.parts import Adaptive, Contrast, Controller, Hamr, Repulsion, Revival, Router, Training
 from adasid.config.render import render_base
 from adasid.config.sources import AmazonSource, ArraysSource, Source, Synthetic, TablesSource
@@ -64,6 +64,7 @@ __all__ = [
     "Pairs",
     "QuaSid",
     "RandomSid",
+    "Ranking",
     "Ray",
     "Repulsion",
     "Retrieval",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from adasid.config.base import Names, Section, Share
+from adasid.config.base import Names, Section, Share, Sizes
 
 
 class Retrieval(Section):
@@ -38,20 +38,49 @@ class Retrieval(Section):
         return self
 
 
+class Ranking(Section):
+    items: Literal["concat", "sum", "prefix"] = Field(
+        "concat", description="an item's vector: its tokens' embeddings side by side, their sum, or the sum over prefixes (residual SIDs)"
+    )
+    prefix_rows: int = Field(65_536, ge=1, description="prefix: rows of the table that prefixes are hashed into")
+    weights: bool = Field(True, description="the tokenizer's weights scale the tokens' embeddings, and those of behaviour tokens are features")
+    inactive: Literal["keep", "pad"] = Field("keep", description="an inactive slot's token: keep it, or pad: replace it by PAD")
+    width: int = Field(48, ge=1, description="width of users and items (concat: of all tokens together, at most)")
+    hidden: Sizes = Field((64, 64, 64), min_length=1, description="widths of the hidden layers")
+    gate_hidden: int = Field(64, ge=1, description="hidden width of the gates")
+    dropout: Share = Field(0.2, description="dropout on hidden layers")
+    max_length: int = Field(20, ge=1, description="latest events of the history whose mean is a feature")
+    labels: Literal["auto", "ratings", "sampled"] = Field(
+        "auto",
+        description="ratings: events are positive or negative by features.positive_rating; sampled: events against drawn items; auto: by the data",
+    )
+    negatives: int = Field(4, ge=1, description="sampled: items drawn for each event")
+    negative_power: float = Field(0.75, ge=0, description="sampled: an item is drawn in proportion to its training count to this power")
+    batch: int = Field(4096, ge=2, description="samples a step, all workers together")
+    lr: float = Field(0.001, gt=0, description="Adam learning rate")
+    weight_decay: float = Field(1e-6, ge=0, description="Adam weight decay")
+    epochs: int = Field(20, ge=1, description="upper bound of epochs")
+    patience: int = Field(2, ge=1, description="epochs without a better validation AUC before stopping")
+
+
 class Evaluate(Section):
     tokenizers: Names = Field((), description="labels of compare.tokenizers whose SIDs are put to use")
     retrievers: dict[str, Retrieval] = Field({}, description="label -> retrieval section: each on the SIDs of each tokenizer")
+    rankers: dict[str, Ranking] = Field({}, description="label -> ranking section: each on the SIDs of each tokenizer")
     controls: dict[str, Retrieval] = Field({}, description="label -> retrieval section with head item: on one token an item instead of SIDs (SASRec)")
+    ranking_controls: dict[str, Ranking] = Field({}, description="label -> ranking section: on item ids instead of SIDs")
     published: Literal["none", "beauty"] = Field("none", description="published results shown beside ours: those of this data set")
     reference: str = Field("adc-sid", description="label of evaluate.tokenizers that the others are compared with")
-    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field((17,), description="seeds of tokenizer and retriever together")
+    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field(
+        (17,), description="seeds of tokenizer and downstream model together"
+    )
     more_seeds: dict[str, Annotated[tuple[int, ...], Field(strict=False)]] = Field({}, description="label of a tokenizer or control -> further seeds")
 
     @model_validator(mode="after")
     def _labels(self) -> Evaluate:
         for label in self.more_seeds:
-            if label not in (*self.tokenizers, *self.controls):
-                raise ValueError(f"evaluate.more_seeds.{label}: neither evaluate.tokenizers nor evaluate.controls has such a label")
+            if label not in (*self.tokenizers, *self.controls, *self.ranking_controls):
+                raise ValueError(f"evaluate.more_seeds.{label}: no tokenizer or control of evaluate has such a label")
         for label, settings in self.controls.items():
             if settings.head != "item":
                 raise ValueError(f"evaluate.controls.{label}.head is {settings.head!r}: one token an item has nothing to decode, use head: item")

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from adasid.config.base import Section
-from adasid.config.downstream import Evaluate, Retrieval
+from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.sources import Source, Synthetic
 from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Tracking
 from adasid.config.tokenizers import TOKENIZERS, AdcSid, AnyTokenizer, TokenizerSettings
@@ -36,6 +36,7 @@ class Config(Section):
     spark: Spark = Field(Spark(), description="Spark session")
     ray: Ray = Field(Ray(), description="Ray Train")
     retrieval: Retrieval = Field(Retrieval(), description="the retriever over the semantic IDs (Ray Train)")
+    ranking: Ranking = Field(Ranking(), description="the click-through model over the semantic IDs (Ray Train)")
     compare: Compare = Field(Compare(), description="jobs/compare_tokenizers.py")
     evaluate: Evaluate = Field(Evaluate(), description="jobs/evaluate.py")
     tracking: Tracking = Field(Tracking(), description="MLflow")

@@ -31,6 +31,7 @@ class Retriever(CausalEncoder, ABC):
         s = self.settings = settings
         super().__init__(s.width, s.blocks, s.heads, s.max_length, s.dropout)
         self.catalogue = catalogue
+        self.omega = catalogue.loss_weights()
         self.table = nn.Parameter(torch.randn(sum(catalogue.sizes), s.width) * 0.02)
 
     def vectors(self, items: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class ParallelRetriever(_Scored):
 
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Weighted mean over slots and targets of the cross-entropy of each token."""
-        return token_loss(self._logits(states), self.catalogue, targets)
+        return token_loss(self._logits(states), self.catalogue, self.omega, targets)
 
     def scorer(self, states: Tensor) -> Tensor:
         """Log-probability of every token [V, B]."""
@@ -160,7 +161,9 @@ class AutoregressiveRetriever(Retriever):
         """Teacher forcing; weighted mean over slots and targets of the cross-entropy of each token."""
         out = self._decoded(states, self.catalogue.rows[targets][:, :-1])
         words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
-        return token_loss([out[:, slot] @ table.T / self.settings.temperature for slot, table in enumerate(words)], self.catalogue, targets)
+        return token_loss(
+            [out[:, slot] @ table.T / self.settings.temperature for slot, table in enumerate(words)], self.catalogue, self.omega, targets
+        )
 
     def top(self, states: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Beam search of ``beam`` prefixes at a time. Only prefixes of the catalogue are followed, so that every answer is an item; items
@@ -215,9 +218,10 @@ class AutoregressiveRetriever(Retriever):
         return torch.where(hit.any(1), hit.int().argmax(1) + 1, len(self.catalogue.rows) + 1)
 
 
-def token_loss(logits: list[Tensor], catalogue: ItemTokens, targets: Tensor) -> Tensor:
-    """``- sum_l omega_l log p(c_l) / sum_l omega_l`` over the slots of all targets (methods 7.2). ``logits``: for each slot [P, size]."""
-    rows, weights = catalogue.rows[targets], catalogue.weights[targets]
+def token_loss(logits: list[Tensor], catalogue: ItemTokens, omega: Tensor, targets: Tensor) -> Tensor:
+    """``- sum_l omega_l log p(c_l) / sum_l omega_l`` over the slots of all targets (methods 7.2). ``logits``: for each slot
+    [P, size]; ``omega`` [M, L]."""
+    rows, weights = catalogue.rows[targets], omega[targets]
     own = [rows[:, slot] - start for slot, start in enumerate(catalogue.starts)]
     total = torch.stack([nnf.cross_entropy(x, code, reduction="none") for x, code in zip(logits, own)], dim=1)
     return (total * weights).sum() / weights.sum().clamp(min=1e-6)

@@ -21,40 +21,48 @@ _CLIP = 3.0
 @dataclass(frozen=True)
 class ItemTokens:
     """``rows`` [M, L] int64: row of an item's token in the table of all slots, where slot l has its codes and then PAD;
-    ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: loss weight of a token; ``group`` [M]: number of the item's SID among the distinct ones."""
+    ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the tokenizer's weight of each token; ``behavior``: the behaviour slots;
+    ``group`` [M]: number of the item's SID among the distinct ones."""
 
     rows: Tensor
     sizes: tuple[int, ...]
     weights: Tensor
+    behavior: tuple[int, ...]
     group: Tensor
 
     @staticmethod
     def of(codes: NDArray[np.int32], slots: Sequence[Slot], weights: NDArray[np.float32] | None = None) -> ItemTokens:
-        """``codes`` [M, L], PAD where a slot has none. ``weights`` [M, L], of the behaviour slots only (ADC-SID): brought to mean 1
-        over the catalogue, so that items of little richness are damped, and clipped to 3 (methods 7.2). None: 1."""
+        """``codes`` [M, L], PAD where a slot has none; ``weights`` [M, L], 1 if not given. Raises InputError where they are of other slots."""
         if codes.shape[1] != len(slots):
             raise InputError(f"the SIDs have {codes.shape[1]} codes but the tokenizer has {len(slots)} slots: write them with this tokenizer")
         sizes = tuple(slot.size + 1 for slot in slots)
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         rows = np.where(codes == PAD, np.array(sizes) - 1, codes).astype(np.int64) + starts
-        loss = np.ones(codes.shape, np.float32)
-        gated = [index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR]
-        if weights is not None and gated:
-            own, there = weights[:, gated], codes[:, gated] != PAD
-            mean = own[there].mean() if there.any() else 1.0
-            loss[:, gated] = np.where(there, np.clip(own / max(float(mean), 1e-6), 0, _CLIP), 1.0)
         group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
-        return ItemTokens(torch.from_numpy(rows), sizes, torch.from_numpy(loss), torch.from_numpy(group))
+        given = np.ones(codes.shape, np.float32) if weights is None else weights
+        behavior = tuple(index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR)
+        return ItemTokens(torch.from_numpy(rows), sizes, torch.from_numpy(given), behavior, torch.from_numpy(group))
 
     @staticmethod
     def ids(items: int) -> ItemTokens:
         """One token an item: the control that has no semantic IDs."""
         index = torch.arange(items)
-        return ItemTokens(index[:, None], (items,), torch.ones(items, 1), index)
+        return ItemTokens(index[:, None], (items,), torch.ones(items, 1), (), index)
+
+    def loss_weights(self) -> Tensor:
+        """Weight of each token in a loss [M, L]: 1; of a behaviour token its own, brought to mean 1 over the catalogue, so that items of little
+        richness are damped, and clipped to 3. PAD has 1 (methods 7.2)."""
+        loss, slots = torch.ones_like(self.weights), list(self.behavior)
+        if slots:
+            last = torch.tensor(self.starts, device=self.rows.device)[slots] + torch.tensor(self.sizes, device=self.rows.device)[slots] - 1
+            own, there = self.weights[:, slots], self.rows[:, slots] != last
+            mean = own[there].mean().clamp(min=1e-6) if there.any() else own.new_ones(())
+            loss[:, slots] = torch.where(there, (own / mean).clamp(0, _CLIP), 1.0)
+        return loss
 
     def to(self, device: torch.device | str) -> ItemTokens:
         """The same on another device."""
-        return ItemTokens(self.rows.to(device), self.sizes, self.weights.to(device), self.group.to(device))
+        return ItemTokens(self.rows.to(device), self.sizes, self.weights.to(device), self.behavior, self.group.to(device))
 
     @property
     def starts(self) -> tuple[int, ...]:

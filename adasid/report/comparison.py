@@ -128,8 +128,8 @@ def _table(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str
 
 
 @style.styled
-def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]]) -> Figure:
-    """Horizontal bars, a group of them a method, one a column; whiskers are the range over seeds."""
+def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]], low: float = 0.0) -> Figure:
+    """Horizontal bars from ``low`` on, a group of them a method, one a column; whiskers are the range over seeds."""
     figure, (axes,) = style.canvas(title, 0.8 + 0.13 * (len(columns) + 1) * len(groups))
     height = 0.8 / len(columns)
     for place, (key, name) in enumerate(columns):
@@ -141,7 +141,7 @@ def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, 
             at, np.minimum(middle, 1.5), height, xerr=whiskers, label=name, color=style.PALETTE[place % len(style.PALETTE)], error_kw={"lw": 0.8}
         )
     axes.set_yticks(np.arange(len(groups)), list(groups))
-    axes.set_xlim(0, None)
+    axes.set_xlim(low, None)
     axes.invert_yaxis()
     style.legend(figure, 3)
     return figure

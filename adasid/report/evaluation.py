@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from adasid import config
-from adasid.report import comparison, published, style
+from adasid.report import comparison, published
 from adasid.report.page import Page, Plot, Section, Table
 from adasid.report.words import DASH, count, number, plural
 from adasid.tables import STRATA
@@ -18,15 +18,37 @@ from adasid.tables import STRATA
 Row = dict[str, Any]
 Cells = dict[tuple[str, str], list[Row]]
 
-_SHOWN = ("recall@5", "recall@10", "recall@50", "recall@100", "ndcg@10", "ndcg@50", "corrected_recall@10")
-_TESTED = ("recall@50", "ndcg@50", "recall@10")
+_SHOWN = {
+    "retrieval": ("recall@5", "recall@10", "recall@50", "recall@100", "ndcg@10", "ndcg@50", "corrected_recall@10"),
+    "ranking": ("auc", "gauc", "gauc_users"),
+}
+_TESTED = {"retrieval": ("recall@50", "ndcg@50", "recall@10"), "ranking": ("auc", "gauc")}
+_CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
 
 
 def build(name: str, rows: Sequence[Row], settings: config.Evaluate) -> Page:
-    """The page. ``rows``: one a cell: ``tokenizer``, ``retriever``, ``head``, ``seed`` and the result of its training."""
+    """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``model``, ``seed`` and the result of its training."""
     cells = grouped(rows)
     seeds = sorted({len(group) for group in cells.values()})
-    sections = [
+    span = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    said = [
+        f"{plural(len(cells), 'combination')} of items and model, {span} {'seed' if seeds == [1] else 'seeds'} each; "
+        "a figure after ± is the standard deviation over seeds.",
+    ]
+    sections = []
+    for task, section in (("retrieval", _retrieval), ("ranking", _ranking)):
+        own = of_task(rows, task)
+        if own:
+            sections += section(own, settings)
+            said += _verdicts(own, task, settings)
+    if settings.published == "beauty" and of_task(rows, "retrieval"):
+        sections.append(_published(of_task(rows, "retrieval"), settings.reference))
+    sections.append(Section("cost", "What it took", tables=[_cost(cells)]))
+    return Page(f"Semantic IDs put to use: {name}", said, [], [], sections, f"Evaluation of run {name}.")
+
+
+def _retrieval(cells: Cells, settings: config.Evaluate) -> list[Section]:
+    return [
         Section(
             "retrieval",
             "Retrieval",
@@ -35,48 +57,76 @@ def build(name: str, rows: Sequence[Row], settings: config.Evaluate) -> Page:
             plots=[
                 Plot("recall", _bars("Recall@10 on the test users", cells, "recall@10"), "Bars of Recall@10.", "Whiskers are the range over seeds."),
                 Plot(
-                    "strata", _strata(cells), "Recall@50 by popularity of the target.", "Head: the most popular quarter of items by training count."
+                    "strata",
+                    _strata("Recall@50 by popularity of the target", cells, "recall@50"),
+                    "Bars of Recall@50 by stratum.",
+                    "Head: the most popular quarter of items by training count. Each tokenizer with the retriever that is best for it.",
                 ),
             ],
-            tables=[_table(cells), _strata_table(cells)],
+            tables=[_table("Test metrics", cells, "retrieval"), _strata_table("Recall@50 by popularity of the target", cells, "recall@50")],
         ),
-        Section("differences", f"Against {settings.reference}", lead=_lead(settings), tables=[_differences(cells, settings.reference)]),
+        Section("differences", f"Retrieval against {settings.reference}", lead=_lead(settings), tables=[_differences(cells, "retrieval", settings)]),
     ]
-    if settings.published == "beauty":
-        sections.append(_published(cells, settings.reference))
-    sections.append(Section("cost", "What it took", tables=[_cost(cells)]))
-    span = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-    said = [
-        f"{plural(len(cells), 'combination')} of tokenizer and retriever, {span} {'seed' if seeds == [1] else 'seeds'} each; "
-        "a figure after ± is the standard deviation over seeds.",
-        *_verdicts(cells, settings),
+
+
+def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
+    labels = sorted({row["labels"] for group in cells.values() for row in group})
+    told = {
+        "sampled": "The data has clicks only: each held-out event is ranked against items drawn for it (seeded, the same for all).",
+        "ratings": "Labels are the users' ratings.",
+    }
+    return [
+        Section(
+            "ranking",
+            "Ranking",
+            lead=" ".join(told[label] for label in labels)
+            + " GAUC is the mean of the users' AUCs weighted by their samples, over the users that have both classes.",
+            plots=[
+                Plot(
+                    "auc_strata",
+                    _strata("AUC by popularity of the item", cells, "auc", low=0.45),
+                    "Bars of AUC by stratum.",
+                    "Samples whose item is of the stratum.",
+                )
+            ],
+            tables=[_table("Test metrics", cells, "ranking"), _strata_table("AUC by popularity of the item", cells, "auc")],
+        ),
+        Section(
+            "ranking_differences", f"Ranking against {settings.reference}", lead=_lead(settings), tables=[_differences(cells, "ranking", settings)]
+        ),
     ]
-    return Page(f"Semantic IDs put to use: {name}", said, [], [], sections, f"Evaluation of run {name}.")
 
 
 def grouped(rows: Sequence[Row]) -> Cells:
-    """Cells by (tokenizer, retriever), in the order of the rows."""
+    """Cells by (tokenizer, model), in the order of the rows."""
     found: Cells = {}
     for row in rows:
-        found.setdefault((row["tokenizer"], row["retriever"]), []).append(row)
+        found.setdefault((row["tokenizer"], row["model"]), []).append(row)
     return found
+
+
+def of_task(rows: Sequence[Row], task: str) -> Cells:
+    """:func:`grouped` for one task."""
+    return grouped([row for row in rows if row["task"] == task])
 
 
 def flat(row: Row) -> Row:
     """A cell as one line of a CSV file."""
-    plain = {
-        key: row.get(key) for key in ("tokenizer", "retriever", "head", "seed", "best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
-    }
+    names = ("task", "tokenizer", "model", "seed", "labels", "best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
+    plain = {key: row.get(key) for key in names}
     plain |= {f"validation_{key}": value for key, value in row.get("validation", {}).items()}
-    return plain | {f"{s}_{key}": value for s, found in row["strata"].items() for key, value in found.items() if key != "intervals"}
+    return plain | {f"{s}_{key}": v for s, found in row["strata"].items() for key, v in found.items() if not isinstance(v, dict | list)}
 
 
 def text(rows: Sequence[Row]) -> str:
-    """The table for a terminal: one line a combination."""
-    cells = grouped(rows)
-    lines = ["", f"{'':<44}" + "".join(f"{key.replace('corrected_', 'corr. '):>18}" for key in _SHOWN)]
-    for (tokenizer, retriever), group in cells.items():
-        lines.append(f"{tokenizer + ' / ' + retriever:<44}" + "".join(f"{_spread(group, key):>18}" for key in _SHOWN))
+    """The tables for a terminal: one line a combination."""
+    lines = []
+    for task, keys in _SHOWN.items():
+        cells = of_task(rows, task)
+        if cells:
+            lines += ["", f"{task:<44}" + "".join(f"{key.replace('corrected_', 'corr. '):>18}" for key in keys)]
+        for (tokenizer, model), group in cells.items():
+            lines.append(f"{tokenizer + ' / ' + model:<44}" + "".join(f"{_spread(group, key):>18}" for key in keys))
     return "\n".join([*lines, ""])
 
 
@@ -100,43 +150,45 @@ def _mean(group: Sequence[Row], key: str) -> float:
 
 
 def _spread(group: Sequence[Row], key: str, stratum: str = "all") -> str:
-    values = [row["strata"][stratum][key] for row in group if stratum in row["strata"]]
+    values = [row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})]
+    digits = 0 if key == "gauc_users" else 4
     if not values:
         return DASH
-    return number(float(np.mean(values)), 4) + (f" ± {number(float(np.std(values, ddof=1)), 4)}" if len(values) > 1 else "")
+    return number(float(np.mean(values)), digits) + (f" ± {number(float(np.std(values, ddof=1)), digits)}" if len(values) > 1 else "")
 
 
 def _title(key: str) -> str:
-    return key.replace("corrected_", "Corrected ").replace("recall@", "R@").replace("ndcg@", "N@")
+    plain = key.replace("corrected_", "Corrected ").replace("recall@", "R@").replace("ndcg@", "N@")
+    return {"auc": "AUC", "gauc": "GAUC", "gauc_users": "Users in GAUC"}.get(key, plain)
 
 
-def _table(cells: Cells) -> Table:
-    rows = [(tokenizer, retriever, *(_spread(group, key) for key in _SHOWN)) for (tokenizer, retriever), group in cells.items()]
-    return Table("Test metrics", ("Items as", "Retriever", *map(_title, _SHOWN)), rows, words=2)
+def _table(title: str, cells: Cells, task: str) -> Table:
+    rows = [(tokenizer, model, *(_spread(group, key) for key in _SHOWN[task])) for (tokenizer, model), group in cells.items()]
+    return Table(title, ("Items as", "Model", *map(_title, _SHOWN[task])), rows, words=2)
 
 
-def _strata_table(cells: Cells) -> Table:
-    rows = [(tokenizer, retriever, *(_spread(group, "recall@50", s) for s in STRATA)) for (tokenizer, retriever), group in cells.items()]
-    return Table("Recall@50 by popularity of the target", ("Items as", "Retriever", *(s.capitalize() for s in STRATA)), rows, words=2)
+def _strata_table(title: str, cells: Cells, key: str) -> Table:
+    rows = [(tokenizer, model, *(_spread(group, key, s) for s in STRATA)) for (tokenizer, model), group in cells.items()]
+    return Table(title, ("Items as", "Model", *(s.capitalize() for s in STRATA)), rows, words=2)
 
 
 def _lead(settings: config.Evaluate) -> str:
     return (
-        f"Relative gain of {settings.reference} over each other tokenizer under the same retriever and the same seeds, with the 95 % interval of the "
+        f"Relative gain of {settings.reference} over each other tokenizer under the same model and the same seeds, with the 95 % interval of the "
         "paired t distribution over seeds. A plus sign says that it is ahead; an interval that holds 0 says that nothing is shown."
     )
 
 
-def _differences(cells: Cells, reference: str) -> Table:
+def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Table:
     rows = []
-    for (tokenizer, retriever), group in cells.items():
-        own = cells.get((reference, retriever))
-        if own is None or tokenizer == reference or group[0]["head"] == "none":
+    for (tokenizer, model), group in cells.items():
+        own = cells.get((settings.reference, model))
+        if own is None or tokenizer == settings.reference:
             continue
-        found = [paired(own, group, key) for key in _TESTED]
+        found = [paired(own, group, key) for key in _TESTED[task]]
         if found[0]:
-            rows.append((tokenizer, retriever, str(found[0][3]), *(_gain(gain) for gain in found)))
-    return Table("Relative gain", ("Over", "Retriever", "Seeds", *map(_title, _TESTED)), rows, words=2)
+            rows.append((tokenizer, model, str(found[0][3]), *(_gain(gain) for gain in found)))
+    return Table("Relative gain", ("Over", "Model", "Seeds", *map(_title, _TESTED[task])), rows, words=2)
 
 
 def _gain(found: tuple[float, float, float, int] | None) -> str:
@@ -146,32 +198,29 @@ def _gain(found: tuple[float, float, float, int] | None) -> str:
     return f"{gain:+.1%}" + (f" ± {half:.1%} (p {p:.2g})" if seeds > 1 else "")
 
 
-def _verdicts(cells: Cells, settings: config.Evaluate) -> list[str]:
-    """One sentence a retriever: where the reference stands against the best of the others, chosen on validation."""
-    said = []
-    for retriever in dict.fromkeys(key[1] for key in cells):
-        own = cells.get((settings.reference, retriever))
-        others = {k[0]: g for k, g in cells.items() if k[1] == retriever and k[0] != settings.reference and k[0] in settings.tokenizers}
+def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
+    """One sentence a model: where the reference stands against the best of the others, chosen on validation."""
+    said, key = [], _TESTED[task][0]
+    for model in dict.fromkeys(key[1] for key in cells):
+        own = cells.get((settings.reference, model))
+        others = {k[0]: g for k, g in cells.items() if k[1] == model and k[0] != settings.reference and k[0] in settings.tokenizers}
         if not own or not others:
             continue
-        best = max(others, key=lambda label: float(np.mean([row["validation"]["ndcg@10"] for row in others[label]])))
-        found = paired(own, others[best], "recall@50")
+        best = max(others, key=lambda label: float(np.mean([row["validation"][_CHOOSES[task]] for row in others[label]])))
+        found = paired(own, others[best], key)
         if found:
             gain, half, _, seeds = found
             sure = "nothing is shown with one seed" if seeds == 1 else ("beyond chance" if abs(gain) > half else "within chance")
             said.append(
-                f"With the {retriever} retriever {settings.reference} is {abs(gain):.1%} {'ahead of' if gain > 0 else 'behind'} the best other "
-                f"tokenizer, {best}, in Recall@50 ({sure})."
+                f"With the model {model}, {settings.reference} is {abs(gain):.1%} {'ahead of' if gain > 0 else 'behind'} the best other tokenizer, "
+                f"{best}, in {_title(key)} ({sure})."
             )
     return said
 
 
 def _published(cells: Cells, reference: str) -> Section:
     """Ours beside theirs, and a sentence where the order contradicts the paper's."""
-    best: dict[str, list[Row]] = {}
-    for (tokenizer, _), group in cells.items():
-        if tokenizer not in best or _mean(group, "recall@50") > _mean(best[tokenizer], "recall@50"):
-            best[tokenizer] = group
+    best = _best(cells, "recall@50")
     keys = ("recall@50", "recall@100", "ndcg@50", "ndcg@100")
     rows = [
         (label, *(text for key in keys for text in (number(theirs[key], 4), _spread(best[label], key) if label in best else DASH)))
@@ -200,37 +249,40 @@ def _published(cells: Cells, reference: str) -> Section:
     )
 
 
+def _best(cells: Cells, key: str) -> dict[str, list[Row]]:
+    """Each tokenizer's cells with the model that is best for it."""
+    best: dict[str, list[Row]] = {}
+    for (tokenizer, _), group in cells.items():
+        if tokenizer not in best or _mean(group, key) > _mean(best[tokenizer], key):
+            best[tokenizer] = group
+    return best
+
+
 def _cost(cells: Cells) -> Table:
     rows = []
-    for (tokenizer, retriever), group in cells.items():
-        first = group[0]
-        if "epoch_seconds" not in first:
+    for (tokenizer, model), group in cells.items():
+        if "epoch_seconds" not in group[0]:
             continue
-        middle: Mapping[str, float] = {k: float(np.mean([row[k] for row in group])) for k in ("epochs", "epoch_seconds", "test_users_per_second")}
-        parts = [float(np.mean([row["parts"][part] for row in group])) for part in ("data", "forward", "backward")]
-        figures = (number(value, 1) for value in (middle["epoch_seconds"], *parts))
-        speed = count(round(middle["test_users_per_second"]))
-        rows.append((tokenizer, retriever, count(first["parameters"]), number(middle["epochs"], 0), *figures, speed))
-    heads = ("Items as", "Retriever", "Parameters", "Epochs", "Epoch, s", "Data, s", "Forward, s", "Backward, s", "Test users/s")
+        parts = [[row["epoch_seconds"], *(row["parts"][part] for part in ("data", "forward", "backward"))] for row in group]
+        epochs = number(float(np.mean([row["epochs"] for row in group])), 0)
+        speed = [row["test_users_per_second"] for row in group if "test_users_per_second" in row]
+        figures = (number(float(value), 1) for value in np.mean(parts, axis=0))
+        rows.append((tokenizer, model, count(group[0]["parameters"]), epochs, *figures, count(round(float(np.mean(speed)))) if speed else DASH))
+    heads = ("Items as", "Model", "Parameters", "Epochs", "Epoch, s", "Data, s", "Forward, s", "Backward, s", "Test users/s")
     return Table("Cost", heads, rows, words=2)
 
 
-@style.styled
 def _bars(title: str, cells: Cells, key: str) -> Figure:
-    """Horizontal bars: a group a tokenizer, a bar a retriever."""
-    tokenizers, retrievers = (list(dict.fromkeys(k[i] for k in cells)) for i in (0, 1))
-    rows = [{"label": t, **{r: row["strata"]["all"][key]}} for (t, r), group in cells.items() for row in group]
+    """Horizontal bars: a group a tokenizer, a bar a model."""
+    tokenizers, models = (list(dict.fromkeys(k[i] for k in cells)) for i in (0, 1))
+    rows = [{"label": t, m: row["strata"]["all"][key]} for (t, m), group in cells.items() for row in group]
     groups = {t: [row for row in rows if row["label"] == t] for t in tokenizers}
-    return comparison.bars(title, groups, [(r, r) for r in retrievers])
+    return comparison.bars(title, groups, [(m, m) for m in models])
 
 
-@style.styled
-def _strata(cells: Cells) -> Figure:
-    """Recall@50 by stratum of the target, each tokenizer with the retriever that is best for it on all users."""
-    best: dict[str, list[Row]] = {}
-    for (tokenizer, _), group in cells.items():
-        if tokenizer not in best or _mean(group, "recall@50") > _mean(best[tokenizer], "recall@50"):
-            best[tokenizer] = group
-    there = [s for s in ("head", "mid", "tail") if any(s in row["strata"] for group in best.values() for row in group)]
-    groups = {label: [{s: row["strata"][s]["recall@50"] for s in there if s in row["strata"]} for row in group] for label, group in best.items()}
-    return comparison.bars("Recall@50 by popularity of the target", groups, [(s, s.capitalize()) for s in there])
+def _strata(title: str, cells: Cells, key: str, low: float = 0.0) -> Figure:
+    """Bars by stratum, each tokenizer with its best model."""
+    best = _best(cells, key)
+    there = [s for s in STRATA if any(key in row["strata"].get(s, {}) for group in best.values() for row in group)]
+    groups = {label: [{s: row["strata"][s][key] for s in there if key in row["strata"].get(s, {})} for row in group] for label, group in best.items()}
+    return comparison.bars(title, groups, [(s, s.capitalize()) for s in there], low)

@@ -103,6 +103,8 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
         "tokenizers": list(chosen),
         "retrievers": retrievers,
         "controls": {"sasrec": retrievers["item"]},
+        "rankers": {"ppnet": {"width": 12, "hidden": [16], "epochs": 2, "batch": 512}},
+        "ranking_controls": {"item id": {"width": 12, "hidden": [16], "epochs": 2, "batch": 512}},
         "reference": "rq-kmeans",
         "more_seeds": {"rq-kmeans": [18], "sasrec": [18]},
         "published": "beauty",
@@ -117,21 +119,24 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
         return sorted(run.info.run_name for run in client.search_runs([experiment]) if run.info.run_name.startswith("evaluate "))
 
     first = cells()
-    assert len(first) == 3 * 3 + 2
+    assert len(first) == 3 * 4 + 2 + 1
     printed = capsys.readouterr().out
     assert "rq-kmeans / autoregressive" in printed
-    assert "popularity / item" in printed
+    assert "popularity / item ids" in printed
     folder = cfg.run_dir / "report" / "evaluation"
     with (folder / "cells.csv").open() as file:
-        rows = {(row["tokenizer"], row["retriever"], row["seed"]): row for row in csv.DictReader(file)}
-    assert len(rows) == 12
+        rows = {(row["tokenizer"], row["model"], row["seed"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 16
     lake = chain.tracking.open_lake(cfg)
     users = lake.read("sequences").filter(pc.field("split") == "test").num_rows
-    assert {int(row["all_users"]) for row in rows.values()} == {users}
+    assert {int(row["all_users"]) for row in rows.values() if row["task"] == "retrieval"} == {users}
     ranks = lake.read("sequences").filter(pc.field("split") == "test")["target"].to_numpy() + 1
-    assert float(rows["popularity", "item", "17"]["all_recall@50"]) == pytest.approx((ranks <= 50).mean())
+    assert float(rows["popularity", "item ids", "17"]["all_recall@50"]) == pytest.approx((ranks <= 50).mean())
     page = (folder / "index.html").read_text()
-    assert page.count("data:image/png;base64") == 2
+    assert {row["labels"] for row in rows.values() if row["task"] == "ranking"} == {"sampled"}
+    assert all(0 < float(row["all_auc"]) < 1 for row in rows.values() if row["task"] == "ranking")
+    assert page.count("data:image/png;base64") == 3
+    assert "The data has clicks only" in page
     assert "the best other tokenizer, random" in page
     assert "as printed" not in page
     assert "ADC-SID, table 2" in page
@@ -147,6 +152,9 @@ def test_a_retriever_learns_from_the_live_table(in_process):
     with chain.tracking.stage(cfg, "retrieval") as track:
         train.retrieval(cfg, track)
         assert track.status == "up to date"
+    with chain.tracking.stage(load(in_process, ["ranking={epochs: 1}"]), "ranking") as track:
+        train.ranking(track.cfg, track)
+        assert track.facts["labels"] == "sampled"
 
 
 def test_a_trainer_killed_in_mid_run_resumes_and_ends_as_it_would_have(in_process, folder):

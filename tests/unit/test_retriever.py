@@ -52,7 +52,7 @@ def test_loss_weights_have_mean_one_over_the_behaviour_tokens_and_are_clipped():
     codes = np.array([[0, 0, 0], [0, 0, 1], [0, 0, PAD], [0, 0, 2], [0, 0, 3], [0, 0, 4]], np.int32)
     weights = np.ones((6, 3), np.float32)
     weights[:, 2] = (0.1, 0.1, 9.0, 0.1, 0.1, 4.6)  # the one of a PAD does not count; mean of the others 1
-    found = ItemTokens.of(codes, SLOTS, weights).weights
+    found = ItemTokens.of(codes, SLOTS, weights).loss_weights()
     torch.testing.assert_close(found[:, 2], torch.tensor([0.1, 0.1, 1.0, 0.1, 0.1, 3.0]))
     assert (found[:, :2] == 1).all()
 
@@ -219,7 +219,7 @@ def test_weights_of_the_target_weigh_the_loss():
     logits = [torch.zeros(2, size) for size in tokens.sizes]
     logits[2][0, 0] = -50.0  # very wrong, but of weight 0
     expected = (2 * (np.log(5) + np.log(4)) + 2 * np.log(6)) / 6
-    assert retriever.token_loss(logits, tokens, torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-5)
+    assert retriever.token_loss(logits, tokens, tokens.loss_weights(), torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_same_seed_gives_the_same_figures(tmp_path):

@@ -1,0 +1,65 @@
+"""AUC over all samples and GAUC, its mean over users weighted by their samples (methods 8.8), with bootstrap intervals over users."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+def auc(scores: Floats, labels: NDArray[np.int64], weights: Floats | None = None) -> float:
+    """Probability that a positive scores higher than a negative, equal scores counting half (Mann-Whitney); NaN with one class only.
+    ``scores``, ``labels`` (0 or 1) and ``weights`` [n]."""
+    w = np.ones(len(scores)) if weights is None else weights
+    order = np.argsort(scores, kind="stable")
+    group = np.cumsum(np.concatenate([[0], np.diff(scores[order]) > 0])) if len(scores) else np.zeros(0, np.int64)
+    positive = np.bincount(group, w[order] * labels[order], minlength=1)
+    negative = np.bincount(group, w[order] * (1 - labels[order]), minlength=1)
+    pairs = positive.sum() * negative.sum()
+    below = np.cumsum(negative) - negative
+    return float((positive * (below + negative / 2)).sum() / pairs) if pairs > 0 else float("nan")
+
+
+def user_auc(users: NDArray[np.int64], scores: Floats, labels: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """AUC of each user that has both classes, and its number of samples: [u], [u]. Equal scores count half."""
+    order = np.lexsort((scores, users))
+    u, s, y = users[order], scores[order], labels[order].astype(np.float64)
+    if not len(u):
+        return np.zeros(0), np.zeros(0)
+    first = np.concatenate([[True], u[1:] != u[:-1]])
+    owner = np.cumsum(first) - 1
+    tie = np.cumsum(first | np.concatenate([[True], s[1:] != s[:-1]])) - 1
+    below_all = np.cumsum(1 - y) - (1 - y)
+    starts = np.flatnonzero(first)
+    tie_start = np.flatnonzero(np.concatenate([[True], tie[1:] != tie[:-1]]))
+    below = below_all[tie_start][tie] - below_all[starts][owner]
+    level = np.bincount(tie, 1 - y)[tie]
+    wins = np.bincount(owner, y * (below + level / 2))
+    positives, negatives, size = np.bincount(owner, y), np.bincount(owner, 1 - y), np.bincount(owner).astype(np.float64)
+    both = (positives > 0) & (negatives > 0)
+    return wins[both] / (positives * negatives)[both], size[both]
+
+
+def ranking_metrics(
+    users: NDArray[np.int64], scores: Floats, labels: NDArray[np.int64], draws: int = 0, seed: int = 0
+) -> dict[str, float | list[float]]:
+    """``auc``, ``gauc``, ``gauc_users`` (those with both classes), ``samples``; with ``draws`` the 95 % bootstrap intervals ``auc_interval`` and
+    ``gauc_interval`` over users. What one class alone does not define is left out."""
+    own, size = user_auc(users, scores, labels)
+    found: dict[str, float | list[float]] = {"gauc_users": float(len(own)), "samples": float(len(scores))}
+    if not 0 < labels.sum() < len(labels):
+        return found
+    found["auc"] = auc(scores, labels)
+    if len(own):
+        found["gauc"] = float((own * size).sum() / size.sum())
+    if draws:
+        rng = np.random.default_rng(seed)
+        place = np.unique(users, return_inverse=True)[1].reshape(-1)
+        drawn = [auc(scores, labels, rng.poisson(1.0, place.max() + 1).astype(np.float64)[place]) for _ in range(draws)]
+        found["auc_interval"] = [float(x) for x in np.nanquantile(drawn, (0.025, 0.975))]
+        if len(own):
+            times = rng.poisson(1.0, (draws, len(own)))
+            gauc = (times * own * size).sum(1) / np.maximum((times * size).sum(1), 1e-12)
+            found["gauc_interval"] = [float(x) for x in np.quantile(gauc, (0.025, 0.975))]
+    return found

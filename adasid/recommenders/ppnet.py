@@ -1,0 +1,90 @@
+"""PPNet (PEPNet, arXiv 2302.01115, as FuxiCTR builds it; methods 7.5, 7.6): click-through prediction whose hidden layers are scaled for each user and
+item. Where semantic IDs stand for items they also stand in the prior and in the history: no item id is left to learn from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from adasid import config
+from adasid.recommenders.tokens import ItemTokens
+
+
+class ItemVectors(nn.Module):
+    """Vectors of items from their tokens: ``concat`` (a narrow embedding of each token), ``sum``, or ``prefix`` (one embedding for each prefix of
+    the SID, hashed; for residual SIDs, methods 7.6). ``width``: of the vectors, at most ``settings.width``."""
+
+    def __init__(self, settings: config.Ranking, catalogue: ItemTokens) -> None:
+        super().__init__()
+        s, slots = settings, len(catalogue.sizes)
+        self.settings, self.slots = s, slots
+        self.width = max(1, s.width // slots) * slots if s.items == "concat" else s.width
+        rows = catalogue.rows
+        if s.items == "prefix":
+            rows = prefixes(rows - torch.tensor(catalogue.starts, device=rows.device), catalogue.sizes, s.prefix_rows)
+        size = s.prefix_rows if s.items == "prefix" else sum(catalogue.sizes)
+        self.table = nn.Embedding(size, self.width // slots if s.items == "concat" else s.width)
+        nn.init.normal_(self.table.weight, std=0.01)
+        self.rows, self.weights = rows, catalogue.weights
+
+    def forward(self, items: Tensor) -> Tensor:
+        """[...] item_index -> [..., width]. With ``weights`` a token's embedding is scaled by the tokenizer's weight of it."""
+        tokens = self.table(self.rows[items])
+        if self.settings.weights:
+            tokens = tokens * self.weights[items][..., None]
+        vectors: Tensor = tokens.flatten(-2) if self.settings.items == "concat" else tokens.sum(-2)
+        return vectors
+
+
+def prefixes(codes: Tensor, sizes: tuple[int, ...], rows: int) -> Tensor:
+    """Row of each prefix of the SIDs in a table of ``rows`` (Zheng et al., arXiv 2504.02137): ``p_l = sum_{k <= l} c_k prod_{j > k} K_j``, and the
+    level, hashed by a multiplication (Fibonacci) and the remainder. ``codes`` [M, L] -> [M, L]."""
+    found, number = [], torch.zeros_like(codes[:, 0])
+    for level, size in enumerate(sizes):
+        number = number * size + codes[:, level]
+        found.append(((number * 64 + level) * -7046029254386353131).remainder(2**61 - 1).remainder(rows))
+    return torch.stack(found, dim=1)
+
+
+class Gate(nn.Module):
+    """GateNU: ``2 sigmoid(relu(x W + b) W' + b')``, about 1 at the start."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs] -> [B, outputs], each in (0, 2)."""
+        return 2 * self.layers(x)  # type: ignore[no-any-return]
+
+
+class PPNet(nn.Module):
+    """Logit of a click from the user, the mean of the history, and the item. The gates see the prior (user and item, in tables of their own) and
+    all features without gradient, and scale each hidden layer's output after its activation."""
+
+    def __init__(self, settings: config.Ranking, catalogue: ItemTokens, users: int) -> None:
+        super().__init__()
+        s = settings
+        self.items, self.prior_items = ItemVectors(s, catalogue), ItemVectors(s, catalogue)
+        self.users, self.prior_users = nn.Embedding(users, s.width), nn.Embedding(users, s.width)
+        for table in (self.users, self.prior_users):
+            nn.init.normal_(table.weight, std=0.01)
+        self.gated = list(catalogue.behavior) if s.weights else []
+        self.weights = catalogue.weights
+        features = s.width + 2 * self.items.width + len(self.gated)
+        prior = s.width + self.prior_items.width + features
+        sizes = (features, *s.hidden)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.gates = nn.ModuleList(Gate(prior, s.gate_hidden, b) for b in s.hidden)
+        self.dropout, self.out = nn.Dropout(s.dropout), nn.Linear(sizes[-1], 1)
+
+    def forward(self, users: Tensor, histories: Tensor, items: Tensor) -> Tensor:
+        """``users`` [B], ``histories`` [B, T] item_index padded with -1, ``items`` [B] -> logits [B]."""
+        there = (histories >= 0).to(self.out.weight.dtype)[..., None]
+        past = (self.items(histories.clamp(min=0)) * there).sum(1) / there.sum(1).clamp(min=1)
+        features = torch.cat([self.users(users), past, self.items(items), self.weights[items][:, self.gated]], dim=1)
+        prior = torch.cat([self.prior_users(users), self.prior_items(items), features.detach()], dim=1)
+        x = features
+        for layer, gate in zip(self.layers, self.gates):
+            x = self.dropout(torch.relu(layer(x)) * gate(prior))
+        return self.out(x)[:, 0]  # type: ignore[no-any-return]

@@ -1,0 +1,137 @@
+"""The loop that downstream models share: epochs until the validation stops improving, the best model kept, resumable after a kill."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from adasid.errors import TrainingError
+from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
+from adasid.training.workers import Workers
+
+
+class EpochTraining(ABC):
+    """``watched``: the metric of a row whose highest value is best; ``name`` stands in errors, ``version`` names the input there.
+
+    All workers hold the same model and call the same methods.
+    """
+
+    watched: str
+    name: str
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        limits: tuple[int, int],
+        folder: Path,
+        seed: int,
+        workers: Workers,
+        device: torch.device,
+        version: str,
+    ) -> None:
+        self.model, self.optimizers, (self.epochs, self.patience) = model, optimizers, limits
+        self.folder, self.seed, self.workers, self.device, self.version = folder, seed, workers, device, version
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self._clock, self._spent = 0.0, dict.fromkeys(("data", "forward", "backward"), 0.0)
+
+    @abstractmethod
+    def train_epoch(self, number: int) -> float:
+        """One pass over the training data, a :meth:`step` a batch; the mean loss over all workers."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Metrics of the validation part, without a prefix, the same on all workers."""
+
+    @abstractmethod
+    def test(self) -> dict[str, Any]:
+        """The test's part of the result, JSON data, the same on all workers; the best epoch's model is loaded."""
+
+    def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> dict[str, Any]:
+        """Train, then test the best epoch's model. Returns JSON data, the same on all workers. ``report`` gets all rows of metrics so far
+        after each epoch, on every worker."""
+        first, rows = self._resume()
+        for number in range(first, self.epochs + 1):
+            if self._stop(rows):
+                break
+            torch.manual_seed(self.seed + 1_000_003 * number + 7919 * self.workers.rank)
+            self.model.train()
+            self._clock, self._spent = time.monotonic(), dict.fromkeys(self._spent, 0.0)
+            row = {"epoch": float(number), "loss": self.train_epoch(number), "seconds": sum(self._spent.values())}
+            row |= {f"{part}_seconds": value for part, value in self._spent.items()}
+            started = time.monotonic()
+            self.model.eval()
+            row |= {f"validation_{name}": value for name, value in self.validate().items()}
+            row["validation_seconds"] = time.monotonic() - started
+            rows.append(row)
+            self._keep(number, rows)
+            report(rows)
+        best = max(rows, key=lambda row: row[self.watched])
+        self.model.load_state_dict(load_file(self.folder / "best.safetensors"))
+        self.model.eval()
+        return {
+            "best_epoch": int(best["epoch"]),
+            "epochs": len(rows),
+            "validation": {k.removeprefix("validation_"): v for k, v in best.items() if k.startswith("validation_") and k != "validation_seconds"},
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "epoch_seconds": float(np.mean([row["seconds"] for row in rows])),
+            "parts": {part: float(np.mean([row[f"{part}_seconds"] for row in rows])) for part in self._spent},
+            **self.test(),
+        }
+
+    def lap(self, part: str) -> None:
+        """Count the time since the last call towards ``part`` of the epoch: data, forward or backward."""
+        now = time.monotonic()
+        self._spent[part] += now - self._clock
+        self._clock = now
+
+    def step(self, loss: torch.Tensor, number: int, step: int) -> None:
+        """Backward, gradients averaged over workers, one step of each optimiser. Raises TrainingError, on all workers, for a loss that is not
+        finite on one of them."""
+        if not self.workers.agree(bool(torch.isfinite(loss)), self.device):
+            where = f"epoch {number}, step {step} (this worker: {loss.item()}), input {self.version}"
+            raise TrainingError(f"{self.name}: loss is not finite at {where}; lower the learning rates of the {self.name} section")
+        self.lap("forward")
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.workers.average_gradients(self.model.parameters())
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        self.lap("backward")
+
+    def _resume(self) -> tuple[int, list[dict[str, float]]]:
+        found = self.checkpoints.latest(self.workers)
+        if found is None:
+            return 1, []
+        self.model.load_state_dict(found.under("model"))
+        for name, optimizer in self.optimizers.items():
+            restore_optimizer(optimizer, found.under(name))
+        return int(found.state["epoch"]) + 1, list(found.state["rows"])
+
+    def _stop(self, rows: list[dict[str, float]]) -> bool:
+        best = int(np.argmax([row[self.watched] for row in rows])) if rows else 0
+        return len(rows) - 1 - best >= self.patience
+
+    def _keep(self, number: int, rows: list[dict[str, float]]) -> None:
+        """The best model, then the checkpoint that makes it count; rank 0 writes, all wait."""
+        if self.workers.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state = self.model.state_dict()
+            if max((row[self.watched] for row in rows[:-1]), default=-1.0) < rows[-1][self.watched]:
+                draft = self.folder / "best.draft"
+                save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, draft)
+                draft.replace(self.folder / "best.safetensors")
+            tensors = {f"model.{k}": v for k, v in state.items()}
+            for name, optimizer in self.optimizers.items():
+                tensors |= {f"{name}.{k}": v for k, v in optimizer_tensors(optimizer).items()}
+            self.checkpoints.save(number, tensors, {"epoch": number, "rows": rows})
+        self.workers.agree(True, self.device)

@@ -1,0 +1,176 @@
+"""Training and scoring of the click-through model over semantic IDs. Plain torch; the workers are passed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adasid import config
+from adasid.errors import InputError
+from adasid.metrics.ranking import auc, ranking_metrics
+from adasid.recommenders.ppnet import PPNet
+from adasid.recommenders.tokens import ItemTokens
+from adasid.tables import SPLITS, STRATA
+from adasid.training.epochs import EpochTraining
+from adasid.training.workers import Workers
+
+_DRAWS = 200
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Events:
+    """All users' events, by user and time: ``users`` [n] (a dense number, in the order of user_id), ``items``, ``labels`` (0 or 1) and ``splits``
+    (place in ``tables.SPLITS``), all [n]; ``starts`` [users + 1]."""
+
+    users: Ints
+    items: Ints
+    labels: Ints
+    splits: Ints
+    starts: Ints
+
+    @staticmethod
+    def from_batches(batches: Iterable[pa.RecordBatch]) -> Events:
+        """From batches with the columns user_id, position, item_index, label and split."""
+        table = pa.Table.from_batches(list(batches)).sort_by([("user_id", "ascending"), ("position", "ascending")]).combine_chunks()
+        names = table["user_id"].combine_chunks()
+        opens = np.ones(len(names), bool)
+        opens[1:] = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
+        splits = pc.index_in(table["split"].combine_chunks(), pa.array(SPLITS))
+        items, labels = (table[name].to_numpy().astype(np.int64) for name in ("item_index", "label"))
+        starts = np.append(np.flatnonzero(opens), len(names))
+        return Events(np.cumsum(opens) - 1, items, labels, splits.to_numpy(zero_copy_only=False).astype(np.int64), starts)
+
+    def histories(self, events: Ints, length: int) -> Ints:
+        """The latest ``length`` items at most before each event, padded at the end with -1: [B, longest]."""
+        first = np.maximum(self.starts[self.users[events]], events - length)
+        width = max(1, int((events - first).max(initial=1)))
+        place = first[:, None] + np.arange(width)
+        return np.where(place < events[:, None], self.items[np.minimum(place, len(self.items) - 1)], -1)
+
+
+class RankingTraining(EpochTraining):
+    """One training run on one worker; validation AUC chooses the epoch. ``events``: of all users, of which this worker takes every
+    ``world``-th; ``counts``, ``strata`` [M] as for retrieval."""
+
+    watched = "validation_auc"
+    name = "ranking"
+    model: PPNet
+
+    def __init__(
+        self,
+        settings: config.Ranking,
+        catalogue: ItemTokens,
+        events: Events,
+        counts: Ints,
+        strata: Ints,
+        folder: Path,
+        seed: int,
+        workers: Workers,
+        version: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.settings, self.events, self.strata = settings, events, strata
+        torch.manual_seed(seed)
+        model = PPNet(settings, catalogue.to(device), len(events.starts) - 1).to(device)
+        optimizers = {"adam": torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)}
+        super().__init__(model, optimizers, (settings.epochs, settings.patience), folder, seed, workers, torch.device(device), version)
+        self.labels = self._labels()
+        popularity = np.maximum(counts, 0).astype(np.float64) ** settings.negative_power * (counts > 0)
+        self.cdf = np.cumsum(popularity) / max(popularity.sum(), 1e-12)
+        self.parts = {split: self._part(place) for place, split in enumerate(SPLITS)}
+        self.drawn = {split: self._negatives(split) for split in SPLITS[1:]}
+
+    def _labels(self) -> str:
+        """``ratings`` or ``sampled``."""
+        negatives = bool((self.events.labels == 0).any())
+        if self.settings.labels == "ratings" and not negatives:
+            raise InputError(f"ranking.labels is 'ratings' but {self.version} has no negative event: set ranking.labels: sampled, or bring ratings")
+        return self.settings.labels if self.settings.labels != "auto" else ("ratings" if negatives else "sampled")
+
+    def _part(self, place: int) -> Ints:
+        """This worker's events of a split that are samples: those with a history; of sampled labels the positive ones."""
+        e = self.events
+        chosen = (e.splits == place) & (e.users % self.workers.world == self.workers.rank) & (np.arange(len(e.users)) > e.starts[e.users])
+        return np.flatnonzero(chosen & (e.labels == 1) if self.labels == "sampled" else chosen)
+
+    def _negatives(self, split: str) -> Ints:
+        """Drawn items of every held-out event of this worker [n, negatives]: the same for every seed, model and number of workers."""
+        if self.labels == "ratings":
+            return np.zeros((len(self.parts[split]), 0), np.int64)
+        place = np.flatnonzero(self.events.splits == SPLITS.index(split))
+        uniform = np.random.default_rng([1, SPLITS.index(split)]).random((len(place), self.settings.negatives))
+        return self._draw(uniform[np.searchsorted(place, self.parts[split])])
+
+    def _draw(self, uniform: NDArray[np.float64]) -> Ints:
+        return np.minimum(np.searchsorted(self.cdf, uniform, side="right"), len(self.cdf) - 1).astype(np.int64)
+
+    def train_epoch(self, number: int) -> float:
+        """One pass over the training events, each with its drawn items."""
+        rng = np.random.default_rng([self.seed, number, self.workers.rank])
+        mine, sampled = self.parts["train"], self.labels == "sampled"
+        share = max(1, self.settings.batch // self.workers.world // (1 + self.settings.negatives * sampled))
+        largest = int(self.workers.gather(torch.tensor([len(mine)], device=self.device)).max())
+        order = np.resize(rng.permutation(mine), -(-largest // share) * share)
+        total = torch.zeros(2, device=self.device)
+        for step, start in enumerate(range(0, len(order), share)):
+            events = order[start : start + share]
+            drawn = self._draw(rng.random((len(events), self.settings.negatives * sampled)))
+            batch, labels = self._batch(events, drawn)
+            self.lap("data")
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(self.model(*batch), labels)
+            self.step(loss, number, step)
+            total += torch.stack([loss.detach(), torch.ones((), device=self.device)])
+        total = self.workers.sum(total)
+        return float(total[0] / total[1])
+
+    def _batch(self, events: Ints, drawn: Ints) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """(users, histories, items) and labels of ``events`` and of the items ``drawn`` [B, n] for them: event by event, its own item first."""
+        times = 1 + drawn.shape[1]
+        items = np.concatenate([self.events.items[events][:, None], drawn], axis=1).reshape(-1)
+        labels = np.concatenate([self.events.labels[events][:, None], np.zeros_like(drawn)], axis=1).reshape(-1)
+        rows = np.repeat(self.events.histories(events, self.settings.max_length), times, axis=0)
+        arrays = (np.repeat(self.events.users[events], times), rows, items, labels)
+        users, histories, items_, labels_ = (torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays)
+        return (users, histories, items_), labels_.float()
+
+    def _scored(self, split: str) -> Iterator[Tensor]:
+        """(user, item, label, score) of this worker's held-out samples [n, 4], some at a time."""
+        events, drawn = self.parts[split], self.drawn[split]
+        for rows in np.array_split(np.arange(len(events)), max(1, len(events) // 2048)):
+            if len(rows):
+                (users, histories, items), labels = self._batch(events[rows], drawn[rows])
+                yield torch.stack([users.double(), items.double(), labels.double(), self.model(users, histories, items).double()], dim=1)
+
+    @torch.inference_mode()
+    def _samples(self, split: str) -> tuple[Ints, Ints, Ints, NDArray[np.float64]]:
+        """Users, items, labels and scores of all workers' samples, in the order of the users."""
+        mine = torch.cat([torch.zeros(0, 4, dtype=torch.float64, device=self.device), *self._scored(split)])
+        rows = self.workers.gather_ragged(mine).cpu().numpy()
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        users, items, labels = rows[:, :3].astype(np.int64).T
+        return users, items, labels, rows[:, 3]
+
+    def validate(self) -> dict[str, float]:
+        """AUC."""
+        _, _, labels, scores = self._samples("validation")
+        return {"auc": auc(scores, labels)}
+
+    def test(self) -> dict[str, Any]:
+        """AUC and GAUC of all test samples, and of those whose item is of a stratum."""
+        users, items, labels, scores = self._samples("test")
+        strata = {"all": ranking_metrics(users, scores, labels, _DRAWS, self.seed)}
+        for place, stratum in enumerate(STRATA):
+            own = self.strata[items] == place
+            if own.any():
+                strata[stratum] = ranking_metrics(users[own], scores[own], labels[own], _DRAWS, self.seed)
+        return {"labels": self.labels, "test": {key: strata["all"][key] for key in ("auc", "gauc") if key in strata["all"]}, "strata": strata}

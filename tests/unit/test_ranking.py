@@ -1,0 +1,187 @@
+"""Click-through prediction over semantic IDs: metrics against scikit-learn, the network's parts, and training on clicks with a known rule."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from adasid import config
+from adasid.errors import InputError
+from adasid.metrics.ranking import auc, ranking_metrics, user_auc
+from adasid.recommenders.ppnet import Gate, ItemVectors, PPNet, prefixes
+from adasid.recommenders.tokens import ItemTokens
+from adasid.tables import BEHAVIOR, PAD, SPLITS
+from adasid.tokenizers.base import Slot
+from adasid.training.ranking import Events, RankingTraining
+from adasid.training.workers import Workers
+
+SLOTS = (Slot("t0", "text", 4), Slot("b0", BEHAVIOR, 5))
+
+
+def test_auc_is_scikit_learns_with_ties_and_weights():
+    rng = np.random.default_rng(0)
+    labels, scores, weights = rng.integers(0, 2, 300), rng.integers(0, 20, 300).astype(float), rng.random(300)
+    assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
+    assert auc(scores, labels, weights) == pytest.approx(roc_auc_score(labels, scores, sample_weight=weights))
+    assert np.isnan(auc(scores, np.ones(300, np.int64)))
+
+
+def test_gauc_is_the_mean_of_the_users_aucs_weighted_by_their_samples():
+    rng = np.random.default_rng(1)
+    users, labels, scores = rng.integers(0, 40, 150), (rng.random(150) < 0.3).astype(np.int64), rng.integers(0, 9, 150).astype(float)
+    own = {u: (users == u) for u in np.unique(users) if 0 < labels[users == u].sum() < (users == u).sum()}
+    expected = {u: roc_auc_score(labels[rows], scores[rows]) for u, rows in own.items()}
+    found, size = user_auc(users, scores, labels)
+    np.testing.assert_allclose(found, list(expected.values()))
+    np.testing.assert_array_equal(size, [rows.sum() for rows in own.values()])
+    metrics = ranking_metrics(users, scores, labels, 100)
+    assert metrics["gauc"] == pytest.approx(np.average(list(expected.values()), weights=size))
+    assert metrics["gauc_users"] == len(own) < 40
+    for name in ("auc", "gauc"):
+        low, high = metrics[f"{name}_interval"]
+        assert low < metrics[name] < high
+
+
+def test_gauc_of_one_user_is_auc():
+    rng = np.random.default_rng(2)
+    labels, scores = rng.integers(0, 2, 50), rng.normal(size=50)
+    found = ranking_metrics(np.zeros(50, np.int64), scores, labels)
+    assert found["gauc"] == pytest.approx(found["auc"])
+    assert set(ranking_metrics(np.zeros(3, np.int64), scores[:3], np.ones(3, np.int64))) == {"gauc_users", "samples"}
+
+
+def tokens(weights=None):
+    codes = np.array([[0, 0], [0, 4], [3, PAD], [0, 4]], np.int32)
+    return ItemTokens.of(codes, SLOTS, weights)
+
+
+@pytest.mark.parametrize("items", ["concat", "sum"])
+def test_items_are_their_tokens_scaled_by_the_tokenizers_weights(items):
+    weights = np.array([[1, 0.5], [1, 2.0], [1, 0], [1, 0.25]], np.float32)
+    vectors = ItemVectors(config.Ranking(items=items, width=6), tokens(weights))
+    table, rows = vectors.table.weight, vectors.rows
+    for item in range(4):
+        parts = [table[rows[item, slot]] * float(weights[item, slot]) for slot in range(2)]
+        expected = torch.cat(parts) if items == "concat" else parts[0] + parts[1]
+        torch.testing.assert_close(vectors(torch.tensor(item)), expected)
+    assert vectors.width == 6
+
+
+def test_prefixes_that_are_equal_share_a_row_and_others_do_not():
+    codes = torch.tensor([[1, 2, 3], [1, 2, 0], [1, 0, 3], [0, 2, 3]])
+    rows = prefixes(codes, (5, 5, 5), 10**6)
+    assert rows[0, 0] == rows[1, 0] == rows[2, 0] != rows[3, 0]
+    assert rows[0, 1] == rows[1, 1] != rows[2, 1]
+    assert len(set(rows.reshape(-1).tolist())) == 2 + 3 + 4
+    assert (prefixes(codes, (5, 5, 5), 7) < 7).all()
+
+
+def test_a_gate_starts_near_one_and_stays_within_two():
+    torch.manual_seed(0)
+    gate = Gate(8, 16, 4)
+    assert gate(torch.zeros(1, 8)).mean().item() == pytest.approx(1.0, abs=0.15)
+    values = gate(100 * torch.randn(500, 8))
+    assert values.min() >= 0
+    assert values.max() <= 2
+
+
+def test_items_of_one_sid_have_one_logit_and_the_history_counts():
+    torch.manual_seed(0)
+    model = PPNet(config.Ranking(width=8, hidden=(16,)), tokens(), 3).eval()
+    for table in (model.items.table, model.prior_items.table, model.users):
+        torch.nn.init.normal_(table.weight)
+    user, past = torch.zeros(4, dtype=torch.int64), torch.tensor([[0, 2, -1]] * 4)
+    logits = model(user, past, torch.arange(4))
+    assert logits[1] == logits[3]
+    assert len(set(logits.tolist())) == 3
+    assert model(user, torch.full((4, 1), -1), torch.arange(4))[0] != logits[0]
+
+
+def test_features_reach_the_gates_without_gradient():
+    model = PPNet(config.Ranking(width=8, hidden=(16,)), tokens(), 3)
+    with torch.no_grad():
+        model.layers[0].weight.zero_()  # the only other way from the features to the logit
+        model.layers[0].bias.fill_(1.0)
+    model(torch.tensor([0]), torch.tensor([[1]]), torch.tensor([2])).sum().backward()
+    assert model.items.table.weight.grad.abs().sum() == 0
+    assert model.prior_items.table.weight.grad.abs().sum() > 0
+
+
+def events(labels=False, users=300, seed=0):
+    """Users of two kinds; a user of kind k clicks items of kind k nine times of ten. With ``labels`` all items are shown, and rated so."""
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(0, 2, users)
+    liked = rng.random((users, 12)) < 0.9
+    item_kind = (
+        np.where(rng.random((users, 12)) < 0.5, kind[:, None], 1 - kind[:, None]) if labels else np.where(liked, kind[:, None], 1 - kind[:, None])
+    )
+    items = 2 * rng.integers(0, 20, (users, 12)) + item_kind
+    label = ((item_kind == kind[:, None]) == liked).astype(int) if labels else np.ones_like(items)
+    split = np.where(np.arange(12) == 11, "test", np.where(np.arange(12) == 10, "validation", "train"))
+    table = pa.table(
+        {
+            "user_id": np.repeat([f"u{u:04d}" for u in range(users)], 12),
+            "position": np.tile(np.arange(12), users),
+            "item_index": items.reshape(-1),
+            "label": label.reshape(-1),
+            "split": np.tile(split, users),
+        }
+    )
+    return table.take(rng.permutation(len(table)))
+
+
+def training(folder, table, epochs=6, **settings):
+    found = Events.from_batches(table.to_batches())
+    codes = np.stack([np.arange(40) // 10, np.arange(40) % 2], axis=1).astype(np.int32)
+    counts = np.bincount(found.items[found.splits == 0], minlength=40)
+    chosen = config.Ranking.model_validate({"width": 8, "hidden": [16], "batch": 512, "lr": 0.01, "epochs": epochs, "dropout": 0.0, **settings})
+    return RankingTraining(
+        chosen, ItemTokens.of(codes, SLOTS), found, counts, np.arange(40) // 20, Path(folder), 3, Workers(), "ranking_samples version 0"
+    )
+
+
+def test_histories_hold_what_came_before():
+    table = events()
+    found = Events.from_batches(table.to_batches())
+    assert [SPLITS[s] for s in found.splits[9:13]] == ["train", "validation", "test", "train"]
+    event = 5 * 12 + 4
+    assert found.histories(np.array([event, event - 4]), 3).tolist() == [found.items[event - 3 : event].tolist(), [-1, -1, -1]]
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_it_learns_who_clicks_what(labels, tmp_path):
+    result = training(tmp_path, events(labels), 20, patience=20).run()
+    assert result["labels"] == ("ratings" if labels else "sampled")
+    assert result["test"]["auc"] > (0.8 if labels else 0.65)  # drawn items are of the user's kind half of the time
+    assert set(result["strata"]) == {"all", "head", "mid"}
+
+
+def test_drawn_items_do_not_depend_on_the_seed_or_the_worker(tmp_path):
+    whole = training(tmp_path / "a", events())
+    other = training(tmp_path / "b", events())
+    other.workers = Workers(1, 2)
+    part = other._part(SPLITS.index("test"))
+    other.parts["test"] = part
+    chosen = np.isin(whole.parts["test"], part)
+    np.testing.assert_array_equal(other._negatives("test"), whole.drawn["test"][chosen])
+    assert (whole.drawn["test"] < 40).all()
+
+
+def test_a_killed_training_ends_as_it_would_have(tmp_path):
+    whole = training(tmp_path / "whole", events(), 3).run()
+
+    def kill(rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training(tmp_path / "cut", events(), 3).run(kill)
+    rest = training(tmp_path / "cut", events(), 3).run()
+    assert [rest[key] for key in ("best_epoch", "test", "strata")] == [whole[key] for key in ("best_epoch", "test", "strata")]
+
+
+def test_ratings_are_asked_for_where_there_are_none(tmp_path):
+    with pytest.raises(InputError, match=r"ranking\.labels is 'ratings' but ranking_samples version 0 has no negative event"):
+        training(tmp_path, events(), labels="ratings")

@@ -26,7 +26,9 @@ class Retrieval(Section):
     epochs: int = Field(40, ge=1, description="upper bound of epochs")
     patience: int = Field(5, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     batch_users: int = Field(256, ge=2, description="users a step, all workers together")
-    negatives: int = Field(1024, ge=1, description="item head: in-batch negatives a step, drawn from the targets of all workers")
+    negatives: int = Field(
+        1024, ge=0, description="item head: in-batch negatives a step, drawn from the targets of all workers; 0: all items (small catalogues)"
+    )
     table_lr: float = Field(0.05, gt=0, description="Adagrad learning rate of the token table")
     lr: float = Field(0.001, gt=0, description="Adam learning rate of everything else")
     eval_users: int = Field(25_000, ge=1, description="users scored at each validation, at most; the test is of all users")

@@ -1,7 +1,7 @@
 """Speed and memory as ratios: encoding against this machine's own matrix-product peak, training and fitting against libraries that compute the
-same thing, what repulsion adds to a step, the share of an epoch spent waiting for data, and memory against the size of the catalogue.
+same thing, what repulsion adds to a step, decoding, the share of an epoch spent waiting for data, and memory against the size of the catalogue.
 
-    python tests/benchmarks/bench.py [encoding residual repulsion clusters product waiting memory]
+    python tests/benchmarks/bench.py [encoding residual repulsion clusters product decoding waiting memory]
 
 Both sides of every ratio are measured in the same run, alternating, so that a slow or busy machine slows both.
 """
@@ -28,9 +28,11 @@ from vector_quantize_pytorch import ResidualVQ
 
 from adasid import config
 from adasid.quantizers.product import ProductQuantizer, fit_opq, fit_opq_faiss
+from adasid.recommenders import retriever
+from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Tokenizer
+from adasid.tokenizers.base import Slot, Tokenizer
 from adasid.tokenizers.rq_kmeans import ResidualCentroids
 from adasid.training.shards import Batch, Shard
 from adasid.training.tokenizer import TokenizerTraining
@@ -216,6 +218,44 @@ def memory() -> None:
     print(f"memory beyond the shard  {beyond[0]:10.0f} MiB for 10,000 items, {beyond[1]:.0f} MiB for 40,000")
 
 
+def catalogue(items: int, slots: int = 6, size: int = 256) -> ItemTokens:
+    """Random SIDs."""
+    codes = np.random.default_rng(0).integers(0, size, (items, slots)).astype(np.int32)
+    return ItemTokens.of(codes, [Slot(f"s{i}", "shared", size) for i in range(slots)])
+
+
+def decoding(users: int = 4096) -> None:
+    """Print users/s of exact parallel scoring, and of constrained beam search over a million items in a process of its own."""
+    exact = retriever.build(config.Retrieval(head="parallel"), catalogue(12_101, size=100)).eval()
+    states = torch.randn(users, exact.settings.width)
+    with torch.inference_mode():
+        rate = users / seconds(lambda: [exact.top(part, 100) for part in states.split(256)])
+    print(f"exact scoring            {rate:15.0f} users/s    12,101 items, top 100")
+    print(subprocess.run([sys.executable, __file__, "beam"], capture_output=True, text=True, check=True).stdout, end="")
+
+
+def beam(items: int = 1_000_000, users: int = 128) -> None:
+    """Users/s and peak memory of beam search at beam 100, and the share of answers that are items."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tokens = catalogue(items)
+    model = retriever.build(config.Retrieval(head="autoregressive", beam=100), tokens).eval()
+    torch.nn.init.normal_(model.table)
+    assert isinstance(model, retriever.AutoregressiveRetriever)
+    started = time.perf_counter()
+    model.prefixes = Prefixes.of(tokens)
+    built = time.perf_counter() - started
+    states = torch.randn(users, model.settings.width)
+    place = torch.tensor([2 ** (9 * slot) for slot in range(tokens.rows.shape[1])])
+    local = tokens.rows - torch.tensor(tokens.starts)
+    with torch.inference_mode():
+        rate = users / seconds(lambda: [model.top(part, 100) for part in states.split(32)])
+        found, _ = model.top(states[:32], 100)
+    valid = torch.isin((local[found.reshape(-1)] * place).sum(1), (local * place).sum(1)).double()
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    print(f"beam search              {rate:15.1f} users/s    {items:,} items, beam 100, {valid.mean():.0%} of {len(valid)} answers are items")
+    print(f"prefixes                 {built:15.1f} s          peak memory above the imports {peak:.0f} MiB")
+
+
 def waiting(items: int = 20_000) -> None:
     """Print the share of an epoch that a worker waits for its batches."""
     shard, rows = train(items)
@@ -242,12 +282,14 @@ def train(items: int) -> tuple[Shard, list[dict[str, float]]]:
         return shard, training.run()
 
 
-PARTS: tuple[Callable[[], None], ...] = (encoding, residual, repulsion, clusters, product, waiting, memory)
+PARTS: tuple[Callable[[], None], ...] = (encoding, residual, repulsion, clusters, product, decoding, waiting, memory)
 
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].isdigit():
         held = len(train(int(sys.argv[1]))[0]) * sum(WIDTHS.values()) * 4
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, held)
+    elif sys.argv[1:] == ["beam"]:
+        beam()
     else:
         for part in PARTS:
             if len(sys.argv) == 1 or part.__name__ in sys.argv[1:]:

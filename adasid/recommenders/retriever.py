@@ -47,8 +47,8 @@ class Retriever(CausalEncoder, ABC):
 
     @abstractmethod
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
-        """``states`` [P, width] and the item that follows each, ``targets`` [P]; ``negatives`` [N] item_index drawn from all targets,
-        ``log_q`` [M] log-probability of drawing each item. A scalar."""
+        """``states`` [P, width] and the item that follows each, ``targets`` [P]; ``negatives`` [N] item_index drawn from all targets (none: all
+        items), ``log_q`` [M] log-probability of drawing each item. A scalar."""
 
     @abstractmethod
     def top(self, states: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -97,10 +97,19 @@ class _Scored(Retriever):
 
 
 class ItemRetriever(_Scored):
-    """Score = state . vector; sampled softmax over items with logQ correction (methods 7.3, the item head)."""
+    """Score = state . vector; sampled softmax over items with logQ correction (methods 7.3, the item head), or the softmax over all SIDs."""
+
+    def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
+        super().__init__(settings, catalogue)
+        order = catalogue.group.argsort(stable=True)
+        opens = torch.ones_like(order, dtype=torch.bool)
+        opens[1:] = catalogue.group[order][1:] != catalogue.group[order][:-1]
+        self.first = order[opens]  # an item of each SID, in the order of catalogue.group
 
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Items that share the target's SID are no negatives."""
+        if not len(negatives):
+            return nnf.cross_entropy(states @ self.vectors(self.first).T, self.catalogue.group[targets])
         distinct, place = torch.unique(torch.cat([targets, negatives]), return_inverse=True)
         own, others = nnf.embedding(place, self.vectors(distinct)).split([len(targets), len(negatives)])
         group = self.catalogue.group

@@ -85,8 +85,6 @@ class RetrievalTraining(EpochTraining):
         inputs, targets = ids[:, :-1], ids[:, 1:]
         valid = targets >= 0
         states = self.model.states(inputs)[valid]
-        if not self.settings.negatives:
-            return self.model.loss(states, targets[valid], torch.arange(len(self.log_q), device=self.device), torch.zeros_like(self.log_q))
         pool = self.workers.gather_ragged(targets[valid])
         negatives = pool[torch.randint(len(pool), (self.settings.negatives,), generator=generator).to(self.device)]
         return self.model.loss(states, targets[valid], negatives, self.log_q)

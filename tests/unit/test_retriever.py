@@ -233,11 +233,12 @@ def test_all_slots_reach_every_combination():
     assert [len(t) for t in prefixes.token] == [4, 12, 60]
 
 
-def test_without_sampling_the_item_loss_is_the_softmax_over_all_items(tmp_path):
+def test_without_sampling_the_item_loss_is_the_softmax_over_all_sids(tmp_path):
     run = training("item", tmp_path, 1, negatives=0)
     ids = torch.from_numpy(run.data.train.last(np.arange(8), 7))
     run.model.eval()
     inputs, targets = ids[:, :-1], ids[:, 1:]
     valid = targets >= 0
-    expected = nnf.cross_entropy(run.model.scores(run.model.states(inputs)[valid]), targets[valid])
+    scores = run.model.scores(run.model.states(inputs)[valid])  # the 40 items have 40 SIDs
+    expected = nnf.cross_entropy(scores, targets[valid])
     assert run._loss(ids, torch.Generator()).item() == pytest.approx(expected.item(), rel=1e-4)

@@ -12,7 +12,7 @@ from adasid import tables
 
 ROOT = Path(__file__).parents[2]
 ENGINES = {"pyspark", "delta", "deltalake", "ray", "mlflow"}
-JOBS = ("ingest", "build_features", "train", "write_sids", "report", "compare_tokenizers", "run_all")
+JOBS = ("ingest", "build_features", "train", "write_sids", "report", "compare_tokenizers", "evaluate", "run_all")
 
 
 def imported(path):

@@ -133,7 +133,7 @@ def events(labels=False, users=300, seed=0):
     return table.take(rng.permutation(len(table)))
 
 
-def training(folder, table, epochs=6, **settings):
+def training(folder, table, epochs=6, workers=Workers(), **settings):
     found = Events.from_batches(table.to_batches())
     codes = np.stack([np.arange(40) // 10, np.arange(40) % 2], axis=1).astype(np.int32)
     counts = np.bincount(found.items[found.splits == 0], minlength=40)

@@ -14,6 +14,9 @@ from adasid.training.behavior import BehaviorTraining
 from adasid.training.tokenizer import TokenizerTraining
 from adasid.training.workers import Workers, settle
 from tests.planted import catalogue
+from tests.unit.test_ranking import events
+from tests.unit.test_ranking import training as ranking
+from tests.unit.test_retriever import training as retrieval
 from tests.unit.test_sasrec import SMALL, data
 from tests.unit.test_tokenizers import TOKENIZERS, data_of
 
@@ -75,7 +78,21 @@ def run_rank(rank, folder):
     training = BehaviorTraining(SMALL, d, folder / "sasrec", 1, workers)
     result = training.run()
     across |= {"item table": torch.equal(*workers.gather(training.table.detach()[None]))}
+    downstream = {
+        "retrieval": lambda where, epochs: retrieval("item", where, epochs, workers),
+        "ranking": lambda where, epochs: ranking(where, events(), epochs, workers, patience=20),
+    }
+    tests = {}
+    for name, make in downstream.items():
+        training = make(folder / name, 12)
+        tests[name] = training.run()
+        across |= {f"{name} {key}": torch.equal(*workers.gather(tensor[None].double())) for key, tensor in training.model.state_dict().items()}
+        try:
+            make(folder / f"{name} killed", 12).run(kill)
+        except Killed:
+            same[name] = make(folder / f"{name} killed", 12).run()["strata"] == tests[name]["strata"]
     facts = {
+        "tests": {name: result["test"] for name, result in tests.items()},
         "resumed": same,
         "across": across,
         "utilisation": use,
@@ -107,3 +124,13 @@ def test_two_workers_learn_as_one_does(facts):
     assert facts[0]["utilisation"][RESUMED] > 0.9
     assert facts[0]["recall"] > 0.5
     assert facts[0]["users"] == 120
+
+
+def test_downstream_models_of_two_workers_are_scored_on_all_users_alike(facts, tmp_path):
+    assert facts[0]["tests"] == facts[1]["tests"]
+    one = {
+        "retrieval": retrieval("item", tmp_path / "a", 12).run()["test"],
+        "ranking": ranking(tmp_path / "b", events(), 12, patience=20).run()["test"],
+    }
+    assert facts[0]["tests"]["retrieval"]["recall@5"] == pytest.approx(one["retrieval"]["recall@5"], abs=0.12)
+    assert facts[0]["tests"]["ranking"]["auc"] == pytest.approx(one["ranking"]["auc"], abs=0.05)

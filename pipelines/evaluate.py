@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,25 +51,46 @@ def run(cfg: Config, track: Track) -> None:
         raise InputError("evaluate names no tokenizer with a model, and no control: name what to evaluate (conf/demo.yaml shows how)")
     if any(cell.config.tokenizer.pairs for cell in cells if cell.sids):
         pairs.build(cfg, track)
-    rows, spent, started = [_popularity(cfg, track.lake)], 0, time.monotonic()
     try:
-        for number, cell in enumerate(cells, 1):
-            result = _known(cell, track.lake)
-            if result is None:
-                name = f"evaluate {cell.tokenizer}, {cell.model}, seed {cell.config.seed}"
-                with tracking.stage(cell.config, name, journal=False) as inner:
-                    result = train.fit_downstream(cell.config, inner, cell.task, _catalogue(cell, inner) if cell.sids else None)
-                spent += 1
-                left = (time.monotonic() - started) / spent * (len(cells) - number) / 60
-                track.note(f"{number} of {len(cells)} done, at most about {left:.0f} min left")
-            rows.append({"task": cell.task, "tokenizer": cell.tokenizer, "model": cell.model, **result})
+        results = _results(cfg, cells, track)
     finally:
         cluster.shutdown()
+    rows = [_popularity(cfg, track.lake)]
+    rows += [{"task": cell.task, "tokenizer": cell.tokenizer, "model": cell.model, **result} for cell, result in zip(cells, results)]
     folder = cfg.run_dir / "report" / "evaluation"
     report.write(folder, evaluation.build(cfg.name, rows, cfg.evaluate), [evaluation.flat(row) for row in rows])
     track.artifact(folder)
     track.facts.update(cells=len(cells), page=str(folder / "index.html"))
     print(evaluation.text(rows))
+
+
+def _results(cfg: Config, cells: list[Cell], track: Track) -> list[Row]:
+    """The result of each cell, ``evaluate.parallel`` of them in the making at a time. The first failure ends the command, once the others
+    that have begun are through."""
+    found: dict[int, Row] = {place: row for place, cell in enumerate(cells) if (row := _known(cell, track.lake)) is not None}
+    todo = [place for place in range(len(cells)) if place not in found]
+    tokenizers = {(cell.tokenizer, cell.config.seed): Lock() for cell in cells}  # each is trained once, whoever needs it first
+    started = time.monotonic()
+    with ThreadPoolExecutor(cfg.evaluate.parallel) as pool:
+        running = {pool.submit(_result, cells[place], tokenizers[cells[place].tokenizer, cells[place].config.seed]): place for place in todo}
+        try:
+            for number, future in enumerate(as_completed(running), 1):
+                found[running[future]] = future.result()
+                left = (time.monotonic() - started) / number * (len(todo) - number) / 60
+                track.note(f"{len(cells) - len(todo) + number} of {len(cells)} done, about {left:.0f} min left")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [found[place] for place in range(len(cells))]
+
+
+def _result(cell: Cell, tokenizer: Lock) -> Row:
+    with tracking.stage(cell.config, f"evaluate {cell.tokenizer}, {cell.model}, seed {cell.config.seed}", journal=False) as track:
+        catalogue = None
+        if cell.sids:
+            with tokenizer:
+                catalogue = _catalogue(cell, track)
+        return train.fit_downstream(cell.config, track, cell.task, catalogue)
 
 
 def _cells(cfg: Config) -> list[Cell]:

@@ -135,6 +135,7 @@ def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue |
         show = _progress(track, getattr(cfg, task).epochs, shown, folder)
         cluster.fit(getattr(workers, task), payload, cfg.ray, f"{task}-{folder.name}", folder, show)
         Checkpoints(folder / "checkpoints").clear()
+        track.status = "done"
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     track.metrics({f"test_{name}": value for name, value in result["test"].items()})
     track.artifact(folder / "result.json")

@@ -71,6 +71,7 @@ class Evaluate(Section):
     rankers: dict[str, Ranking] = Field({}, description="label -> ranking section: each on the SIDs of each tokenizer")
     controls: dict[str, Retrieval] = Field({}, description="label -> retrieval section with head item: on one token an item instead of SIDs (SASRec)")
     ranking_controls: dict[str, Ranking] = Field({}, description="label -> ranking section: on item ids instead of SIDs")
+    parallel: int = Field(1, ge=1, description="cells in the making at a time; more than one needs ray.workers of at least 1")
     published: Literal["none", "beauty"] = Field("none", description="published results shown beside ours: those of this data set")
     reference: str = Field("adc-sid", description="label of evaluate.tokenizers that the others are compared with")
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field(

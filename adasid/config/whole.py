@@ -81,6 +81,8 @@ class Config(Section):
         for key, settings in retrievers.items():
             if settings.max_length > self.features.max_length:
                 raise ValueError(f"{key}.max_length {settings.max_length} is longer than features.max_length {self.features.max_length}: lower it")
+        if self.evaluate.parallel > 1 and not self.ray.workers:
+            raise ValueError(f"evaluate.parallel is {self.evaluate.parallel} but ray.workers is 0, which trains in the job's one process: raise it")
         for label in self.evaluate.tokenizers:
             if label not in self.compare.tokenizers:
                 raise ValueError(f"evaluate.tokenizers names {label!r}, which is not a label of compare.tokenizers: add its section there")

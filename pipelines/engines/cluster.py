@@ -22,6 +22,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "2147483648", "MALLOC_TRIM_THRESHOLD_": "858
 
 METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"
+_JOINING = threading.Lock()
 
 
 def fit(
@@ -138,8 +139,14 @@ def shutdown() -> None:
 def _join(settings: config.Ray) -> None:
     import ray
 
-    if ray.is_initialized():
-        return
+    with _JOINING:
+        if not ray.is_initialized():
+            _connect(settings)
+
+
+def _connect(settings: config.Ray) -> None:
+    import ray
+
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     environment = {**MALLOC, "RAY_TRAIN_V2_ENABLED": "1"}
     address = settings.address or os.environ.get("RAY_ADDRESS")

@@ -132,8 +132,12 @@ def _known(cell: Cell, lake: Lake) -> Row | None:
 def _catalogue(cell: Cell, track: Track) -> train.Catalogue:
     """The SIDs of the cell's tokenizer, trained and written where they are not there yet."""
     cfg, lake = cell.config, track.lake
-    folder = train.tokenizer_folder(cfg, lake, "compare")
-    manifest, table = train.fit_tokenizer(cfg, track, folder), _table(cell, lake)
+    folder, table = train.tokenizer_folder(cfg, lake, "compare"), _table(cell, lake)
+    if (folder / "model" / "manifest.json").exists():
+        manifest = artifact.read_manifest(folder / "model")
+    else:
+        with tracking.stage(cfg, f"tokenizer {cell.tokenizer}, seed {cfg.seed}", journal=False) as inner:
+            manifest = train.fit_tokenizer(cfg, inner, folder)
     if not lake.fresh(manifest["digest"], table):
         spark = engine.session(cfg.spark)
         features = engine.read(spark, lake, "item_features", manifest["inputs"]["item_features"])

@@ -17,7 +17,7 @@ from adasid import tables
 from adasid.config import Config, digest
 from adasid.errors import InputError
 from adasid.tokenizers import artifact
-from adasid.training.checkpoint import Checkpoints
+from adasid.training.checkpoint import Checkpoints, write_json
 from pipelines import workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
@@ -26,6 +26,8 @@ from pipelines.engines.tracking import Track
 from pipelines.features import items, pairs
 
 _CHUNK = 50_000
+_FORMAT = 1
+"""Of downstream results; raised when their meaning changes, so that none of before is taken for one of now."""
 
 Task = Literal["retrieval", "ranking"]
 Catalogue = dict[str, Any]
@@ -118,33 +120,44 @@ def _live(cfg: Config, lake: Lake) -> Catalogue:
 
 
 def _told(track: Track, result: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    track.facts.update({"best epoch": result["best_epoch"], **{f"test {name}": round(result["test"][name], 4) for name in names}})
+    track.facts.update(
+        {"best epoch": result["best_epoch"], **{f"test {name}": round(result["test"][name], 4) for name in names if name in result["test"]}}
+    )
     if "labels" in result:
         track.facts["labels"] = result["labels"]
 
 
 def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue | None) -> dict[str, Any]:
     """Train ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``, or on one token an item, unless it is done; returns its result."""
-    folder, read = downstream_folder(cfg, track.lake, task, catalogue), _read(track.lake, task, catalogue)
+    lake, read = track.lake, _read(track.lake, task, catalogue)
+    folder = downstream_folder(cfg, lake, task, catalogue)
     track.inputs(read)
-    if (folder / "result.json").exists():
+    done = folder / "result.json"
+    if done.exists():
         track.status = "up to date"
-    else:
+        return dict(json.loads(done.read_text(encoding="utf-8")))
+    events = _read(lake, task, None)
+    if len(set(lake.stamps(events).values())) > 1:
+        raise InputError(f"{' and '.join(events)} come from different runs of build_features (was one cut off?): run jobs/build_features.py again")
+    if catalogue:
+        items.check(cfg, lake)  # SIDs of another split could know its test events
+    if not (folder / workers.OUTCOME).exists():
         shown = ("loss", "validation_ndcg@10", "validation_recall@10", "validation_auc", "seconds", "validation_seconds")
-        payload = {**_payload(cfg, track, read, folder), "catalogue": catalogue, "mlflow_run": track.run_id}
+        payload = {**_payload(cfg, track, read, folder), "catalogue": catalogue}
         show = _progress(track, getattr(cfg, task).epochs, shown, folder)
         cluster.fit(getattr(workers, task), payload, cfg.ray, f"{task}-{folder.name}", folder, show)
-        Checkpoints(folder / "checkpoints").clear()
-        track.status = "done"
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = {**json.loads((folder / workers.OUTCOME).read_text(encoding="utf-8")), "mlflow_run": track.run_id}
     track.metrics({f"test_{name}": value for name, value in result["test"].items()})
-    track.artifact(folder / "result.json")
+    track.artifact(folder / workers.OUTCOME)
+    write_json(done, result)  # last: what is there has been tracked
+    Checkpoints(folder / "checkpoints").clear()
+    track.status = "done"
     return result
 
 
 def downstream_folder(cfg: Config, lake: Lake, task: Task, catalogue: Catalogue | None) -> Path:
     """Where the model of this task, config, seed and these SIDs is, or will be."""
-    key = digest(task, getattr(cfg, task), cfg.seed, lake.stamps(_read(lake, task, catalogue)))
+    key = digest(task, _FORMAT, getattr(cfg, task), cfg.seed, lake.stamps(_read(lake, task, catalogue)))
     return (cfg.run_dir / "artifacts" / task / key).resolve()
 
 

@@ -36,6 +36,7 @@ from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 
 _QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target", "least_active")
+OUTCOME = "outcome.json"
 _PAIR = pa.schema([(name, pa.int64()) for name in ("item_index", "partner_index")])
 
 
@@ -85,7 +86,7 @@ def tokenizer(payload: dict[str, Any]) -> None:
 
 
 def retrieval(payload: dict[str, Any]) -> None:
-    """A retriever on the SIDs of ``payload["catalogue"]`` (table, version and slots; None: one token an item): ``best.safetensors``, ``result.json``."""
+    """A retriever on the SIDs of ``payload["catalogue"]`` (table, version and slots; None: one token an item): ``best.safetensors``, ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read, settings = payload["read"], cfg.retrieval
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
@@ -96,7 +97,7 @@ def retrieval(payload: dict[str, Any]) -> None:
 
 
 def ranking(payload: dict[str, Any]) -> None:
-    """A click-through model on the same: ``best.safetensors``, ``result.json``."""
+    """A click-through model on the same: ``best.safetensors``, ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     version, settings = payload["read"]["ranking_samples"], cfg.ranking
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
@@ -108,8 +109,8 @@ def ranking(payload: dict[str, Any]) -> None:
 
 def _finish(payload: dict[str, Any], workers: Workers, result: dict[str, Any]) -> None:
     if workers.rank == 0:
-        facts = {"seed": payload["config"]["seed"], "inputs": payload["read"], "mlflow_run": payload["mlflow_run"], "versions": payload["versions"]}
-        write_json(Path(payload["folder"]) / "result.json", {**result, **facts})
+        facts = {"seed": payload["config"]["seed"], "inputs": payload["read"], "versions": payload["versions"]}
+        write_json(Path(payload["folder"]) / OUTCOME, {**result, **facts})
 
 
 def _catalogue(lake: Lake, payload: dict[str, Any], pad: bool, weights: bool) -> tuple[ItemTokens, NDArray[np.int64], NDArray[np.int64]]:

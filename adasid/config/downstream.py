@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from adasid.config.base import Names, Section, Share, Sizes
+from adasid.config.base import Names, Section, Share
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(strict=False)]
 
 
 class Retrieval(Section):
@@ -22,7 +24,8 @@ class Retrieval(Section):
     temperature: float = Field(0.07, gt=0, description="temperature of the token heads' cosine logits")
     inactive: Literal["keep", "pad"] = Field("keep", description="an inactive slot's token: keep it, or pad: replace it by PAD")
     weights: bool = Field(True, description="token heads: the tokenizer's weights of the target's behaviour tokens weigh their losses")
-    beam: int = Field(100, ge=1, description="autoregressive: prefixes kept at a time")
+    beam: int = Field(100, ge=100, description="autoregressive: prefixes kept at a time in the test; the deepest cut-off is 100")
+    validation_beam: int = Field(20, ge=10, description="the same in validation, which looks at the first 10")
     epochs: int = Field(40, ge=1, description="upper bound of epochs")
     patience: int = Field(5, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     batch_users: int = Field(256, ge=2, description="users a step, all workers together")
@@ -47,8 +50,10 @@ class Ranking(Section):
     prefix_rows: int = Field(65_536, ge=1, description="prefix: rows of the table that prefixes are hashed into")
     weights: bool = Field(True, description="the tokenizer's weights scale the tokens' embeddings, and those of behaviour tokens are features")
     inactive: Literal["keep", "pad"] = Field("keep", description="an inactive slot's token: keep it, or pad: replace it by PAD")
-    width: int = Field(48, ge=1, description="width of users and items (concat: of all tokens together, at most)")
-    hidden: Sizes = Field((64, 64, 64), min_length=1, description="widths of the hidden layers")
+    width: int = Field(48, ge=1, description="width of users and items (concat: of all tokens together, rounded up to a multiple of their number)")
+    hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = Field(
+        (64, 64, 64), min_length=1, description="widths of the hidden layers"
+    )
     gate_hidden: int = Field(64, ge=1, description="hidden width of the gates")
     dropout: Share = Field(0.2, description="dropout on hidden layers")
     max_length: int = Field(20, ge=1, description="latest events of the history whose mean is a feature")
@@ -74,16 +79,19 @@ class Evaluate(Section):
     parallel: int = Field(1, ge=1, description="cells in the making at a time; more than one needs ray.workers of at least 1")
     published: Literal["none", "beauty"] = Field("none", description="published results shown beside ours: those of this data set")
     reference: str = Field("adc-sid", description="label of evaluate.tokenizers that the others are compared with")
-    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field(
-        (17,), description="seeds of tokenizer and downstream model together"
-    )
-    more_seeds: dict[str, Annotated[tuple[int, ...], Field(strict=False)]] = Field({}, description="label of a tokenizer or control -> further seeds")
+    seeds: Seeds = Field((17,), min_length=1, description="seeds of tokenizer and downstream model together")
+    more_seeds: dict[str, Seeds] = Field({}, description="label of a tokenizer or control -> further seeds")
 
     @model_validator(mode="after")
     def _labels(self) -> Evaluate:
         for label in self.more_seeds:
             if label not in (*self.tokenizers, *self.controls, *self.ranking_controls):
                 raise ValueError(f"evaluate.more_seeds.{label}: no tokenizer or control of evaluate has such a label")
+        if self.tokenizers and self.reference not in self.tokenizers:
+            raise ValueError(f"evaluate.reference is {self.reference!r}, which evaluate.tokenizers does not name: add it there, or name another")
+        for label in self.tokenizers:
+            if self.tokenizers.count(label) > 1:
+                raise ValueError(f"evaluate.tokenizers names {label!r} twice: remove one")
         for label, settings in self.controls.items():
             if settings.head != "item":
                 raise ValueError(f"evaluate.controls.{label}.head is {settings.head!r}: one token an item has nothing to decode, use head: item")

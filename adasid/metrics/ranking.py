@@ -11,9 +11,16 @@ Floats = NDArray[np.float64]
 def auc(scores: Floats, labels: NDArray[np.int64], weights: Floats | None = None) -> float:
     """Probability that a positive scores higher than a negative, equal scores counting half (Mann-Whitney); NaN with one class only.
     ``scores``, ``labels`` (0 or 1) and ``weights`` [n]."""
-    w = np.ones(len(scores)) if weights is None else weights
+    return _auc(*_sorted(scores), labels, np.ones(len(scores)) if weights is None else weights)
+
+
+def _sorted(scores: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Order of the scores, and the number of each one's group of equals in that order."""
     order = np.argsort(scores, kind="stable")
-    group = np.cumsum(np.concatenate([[0], np.diff(scores[order]) > 0])) if len(scores) else np.zeros(0, np.int64)
+    return order, np.cumsum(np.concatenate([[0], np.diff(scores[order]) > 0])) if len(scores) else np.zeros(0, np.int64)
+
+
+def _auc(order: NDArray[np.int64], group: NDArray[np.int64], labels: NDArray[np.int64], w: Floats) -> float:
     positive = np.bincount(group, w[order] * labels[order], minlength=1)
     negative = np.bincount(group, w[order] * (1 - labels[order]), minlength=1)
     pairs = positive.sum() * negative.sum()
@@ -56,10 +63,15 @@ def ranking_metrics(
     if draws:
         rng = np.random.default_rng(seed)
         place = np.unique(users, return_inverse=True)[1].reshape(-1)
-        drawn = [auc(scores, labels, rng.poisson(1.0, place.max() + 1).astype(np.float64)[place]) for _ in range(draws)]
+        everyone, ties = place.max() + 1, _sorted(scores)
+        drawn = [_auc(*ties, labels, _times(rng, everyone)[place]) for _ in range(draws)]
         found["auc_interval"] = [float(x) for x in np.nanquantile(drawn, (0.025, 0.975))]
         if len(own):
-            times = rng.poisson(1.0, (draws, len(own)))
-            gauc = (times * own * size).sum(1) / np.maximum((times * size).sum(1), 1e-12)
+            gauc = [np.average(own, weights=size * _times(rng, len(own))) for _ in range(draws)]
             found["gauc_interval"] = [float(x) for x in np.quantile(gauc, (0.025, 0.975))]
     return found
+
+
+def _times(rng: np.random.Generator, users: int) -> Floats:
+    """How often each user is in a bootstrap sample."""
+    return np.bincount(rng.integers(0, users, users), minlength=users).astype(np.float64)

@@ -14,13 +14,14 @@ DEEPEST = max(CUTOFFS)
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """1-based rank of each row's target. ``scores`` [B, M], ``targets`` [B] (int64) -> [B]. Equal scores rank by index."""
+    """1-based rank of each row's target. ``scores`` [B, M], ``targets`` [B] (int64) -> [B]. Equal scores rank by index; a target whose
+    score is not a number ranks last."""
     own = scores.gather(1, targets[:, None])
     ranks = 1 + (scores > own).sum(1, dtype=torch.int32)
     tied = torch.nonzero((scores >= own).sum(1, dtype=torch.int32) > ranks).flatten()  # rare: another item has exactly the target's score
     before = torch.arange(scores.shape[1], device=scores.device)[None, :] < targets[tied, None]
     ranks[tied] += ((scores[tied] == own[tied]) & before).sum(1)
-    return ranks
+    return torch.where(own[:, 0].isnan(), scores.shape[1], ranks)
 
 
 def recall_ndcg(ranks: Tensor, cutoffs: Iterable[int] = CUTOFFS) -> dict[str, float]:

@@ -12,16 +12,16 @@ from adasid.recommenders.tokens import ItemTokens
 
 class ItemVectors(nn.Module):
     """Vectors of items from their tokens: ``concat`` (a narrow embedding of each token), ``sum``, or ``prefix`` (one embedding for each prefix of
-    the SID, hashed; for residual SIDs, methods 7.6). ``width``: of the vectors, at most ``settings.width``."""
+    the SID, hashed; for residual SIDs, methods 7.6). ``width``: of the vectors (concat: ``settings.width`` rounded up)."""
 
     def __init__(self, settings: config.Ranking, catalogue: ItemTokens) -> None:
         super().__init__()
         s, slots = settings, len(catalogue.sizes)
         self.settings, self.slots = s, slots
-        self.width = max(1, s.width // slots) * slots if s.items == "concat" else s.width
+        self.width = -(-s.width // slots) * slots if s.items == "concat" else s.width
         rows = catalogue.rows
         if s.items == "prefix":
-            rows = prefixes(rows - torch.tensor(catalogue.starts, device=rows.device), catalogue.sizes, s.prefix_rows)
+            rows = prefixes(rows - torch.tensor(catalogue.starts, device=rows.device), s.prefix_rows)
         size = s.prefix_rows if s.items == "prefix" else sum(catalogue.sizes)
         self.table = nn.Embedding(size, self.width // slots if s.items == "concat" else s.width)
         nn.init.normal_(self.table.weight, std=0.01)
@@ -36,13 +36,14 @@ class ItemVectors(nn.Module):
         return vectors
 
 
-def prefixes(codes: Tensor, sizes: tuple[int, ...], rows: int) -> Tensor:
-    """Row of each prefix of the SIDs in a table of ``rows`` (Zheng et al., arXiv 2504.02137): ``p_l = sum_{k <= l} c_k prod_{j > k} K_j``, and the
-    level, hashed by a multiplication (Fibonacci) and the remainder. ``codes`` [M, L] -> [M, L]."""
+def prefixes(codes: Tensor, rows: int) -> Tensor:
+    """Row of each prefix of the SIDs in a table of ``rows`` (Zheng et al., arXiv 2504.02137): a 64-bit hash of the codes so far.
+    ``codes`` [M, L] -> [M, L]."""
     found, number = [], torch.zeros_like(codes[:, 0])
-    for level, size in enumerate(sizes):
-        number = number * size + codes[:, level]
-        found.append(((number * 64 + level) * -7046029254386353131).remainder(2**61 - 1).remainder(rows))
+    for level in range(codes.shape[1]):
+        number = (number + codes[:, level] + 1) * -7046029254386353131  # 2^64 over the golden ratio; wraps
+        number = number ^ ((number >> 29) & (2**35 - 1))
+        found.append(number.remainder(rows))
     return torch.stack(found, dim=1)
 
 

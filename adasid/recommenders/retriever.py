@@ -15,7 +15,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from adasid import config
-from adasid.metrics.retrieval import target_ranks
+from adasid.metrics.retrieval import DEEPEST, target_ranks
 from adasid.recommenders.encoder import CausalEncoder
 from adasid.recommenders.sasrec import sampled_softmax
 from adasid.recommenders.tokens import ItemTokens, Prefixes
@@ -55,8 +55,12 @@ class Retriever(CausalEncoder, ABC):
         """The ``number`` best items of each state [B, width] and their scores, [B, number], best first; -1 and -inf where there are no more."""
 
     @abstractmethod
-    def ranks(self, states: Tensor, targets: Tensor) -> Tensor:
-        """1-based rank of each row's target [B] among all items; M + 1 where the head's list ends before it."""
+    def ranks(self, states: Tensor, targets: Tensor, beam: int) -> Tensor:
+        """1-based rank of each row's target [B] among all items; beyond all cut-offs where the list of a head with a ``beam`` ends before it."""
+
+    def scores_a_user(self, beam: int) -> int:
+        """Scores held for one user at a time."""
+        return len(self.catalogue.rows)
 
 
 class _Scored(Retriever):
@@ -77,7 +81,8 @@ class _Scored(Retriever):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def top(self, states: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Exact, over the whole catalogue in chunks; equal scores (of items that share a SID) rank by item_index."""
+        """Exact, over the whole catalogue in chunks. Equal scores (of items that share a SID) rank by item_index, but which of them the end of
+        the list cuts off is open."""
         prepared, items = self.scorer(states), len(self.catalogue.rows)
         best = states.new_full((len(states), number), -torch.inf)
         found = torch.full((len(states), number), -1, dtype=torch.int64, device=states.device)
@@ -91,7 +96,7 @@ class _Scored(Retriever):
             best, found = together.gather(1, order), ids.gather(1, order)
         return found, best
 
-    def ranks(self, states: Tensor, targets: Tensor) -> Tensor:
+    def ranks(self, states: Tensor, targets: Tensor, beam: int = 0) -> Tensor:
         """Exact; equal scores rank by item_index."""
         return target_ranks(self.scores(states), targets)
 
@@ -174,12 +179,12 @@ class AutoregressiveRetriever(Retriever):
             [out[:, slot] @ table.T / self.settings.temperature for slot, table in enumerate(words)], self.catalogue, self.omega, targets
         )
 
-    def top(self, states: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Beam search of ``beam`` prefixes at a time. Only prefixes of the catalogue are followed, so that every answer is an item; items
+    def top(self, states: Tensor, number: int, beam: int | None = None) -> tuple[Tensor, Tensor]:
+        """Beam search of ``beam`` (of the settings, if not given) prefixes at a time. Only prefixes of the catalogue are followed, so that every answer is an item; items
         that share a SID follow each other by item_index."""
         if self.prefixes is None:
             self.prefixes = Prefixes.of(self.catalogue).to(states.device)
-        prefixes, beam, users = self.prefixes, max(self.settings.beam, 1), len(states)
+        prefixes, beam, users = self.prefixes, beam or self.settings.beam, len(states)
         words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
         nodes = torch.zeros(users, 1, dtype=torch.int64, device=states.device)
         value = torch.zeros(users, 1, device=states.device)
@@ -220,11 +225,15 @@ class AutoregressiveRetriever(Retriever):
         scores[user[kept], rank[kept]] = value.reshape(-1)[source[kept]]
         return items, scores
 
-    def ranks(self, states: Tensor, targets: Tensor) -> Tensor:
+    def ranks(self, states: Tensor, targets: Tensor, beam: int) -> Tensor:
         """Within the items of the beam."""
-        items, _ = self.top(states, self.settings.beam)
+        items, _ = self.top(states, DEEPEST, beam)
         hit = items == targets[:, None]
-        return torch.where(hit.any(1), hit.int().argmax(1) + 1, len(self.catalogue.rows) + 1)
+        return torch.where(hit.any(1), hit.int().argmax(1) + 1, max(len(self.catalogue.rows), DEEPEST) + 1)
+
+    def scores_a_user(self, beam: int) -> int:
+        """A score for each token after each prefix of the beam."""
+        return beam * max(self.catalogue.sizes)
 
 
 def token_loss(logits: list[Tensor], catalogue: ItemTokens, omega: Tensor, targets: Tensor) -> Tensor:

@@ -55,9 +55,14 @@ class EpochTraining(ABC):
     def test(self) -> dict[str, Any]:
         """The test's part of the result, JSON data, the same on all workers; the best epoch's model is loaded."""
 
+    @abstractmethod
+    def check(self) -> None:
+        """Raise InputError, on all workers, where the data cannot be trained on, validated or tested."""
+
     def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> dict[str, Any]:
         """Train, then test the best epoch's model. Returns JSON data, the same on all workers. ``report`` gets all rows of metrics so far
         after each epoch, on every worker."""
+        self.check()
         first, rows = self._resume()
         for number in range(first, self.epochs + 1):
             if self._stop(rows):
@@ -66,6 +71,8 @@ class EpochTraining(ABC):
             self.model.train()
             self._clock, self._spent = time.monotonic(), dict.fromkeys(self._spent, 0.0)
             row = {"epoch": float(number), "loss": self.train_epoch(number), "seconds": sum(self._spent.values())}
+            if not self.workers.agree(all(bool(p.isfinite().all()) for p in self.model.parameters()), self.device):
+                raise TrainingError(f"{self.name}: parameters are not finite after epoch {number}, input {self.version}; lower the learning rates")
             row |= {f"{part}_seconds": value for part, value in self._spent.items()}
             started = time.monotonic()
             self.model.eval()
@@ -89,6 +96,8 @@ class EpochTraining(ABC):
 
     def lap(self, part: str) -> None:
         """Count the time since the last call towards ``part`` of the epoch: data, forward or backward."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now = time.monotonic()
         self._spent[part] += now - self._clock
         self._clock = now

@@ -90,6 +90,18 @@ class RankingTraining(EpochTraining):
         self.parts = {split: self._part(place) for place, split in enumerate(SPLITS)}
         self.drawn = {split: self._negatives(split) for split in SPLITS[1:]}
 
+    def check(self) -> None:
+        """Every worker needs training samples; validation and test need both classes."""
+        for split in SPLITS:
+            mine, drawn = self.events.labels[self.parts[split]], 0 if split == "train" else self.drawn[split].size
+            if not self.workers.agree(bool(len(mine)) or split != "train", self.device):
+                raise InputError(f"ranking: {self.version} has no training sample for one of {self.workers.world} workers: lower ray.workers")
+            classes = self.workers.sum(torch.tensor([int(mine.sum()), int((mine == 0).sum()) + drawn], device=self.device)).tolist()
+            if split != "train" and not all(classes):
+                raise InputError(
+                    f"ranking: split {split!r} of {self.version} has {classes[0]} positive and {classes[1]} negative samples: needs both"
+                )
+
     def _labels(self) -> str:
         """``ratings`` or ``sampled``."""
         negatives = bool((self.events.labels == 0).any())

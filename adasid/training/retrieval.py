@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid import config
-from adasid.metrics.retrieval import intervals, of_histogram, rank_histogram
+from adasid.errors import InputError
+from adasid.metrics.retrieval import DEEPEST, intervals, of_histogram, rank_histogram
 from adasid.recommenders import retriever
 from adasid.recommenders.tokens import ItemTokens
-from adasid.tables import STRATA
+from adasid.tables import SPLITS, STRATA
 from adasid.training.epochs import EpochTraining
 from adasid.training.sequences import Histories, epoch
 from adasid.training.workers import Workers
@@ -68,6 +69,13 @@ class RetrievalTraining(EpochTraining):
         super().__init__(model, optimizers, limits, folder, seed, workers, torch.device(device), data.version)
         self.log_q = torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(device)
 
+    def check(self) -> None:
+        """Every split needs users."""
+        users = [len(self.data.train), len(self.data.validation), len(self.data.test)]
+        for split, total in zip(SPLITS, self.workers.sum(torch.tensor(users, device=self.device)).tolist()):
+            if not total:
+                raise InputError(f"retrieval: {self.version} has no user in split {split!r}: bring more events, or change features.split")
+
     def train_epoch(self, number: int) -> float:
         """One pass over the users."""
         total, length = torch.zeros(2, device=self.device), self.settings.max_length + 1
@@ -91,35 +99,42 @@ class RetrievalTraining(EpochTraining):
 
     def validate(self) -> dict[str, float]:
         """Recall and NDCG of the first ``eval_users`` users by user_id."""
-        return of_histogram(self._ranked(self.data.validation, self.settings.eval_users)[0].numpy())
+        return of_histogram(self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users)[0].numpy())
 
     def test(self) -> dict[str, Any]:
         """Recall and NDCG of all users, by stratum of the target."""
         started = time.monotonic()
-        targets, credit = self._ranked(self.data.test)
+        targets, credit = self._ranked(self.data.test, self.settings.beam)
         seconds = time.monotonic() - started
         return {
             "test": of_histogram(targets.numpy()),
             "strata": by_stratum(targets.numpy(), credit.numpy(), self.seed),
-            "test_users_per_second": len(self.data.test) / max(seconds, 1e-9),
+            "test_users_per_second": float(targets.sum()) / max(seconds, 1e-9),
         }
 
     @torch.inference_mode()
-    def _ranked(self, histories: Histories, users: int | None = None) -> Tensor:
-        """Histograms by stratum of all workers' users (the first ``users``, if given), of targets and of credit: [2, strata, ranks]."""
+    def _ranked(self, histories: Histories, beam: int, users: int | None = None) -> Tensor:
+        """Histograms by stratum of all workers' users (the first ``users``, if given): of ranks, and of the ranks that a random order of the
+        items of each SID would give (methods 8.6), [2, strata, ranks]."""
         mine = np.arange(len(histories) if users is None else min(len(histories), -(-users // self.workers.world)))
         group = self.model.catalogue.group
         sizes, strata = torch.bincount(group)[group], torch.from_numpy(self.data.strata).to(self.device)
+        order = group.argsort(stable=True)
+        place = torch.empty_like(order)  # of an item among those of its SID
+        place[order] = torch.arange(len(order), device=order.device) - (torch.bincount(group).cumsum(0) - torch.bincount(group))[group[order]]
         found = torch.zeros(2, len(STRATA), rank_histogram(group[:0], group[:0], 1).shape[1], dtype=torch.float64)
-        for states, targets in self._states(histories, mine):
-            ranks = self.model.ranks(states, targets)
-            found[0] += rank_histogram(ranks, strata[targets], len(STRATA))
-            found[1] += rank_histogram(ranks, strata[targets], len(STRATA), 1 / sizes[targets])
+        for states, targets in self._states(histories, mine, beam):
+            ranks, kinds, number = self.model.ranks(states, targets, beam), strata[targets], sizes[targets]
+            found[0] += rank_histogram(ranks, kinds, len(STRATA))
+            spread = number.clamp(max=DEEPEST)
+            owner = torch.arange(len(ranks), device=ranks.device).repeat_interleave(spread)
+            later = torch.arange(len(owner), device=ranks.device) - (spread.cumsum(0) - spread)[owner]
+            found[1] += rank_histogram((ranks - place[targets])[owner] + later, kinds[owner], len(STRATA), 1 / number[owner])
         return self.workers.sum(found.to(self.device)).cpu()
 
-    def _states(self, histories: Histories, users: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _states(self, histories: Histories, users: NDArray[np.int64], beam: int) -> Iterator[tuple[Tensor, Tensor]]:
         """State after the history and target of ``users``, some at a time."""
-        chunk = max(1, min(256, _SCORES // len(self.data.counts)))
+        chunk = max(1, min(256, _SCORES // self.model.scores_a_user(beam)))
         for part in np.array_split(users, max(1, -(-len(users) // chunk))):
             if len(part):
                 ids = torch.from_numpy(histories.last(part, self.settings.max_length)).to(self.device)
@@ -129,7 +144,8 @@ class RetrievalTraining(EpochTraining):
 
 def by_stratum(targets: NDArray[np.float64], credit: NDArray[np.float64], seed: int) -> dict[str, dict[str, Any]]:
     """Metrics of all targets and of each stratum that has some, from the histograms of targets and of credit (each [strata, ranks]):
-    ``corrected_*`` counts a hit on one of n items that share a SID as 1 / n (methods 8.6); ``intervals`` are 95 % bootstrap intervals over users."""
+    ``corrected_*`` is what a random order of the items that share a SID would give on average (methods 8.6: no credit for the order in which
+    they happen to stand); ``intervals`` are 95 % bootstrap intervals over users."""
     found = {}
     for name, rows in {"all": slice(None), **{stratum: slice(i, i + 1) for i, stratum in enumerate(STRATA)}}.items():
         own, users = targets[rows].sum(0), float(targets[rows].sum())

@@ -141,14 +141,18 @@ def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
         except Exception:
             path.unlink()  # the store was replaced: start a new parent
     parent = client.create_run(experiment_id, run_name=cfg.name, tags={"run": cfg.name}).info.run_id
-    flat = {
-        key: value for section, values in cfg.model_dump(mode="json", exclude={"compare"}).items() for key, value in _flatten(values, section).items()
-    }
+    flat = parameters(cfg)
     params = [Param(key, str(value)[:5000]) for key, value in flat.items()]
     for start in range(0, len(params), 100):
         client.log_batch(parent, params=params[start : start + 100])
     write_json(path, {"parent": parent})
     return str(parent)
+
+
+def parameters(cfg: Config) -> dict[str, Any]:
+    """The config as flat keys and values; without the sections of comparisons, whose labels may be any text and which a cell's own config says."""
+    sections = cfg.model_dump(mode="json", exclude={"compare", "evaluate"})
+    return {key: value for section, values in sections.items() for key, value in _flatten(values, section).items()}
 
 
 def _flatten(value: Any, prefix: str) -> dict[str, Any]:

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow.utils.validation import _validate_param_name
 
 from adasid import tables
+from adasid.config import load
+from pipelines.engines.tracking import parameters
 
 ROOT = Path(__file__).parents[2]
 ENGINES = {"pyspark", "delta", "deltalake", "ray", "mlflow"}
@@ -97,3 +100,9 @@ def test_table_schemas_are_frozen():
     found = {name: [f"{field.name}: {field.type}{'' if field.nullable else ' not null'}" for field in schema] for name, schema in schemas.items()}
     frozen = json.loads((Path(__file__).parent / "schemas.json").read_text())
     assert found == frozen, "a table's contract changed: say so in the README and update tests/contracts/schemas.json on purpose"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_tracker_takes_every_key_of_a_config(path):
+    for key in parameters(load(path)):
+        _validate_param_name(key)

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,26 @@ def test_what_a_tokenizer_section_may_not_say(settings, words):
         config.build(settings)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"tokenizers": ["a"], "reference": "b"}, "evaluate.reference is 'b', which evaluate.tokenizers does not name"),
+        ({"tokenizers": ["a", "a"], "reference": "a"}, "evaluate.tokenizers names 'a' twice"),
+        ({"tokenizers": ["z"], "reference": "z"}, "evaluate.tokenizers names 'z', which is not a label of compare.tokenizers"),
+        ({"controls": {"x": {"head": "parallel"}}}, "evaluate.controls.x.head is 'parallel'"),
+        ({"retrievers": {"x": {"beam": 5}}}, "evaluate.retrievers.x.beam is 5: input should be greater than or equal to 100"),
+        ({"retrievers": {"x": {"hed": "item"}}}, "unknown key 'evaluate.retrievers.x.hed'; did you mean 'evaluate.retrievers.x.head'"),
+        ({"retrievers": {"x": {"max_length": 60}}}, "evaluate.retrievers.x.max_length 60 is longer than features.max_length 50"),
+        ({"more_seeds": {"q": [1]}}, "evaluate.more_seeds.q: no tokenizer or control"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(evaluate, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.build({"compare": {"tokenizers": {"a": {"name": "random"}}}, "evaluate": evaluate})
+
+
+def test_cells_in_parallel_need_ray():
+    with pytest.raises(ConfigError, match=re.escape("evaluate.parallel is 2 but ray.workers is 0")):
+        config.build({"evaluate": {"parallel": 2}, "ray": {"workers": 0}})

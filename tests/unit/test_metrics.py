@@ -90,3 +90,8 @@ def test_credit_of_shared_sids_is_counted_in_full_over_all_users():
     ranks, kinds = torch.tensor([1, 1, 200]), torch.zeros(3, dtype=torch.int64)
     credit = rank_histogram(ranks, kinds, 1, torch.tensor([1.0, 0.25, 0.5]))
     assert of_histogram(credit.numpy(), users=3)["recall@10"] == pytest.approx(1.25 / 3)
+
+
+def test_a_score_that_is_no_number_is_no_hit():
+    scores = torch.tensor([[0.0, float("nan"), 1.0], [0.0, 2.0, 1.0]])
+    assert target_ranks(scores, torch.tensor([1, 1])).tolist() == [3, 1]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -72,11 +73,11 @@ def test_items_are_their_tokens_scaled_by_the_tokenizers_weights(items):
 
 def test_prefixes_that_are_equal_share_a_row_and_others_do_not():
     codes = torch.tensor([[1, 2, 3], [1, 2, 0], [1, 0, 3], [0, 2, 3]])
-    rows = prefixes(codes, (5, 5, 5), 10**6)
+    rows = prefixes(codes, 10**6)
     assert rows[0, 0] == rows[1, 0] == rows[2, 0] != rows[3, 0]
     assert rows[0, 1] == rows[1, 1] != rows[2, 1]
     assert len(set(rows.reshape(-1).tolist())) == 2 + 3 + 4
-    assert (prefixes(codes, (5, 5, 5), 7) < 7).all()
+    assert (prefixes(codes, 7) < 7).all()
 
 
 def test_a_gate_starts_near_one_and_stays_within_two():
@@ -139,7 +140,7 @@ def training(folder, table, epochs=6, workers=Workers(), **settings):
     counts = np.bincount(found.items[found.splits == 0], minlength=40)
     chosen = config.Ranking.model_validate({"width": 8, "hidden": [16], "batch": 512, "lr": 0.01, "epochs": epochs, "dropout": 0.0, **settings})
     return RankingTraining(
-        chosen, ItemTokens.of(codes, SLOTS), found, counts, np.arange(40) // 20, Path(folder), 3, Workers(), "ranking_samples version 0"
+        chosen, ItemTokens.of(codes, SLOTS), found, counts, np.arange(40) // 20, Path(folder), 3, workers, "ranking_samples version 0"
     )
 
 
@@ -185,3 +186,17 @@ def test_a_killed_training_ends_as_it_would_have(tmp_path):
 def test_ratings_are_asked_for_where_there_are_none(tmp_path):
     with pytest.raises(InputError, match=r"ranking\.labels is 'ratings' but ranking_samples version 0 has no negative event"):
         training(tmp_path, events(), labels="ratings")
+
+
+def test_a_split_of_one_class_is_named(tmp_path):
+    table = events(labels=True)
+    held_out = pc.equal(table["split"], "validation")
+    table = table.set_column(3, "label", pc.if_else(held_out, 1, table["label"]))
+    with pytest.raises(InputError, match=r"split 'validation' of ranking_samples version 0 has 300 positive and 0 negative samples"):
+        training(tmp_path, table).run()
+
+
+def test_ratings_without_a_user_of_both_classes_leave_gauc_out(tmp_path):
+    found = training(tmp_path, events(labels=True), 2).run()  # one test event a user
+    assert set(found["test"]) == {"auc"}
+    assert found["strata"]["all"]["gauc_users"] == 0

@@ -10,6 +10,7 @@ import torch.nn.functional as nnf
 
 from adasid import config
 from adasid.errors import InputError
+from adasid.metrics.retrieval import of_histogram
 from adasid.recommenders import retriever
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.tables import BEHAVIOR, PAD
@@ -32,9 +33,8 @@ def codes_of(items, seed=0):
 
 def model(head, items=60, **settings):
     torch.manual_seed(0)
-    made = retriever.build(
-        config.Retrieval.model_validate({"head": head, "width": 8, "max_length": 5, **settings}), ItemTokens.of(codes_of(items), SLOTS)
-    )
+    chosen = config.Retrieval.model_validate({"head": head, "width": 8, "max_length": 5}).model_copy(update=settings)
+    made = retriever.build(chosen, ItemTokens.of(codes_of(items), SLOTS))
     torch.nn.init.normal_(made.table)
     return made.eval()
 
@@ -130,7 +130,7 @@ def test_a_wide_beam_is_exact_and_never_leaves_the_catalogue():
             torch.testing.assert_close(score, expected[row], rtol=1e-4, atol=1e-4)
             assert (score[:-1] >= score[1:] - 1e-5).all()
             assert row.tolist().index(1) == row.tolist().index(0) + 1  # they share a SID
-        assert (made.ranks(states, items[:, 7]) == 8).all()
+        assert (made.ranks(states, items[:, 7], 200) == 8).all()
 
 
 def test_a_narrow_beam_gives_items_of_the_catalogue_and_says_where_it_ends():
@@ -179,7 +179,7 @@ def training(head, folder, epochs, workers=Workers(), **settings):
         "batch_users": 64,
         "negatives": 64,
         "lr": 0.003,
-        "beam": 10,
+        "validation_beam": 10,
     }
     data = chains()
     data.train, data.validation, data.test = (h.part(workers.rank, workers.world) for h in (data.train, data.validation, data.test))
@@ -244,3 +244,31 @@ def test_without_sampling_the_item_loss_is_the_softmax_over_all_sids(tmp_path):
     scores = run.model.scores(run.model.states(inputs)[valid])  # the 40 items have 40 SIDs
     expected = nnf.cross_entropy(scores, targets[valid])
     assert run._loss(ids, torch.Generator()).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_corrected_figures_are_those_of_a_random_order_of_the_items_of_a_sid(tmp_path):
+    run = training("item", tmp_path, 1)
+    codes = np.stack([np.arange(40) // 8, np.zeros(40), np.zeros(40)], axis=1).astype(np.int32)  # five SIDs of eight items
+    run.model = retriever.build(run.settings, ItemTokens.of(codes, (Slot("a", "text", 5), Slot("b", "text", 8), Slot("c", BEHAVIOR, 5)))).eval()
+    torch.nn.init.normal_(run.model.table)
+    targets, credit = run._ranked(run.data.test, 100)
+    states, wanted = (torch.cat(part) for part in zip(*run._states(run.data.test, np.arange(400), 100)))
+    order = (states @ run.model.vectors(torch.arange(0, 40, 8)).T).argsort(1, descending=True)
+    group = (order == (wanted // 8)[:, None]).int().argmax(1)  # 0: the target's SID is the best
+    assert of_histogram(credit.numpy(), users=400)["recall@5"] == pytest.approx(((group == 0) * 5 / 8).double().mean().item())
+    assert of_histogram(credit.numpy(), users=400)["recall@20"] == pytest.approx(((group < 2) + (group == 2) * 4 / 8).double().mean().item())
+    assert of_histogram(targets.numpy())["recall@20"] == pytest.approx((group * 8 + wanted % 8 < 20).double().mean().item())
+
+
+def test_a_target_beyond_the_beam_is_no_hit_at_any_depth():
+    made = model("autoregressive", items=30, beam=2)
+    ranks = made.ranks(torch.randn(50, 8), torch.randint(30, (50,)), 2)
+    assert ((ranks <= 6) | (ranks > 100)).all()
+    assert (ranks > 100).any()
+
+
+def test_a_split_without_users_is_named(tmp_path):
+    run = training("item", tmp_path, 1)
+    run.data.validation = Histories(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    with pytest.raises(InputError, match="retrieval: test has no user in split 'validation'"):
+        run.run()

@@ -1,0 +1,89 @@
+"""What tokenizers share that fit a quantizer to vectors as they are: to the joint content, or to each modality."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from adasid import config
+from adasid.errors import InputError
+from adasid.tables import PAD
+from adasid.tokenizers.base import Codes, Slot, Tokenizer, letters, sample
+from adasid.tokenizers.inputs import Inputs
+from adasid.training.shards import Batch, Shard
+from adasid.training.workers import Workers
+
+
+class Spaces(Tokenizer):
+    """``widths``: width of each modality of ``settings.inputs``; a subclass adds ``quantizers``, one for each kind in ``levels``, from vectors
+    [n, d] of float64 to codes [n, L] and decoded vectors [n, d].
+
+    Slots: L over the joint content, named by ``letter``, where an absent modality counts as its mean and every item has all codes; or, with
+    ``levels`` by modality, t0, t1, v0, ... that are PAD where the item lacks the modality. Weights are 1 where there is a code.
+    """
+
+    quantizers: nn.ModuleDict
+
+    def __init__(self, settings: config.RqKmeans | config.Opq, widths: Mapping[str, int], letter: str) -> None:
+        super().__init__()
+        self.chosen = settings
+        self.widths = {m: int(widths[m]) for m in settings.inputs}
+        self.inputs = Inputs(self.widths)
+        self.by_modality = isinstance(settings.levels, dict)
+        self.levels = settings.levels if isinstance(settings.levels, dict) else {"shared": settings.levels}
+        names = letters(tuple(self.levels)) if self.by_modality else {"shared": letter}
+        self.slots = tuple(Slot(f"{names[kind]}{i}", kind, settings.codebook_size) for kind, number in self.levels.items() for i in range(number))
+
+    @abstractmethod
+    def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:
+        """Fit the quantizer of ``kind`` to a sample ``x`` [n, d] of float32, n >= 1."""
+
+    def dimensions(self, kind: str) -> int:
+        """Width of what is quantized."""
+        return self.widths[kind] if self.by_modality else sum(self.widths.values())
+
+    def _joint(self, batch: Batch) -> Tensor:
+        """All modalities side by side [B, D]."""
+        return torch.cat(list(self.inputs(batch).values()), dim=1)
+
+    def _spaces(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """What is quantized, by kind of slot: vectors [B, d], in float64 so that codes do not depend on the batch, and which items have them [B]."""
+        if self.by_modality:
+            return {m: (x.double(), batch.present[m]) for m, x in self.inputs(batch).items()}
+        return {"shared": (self._joint(batch).double(), torch.ones_like(batch.index, dtype=torch.bool))}
+
+    def prepare(self, shard: Shard, workers: Workers) -> None:
+        """Means and scales of the inputs."""
+        self.inputs.fit(shard, workers)
+
+    @torch.no_grad()
+    def fit(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
+        """From a fixed sample of all workers' items. Raises InputError where no item of it has a modality."""
+        s, rows = self.chosen, {kind: list[Tensor]() for kind in self.quantizers}
+        for batch in sample(shard, workers, s.fit_samples):
+            for kind, (x, there) in self._spaces(batch.to(self.inputs.get_buffer(f"mean_{s.inputs[0]}").device)).items():
+                rows[kind].append(x[there].float())
+        for kind, quantizer in self.quantizers.items():
+            x = workers.gather_ragged(torch.cat(rows.pop(kind)))
+            if not len(x):
+                raise InputError(f"tokenizer.fit_samples {s.fit_samples}: none of these items has {kind!r}; raise it, or leave the modality out")
+            self.fit_space(kind, x, generator)
+            for buffer in quantizer.buffers():
+                workers.broadcast(buffer)
+
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> Codes:
+        """The codes of each quantizer."""
+        found = [self.quantizers[kind](x)[0].masked_fill(~there[:, None], PAD) for kind, (x, there) in self._spaces(batch).items()]
+        codes = torch.cat(found, dim=1).int()
+        return Codes(codes, (codes != PAD).float(), codes != PAD)
+
+    @torch.inference_mode()
+    def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
+        """Decoded vectors in the inputs' own scale; an item without a code has the mean."""
+        decoded = {kind: (self.quantizers[kind](x)[1] * there[:, None]).float() for kind, (x, there) in self._spaces(batch).items()}
+        parts = decoded if self.by_modality else self.inputs.split(decoded["shared"])
+        return {m: self.inputs.restore(m, x) for m, x in parts.items()}

@@ -18,7 +18,7 @@ from adasid import config
 from adasid.metrics.retrieval import DEEPEST, target_ranks
 from adasid.recommenders.encoder import CausalEncoder
 from adasid.recommenders.sasrec import sampled_softmax
-from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.recommenders.tokens import ItemTokens, Prefixes, runs
 
 _CHUNK = 1 << 20
 """Items whose vectors or scores are made at a time."""
@@ -216,8 +216,7 @@ class AutoregressiveRetriever(Retriever):
         where, item = self.prefixes.members(leaves.reshape(-1)[alive])
         source = alive[where]
         user = source // beam
-        count = torch.bincount(user, minlength=users)
-        rank = torch.arange(len(user), device=user.device) - (count.cumsum(0) - count)[user]
+        rank = runs(torch.bincount(user, minlength=users))[1]  # the users stand in order
         kept = rank < number
         items = torch.full((users, number), -1, dtype=torch.int64, device=user.device)
         scores = value.new_full((users, number), -torch.inf)

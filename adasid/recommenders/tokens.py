@@ -18,6 +18,12 @@ _CLIP = 3.0
 """Largest loss weight of a token (methods 7.2)."""
 
 
+def runs(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs of ``counts`` [n] places one after another: the run of each place and its position in it, both [sum of counts]."""
+    run = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    return run, torch.arange(len(run), device=counts.device) - (counts.cumsum(0) - counts)[run]
+
+
 @dataclass(frozen=True)
 class ItemTokens:
     """``rows`` [M, L] int64: row of an item's token in the table of all slots, where slot l has its codes and then PAD;
@@ -120,6 +126,5 @@ class Prefixes:
     @staticmethod
     def _spans(first: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
         begin, count = first[nodes], first[nodes + 1] - first[nodes]
-        where = torch.arange(len(nodes), device=nodes.device).repeat_interleave(count)
-        place = torch.arange(len(where), device=nodes.device) - (count.cumsum(0) - count)[where]
+        where, place = runs(count)
         return where, begin[where] + place

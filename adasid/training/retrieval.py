@@ -17,7 +17,7 @@ from adasid import config
 from adasid.errors import InputError
 from adasid.metrics.retrieval import DEEPEST, intervals, of_histogram, rank_histogram
 from adasid.recommenders import retriever
-from adasid.recommenders.tokens import ItemTokens
+from adasid.recommenders.tokens import ItemTokens, runs
 from adasid.tables import SPLITS, STRATA
 from adasid.training.epochs import EpochTraining
 from adasid.training.sequences import Histories, epoch
@@ -121,14 +121,12 @@ class RetrievalTraining(EpochTraining):
         sizes, strata = torch.bincount(group)[group], torch.from_numpy(self.data.strata).to(self.device)
         order = group.argsort(stable=True)
         place = torch.empty_like(order)  # of an item among those of its SID
-        place[order] = torch.arange(len(order), device=order.device) - (torch.bincount(group).cumsum(0) - torch.bincount(group))[group[order]]
+        place[order] = runs(torch.bincount(group))[1]
         found = torch.zeros(2, len(STRATA), rank_histogram(group[:0], group[:0], 1).shape[1], dtype=torch.float64)
         for states, targets in self._states(histories, mine, beam):
             ranks, kinds, number = self.model.ranks(states, targets, beam), strata[targets], sizes[targets]
             found[0] += rank_histogram(ranks, kinds, len(STRATA))
-            spread = number.clamp(max=DEEPEST)
-            owner = torch.arange(len(ranks), device=ranks.device).repeat_interleave(spread)
-            later = torch.arange(len(owner), device=ranks.device) - (spread.cumsum(0) - spread)[owner]
+            owner, later = runs(number.clamp(max=DEEPEST))
             found[1] += rank_histogram((ranks - place[targets])[owner] + later, kinds[owner], len(STRATA), 1 / number[owner])
         return self.workers.sum(found.to(self.device)).cpu()
 

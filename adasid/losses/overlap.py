@@ -3,11 +3,13 @@ and the contrast of co-engaged pairs that both are trained with (methods 4 and 5
 
 ``z`` [B, d]: latents before quantization; ``codes`` [B, L] int64; ``index`` [B]: item of a row; ``paired`` [B/2] bool: whether rows i and
 i + B/2 are a co-engaged pair, None where there are no such pairs. A slot with PAD on either side, or on both, never matches.
+The losses are sums over the pairs that overlap, a small part of all; no matrix is of size B x B.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,10 +17,13 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from adasid import config
+from adasid.ragged import runs
 from adasid.tables import PAD
 
 CALIBRATED = 100
 """Batches with overlaps from which AdaSID's full load is taken."""
+_BLOCK = 512
+"""Rows whose products with all later ones are held at a time."""
 
 
 def repulsion(settings: config.Repulsion | None, slots: int) -> HammingRepulsion | AdaptiveRepulsion | None:
@@ -34,19 +39,84 @@ def moved(weight: tuple[float, float], window: tuple[float, float], progress: fl
     return first + (last - first) * min(max((progress - start) / (end - start), 0.0), 1.0)
 
 
-def same_codes(codes: Tensor) -> Iterator[Tensor]:
-    """For each slot [B, B] bool: rows that have the same code."""
-    for slot in codes.T:
-        yield slot[:, None] == slot.masked_fill(slot == PAD, PAD - 1)
+class Overlaps(NamedTuple):
+    """The P pairs of rows i < j with a matching slot, each once: ``key`` [P] int64 is i * ``rows`` + j, ascending; ``pattern`` [P] int64: bit l
+    is set where slot l matches; ``matching`` [P] int64: matching slots (o_ij)."""
+
+    rows: int
+    key: Tensor
+    pattern: Tensor
+    matching: Tensor
+
+    @property
+    def first(self) -> Tensor:
+        """i of each pair [P]."""
+        return self.key.div(self.rows, rounding_mode="floor")
+
+    @property
+    def second(self) -> Tensor:
+        """j of each pair [P]."""
+        return self.key % self.rows
+
+    def where(self, chosen: Tensor) -> Overlaps:
+        """Those that ``chosen`` [P] bool names."""
+        return self if chosen.all() else Overlaps(self.rows, self.key[chosen], self.pattern[chosen], self.matching[chosen])
+
+    @torch.no_grad()
+    def cosines(self, unit: Tensor) -> Tensor:
+        """u_i . u_j of unit vectors [B, d] -> [P], without gradient. Blocks of the upper triangle of all products, each while it is in the cache."""
+        found = [self.key.new_zeros(0).to(unit)]
+        starts = list(range(0, self.rows, _BLOCK))
+        ends = torch.searchsorted(self.key, torch.tensor([(start + _BLOCK) * self.rows for start in starts], device=unit.device)).tolist()
+        for start, begin, end in zip(starts, [0, *ends], ends):
+            if end > begin:
+                products, key = unit[start : start + _BLOCK] @ unit[start:].T, self.key[begin:end]
+                # a block has no columns before its first row
+                found.append(products.view(-1)[key - start * (self.rows + 1) - (key.div(self.rows, rounding_mode="floor") - start) * start])
+        return torch.cat(found)
+
+    def push(self, unit: Tensor, weights: Tensor) -> Tensor:
+        """``sum_p weights_p u_i . u_j``, with its gradient in ``unit``; ``weights`` [P] without."""
+        some = self.where(weights != 0)
+        pairs, weights = torch.stack([some.first, some.second]), weights[weights != 0].to(unit)
+        both = torch.sparse_coo_tensor(torch.cat([pairs, pairs.flip(0)], dim=1), weights.repeat(2), (self.rows, self.rows), check_invariants=False)
+        twice = (unit * (both @ unit.detach())).sum()  # each pair from either side: the gradient is right, the value twice the sum
+        return twice - twice.detach() / 2
 
 
-def qualified(index: Tensor, paired: Tensor | None) -> Tensor:
-    """[B, B] bool: rows of different items that are not a constructed positive (QuaSID eq 8)."""
-    mask = index[:, None] != index[None, :]
+@torch.no_grad()
+def overlaps(codes: Tensor, index: Tensor, paired: Tensor | None) -> Overlaps:
+    """Qualified pairs (QuaSID eq 8: of different items, and no constructed positive) that have the same code in a slot. Only pairs that match
+    are ever listed: each slot is sorted, and its runs of one code are paired out."""
+    size, keys, bits = len(codes), [], []
+    for slot, column in enumerate(codes.T):
+        order = column.argsort(stable=True)
+        order = order[column[order] != PAD]
+        place = runs(column[order].unique_consecutive(return_counts=True)[1])[1]
+        later, nth = runs(place)  # each row of a run with all rows before it
+        keys.append(order[later - place[later] + nth] * size + order[later])
+        bits.append(torch.full_like(keys[-1], 1 << slot))
+    key, where, matching = torch.cat(keys).unique(return_inverse=True, return_counts=True)
+    pattern = torch.zeros_like(key).index_add_(0, where, torch.cat(bits))
+    found = Overlaps(size, key, pattern, matching)
+    first, second = found.first, found.second
+    allowed = index[first] != index[second]
     if paired is not None:
-        for offset in (len(paired), -len(paired)):
-            mask.diagonal(offset).logical_and_(~paired)
-    return mask
+        allowed &= ~((second - first == len(paired)) & paired[first % len(paired)])
+    return found.where(allowed)
+
+
+@torch.no_grad()
+def loads(found: Overlaps, codes: Tensor, by_code: bool) -> Tensor:
+    """c_ij of each pair [P] int64: ordered pairs of its kind. Two are of one kind where they match in the same slots (kappa, methods 5.3) and,
+    with ``by_code``, in the same codes, which are told apart by 64-bit hashes."""
+    key = found.pattern
+    if by_code:
+        factors = torch.randint(-(2**62), 2**62, (codes.shape[1],), generator=torch.Generator().manual_seed(0)).to(codes.device) * 2 + 1
+        hashes = (factors * (codes + 1))[found.first]
+        key = sum(((key >> slot) & 1) * number for slot, number in enumerate(hashes.T))  # type: ignore[assignment]
+    _, kind, pairs = key.unique(return_inverse=True, return_counts=True)
+    return 2 * pairs[kind]
 
 
 class HammingRepulsion(nn.Module):
@@ -63,18 +133,16 @@ class HammingRepulsion(nn.Module):
 
     def forward(self, z: Tensor, codes: Tensor, index: Tensor, paired: Tensor | None, progress: float) -> tuple[Tensor, dict[str, float]]:
         """The weighted loss, and the number of full and partial overlaps (each pair once); ``progress`` has no effect."""
-        s, slots = self.settings, codes.shape[1]
-        matching, absent = codes.new_zeros(len(codes), len(codes), dtype=torch.int16), (codes == PAD).float()
-        for same in same_codes(codes):
-            matching += same
-        overlap = qualified(index, paired) & (matching > 0)
-        full = overlap & (matching == slots - absent @ absent.T)
-        partial = overlap & ~full & (slots - matching <= self.radius)
-        distance = 1 - _cosines(z)
-        loss = s.full_weight * _mean(nnf.relu(s.full_margin - distance), full) + s.partial_weight * _mean(
-            nnf.relu(s.partial_margin - distance), partial
-        )
-        return loss, {"full_overlaps": float(full.sum()) / 2, "partial_overlaps": float(partial.sum()) / 2}
+        s, slots, absent = self.settings, codes.shape[1], codes == PAD
+        found, unit = overlaps(codes, index, paired), nnf.normalize(z, dim=1)
+        found = found.where((slots - found.matching <= self.radius) | (found.matching == slots - absent.sum(1)[found.first]))
+        full = found.matching == slots - (absent[found.first] & absent[found.second]).sum(1)
+        partial = ~full & (slots - found.matching <= self.radius)
+        distance, loss = 1 - found.cosines(unit), z.new_zeros(())
+        for group, margin, weight in ((full, s.full_margin, s.full_weight), (partial, s.partial_margin, s.partial_weight)):
+            active = (group & (distance < margin)).to(z) * weight / group.sum().clamp(min=1)
+            loss = loss + (margin - 1) * active.sum() + found.push(unit, active)
+        return loss, {"full_overlaps": float(full.sum()), "partial_overlaps": float(partial.sum())}
 
 
 class AdaptiveRepulsion(nn.Module):
@@ -98,12 +166,12 @@ class AdaptiveRepulsion(nn.Module):
     def forward(self, z: Tensor, codes: Tensor, index: Tensor, paired: Tensor | None, progress: float) -> tuple[Tensor, dict[str, float]]:
         """The loss times its weight at ``progress``; the number of overlaps (each pair once), the share of them that is spared, their mean
         strength, and the weight."""
-        weight, cosine = self.weight(progress), _cosines(z)
-        found = overlaps(codes, qualified(index, paired), self.settings.load == "code")
-        strength = self._strength(found.load)[found.kind]
-        spared = cosine.detach()[found.where] >= self.thresholds[found.matching - 1]
-        push = torch.zeros_like(cosine).masked_scatter(found.where, (strength * ~spared).to(cosine))
-        loss = weight * (push * nnf.relu(self.settings.margin - 1 + cosine)).sum() / max(1, len(spared))
+        s, weight, unit = self.settings, self.weight(progress), nnf.normalize(z, dim=1)
+        found = overlaps(codes, index, paired)
+        cosine, load = found.cosines(unit), loads(found, codes, s.load == "code")
+        strength, spared = self._strength(load), cosine >= self.thresholds[found.matching - 1]
+        active = (strength * (~spared & (cosine > 1 - s.margin))).to(z)
+        loss = weight * ((s.margin - 1) * active.sum() + found.push(unit, active)) / max(1, len(spared))
         shares = {"spared": float(spared.sum()) / max(1, len(spared)), "strength": float(strength.sum()) / max(1, len(spared))}
         return loss, {"overlaps": float(len(spared)), **shares, "repulsion_weight": weight}
 
@@ -120,44 +188,15 @@ class AdaptiveRepulsion(nn.Module):
 
     @torch.no_grad()
     def _strength(self, load: Tensor) -> Tensor:
-        """``a`` of each kind of overlap, from its load [kinds] (methods 5.3)."""
+        """``a_ij`` of overlaps of these loads [P] (methods 5.3)."""
         s = self.settings
         if self.training and len(load) and self.batches < CALIBRATED:
             ordered = load.sort().values
-            pairs = ordered.cumsum(0).double()  # a kind of load c has c pairs
-            quantile = ordered[torch.searchsorted(pairs, s.load_quantile * pairs[-1])]
+            quantile = ordered[math.ceil(s.load_quantile * len(ordered)) - 1 if s.load_quantile else 0]
             self.batches += 1
             self.full_load += (quantile - self.full_load) / self.batches
         low, high = s.load_gain
         return (low + (high - low) * (load / self.full_load.clamp(min=1)).clamp(max=1) ** s.load_power).float()
-
-
-class Overlaps(NamedTuple):
-    """``where`` [B, B] bool: the P overlapping pairs, each once (i < j); ``matching`` [P]: their matching slots (o_ij); ``kind`` [P];
-    ``load`` [kinds] int64: ordered pairs of a kind, so that c_ij is ``load[kind]``."""
-
-    where: Tensor
-    matching: Tensor
-    kind: Tensor
-    load: Tensor
-
-
-@torch.no_grad()
-def overlaps(codes: Tensor, allowed: Tensor, by_code: bool) -> Overlaps:
-    """Pairs among ``allowed`` [B, B] with a matching slot. Two are of one kind where they match in the same slots (kappa, methods 5.3) and,
-    with ``by_code``, in the same codes, which are told apart by 64-bit hashes."""
-    pattern = torch.zeros_like(allowed, dtype=torch.int32)
-    for slot, same in enumerate(same_codes(codes)):
-        pattern.add_(same, alpha=1 << slot)
-    where = (allowed & (pattern != 0)).triu(1)
-    key = pattern[where]
-    bits = [(key >> slot) & 1 for slot in range(codes.shape[1])]
-    if by_code:
-        factors = torch.randint(-(2**62), 2**62, (codes.shape[1],), generator=torch.Generator().manual_seed(0)).to(codes.device) * 2 + 1
-        first, hashes = where.nonzero()[:, 0], factors * (codes + 1)
-        key = torch.stack([bit * number[first] for bit, number in zip(bits, hashes.T)]).sum(0)
-    _, kind, pairs = key.unique(return_inverse=True, return_counts=True)
-    return Overlaps(where, torch.stack(bits).sum(0), kind, 2 * pairs)
 
 
 def pair_contrast(z: Tensor, index: Tensor, paired: Tensor, temperature: float, z_all: Tensor, index_all: Tensor, offset: int) -> Tensor:
@@ -180,13 +219,3 @@ def pair_contrast(z: Tensor, index: Tensor, paired: Tensor, temperature: float, 
         logits = (anchors @ others.T / temperature).masked_fill(false, -torch.inf)
         total = total + nnf.cross_entropy(logits, positive, reduction="sum")
     return total / (2 * max(1, len(rows)))
-
-
-def _cosines(z: Tensor) -> Tensor:
-    unit = nnf.normalize(z, dim=1)
-    return unit @ unit.T
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of ``values`` over ``where``; 0 where that is empty."""
-    return (values * where).sum() / where.sum().clamp(min=1)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from adasid import config
 from adasid.metrics.retrieval import DEEPEST, target_ranks
+from adasid.ragged import runs
 from adasid.recommenders.encoder import CausalEncoder
 from adasid.recommenders.sasrec import sampled_softmax
-from adasid.recommenders.tokens import ItemTokens, Prefixes, runs
+from adasid.recommenders.tokens import ItemTokens, Prefixes
 
 _CHUNK = 1 << 20
 """Items whose vectors or scores are made at a time."""

@@ -11,17 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid.errors import InputError
+from adasid.ragged import runs
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.base import Slot
 
 _CLIP = 3.0
 """Largest loss weight of a token (methods 7.2)."""
-
-
-def runs(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs of ``counts`` [n] places one after another: the run of each place and its position in it, both [sum of counts]."""
-    run = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    return run, torch.arange(len(run), device=counts.device) - (counts.cumsum(0) - counts)[run]
 
 
 @dataclass(frozen=True)

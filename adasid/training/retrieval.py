@@ -16,8 +16,9 @@ from torch import Tensor
 from adasid import config
 from adasid.errors import InputError
 from adasid.metrics.retrieval import DEEPEST, intervals, of_histogram, rank_histogram
+from adasid.ragged import runs
 from adasid.recommenders import retriever
-from adasid.recommenders.tokens import ItemTokens, runs
+from adasid.recommenders.tokens import ItemTokens
 from adasid.tables import SPLITS, STRATA
 from adasid.training.epochs import EpochTraining
 from adasid.training.sequences import Histories, epoch

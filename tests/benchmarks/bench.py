@@ -34,6 +34,7 @@ from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot, Tokenizer
 from adasid.tokenizers.rq_kmeans import ResidualCentroids
+from adasid.tokenizers.rq_vae import RqVae
 from adasid.training.shards import Batch, Shard
 from adasid.training.tokenizer import TokenizerTraining
 from adasid.training.workers import Workers
@@ -123,10 +124,12 @@ def text_batch(size: int) -> Batch:
     return Batch({"text": x}, {"text": torch.ones(size, dtype=torch.bool)}, torch.rand(size), torch.arange(size))
 
 
-def rq_vae(settings: config.RqVae) -> Tokenizer:
-    """RQ-VAE on text, as it is after its codebooks were initialised."""
-    tokenizer = artifact.build(settings, {"text": WIDTHS["text"]}).train()
-    tokenizer.get_buffer("quantizing").fill_(True)
+def rq_vae(settings: config.RqVae, batch: Batch) -> Tokenizer:
+    """RQ-VAE on text, its codebooks initialised as training does it, on the latents of ``batch``."""
+    tokenizer = RqVae(settings, {"text": WIDTHS["text"]}).train()
+    tower = tokenizer.tower("shared")
+    tower.codebooks.initialise(tower.encoder(batch.vectors["text"]).detach(), settings.kmeans_rounds, torch.Generator().manual_seed(0))
+    tokenizer.quantizing.fill_(True)
     return tokenizer
 
 
@@ -140,10 +143,10 @@ def show(ours: str, theirs: str, times: list[tuple[float, float]], target: str) 
 
 def residual() -> None:
     """Print the seconds of a training step of RQ-VAE and of the same model with vector-quantize-pytorch's ResidualVQ."""
-    ours = rq_vae(RESIDUAL)
+    batch = text_batch(RESIDUAL.training.batch)
+    ours = rq_vae(RESIDUAL, batch)
     tower = copy.deepcopy(ours.get_submodule("towers.shared"))
     theirs = Theirs(tower.get_submodule("encoder"), tower.get_submodule("decoder")).train()
-    batch = text_batch(RESIDUAL.training.batch)
     mine = stepper(ours, lambda: ours.losses(batch, Workers(), 0.5).total)
     other = stepper(theirs, lambda: theirs(batch.vectors["text"]))
     show("RQ-VAE training step", "with ResidualVQ", [(seconds(mine), seconds(other)) for _ in range(ROUNDS)], "at most 1")
@@ -152,10 +155,10 @@ def residual() -> None:
 def repulsion(size: int = 4096) -> None:
     """Print the share of a training step that the repulsions take at a batch of ``size``."""
     batch = text_batch(size)
-    plain = rq_vae(RESIDUAL)
+    plain = rq_vae(RESIDUAL, batch)
     without = stepper(plain, lambda: plain.losses(batch, Workers(), 0.5).total)
     for kind in ("hamr", "adaptive"):
-        model = rq_vae(config.RqVae.model_validate({"content": ("text",), "repulsion": {"kind": kind}}))
+        model = rq_vae(config.RqVae.model_validate({"content": ("text",), "repulsion": {"kind": kind}}), batch)
         step = stepper(model, lambda model=model: model.losses(batch, Workers(), 0.5).total)  # type: ignore[misc]
         shares = sorted(1 - seconds(without, 1.0) / seconds(step, 1.0) for _ in range(5))
         print(

@@ -9,8 +9,9 @@ import torch.nn.functional as nnf
 
 from adasid import config
 from adasid.errors import ConfigError
+from adasid.losses import overlap
 from adasid.losses.mmd import mmd
-from adasid.losses.overlap import AdaptiveRepulsion, HammingRepulsion, overlaps, pair_contrast, qualified, repulsion, same_codes
+from adasid.losses.overlap import AdaptiveRepulsion, HammingRepulsion, loads, overlaps, pair_contrast, repulsion
 from adasid.tables import PAD
 
 
@@ -51,18 +52,23 @@ def test_repulsion_by_kind():
         repulsion(config.Adaptive(kind="adaptive"), 32)
 
 
+def pairs(codes, index=None, paired=None):
+    codes = torch.as_tensor(codes)
+    found = overlaps(codes, torch.arange(len(codes)) if index is None else index, paired)
+    return list(zip(found.first.tolist(), found.second.tolist()))
+
+
 def test_pad_is_never_the_same_code():
-    first, second = same_codes(torch.tensor([[1, PAD], [1, PAD], [2, 0]]))
-    assert first.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
-    assert second.tolist() == [[False, False, False], [False, False, False], [False, False, True]]
+    assert pairs([[1, PAD], [1, PAD], [2, 0]]) == [(0, 1)]
+    assert pairs([[PAD, PAD]] * 3) == []
 
 
-def test_qualified_leaves_out_one_item_twice_and_constructed_positives():
+def test_same_items_and_constructed_positives_do_not_qualify():
     index, paired = torch.tensor([0, 1, 2, 5, 1, 0]), torch.tensor([True, False, True])
-    expected = np.array([[index[i] != index[j] for j in range(6)] for i in range(6)])
-    expected[[0, 3, 2, 5], [3, 0, 5, 2]] = False
-    assert (qualified(index, paired).numpy() == expected).all()
-    assert qualified(index, None)[0, 3]
+    left_out = {(0, 5), (1, 4), (0, 3), (2, 5)}  # one item twice, or a positive
+    everyone = {(i, j) for i in range(6) for j in range(i + 1, 6)}
+    assert set(pairs([[7]] * 6, index, paired)) == everyone - left_out
+    assert (0, 3) in pairs([[7]] * 6, index)
 
 
 def test_hamr_by_hand():
@@ -181,15 +187,48 @@ def brute_loads(codes, allowed, by_code):
 def test_loads_against_a_loop(by_code):
     random = np.random.default_rng(0)
     codes = random.integers(PAD, 4, size=(40, 4))
-    allowed = qualified(torch.from_numpy(random.integers(0, 30, 40)), torch.from_numpy(random.random(20) < 0.5))
+    index, paired = random.integers(0, 30, 40), random.random(20) < 0.5
+    allowed = index[:, None] != index[None, :]
+    for half in np.flatnonzero(paired):
+        allowed[half, half + 20] = allowed[half + 20, half] = False
     expected = brute_loads(codes, allowed, by_code)
     assert all(expected[i, j] == expected[j, i] for i, j in expected)
-    found = overlaps(torch.from_numpy(codes), allowed, by_code)
-    pairs = found.where.nonzero().tolist()
-    assert {(i, j): load for (i, j), load in zip(pairs, found.load[found.kind].tolist())} == {
-        pair: load for pair, load in expected.items() if pair[0] < pair[1]
-    }
-    assert found.matching.tolist() == [sum(x == y != PAD for x, y in zip(codes[i], codes[j])) for i, j in pairs]
+    found = overlaps(torch.from_numpy(codes), torch.from_numpy(index), torch.from_numpy(paired))
+    where = list(zip(found.first.tolist(), found.second.tolist()))
+    load = loads(found, torch.from_numpy(codes), by_code).tolist()
+    assert dict(zip(where, load, strict=True)) == {pair: load for pair, load in expected.items() if pair[0] < pair[1]}
+    assert found.matching.tolist() == [sum(x == y != PAD for x, y in zip(codes[i], codes[j])) for i, j in where]
+
+
+@pytest.mark.parametrize("block", [512, 7])
+@pytest.mark.parametrize("make", [hamr, adaptive])
+def test_losses_and_gradients_against_a_loop(make, block, monkeypatch):
+    """As the equations stand, over all pairs, on codes that collide much."""
+    monkeypatch.setattr(overlap, "_BLOCK", block)
+    random = np.random.default_rng(1)
+    codes = random.integers(PAD, 3, size=(30, 3))
+    z = torch.from_numpy(random.standard_normal((30, 4)) + 1).requires_grad_()
+    module = make().eval()
+    if make is adaptive:
+        module.full_load.fill_(1)  # all strengths are those of a full load
+    found, _ = call(module, z, codes.tolist())
+    own = torch.autograd.grad(found, z)[0]
+    total, groups, unit = z.new_zeros(()), {}, nnf.normalize(z, dim=1)
+    for i in range(30):
+        for j in range(i + 1, 30):
+            matching, both = (sum(f(a, b) for a, b in zip(codes[i], codes[j])) for f in (lambda a, b: a == b != PAD, lambda a, b: a == b == PAD))
+            cosine = unit[i] @ unit[j]
+            if matching and make is hamr:
+                kind = "full" if matching == 3 - both else "partial" if 3 - matching <= 1 else None
+                margin = {"full": 0.8, "partial": 0.5}.get(kind, 0)
+                groups.setdefault(kind, []).append(nnf.relu(margin - 1 + cosine))
+            elif matching:
+                spared = cosine >= module.thresholds[matching - 1]
+                groups.setdefault("all", []).append(module.settings.load_gain[1] * ~spared * nnf.relu(module.settings.margin - 1 + cosine))
+    for kind, weight in (("full", 0.2), ("partial", 0.1), ("all", module.weight(0.0) if make is adaptive else 0)):
+        total = total + weight * torch.stack(groups.get(kind, [z.new_zeros(())])).mean()
+    assert found.item() == pytest.approx(total.item()) and total.item() > 0
+    torch.testing.assert_close(own, torch.autograd.grad(total, z)[0])
 
 
 def test_strength_rises_with_the_load_up_to_full():
@@ -215,12 +254,11 @@ def test_full_load_is_learned_from_the_first_batches_and_kept():
 
 
 def test_the_full_load_is_the_quantile_over_pairs():
-    module = adaptive(load_quantile=0.75)
-    module._strength(torch.tensor([10, 2, 4]))  # 2, 2, 4, 4, 4, 4, 10, ...
-    assert float(module.full_load) == np.quantile([2] * 2 + [4] * 4 + [10] * 10, 0.75, method="inverted_cdf")
-    few = adaptive(load_quantile=0.3)
-    few._strength(torch.tensor([10, 2, 4]))
-    assert float(few.full_load) == 4
+    of_pairs = torch.tensor([10] * 10 + [2] * 2 + [4] * 4)
+    for quantile in (0.0, 0.3, 0.75, 1.0):
+        module = adaptive(load_quantile=quantile)
+        module._strength(of_pairs)
+        assert float(module.full_load) == np.quantile(of_pairs.numpy(), quantile, method="inverted_cdf")
 
 
 def test_the_weight_of_adaptive_repulsion_falls_with_progress():

@@ -261,6 +261,8 @@ class Opq(_Content, Fitted):
     levels: int | Experts = Field(6, description="sub-spaces of the joint content vector, or modality -> sub-spaces for one quantizer each")
     width: int = Field(96, ge=1, description="principal components kept of a vector: at most those there are, and a multiple of its levels")
     whiten: bool = Field(True, description="scale the components to unit variance")
+    rounds: int = Field(30, ge=1, description="rounds of the fit")
+    momentum: float = Field(0.9, ge=0, lt=1, description="engine own: how far the rotation goes on in the direction of its last step")
     engine: Literal["own", "faiss"] = Field("own", description="own: any K; faiss: K a power of two, needs the faiss-cpu package")
 
     @property

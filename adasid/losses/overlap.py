@@ -114,9 +114,10 @@ def loads(found: Overlaps, codes: Tensor, by_code: bool) -> Tensor:
     if by_code:
         factors = torch.randint(-(2**62), 2**62, (codes.shape[1],), generator=torch.Generator().manual_seed(0)).to(codes.device) * 2 + 1
         hashes = (factors * (codes + 1))[found.first]
-        key = sum(((key >> slot) & 1) * number for slot, number in enumerate(hashes.T))  # type: ignore[assignment]
+        key = torch.stack([((key >> slot) & 1) * number for slot, number in enumerate(hashes.T)]).sum(0)
     _, kind, pairs = key.unique(return_inverse=True, return_counts=True)
-    return 2 * pairs[kind]
+    load: Tensor = 2 * pairs[kind]
+    return load
 
 
 class HammingRepulsion(nn.Module):

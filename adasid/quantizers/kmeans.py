@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-_CHUNK = 65_536
+_CHUNK = 4096
+"""Rows whose products with all centroids are made at a time, so that they are still in the cache when the best is looked for."""
+_SEEDED, _SAMPLED = 16, 64
+"""Points a cluster, drawn at random, that seeds are chosen among, and that the first half of the rounds sees."""
 
 
 def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
@@ -21,7 +24,7 @@ def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator)
     x = nnf.normalize(x, dim=1)
     if len(x) < k:
         return nnf.normalize(_surplus(x, k, 0.05, generator), dim=1)
-    centroids = _seed(x, k, generator, lambda points: (1 - x @ points.transpose(0, -1)).clamp(min=0))
+    centroids = _seed(x, k, generator, lambda some, points: (1 - some @ points.T).clamp(min=0))
     for _ in range(rounds):
         cosine, assigned = nearest(x, centroids)
         counts, sums = _totals(x, assigned, k)
@@ -40,40 +43,45 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator, balanced: bool = False) -> Tensor:
     """``k`` centroids of small squared distance to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
 
-    Seeds by greedy k-means++, then :func:`lloyd`. With fewer points than ``k`` the surplus centroids are points with a little noise.
+    Seeds by greedy k-means++, then rounds of Lloyd's algorithm: the first half of them on a sample where there are many points for a cluster
+    (balanced clusters are those of all points), fewer where the assignment settles. With fewer points than ``k`` the surplus centroids
+    are points with a little noise.
     """
     if len(x) < k:
         return _surplus(x, k, 0.05 * float(x.square().mean().sqrt()), generator)
-    squares = x.square().sum(1)
-
-    def distance(points: Tensor) -> Tensor:
-        gaps = points.square().sum(-1) - 2 * (x @ points.transpose(0, -1))
-        return (gaps.transpose(0, -1) + squares).transpose(0, -1).clamp(min=0)
-
-    return lloyd(x, _seed(x, k, generator, distance), rounds, balanced)
+    centroids, first = _seed(x, k, generator, squared_distances), rounds // 2
+    if balanced or len(x) <= _SAMPLED * k:
+        return _lloyd(x, centroids, rounds, balanced)
+    return _lloyd(x, _lloyd(_sample(x, _SAMPLED * k, generator), centroids, first), rounds - first)
 
 
-def lloyd(x: Tensor, centroids: Tensor, rounds: int, balanced: bool = False) -> Tensor:
-    """At most ``rounds`` rounds of assignment and means from ``centroids`` [k, d], fewer where the assignment settles -> [k, d].
+def lloyd_round(x: Tensor, centroids: Tensor, balanced: bool = False) -> tuple[Tensor, Tensor]:
+    """Assignment of ``x`` [n, d] to ``centroids`` [k, d], and the means of the clusters: [k, d], [n].
 
     ``balanced``: clusters of at most ceil(n / k) points, by :func:`balanced_assignment`. An empty cluster restarts at the point that is served worst.
     """
-    k, squares = len(centroids), x.square().sum(1)
+    k = len(centroids)
+    if balanced:
+        costs = squared_distances(x, centroids)
+        assigned = balanced_assignment(costs, -(-len(x) // k))
+        score = costs.gather(1, assigned[:, None])[:, 0] - x.square().sum(1)
+    else:
+        score, assigned = _lowest(x, centroids)
+    counts, sums = _totals(x, assigned, k)
+    means, empty = sums / counts.clamp(min=1)[:, None], torch.nonzero(counts == 0).flatten()
+    if len(empty):
+        means[empty] = x[(score + x.square().sum(1)).argsort(descending=True, stable=True)[: len(empty)]]
+    return means, assigned
+
+
+def _lloyd(x: Tensor, centroids: Tensor, rounds: int, balanced: bool = False) -> Tensor:
+    """At most ``rounds`` rounds, fewer where the assignment settles."""
     before = None
     for _ in range(rounds):
-        if balanced:
-            costs = squared_distances(x, centroids)
-            assigned = balanced_assignment(costs, -(-len(x) // k))
-            distance = costs.gather(1, assigned[:, None])[:, 0]
-        else:
-            score, assigned = _lowest(x, centroids)
-            distance = score + squares
-        counts, sums = _totals(x, assigned, k)
-        empty = torch.nonzero(counts == 0).flatten()
-        if before is not None and not len(empty) and torch.equal(assigned, before):
+        found, assigned = lloyd_round(x, centroids, balanced)
+        if before is not None and torch.equal(assigned, before):
             break
-        centroids, before = sums / counts.clamp(min=1)[:, None], assigned
-        centroids[empty] = x[distance.argsort(descending=True, stable=True)[: len(empty)]]
+        centroids, before = found, assigned
     return centroids
 
 
@@ -120,7 +128,7 @@ def balanced_assignment(costs: Tensor, capacity: int) -> Tensor:
 def _lowest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest squared distance less ``|x|^2``, and its index."""
     squares = centroids.square().sum(1)
-    best = [(squares - 2 * (part @ centroids.T)).float().min(dim=1) for part in x.split(_CHUNK)]
+    best = [torch.addmm(squares, part, centroids.T, alpha=-2).float().min(dim=1) for part in x.split(_CHUNK)]
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
@@ -135,17 +143,23 @@ def _surplus(x: Tensor, k: int, scale: float, generator: torch.Generator) -> Ten
     return torch.cat([x, extra + noise])
 
 
-def _seed(x: Tensor, k: int, generator: torch.Generator, distance_to: Callable[[Tensor], Tensor]) -> Tensor:
+def _seed(x: Tensor, k: int, generator: torch.Generator, distances: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Greedy k-means++: of a few candidates, drawn with probability proportional to their distance from the seeds so far, the best.
-    ``distance_to``: squared distances of ``x`` from points [d] or [c, d] -> [n] or [n, c]."""
+    ``distances``: of points [n, d] from seeds [c, d] -> [n, c]."""
+    x = _sample(x, _SEEDED * k, generator)
     trials = 2 + int(math.log(k))
+    draws = torch.rand(k, trials, generator=generator, dtype=torch.float64).to(x.device)
     seeds = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
-    distance = distance_to(seeds[0])
-    for _ in range(k - 1):
+    distance = distances(x, seeds)[:, 0]
+    for drawn in draws[1:]:
         mass = distance.double().cumsum(0)
-        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * mass[-1]
-        candidates = x[torch.searchsorted(mass, draws).clamp(max=len(x) - 1)]
-        distances = torch.minimum(distance[:, None], distance_to(candidates))
-        best = int(distances.sum(0).argmin())
-        seeds, distance = torch.cat([seeds, candidates[best : best + 1]]), distances[:, best]
+        candidates = x[torch.searchsorted(mass, drawn * mass[-1]).clamp(max=len(x) - 1)]
+        nearer = torch.minimum(distance[:, None], distances(x, candidates))
+        best = int(nearer.sum(0).argmin())
+        seeds, distance = torch.cat([seeds, candidates[best : best + 1]]), nearer[:, best]
     return seeds
+
+
+def _sample(x: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """``number`` rows drawn at random, or all where there are no more."""
+    return x if len(x) <= number else x[torch.randperm(len(x), generator=generator)[:number].to(x.device)]

@@ -40,7 +40,7 @@ class SubSpaces(nn.Module):
         if s.engine == "faiss":
             quantizer = fit_opq_faiss(y, self.levels, s.codebook_size, s.rounds)
         else:
-            quantizer, _ = fit_opq(y, self.levels, s.codebook_size, s.rounds, generator)
+            quantizer, _ = fit_opq(y, self.levels, s.codebook_size, s.rounds, s.momentum, generator)
         for name, value in (components._asdict() | quantizer._asdict()).items():
             self.get_buffer(name).copy_(value)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 _CHUNK = 4096
 """Rows whose products with all centroids are made at a time, so that they are still in the cache when the best is looked for."""
 _SEEDED, _SAMPLED = 16, 64
-"""Points a cluster, drawn at random, that seeds are chosen among, and that the first half of the rounds sees."""
+"""Points a cluster, drawn at random, that seeds are chosen among, and that the first three quarters of the rounds see."""
 
 
 def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
@@ -43,13 +43,13 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator, balanced: bool = False) -> Tensor:
     """``k`` centroids of small squared distance to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
 
-    Seeds by greedy k-means++, then rounds of Lloyd's algorithm: the first half of them on a sample where there are many points for a cluster
+    Seeds by greedy k-means++, then rounds of Lloyd's algorithm: three quarters of them on a sample where there are many points for a cluster
     (balanced clusters are those of all points), fewer where the assignment settles. With fewer points than ``k`` the surplus centroids
     are points with a little noise.
     """
     if len(x) < k:
         return _surplus(x, k, 0.05 * float(x.square().mean().sqrt()), generator)
-    centroids, first = _seed(x, k, generator, squared_distances), rounds // 2
+    centroids, first = _seed(x, k, generator, squared_distances), 3 * rounds // 4
     if balanced or len(x) <= _SAMPLED * k:
         return _lloyd(x, centroids, rounds, balanced)
     return _lloyd(x, _lloyd(_sample(x, _SAMPLED * k, generator), centroids, first), rounds - first)

@@ -34,6 +34,9 @@ class Retrieval(Section):
     )
     table_lr: float = Field(0.05, gt=0, description="Adagrad learning rate of the token table")
     lr: float = Field(0.001, gt=0, description="Adam learning rate of everything else")
+    average: float = Field(
+        0.998, ge=0, lt=1, description="decay, a step, of the moving average of the weights that is validated and tested; 0: the weights themselves"
+    )
     eval_users: int = Field(25_000, ge=1, description="users scored at each validation, at most; the test is of all users")
 
     @model_validator(mode="after")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from adasid.errors import TrainingError
 from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
@@ -19,7 +21,8 @@ from adasid.training.workers import Workers
 
 
 class EpochTraining(ABC):
-    """``watched``: the metric of a row whose highest value is best; ``name`` stands in errors, ``version`` names the input there.
+    """``watched``: the metric of a row whose highest value is best; ``name`` stands in errors, ``version`` names the input there; ``average``:
+    decay, a step, of the moving average of the weights that is validated, kept and tested (0: the weights themselves).
 
     All workers hold the same model and call the same methods.
     """
@@ -37,10 +40,15 @@ class EpochTraining(ABC):
         workers: Workers,
         device: torch.device,
         version: str,
+        average: float = 0.0,
     ) -> None:
         self.model, self.optimizers, (self.epochs, self.patience) = model, optimizers, limits
         self.folder, self.seed, self.workers, self.device, self.version = folder, seed, workers, device, version
         self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.average, self.steps = average, 0
+        self.averaged = {name: p.detach().clone() for name, p in model.named_parameters()} if average else {}
+        self.average, self.steps = average, 0
+        self.averaged = {name: p.detach().clone() for name, p in model.named_parameters()} if average else {}
         self._clock, self._spent = 0.0, dict.fromkeys(("data", "forward", "backward"), 0.0)
 
     @abstractmethod
@@ -76,9 +84,11 @@ class EpochTraining(ABC):
             row |= {f"{part}_seconds": value for part, value in self._spent.items()}
             started = time.monotonic()
             self.model.eval()
-            row |= {f"validation_{name}": value for name, value in self.validate().items()}
-            row["validation_seconds"] = time.monotonic() - started
-            rows.append(row)
+            with self._averaged():
+                row |= {f"validation_{name}": value for name, value in self.validate().items()}
+                row["validation_seconds"] = time.monotonic() - started
+                rows.append(row)
+                self._keep_best(rows)
             self._keep(number, rows)
             report(rows)
         best = max(rows, key=lambda row: row[self.watched])
@@ -115,7 +125,20 @@ class EpochTraining(ABC):
         self.workers.average_gradients(self.model.parameters())
         for optimizer in self.optimizers.values():
             optimizer.step()
+        self.steps += 1
+        if self.averaged:
+            decay = min(self.average, self.steps / (self.steps + 9))  # the first steps forget where they started
+            pairs = [(self.averaged[name], p.detach()) for name, p in self.model.named_parameters()]
+            get_ema_multi_avg_fn(decay)(*map(list, zip(*pairs)), self.steps)
         self.lap("backward")
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model with the average of its weights."""
+        own = {name: p.detach().clone() for name, p in self.model.named_parameters() if self.averaged}
+        self.model.load_state_dict(self.averaged, strict=False)
+        yield
+        self.model.load_state_dict(own, strict=False)
 
     def _resume(self) -> tuple[int, list[dict[str, float]]]:
         found = self.checkpoints.latest(self.workers)
@@ -124,23 +147,26 @@ class EpochTraining(ABC):
         self.model.load_state_dict(found.under("model"))
         for name, optimizer in self.optimizers.items():
             restore_optimizer(optimizer, found.under(name))
+        self.averaged, self.steps = found.under("average"), int(found.state["steps"])
         return int(found.state["epoch"]) + 1, list(found.state["rows"])
 
     def _stop(self, rows: list[dict[str, float]]) -> bool:
         best = int(np.argmax([row[self.watched] for row in rows])) if rows else 0
         return len(rows) - 1 - best >= self.patience
 
-    def _keep(self, number: int, rows: list[dict[str, float]]) -> None:
-        """The best model, then the checkpoint that makes it count; rank 0 writes, all wait."""
-        if self.workers.rank == 0:
+    def _keep_best(self, rows: list[dict[str, float]]) -> None:
+        """The model, where the last row is the best so far; rank 0 writes."""
+        if self.workers.rank == 0 and max((row[self.watched] for row in rows[:-1]), default=-1.0) < rows[-1][self.watched]:
             self.folder.mkdir(parents=True, exist_ok=True)
-            state = self.model.state_dict()
-            if max((row[self.watched] for row in rows[:-1]), default=-1.0) < rows[-1][self.watched]:
-                draft = self.folder / "best.draft"
-                save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, draft)
-                draft.replace(self.folder / "best.safetensors")
-            tensors = {f"model.{k}": v for k, v in state.items()}
+            draft = self.folder / "best.draft"
+            save_file({name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}, draft)
+            draft.replace(self.folder / "best.safetensors")
+
+    def _keep(self, number: int, rows: list[dict[str, float]]) -> None:
+        """The checkpoint, which makes the epoch count; rank 0 writes, all wait."""
+        if self.workers.rank == 0:
+            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {f"average.{k}": v for k, v in self.averaged.items()}
             for name, optimizer in self.optimizers.items():
                 tensors |= {f"{name}.{k}": v for k, v in optimizer_tensors(optimizer).items()}
-            self.checkpoints.save(number, tensors, {"epoch": number, "rows": rows})
+            self.checkpoints.save(number, tensors, {"epoch": number, "steps": self.steps, "rows": rows})
         self.workers.agree(True, self.device)

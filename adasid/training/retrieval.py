@@ -67,7 +67,7 @@ class RetrievalTraining(EpochTraining):
             "table": torch.optim.Adagrad([model.table], lr=settings.table_lr),
         }
         limits = (settings.epochs, settings.patience)
-        super().__init__(model, optimizers, limits, folder, seed, workers, torch.device(device), data.version)
+        super().__init__(model, optimizers, limits, folder, seed, workers, torch.device(device), data.version, settings.average)
         self.log_q = torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(device)
 
     def check(self) -> None:

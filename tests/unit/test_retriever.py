@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
+from safetensors.torch import load_file
 
 from adasid import config
 from adasid.errors import InputError
@@ -211,6 +212,25 @@ def test_a_killed_training_ends_as_it_would_have(tmp_path):
     rest = training("item", tmp_path / "cut", 4).run()
     for key in ("best_epoch", "epochs", "validation", "test", "strata"):
         assert rest[key] == whole[key], key
+
+
+def test_the_moving_average_of_the_weights_is_kept(tmp_path):
+    run, seen = training("item", tmp_path, 16, average=0.9, patience=16), []
+    step = run.step
+
+    def record(*args):
+        step(*args)
+        seen.append(run.model.table.detach().clone())
+
+    run.step = record
+    expected = [run.model.table.detach().clone()]
+    best = run.run()["best_epoch"]
+    for number, table in enumerate(seen, 1):
+        expected.append(expected[-1].lerp(table, 1 - min(0.9, number / (number + 9))))
+    assert run.steps == len(seen) > 90  # the decay has reached its bound
+    torch.testing.assert_close(run.averaged["table"], expected[-1])
+    torch.testing.assert_close(load_file(tmp_path / "best.safetensors")["table"], expected[best * len(seen) // 16])
+    assert training("item", tmp_path / "plain", 1, average=0.0).averaged == {}
 
 
 def test_weights_of_the_target_weigh_the_loss():

@@ -21,7 +21,7 @@ from pyspark import StorageLevel
 
 from adasid.config import Categories, Config, digest
 from adasid.errors import InputError
-from adasid.metrics.probes import Readout, agreement, shared_cosine
+from adasid.metrics.probes import Readout, agreement, duplicates_kept, shared_cosine
 from adasid.report import comparison
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
@@ -68,7 +68,7 @@ def run(cfg: Config, track: Track) -> None:
     _write(cfg, track, rows)
 
 
-_PROBES = {"sample", "queries", "neighbours", "categories"}
+_PROBES = {"sample", "queries", "neighbours", "near_duplicate", "categories"}
 
 
 def _measure(cfg: Config, track: Track, folder: Path, kinds: dict[str, int]) -> Row:
@@ -115,8 +115,9 @@ def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, 
     found["shared_cosine"] = shared_cosine(emitted_, content_)
     if (active_ < 1).any():
         found |= {f"active_{name}": float(active_[stratum == name].mean()) for name in ("head", "tail")}
+    everyone = np.unique(np.linspace(0, len(kind_) - 1, min(cfg.compare.queries, len(kind_))).round().astype(np.int64))
+    found["duplicates_kept"] = duplicates_kept(emitted_, content_, everyone, cfg.compare.near_duplicate)
     if kinds:
-        everyone = np.unique(np.linspace(0, len(kind_) - 1, min(cfg.compare.queries, len(kind_))).round().astype(np.int64))
         tail = np.flatnonzero(np.isin(stratum, ("tail", "cold")))
         found["agreement"] = agreement(codes_, kind_, everyone, cfg.compare.neighbours)
         found["agreement_tail"] = agreement(codes_, kind_, tail[:: max(1, len(tail) // cfg.compare.queries)], cfg.compare.neighbours)

@@ -19,6 +19,7 @@ class Synthetic(Section):
     text_width: int = Field(128, ge=2, description="width of the text embedding")
     visual_width: int = Field(64, ge=2, description="width of the visual embedding")
     content_noise: float = Field(0.8, ge=0.0, description="norm of the noise on a content vector; the topic vector has norm 1")
+    near_duplicates: float = Field(0.0, ge=0.0, le=0.5, description="share of items whose content is nearly that of another item of their topic")
     missing_visual: Share = Field(0.05, description="share of items that have no visual embedding")
     behavior_width: int = Field(0, ge=0, description="0: no behaviour is planted, SASRec learns it; else the width of a planted vector")
     behavior_noise: float = Field(2.0, ge=0.0, description="planted behaviour = topic + noise of norm behavior_noise / sqrt(1 + count)")

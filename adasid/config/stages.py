@@ -128,6 +128,7 @@ class Compare(Section):
     sample: int = Field(50_000, ge=100, description="items, evenly spaced by popularity, on which codes are probed")
     queries: int = Field(2_000, ge=1, description="of these, items whose neighbours are looked at, evenly spaced")
     neighbours: int = Field(10, ge=1, description="neighbours by shared codes that are compared with an item by category")
+    near_duplicate: float = Field(0.95, gt=0, le=1, description="cosine of content from which two items are near-duplicates")
     categories: Categories | None = Field(None, description="where the items' categories are; null: the topics of a synthetic catalogue, else none")
 
     @model_validator(mode="after")

@@ -35,6 +35,9 @@ IN_PHASE, POPULAR = 0.8, 0.1
 MIN_LENGTH, SPREAD = 5, 1.0
 """Shortest history; sigma of the log-normal activity beyond it."""
 
+APART = 0.2
+"""Noise on a near-copy, on top of its original's, as a part of that."""
+
 BASE_TIME, STARTS, LONGEST_SPAN, DAY = 1_500_000_000, 730, 365, 86_400
 """Histories start within ``STARTS`` days after 2017-07-14 and last about a day an event, at most ``LONGEST_SPAN`` days."""
 
@@ -58,7 +61,15 @@ class Catalog:
     @cached_property
     def topic(self) -> NDArray[np.int32]:
         """Topic of each item (items,)."""
-        return self.generator("topic").integers(0, self.params.topics, self.params.items, dtype=np.int32)
+        drawn = self.generator("topic").integers(0, self.params.topics, self.params.items, dtype=np.int32)
+        return np.where(self.twin, np.roll(drawn, 1), drawn)
+
+    @cached_property
+    def twin(self) -> NDArray[np.bool_]:
+        """Which items are a near-copy of the one before them (items,); only odd ones, so that no copy is copied."""
+        drawn: NDArray[np.bool_] = self.generator("twins").random(self.params.items) < 2 * self.params.near_duplicates
+        drawn[::2] = False
+        return drawn
 
     @cached_property
     def total(self) -> float:
@@ -128,7 +139,7 @@ def catalog(params: Synthetic, seed: int) -> Catalog:
 def items(params: Synthetic, seed: int, modalities: Sequence[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
     """Items ``start`` to ``stop`` as batches of ``tables.items(modalities)``.
 
-    Content is the topic's unit vector + Gaussian noise of norm ``content_noise`` (root mean square); ``behavior`` is
+    Content is the topic's unit vector + Gaussian noise of norm ``content_noise`` (root mean square), a near-copy's that of its original and a little more; ``behavior`` is
     log(1 + count) * (topic's unit vector + noise of norm ``behavior_noise / sqrt(1 + count)``), count being the expected one.
     """
     plan = catalog(params, seed)
@@ -181,7 +192,10 @@ def _vectors(plan: Catalog, modality: str, centre: NDArray[np.float32], block: i
         return (scale[:, None] * (centre + radius[:, None] * _unit(noise))).astype(np.float32), np.ones(count, bool)
     missing = plan.params.missing_visual if modality == "visual" else 0.0
     present = np.greater_equal(plan.generator(f"{modality} missing", block).random(count), missing)
-    return centre + noise * np.float32(plan.params.content_noise / np.sqrt(width)), present
+    noise *= np.float32(plan.params.content_noise / np.sqrt(width))
+    twins = np.flatnonzero(plan.twin[block * BLOCK : block * BLOCK + count])
+    noise[twins] = noise[twins - 1] + np.float32(APART) * noise[twins]
+    return centre + noise, present
 
 
 def _events(plan: Catalog, block: int, users: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:

@@ -90,6 +90,18 @@ def agreement(codes: NDArray[np.int32], kinds: NDArray[np.int64], queries: NDArr
     return total / len(rows) if len(rows) else float("nan")
 
 
+def duplicates_kept(codes: NDArray[np.int32], vectors: NDArray[np.float32], queries: NDArray[np.int64], least: float) -> float:
+    """Share of near-duplicates that have one SID: of the pairs of an item of ``queries`` and another whose cosine is at least ``least``. NaN where
+    there are none. ``codes`` [M, L], ``vectors`` [M, D] of unit norm."""
+    pairs, kept = 0, 0
+    for part in np.array_split(queries, max(1, -(-len(queries) // _CHUNK))):
+        row, other = np.nonzero(vectors[part] @ vectors.T >= least)
+        apart = part[row] != other
+        same = (codes[part[row[apart]]] == codes[other[apart]]).all(1)
+        pairs, kept = pairs + len(same), kept + int(same.sum())
+    return kept / pairs if pairs else float("nan")
+
+
 def shared_cosine(codes: NDArray[np.int32], vectors: NDArray[np.float32]) -> float:
     """Mean cosine of the pairs of items that share all codes; NaN where no two do. ``codes`` [M, L], ``vectors`` [M, D] of unit norm.
 

@@ -24,6 +24,7 @@ _CODES = (
     ("collision_distinct", "(M − distinct)/M", lambda v: share(v, 2)),
     ("largest_group", "Largest group", lambda v: number(v, 0)),
     ("shared_cosine", "Cosine in a group", lambda v: number(v, 2)),
+    ("duplicates_kept", "Near-duplicates together", share),
 )
 _COST = (("seconds", "Training", seconds), ("parameters", "Parameters", count))
 
@@ -37,6 +38,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
     kinds = [("agreement", "All items", share), ("agreement_tail", "Tail and cold", share)]
     active = [("active_head", "Head items", share), ("active_tail", "Tail items", share)]
     gated = {label: group for label, group in groups.items() if any("active_head" in row for row in group)}
+    collided = {label: group for label, group in groups.items() if any("shared_cosine" in row or "duplicates_kept" in row for row in group)}
     sections = [
         Section(
             "probes",
@@ -72,8 +74,20 @@ def build(name: str, rows: Sequence[Row]) -> Page:
         Section(
             "codes",
             "How the codes use their space",
-            lead="The last column is the mean cosine of the content of items that share a whole SID: low where unlike items collide.",
+            lead="The cosine in a group is the mean of the content of items that share a whole SID: low where unlike items collide. "
+            "Near-duplicates are pairs of nearly the same content; together: the share of them with one SID.",
             plots=[
+                Plot(
+                    "collisions",
+                    bars(
+                        "Which items share a SID", collided, [("shared_cosine", "Cosine in a group"), ("duplicates_kept", "Near-duplicates together")]
+                    ),
+                    "Bars of the mean cosine of items that share a SID, and of the share of near-duplicates that do, by method.",
+                    "Repulsion is meant to part unlike items; AdaSID's spares near-duplicates, QuaSID's parts them too.",
+                )
+            ]
+            * bool(collided)
+            + [
                 Plot(
                     "active",
                     bars("Share of behaviour slots that are active", gated, [(k, t) for k, t, _ in active]),
@@ -81,8 +95,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
                     "Where behaviour is noise, a gate is meant to switch it off: the tail's bar should be the shorter one.",
                 )
             ]
-            if gated
-            else [],
+            * bool(gated),
             tables=[_table("Codes", groups, _CODES), _table("Active behaviour slots", gated, active)],
         ),
         Section("cost", "What it took", tables=[_table("Cost", groups, _COST)]),

@@ -176,3 +176,18 @@ def test_a_million_interactions_take_seconds_and_little_memory():
     assert rows == pytest.approx(params.interactions, rel=0.02)
     assert time.monotonic() - start < 10
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200, "MiB beyond what the process held"
+
+
+def test_near_copies_are_of_one_topic_and_close():
+    params = PARAMS.model_copy(update={"near_duplicates": 0.1})
+    plan = synthetic.catalog(params, SEED)
+    twins = np.flatnonzero(plan.twin)
+    assert (twins % 2 == 1).all() and 0.08 < len(twins) / params.items < 0.12
+    assert (plan.topic[twins] == plan.topic[twins - 1]).all()
+    table = pa.Table.from_batches(synthetic.items(params, SEED, ("text",), 0, params.items))
+    text = matrix(table["text"])
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    assert ((text[twins] * text[twins - 1]).sum(1) > 0.97).all()
+    others = np.setdiff1d(np.arange(1, params.items, 2), twins)
+    assert ((text[others] * text[others - 1]).sum(1) < 0.9).all()
+    assert synthetic.catalog(PARAMS, SEED).twin.sum() == 0

@@ -21,6 +21,12 @@ class InputError(AdasidError):
     exit_code = 3
 
 
+class BusyError(AdasidError):
+    """Another run holds the lease."""
+
+    exit_code = 5
+
+
 class GateError(AdasidError):
     """A quality gate refused to publish; what was live before stays live (exit code 4)."""
 

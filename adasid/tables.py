@@ -170,16 +170,38 @@ SIDS = _schema(
 """Key item_id. ``codes``: L codes in slot order (PAD where the item lacks the slot's modality); ``weights``: 1 for shared and content slots, the router's
 value for behaviour slots, 0 where inactive; ``collision_rank``: 0-based rank by (interactions desc, item_id) among the items of one SID; ``tokenizer``: artifact digest."""
 
+SID_CHANGES = _schema(
+    ("generation", pa.int64(), False),
+    ("item_id", pa.string(), False),
+    ("old_codes", pa.list_(pa.int32()), True),
+    ("new_codes", pa.list_(pa.int32()), True),
+    ("why", pa.string(), False),
+)
+"""Key generation, item_id. An item whose SID a generation changed, and why: ``new``, ``changed`` (its vectors did), ``removed``, or the policy
+(``warm``, ``refit``) that moved it. ``old_codes`` is null for a new item, ``new_codes`` for a removed one."""
+
 GENERATIONS = _schema(
     ("generation", pa.int64(), False),
+    ("parent", pa.int64(), True),
     ("sids_version", pa.int64(), False),
     ("inputs", pa.string(), False),
     ("tokenizer", pa.string(), False),
+    ("artifact", pa.string(), False),
     ("run", pa.string(), False),
+    ("run_date", pa.string(), True),
+    ("policy", pa.string(), False),
     ("items", pa.int64(), False),
     ("gates", pa.string(), False),
     ("metrics", pa.string(), False),
-    ("live", pa.bool_(), False),
+    ("drift", pa.string(), False),
+    ("churn", pa.string(), False),
 )
-"""Key generation. What was published: the version of ``sids``, table versions read, gates passed and code metrics (JSON each). A reader takes the
-newest live generation and reads ``sids`` at its version."""
+"""Key generation. What was published: the generation that was live then, the version of ``sids``, table versions read, the tokenizer's digest and
+folder, the night it is of (null outside the nightly job), how it was made (``full``, ``frozen``, ``warm``, ``refit``), gates passed, code metrics, drift
+and churn against the parent (JSON each)."""
+
+LIVE = _schema(("generation", pa.int64(), False), ("sids_version", pa.int64(), False))
+"""One row: the generation that readers use. They read ``sids`` at its version. Moved in one commit, by publishing or by a roll-back."""
+
+LEASES = _schema(("holder", pa.string(), True), ("expires", pa.float64(), False))
+"""One row: which process may publish, and until when (unix seconds). ``holder`` is null where nobody may."""

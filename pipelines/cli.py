@@ -19,7 +19,7 @@ from adasid.errors import AdasidError
 if TYPE_CHECKING:
     from pipelines.engines.tracking import Track
 
-EPILOG = "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed. Every key with its default: conf/base.yaml."
+EPILOG = "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed, 5 another run is at work. Every key with its default: conf/base.yaml."
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from adasid.config import Config
 from adasid.errors import InputError
 from adasid.report import page, summary
 from adasid.report.material import Material, Training
+from pipelines import generations
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
 
@@ -48,13 +49,15 @@ def write(folder: Path, content: page.Page, cells: Sequence[Mapping[str, Any]] =
 
 def gather(cfg: Config, lake: Lake) -> Material:
     """All that the stages of this run have left so far."""
-    versions = {table: lake.version(table) for table in ("catalog_stats", "generations") if lake.exists(table)}
-    tables = {table: lake.read(table, version).to_pylist() for table, version in versions.items()}
-    live, refused = _generation(tables.get("generations", []))
+    versions = {table: lake.version(table) for table in ("catalog_stats", "generations", "live") if lake.exists(table)}
+    catalog = lake.read("catalog_stats", versions["catalog_stats"]).to_pylist() if "catalog_stats" in versions else []
+    published = generations.history(lake)
+    live = next((row for row in published if row["live"]), None)
+    refused = published[-1] if published and not published[-1]["live"] else None
     artifacts = cfg.run_dir / "artifacts"
     return Material(
         cfg,
-        catalog=_catalog(tables.get("catalog_stats", [])),
+        catalog=_catalog(catalog),
         generation=live or refused,
         refused=refused if live else None,
         behavior=_behavior(artifacts / "behavior") if cfg.behavior.source == "sasrec" else None,
@@ -68,15 +71,6 @@ def gather(cfg: Config, lake: Lake) -> Material:
 def _catalog(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The one row; Arrow gives maps as lists of pairs."""
     return {**rows[0], "rejected": dict(rows[0]["rejected"]), "strata": dict(rows[0]["strata"])} if rows else None
-
-
-def _generation(rows: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The newest live generation, and the newest of all where that is not live."""
-    parsed = [
-        {**row, **{name: json.loads(row[name]) for name in ("inputs", "gates", "metrics")}} for row in sorted(rows, key=lambda row: row["generation"])
-    ]
-    live = next((row for row in reversed(parsed) if row["live"]), None)
-    return live, parsed[-1] if parsed and not parsed[-1]["live"] else None
 
 
 def _behavior(folder: Path) -> Training | None:

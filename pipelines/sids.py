@@ -20,8 +20,10 @@ from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.tokenizers.encode import ENCODED, encoder
+from pipelines import generations
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import Track
+from pipelines.nightly import changes, drift
 from pipelines.train import tokenizer_folder
 
 
@@ -35,7 +37,7 @@ def run(cfg: Config, track: Track) -> None:
     manifest = artifact.read_manifest(folder)
     key = digest("sids", manifest["digest"], cfg.sids.gates, lake.stamps(read))
     track.inputs(read)
-    if lake.fresh(key, "sids", "generations"):
+    if generations.settled(lake, key):
         track.status = "up to date"
         return
     spark = engine.session(cfg.spark)
@@ -43,36 +45,42 @@ def run(cfg: Config, track: Track) -> None:
     check_features(features, manifest)
     encoded = encode(spark, features, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
     try:
-        slots = [Slot(**slot) for slot in manifest["slots"]]
+        slots, items = [Slot(**slot) for slot in manifest["slots"]], features.count()
         metrics = measure(encoded, slots)
-        gates = check_gates(metrics, cfg.sids.gates, features.count(), encoded.select("item_id").distinct().count())
+        gates = check_gates(metrics, cfg.sids.gates, items, encoded.select("item_id").distinct().count())
         track.metrics({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
         failed = [gate for gate in gates if not gate["passed"]]
         if failed:
             text = "; ".join(f"{g['gate']} is {g['value']:.4g}, allowed {g['threshold']:.4g}" for g in failed)
             raise GateError(f"semantic IDs not published: {text}. The live generation is unchanged; train a better tokenizer, or change sids.gates")
-        generation = _next_generation(track)
-        if not lake.fresh(key, "sids"):
-            engine.write(ranked(encoded, manifest["digest"], generation), lake, "sids", tables.SIDS, key)
-        version = lake.version("sids")
-        row = {
-            "generation": generation,
-            "sids_version": version,
-            "inputs": json.dumps(read),
+        baseline = drift.measure(spark, lake, drift.sampled(features, items, cfg.retokenize.sample), folder, manifest, cfg.sids.batch)
+        before = generations.pointer(lake)
+        live = generations.live(lake) if before else None
+        moves, churn = None, {}
+        if live:
+            old = engine.read(spark, lake, "sids", live["sids_version"])
+            moves = changes.moved(old, encoded, "full")
+            if live["metrics"]["slots"] == metrics["slots"]:
+                churn = changes.churn(moves, features, live["items"], metrics["slots"])
+        facts = {
+            "inputs": read,
             "tokenizer": manifest["digest"],
-            "run": cfg.name,
+            "artifact": str(folder.resolve()),
+            "run_date": None,
+            "policy": "full",
             "items": metrics["items"],
-            "gates": json.dumps(gates),
-            "metrics": json.dumps(metrics),
-            "live": True,
+            "gates": gates,
+            "metrics": metrics,
+            "drift": {"baseline": baseline, "usage": drift.usage(live["metrics"], metrics) if live else {}},
+            "churn": churn,
         }
-        published = spark.createDataFrame([row], engine.struct(tables.GENERATIONS))
-        track.outputs(
-            {
-                "sids": version,
-                "generations": engine.write(published, lake, "generations", tables.GENERATIONS, key, append=("generations", generation)),
-            }
-        )
+        generation = generations.publish(
+            track,
+            key,
+            facts,
+            lambda number: ranked(encoded, manifest["digest"], number),
+            (lambda number: moves.withColumn("generation", F.lit(number))) if moves is not None else None,
+        )["generation"]
     finally:
         encoded.unpersist()
     track.facts.update(
@@ -129,8 +137,11 @@ def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
             pad[row["slot"]] = row["count"]
         else:
             counts[row["slot"], row["code"]] = row["count"]
-    sizes = encoded.groupBy("codes").count().groupBy(F.col("count").alias("size")).count().orderBy("size").collect()
+    tail = F.col("stratum").isin("tail", "cold").cast("int")
+    of_size = encoded.groupBy("codes").agg(F.count("*").alias("size"), F.sum(tail).alias("tail")).groupBy("size")
+    sizes = of_size.agg(F.count("*").alias("count"), F.sum("tail").alias("tail")).orderBy("size").collect()
     groups = [[int(row["size"]), int(row["count"])] for row in sizes]
+    rare, shared = (sum(int(row["tail"]) for row in sizes if row["size"] > least) for least in (0, 1))
     use = [code_use(row[: slot.size]) for row, slot in zip(counts, slots)]
     collisions = (
         group_metrics(*(np.array(column, np.int64) for column in zip(*groups)))
@@ -145,6 +156,7 @@ def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
         **{name: [getattr(u, name) for u in use] for name in ("entropy", "utilisation", "perplexity", "top1")},
         **collisions,
         "group_sizes": groups,
+        "collision_tail": shared / max(1, rare),
         **_by_stratum(encoded, slots),
     }
 
@@ -175,9 +187,3 @@ def check_gates(metrics: dict[str, Any], gates: Gates, expected: int, distinct_i
         ("largest group", metrics["largest_group"], gates.max_group, metrics["largest_group"] <= gates.max_group),
     ]
     return [{"gate": gate, "value": value, "threshold": threshold, "passed": bool(passed)} for gate, value, threshold, passed in checks]
-
-
-def _next_generation(track: Track) -> int:
-    if not track.lake.exists("generations"):
-        return 1
-    return int(max(track.lake.read("generations", columns=["generation"])["generation"].to_pylist(), default=0)) + 1

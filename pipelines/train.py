@@ -18,7 +18,7 @@ from adasid.config import Config, digest
 from adasid.errors import InputError
 from adasid.tokenizers import artifact
 from adasid.training.checkpoint import Checkpoints, write_json
-from pipelines import workers
+from pipelines import generations, workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import versions as library_versions
@@ -73,8 +73,9 @@ def tokenizer(cfg: Config, track: Track) -> None:
     _register(cfg, track, folder / "model", fit_tokenizer(cfg, track, folder))
 
 
-def fit_tokenizer(cfg: Config, track: Track, folder: Path) -> dict[str, Any]:
-    """Train or fit the tokenizer into ``folder/model``, unless it is there; returns its manifest."""
+def fit_tokenizer(cfg: Config, track: Track, folder: Path, start: Path | None = None) -> dict[str, Any]:
+    """Train or fit the tokenizer into ``folder/model``, unless it is there; returns its manifest. ``start``: go on from this artifact, as
+    ``retokenize.warm`` says."""
     read = track.lake.versions(*_inputs(cfg))
     if cfg.tokenizer.pairs:
         items.check(cfg, track.lake)
@@ -85,7 +86,8 @@ def fit_tokenizer(cfg: Config, track: Track, folder: Path) -> dict[str, Any]:
         return artifact.read(folder / "model")[1]
     shown = ("loss", "reconstruction", "codebook", "alignment", "sparsity", "utilisation", "entropy", "seconds")
     show = _progress(track, cfg.tokenizer.epochs.epochs if cfg.tokenizer.epochs else 1, shown, folder)
-    cluster.fit(workers.tokenizer, _payload(cfg, track, read, folder), cfg.ray, f"tokenizer-{folder.name}", folder, show)
+    payload = {**_payload(cfg, track, read, folder), "start": str(start) if start else None}
+    cluster.fit(workers.tokenizer, payload, cfg.ray, f"tokenizer-{folder.name}", folder, show)
     manifest = artifact.read_manifest(folder / "model")
     Checkpoints(folder / "checkpoints").clear()
     quality = manifest["metrics"]
@@ -100,22 +102,20 @@ def fit_tokenizer(cfg: Config, track: Track, folder: Path) -> dict[str, Any]:
 
 def retrieval(cfg: Config, track: Track) -> None:
     """``sequences`` and the live ``sids`` -> a retriever in ``artifacts/retrieval/<key>``, its metrics in MLflow."""
-    result = fit_downstream(cfg, track, "retrieval", _live(cfg, track.lake))
+    result = fit_downstream(cfg, track, "retrieval", _live(track.lake))
     _told(track, result, ("recall@10", "ndcg@10", "recall@50"))
 
 
 def ranking(cfg: Config, track: Track) -> None:
     """``ranking_samples`` and the live ``sids`` -> a click-through model in ``artifacts/ranking/<key>``, its metrics in MLflow."""
-    result = fit_downstream(cfg, track, "ranking", _live(cfg, track.lake))
+    result = fit_downstream(cfg, track, "ranking", _live(track.lake))
     _told(track, result, ("auc", "gauc"))
 
 
-def _live(cfg: Config, lake: Lake) -> Catalogue:
-    """The live generation's SIDs. Raises InputError where they are not of this config's tokenizer."""
-    generation = max(lake.read("generations").to_pylist(), key=lambda row: (row["live"], row["generation"]))
-    manifest = artifact.read_manifest(Path(cfg.sids.artifact) if cfg.sids.artifact else tokenizer_folder(cfg, lake) / "model")
-    if generation["tokenizer"] != manifest["digest"]:
-        raise InputError(f"the live SIDs are of tokenizer {generation['tokenizer']}, this config's is {manifest['digest']}: run jobs/write_sids.py")
+def _live(lake: Lake) -> Catalogue:
+    """The live generation's SIDs."""
+    generation = generations.live(lake)
+    manifest = artifact.read_manifest(Path(generation["artifact"]))
     return {"table": "sids", "version": generation["sids_version"], "slots": manifest["slots"]}
 
 

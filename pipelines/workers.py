@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from adasid import tables
-from adasid.config import Config
+from adasid.config import Config, TokenizerSettings
 from adasid.errors import InputError
 from adasid.recommenders.tokens import ItemTokens
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
+from adasid.tokenizers.relabel import Relabelled
 from adasid.training.behavior import BehaviorData, BehaviorTraining
 from adasid.training.checkpoint import write_json, write_text
 from adasid.training.ranking import Events, RankingTraining
@@ -55,9 +56,13 @@ def behavior(payload: dict[str, Any]) -> None:
 
 
 def tokenizer(payload: dict[str, Any]) -> None:
-    """The tokenizer: its artifact in ``model``."""
+    """The tokenizer: its artifact in ``model``. ``payload["start"]``: the artifact to go on from, under ``retokenize.warm``."""
     cfg, workers, lake, folder = _opened(payload)
-    version, settings = payload["read"]["item_features"], cfg.tokenizer
+    version, started_from = payload["read"]["item_features"], None
+    settings: TokenizerSettings = cfg.tokenizer
+    if payload["start"]:
+        started_from, known = artifact.read(Path(payload["start"]))
+        settings = artifact.settings_of(known)
     mine = _modulo("item_index", workers) if workers.world > 1 else None
     shard = Shard(
         lambda columns: lake.batches("item_features", version, columns, mine),
@@ -66,8 +71,10 @@ def tokenizer(payload: dict[str, Any]) -> None:
         pairs=_pairs(lake, payload["read"], mine) if settings.pairs else None,
     )
     torch.manual_seed(cfg.seed)
-    tokenizer = artifact.build(settings, shard.widths)
-    training = TokenizerTraining(tokenizer, settings, shard, folder, cfg.seed, workers, f"item_features version {version}", _device(cfg))
+    tokenizer = started_from.requires_grad_(True) if started_from else artifact.build(settings, shard.widths)
+    inner = tokenizer.inner if isinstance(tokenizer, Relabelled) else tokenizer
+    name, warm = f"item_features version {version}", cfg.retokenize.warm if started_from else None
+    training = TokenizerTraining(inner, settings, shard, folder, cfg.seed, workers, name, _device(cfg), warm)
     started = time.monotonic()
     rows = training.run(_report(payload, workers))
     if workers.rank == 0:

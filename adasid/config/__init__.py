@@ -5,6 +5,7 @@ shows them all and a test keeps the two equal. An unknown key, a wrong type or a
 
 from adasid.config.base import Names, Section, Share, Sizes
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
+from adasid.config.nightly import Retokenize, Warm
 from adasid.config.parts import Adaptive, Contrast, Controller, Hamr, Repulsion, Revival, Router, Training
 from adasid.config.render import render_base
 from adasid.config.sources import AmazonSource, ArraysSource, Source, Synthetic, TablesSource
@@ -67,6 +68,7 @@ __all__ = [
     "Ranking",
     "Ray",
     "Repulsion",
+    "Retokenize",
     "Retrieval",
     "Revival",
     "Router",
@@ -85,6 +87,7 @@ __all__ = [
     "Tracking",
     "Trained",
     "Training",
+    "Warm",
     "build",
     "digest",
     "load",

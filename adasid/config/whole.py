@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from adasid.config.base import Section
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
+from adasid.config.nightly import Retokenize
 from adasid.config.sources import Source, Synthetic
 from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Tracking
 from adasid.config.tokenizers import TOKENIZERS, AdcSid, AnyTokenizer, TokenizerSettings
@@ -33,6 +34,7 @@ class Config(Section):
     behavior: Behavior = Field(Behavior(), description="behaviour embeddings (SASRec on Ray Train)")
     tokenizer: AnyTokenizer = Field(AdcSid(), description="the tokenizer (Ray Train), chosen by its name")
     sids: Sids = Field(Sids(), description="the semantic-ID table (Spark)")
+    retokenize: Retokenize = Field(Retokenize(), description="the nightly job (jobs/retokenize.py)")
     spark: Spark = Field(Spark(), description="Spark session")
     ray: Ray = Field(Ray(), description="Ray Train")
     retrieval: Retrieval = Field(Retrieval(), description="the retriever over the semantic IDs (Ray Train)")

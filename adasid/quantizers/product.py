@@ -68,10 +68,16 @@ def fit_opq(x: Tensor, parts: int, k: int, rounds: int, momentum: float, generat
     rounds, the mean squared error of a row.
     """
     rotation = torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], generator=generator))[0].to(x)
+    centroids = torch.stack([kmeans(space, k, 0, generator) for space in (x @ rotation).chunk(parts, dim=1)])
+    return refine_opq(x, ProductQuantizer(rotation, centroids), rounds, momentum)
+
+
+def refine_opq(x: Tensor, start: ProductQuantizer, rounds: int, momentum: float) -> tuple[ProductQuantizer, list[float]]:
+    """The rounds of :func:`fit_opq` from ``start``."""
+    rotation, centroids = start
     before, turned, errors = rotation, x @ rotation, list[float]()
-    centroids = torch.stack([kmeans(space, k, 0, generator) for space in turned.chunk(parts, dim=1)])
     for last in reversed(range(rounds)):
-        found = [lloyd_round(space.contiguous(), words) for space, words in zip(turned.chunk(parts, dim=1), centroids)]
+        found = [lloyd_round(space.contiguous(), words) for space, words in zip(turned.chunk(len(centroids), dim=1), centroids)]
         centroids = torch.stack([words for words, _ in found])
         decoded = torch.cat([nnf.embedding(codes, words) for words, codes in found], dim=1)
         errors.append(float((turned - decoded).square().sum(1).mean()))

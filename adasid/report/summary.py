@@ -70,7 +70,7 @@ def warnings(material: Material) -> list[str]:
                     f"Generation {row['generation']} ({name}): gate {gate['gate']} failed, {plain(gate['value'])} against a threshold of {plain(gate['threshold'])}."
                 )
     if material.refused:
-        said.append(f"Generation {material.refused['generation']} is newer but was not published; the page shows the one that is live.")
+        said.append(f"Generation {material.refused['generation']} is newer but not live; the page shows the one that is.")
     if material.generation and not material.published:
         said.append("No generation is live: the codes shown were refused.")
     unused = [f"{slot} ({share(used)})" for slot, used in zip(codes.get("slots", ()), codes.get("utilisation", ())) if used < 1]

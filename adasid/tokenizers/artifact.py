@@ -25,6 +25,7 @@ from adasid.tokenizers.das import Das
 from adasid.tokenizers.letter import Letter
 from adasid.tokenizers.mm_rq_vae import MmRqVae
 from adasid.tokenizers.opq import Opq
+from adasid.tokenizers.relabel import Relabelled
 from adasid.tokenizers.rq_kmeans import RqKmeans
 from adasid.tokenizers.rq_vae import RqVae, RqVaePlus
 
@@ -55,12 +56,9 @@ def build(settings: config.TokenizerSettings, widths: Mapping[str, int]) -> Toke
 
 def write(folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write the artifact; returns its manifest. ``facts``: what else the manifest should hold (inputs, seed, versions, metrics)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()})
     manifest = {
         "format": FORMAT,
         "tokenizer": settings.name,
-        "digest": hashlib.sha256(weights).hexdigest()[:16],
         "slots": [slot._asdict() for slot in tokenizer.slots],
         "widths": tokenizer.widths,
         **tokenizer.facts(),
@@ -68,11 +66,19 @@ def write(folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings
         **facts,
         "config": settings.model_dump(mode="json"),
     }
+    return rewrite(folder, tokenizer, manifest)
+
+
+def rewrite(folder: Path, tokenizer: Tokenizer, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the artifact with another's ``manifest``, but for what its weights decide."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()})
+    manifest = {**manifest, "digest": hashlib.sha256(weights).hexdigest()[:16], "relabelled": isinstance(tokenizer, Relabelled)}
     for name, content in (("weights.safetensors", weights), ("manifest.json", json.dumps(manifest, indent=1).encode())):
         draft = folder / f".{name}.{os.getpid()}"
         draft.write_bytes(content)
         draft.replace(folder / name)
-    return manifest
+    return dict(manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -86,6 +92,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise InputError(f"artifact {folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; train the tokenizer again")
     return manifest
+
+
+def settings_of(manifest: Mapping[str, Any]) -> config.TokenizerSettings:
+    """The tokenizer section that the artifact was trained with."""
+    return _SETTINGS.validate_python(manifest["config"])
 
 
 def read(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
@@ -103,7 +114,8 @@ def decode(manifest: Mapping[str, Any], weights: bytes) -> Tokenizer:
     if hashlib.sha256(weights).hexdigest()[:16] != manifest["digest"]:
         raise InputError(f"artifact {manifest['digest']}: the weights are damaged or belong to another manifest; train the tokenizer again")
     try:
-        tokenizer = build(_SETTINGS.validate_python(manifest["config"]), manifest["widths"])
+        tokenizer = build(settings_of(manifest), manifest["widths"])
+        tokenizer = Relabelled(tokenizer) if manifest.get("relabelled") else tokenizer
         tokenizer.load_state_dict(load(weights))
     except (ValidationError, RuntimeError, KeyError) as error:
         raise InputError(

@@ -65,6 +65,9 @@ class Tokenizer(nn.Module, ABC):
     def fit(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """Fit what is not trained by gradients, equal on all workers."""
 
+    def refine(self, shard: Shard, workers: Workers, rounds: int, generator: torch.Generator) -> None:
+        """:meth:`fit` that goes on from what was fitted before, for ``rounds`` rounds."""
+
     def start_epoch(self, generator: torch.Generator) -> None:
         """Maintenance before an epoch, the same on all workers."""
 

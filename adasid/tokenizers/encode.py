@@ -30,7 +30,7 @@ def encoder(manifest: str, weights: Any, size: int) -> Callable[[Iterable[pa.Rec
     """The body of ``mapInArrow``. ``manifest``: JSON text; ``weights.value``: bytes (a Spark broadcast); ``size``: rows encoded at a time."""
 
     def encode_partition(parts: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        tokenizer = _tokenizer(manifest, weights.value)
+        tokenizer = loaded(manifest, weights.value)
         for part in parts:
             for start in range(0, part.num_rows, size):
                 yield encode_rows(tokenizer, part.slice(start, size))
@@ -39,8 +39,8 @@ def encoder(manifest: str, weights: Any, size: int) -> Callable[[Iterable[pa.Rec
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(manifest: str, weights: bytes) -> Tokenizer:
-    """Built once a process; Spark reuses Python workers between tasks."""
+def loaded(manifest: str, weights: bytes) -> Tokenizer:
+    """The tokenizer of a manifest (JSON text) and its weights, built once a process; Spark reuses Python workers between tasks."""
     settle(1)
     return artifact.decode(json.loads(manifest), weights)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adasid import config
 from adasid.errors import InputError
-from adasid.quantizers.product import Components, ProductQuantizer, fit_opq, fit_opq_faiss, principal_components
+from adasid.quantizers.product import Components, ProductQuantizer, fit_opq, fit_opq_faiss, principal_components, refine_opq
 from adasid.tokenizers.spaces import Spaces
 
 
@@ -58,6 +58,16 @@ class Opq(Spaces):
     def __init__(self, settings: config.Opq, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths, "o")
         self.quantizers = nn.ModuleDict({kind: SubSpaces(settings, kind, number, self.dimensions(kind)) for kind, number in self.levels.items()})
+
+    def refine_space(self, kind: str, x: Tensor, rounds: int) -> None:
+        """Rounds of centroids and rotation; the components stay."""
+        space = self.quantizers[kind]
+        components = Components(*(space.get_buffer(name) for name in Components._fields))
+        start = ProductQuantizer(*(space.get_buffer(name) for name in ProductQuantizer._fields))
+        assert isinstance(self.chosen, config.Opq)
+        found, _ = refine_opq(components.project(x), start, rounds, self.chosen.momentum)
+        for name, value in found._asdict().items():
+            space.get_buffer(name).copy_(value)
 
     def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:
         """Components, rotation and centroids."""

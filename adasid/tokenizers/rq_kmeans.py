@@ -12,7 +12,7 @@ from torch.func import functional_call
 from adasid import config
 from adasid.experts import mlp
 from adasid.losses.overlap import pair_contrast
-from adasid.quantizers.kmeans import kmeans, nearest_euclidean
+from adasid.quantizers.kmeans import kmeans, lloyd_round, nearest_euclidean
 from adasid.tokenizers.base import Losses
 from adasid.tokenizers.spaces import Spaces
 from adasid.training.shards import Batch
@@ -64,6 +64,13 @@ class RqKmeans(Spaces):
     def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:
         """Residual k-means."""
         self.quantizers[kind].fit(x, self.settings.rounds, generator, self.settings.balanced)  # type: ignore[operator]
+
+    def refine_space(self, kind: str, x: Tensor, rounds: int) -> None:
+        """Lloyd rounds of each level."""
+        for words in self.quantizers[kind].get_buffer("centroids"):
+            for _ in range(rounds):
+                words.copy_(lloyd_round(x, words, self.settings.balanced)[0])
+            x = x - words[nearest_euclidean(x, words)]
 
     def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
         """The aligner's contrast of co-engaged items, among all workers' rows (QARM)."""

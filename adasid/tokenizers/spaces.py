@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +59,20 @@ class Spaces(Tokenizer):
         """Means and scales of the inputs."""
         self.inputs.fit(shard, workers)
 
-    @torch.no_grad()
+    @abstractmethod
+    def refine_space(self, kind: str, x: Tensor, rounds: int) -> None:
+        """``rounds`` rounds more of the same fit, from the quantizer of ``kind`` as it is."""
+
     def fit(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """From a fixed sample of all workers' items. Raises InputError where no item of it has a modality."""
+        self._each(shard, workers, lambda kind, x: self.fit_space(kind, x, generator))
+
+    def refine(self, shard: Shard, workers: Workers, rounds: int, generator: torch.Generator) -> None:
+        """From the same sample."""
+        self._each(shard, workers, lambda kind, x: self.refine_space(kind, x, rounds))
+
+    @torch.no_grad()
+    def _each(self, shard: Shard, workers: Workers, fit: Callable[[str, Tensor], None]) -> None:
         s, rows = self.chosen, {kind: list[Tensor]() for kind in self.quantizers}
         for batch in sample(shard, workers, s.fit_samples):
             for kind, (x, there) in self._spaces(batch.to(self.inputs.get_buffer(f"mean_{s.inputs[0]}").device)).items():
@@ -70,7 +81,7 @@ class Spaces(Tokenizer):
             x = workers.gather_ragged(torch.cat(rows.pop(kind)))
             if not len(x):
                 raise InputError(f"tokenizer.fit_samples {s.fit_samples}: none of these items has {kind!r}; raise it, or leave the modality out")
-            self.fit_space(kind, x, generator)
+            fit(kind, x)
             for buffer in quantizer.buffers():
                 workers.broadcast(buffer)
 

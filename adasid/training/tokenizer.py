@@ -29,7 +29,8 @@ _NOTHING = config.Training()
 
 
 class TokenizerTraining:
-    """One training run, or one fit, on one worker; all workers hold the same tokenizer. ``data_version`` names the input in errors."""
+    """One training run, or one fit, on one worker; all workers hold the same tokenizer. ``data_version`` names the input in errors;
+    ``warm``: the tokenizer is trained already and goes on from there."""
 
     def __init__(
         self,
@@ -41,9 +42,13 @@ class TokenizerTraining:
         workers: Workers,
         data_version: str,
         device: torch.device | str = "cpu",
+        warm: config.Warm | None = None,
     ) -> None:
         self.tokenizer, self.settings, self.shard, self.seed = tokenizer.to(device), settings.epochs or _NOTHING, shard, seed
-        self.epochs, self.pairs = settings.epochs.epochs if settings.epochs else 0, settings.pairs
+        self.epochs, self.pairs, self.warm = settings.epochs.epochs if settings.epochs else 0, settings.pairs, warm
+        if warm:
+            limits = {"lr": warm.lr, "epochs": warm.epochs, "warmup_epochs": 0}
+            self.settings, self.epochs = self.settings.model_copy(update=limits), warm.epochs if self.epochs else 0
         self.workers, self.data_version, self.device = workers, data_version, torch.device(device)
         self.checkpoints = Checkpoints(folder / "checkpoints")
         plain = tokenizer.no_decay()
@@ -61,7 +66,7 @@ class TokenizerTraining:
         """Train all epochs, then fit; returns the logged rows. ``report`` gets all rows so far, on every worker."""
         first, rows = self._resume()
         for epoch in range(first, self.epochs + 1):
-            if epoch == self.settings.warmup_epochs + 1:
+            if epoch == self.settings.warmup_epochs + 1 and not self.warm:
                 self.tokenizer.start_quantizing(self.shard, self.workers, self._generator(0))
             row = self._epoch(epoch)
             last = epoch == self.epochs
@@ -73,7 +78,10 @@ class TokenizerTraining:
             if (last or epoch % self.settings.checkpoint_epochs == 0) and self.workers.rank == 0:
                 self._save(epoch, rows)
         started = time.monotonic()
-        self.tokenizer.fit(self.shard, self.workers, self._generator(0))
+        if self.warm:
+            self.tokenizer.refine(self.shard, self.workers, self.warm.epochs, self._generator(0))
+        else:
+            self.tokenizer.fit(self.shard, self.workers, self._generator(0))
         end = rows.pop() if self.epochs else {"epoch": 1.0, "step": 1.0, "seconds": time.monotonic() - started}
         rows.append(end | self.quality())
         report(rows)
@@ -83,7 +91,8 @@ class TokenizerTraining:
     def _resume(self) -> tuple[int, list[dict[str, float]]]:
         found = self.checkpoints.latest(self.workers) if self.optimizer else None
         if found is None or self.optimizer is None:
-            self.tokenizer.prepare(self.shard, self.workers)
+            if not self.warm:
+                self.tokenizer.prepare(self.shard, self.workers)
             return 1, []
         self.tokenizer.load_state_dict(found.under("model"))
         restore_optimizer(self.optimizer, found.under("optimizer"))

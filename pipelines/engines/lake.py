@@ -38,6 +38,10 @@ class Lake:
         """Whether the table has a first version."""
         return DeltaTable.is_deltatable(self.path(table))
 
+    def missing(self, table: str, version: int) -> list[str]:
+        """Files of a version that are not there any more."""
+        return [file for file in self.open(table, version).file_uris() if not Path(file).exists()]
+
     def writable(self) -> None:
         """Raise InputError unless tables can be created under ``root``."""
         try:

@@ -79,17 +79,23 @@ def read(spark: SparkSession, lake: Lake, table: str, version: int | None = None
     return spark.read.format("delta").option("versionAsOf", version).load(lake.path(table))
 
 
-def write(frame: DataFrame, lake: Lake, table: str, schema: pa.Schema, digest: str, append: tuple[str, int] | None = None) -> int:
+def write(
+    frame: DataFrame, lake: Lake, table: str, schema: pa.Schema, digest: str, append: tuple[str, int] | None = None, replace: str | None = None
+) -> int:
     """Replace the table by ``frame``, cast to its schema, in one commit stamped with ``digest``; returns the version.
 
-    ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's last.
+    ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's last. ``replace``: replace
+    only the rows that this condition holds for, which all of ``frame`` must satisfy.
     """
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
     writer = (
         frame.select(*columns).write.format("delta").mode("append" if append else "overwrite").option("userMetadata", json.dumps({STAMP: digest}))
     )
-    writer = writer.option("txnAppId", append[0]).option("txnVersion", append[1]) if append else writer.option("overwriteSchema", "true")
+    if append:
+        writer = writer.option("txnAppId", append[0]).option("txnVersion", append[1])
+    else:
+        writer = writer.option("replaceWhere", replace) if replace and lake.exists(table) else writer.option("overwriteSchema", "true")
     writer.save(lake.path(table))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
 

@@ -1,0 +1,63 @@
+"""The nightly job: how new and changed items get their SIDs, and what a night must satisfy to be published."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from adasid.config.base import Section, Share
+
+Policy = Literal["frozen", "warm", "refit"]
+Exports = Annotated[tuple[Literal["parquet", "array", "index", "prefixes", "changes"], ...], Field(strict=False)]
+
+
+class Warm(Section):
+    epochs: int = Field(10, ge=1, description="epochs from the live tokenizer on, or rounds of a fitted one")
+    lr: float = Field(0.0001, gt=0, description="learning rate at the start; cosine decay to 0")
+
+
+class Auto(Section):
+    """Policy ``auto``: the first of these that today's drift reaches decides, from ``refit`` down."""
+
+    refit_error: float = Field(
+        1.3, ge=1, description="refit where a modality's quantization error is this many times that of the tokenizer's own data"
+    )
+    warm_error: float = Field(1.1, ge=1, description="warm where it is this many times")
+    warm_norms: float = Field(0.25, gt=0, description="warm where a modality's norms have moved by this population stability index")
+
+    @model_validator(mode="after")
+    def _order(self) -> Auto:
+        if self.warm_error > self.refit_error:
+            raise ValueError(f"retokenize.auto.warm_error {self.warm_error} is above refit_error {self.refit_error}: nothing would be warm")
+        return self
+
+
+class NightGates(Section):
+    """Beside those of ``sids.gates``."""
+
+    max_tail_collision: Share = Field(0.5, description="highest share of tail and cold items whose SID is not unique")
+    max_churn: Share = Field(0.1, description="highest share of the items of both generations whose SID changed")
+    max_weighted_churn: Share = Field(0.1, description="the same, weighted by training events")
+    max_error_ratio: float = Field(1.5, ge=1, description="a modality's quantization error against that on the tokenizer's own data")
+
+
+class Lease(Section):
+    seconds: float = Field(120.0, gt=0, description="a holder that has not renewed for so long is taken for dead")
+    wait: float = Field(0.0, ge=0, description="seconds to wait for another run to end; 0: leave at once")
+
+
+class Retokenize(Section):
+    policy: Literal["frozen", "warm", "refit", "auto"] = Field(
+        "frozen", description="frozen: live codebooks; warm: go on training; refit: train anew and match the codes; auto: by drift"
+    )
+    warm: Warm = Field(Warm(), description="policy warm")
+    auto: Auto = Field(Auto(), description="policy auto")
+    gates: NightGates = Field(NightGates(), description="what a night must satisfy beside sids.gates")
+    lease: Lease = Field(Lease(), description="one run at a time")
+    sample: int = Field(20_000, ge=100, description="items, always the same ones, on which drift is measured")
+    exports: Exports = Field(
+        ("parquet", "array", "index", "prefixes", "changes"), description="files for consumers, below <run>/exports/<generation>"
+    )
+    keep: int = Field(30, ge=1, description="generations that jobs/maintain.py keeps, and that the report shows")
+    grace_hours: int = Field(168, ge=0, description="jobs/maintain.py: unused files younger than this stay")

@@ -1,0 +1,31 @@
+"""How much a table of semantic IDs, and what it is made of, differs from an earlier one. Pure functions on arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_FLOOR = 1e-4
+"""Smallest share of a bin in the stability index, so that an empty one counts as much, not without bound."""
+
+
+def jensen_shannon(first: ArrayLike, second: ArrayLike) -> float:
+    """Jensen-Shannon divergence in bits of two histograms over the same codes [K]: 0 for equal shares, 1 where no code is common.
+    0 where either is empty."""
+    counts = [np.asarray(x, np.float64) for x in (first, second)]
+    if min(c.sum() for c in counts) == 0:
+        return 0.0
+    p, q = (c / c.sum() for c in counts)
+    middle = (p + q) / 2
+
+    def divergence(x: NDArray[np.float64]) -> float:
+        there = x > 0
+        return float((x[there] * np.log2(x[there] / middle[there])).sum())
+
+    return (divergence(p) + divergence(q)) / 2
+
+
+def stability_index(expected: ArrayLike, found: ArrayLike) -> float:
+    """Population stability index ``sum (f - e) ln(f / e)`` of the shares [n] of the same bins; above .25 is usually called a large shift."""
+    e, f = (np.maximum(np.asarray(x, np.float64), _FLOOR) for x in (expected, found))
+    return float(((f - e) * np.log(f / e)).sum())

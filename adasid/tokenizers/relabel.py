@@ -1,0 +1,74 @@
+"""A tokenizer trained anew whose codes keep the meaning that published ones have: its slots and codes are renamed, nothing else.
+
+Training from scratch numbers the clusters anew and, where slots are interchangeable, the slots too. Both are undone by the assignment of new
+names to old ones under which most items keep their codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from adasid.tables import PAD
+from adasid.tokenizers.base import Codes, Slot, Tokenizer
+from adasid.training.shards import Batch, Shard
+from adasid.training.workers import Workers
+
+
+class Relabelled(Tokenizer):
+    """``inner`` with other names: slot l shows the inner slot ``order[l]``, whose code c is called ``names[l, c]``."""
+
+    def __init__(self, inner: Tokenizer) -> None:
+        super().__init__()
+        self.inner, self.slots, self.widths = inner, inner.slots, inner.widths
+        self.register_buffer("order", torch.arange(len(self.slots)))
+        self.register_buffer("names", torch.arange(max(slot.size for slot in self.slots)).repeat(len(self.slots), 1))
+        self.order: Tensor
+        self.names: Tensor
+
+    def prepare(self, shard: Shard, workers: Workers) -> None:
+        """The inner one's."""
+        self.inner.prepare(shard, workers)
+
+    def encode(self, batch: Batch) -> Codes:
+        """The inner one's, renamed."""
+        codes, weights, active = (part[:, self.order] for part in self.inner.encode(batch))
+        slots = torch.arange(len(self.slots), device=codes.device)
+        named = self.names[slots, codes.long().clamp(min=0)].to(codes.dtype)
+        return Codes(torch.where(codes == PAD, PAD, named), weights, active)
+
+    def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
+        """The inner one's."""
+        return self.inner.reconstruct(batch)
+
+    def rename(self, published: NDArray[np.int32], found: NDArray[np.int32]) -> None:
+        """Choose the names under which most of ``found`` [n, L], the inner codes of some items, are ``published`` [n, L], theirs so far."""
+        order, names = match(published, found, self.slots)
+        self.order.copy_(torch.from_numpy(order))
+        self.names.copy_(torch.from_numpy(names))
+
+
+def match(published: NDArray[np.int32], found: NDArray[np.int32], slots: Sequence[Slot]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """``order`` [L] and ``names`` [L, K] of :class:`Relabelled`: optimal assignments (Kuhn, 1955) of codes within each pair of slots of one kind
+    and size, then of slots, by the number of items that agree. PAD stays PAD."""
+    length, size = len(slots), max(slot.size for slot in slots)
+    order, names = np.arange(length), np.tile(np.arange(size), (length, 1))
+    for kind in dict.fromkeys((slot.kind, slot.size) for slot in slots):
+        own = [index for index, slot in enumerate(slots) if (slot.kind, slot.size) == kind]
+        kept, given = np.zeros((len(own), len(own))), {}
+        for i, old in enumerate(own):
+            for j, new in enumerate(own):
+                counts = np.zeros((kind[1], kind[1]), np.int64)
+                there = (published[:, old] != PAD) & (found[:, new] != PAD)
+                np.add.at(counts, (found[there, new], published[there, old]), 1)
+                rows, columns = linear_sum_assignment(counts, maximize=True)
+                kept[i, j], given[i, j] = counts[rows, columns].sum(), columns
+        for i, j in zip(*linear_sum_assignment(kept, maximize=True)):
+            order[own[i]] = own[j]
+            names[own[i], : kind[1]] = given[i, j]
+    return order, names

@@ -1,0 +1,12 @@
+"""Compact the lake's tables and remove files that no kept generation, model or lineage record needs.
+
+python jobs/maintain.py --config conf/beauty.yaml
+"""
+
+from pipelines import cli
+
+if __name__ == "__main__":
+    arguments = cli.choose(None, __doc__)
+    from pipelines.nightly import upkeep
+
+    cli.leave(cli.run(arguments, cli.stage("maintain", upkeep.maintain)))

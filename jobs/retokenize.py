@@ -1,0 +1,28 @@
+"""The nightly job: give new and changed items their SIDs, measure drift and churn, and publish, or refuse and leave yesterday's table live.
+
+  spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22
+
+Safe to run twice, late, or at the same time as itself. Exit code 4: a gate refused; 5: another run is at work.
+"""
+
+import argparse
+from datetime import date
+
+from pipelines import cli
+
+
+def day(text: str) -> date:
+    """An ISO date."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-11-22") from None
+
+
+if __name__ == "__main__":
+    parser = cli.parser(__doc__)
+    parser.add_argument("--run-date", required=True, type=day, metavar="YYYY-MM-DD", help="the day whose table this is")
+    arguments = parser.parse_args()
+    from pipelines.nightly import retokenize
+
+    cli.leave(cli.run(arguments, cli.stage("retokenize", lambda cfg, track: retokenize.run(cfg, track, arguments.run_date))))

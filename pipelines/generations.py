@@ -1,0 +1,136 @@
+"""Generations of the semantic-ID table: which one is live, publishing a new one, going back to an older one.
+
+A publication is a row of steps, each a commit: ``sids``, ``sid_changes``, ``generations``, then the pointer ``live``. A reader follows the
+pointer to a version of ``sids``, so it sees the old table or the new one. A publication that was cut off is taken up where it stopped by
+the next run of the same job on the same inputs, and has no effect if that never comes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake.exceptions import CommitFailedError
+from pyspark.sql import DataFrame
+
+from adasid import tables
+from adasid.errors import BusyError, InputError
+from pipelines.engines import spark as engine
+from pipelines.engines.lake import STAMP, Lake
+from pipelines.engines.tracking import Track
+
+Generation = dict[str, Any]
+_ROLLBACK = "rollback to"
+_JSON = ("inputs", "gates", "metrics", "drift", "churn")
+
+
+def history(lake: Lake) -> list[Generation]:
+    """All generations, oldest first, with their JSON parsed and ``live``: whether the pointer is on it."""
+    if not lake.exists("generations"):
+        return []
+    at = pointer(lake)
+    rows = sorted(lake.read("generations").to_pylist(), key=lambda row: row["generation"])
+    return [{**row, **{name: json.loads(row[name]) for name in _JSON}, "live": row["generation"] == at} for row in rows]
+
+
+def pointer(lake: Lake) -> int | None:
+    """Number of the live generation."""
+    rows = lake.read("live").to_pylist() if lake.exists("live") else []
+    return int(rows[0]["generation"]) if rows else None
+
+
+def live(lake: Lake) -> Generation:
+    """The live generation. Raises InputError where nothing was published."""
+    found = next((row for row in history(lake) if row["live"]), None)
+    if found is None:
+        raise InputError(f"nothing is published in {lake.root}: run jobs/write_sids.py, or jobs/run_all.py, first")
+    return found
+
+
+def settled(lake: Lake, key: str) -> bool:
+    """Whether the newest generation carries ``key``, and was live at least until a roll-back."""
+    return lake.fresh(key, "sids", "generations") and (lake.fresh(key, "live") or str(lake.stamp("live")).startswith(_ROLLBACK))
+
+
+def next_number(lake: Lake) -> int:
+    """One above the last that was recorded, live or not."""
+    return max((row["generation"] for row in history(lake)), default=0) + 1
+
+
+def publish(
+    track: Track,
+    key: str,
+    facts: Mapping[str, Any],
+    sids: Callable[[int], DataFrame],
+    changes: Callable[[int], DataFrame] | None,
+    before_live: Callable[[Generation], None] = lambda row: None,
+    allowed: Callable[[], None] = lambda: None,
+) -> Generation:
+    """Publish the rows of ``sids`` (which gets the generation's number) and ``changes`` against the live generation; returns the new one.
+
+    ``key``: digest of all that the rows follow from; steps whose commit carries it are not done again. ``facts``: the row of ``generations``
+    but for what is added here. ``before_live``: what must be there when the pointer moves. ``allowed``: raises where this process may not
+    publish any more; asked before every commit.
+    """
+    lake = track.lake
+    parent, before = pointer(lake), _snapshot(lake)
+    if lake.fresh(key, "generations"):  # recorded, but cut off before it was live
+        row = history(lake)[-1]
+    else:
+        number = next_number(lake)
+        allowed()
+        if not lake.fresh(key, "sids"):
+            engine.write(sids(number), lake, "sids", tables.SIDS, key)
+        if changes is not None and parent is not None:
+            allowed()
+            engine.write(changes(number), lake, "sid_changes", tables.SID_CHANGES, key, replace=f"generation = {number}")
+        row = {"generation": number, "parent": parent, "sids_version": lake.version("sids"), "run": track.cfg.name, **facts}
+        text = {name: json.dumps(row[name]) for name in _JSON}
+        allowed()
+        written = pa.Table.from_pylist([{**row, **text}], schema=tables.GENERATIONS)
+        properties = CommitProperties(custom_metadata={"userMetadata": json.dumps({STAMP: key})}, max_commit_retries=0)
+        target = DeltaTable(lake.path("generations")) if lake.exists("generations") else lake.path("generations")
+        write_deltalake(target, written, mode="append", commit_properties=properties)
+    before_live(row)
+    allowed()
+    _point(lake, before, row, key)
+    track.outputs({"sids": row["sids_version"], "generations": lake.version("generations"), "live": lake.version("live")})
+    return {**row, "live": True}
+
+
+def go_back(track: Track, number: int) -> Generation:
+    """Make generation ``number`` live again. Raises InputError where there is none, or its rows are gone."""
+    lake, before = track.lake, _snapshot(track.lake)
+    rows = {row["generation"]: row for row in history(lake)}
+    if number not in rows:
+        known = f"{min(rows)} to {max(rows)}" if rows else "none"
+        raise InputError(f"generation {number} does not exist (there are: {known}): name one of them with --to")
+    row = rows[number]
+    gone = lake.missing("sids", row["sids_version"])
+    if gone:
+        raise InputError(f"generation {number} cannot be read any more: {len(gone)} of its files were vacuumed; choose a later one")
+    if row["live"]:
+        track.status = "up to date"
+    else:
+        _point(lake, before, row, f"{_ROLLBACK} {number}")
+    return row
+
+
+def _snapshot(lake: Lake) -> DeltaTable:
+    DeltaTable.create(lake.path("live"), schema=tables.LIVE, mode="ignore")
+    return DeltaTable(lake.path("live"))
+
+
+def _point(lake: Lake, before: DeltaTable, row: Generation, key: str) -> None:
+    """Move the pointer, unless somebody else has moved it since ``before`` was read."""
+    there = pa.Table.from_pylist([{"generation": row["generation"], "sids_version": row["sids_version"]}], schema=tables.LIVE)
+    properties = CommitProperties(custom_metadata={"userMetadata": json.dumps({STAMP: key})}, max_commit_retries=0)
+    try:
+        write_deltalake(before, there, mode="overwrite", commit_properties=properties)
+    except CommitFailedError:
+        raise BusyError(
+            f"generation {row['generation']} is not live: another run moved the pointer of {lake.root} meanwhile; run this one again"
+        ) from None

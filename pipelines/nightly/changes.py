@@ -1,0 +1,110 @@
+"""What a night changes: which items are new, changed or removed, and which SIDs moved against the live generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltalake import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from adasid.tables import STRATA
+from pipelines.engines import spark as engine
+from pipelines.engines.lake import Lake
+
+_GRADUAL = {"MERGE", "UPDATE", "DELETE"}
+"""Operations whose change feed is as small as the change. An overwrite's is the whole table twice: then fingerprints are compared."""
+
+
+def detect(spark: SparkSession, lake: Lake, features: DataFrame, published: DataFrame, since: int, until: int) -> tuple[DataFrame, str]:
+    """Items whose vectors differ from those their live SID was made of: ``item_id`` and ``why`` (new, changed, removed); and how they were found.
+
+    From the change feed of ``item_features`` since the version that the live generation read, where it is kept and tells of single rows;
+    else, or where history is gone, by the fingerprints of ``features`` [item_id, fingerprint] and ``published`` [item_id, fingerprint].
+    """
+    ids = None
+    if _followed(lake, since, until):
+        feed = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", since + 1).option("endingVersion", until)
+        ids = F.broadcast(feed.load(lake.path("item_features")).select("item_id").distinct())
+        features, published = features.join(ids, "item_id", "left_semi"), published.join(ids, "item_id", "left_semi")
+    now = features.select("item_id", F.col("fingerprint").alias("_now"))
+    then = published.select("item_id", F.col("fingerprint").alias("_then"))
+    why = F.when(F.col("_then").isNull(), "new").when(F.col("_now").isNull(), "removed").when(F.col("_now") != F.col("_then"), "changed")
+    found = now.join(then, "item_id", "full").select("item_id", why.alias("why")).filter("why IS NOT NULL")
+    return found, "fingerprints" if ids is None else "change feed"
+
+
+def _followed(lake: Lake, since: int, until: int) -> bool:
+    """Whether the change feed holds every step from ``since`` to ``until`` as single rows."""
+    table = DeltaTable(lake.path("item_features"))
+    if table.metadata().configuration.get("delta.enableChangeDataFeed") != "true" or not since < until:
+        return False
+    commits = {entry["version"]: entry for entry in table.history(table.version() - since)}
+    steps = [commits.get(version) for version in range(since + 1, until + 1)]
+    return all(step is not None and (step["operation"] in _GRADUAL or _appended(step)) for step in steps)
+
+
+def _appended(commit: dict[str, Any]) -> bool:
+    return bool(commit["operation"] == "WRITE" and commit.get("operationParameters", {}).get("mode") == "Append")
+
+
+def moved(old: DataFrame, new: DataFrame, policy: str) -> DataFrame:
+    """Rows of ``sid_changes`` but for the generation, from SIDs before and after [item_id, codes, fingerprint]."""
+    before = old.select("item_id", F.col("codes").alias("old_codes"), F.col("fingerprint").alias("_then"))
+    after = new.select("item_id", F.col("codes").alias("new_codes"), F.col("fingerprint").alias("_now"))
+    why = (
+        F.when(F.col("_then").isNull(), "new")
+        .when(F.col("_now").isNull(), "removed")
+        .otherwise(F.when(F.col("_now") != F.col("_then"), "changed").otherwise(policy))
+    )
+    rows = before.join(after, "item_id", "full").select("item_id", "old_codes", "new_codes", why.alias("why"))
+    return rows.filter("NOT (old_codes <=> new_codes)")
+
+
+def churn(moves: DataFrame, features: DataFrame, old_items: int, slots: list[str]) -> dict[str, Any]:
+    """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training events.
+
+    ``moves``: rows of :func:`moved`; ``features`` [item_id, interactions, stratum] of today.
+    """
+    totals = {
+        row["stratum"]: row for row in features.groupBy("stratum").agg(F.count("*").alias("items"), F.sum("interactions").alias("events")).collect()
+    }
+    number = F.count("*").alias("items"), F.sum("interactions").alias("events")
+    kinds = {row["why"]: row["items"] for row in moves.groupBy("why").agg(F.count("*").alias("items")).collect()}
+    placed = moves.join(features.select("item_id", "interactions", "stratum"), "item_id")
+    new = {row["stratum"]: row for row in placed.filter("old_codes IS NULL").groupBy("stratum").agg(*number).collect()}
+    differ = [F.sum((F.col("old_codes")[i] != F.col("new_codes")[i]).cast("int")).alias(f"s{i}") for i in range(len(slots))]
+    both = {row["stratum"]: row for row in placed.filter("old_codes IS NOT NULL").groupBy("stratum").agg(*number, *differ).collect()}
+
+    def of(rows: dict[str, Any], name: str, stratum: str | None = None) -> float:
+        return float(sum((row[name] or 0) for key, row in rows.items() if stratum in (None, key)))
+
+    kept = {name: of(totals, name) - of(new, name) for name in ("items", "events")}
+    strata = [s for s in STRATA if s in totals]
+    return {
+        "new": kinds.get("new", 0),
+        "removed": kinds.get("removed", 0),
+        "changed": int(of(both, "items")),
+        "unmoved": old_items - kinds.get("removed", 0) - int(of(both, "items")),
+        "churn": of(both, "items") / max(1.0, kept["items"]),
+        "weighted": of(both, "events") / max(1.0, kept["events"]),
+        "by_slot": {name: of(both, f"s{i}") / max(1.0, kept["items"]) for i, name in enumerate(slots)},
+        "by_stratum": {s: of(both, "items", s) / max(1.0, of(totals, "items", s) - of(new, "items", s)) for s in strata},
+    }
+
+
+def ranked(kept: DataFrame, encoded: DataFrame) -> DataFrame:
+    """``encoded`` with a collision rank after those of the items of ``kept`` [codes, collision_rank] that have the same SID, whose ranks stay; among
+    themselves by (interactions desc, item_id)."""
+    from pyspark.sql import Window
+
+    codes = F.broadcast(encoded.select("codes").distinct())
+    last = kept.join(codes, "codes", "left_semi").groupBy("codes").agg((F.max("collision_rank") + 1).alias("_first"))
+    order = Window.partitionBy("codes").orderBy(F.desc("interactions"), "item_id")
+    rank = F.coalesce("_first", F.lit(0)) + F.row_number().over(order) - 1
+    return encoded.join(F.broadcast(last), "codes", "left").withColumn("collision_rank", rank).drop("_first")
+
+
+def features_at(spark: SparkSession, lake: Lake, version: int) -> DataFrame:
+    """``item_features`` at a version."""
+    return engine.read(spark, lake, "item_features", version)

@@ -1,0 +1,121 @@
+"""Files for consumers that do not read Delta, in ``<run>/exports/<generation>``; written whole or not at all, before the generation is live.
+
+Rows stand in the order of (item_index, item_id). ``sids`` (Parquet: item_id, codes, tokens) and ``items`` (Parquet: codes and the items that have
+them, by collision rank); ``codes.npy`` [items, L] int32, whose rows ``item_ids.txt`` names; ``index.json``, number of the row -> tokens, as LETTER,
+LC-Rec and Cornac read it;
+``prefixes.safetensors``, the catalogue's prefixes (``adasid.recommenders.tokens.Prefixes``); ``changes`` (Parquet: the day's rows of ``sid_changes``).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from pyspark.sql import functions as F
+from safetensors.torch import save_file
+
+from adasid.config import Config
+from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.tokenizers.base import Slot
+from adasid.training.checkpoint import write_json
+from pipelines.engines import spark as engine
+from pipelines.engines.lake import Lake
+from pipelines.generations import Generation
+
+_ROWS = 65_536
+
+
+def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
+    """The exports that the config asks for, of generation ``row``."""
+    wanted, target = set(cfg.retokenize.exports), folder(cfg) / str(row["generation"])
+    if not wanted or (target / "manifest.json").exists():
+        return
+    draft = target.with_name(f".{target.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    spark = engine.session(cfg.spark)
+    index = engine.read(spark, lake, "item_features", row["inputs"]["item_features"]).select("item_id", "item_index")
+    sids = (
+        engine.read(spark, lake, "sids", row["sids_version"])
+        .join(index, "item_id")
+        .select("item_id", "item_index", "codes", "tokens", "collision_rank")
+    )
+    ordered = sids.repartitionByRange("item_index", "item_id").sortWithinPartitions("item_index", "item_id")
+    ordered.drop("collision_rank", "item_index").write.parquet(str(draft / "sids"))
+    if "parquet" in wanted:
+        members = F.transform(F.array_sort(F.collect_list(F.struct("collision_rank", "item_id"))), lambda x: x["item_id"])
+        sids.groupBy("codes").agg(members.alias("items")).write.parquet(str(draft / "items"))
+    if wanted & {"array", "prefixes"}:
+        _array(draft, row["items"], len(slots))
+    if "index" in wanted:
+        _index(draft)
+    if "prefixes" in wanted:
+        _prefixes(draft, slots)
+    if "changes" in wanted and lake.exists("sid_changes"):
+        moves = engine.read(spark, lake, "sid_changes").filter(F.col("generation") == row["generation"])
+        moves.drop("generation").write.parquet(str(draft / "changes"))
+    for name, parts in {"parquet": ["sids"], "array": ["codes.npy", "item_ids.txt"]}.items():
+        for part in parts if name not in wanted else []:
+            path = draft / part
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    facts = {name: row[name] for name in ("generation", "sids_version", "tokenizer", "items", "run_date", "policy")}
+    write_json(draft / "manifest.json", {**facts, "slots": [slot._asdict() for slot in slots]})
+    shutil.rmtree(target, ignore_errors=True)
+    draft.replace(target)
+
+
+def folder(cfg: Config) -> Path:
+    """Where exports are."""
+    return cfg.run_dir / "exports"
+
+
+def refuse(cfg: Config, facts: dict[str, Any]) -> None:
+    """Keep what a refused night was, for the report; the next night that is published removes it."""
+    write_json(cfg.run_dir / "refused.json", {name: value for name, value in facts.items() if name != "metrics"})
+
+
+def _batches(draft: Path) -> Iterator[pa.RecordBatch]:
+    """The exported rows, in order."""
+    files = sorted((draft / "sids").glob("part-*.parquet"))
+    yield from ds.dataset([str(file) for file in files], format="parquet").to_batches(batch_size=_ROWS)
+
+
+def _array(draft: Path, items: int, length: int) -> None:
+    codes = np.lib.format.open_memmap(draft / "codes.npy", mode="w+", dtype=np.int32, shape=(items, length))
+    start = 0
+    with (draft / "item_ids.txt").open("w", encoding="utf-8") as ids:
+        for batch in _batches(draft):
+            if batch.num_rows:
+                codes[start : start + batch.num_rows] = batch.column("codes").flatten().to_numpy().reshape(batch.num_rows, length)
+                start += batch.num_rows
+                ids.write(pc.binary_join(pa.ListArray.from_arrays([0, batch.num_rows], batch.column("item_id")), "\n")[0].as_py() + "\n")
+    codes.flush()
+
+
+def _index(draft: Path) -> None:
+    """JSON by string operations on whole columns: no row is a Python object."""
+    with (draft / "index.json").open("w", encoding="utf-8") as file:
+        file.write("{")
+        start = 0
+        for batch in _batches(draft):
+            if batch.num_rows:
+                tokens = pc.binary_join(batch.column("tokens"), '", "')
+                keys = pc.cast(pa.array(np.arange(start, start + batch.num_rows)), pa.string())
+                entries = pc.binary_join_element_wise('"', keys, '": ["', tokens, '"]', "")
+                file.write((",\n" if start else "") + pc.binary_join(pa.ListArray.from_arrays([0, len(entries)], entries), ",\n")[0].as_py())
+                start += batch.num_rows
+        file.write("}\n")
+
+
+def _prefixes(draft: Path, slots: list[Slot]) -> None:
+    codes = np.load(draft / "codes.npy", mmap_mode="r")
+    prefixes = Prefixes.of(ItemTokens.of(np.asarray(codes), slots))
+    tensors = {f"token.{level}": tokens for level, tokens in enumerate(prefixes.token)}
+    tensors |= {f"first.{level}": first for level, first in enumerate(prefixes.first)}
+    save_file({**tensors, "items": prefixes.items}, draft / "prefixes.safetensors")

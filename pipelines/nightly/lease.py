@@ -1,0 +1,107 @@
+"""One run at a time: a lease in the lake, taken and renewed by commits that succeed only on the version that was read.
+
+A holder renews it from a thread of its own. One that has died does not, and is taken for dead when its time is over; one that was only
+stopped finds the lease lost at its next :meth:`Lease.check`, which stands before every commit of a publication.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake.exceptions import CommitFailedError
+
+from adasid import tables
+from adasid.errors import BusyError
+from pipelines.engines.lake import Lake
+
+_TABLE = "leases"
+_POLL = 1.0
+
+
+class Lease:
+    """The right to publish into one lake. ``now``: the clock, in unix seconds."""
+
+    def __init__(self, lake: Lake, seconds: float, now: Callable[[], float] = time.time) -> None:
+        self.lake, self.seconds, self.now = lake, seconds, now
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._lost, self._ended = threading.Event(), threading.Event()
+
+    def take(self, wait: float) -> None:
+        """Become the holder, waiting at most ``wait`` seconds for another one. Raises BusyError where it stays."""
+        DeltaTable.create(self.lake.path(_TABLE), schema=tables.LEASES, mode="ignore")
+        deadline = time.monotonic() + wait
+        while True:
+            table = DeltaTable(self.lake.path(_TABLE))
+            other = self._holder(table)
+            if other is None and self._commit(table, self.holder, self.now() + self.seconds):
+                return
+            if time.monotonic() >= deadline:
+                who = f"{other[0]}, for {other[1] - self.now():.0f} s more unless it renews" if other else "another run that was faster"
+                raise BusyError(f"the lease of {self.lake.root} is held by {who}: wait for it to end, or raise retokenize.lease.wait")
+            time.sleep(min(_POLL, max(0.0, deadline - time.monotonic())))
+
+    def _holder(self, table: DeltaTable) -> tuple[str, float] | None:
+        """Who holds it now. A lease that ends later than any could have been given is of a clock that has since jumped back, and void."""
+        rows = table.to_pyarrow_table().to_pylist()
+        if not rows or rows[0]["holder"] in (None, self.holder) or not 0 < rows[0]["expires"] - self.now() <= 2 * self.seconds:
+            return None
+        return rows[0]["holder"], rows[0]["expires"]
+
+    def _commit(self, table: DeltaTable, holder: str | None, expires: float) -> bool:
+        """Whether the row could be written as the version after ``table``'s."""
+        row = pa.table({"holder": [holder], "expires": [expires]}, schema=tables.LEASES)
+        try:
+            write_deltalake(table, row, mode="overwrite", commit_properties=CommitProperties(max_commit_retries=0))
+        except CommitFailedError:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Raise BusyError unless this process is still the holder."""
+        rows = DeltaTable(self.lake.path(_TABLE)).to_pyarrow_table().to_pylist()
+        if self._lost.is_set() or not rows or rows[0]["holder"] != self.holder:
+            now = rows[0]["holder"] if rows else None
+            raise BusyError(
+                f"the lease of {self.lake.root} was lost to {now}: this run stood still for longer than retokenize.lease.seconds; run it again"
+            )
+
+    def renew(self) -> None:
+        """Hold it for another ``seconds``; after the first renewal that fails it is lost."""
+        table = DeltaTable(self.lake.path(_TABLE))
+        rows = table.to_pyarrow_table().to_pylist()
+        if not rows or rows[0]["holder"] != self.holder or not self._commit(table, self.holder, self.now() + self.seconds):
+            self._lost.set()
+
+    def give_back(self) -> None:
+        """Let the next one in."""
+        table = DeltaTable(self.lake.path(_TABLE))
+        rows = table.to_pyarrow_table().to_pylist()
+        if rows and rows[0]["holder"] == self.holder:
+            self._commit(table, None, 0.0)
+
+    def _keep(self) -> None:
+        while not self._ended.wait(self.seconds / 3) and not self._lost.is_set():
+            self.renew()
+
+
+@contextmanager
+def held(lake: Lake, seconds: float, wait: float) -> Iterator[Lease]:
+    """Take the lease, renew it meanwhile, give it back."""
+    lease = Lease(lake, seconds)
+    lease.take(wait)
+    keeper = threading.Thread(target=lease._keep, daemon=True)
+    keeper.start()
+    try:
+        yield lease
+    finally:
+        lease._ended.set()
+        keeper.join()
+        lease.give_back()

@@ -1,0 +1,48 @@
+"""New tokenizers for a night: the live one trained on, or one trained anew whose codes are matched with the published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pyspark.sql import functions as F
+
+from adasid.config import digest
+from adasid.tokenizers import artifact
+from adasid.tokenizers.relabel import Relabelled
+from adasid.training.checkpoint import write_json
+from pipelines import sids, train
+from pipelines.nightly import drift
+
+if TYPE_CHECKING:
+    from pipelines.nightly.retokenize import Night
+
+
+def fit(night: Night, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
+    """The artifact of policy ``warm`` or ``refit`` on today's features, and its manifest. ``live``: the artifact of the live SIDs."""
+    cfg, lake = night.cfg, night.lake
+    key = digest(policy, night.live["tokenizer"], cfg.tokenizer, cfg.retokenize.warm, cfg.seed, lake.stamps({"item_features": night.version}))
+    folder = (cfg.run_dir / "artifacts" / "tokenizer" / key).resolve()
+    if policy == "warm":
+        return folder / "model", train.fit_tokenizer(cfg, night.track, folder, start=live)
+    train.fit_tokenizer(cfg, night.track, folder)
+    matched = folder / "matched" / "model"
+    if not (matched / "manifest.json").exists():
+        _match(night, folder / "model", matched)
+    return matched, artifact.read_manifest(matched)
+
+
+def _match(night: Night, anew: Path, matched: Path) -> None:
+    """Write the artifact in ``anew`` under the names that keep most published codes, on a sample."""
+    tokenizer, manifest = artifact.read(anew)
+    old = night.published.select("item_id", F.col("codes").alias("_old"))
+    sample = drift.sampled(night.features, night.live["items"], night.cfg.retokenize.sample)
+    encoded = sids.encode(night.spark, sample, anew, manifest, night.cfg.sids.batch).select("item_id", "codes")
+    pairs = encoded.join(old, "item_id").select("_old", "codes").collect()  # at most retokenize.sample rows
+    renamed = Relabelled(tokenizer)
+    length = len(manifest["slots"])
+    if pairs and all(len(pair["_old"]) == length for pair in pairs):
+        renamed.rename(*(np.array([pair[name] for pair in pairs], np.int32) for name in ("_old", "codes")))
+    artifact.rewrite(matched, renamed, manifest)
+    write_json(matched / "matched.json", {"names": renamed.names.tolist(), "order": renamed.order.tolist(), "to": night.live["tokenizer"]})

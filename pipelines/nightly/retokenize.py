@@ -1,0 +1,219 @@
+"""A night: what changed since the live generation gets its SIDs under the config's policy, is measured, gated, and published or refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from adasid.config import Config, digest
+from adasid.errors import GateError, InputError
+from adasid.tables import SIDS
+from adasid.tokenizers import artifact
+from adasid.tokenizers.base import Slot
+from pipelines import generations, sids
+from pipelines.engines import spark as engine
+from pipelines.engines.lake import Lake
+from pipelines.engines.tracking import Track
+from pipelines.generations import Generation
+from pipelines.nightly import changes, drift, exports, refit
+from pipelines.nightly.lease import Lease, held
+
+_WORST = 10
+_RANKS = ("frozen", "warm", "refit")
+
+
+@dataclass
+class Night:
+    """What a night works on: the live generation, today's features, and the SIDs that are published."""
+
+    cfg: Config
+    track: Track
+    lease: Lease
+    live: Generation
+    version: int
+    spark: SparkSession
+    features: DataFrame
+    published: DataFrame
+
+    @property
+    def lake(self) -> Lake:
+        """The lake."""
+        return self.track.lake
+
+
+def run(cfg: Config, track: Track, run_date: date) -> None:
+    """Publish the night of ``run_date``, unless nothing changed. Raises BusyError while another run is at work, InputError for unusable input,
+    GateError where the new table is refused; the live generation then stays as it is."""
+    lake, settings = track.lake, cfg.retokenize
+    with held(lake, settings.lease.seconds, settings.lease.wait) as lease:
+        live, version = generations.live(lake), lake.version("item_features")
+        day, before = run_date.isoformat(), live["run_date"]
+        if before and day < before:
+            raise InputError(
+                f"run date {day} is before {before}, which generation {live['generation']} was published for: give {before} or a later one"
+            )
+        key = digest(
+            "night", settings.policy, settings.warm, settings.auto, live["generation"], live["tokenizer"], lake.stamps({"item_features": version})
+        )
+        track.inputs({"item_features": version, "sids": live["sids_version"]})
+        if version == live["inputs"]["item_features"] and settings.policy in {"frozen", "auto"}:
+            _unchanged(track, live)
+            return
+        spark = engine.session(cfg.spark)
+        night = Night(
+            cfg, track, lease, live, version, spark, changes.features_at(spark, lake, version), engine.read(spark, lake, "sids", live["sids_version"])
+        )
+        _publish(night, key, day)
+
+
+def _unchanged(track: Track, live: Generation) -> None:
+    track.status = "up to date"
+    track.note(f"no item is new, changed or removed since generation {live['generation']}")
+    track.facts.update({"generation": live["generation"], "items": live["items"]})
+
+
+def _publish(night: Night, key: str, day: str) -> None:
+    cfg, lake, spark, live = night.cfg, night.lake, night.spark, night.live
+    folder = Path(live["artifact"])
+    manifest = artifact.read(folder)[1]  # damaged weights are found here, not in a task
+    if manifest["digest"] != live["tokenizer"]:
+        raise InputError(
+            f"artifact {folder}: tokenizer {manifest['digest']}, but the live SIDs are of {live['tokenizer']}: put that artifact back, or run jobs/write_sids.py"
+        )
+    sids.check_features(night.features, manifest)
+    found, how = changes.detect(spark, lake, night.features, night.published, live["inputs"]["item_features"], night.version)
+    found = found.persist(StorageLevel.DISK_ONLY)
+    counts = {row["why"]: row["count"] for row in found.groupBy("why").count().collect()}
+    night.track.note(f"by {how}: " + ", ".join(f"{counts.get(why, 0)} {why}" for why in ("new", "changed", "removed")))
+    if not counts and cfg.retokenize.policy in {"frozen", "auto"}:
+        _unchanged(night.track, live)
+        return
+    items = night.features.count()
+    sample = drift.sampled(night.features, items, cfg.retokenize.sample).persist(StorageLevel.DISK_ONLY)
+    measured = drift.measure(spark, lake, sample, folder, manifest, cfg.sids.batch)
+    today = drift.against(live["drift"]["baseline"], measured, sample)
+    policy = _policy(cfg, today)
+    night.track.note(f"policy {policy}")
+    facts: dict[str, Any] = {
+        "policy": policy,
+        "run_date": day,
+        "inputs": {"item_features": night.version},
+        "tokenizer": live["tokenizer"],
+        "artifact": str(folder),
+    }
+    if policy == "frozen":
+        kept = night.published.join(F.broadcast(found), "item_id", "left_anti")
+        encoded = sids.encode(spark, night.features.join(F.broadcast(found), "item_id", "left_semi"), folder, manifest, cfg.sids.batch).persist(
+            StorageLevel.DISK_ONLY
+        )
+        fresh = changes.ranked(kept, encoded).withColumn("tokenizer", F.lit(manifest["digest"]))
+        touched = night.published.join(F.broadcast(found), "item_id", "left_semi")
+        baseline = live["drift"]["baseline"]
+    else:
+        folder, manifest = refit.fit(night, policy, folder)
+        facts |= {"tokenizer": manifest["digest"], "artifact": str(folder)}
+        encoded = sids.encode(spark, night.features, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
+        kept, touched = night.published.limit(0), night.published
+        fresh = changes.ranked(kept, encoded).withColumn("tokenizer", F.lit(manifest["digest"]))
+        baseline = drift.measure(spark, lake, sample, folder, manifest, cfg.sids.batch)
+    slots = [Slot(**slot) for slot in manifest["slots"]]
+    moves = changes.moved(touched, encoded, policy).persist(StorageLevel.DISK_ONLY)
+    names = [field.name for field in SIDS]
+    generation = generations.next_number(lake)
+    whole = kept.select(names).unionByName(fresh.withColumn("generation", F.lit(generation)).select(names)).persist(StorageLevel.DISK_ONLY)
+    try:
+        placed = whole.join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
+        metrics = sids.measure(placed, slots)
+        usage = drift.usage(live["metrics"], metrics)
+        churned = changes.churn(moves, night.features, live["items"], [slot.name for slot in slots])
+        gates = sids.check_gates(metrics, cfg.sids.gates, items, whole.select("item_id").distinct().count()) + _night_gates(
+            cfg, metrics, churned, today
+        )
+        facts |= {
+            "items": metrics["items"],
+            "metrics": metrics,
+            "gates": gates,
+            "churn": churned,
+            "drift": {**today, "usage": usage, "baseline": baseline},
+        }
+        _tracked(night.track, metrics, churned, today, usage)
+        _judge(night, facts, moves, placed)
+        row = generations.publish(
+            night.track,
+            key,
+            facts,
+            lambda number: whole.withColumn("generation", F.when(F.col("generation") == generation, number).otherwise(F.col("generation"))),
+            lambda number: moves.withColumn("generation", F.lit(number)),
+            before_live=partial(exports.write, cfg, lake, slots),
+            allowed=night.lease.check,
+        )
+    finally:
+        for frame in (whole, moves, encoded, sample, found):
+            frame.unpersist()
+    night.track.facts.update(
+        {
+            "generation": row["generation"],
+            "policy": policy,
+            "items": metrics["items"],
+            **{why: churned[why] for why in ("new", "changed", "removed")},
+            "churn": f"{churned['churn']:.2%}",
+        }
+    )
+
+
+def _policy(cfg: Config, today: dict[str, Any]) -> str:
+    """The policy of the config; under ``auto`` what today's drift asks for."""
+    settings, auto = cfg.retokenize, cfg.retokenize.auto
+    if settings.policy != "auto":
+        return settings.policy
+    error = max((ratio["all"] for ratio in today["error_ratio"].values() if "all" in ratio), default=1.0)
+    if error >= auto.refit_error:
+        return "refit"
+    return "warm" if error >= auto.warm_error or max(today["norms"].values(), default=0.0) >= auto.warm_norms else "frozen"
+
+
+def _night_gates(cfg: Config, metrics: dict[str, Any], churned: dict[str, Any], today: dict[str, Any]) -> list[dict[str, Any]]:
+    limits = cfg.retokenize.gates
+    error = max((ratio["all"] for ratio in today["error_ratio"].values() if "all" in ratio), default=1.0)
+    values = {
+        "collision rate, tail and cold": (metrics["collision_tail"], limits.max_tail_collision),
+        "churn": (churned["churn"], limits.max_churn),
+        "churn, weighted by events": (churned["weighted"], limits.max_weighted_churn),
+        "error against the tokenizer's data": (error, limits.max_error_ratio),
+    }
+    return [{"gate": name, "value": value, "threshold": limit, "passed": bool(value <= limit)} for name, (value, limit) in values.items()]
+
+
+def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, placed: DataFrame) -> None:
+    """Raise GateError where a gate failed, with the worst items; the refusal is kept for the report."""
+    failed = [gate for gate in facts["gates"] if not gate["passed"]]
+    if not failed:
+        return
+    crowded = placed.groupBy("codes").agg(F.count("*").alias("n"), F.min("item_id").alias("item_id")).orderBy(F.desc("n"), "item_id").limit(_WORST)
+    churned = moves.filter("old_codes IS NOT NULL AND new_codes IS NOT NULL").join(night.features.select("item_id", "interactions"), "item_id")
+    worst = {
+        "most moved, by events": [row["item_id"] for row in churned.orderBy(F.desc("interactions"), "item_id").limit(_WORST).collect()],
+        "of the largest groups": [f"{row['item_id']} ({row['n']})" for row in crowded.collect()],
+    }
+    night.track.client.log_dict(night.track.run_id, {"gates": facts["gates"], "worst": worst}, "refused.json")
+    exports.refuse(night.cfg, {**facts, "worst": worst})
+    text = "; ".join(f"{g['gate']} is {g['value']:.4g}, allowed {g['threshold']:.4g}" for g in failed)
+    raise GateError(
+        f"night {facts['run_date']} not published: {text}. Generation {night.live['generation']} stays live; worst items: "
+        + "; ".join(f"{name}: {', '.join(items[:3])}" for name, items in worst.items() if items)
+    )
+
+
+def _tracked(track: Track, metrics: dict[str, Any], churned: dict[str, Any], today: dict[str, Any], usage: dict[str, float]) -> None:
+    values = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    values |= {name: float(churned[name]) for name in ("new", "changed", "removed", "churn", "weighted")}
+    values |= {f"norm_index_{m}": value for m, value in today["norms"].items()} | {f"usage_{slot}": value for slot, value in usage.items()}
+    values |= {f"error_ratio_{m}": ratio["all"] for m, ratio in today["error_ratio"].items() if "all" in ratio}
+    track.metrics(values)

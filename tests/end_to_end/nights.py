@@ -1,0 +1,69 @@
+"""Days of a catalogue: what a night's ``item_features`` is, from the day before."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+VECTORS = ("text", "visual", "behavior")
+
+
+def next_day(table: pa.Table, seed: int, new: float = 0.02, changed: float = 0.02, removed: float = 0.01, noise: float = 0.3) -> pa.Table:
+    """Some items leave, some get other vectors, and some come that are near others; fingerprints follow the vectors."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(table.num_rows)
+    counts = [round(share * table.num_rows) for share in (removed, changed, new)]
+    gone, other, copied = np.split(order, np.cumsum(counts))[:3]
+    kept = np.setdiff1d(np.arange(table.num_rows), gone)
+    moved = _noisy(table.take(pa.array(np.sort(other))), rng, noise, f"c{seed}-")
+    fresh = _noisy(table.take(pa.array(np.sort(copied))), rng, noise, f"n{seed}-")
+    fresh = fresh.set_column(
+        fresh.column_names.index("item_id"), fresh.schema.field("item_id"), pa.array([f"new{seed}-{i:05d}" for i in range(len(copied))])
+    )
+    still = table.take(pa.array(np.setdiff1d(kept, other)))
+    whole = pa.concat_tables([still, moved, fresh]).sort_by([("interactions", "descending"), ("item_id", "ascending")])
+    index = whole.schema.field("item_index")
+    return whole.set_column(whole.column_names.index("item_index"), index, pa.array(np.arange(whole.num_rows))).cast(table.schema)
+
+
+def noisy(table: pa.Table, seed: int, share: float) -> pa.Table:
+    """All vectors with noise of ``share`` of their norm."""
+    return _noisy(table, np.random.default_rng(seed), share, f"z{seed}-").cast(table.schema)
+
+
+def _noisy(table: pa.Table, rng: np.random.Generator, share: float, mark: str) -> pa.Table:
+    for name in set(VECTORS) & set(table.column_names):
+        column = table[name].combine_chunks()
+        there = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+        if len(there):
+            x = np.stack([np.asarray(row) for row in column.drop_null().to_pylist()]).astype(np.float32)
+            step = rng.standard_normal(x.shape)
+            x = x + share * np.linalg.norm(x, axis=1, keepdims=True) * step / np.linalg.norm(step, axis=1, keepdims=True)
+            rows = [None] * table.num_rows
+            for place, row in zip(there, x.astype(np.float32)):
+                rows[place] = row
+            field = table.schema.field(name)
+            table = table.set_column(table.column_names.index(name), field, pa.array(rows, field.type))
+    prints = pa.array([mark + old for old in table["fingerprint"].to_pylist()])
+    return table.set_column(table.column_names.index("fingerprint"), table.schema.field("fingerprint"), prints)
+
+
+def put(lake, table: pa.Table, stamp: str) -> int:
+    """Today's ``item_features``, in one commit."""
+    return lake.write("item_features", table.schema, table.to_batches(), stamp)
+
+
+def by_item(
+    lake, version=None, columns=("item_id", "codes", "weights", "active", "tokens", "collision_rank", "tokenizer", "generation", "fingerprint")
+):
+    """A version of ``sids``, by item."""
+    return lake.read("sids", version, list(columns)).sort_by("item_id").combine_chunks()
+
+
+def rows_of(table: pa.Table) -> dict:
+    """item_id -> row."""
+    return {row["item_id"]: row for row in table.to_pylist()}
+
+
+def without(table: pa.Table, ids) -> pa.Table:
+    """Rows of other items."""
+    return table.filter(pc.invert(pc.is_in(table["item_id"], pa.array(list(ids)))))

@@ -1,0 +1,185 @@
+"""The nightly job on real Delta tables: what moves, what stays, what is refused, and how one gets back."""
+
+import json
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+from adasid.config import load
+from adasid.errors import GateError, InputError
+from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.tables import SIDS
+from adasid.tokenizers import artifact
+from adasid.tokenizers.base import Slot
+from pipelines import chain, generations
+from pipelines.engines import tracking
+from pipelines.nightly import retokenize, upkeep
+from tests.end_to_end.nights import by_item, next_day, noisy, put, rows_of
+from tests.end_to_end.running import config_file, lake_of
+
+OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_tail_collision": 1.0, "max_error_ratio": 100.0}, "warm": {"epochs": 3}}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, spark):
+    """A first generation; each test adds its nights."""
+    folder = tmp_path_factory.mktemp("nights")
+    path = config_file(folder, "shop", retokenize=OPEN)
+    chain.run(load(path))
+    return path, lake_of(folder, "shop")
+
+
+def night(path, day, *overrides):
+    """A night in this process."""
+    cfg = load(path, list(overrides))
+    with tracking.stage(cfg, "retokenize", journal=False) as track:
+        retokenize.run(cfg, track, date.fromisoformat(day))
+    return track
+
+
+def test_a_day_without_changes_publishes_nothing(published):
+    path, lake = published
+    before = lake.versions("sids", "generations", "live")
+    assert night(path, "2026-01-01").status == "up to date"
+    table = lake.read("item_features")
+    put(lake, table, "same rows, another version")
+    assert night(path, "2026-01-01").status == "up to date"
+    assert lake.versions("sids", "generations", "live") == before
+
+
+@pytest.mark.parametrize("feed", [False, True])
+def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed):
+    path, lake = published
+    old, features = by_item(lake, generations.live(lake)["sids_version"]), lake.read("item_features")
+    day = 3 if feed else 2
+    today = next_day(features, seed=day)
+    if feed:
+        target = lake.path("item_features")
+        spark.sql(f"ALTER TABLE delta.`{target}` SET TBLPROPERTIES (delta.enableChangeDataFeed = true)")
+        night(path, f"2026-01-0{day}")
+        spark.createDataFrame(today.to_pandas()).createOrReplaceTempView("today")
+        spark.sql(
+            f"MERGE INTO delta.`{target}` t USING today s ON t.item_id = s.item_id WHEN MATCHED AND t.fingerprint <> s.fingerprint THEN UPDATE SET * "
+            "WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE"
+        )
+    else:
+        put(lake, today, "next day")
+    track = night(path, f"2026-01-0{day}")
+    row = generations.live(lake)
+    new = by_item(lake, row["sids_version"])
+    assert row["run_date"] == f"2026-01-0{day}" and row["policy"] == "frozen" and row["parent"] == row["generation"] - 1
+    before, after = rows_of(old), rows_of(new)
+    prints = {r["item_id"]: r["fingerprint"] for r in today.select(["item_id", "fingerprint"]).to_pylist()}
+    assert set(after) == set(prints)
+    touched = {item for item in set(before) | set(after) if item not in before or item not in after or before[item]["fingerprint"] != prints[item]}
+    assert 0 < len(touched) < 60
+    for item in set(after) - touched:
+        assert after[item] == before[item], item
+    for item in touched & set(after):
+        assert after[item]["generation"] == row["generation"] and after[item]["fingerprint"] == prints[item]
+    changes = {r["item_id"]: r for r in lake.read("sid_changes").to_pylist() if r["generation"] == row["generation"]}
+    for item in touched:
+        codes = [side[item]["codes"] if item in side else None for side in (before, after)]
+        if codes[0] != codes[1]:
+            assert [changes[item]["old_codes"], changes[item]["new_codes"]] == codes
+            assert changes[item]["why"] == ("new" if codes[0] is None else "removed" if codes[1] is None else "changed")
+    assert set(changes) <= touched
+    churn = row["churn"]
+    both = [item for item in before if item in after]
+    moved = [item for item in both if before[item]["codes"] != after[item]["codes"]]
+    assert churn["churn"] == pytest.approx(len(moved) / len(both)) and churn["changed"] == len(moved)
+    assert (churn["new"], churn["removed"]) == (len(set(after) - set(before)), len(set(before) - set(after)))
+    for slot, name in enumerate(row["metrics"]["slots"]):
+        assert churn["by_slot"][name] == pytest.approx(sum(before[i]["codes"][slot] != after[i]["codes"][slot] for i in both) / len(both))
+    for group in {tuple(r["codes"]) for r in after.values()}:
+        ranks = [r["collision_rank"] for r in after.values() if tuple(r["codes"]) == group]
+        assert len(ranks) == len(set(ranks))
+    assert track.facts["generation"] == row["generation"]
+    assert night(path, f"2026-01-0{day}").status == "up to date"
+    check_exports(path, lake, row, after)
+
+
+def check_exports(path, lake, row, sids):
+    folder = load(path).run_dir / "exports" / str(row["generation"])
+    table = pq.read_table(folder / "sids").to_pylist()
+    assert {r["item_id"]: r["codes"] for r in table} == {item: r["codes"] for item, r in sids.items()}
+    codes = np.load(folder / "codes.npy")
+    ids = (folder / "item_ids.txt").read_text().split()
+    assert [sids[item]["codes"] for item in ids] == codes.tolist() and len(ids) == len(sids)
+    assert json.loads((folder / "index.json").read_text()) == {str(place): sids[item]["tokens"] for place, item in enumerate(ids)}
+    groups = {tuple(r["codes"]): r["items"] for r in pq.read_table(folder / "items").to_pylist()}
+    assert sum(map(len, groups.values())) == len(sids)
+    assert all(
+        [sids[item]["collision_rank"] for item in items] == sorted(sids[item]["collision_rank"] for item in items) for items in groups.values()
+    )
+    slots = [Slot(**slot) for slot in json.loads((folder / "manifest.json").read_text())["slots"]]
+    ours, stored = Prefixes.of(ItemTokens.of(codes, slots)), load_file(folder / "prefixes.safetensors")
+    assert all((stored[f"token.{level}"] == tokens).all() for level, tokens in enumerate(ours.token)) and (stored["items"] == ours.items).all()
+    moves = pq.read_table(folder / "changes").to_pylist()
+    assert len(moves) == sum(r["generation"] == row["generation"] for r in lake.read("sid_changes").to_pylist())
+
+
+def test_a_date_before_the_last_one_is_refused(published):
+    path, lake = published
+    with pytest.raises(InputError, match=r"run date 2025-12-31 is before 2026-01-0\d, which generation \d was published for"):
+        night(path, "2025-12-31")
+
+
+def test_a_failed_gate_keeps_yesterday_live(published):
+    path, lake = published
+    before = generations.live(lake), lake.versions("sids", "generations", "live")
+    put(lake, noisy(lake.read("item_features"), 5, 0.5), "all changed")
+    with pytest.raises(GateError, match=r"night 2026-01-04 not published: churn is 0\.\d+, allowed 0\.1\. Generation 3 stays live; worst items: most moved"):
+        night(path, "2026-01-04", "retokenize.gates.max_churn=0.1")
+    assert (generations.live(lake), lake.versions("sids", "generations", "live")) == before
+    refused = json.loads((load(path).run_dir / "refused.json").read_text())
+    assert [gate["gate"] for gate in refused["gates"] if not gate["passed"]] == ["churn"]
+    assert len(refused["worst"]["most moved, by events"]) == 10
+    track = night(path, "2026-01-04")  # the same day, gates as in the file
+    assert track.facts["churn"] != "0.00%"
+
+
+@pytest.mark.parametrize("policy", ["warm", "refit"])
+def test_warm_and_refit_move_few_sids(published, policy):
+    path, lake = published
+    live = generations.live(lake)
+    old = rows_of(by_item(lake, live["sids_version"]))
+    put(lake, noisy(lake.read("item_features"), 7 if policy == "warm" else 8, 0.02), policy)
+    day = "2026-01-05" if policy == "warm" else "2026-01-06"
+    night(path, day, f"retokenize.policy={policy}")
+    row = generations.live(lake)
+    assert row["policy"] == policy and row["tokenizer"] != live["tokenizer"]
+    new = rows_of(by_item(lake, row["sids_version"]))
+    kept = np.mean([[a == b for a, b in zip(old[item]["codes"], new[item]["codes"])] for item in old])
+    assert kept > (0.9 if policy == "warm" else 0.25)
+    _, manifest = artifact.read(Path(row["artifact"]))
+    assert manifest["relabelled"] == (policy == "refit")
+
+
+def test_rollback_and_maintenance(published):
+    path, lake = published
+    cfg = load(path)
+    rows = generations.history(lake)
+    with tracking.stage(cfg, "rollback", journal=False) as track:
+        upkeep.rollback(cfg, track, 1)
+    assert generations.live(lake)["generation"] == 1
+    assert night(path, rows[-1]["run_date"]).status == "done"  # from the first generation on
+    with (
+        pytest.raises(InputError, match=r"generation 99 does not exist \(there are: 1 to \d+\)"),
+        tracking.stage(cfg, "rollback", journal=False) as track,
+    ):
+        upkeep.rollback(cfg, track, 99)
+    cfg = load(path, ["retokenize.keep=2", "retokenize.grace_hours=0"])
+    with tracking.stage(cfg, "maintain", journal=False) as track:
+        upkeep.maintain(cfg, track)
+    last = generations.history(lake)
+    for row in last[-2:]:
+        assert lake.read("sids", row["sids_version"]).num_rows == row["items"]
+    with pytest.raises(InputError, match="cannot be read any more"), tracking.stage(cfg, "rollback", journal=False) as track:
+        upkeep.rollback(cfg, track, last[1]["generation"])
+    assert lake.read("sids").schema.names == SIDS.names and isinstance(lake.read("live"), pa.Table)

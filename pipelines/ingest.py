@@ -119,7 +119,9 @@ def _fingerprint(spark: SparkSession, key: str, path: str, form: str) -> list[An
         try:
             table = DeltaTable(path)
         except Exception as error:
-            raise InputError(f"{key} {path}: not a Delta table ({_line(error)}); correct the path, or set source.tables.format: parquet") from None
+            raise InputError(
+                f"{key} {path}: not a Delta table ({engine.root_cause(error)}); correct the path, or set source.tables.format: parquet"
+            ) from None
         return [str(table.metadata().id), table.version()]
     try:
         target = spark._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
@@ -132,7 +134,7 @@ def _fingerprint(spark: SparkSession, key: str, path: str, form: str) -> list[An
             mark = hashlib.sha256(Path(uri.getPath()).read_bytes()).hexdigest() if local else file.getModificationTime()
             found.append([uri.toString().removeprefix(root), size, mark])
     except (Py4JJavaError, PySparkException) as error:
-        problem = "does not exist" if "FileNotFound" in _line(error) else f"cannot be listed ({_line(error)})"
+        problem = "does not exist" if "FileNotFound" in engine.root_cause(error) else f"cannot be listed ({engine.root_cause(error)})"
         raise InputError(f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)") from None
     return sorted(found)
 
@@ -205,8 +207,8 @@ def _load(spark: SparkSession, key: str, path: str, form: str, found: list[Any])
     try:
         return (reader.option("versionAsOf", found[-1]) if form == "delta" else reader).load(path)
     except (Py4JJavaError, PySparkException) as error:
-        fix = "store its times in microseconds, which Spark reads" if "NANOS" in _line(error) else "correct the path or the format"
-        raise InputError(f"{key} {path}: not readable as {form} ({_line(error)}); {fix}") from None
+        fix = "store its times in microseconds, which Spark reads" if "NANOS" in engine.root_cause(error) else "correct the path or the format"
+        raise InputError(f"{key} {path}: not readable as {form} ({engine.root_cause(error)}); {fix}") from None
 
 
 def _require(frame: DataFrame, where: str, columns: dict[str, str]) -> None:
@@ -335,14 +337,6 @@ def _reading(cfg: Config) -> Iterator[None]:
     try:
         yield
     except (Py4JJavaError, PySparkException) as error:
-        raise InputError(f"source.{cfg.source.kind} could not be copied into the lake ({_line(error)}); check the files it names") from error
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error: of its root cause where it comes from Java."""
-    if isinstance(error, Py4JJavaError):
-        cause = error.java_exception
-        while cause.getCause() is not None:
-            cause = cause.getCause()
-        return str(cause.toString()).splitlines()[0]
-    return str(error).strip().splitlines()[0]
+        raise InputError(
+            f"source.{cfg.source.kind} could not be copied into the lake ({engine.root_cause(error)}); check the files it names"
+        ) from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ from pipelines.engines.tracking import Track
 from pipelines.nightly import changes, drift
 from pipelines.train import tokenizer_folder
 
+_PLAIN = ("item_id", "item_index", "interactions", "stratum", "fingerprint", "richness")
+"""What is read of an item beside its vectors."""
+
 
 def run(cfg: Config, track: Track) -> None:
     """``item_features`` at its pinned version -> ``sids`` and a row of ``generations``.
@@ -47,7 +52,7 @@ def run(cfg: Config, track: Track) -> None:
     try:
         slots, items = [Slot(**slot) for slot in manifest["slots"]], features.count()
         metrics = measure(encoded, slots)
-        gates = check_gates(metrics, cfg.sids.gates, items, encoded.select("item_id").distinct().count())
+        gates = check_gates(metrics, cfg.sids.gates, items, encoded.select("item_id").distinct().count(), not_finite(features, manifest))
         track.metrics({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
         failed = [gate for gate in gates if not gate["passed"]]
         if failed:
@@ -97,11 +102,17 @@ def run(cfg: Config, track: Track) -> None:
 
 
 def check_features(features: DataFrame, manifest: dict[str, Any]) -> None:
-    """Raise InputError unless every input of the artifact is there with the width it was trained on, before any task starts."""
-    for modality in manifest["widths"]:
-        if modality not in features.columns:
+    """Raise InputError unless every column is there in its type, and every input of the artifact has the width it was trained on, before any
+    task starts. Further columns do no harm."""
+    expected = {field.name: field.dataType for field in engine.struct(tables.item_features([m for m in manifest["widths"] if m != BEHAVIOR]))}
+    for column in (*_PLAIN, *manifest["widths"]):
+        if column not in features.columns:
+            who = f"the tokenizer {manifest['digest']}" if column in manifest["widths"] else "the table of semantic IDs"
+            raise InputError(f"{who} needs {column!r} but item_features has no such column: run jobs/build_features.py, or train on these features")
+        if features.schema[column].dataType.simpleString() != expected[column].simpleString():
+            kind = features.schema[column].dataType.simpleString()
             raise InputError(
-                f"the tokenizer {manifest['digest']} needs {modality!r} but item_features has no such column: train it on these features"
+                f"item_features.{column} is {kind}, it must be {expected[column].simpleString()}: cast it, or run jobs/build_features.py"
             )
     sizes = [F.expr(f"{bound}(size({m}))").alias(f"{bound}_{m}") for m in manifest["widths"] for bound in ("min", "max")]
     found = features.agg(*sizes).first()
@@ -116,7 +127,7 @@ def check_features(features: DataFrame, manifest: dict[str, Any]) -> None:
 def encode(spark: SparkSession, features: DataFrame, folder: Path, manifest: dict[str, Any], batch: int) -> DataFrame:
     """One row of :data:`ENCODED` for each row of ``features``; the weights travel as a broadcast of plain bytes."""
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
-    columns = ["item_id", "item_index", "interactions", "stratum", "fingerprint", "richness", *manifest["widths"]]
+    columns = [*_PLAIN, *manifest["widths"]]
     text = json.dumps(manifest)
     return features.select(*columns).mapInArrow(encoder(text, weights, batch), engine.struct(ENCODED))
 
@@ -126,6 +137,12 @@ def ranked(encoded: DataFrame, tokenizer: str, generation: int) -> DataFrame:
     order = Window.partitionBy("codes").orderBy(F.desc("interactions"), "item_id")
     rank = F.row_number().over(order) - 1
     return encoded.select("*", rank.alias("collision_rank"), F.lit(tokenizer).alias("tokenizer"), F.lit(generation).alias("generation"))
+
+
+def not_finite(features: DataFrame, manifest: dict[str, Any]) -> int:
+    """Items with a NaN or an infinity in an input of the tokenizer."""
+    broken = [F.exists(m, lambda x: F.isnan(x) | (F.abs(x) == float("inf"))) for m in manifest["widths"]]
+    return features.filter(reduce(or_, (F.coalesce(column, F.lit(False)) for column in broken))).count()
 
 
 def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
@@ -177,11 +194,12 @@ def _by_stratum(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
     }
 
 
-def check_gates(metrics: dict[str, Any], gates: Gates, expected: int, distinct_items: int) -> list[dict[str, Any]]:
+def check_gates(metrics: dict[str, Any], gates: Gates, expected: int, distinct_items: int, broken: int) -> list[dict[str, Any]]:
     """What a table must satisfy: every item once, codebooks in use, collisions bounded."""
     checks = [
         ("coverage", metrics["items"] / max(1, expected), 1.0, metrics["items"] == expected),
         ("duplicate items", metrics["items"] - distinct_items, 0.0, metrics["items"] == distinct_items),
+        ("items with vectors that are not finite", broken, 0.0, not broken),
         ("lowest utilisation", min(metrics["utilisation"]), gates.min_utilisation, min(metrics["utilisation"]) >= gates.min_utilisation),
         ("collision rate", metrics["collision_items"], gates.max_collision, metrics["collision_items"] <= gates.max_collision),
         ("largest group", metrics["largest_group"], gates.max_group, metrics["largest_group"] <= gates.max_group),

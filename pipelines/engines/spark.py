@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyspark
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
@@ -98,6 +99,16 @@ def write(
         writer = writer.option("replaceWhere", replace) if replace and lake.exists(table) else writer.option("overwriteSchema", "true")
     writer.save(lake.path(table))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
+
+
+def root_cause(error: Exception) -> str:
+    """The first line of an error: of its root cause where it comes from Java."""
+    if isinstance(error, Py4JJavaError):
+        cause = error.java_exception
+        while cause.getCause() is not None:
+            cause = cause.getCause()
+        return str(cause.toString()).splitlines()[0]
+    return next(line for line in [*str(error).strip().splitlines(), type(error).__name__] if line)
 
 
 def versions() -> dict[str, str]:

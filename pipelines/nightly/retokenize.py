@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from py4j.protocol import Py4JJavaError
 from pyspark import StorageLevel
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -70,7 +72,13 @@ def run(cfg: Config, track: Track, run_date: date) -> None:
         night = Night(
             cfg, track, lease, live, version, spark, changes.features_at(spark, lake, version), engine.read(spark, lake, "sids", live["sids_version"])
         )
-        _publish(night, key, day)
+        try:
+            _publish(night, key, day)
+        except (Py4JJavaError, PySparkException) as error:
+            raise InputError(
+                f"night {day}: item_features version {version} or sids version {live['sids_version']} cannot be worked on ({engine.root_cause(error)}); "
+                f"generation {generations.pointer(lake)} stays live: mend the table or the disk that it names, then run the night again"
+            ) from error
 
 
 def _unchanged(track: Track, live: Generation) -> None:
@@ -110,16 +118,16 @@ def _publish(night: Night, key: str, day: str) -> None:
     }
     if policy == "frozen":
         kept = night.published.join(F.broadcast(found), "item_id", "left_anti")
-        encoded = sids.encode(spark, night.features.join(F.broadcast(found), "item_id", "left_semi"), folder, manifest, cfg.sids.batch).persist(
-            StorageLevel.DISK_ONLY
-        )
+        todo = night.features.join(F.broadcast(found), "item_id", "left_semi")
+        encoded = sids.encode(spark, todo, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
         fresh = changes.ranked(kept, encoded).withColumn("tokenizer", F.lit(manifest["digest"]))
         touched = night.published.join(F.broadcast(found), "item_id", "left_semi")
         baseline = live["drift"]["baseline"]
     else:
         folder, manifest = refit.fit(night, policy, folder)
         facts |= {"tokenizer": manifest["digest"], "artifact": str(folder)}
-        encoded = sids.encode(spark, night.features, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
+        todo = night.features
+        encoded = sids.encode(spark, todo, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
         kept, touched = night.published.limit(0), night.published
         fresh = changes.ranked(kept, encoded).withColumn("tokenizer", F.lit(manifest["digest"]))
         baseline = drift.measure(spark, lake, sample, folder, manifest, cfg.sids.batch)
@@ -133,9 +141,9 @@ def _publish(night: Night, key: str, day: str) -> None:
         metrics = sids.measure(placed, slots)
         usage = drift.usage(live["metrics"], metrics)
         churned = changes.churn(moves, night.features, live["items"], [slot.name for slot in slots])
-        gates = sids.check_gates(metrics, cfg.sids.gates, items, whole.select("item_id").distinct().count()) + _night_gates(
-            cfg, metrics, churned, today
-        )
+        gates = sids.check_gates(
+            metrics, cfg.sids.gates, items, whole.select("item_id").distinct().count(), sids.not_finite(todo, manifest)
+        ) + _night_gates(cfg, metrics, churned, today)
         facts |= {
             "items": metrics["items"],
             "metrics": metrics,

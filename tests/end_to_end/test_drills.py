@@ -1,0 +1,216 @@
+"""Failure drills of the nightly job, with real processes: killed at any step, started twice, fed with broken tables; yesterday's table stays live.
+
+``ADASID_DRILLS`` sets how many kills there are (`make drills` takes 30); each result is kept below ``ADASID_DRILLS_LOG`` as it comes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from adasid.config import load
+from pipelines import chain, generations
+from pipelines.nightly.lease import Lease
+from tests.end_to_end.nights import by_item, next_day, put
+from tests.end_to_end.running import ROOT, config_file, job, lake_of, run_stage
+
+KILLS = int(os.environ.get("ADASID_DRILLS", "3"))
+DAY = "2026-02-02"
+OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_error_ratio": 100.0}, "lease": {"seconds": 6.0, "wait": 60.0}}
+STEPS = ("leases", "sids", "sid_changes", "generations", "exports", "live")
+
+
+@pytest.fixture(scope="module")
+def evening(tmp_path_factory, spark):
+    """A published generation, and features of the day after: what every drill starts from a copy of."""
+    folder = tmp_path_factory.mktemp("evening")
+    path = config_file(folder, "shop", retokenize=OPEN)
+    cfg = load(path)
+    for name, _ in chain.STAGES[:-1]:
+        run_stage(cfg, name)
+    lake = lake_of(folder, "shop")
+    put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
+    return folder
+
+
+@pytest.fixture
+def tonight(evening, tmp_path):
+    """A copy, its config and its lake. The artifact's folder is the copy's."""
+    return copied(evening, tmp_path / "night")
+
+
+def copied(evening, folder):
+    shutil.copytree(evening, folder)
+    path = config_file(folder, "shop", retokenize=OPEN)
+    lake = lake_of(folder, "shop")
+    rows = lake.read("generations")
+    moved = [row.replace(str(evening), str(folder)) for row in rows["artifact"].to_pylist()]
+    rows = rows.set_column(rows.column_names.index("artifact"), rows.schema.field("artifact"), pa.array(moved))
+    lake.write("generations", rows.schema, rows.to_batches(), lake.stamp("generations"))
+    return path, lake
+
+
+def night(path, *arguments):
+    return job("retokenize", path, "--run-date", DAY, *arguments)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(evening, tmp_path_factory):
+    """The table that every night must end with, and the seconds it took."""
+    path, lake = copied(evening, tmp_path_factory.mktemp("undisturbed") / "night")
+    started = time.monotonic()
+    done = night(path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return by_item(lake, generations.live(lake)["sids_version"]), time.monotonic() - started
+
+
+def reached(step, lake, run):
+    """Whether a night has come to a step."""
+    if step == "exports":
+        return any((run / "exports").glob("*")) or any((run / "exports").glob(".*"))
+    log = Path(lake.path(step)) / "_delta_log"
+    before = {"leases": 1, "sids": 1, "generations": 2, "live": 2}.get(step, 0)
+    return len(list(log.glob("*.json"))) > before
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undisturbed(number, evening, undisturbed, tmp_path):
+    path, lake = copied(evening, tmp_path / "night")
+    expected, seconds = undisturbed
+    before = by_item(lake, generations.live(lake)["sids_version"])
+    rng = np.random.default_rng(number)
+    step = STEPS[number % len(STEPS)] if number % 5 else None  # every fifth at a random time
+    pause = rng.uniform(0, seconds if step is None else 0.5)
+    process = subprocess.Popen(
+        [sys.executable, "jobs/retokenize.py", "--config", path, "--run-date", DAY],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 240
+    while step and not reached(step, lake, load(path).run_dir) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+    time.sleep(pause)
+    alive = process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    left = by_item(lake, generations.live(lake)["sids_version"])
+    assert left.equals(before) or left.equals(expected)
+    done = night(path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = by_item(lake, generations.live(lake)["sids_version"])
+    assert after.equals(expected)
+    assert [row["generation"] for row in generations.history(lake)] == [1, 2]
+    assert len(lake.read("sid_changes")) == generations.live(lake)["churn"]["changed"] + 18  # 12 new and 6 removed: none twice
+    if log := os.environ.get("ADASID_DRILLS_LOG"):
+        row = {"number": number, "step": step, "pause": round(float(pause), 3), "alive": alive, "new table": left.equals(expected), "equal": True}
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def test_of_two_nights_started_together_one_publishes(tonight, undisturbed):
+    path, lake = tonight
+    found = {}
+
+    def start(name, wait):
+        found[name] = night(path, "--set", f"retokenize.lease.wait={wait}", "--set", "retokenize.lease.seconds=60")
+
+    threads = [threading.Thread(target=start, args=(name, wait)) for name, wait in (("leaves", 0), ("waits", 200), ("waits too", 200))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    codes = {name: done.returncode for name, done in found.items()}
+    assert codes["waits"] == codes["waits too"] == 0 and codes["leaves"] in (0, 5), found
+    if codes["leaves"]:
+        assert "error: the lease of" in found["leaves"].stderr and "is held by" in found["leaves"].stderr
+    assert [row["generation"] for row in generations.history(lake)] == [1, 2]
+    assert by_item(lake, generations.live(lake)["sids_version"]).equals(undisturbed[0])
+
+
+def refused(path, lake, words, *arguments, code=3):
+    """A night that ends in one clear line, with yesterday's table live and readable."""
+    before = generations.live(lake)
+    done = night(path, *arguments)
+    assert done.returncode == code, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and all(word in last for word in words), last
+    assert generations.live(lake) == before
+    assert by_item(lake, before["sids_version"]).num_rows == before["items"]
+
+
+def test_a_corrupt_artifact_is_refused(tonight):
+    path, lake = tonight
+    weights = Path(generations.live(lake)["artifact"]) / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-20] ^= 1
+    weights.write_bytes(data)
+    refused(path, lake, ["the weights are damaged"])
+
+
+def test_a_truncated_file_is_refused(tonight):
+    path, lake = tonight
+    file = Path(lake.open("item_features").file_uris()[0])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    (file.parent / f".{file.name}.crc").unlink(missing_ok=True)
+    refused(path, lake, ["item_features version", "stays live", file.name[:12]])
+
+
+def test_a_table_that_grew_a_column_is_no_trouble_and_one_that_changed_a_type_or_a_width_is_refused(tonight, undisturbed):
+    path, lake = tonight
+    table = lake.read("item_features")
+    place = table.column_names.index("text")
+    doubles = table.set_column(place, "text", table["text"].cast(pa.list_(pa.float64())))
+    put(lake, doubles, "doubles")
+    refused(path, lake, ["item_features.text is array<double>, it must be array<float>"])
+    wider = [row + [0.0] if row is not None else None for row in table["text"].to_pylist()]
+    put(lake, table.set_column(place, table.schema.field("text"), pa.array(wider, table.schema.field("text").type)), "wider")
+    refused(path, lake, ["item_features.text has width 17", "was trained on 16"])
+    broken = [None if row is None else [float("nan"), *row[1:]] for row in table["text"].to_pylist()]
+    prints = pa.array([f"nan{i}" for i in range(table.num_rows)])
+    odd = table.set_column(place, table.schema.field("text"), pa.array(broken, table.schema.field("text").type))
+    put(lake, odd.set_column(odd.column_names.index("fingerprint"), odd.schema.field("fingerprint"), prints), "nan")
+    refused(path, lake, ["items with vectors that are not finite is"], code=4)
+    put(lake, table.append_column("price", pa.array(np.arange(table.num_rows))), "grown")
+    assert night(path).returncode == 0
+    assert by_item(lake, generations.live(lake)["sids_version"]).equals(undisturbed[0])
+
+
+def test_a_clock_that_jumped_back_does_not_lock_the_lake(lake):
+    late = Lease(lake, 10.0, now=lambda: 1_000_000.0)
+    late.take(0)
+    early = Lease(lake, 10.0, now=lambda: 500_000.0)  # the clock, put right
+    early.take(0)
+    with pytest.raises(Exception, match="was lost to"):
+        late.check()
+    early.check()
+
+
+def test_a_full_disk_is_refused(tonight, tmp_path):
+    """On a small file system of its own, where one can be mounted."""
+    path, lake = tonight
+    small = tmp_path / "small"
+    small.mkdir()
+    needed = sum(file.stat().st_size for file in Path(lake.root).parent.rglob("*") if file.is_file())
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={needed + 250_000}", "tmpfs", str(small)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        path, lake = copied(path.parent, small / "night")
+        done = night(path)
+        assert done.returncode in (1, 3), done.stderr[-2000:]
+        assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+        live = generations.live(lake)
+        assert live["generation"] == 1 and by_item(lake, live["sids_version"]).num_rows == live["items"]
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=False)

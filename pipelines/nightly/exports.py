@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -73,11 +72,6 @@ def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
 def folder(cfg: Config) -> Path:
     """Where exports are."""
     return cfg.run_dir / "exports"
-
-
-def refuse(cfg: Config, facts: dict[str, Any]) -> None:
-    """Keep what a refused night was, for the report; the next night that is published removes it."""
-    write_json(cfg.run_dir / "refused.json", {name: value for name, value in facts.items() if name != "metrics"})
 
 
 def _batches(draft: Path) -> Iterator[pa.RecordBatch]:

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, write_deltalake
@@ -36,7 +36,8 @@ class Lease:
 
     def take(self, wait: float) -> None:
         """Become the holder, waiting at most ``wait`` seconds for another one. Raises BusyError where it stays."""
-        DeltaTable.create(self.lake.path(_TABLE), schema=tables.LEASES, mode="ignore")
+        with suppress(CommitFailedError):  # another one has just created it
+            DeltaTable.create(self.lake.path(_TABLE), schema=tables.LEASES, mode="ignore")
         deadline = time.monotonic() + wait
         while True:
             table = DeltaTable(self.lake.path(_TABLE))

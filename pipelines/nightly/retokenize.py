@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -16,10 +17,12 @@ from pyspark.sql import functions as F
 
 from adasid.config import Config, digest
 from adasid.errors import GateError, InputError
+from adasid.report import nights
 from adasid.tables import SIDS
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
-from pipelines import generations, sids
+from adasid.training.checkpoint import write_json
+from pipelines import generations, report, sids
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
@@ -28,7 +31,7 @@ from pipelines.nightly import changes, drift, exports, refit
 from pipelines.nightly.lease import Lease, held
 
 _WORST = 10
-_RANKS = ("frozen", "warm", "refit")
+_REFUSED = "refused.json"
 
 
 @dataclass
@@ -165,6 +168,8 @@ def _publish(night: Night, key: str, day: str) -> None:
     finally:
         for frame in (whole, moves, encoded, sample, found):
             frame.unpersist()
+    (cfg.run_dir / _REFUSED).unlink(missing_ok=True)
+    pages(cfg, night.track)
     night.track.facts.update(
         {
             "generation": row["generation"],
@@ -174,6 +179,15 @@ def _publish(night: Night, key: str, day: str) -> None:
             "churn": f"{churned['churn']:.2%}",
         }
     )
+
+
+def pages(cfg: Config, track: Track) -> None:
+    """The page of the last generations, ``<run>/report/nights``, and its figures, also to MLflow."""
+    folder, refused = cfg.run_dir / "report" / "nights", cfg.run_dir / _REFUSED
+    left = json.loads(refused.read_text(encoding="utf-8")) if refused.exists() else None
+    report.write(folder, nights.build(cfg.name, generations.history(track.lake)[-cfg.retokenize.keep :], left))
+    track.artifact(folder)
+    track.facts["page"] = str(folder / "index.html")
 
 
 def _policy(cfg: Config, today: dict[str, Any]) -> str:
@@ -211,7 +225,9 @@ def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, placed: DataFr
         "of the largest groups": [f"{row['item_id']} ({row['n']})" for row in crowded.collect()],
     }
     night.track.client.log_dict(night.track.run_id, {"gates": facts["gates"], "worst": worst}, "refused.json")
-    exports.refuse(night.cfg, {**facts, "worst": worst})
+    kept = {name: value for name, value in facts.items() if name not in {"metrics", "drift"}}
+    write_json(night.cfg.run_dir / _REFUSED, {**kept, "worst": worst})
+    pages(night.cfg, night.track)
     text = "; ".join(f"{g['gate']} is {g['value']:.4g}, allowed {g['threshold']:.4g}" for g in failed)
     raise GateError(
         f"night {facts['run_date']} not published: {text}. Generation {night.live['generation']} stays live; worst items: "

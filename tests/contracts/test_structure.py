@@ -15,7 +15,7 @@ from pipelines.engines.tracking import parameters
 
 ROOT = Path(__file__).parents[2]
 ENGINES = {"pyspark", "delta", "deltalake", "ray", "mlflow"}
-JOBS = ("ingest", "build_features", "train", "write_sids", "report", "compare_tokenizers", "evaluate", "run_all")
+JOBS = ("ingest", "build_features", "train", "write_sids", "report", "compare_tokenizers", "evaluate", "run_all", "retokenize", "rollback", "maintain")
 
 
 def imported(path):
@@ -50,7 +50,7 @@ def test_a_job_is_a_thin_door_with_help(job):
     for word in (
         "--config FILE",
         "--set KEY=VALUE",
-        "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed",
+        "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed, 5 another run is at work",
     ):
         assert word in " ".join(shown.split())
     assert {p.stem for p in (ROOT / "jobs").glob("*.py")} == set(JOBS)
@@ -93,7 +93,10 @@ def test_table_schemas_are_frozen():
         "BEHAVIOR_EMBEDDINGS",
         "CATALOG_STATS",
         "SIDS",
+        "SID_CHANGES",
         "GENERATIONS",
+        "LIVE",
+        "LEASES",
     )
     schemas = {name.lower(): getattr(tables, name) for name in names}
     schemas |= {"items": tables.items(["text"]), "item_features": tables.item_features(["text"])}

@@ -1,8 +1,12 @@
 """Days of a catalogue: what a night's ``item_features`` is, from the day before."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from tests.end_to_end.running import config_file, lake_of
 
 VECTORS = ("text", "visual", "behavior")
 
@@ -67,3 +71,15 @@ def rows_of(table: pa.Table) -> dict:
 def without(table: pa.Table, ids) -> pa.Table:
     """Rows of other items."""
     return table.filter(pc.invert(pc.is_in(table["item_id"], pa.array(list(ids)))))
+
+
+def copied(shop, folder, **changes):
+    """A copy of a shop in ``folder``: its config file and its lake. The live tokenizer's folder is the copy's."""
+    shutil.copytree(shop, folder)
+    path, lake = config_file(folder, "shop", **changes), lake_of(folder, "shop")
+    rows = lake.read("generations")
+    place = rows.column_names.index("artifact")
+    moved = pa.array([str(folder) + row.removeprefix(str(shop)) for row in rows["artifact"].to_pylist()])
+    rows = rows.set_column(place, rows.schema.field("artifact"), moved)
+    lake.write("generations", rows.schema, rows.to_batches(), lake.stamp("generations"))
+    return path, lake

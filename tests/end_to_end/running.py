@@ -45,6 +45,7 @@ TABLES = (
     "catalog_stats",
     "sids",
     "generations",
+    "live",
 )
 
 

@@ -5,12 +5,12 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -18,45 +18,31 @@ import pyarrow as pa
 import pytest
 
 from adasid.config import load
-from pipelines import chain, generations
+from pipelines import cli, generations
+from pipelines.nightly import retokenize
 from pipelines.nightly.lease import Lease
-from tests.end_to_end.nights import by_item, next_day, put
-from tests.end_to_end.running import ROOT, config_file, job, lake_of, run_stage
+from tests.end_to_end.nights import by_item, copied, next_day, put
+from tests.end_to_end.running import ROOT, job
 
-KILLS = int(os.environ.get("ADASID_DRILLS", "3"))
+KILLS = int(os.environ.get("ADASID_DRILLS", "2"))
 DAY = "2026-02-02"
 OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_error_ratio": 100.0}, "lease": {"seconds": 6.0, "wait": 60.0}}
 STEPS = ("leases", "sids", "sid_changes", "generations", "exports", "live")
 
 
 @pytest.fixture(scope="module")
-def evening(tmp_path_factory, spark):
+def evening(tmp_path_factory, shop):
     """A published generation, and features of the day after: what every drill starts from a copy of."""
-    folder = tmp_path_factory.mktemp("evening")
-    path = config_file(folder, "shop", retokenize=OPEN)
-    cfg = load(path)
-    for name, _ in chain.STAGES[:-1]:
-        run_stage(cfg, name)
-    lake = lake_of(folder, "shop")
+    folder = tmp_path_factory.mktemp("evening") / "night"
+    _, lake = copied(shop, folder, retokenize=OPEN)
     put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
     return folder
 
 
 @pytest.fixture
 def tonight(evening, tmp_path):
-    """A copy, its config and its lake. The artifact's folder is the copy's."""
-    return copied(evening, tmp_path / "night")
-
-
-def copied(evening, folder):
-    shutil.copytree(evening, folder)
-    path = config_file(folder, "shop", retokenize=OPEN)
-    lake = lake_of(folder, "shop")
-    rows = lake.read("generations")
-    moved = [row.replace(str(evening), str(folder)) for row in rows["artifact"].to_pylist()]
-    rows = rows.set_column(rows.column_names.index("artifact"), rows.schema.field("artifact"), pa.array(moved))
-    lake.write("generations", rows.schema, rows.to_batches(), lake.stamp("generations"))
-    return path, lake
+    """A copy: its config and its lake."""
+    return copied(evening, tmp_path / "night", retokenize=OPEN)
 
 
 def night(path, *arguments):
@@ -66,7 +52,7 @@ def night(path, *arguments):
 @pytest.fixture(scope="module")
 def undisturbed(evening, tmp_path_factory):
     """The table that every night must end with, and the seconds it took."""
-    path, lake = copied(evening, tmp_path_factory.mktemp("undisturbed") / "night")
+    path, lake = copied(evening, tmp_path_factory.mktemp("undisturbed") / "night", retokenize=OPEN)
     started = time.monotonic()
     done = night(path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -84,7 +70,7 @@ def reached(step, lake, run):
 
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undisturbed(number, evening, undisturbed, tmp_path):
-    path, lake = copied(evening, tmp_path / "night")
+    path, lake = copied(evening, tmp_path / "night", retokenize=OPEN)
     expected, seconds = undisturbed
     before = by_item(lake, generations.live(lake)["sids_version"])
     rng = np.random.default_rng(number)
@@ -138,51 +124,56 @@ def test_of_two_nights_started_together_one_publishes(tonight, undisturbed):
     assert by_item(lake, generations.live(lake)["sids_version"]).equals(undisturbed[0])
 
 
-def refused(path, lake, words, *arguments, code=3):
+def here(path, capsys):
+    """A night in this process: exit code and last line."""
+    arguments = cli.choose(["--config", str(path)], "retokenize")
+    code = cli.run(arguments, cli.stage("retokenize", lambda cfg, track: retokenize.run(cfg, track, date.fromisoformat(DAY))))
+    return code, capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def refused(path, lake, capsys, words, code=3):
     """A night that ends in one clear line, with yesterday's table live and readable."""
     before = generations.live(lake)
-    done = night(path, *arguments)
-    assert done.returncode == code, done.stderr[-2000:]
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and all(word in last for word in words), last
+    found, last = here(path, capsys)
+    assert found == code and last.startswith("error: ") and all(word in last for word in words), last
     assert generations.live(lake) == before
     assert by_item(lake, before["sids_version"]).num_rows == before["items"]
 
 
-def test_a_corrupt_artifact_is_refused(tonight):
+def test_a_corrupt_artifact_is_refused(tonight, capsys):
     path, lake = tonight
     weights = Path(generations.live(lake)["artifact"]) / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-20] ^= 1
     weights.write_bytes(data)
-    refused(path, lake, ["the weights are damaged"])
+    refused(path, lake, capsys, ["the weights are damaged"])
 
 
-def test_a_truncated_file_is_refused(tonight):
+def test_a_truncated_file_is_refused(tonight, capsys):
     path, lake = tonight
     file = Path(lake.open("item_features").file_uris()[0])
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     (file.parent / f".{file.name}.crc").unlink(missing_ok=True)
-    refused(path, lake, ["item_features version", "stays live", file.name[:12]])
+    refused(path, lake, capsys, ["item_features version", "stays live", file.name[:12]])
 
 
-def test_a_table_that_grew_a_column_is_no_trouble_and_one_that_changed_a_type_or_a_width_is_refused(tonight, undisturbed):
+def test_a_table_that_grew_a_column_is_no_trouble_and_one_that_changed_a_type_or_a_width_is_refused(tonight, undisturbed, capsys):
     path, lake = tonight
     table = lake.read("item_features")
     place = table.column_names.index("text")
     doubles = table.set_column(place, "text", table["text"].cast(pa.list_(pa.float64())))
     put(lake, doubles, "doubles")
-    refused(path, lake, ["item_features.text is array<double>, it must be array<float>"])
-    wider = [row + [0.0] if row is not None else None for row in table["text"].to_pylist()]
+    refused(path, lake, capsys, ["item_features.text is array<double>, it must be array<float>"])
+    wider = [[*row, 0.0] if row is not None else None for row in table["text"].to_pylist()]
     put(lake, table.set_column(place, table.schema.field("text"), pa.array(wider, table.schema.field("text").type)), "wider")
-    refused(path, lake, ["item_features.text has width 17", "was trained on 16"])
+    refused(path, lake, capsys, ["item_features.text has width 17", "was trained on 16"])
     broken = [None if row is None else [float("nan"), *row[1:]] for row in table["text"].to_pylist()]
     prints = pa.array([f"nan{i}" for i in range(table.num_rows)])
     odd = table.set_column(place, table.schema.field("text"), pa.array(broken, table.schema.field("text").type))
     put(lake, odd.set_column(odd.column_names.index("fingerprint"), odd.schema.field("fingerprint"), prints), "nan")
-    refused(path, lake, ["items with vectors that are not finite is"], code=4)
+    refused(path, lake, capsys, ["items with vectors that are not finite is"], code=4)
     put(lake, table.append_column("price", pa.array(np.arange(table.num_rows))), "grown")
-    assert night(path).returncode == 0
+    assert here(path, capsys)[0] == 0
     assert by_item(lake, generations.live(lake)["sids_version"]).equals(undisturbed[0])
 
 
@@ -206,7 +197,7 @@ def test_a_full_disk_is_refused(tonight, tmp_path):
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     try:
-        path, lake = copied(path.parent, small / "night")
+        path, lake = copied(path.parent, small / "night", retokenize=OPEN)
         done = night(path)
         assert done.returncode in (1, 3), done.stderr[-2000:]
         assert done.stderr.strip().splitlines()[-1].startswith("error: ")

@@ -16,22 +16,18 @@ from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.tables import SIDS
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
-from pipelines import chain, generations
+from pipelines import generations
 from pipelines.engines import tracking
 from pipelines.nightly import retokenize, upkeep
-from tests.end_to_end.nights import by_item, next_day, noisy, put, rows_of
-from tests.end_to_end.running import config_file, lake_of
+from tests.end_to_end.nights import by_item, copied, next_day, noisy, put, rows_of
 
 OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_tail_collision": 1.0, "max_error_ratio": 100.0}, "warm": {"epochs": 3}}
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory, spark):
+def published(tmp_path_factory, shop):
     """A first generation; each test adds its nights."""
-    folder = tmp_path_factory.mktemp("nights")
-    path = config_file(folder, "shop", retokenize=OPEN)
-    chain.run(load(path))
-    return path, lake_of(folder, "shop")
+    return copied(shop, tmp_path_factory.mktemp("nights") / "shop", retokenize=OPEN)
 
 
 def night(path, day, *overrides):

@@ -20,7 +20,7 @@ from adasid.config import build as configure
 from adasid.errors import InputError
 from adasid.report import figures, page, sections, style, summary, words
 from adasid.report.material import Material, Training
-from adasid.tables import CATALOG_STATS, GENERATIONS
+from adasid.tables import CATALOG_STATS, GENERATIONS, LIVE
 
 ITEMS, K = 2_000, 50
 UNKNOWN = dict.fromkeys(("norm_low", "norm_high", "norm_quantiles", "norm_by_count", "spearman", "richness_source", "richness_quantiles"))
@@ -232,7 +232,7 @@ def test_warnings_name_what_is_off(undrawn: None) -> None:
     text = " ".join(summary.warnings(fallen)).replace(words.SPACE, " ")
     said = (
         "gate collision failed, 0.61 against a threshold of 0.5",
-        "Generation 4 is newer but was not published",
+        "Generation 4 is newer but not live",
         "slot b2 (98.0 %)",
         "fell back to the count",
         "−0.31",
@@ -392,7 +392,10 @@ def write_run(cfg: Any, lake: Any) -> None:
         generation(),
         generation(generation=4, live=False, gates=[{"gate": "collision", "value": 0.6, "threshold": 0.5, "passed": False}]),
     ]
-    plain = [{name: json.dumps(value) if name in {"inputs", "gates", "metrics"} else value for name, value in row.items()} for row in published]
+    more = {"parent": None, "artifact": "a", "run_date": None, "policy": "full", "drift": "{}", "churn": "{}"}
+    plain = [{**more, **{name: json.dumps(value) if name in {"inputs", "gates", "metrics"} else value for name, value in row.items()}} for row in published]
+    plain = [{name: value for name, value in row.items() if name != "live"} for row in plain]
+    lake.write("live", LIVE, pa.Table.from_pylist([{"generation": 3, "sids_version": 5}], LIVE).to_batches(), "d2")
     lake.write("generations", GENERATIONS, pa.Table.from_pylist(plain, GENERATIONS).to_batches(), "d2")
     for kind, name, training, facts in (
         ("behavior", "aaaa", behavior(), "result.json"),

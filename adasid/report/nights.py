@@ -1,0 +1,150 @@
+"""The page of the nightly job: churn, drift and gates over the last generations, and the night that was refused, if the last one was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from adasid.report import style
+from adasid.report.page import Page, Plot, Section, Table
+from adasid.report.words import DASH, count, number, share
+
+Row = dict[str, Any]
+
+
+def build(name: str, generations: Sequence[Row], refused: Row | None) -> Page:
+    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a night that was not published left."""
+    nights = [row for row in generations if row["churn"]]
+    live = next((row for row in generations if row["live"]), None)
+    warnings = []
+    if refused:
+        failed = [f"{g['gate']} is {number(g['value'], 3)}, allowed {number(g['threshold'], 3)}" for g in refused["gates"] if not g["passed"]]
+        warnings.append(
+            f"The night of {refused['run_date']} was refused: {'; '.join(failed)}. Generation {live['generation'] if live else DASH} stays live."
+        )
+    shown = (
+        [Plot("churn", churn(nights), "Share of items whose SID changed, by generation.", "What readers of the table had to follow.")]
+        if nights
+        else []
+    )
+    errors = [row for row in generations if row["drift"].get("error_ratio")]
+    drifts = (
+        [
+            Plot(
+                "error",
+                ratios(errors),
+                "Quantization error by modality and generation.",
+                "At 1 the tokenizer knows today's items as well as its own.",
+            )
+        ]
+        if errors
+        else []
+    )
+    used = [row for row in generations if row["drift"].get("usage")]
+    if used:
+        drifts.append(
+            Plot("usage", usage(used), "Divergence of the use of codes by generation.", "How differently codes are used than a generation before.")
+        )
+    sections = [
+        Section("changes", "What changed", plots=shown, tables=[_changes(generations)], missing="" if generations else "Nothing published yet."),
+        Section(
+            "drift", "How far items have moved", plots=drifts, tables=[_drift(errors)] if errors else [], missing="" if drifts else "No night yet."
+        ),
+        Section("gates", "What each generation had to satisfy", tables=[_gates(generations, refused)] if generations else [], missing=""),
+    ]
+    if refused:
+        worst = [(kind, ", ".join(items)) for kind, items in refused["worst"].items() if items]
+        sections.append(
+            Section("refused", "The items that a refused night moved most", tables=[Table("Worst items", ("Kind", "Items"), worst, words=2)])
+        )
+    headline = [("Live generation", count(live["generation"])), ("Items", count(live["items"])), ("Policy", live["policy"])] if live else []
+    said = [f"The last {len(generations)} generations of {name}."] if generations else ["Nothing is published yet."]
+    return Page(f"Nights of {name}", said, warnings, headline, sections, f"Nightly job of run {name}.")
+
+
+@style.styled
+def churn(nights: Sequence[Row]) -> Figure:
+    """Churn of each generation: of items, and weighted by events."""
+    figure, (axes,) = style.canvas("Items whose SID changed", 2.6)
+    for place, (key, label) in enumerate((("churn", "Of items"), ("weighted", "Weighted by events"))):
+        _line(axes, [row["generation"] for row in nights], [row["churn"][key] for row in nights], label, place)
+    axes.set_ylim(0, None)
+    style.percent(axes.yaxis)
+    style.thousands(axes.xaxis)
+    axes.set_xlabel("Generation")
+    style.legend(figure)
+    return figure
+
+
+@style.styled
+def ratios(nights: Sequence[Row]) -> Figure:
+    """Quantization error against the tokenizer's own data, and stability index of the norms, by modality."""
+    figure, axes = style.canvas("Drift of the items", 3.8, (1, 1))
+    modalities = list(dict.fromkeys(m for row in nights for m in row["drift"]["error_ratio"]))
+    for place, m in enumerate(modalities):
+        at = [row["generation"] for row in nights]
+        _line(axes[0], at, [row["drift"]["error_ratio"].get(m, {}).get("all", np.nan) for row in nights], m.capitalize(), place)
+        _line(axes[1], at, [row["drift"]["norms"].get(m, np.nan) for row in nights], "", place)
+    axes[0].axhline(1, color=style.GREY, lw=0.8)
+    axes[0].set_ylabel("Error, ratio")
+    axes[1].set_ylabel("Norms, index")
+    axes[1].set_ylim(0, None)
+    axes[1].set_xlabel("Generation")
+    style.thousands(axes[1].xaxis)
+    style.legend(figure, 3, axes[0])
+    return figure
+
+
+@style.styled
+def usage(nights: Sequence[Row]) -> Figure:
+    """Jensen-Shannon divergence of each slot's codes against the generation before."""
+    figure, (axes,) = style.canvas("Use of codes against the generation before", 2.6)
+    for place, slot in enumerate(nights[-1]["drift"]["usage"]):
+        _line(axes, [row["generation"] for row in nights], [row["drift"]["usage"].get(slot, np.nan) for row in nights], slot, place)
+    axes.set_ylim(0, None)
+    axes.set_ylabel("Divergence, bits")
+    axes.set_xlabel("Generation")
+    style.thousands(axes.xaxis)
+    style.legend(figure, 6)
+    return figure
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, place: int) -> None:
+    colour, dash = style.PALETTE[place % len(style.PALETTE)], style.DASHES[place % len(style.DASHES)]
+    axes.plot(x, y, color=colour, linestyle=dash, marker="o", markersize=2.5, label=label or None)
+
+
+def _changes(generations: Sequence[Row]) -> Table:
+    columns = ("Generation", "Night", "Policy", "Items", "New", "Changed", "Removed", "Churn", "Weighted", "Tail")
+    rows = []
+    for row in reversed(generations):
+        c: Mapping[str, Any] = row["churn"]
+        numbers = [count(c.get(key)) for key in ("new", "changed", "removed")] + [share(c.get(key), 2) for key in ("churn", "weighted")]
+        name = f"{row['generation']} (live)" if row["live"] else str(row["generation"])
+        rows.append((name, row["run_date"] or DASH, row["policy"], count(row["items"]), *numbers, share(c.get("by_stratum", {}).get("tail"), 2)))
+    return Table("Generations", columns, rows, words=3)
+
+
+def _drift(nights: Sequence[Row]) -> Table:
+    modalities = list(nights[-1]["drift"]["error_ratio"])
+    columns = ("Generation", *(f"Error, {m}" for m in modalities), *(f"Norms, {m}" for m in modalities), "Cold", "Spearman")
+    rows = []
+    for row in reversed(nights):
+        d = row["drift"]
+        errors = [number(d["error_ratio"].get(m, {}).get("all"), 3) for m in modalities]
+        norms = [number(d["norms"].get(m), 3) for m in modalities]
+        rows.append((str(row["generation"]), *errors, *norms, share(d["cold"], 1), number(d["spearman"], 2)))
+    return Table("Drift", columns, rows)
+
+
+def _gates(generations: Sequence[Row], refused: Row | None) -> Table:
+    """The gates of the newest generation and of the refused night, with their thresholds."""
+    rows = []
+    for name, row in (("published", generations[-1]), *([("refused", refused)] if refused else [])):
+        for gate in row["gates"]:
+            rows.append((name, gate["gate"], number(gate["value"], 4), number(gate["threshold"], 4), "passed" if gate["passed"] else "FAILED"))
+    return Table("Gates", ("Night", "Gate", "Value", "Threshold", "Result"), rows, words=2)

@@ -1,0 +1,87 @@
+"""The lease, on a real Delta table: one holder, waiting, death, renewal, loss."""
+
+import threading
+import time
+
+import pytest
+
+from adasid.errors import BusyError
+from pipelines.nightly.lease import Lease, held
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self):
+        self.time = 1_000.0
+
+    def __call__(self):
+        return self.time
+
+
+def test_a_second_one_leaves_with_a_message_and_a_dead_holders_lease_ends(lake):
+    clock = Clock()
+    first, second = Lease(lake, 30.0, clock), Lease(lake, 30.0, clock)
+    first.take(0)
+    with pytest.raises(BusyError, match=rf"the lease of .* is held by {first.holder}, for 30 s more unless it renews: .*retokenize.lease.wait"):
+        second.take(0)
+    first.check()
+    clock.time += 29
+    first.renew()
+    clock.time += 29
+    with pytest.raises(BusyError):
+        second.take(0)
+    clock.time += 2
+    second.take(0)
+    with pytest.raises(BusyError, match=f"was lost to {second.holder}: this run stood still"):
+        first.check()
+    first.renew()
+    second.check()
+    first.give_back()  # not its own any more
+    second.check()
+    second.give_back()
+    first_again = Lease(lake, 30.0, clock)
+    first_again.take(0)
+
+
+def test_of_many_at_once_one_gets_it(lake):
+    found, barrier = [], threading.Barrier(6)
+
+    def run():
+        lease = Lease(lake, 60.0)
+        barrier.wait()
+        try:
+            lease.take(0)
+            found.append(lease)
+        except BusyError:
+            pass
+
+    threads = [threading.Thread(target=run) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 1
+    found[0].check()
+
+
+def test_it_is_renewed_while_held_and_given_back(lake):
+    with held(lake, 0.6, 0) as lease:
+        time.sleep(1.5)
+        lease.check()
+        with pytest.raises(BusyError):
+            Lease(lake, 0.6).take(0)
+    with held(lake, 60.0, 0) as lease:
+        lease.check()
+
+
+def test_one_that_waits_gets_it_when_it_is_free(lake):
+    first, got = Lease(lake, 60.0), []
+    first.take(0)
+    waiting = threading.Thread(target=lambda: (Lease(lake, 60.0).take(20), got.append(True)))
+    waiting.start()
+    time.sleep(0.5)
+    assert not got
+    first.give_back()
+    waiting.join()
+    assert got

@@ -11,7 +11,7 @@ ENGINES = [
     "mlflow>=3.17,<4",
 ]
 REPORT = ["matplotlib>=3.9", "jinja2>=3.1"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "scipy>=1.13", "scikit-learn>=1.5", "faiss-cpu>=1.9", "vector-quantize-pytorch>=1.20"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.5", "faiss-cpu>=1.9", "vector-quantize-pytorch>=1.20"]
 
 setup(
     name="adasid",
@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["adasid*", "pipelines*"]),
     package_data={"adasid.report": ["*.html"], "pipelines.engines": ["*.properties"]},
-    install_requires=["torch>=2.11", "numpy>=1.26", "pyarrow>=17", "pydantic>=2.7", "pyyaml>=6", "safetensors>=0.4"],
+    install_requires=["torch>=2.11", "numpy>=1.26", "pyarrow>=17", "pydantic>=2.7", "pyyaml>=6", "safetensors>=0.4", "scipy>=1.13"],
     extras_require={
         "engines": ENGINES,
         "report": REPORT,

@@ -6,22 +6,26 @@ Safe to run twice, late, or at the same time as itself. Exit code 4: a gate refu
 """
 
 import argparse
-from datetime import date
+from datetime import date, datetime, timedelta, timezone
 
 from pipelines import cli
 
 
 def day(text: str) -> date:
-    """An ISO date."""
+    """An ISO date, ``today`` or ``yesterday`` (UTC)."""
+    now = datetime.now(timezone.utc).date()
+    named = {"today": now, "yesterday": now - timedelta(days=1)}
     try:
-        return date.fromisoformat(text)
+        return named[text] if text in named else date.fromisoformat(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-11-22") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-11-22, today or yesterday") from None
 
 
 if __name__ == "__main__":
     parser = cli.parser(__doc__)
-    parser.add_argument("--run-date", required=True, type=day, metavar="YYYY-MM-DD", help="the day whose table this is")
+    parser.add_argument(
+        "--run-date", required=True, type=day, metavar="DATE", help="the day whose table this is: YYYY-MM-DD, today or yesterday (UTC)"
+    )
     arguments = parser.parse_args()
     from pipelines.nightly import retokenize
 

@@ -40,8 +40,12 @@ def behavior(cfg: Config, track: Track) -> None:
         track.status = "not needed"
         track.note("the items bring their behaviour embeddings: nothing to train")
         return
+    if cfg.behavior.refresh == "keep" and track.lake.exists("behavior_embeddings"):
+        track.status = "kept"
+        track.note("behavior.refresh is keep: the embeddings that are there serve; items that have none yet count as without behaviour")
+        return
     read = track.lake.versions("sequences", "item_stats")
-    key = digest("behavior", cfg.behavior, cfg.seed, track.lake.stamps(read))
+    key = digest("behavior", cfg.behavior.model_dump(mode="json", exclude={"refresh"}), cfg.seed, track.lake.stamps(read))
     track.inputs(read)
     if len(set(track.lake.stamps(read).values())) > 1:
         raise InputError("sequences and item_stats come from different runs of build_features (was one cut off?): run jobs/build_features.py again")

@@ -62,6 +62,9 @@ class Features(Section):
 
 class Behavior(Section):
     source: Literal["sasrec", "column"] = Field("sasrec", description="sasrec: train it; column: items bring a 'behavior' vector")
+    refresh: Literal["always", "keep"] = Field(
+        "always", description="always: embeddings are of today's items and events; keep: those of an earlier run serve (nights between two trainings)"
+    )
     width: int = Field(64, ge=2, description="width of the behaviour embedding")
     blocks: int = Field(2, ge=1, description="transformer blocks")
     heads: int = Field(1, ge=1, description="attention heads")

@@ -29,7 +29,7 @@ def build(cfg: Config, track: Track, required: bool) -> bool:
     if lake.fresh(mark, "item_features", "catalog_stats"):
         return False
     spark = session(cfg.spark)
-    if trained and not _same_items(spark, lake):
+    if trained and cfg.behavior.refresh == "always" and not _same_items(spark, lake):
         return _wait(
             track,
             required,

@@ -15,7 +15,19 @@ from pipelines.engines.tracking import parameters
 
 ROOT = Path(__file__).parents[2]
 ENGINES = {"pyspark", "delta", "deltalake", "ray", "mlflow"}
-JOBS = ("ingest", "build_features", "train", "write_sids", "report", "compare_tokenizers", "evaluate", "run_all", "retokenize", "rollback", "maintain")
+JOBS = (
+    "ingest",
+    "build_features",
+    "train",
+    "write_sids",
+    "report",
+    "compare_tokenizers",
+    "evaluate",
+    "run_all",
+    "retokenize",
+    "rollback",
+    "maintain",
+)
 
 
 def imported(path):

@@ -88,8 +88,9 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
         time.sleep(0.005)
     time.sleep(pause)
     alive = process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)  # the night and its JVM
+        process.wait()
     left = by_item(lake, generations.live(lake)["sids_version"])
     assert left.equals(before) or left.equals(expected)
     done = night(path)

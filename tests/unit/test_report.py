@@ -393,7 +393,9 @@ def write_run(cfg: Any, lake: Any) -> None:
         generation(generation=4, live=False, gates=[{"gate": "collision", "value": 0.6, "threshold": 0.5, "passed": False}]),
     ]
     more = {"parent": None, "artifact": "a", "run_date": None, "policy": "full", "drift": "{}", "churn": "{}"}
-    plain = [{**more, **{name: json.dumps(value) if name in {"inputs", "gates", "metrics"} else value for name, value in row.items()}} for row in published]
+    plain = [
+        {**more, **{name: json.dumps(value) if name in {"inputs", "gates", "metrics"} else value for name, value in row.items()}} for row in published
+    ]
     plain = [{name: value for name, value in row.items() if name != "live"} for row in plain]
     lake.write("live", LIVE, pa.Table.from_pylist([{"generation": 3, "sids_version": 5}], LIVE).to_batches(), "d2")
     lake.write("generations", GENERATIONS, pa.Table.from_pylist(plain, GENERATIONS).to_batches(), "d2")

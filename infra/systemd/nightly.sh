@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The night on one machine: what the timer starts. The first argument is the run date (default: yesterday, in UTC).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+day="${1:-yesterday}"
+config="${ADASID_CONFIG:?name a file of conf/}"
+submit=.venv/bin/spark-submit
+"$submit" jobs/ingest.py --config "$config"
+"$submit" jobs/build_features.py --config "$config"
+"$submit" jobs/retokenize.py --config "$config" --run-date "$day" --set retokenize.lease.wait=3600
+"$submit" jobs/maintain.py --config "$config"

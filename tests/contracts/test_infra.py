@@ -1,0 +1,99 @@
+"""How the jobs are scheduled and shipped: every path, flag, key, tag, version and variable that infra/ names is one that exists."""
+
+import ast
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from adasid.config import load
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+FILES = [path for path in sorted(INFRA.rglob("*")) if path.is_file() and "__pycache__" not in path.parts and path.name != "setup.sh"]
+SETUP = (ROOT / "setup.py").read_text()
+NIGHT = yaml.safe_load_all((INFRA / "kubernetes" / "nightly.yaml").read_text())
+SPARK, RAY = NIGHT
+VARIABLES = {"ADASID_HOME", "ADASID_CONFIG", "RAY_ADDRESS", "RAY_AUTH_MODE"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_what_is_named_exists(path):
+    text = path.read_text()
+    for job in re.findall(r"jobs/([a-z_]+)\.py", text):
+        assert (ROOT / "jobs" / f"{job}.py").exists(), job
+    for conf in re.findall(r"conf/([a-z_]+)\.yaml", text):
+        assert (ROOT / "conf" / f"{conf}.yaml").exists(), conf
+    for key, value in re.findall(r"""--set["', ]+([a-z_.]+)=([A-Za-z0-9]+)""", text):
+        load(ROOT / "conf" / "cluster.yaml", [f"{key}={value}"])
+    for file in re.findall(r"infra/[\w./-]+\w", text):
+        assert (ROOT / file).exists(), file
+    for image, tag in re.findall(r"adasid-(spark|ray|mlflow):([\w.]+)", text):
+        assert f'version="{tag}"' in SETUP and (INFRA / "images" / f"{image}.Dockerfile").exists()
+    for name in re.findall(r"\b(?:ADASID|RAY)_[A-Z_]+\b", text):
+        assert name in VARIABLES, name
+
+
+def test_versions_are_those_that_are_installed():
+    assert f'"pyspark=={SPARK["spec"]["template"]["sparkVersion"]}"' in SETUP
+    assert f'"ray[default,data,train]=={".".join(RAY["spec"]["rayClusterSpec"]["rayVersion"].split(".")[:2])}.*"' in SETUP
+    mlflow = re.search(r'"(mlflow[^"]+)"', (INFRA / "images" / "mlflow.Dockerfile").read_text()).group(1)
+    assert f'"{mlflow}"' in SETUP
+
+
+def test_kubernetes_runs_the_doors_with_flags_that_they_have():
+    template = SPARK["spec"]["template"]
+    job = template["mainApplicationFile"].removeprefix("local:///opt/adasid/")
+    shown = subprocess.run([sys.executable, job, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for flag in template["arguments"][::2]:
+        assert flag in shown, flag
+    assert SPARK["spec"]["concurrencyPolicy"] == "Forbid"
+    pods = [*(template[part]["volumeMounts"] for part in ("driver", "executor"))]
+    names = {volume["name"] for volume in template["volumes"]}
+    assert all(mount["name"] in names for mounts in pods for mount in mounts)
+    assert any(template["arguments"][1].startswith(mount["mountPath"]) for mount in pods[0])
+    group = RAY["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert {mount["name"] for mount in group["containers"][0]["volumeMounts"]} == {volume["name"] for volume in group["volumes"]}
+    words = RAY["spec"]["entrypoint"].split()
+    assert (
+        words[1] == "jobs/train.py"
+        and words[-1] in subprocess.run([sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    )
+
+
+def test_the_dag_runs_the_chain_in_order():
+    path = INFRA / "airflow" / "adasid_nightly.py"
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "job"]
+    jobs = [call.args[0].value for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset))]
+    assert jobs == ["ingest", "build_features", "retokenize", "maintain"]
+    if importlib.util.find_spec("airflow"):
+        found = subprocess.run([sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+
+
+def test_the_timer_starts_the_same_chain():
+    script = (INFRA / "systemd" / "nightly.sh").read_text()
+    assert re.findall(r"jobs/([a-z_]+)\.py", script) == ["ingest", "build_features", "retokenize", "maintain"]
+    subprocess.run(["bash", "-n", str(INFRA / "systemd" / "nightly.sh")], check=True)
+    service = (INFRA / "systemd" / "adasid-nightly.service").read_text()
+    assert "RestartPreventExitStatus=2 3 4 5" in service and "ExecStart=/opt/adasid/infra/systemd/nightly.sh" in service
+    if shutil.which("systemd-analyze"):
+        found = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", str(INFRA / "systemd" / "adasid-nightly.timer")], capture_output=True, text=True
+        )
+        assert "Unknown" not in found.stderr and "Failed to parse" not in found.stderr, found.stderr
+
+
+def test_compose_names_services_and_volumes_that_it_has():
+    compose = yaml.safe_load((INFRA / "compose.yaml").read_text())
+    for name, service in compose["services"].items():
+        assert set(service.get("depends_on", {})) <= set(compose["services"]), name
+        for volume in service.get("volumes", ()):
+            assert volume.split(":")[0] in compose["volumes"], volume
+        if "build" in service:
+            assert (ROOT / service["build"]["dockerfile"]).exists()

@@ -1,6 +1,6 @@
 # One word a task. Everything runs in .venv; nothing outside the checkout is changed, except Java where there is none.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench conf clean
+.PHONY: help setup demo test lint bench drills conf clean
 
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -26,6 +26,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## encoding throughput against the machine's peak; share of an epoch spent waiting for data
 	@$(BIN)/python tests/benchmarks/bench.py
+
+drills: setup  ## kill the nightly job 30 times at all of its steps (about half an hour)
+	@ADASID_DRILLS=30 ADASID_DRILLS_LOG=$(CURDIR)/drills.jsonl $(BIN)/python -m pytest tests/end_to_end/test_drills.py
 
 conf: setup  ## write conf/base.yaml from adasid/config
 	@$(BIN)/python -c "from adasid import config; open('conf/base.yaml', 'w').write(config.render_base())"

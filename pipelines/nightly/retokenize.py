@@ -68,7 +68,7 @@ def run(cfg: Config, track: Track, run_date: date) -> None:
             "night", settings.policy, settings.warm, settings.auto, live["generation"], live["tokenizer"], lake.stamps({"item_features": version})
         )
         track.inputs({"item_features": version, "sids": live["sids_version"]})
-        if version == live["inputs"]["item_features"] and settings.policy in {"frozen", "auto"}:
+        if version == live["inputs"]["item_features"] and (settings.policy in {"frozen", "auto"} or before == day):
             _unchanged(track, live)
             return
         spark = engine.session(cfg.spark)

@@ -157,6 +157,7 @@ def test_warm_and_refit_move_few_sids(published, policy):
     assert kept > (0.9 if policy == "warm" else 0.25)
     _, manifest = artifact.read(Path(row["artifact"]))
     assert manifest["relabelled"] == (policy == "refit")
+    assert night(path, day, f"retokenize.policy={policy}").status == "up to date"
 
 
 def test_rollback_and_maintenance(published):

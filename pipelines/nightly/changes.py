@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltalake import DeltaTable
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from adasid.tables import STRATA
@@ -25,7 +25,7 @@ def detect(spark: SparkSession, lake: Lake, features: DataFrame, published: Data
     ids = None
     if _followed(lake, since, until):
         feed = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", since + 1).option("endingVersion", until)
-        ids = F.broadcast(feed.load(lake.path("item_features")).select("item_id").distinct())
+        ids = feed.load(lake.path("item_features")).select("item_id").distinct()
         features, published = features.join(ids, "item_id", "left_semi"), published.join(ids, "item_id", "left_semi")
     now = features.select("item_id", F.col("fingerprint").alias("_now"))
     then = published.select("item_id", F.col("fingerprint").alias("_then"))
@@ -96,13 +96,10 @@ def churn(moves: DataFrame, features: DataFrame, old_items: int, slots: list[str
 def ranked(kept: DataFrame, encoded: DataFrame) -> DataFrame:
     """``encoded`` with a collision rank after those of the items of ``kept`` [codes, collision_rank] that have the same SID, whose ranks stay; among
     themselves by (interactions desc, item_id)."""
-    from pyspark.sql import Window
-
-    codes = F.broadcast(encoded.select("codes").distinct())
-    last = kept.join(codes, "codes", "left_semi").groupBy("codes").agg((F.max("collision_rank") + 1).alias("_first"))
+    last = kept.join(encoded.select("codes").distinct(), "codes", "left_semi").groupBy("codes").agg((F.max("collision_rank") + 1).alias("_first"))
     order = Window.partitionBy("codes").orderBy(F.desc("interactions"), "item_id")
     rank = F.coalesce("_first", F.lit(0)) + F.row_number().over(order) - 1
-    return encoded.join(F.broadcast(last), "codes", "left").withColumn("collision_rank", rank).drop("_first")
+    return encoded.join(last, "codes", "left").withColumn("collision_rank", rank).drop("_first")
 
 
 def features_at(spark: SparkSession, lake: Lake, version: int) -> DataFrame:

@@ -108,51 +108,33 @@ def _publish(night: Night, key: str, day: str) -> None:
         return
     items = night.features.count()
     sample = drift.sampled(night.features, items, cfg.retokenize.sample).persist(StorageLevel.DISK_ONLY)
-    measured = drift.measure(spark, lake, sample, folder, manifest, cfg.sids.batch)
-    today = drift.against(live["drift"]["baseline"], measured, sample)
+    today = drift.against(live["drift"]["baseline"], drift.measure(spark, lake, sample, folder, manifest, cfg.sids.batch), sample)
     policy = _policy(cfg, today)
     night.track.note(f"policy {policy}")
-    facts: dict[str, Any] = {
-        "policy": policy,
-        "run_date": day,
-        "inputs": {"item_features": night.version},
-        "tokenizer": live["tokenizer"],
-        "artifact": str(folder),
-    }
-    if policy == "frozen":
-        kept = night.published.join(F.broadcast(found), "item_id", "left_anti")
-        todo = night.features.join(F.broadcast(found), "item_id", "left_semi")
-        encoded = sids.encode(spark, todo, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
-        fresh = changes.ranked(kept, encoded).withColumn("tokenizer", F.lit(manifest["digest"]))
-        touched = night.published.join(F.broadcast(found), "item_id", "left_semi")
-        baseline = live["drift"]["baseline"]
-    else:
-        folder, manifest = refit.fit(night, policy, folder)
-        facts |= {"tokenizer": manifest["digest"], "artifact": str(folder)}
-        todo = night.features
-        encoded = sids.encode(spark, todo, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
-        kept, touched = night.published.limit(0), night.published
-        fresh = changes.ranked(kept, encoded).withColumn("tokenizer", F.lit(manifest["digest"]))
-        baseline = drift.measure(spark, lake, sample, folder, manifest, cfg.sids.batch)
-    slots = [Slot(**slot) for slot in manifest["slots"]]
-    moves = changes.moved(touched, encoded, policy).persist(StorageLevel.DISK_ONLY)
-    names = [field.name for field in SIDS]
-    generation = generations.next_number(lake)
-    whole = kept.select(names).unionByName(fresh.withColumn("generation", F.lit(generation)).select(names)).persist(StorageLevel.DISK_ONLY)
+    made = _make(night, policy, folder, manifest, found, sample, today)
+    moves = changes.moved(made.touched, made.encoded, policy).persist(StorageLevel.DISK_ONLY)
+    number, names = generations.next_number(lake), [field.name for field in SIDS]
+    fresh = changes.ranked(made.kept, made.encoded).withColumns({"tokenizer": F.lit(made.manifest["digest"]), "generation": F.lit(number)})
+    whole = made.kept.select(names).unionByName(fresh.select(names)).persist(StorageLevel.DISK_ONLY)
     try:
+        slots = [Slot(**slot) for slot in made.manifest["slots"]]
         placed = whole.join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
         metrics = sids.measure(placed, slots)
         usage = drift.usage(live["metrics"], metrics)
         churned = changes.churn(moves, night.features, live["items"], [slot.name for slot in slots])
-        gates = sids.check_gates(
-            metrics, cfg.sids.gates, items, whole.select("item_id").distinct().count(), sids.not_finite(todo, manifest)
-        ) + _night_gates(cfg, metrics, churned, today)
-        facts |= {
+        distinct, broken = whole.select("item_id").distinct().count(), sids.not_finite(made.todo, made.manifest)
+        gates = sids.check_gates(metrics, cfg.sids.gates, items, distinct, broken) + _night_gates(cfg, metrics, churned, made.error)
+        facts: dict[str, Any] = {
+            "policy": policy,
+            "run_date": day,
+            "inputs": {"item_features": night.version},
+            "tokenizer": made.manifest["digest"],
+            "artifact": str(made.folder),
             "items": metrics["items"],
             "metrics": metrics,
             "gates": gates,
             "churn": churned,
-            "drift": {**today, "usage": usage, "baseline": baseline},
+            "drift": {**today, "usage": usage, "baseline": made.baseline},
         }
         _tracked(night.track, metrics, churned, today, usage)
         _judge(night, facts, moves, placed)
@@ -160,13 +142,13 @@ def _publish(night: Night, key: str, day: str) -> None:
             night.track,
             key,
             facts,
-            lambda number: whole.withColumn("generation", F.when(F.col("generation") == generation, number).otherwise(F.col("generation"))),
-            lambda number: moves.withColumn("generation", F.lit(number)),
+            lambda _: whole,
+            lambda _: moves.withColumn("generation", F.lit(number)),
             before_live=partial(exports.write, cfg, lake, slots),
             allowed=night.lease.check,
         )
     finally:
-        for frame in (whole, moves, encoded, sample, found):
+        for frame in (whole, moves, made.encoded, sample, found):
             frame.unpersist()
     (cfg.run_dir / _REFUSED).unlink(missing_ok=True)
     pages(cfg, night.track)
@@ -190,20 +172,58 @@ def pages(cfg: Config, track: Track) -> None:
     track.facts["page"] = str(folder / "index.html")
 
 
+@dataclass
+class Made:
+    """SIDs of a night: of ``todo`` items by the artifact in ``folder`` as ``encoded``; ``kept`` are the published rows that stay, ``touched`` those that
+    may not; ``baseline``: the day that the tokenizer knows; ``error``: today's quantization error against the live tokenizer's baseline."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    todo: DataFrame
+    encoded: DataFrame
+    kept: DataFrame
+    touched: DataFrame
+    baseline: dict[str, Any]
+    error: float
+
+
+def _make(night: Night, policy: str, folder: Path, manifest: dict[str, Any], found: DataFrame, sample: DataFrame, today: dict[str, Any]) -> Made:
+    """Under ``frozen``, SIDs for the items in ``found`` alone; else a new tokenizer, and SIDs for all."""
+    cfg, spark, published = night.cfg, night.spark, night.published
+    baseline, error = night.live["drift"]["baseline"], _error(today)
+    todo, kept, touched = night.features, published.limit(0), published
+    if policy == "frozen":
+        todo, kept, touched = (
+            todo.join(found, "item_id", "left_semi"),
+            published.join(found, "item_id", "left_anti"),
+            published.join(found, "item_id", "left_semi"),
+        )
+    else:
+        folder, manifest = refit.fit(night, policy, folder)
+        baseline = drift.measure(spark, night.lake, sample, folder, manifest, cfg.sids.batch)
+        error = _error(drift.against(night.live["drift"]["baseline"], baseline, sample))
+    encoded = sids.encode(spark, todo, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
+    return Made(folder, manifest, todo, encoded, kept, touched, baseline, error)
+
+
+def _error(drifted: dict[str, Any]) -> float:
+    """The largest ratio of quantization errors of a modality."""
+    return max((ratio["all"] for ratio in drifted["error_ratio"].values() if "all" in ratio), default=1.0)
+
+
 def _policy(cfg: Config, today: dict[str, Any]) -> str:
     """The policy of the config; under ``auto`` what today's drift asks for."""
     settings, auto = cfg.retokenize, cfg.retokenize.auto
     if settings.policy != "auto":
         return settings.policy
-    error = max((ratio["all"] for ratio in today["error_ratio"].values() if "all" in ratio), default=1.0)
+    error = _error(today)
     if error >= auto.refit_error:
         return "refit"
     return "warm" if error >= auto.warm_error or max(today["norms"].values(), default=0.0) >= auto.warm_norms else "frozen"
 
 
-def _night_gates(cfg: Config, metrics: dict[str, Any], churned: dict[str, Any], today: dict[str, Any]) -> list[dict[str, Any]]:
+def _night_gates(cfg: Config, metrics: dict[str, Any], churned: dict[str, Any], error: float) -> list[dict[str, Any]]:
     limits = cfg.retokenize.gates
-    error = max((ratio["all"] for ratio in today["error_ratio"].values() if "all" in ratio), default=1.0)
     values = {
         "collision rate, tail and cold": (metrics["collision_tail"], limits.max_tail_collision),
         "churn": (churned["churn"], limits.max_churn),

@@ -203,5 +203,5 @@ and churn against the parent (JSON each)."""
 LIVE = _schema(("generation", pa.int64(), False), ("sids_version", pa.int64(), False))
 """One row: the generation that readers use. They read ``sids`` at its version. Moved in one commit, by publishing or by a roll-back."""
 
-LEASES = _schema(("holder", pa.string(), True), ("expires", pa.float64(), False))
-"""One row: which process may publish, and until when (unix seconds). ``holder`` is null where nobody may."""
+LEASES = _schema(("holder", pa.string(), True), ("expires", pa.float64(), False), ("seconds", pa.float64(), False))
+"""One row: which process may publish, and until when (unix seconds), having been given it for how long. ``holder`` is null where nobody may."""

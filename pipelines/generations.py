@@ -64,6 +64,7 @@ def publish(
     track: Track,
     key: str,
     facts: Mapping[str, Any],
+    expected: int | None,
     sids: Callable[[int], DataFrame],
     changes: Callable[[int], DataFrame] | None,
     before_live: Callable[[Generation], None] = lambda row: None,
@@ -72,11 +73,14 @@ def publish(
     """Publish the rows of ``sids`` (which gets the generation's number) and ``changes`` against the live generation; returns the new one.
 
     ``key``: digest of all that the rows follow from; steps whose commit carries it are not done again. ``facts``: the row of ``generations``
-    but for what is added here. ``before_live``: what must be there when the pointer moves. ``allowed``: raises where this process may not
+    but for what is added here. ``expected``: the generation that was live when the work began. ``before_live``: what must be there when the pointer moves. ``allowed``: raises where this process may not
     publish any more; asked before every commit.
     """
     lake = track.lake
-    parent, before = pointer(lake), _snapshot(lake)
+    parent = pointer(lake)
+    if parent != expected:
+        raise BusyError(f"generation {parent} went live in {lake.root} while this run was at work on {expected}: run it again")
+    before = snapshot(lake)
     if lake.fresh(key, "generations"):  # recorded, but cut off before it was live
         row = history(lake)[-1]
     else:
@@ -84,10 +88,13 @@ def publish(
         allowed()
         if not lake.fresh(key, "sids"):
             engine.write(sids(number), lake, "sids", tables.SIDS, key)
+        version = lake.made("sids", key)
+        if version is None:
+            raise BusyError(f"the rows of generation {number} cannot be found in {lake.path('sids')}: another run replaced them; run this one again")
         if changes is not None and parent is not None:
             allowed()
             engine.write(changes(number), lake, "sid_changes", tables.SID_CHANGES, key, replace=f"generation = {number}")
-        row = {"generation": number, "parent": parent, "sids_version": lake.version("sids"), "run": track.cfg.name, **facts}
+        row = {"generation": number, "parent": parent, "sids_version": version, "run": track.cfg.name, **facts}
         text = {name: json.dumps(row[name]) for name in _JSON}
         allowed()
         written = pa.Table.from_pylist([{**row, **text}], schema=tables.GENERATIONS)
@@ -103,7 +110,7 @@ def publish(
 
 def go_back(track: Track, number: int) -> Generation:
     """Make generation ``number`` live again. Raises InputError where there is none, or its rows are gone."""
-    lake, before = track.lake, _snapshot(track.lake)
+    lake, before = track.lake, snapshot(track.lake)
     rows = {row["generation"]: row for row in history(lake)}
     if number not in rows:
         known = f"{min(rows)} to {max(rows)}" if rows else "none"
@@ -119,7 +126,8 @@ def go_back(track: Track, number: int) -> Generation:
     return row
 
 
-def _snapshot(lake: Lake) -> DeltaTable:
+def snapshot(lake: Lake) -> DeltaTable:
+    """The pointer's table as it is now."""
     DeltaTable.create(lake.path("live"), schema=tables.LIVE, mode="ignore")
     return DeltaTable(lake.path("live"))
 

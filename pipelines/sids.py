@@ -26,6 +26,7 @@ from pipelines import generations
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import Track
 from pipelines.nightly import changes, drift
+from pipelines.nightly.lease import Lease, held
 from pipelines.train import tokenizer_folder
 
 _PLAIN = ("item_id", "item_index", "interactions", "stratum", "fingerprint", "richness")
@@ -45,7 +46,12 @@ def run(cfg: Config, track: Track) -> None:
     if generations.settled(lake, key):
         track.status = "up to date"
         return
-    spark = engine.session(cfg.spark)
+    with held(lake, cfg.retokenize.lease.seconds, cfg.retokenize.lease.wait) as lease:
+        _publish(cfg, track, folder, manifest, read, key, lease)
+
+
+def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], read: dict[str, int], key: str, lease: Lease) -> None:
+    lake, spark = track.lake, engine.session(cfg.spark)
     features = engine.read(spark, lake, "item_features", read["item_features"])
     check_features(features, manifest)
     encoded = encode(spark, features, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
@@ -83,8 +89,10 @@ def run(cfg: Config, track: Track) -> None:
             track,
             key,
             facts,
+            before,
             lambda number: ranked(encoded, manifest["digest"], number),
             (lambda number: moves.withColumn("generation", F.lit(number))) if moves is not None else None,
+            allowed=lease.check,
         )["generation"]
     finally:
         encoded.unpersist()

@@ -77,10 +77,10 @@ def tokenizer(cfg: Config, track: Track) -> None:
     _register(cfg, track, folder / "model", fit_tokenizer(cfg, track, folder))
 
 
-def fit_tokenizer(cfg: Config, track: Track, folder: Path, start: Path | None = None) -> dict[str, Any]:
+def fit_tokenizer(cfg: Config, track: Track, folder: Path, start: Path | None = None, pins: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Train or fit the tokenizer into ``folder/model``, unless it is there; returns its manifest. ``start``: go on from this artifact, as
-    ``retokenize.warm`` says."""
-    read = track.lake.versions(*_inputs(cfg))
+    ``retokenize.warm`` says; ``pins``: versions to read."""
+    read = {**track.lake.versions(*_inputs(cfg)), **(pins or {})}
     if cfg.tokenizer.pairs:
         items.check(cfg, track.lake)
         pairs.check(cfg, track.lake)

@@ -52,7 +52,7 @@ def behavior(payload: dict[str, Any]) -> None:
     result = training.run(_report(payload, workers))
     if workers.rank == 0:
         save_file({"embeddings": result.embeddings.contiguous(), "norms": result.norms.contiguous()}, folder / "result.safetensors")
-        write_json(folder / "result.json", result.summary)
+        write_json(folder / "result.json", {**result.summary, "inputs": read})
 
 
 def tokenizer(payload: dict[str, Any]) -> None:

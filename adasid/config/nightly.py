@@ -39,6 +39,7 @@ class NightGates(Section):
     max_tail_collision: Share = Field(0.5, description="highest share of tail and cold items whose SID is not unique")
     max_churn: Share = Field(0.1, description="highest share of the items of both generations whose SID changed")
     max_weighted_churn: Share = Field(0.1, description="the same, weighted by training events")
+    max_removed: Share = Field(0.1, description="highest share of the live items that are gone")
     max_error_ratio: float = Field(1.5, ge=1, description="a modality's quantization error against that on the tokenizer's own data")
 
 

@@ -30,6 +30,8 @@ class AdcSid(TrainedTokenizer):
     Slots: shared, content in config order, behaviour (methods 1.10). Shapes: B items, L slots, d latent width, h projector width.
     """
 
+    interchangeable = True
+
     def __init__(self, settings: config.AdcSid, widths: Mapping[str, int]) -> None:
         s = self.settings = settings
         experts = {"shared": s.shared_experts, **s.content_experts, BEHAVIOR: s.behavior_experts}

@@ -46,6 +46,8 @@ class Tokenizer(nn.Module, ABC):
     ``after_step`` for every batch, with ``start_quantizing`` after the warm-up; ``fit`` at the end.
     """
 
+    interchangeable = False
+    """Whether slots of one kind could change places: experts and sub-spaces can, residual levels cannot."""
     slots: tuple[Slot, ...]
     widths: dict[str, int]
     """The declared inputs: modality -> width. Nothing else is read."""

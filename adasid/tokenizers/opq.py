@@ -55,6 +55,8 @@ class SubSpaces(nn.Module):
 class Opq(Spaces):
     """Slots o0 to o{L-1}, or by modality."""
 
+    interchangeable = True
+
     def __init__(self, settings: config.Opq, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths, "o")
         self.quantizers = nn.ModuleDict({kind: SubSpaces(settings, kind, number, self.dimensions(kind)) for kind, number in self.levels.items()})

@@ -48,14 +48,16 @@ class Relabelled(Tokenizer):
 
     def rename(self, published: NDArray[np.int32], found: NDArray[np.int32]) -> None:
         """Choose the names under which most of ``found`` [n, L], the inner codes of some items, are ``published`` [n, L], theirs so far."""
-        order, names = match(published, found, self.slots)
+        order, names = match(published, found, self.slots, self.inner.interchangeable)
         self.order.copy_(torch.from_numpy(order))
         self.names.copy_(torch.from_numpy(names))
 
 
-def match(published: NDArray[np.int32], found: NDArray[np.int32], slots: Sequence[Slot]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def match(
+    published: NDArray[np.int32], found: NDArray[np.int32], slots: Sequence[Slot], interchangeable: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """``order`` [L] and ``names`` [L, K] of :class:`Relabelled`: optimal assignments (Kuhn, 1955) of codes within each pair of slots of one kind
-    and size, then of slots, by the number of items that agree. PAD stays PAD."""
+    and size, then, where they are ``interchangeable``, of slots, by the number of items that agree. PAD stays PAD."""
     length, size = len(slots), max(slot.size for slot in slots)
     order, names = np.arange(length), np.tile(np.arange(size), (length, 1))
     for kind in dict.fromkeys((slot.kind, slot.size) for slot in slots):
@@ -68,7 +70,7 @@ def match(published: NDArray[np.int32], found: NDArray[np.int32], slots: Sequenc
                 np.add.at(counts, (found[there, new], published[there, old]), 1)
                 rows, columns = linear_sum_assignment(counts, maximize=True)
                 kept[i, j], given[i, j] = counts[rows, columns].sum(), columns
-        for i, j in zip(*linear_sum_assignment(kept, maximize=True)):
+        for i, j in zip(*linear_sum_assignment(kept, maximize=True)) if interchangeable else ((i, i) for i in range(len(own))):
             order[own[i]] = own[j]
             names[own[i], : kind[1]] = given[i, j]
     return order, names

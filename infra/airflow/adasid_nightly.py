@@ -1,6 +1,7 @@
 """The night as an Airflow 3 DAG: today's tables in, new SIDs out, old files away. Copy it into the DAGs folder.
 
-``ADASID_HOME`` (the checkout, with its ``.venv``) and ``ADASID_CONFIG`` (a file of ``conf/``) are read from the scheduler's environment.
+``ADASID_HOME`` (the checkout, with its ``.venv``), ``ADASID_CONFIG`` (a file of ``conf/``) and ``ADASID_DRIVER_MEMORY`` are read from the scheduler's
+environment. A refused night (exit code 4) is not tried again: it would be refused again.
 """
 
 import os
@@ -10,6 +11,7 @@ from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
 
 HOME = os.environ.get("ADASID_HOME", "/opt/adasid")
+MEMORY = os.environ.get("ADASID_DRIVER_MEMORY", "8g")
 CONFIG = os.environ.get("ADASID_CONFIG", "conf/cluster.yaml")
 
 with DAG(
@@ -23,13 +25,13 @@ with DAG(
 ) as dag:
 
     def job(name: str, arguments: str = "", **options: object) -> BashOperator:
-        """One job of ``jobs/``. Exit code 4, a refused night, fails at once: trying again would refuse it again."""
-        command = f"{HOME}/.venv/bin/spark-submit jobs/{name}.py --config {CONFIG} {arguments}; code=$?; [ $code -eq 4 ] && exit 99; exit $code"
-        return BashOperator(task_id=name, bash_command=command, cwd=HOME, append_env=True, skip_on_exit_code=None, **options)
+        """One job of ``jobs/``."""
+        command = f"{HOME}/.venv/bin/spark-submit --driver-memory {MEMORY} jobs/{name}.py --config {CONFIG} {arguments}"
+        return BashOperator(task_id=name, bash_command=command, cwd=HOME, append_env=True, **options)
 
     (
         job("ingest")
         >> job("build_features")
-        >> job("retokenize", "--run-date {{ ds }} --set retokenize.lease.wait=3600", execution_timeout=timedelta(hours=6))
+        >> job("retokenize", "--run-date yesterday --set retokenize.lease.wait=3600", retries=0, execution_timeout=timedelta(hours=6))
         >> job("maintain")
     )

@@ -4,8 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 day="${1:-yesterday}"
 config="${ADASID_CONFIG:?name a file of conf/}"
-submit=.venv/bin/spark-submit
-"$submit" jobs/ingest.py --config "$config"
-"$submit" jobs/build_features.py --config "$config"
-"$submit" jobs/retokenize.py --config "$config" --run-date "$day" --set retokenize.lease.wait=3600
-"$submit" jobs/maintain.py --config "$config"
+submit=(.venv/bin/spark-submit --driver-memory "${ADASID_DRIVER_MEMORY:-8g}")
+"${submit[@]}" jobs/ingest.py --config "$config"
+"${submit[@]}" jobs/build_features.py --config "$config"
+"${submit[@]}" jobs/retokenize.py --config "$config" --run-date "$day" --set retokenize.lease.wait=3600
+"${submit[@]}" jobs/maintain.py --config "$config"

@@ -19,6 +19,7 @@ from deltalake.exceptions import TableNotFoundError
 
 from adasid.errors import InputError
 
+_WRITES = {"WRITE", "CREATE TABLE", "CREATE OR REPLACE TABLE", "REPLACE TABLE", "CREATE TABLE AS SELECT", "CREATE OR REPLACE TABLE AS SELECT"}
 STAMP = "adasid"
 """Commit-metadata key under which the digest of a table's inputs is kept."""
 
@@ -85,6 +86,13 @@ class Lake:
             return str(json.loads(commit["userMetadata"])[STAMP])
         except (StopIteration, ValueError, KeyError, TypeError):
             return None
+
+    def made(self, table: str, digest: str) -> int | None:
+        """The newest version that a commit with this digest wrote; None for none."""
+        for entry in DeltaTable(self.path(table)).history() if self.exists(table) else ():
+            if entry.get("operation") in _WRITES and digest in str(entry.get("userMetadata")):
+                return int(entry["version"])
+        return None
 
     def stamps(self, versions: Mapping[str, int]) -> dict[str, str]:
         """What the given versions were made from; the path and version themselves for a table that carries no digest."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from deltalake import DeltaTable
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
@@ -12,7 +14,7 @@ from adasid.tables import STRATA
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 
-_GRADUAL = {"MERGE", "UPDATE", "DELETE"}
+_GRADUAL = {"MERGE", "UPDATE", "DELETE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
 """Operations whose change feed is as small as the change. An overwrite's is the whole table twice: then fingerprints are compared."""
 
 
@@ -22,16 +24,25 @@ def detect(spark: SparkSession, lake: Lake, features: DataFrame, published: Data
     From the change feed of ``item_features`` since the version that the live generation read, where it is kept and tells of single rows;
     else, or where history is gone, by the fingerprints of ``features`` [item_id, fingerprint] and ``published`` [item_id, fingerprint].
     """
-    ids = None
-    if _followed(lake, since, until):
-        feed = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", since + 1).option("endingVersion", until)
-        ids = feed.load(lake.path("item_features")).select("item_id").distinct()
+    ids = _fed(spark, lake, since, until) if _followed(lake, since, until) else None
+    if ids is not None:
         features, published = features.join(ids, "item_id", "left_semi"), published.join(ids, "item_id", "left_semi")
     now = features.select("item_id", F.col("fingerprint").alias("_now"))
     then = published.select("item_id", F.col("fingerprint").alias("_then"))
     why = F.when(F.col("_then").isNull(), "new").when(F.col("_now").isNull(), "removed").when(F.col("_now") != F.col("_then"), "changed")
     found = now.join(then, "item_id", "full").select("item_id", why.alias("why")).filter("why IS NOT NULL")
     return found, "fingerprints" if ids is None else "change feed"
+
+
+def _fed(spark: SparkSession, lake: Lake, since: int, until: int) -> DataFrame | None:
+    """Ids that the change feed names; None where its files are gone."""
+    feed = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", since + 1).option("endingVersion", until)
+    try:
+        ids = feed.load(lake.path("item_features")).select("item_id").distinct().persist()
+        ids.count()
+    except (Py4JJavaError, PySparkException):
+        return None
+    return ids
 
 
 def _followed(lake: Lake, since: int, until: int) -> bool:
@@ -73,7 +84,7 @@ def churn(moves: DataFrame, features: DataFrame, old_items: int, slots: list[str
     kinds = {row["why"]: row["items"] for row in moves.groupBy("why").agg(F.count("*").alias("items")).collect()}
     placed = moves.join(features.select("item_id", "interactions", "stratum"), "item_id")
     new = {row["stratum"]: row for row in placed.filter("old_codes IS NULL").groupBy("stratum").agg(*number).collect()}
-    differ = [F.sum((F.col("old_codes")[i] != F.col("new_codes")[i]).cast("int")).alias(f"s{i}") for i in range(len(slots))]
+    differ = [F.sum((~F.get("old_codes", F.lit(i)).eqNullSafe(F.get("new_codes", F.lit(i)))).cast("int")).alias(f"s{i}") for i in range(len(slots))]
     both = {row["stratum"]: row for row in placed.filter("old_codes IS NOT NULL").groupBy("stratum").agg(*number, *differ).collect()}
 
     def of(rows: dict[str, Any], name: str, stratum: str | None = None) -> float:

@@ -27,15 +27,24 @@ def sampled(features: DataFrame, items: int, sample: int) -> DataFrame:
     return features if items <= sample else features.filter(F.pmod(F.xxhash64("item_id"), F.lit(items // sample)) == 0)
 
 
-def measure(spark: SparkSession, lake: Lake, sample: DataFrame, folder: Path, manifest: dict[str, Any], batch: int) -> dict[str, Any]:
-    """What is known of a day's items: for every input of the tokenizer the deciles of its norm, and the mean squared quantization error, by stratum
+def measure(
+    spark: SparkSession,
+    lake: Lake,
+    sample: DataFrame,
+    folder: Path,
+    manifest: dict[str, Any],
+    batch: int,
+    edges: dict[str, list[float]] | None = None,
+) -> dict[str, Any]:
+    """What is known of a day's items: for every input of the tokenizer the deciles of its norm (or the given ``edges``) and the share of items between
+    them, and the mean squared quantization error, by stratum
     too (none for a method without a decoder); the share of cold items; Spearman(norm, count)."""
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
     columns = ["item_id", "item_index", "stratum", "richness", *manifest["widths"]]
     rows = sample.select(*columns).mapInArrow(_prober(json.dumps(manifest), weights, batch), engine.struct(_ROW)).persist()
     try:
         deciles = F.percentile_approx("norm", [i / _BINS for i in range(1, _BINS)], 1000).alias("edges")
-        edges = {row["modality"]: list(row["edges"]) for row in rows.groupBy("modality").agg(deciles).collect()}
+        edges = edges or {row["modality"]: list(row["edges"]) for row in rows.groupBy("modality").agg(deciles).collect()}
         grouped = rows.groupBy("modality", "stratum").agg(F.avg("error").alias("error"), F.count("*").alias("items")).collect()
         shares = {m: _shares(rows.filter(F.col("modality") == m), list(e)) for m, e in edges.items()}
     finally:
@@ -58,14 +67,10 @@ def measure(spark: SparkSession, lake: Lake, sample: DataFrame, folder: Path, ma
     }
 
 
-def against(baseline: dict[str, Any], day: dict[str, Any], sample: DataFrame) -> dict[str, Any]:
-    """Today's items (``sample``, measured as ``day``) against those of ``baseline``: for each modality the stability index of its norms, in the
-    bins of the baseline's deciles, and the ratio of quantization errors, of all and by stratum."""
-    norms = {
-        m: stability_index(baseline["shares"][m], _shares(sample.filter(F.col(m).isNotNull()).select(_norm(m).alias("norm")), edges))
-        for m, edges in baseline["edges"].items()
-        if m in day["edges"]
-    }
+def against(baseline: dict[str, Any], day: dict[str, Any]) -> dict[str, Any]:
+    """Today's items (measured as ``day`` with the baseline's ``edges``) against those of ``baseline``: for each modality the stability index of its
+    norms, in the bins of the baseline's deciles, and the ratio of quantization errors, of all and by stratum."""
+    norms = {m: stability_index(shares, day["shares"][m]) for m, shares in baseline["shares"].items() if m in day["shares"]}
     ratios = {
         m: {s: value / baseline["error"][m][s] for s, value in by_stratum.items() if baseline["error"].get(m, {}).get(s)}
         for m, by_stratum in day["error"].items()
@@ -78,10 +83,6 @@ def usage(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
     if before["slots"] != after["slots"]:
         return {}
     return {name: jensen_shannon(p, q) for name, p, q in zip(after["slots"], before["codes"], after["codes"]) if len(p) == len(q)}
-
-
-def _norm(modality: str) -> Any:
-    return F.sqrt(F.aggregate(F.col(modality).cast("array<double>"), F.lit(0.0), lambda total, x: total + x * x))
 
 
 def _shares(norms: DataFrame, edges: list[float]) -> list[float]:
@@ -103,7 +104,7 @@ def _prober(manifest: str, weights: Any, size: int) -> Callable[[Iterable[pa.Rec
                 decoded = tokenizer.reconstruct(batch)
                 for m in tokenizer.widths:
                     there = batch.present[m].numpy()
-                    norm = batch.vectors[m].norm(dim=1).double().numpy()[there]
+                    norm = np.round(batch.vectors[m].double().norm(dim=1).numpy()[there], 5)  # so that unit vectors share a bin
                     error = (decoded[m] - batch.vectors[m]).square().sum(1).double().numpy()[there] if m in decoded else None
                     columns = [
                         pa.array([m] * len(norm)),

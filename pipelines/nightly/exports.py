@@ -27,12 +27,15 @@ from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.generations import Generation
 
-_ROWS = 65_536
+_ROWS, _PREFIXES = 65_536, 20_000_000
+"""Rows written at a time; items up to which the prefixes are made, which needs all codes in memory."""
 
 
 def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
     """The exports that the config asks for, of generation ``row``."""
     wanted, target = set(cfg.retokenize.exports), folder(cfg) / str(row["generation"])
+    if row["items"] > _PREFIXES:
+        wanted -= {"prefixes"}
     if not wanted or (target / "manifest.json").exists():
         return
     draft = target.with_name(f".{target.name}.draft")

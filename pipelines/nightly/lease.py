@@ -52,13 +52,13 @@ class Lease:
     def _holder(self, table: DeltaTable) -> tuple[str, float] | None:
         """Who holds it now. A lease that ends later than any could have been given is of a clock that has since jumped back, and void."""
         rows = table.to_pyarrow_table().to_pylist()
-        if not rows or rows[0]["holder"] in (None, self.holder) or not 0 < rows[0]["expires"] - self.now() <= 2 * self.seconds:
+        if not rows or rows[0]["holder"] in (None, self.holder) or not 0 < rows[0]["expires"] - self.now() <= 2 * rows[0]["seconds"]:
             return None
         return rows[0]["holder"], rows[0]["expires"]
 
     def _commit(self, table: DeltaTable, holder: str | None, expires: float) -> bool:
         """Whether the row could be written as the version after ``table``'s."""
-        row = pa.table({"holder": [holder], "expires": [expires]}, schema=tables.LEASES)
+        row = pa.table({"holder": [holder], "expires": [expires], "seconds": [self.seconds]}, schema=tables.LEASES)
         try:
             write_deltalake(table, row, mode="overwrite", commit_properties=CommitProperties(max_commit_retries=0))
         except CommitFailedError:
@@ -68,17 +68,21 @@ class Lease:
     def check(self) -> None:
         """Raise BusyError unless this process is still the holder."""
         rows = DeltaTable(self.lake.path(_TABLE)).to_pyarrow_table().to_pylist()
-        if self._lost.is_set() or not rows or rows[0]["holder"] != self.holder:
+        if self._lost.is_set() or not rows or rows[0]["holder"] != self.holder or rows[0]["expires"] <= self.now():
             now = rows[0]["holder"] if rows else None
             raise BusyError(
-                f"the lease of {self.lake.root} was lost to {now}: this run stood still for longer than retokenize.lease.seconds; run it again"
+                f"the lease of {self.lake.root} was lost (holder: {now}): this run could not renew it for longer than retokenize.lease.seconds; run it again"
             )
 
     def renew(self) -> None:
-        """Hold it for another ``seconds``; after the first renewal that fails it is lost."""
-        table = DeltaTable(self.lake.path(_TABLE))
-        rows = table.to_pyarrow_table().to_pylist()
-        if not rows or rows[0]["holder"] != self.holder or not self._commit(table, self.holder, self.now() + self.seconds):
+        """Hold it for another ``seconds``; after the first renewal that fails, for whatever reason, it is lost."""
+        try:
+            table = DeltaTable(self.lake.path(_TABLE))
+            rows = table.to_pyarrow_table().to_pylist()
+            kept = bool(rows) and rows[0]["holder"] == self.holder and self._commit(table, self.holder, self.now() + self.seconds)
+        except Exception:
+            kept = False
+        if not kept:
             self._lost.set()
 
     def give_back(self) -> None:

@@ -25,8 +25,8 @@ def fit(night: Night, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
     key = digest(policy, night.live["tokenizer"], cfg.tokenizer, cfg.retokenize.warm, cfg.seed, lake.stamps({"item_features": night.version}))
     folder = (cfg.run_dir / "artifacts" / "tokenizer" / key).resolve()
     if policy == "warm":
-        return folder / "model", train.fit_tokenizer(cfg, night.track, folder, start=live)
-    train.fit_tokenizer(cfg, night.track, folder)
+        return folder / "model", train.fit_tokenizer(cfg, night.track, folder, live, {"item_features": night.version})
+    train.fit_tokenizer(cfg, night.track, folder, None, {"item_features": night.version})
     matched = folder / "matched" / "model"
     if not (matched / "manifest.json").exists():
         _match(night, folder / "model", matched)
@@ -41,8 +41,8 @@ def _match(night: Night, anew: Path, matched: Path) -> None:
     encoded = sids.encode(night.spark, sample, anew, manifest, night.cfg.sids.batch).select("item_id", "codes")
     pairs = encoded.join(old, "item_id").select("_old", "codes").collect()  # at most retokenize.sample rows
     renamed = Relabelled(tokenizer)
-    length = len(manifest["slots"])
-    if pairs and all(len(pair["_old"]) == length for pair in pairs):
+    same = [(slot["kind"], slot["size"]) for slot in artifact.read_manifest(Path(night.live["artifact"]))["slots"]]
+    if pairs and same == [(slot["kind"], slot["size"]) for slot in manifest["slots"]]:
         renamed.rename(*(np.array([pair[name] for pair in pairs], np.int32) for name in ("_old", "codes")))
     artifact.rewrite(matched, renamed, manifest)
     write_json(matched / "matched.json", {"names": renamed.names.tolist(), "order": renamed.order.tolist(), "to": night.live["tokenizer"]})

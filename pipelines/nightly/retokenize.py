@@ -102,13 +102,15 @@ def _publish(night: Night, key: str, day: str) -> None:
     found, how = changes.detect(spark, lake, night.features, night.published, live["inputs"]["item_features"], night.version)
     found = found.persist(StorageLevel.DISK_ONLY)
     counts = {row["why"]: row["count"] for row in found.groupBy("why").count().collect()}
+    night.track.facts["found by"] = how
     night.track.note(f"by {how}: " + ", ".join(f"{counts.get(why, 0)} {why}" for why in ("new", "changed", "removed")))
     if not counts and cfg.retokenize.policy in {"frozen", "auto"}:
         _unchanged(night.track, live)
         return
     items = night.features.count()
     sample = drift.sampled(night.features, items, cfg.retokenize.sample).persist(StorageLevel.DISK_ONLY)
-    today = drift.against(live["drift"]["baseline"], drift.measure(spark, lake, sample, folder, manifest, cfg.sids.batch), sample)
+    known = live["drift"]["baseline"]
+    today = drift.against(known, drift.measure(spark, lake, sample, folder, manifest, cfg.sids.batch, known["edges"]))
     policy = _policy(cfg, today)
     night.track.note(f"policy {policy}")
     made = _make(night, policy, folder, manifest, found, sample, today)
@@ -123,7 +125,8 @@ def _publish(night: Night, key: str, day: str) -> None:
         usage = drift.usage(live["metrics"], metrics)
         churned = changes.churn(moves, night.features, live["items"], [slot.name for slot in slots])
         distinct, broken = whole.select("item_id").distinct().count(), sids.not_finite(made.todo, made.manifest)
-        gates = sids.check_gates(metrics, cfg.sids.gates, items, distinct, broken) + _night_gates(cfg, metrics, churned, made.error)
+        gates = sids.check_gates(metrics, cfg.sids.gates, items, distinct, broken)
+        gates += _night_gates(cfg, metrics, churned, made.error, churned["removed"] / max(1, live["items"]), _unmatched(whole, night.features))
         facts: dict[str, Any] = {
             "policy": policy,
             "run_date": day,
@@ -140,8 +143,9 @@ def _publish(night: Night, key: str, day: str) -> None:
         _judge(night, facts, moves, placed)
         row = generations.publish(
             night.track,
-            key,
+            digest(key, policy, made.manifest["digest"]),
             facts,
+            live["generation"],
             lambda _: whole,
             lambda _: moves.withColumn("generation", F.lit(number)),
             before_live=partial(exports.write, cfg, lake, slots),
@@ -150,6 +154,7 @@ def _publish(night: Night, key: str, day: str) -> None:
     finally:
         for frame in (whole, moves, made.encoded, sample, found):
             frame.unpersist()
+    night.track.status = "done"  # whatever training the tokenizer said
     (cfg.run_dir / _REFUSED).unlink(missing_ok=True)
     pages(cfg, night.track)
     night.track.facts.update(
@@ -201,7 +206,7 @@ def _make(night: Night, policy: str, folder: Path, manifest: dict[str, Any], fou
     else:
         folder, manifest = refit.fit(night, policy, folder)
         baseline = drift.measure(spark, night.lake, sample, folder, manifest, cfg.sids.batch)
-        error = _error(drift.against(night.live["drift"]["baseline"], baseline, sample))
+        error = _error(drift.against(night.live["drift"]["baseline"], baseline))
     encoded = sids.encode(spark, todo, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
     return Made(folder, manifest, todo, encoded, kept, touched, baseline, error)
 
@@ -222,15 +227,23 @@ def _policy(cfg: Config, today: dict[str, Any]) -> str:
     return "warm" if error >= auto.warm_error or max(today["norms"].values(), default=0.0) >= auto.warm_norms else "frozen"
 
 
-def _night_gates(cfg: Config, metrics: dict[str, Any], churned: dict[str, Any], error: float) -> list[dict[str, Any]]:
+def _night_gates(cfg: Config, metrics: dict[str, Any], churned: dict[str, Any], error: float, removed: float, unmatched: int) -> list[dict[str, Any]]:
     limits = cfg.retokenize.gates
     values = {
+        "items without a SID, or SIDs without an item": (float(unmatched), 0.0),
+        "removed": (removed, limits.max_removed),
         "collision rate, tail and cold": (metrics["collision_tail"], limits.max_tail_collision),
         "churn": (churned["churn"], limits.max_churn),
         "churn, weighted by events": (churned["weighted"], limits.max_weighted_churn),
         "error against the tokenizer's data": (error, limits.max_error_ratio),
     }
     return [{"gate": name, "value": value, "threshold": limit, "passed": bool(value <= limit)} for name, (value, limit) in values.items()]
+
+
+def _unmatched(whole: DataFrame, features: DataFrame) -> int:
+    """Items of today that have no row, and rows of no item of today."""
+    both = whole.select("item_id", F.lit(1).alias("_sid")).join(features.select("item_id", F.lit(1).alias("_item")), "item_id", "full")
+    return both.filter("_sid IS NULL OR _item IS NULL").count()
 
 
 def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, placed: DataFrame) -> None:

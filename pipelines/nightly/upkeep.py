@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-from deltalake import DeltaTable
+from deltalake import CommitProperties, DeltaTable
 
 from adasid.config import Config
+from adasid.errors import InputError
 from pipelines import generations
-from pipelines.engines.lake import Lake
+from pipelines.engines.lake import STAMP, Lake
 from pipelines.engines.tracking import Track
 from pipelines.nightly.lease import held
 
@@ -23,20 +25,39 @@ def rollback(cfg: Config, track: Track, number: int) -> None:
 
 
 def maintain(cfg: Config, track: Track) -> None:
-    """Compact every table and vacuum its files, except those of the versions in :func:`needed` and those younger than ``grace_hours``."""
-    lake = track.lake
-    with held(lake, cfg.retokenize.lease.seconds, cfg.retokenize.lease.wait):
+    """Compact every table and vacuum its files, except those of the versions in :func:`needed` and those younger than ``grace_hours``. A table keeps
+    the digest of what it was made of, and the log of all its versions."""
+    lake, grace = track.lake, cfg.retokenize.grace_hours
+    with held(lake, cfg.retokenize.lease.seconds, cfg.retokenize.lease.wait) as lease:
         keep = needed(cfg, lake)
-        for path in sorted(Path(lake.root).rglob("_delta_log")):
-            name = str(path.parent.relative_to(lake.root))
+        for log in sorted(Path(lake.root).rglob("_delta_log")):
+            name, table = str(log.parent.relative_to(lake.root)), DeltaTable(str(log.parent))
             if name == "leases":
                 continue
-            table = DeltaTable(str(path.parent))
-            compacted = table.optimize.compact()
-            versions = sorted({*keep[name], table.version()})
-            removed = table.vacuum(cfg.retokenize.grace_hours, dry_run=False, enforce_retention_duration=False, full=True, keep_versions=versions)
-            track.facts[name] = f"{compacted['numFilesRemoved']} files compacted, {len(removed)} removed, {len(versions)} versions kept"
+            lease.check()
+            stamp, compacted = CommitProperties(custom_metadata={"userMetadata": json.dumps({STAMP: lake.stamp(name)})}), 0
+            if table.metadata().configuration.get("delta.enableExpiredLogCleanup") != "false":
+                table.alter.set_table_properties({"delta.enableExpiredLogCleanup": "false"}, commit_properties=stamp)
+            if name not in {"sids", "live"}:  # readers of these go to one version, which compaction does not change
+                compacted = table.optimize.compact(commit_properties=stamp)["numFilesRemoved"]
+            kept = [version for version in sorted({*keep[name], table.version()}) if _readable(track, name, version)]
+            options: dict[str, Any] = {"enforce_retention_duration": False, "full": True, "keep_versions": kept}
+            unused = [file for file in table.vacuum(grace, dry_run=True, **options) if (log.parent / file).exists()]
+            if unused:
+                lease.check()
+                table.vacuum(grace, dry_run=False, commit_properties=stamp, **options)
+            track.facts[name] = f"{compacted} files compacted, {len(unused)} removed, {len(kept)} versions kept"
             track.note(f"{name}: {track.facts[name]}")
+
+
+def _readable(track: Track, name: str, version: int) -> bool:
+    """Whether the log still knows a version; one that is gone is named, and cannot be kept."""
+    try:
+        track.lake.open(name, version)
+    except InputError:
+        track.note(f"{name} version {version} is needed but its log is gone: it cannot be kept")
+        return False
+    return True
 
 
 def needed(cfg: Config, lake: Lake) -> dict[str, set[int]]:

@@ -19,7 +19,7 @@ FILES = [path for path in sorted(INFRA.rglob("*")) if path.is_file() and "__pyca
 SETUP = (ROOT / "setup.py").read_text()
 NIGHT = yaml.safe_load_all((INFRA / "kubernetes" / "nightly.yaml").read_text())
 SPARK, RAY = NIGHT
-VARIABLES = {"ADASID_HOME", "ADASID_CONFIG", "RAY_ADDRESS", "RAY_AUTH_MODE"}
+VARIABLES = {"ADASID_HOME", "ADASID_CONFIG", "ADASID_DRIVER_MEMORY", "RAY_ADDRESS", "RAY_AUTH_MODE"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -71,6 +71,8 @@ def test_the_dag_runs_the_chain_in_order():
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "job"]
     jobs = [call.args[0].value for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset))]
     assert jobs == ["ingest", "build_features", "retokenize", "maintain"]
+    (night,) = [call for call in calls if call.args[0].value == "retokenize"]
+    assert {word.arg: getattr(word.value, "value", None) for word in night.keywords}["retries"] == 0  # a refused night stays refused
     if importlib.util.find_spec("airflow"):
         found = subprocess.run([sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True)
         assert found.returncode == 0, found.stderr

@@ -59,13 +59,16 @@ def undisturbed(evening, tmp_path_factory):
     return by_item(lake, generations.live(lake)["sids_version"]), time.monotonic() - started
 
 
-def reached(step, lake, run):
+def reached(step, lake, run, before):
     """Whether a night has come to a step."""
     if step == "exports":
         return any((run / "exports").glob("*")) or any((run / "exports").glob(".*"))
-    log = Path(lake.path(step)) / "_delta_log"
-    before = {"leases": 1, "sids": 1, "generations": 2, "live": 2}.get(step, 0)
-    return len(list(log.glob("*.json"))) > before
+    return commits(lake, step) > before
+
+
+def commits(lake, table):
+    """Commits of a table so far."""
+    return len(list((Path(lake.path(table)) / "_delta_log").glob("*.json")))
 
 
 @pytest.mark.parametrize("number", range(KILLS))
@@ -75,6 +78,7 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
     before = by_item(lake, generations.live(lake)["sids_version"])
     rng = np.random.default_rng(number)
     step = STEPS[number % len(STEPS)] if number % 5 else None  # every fifth at a random time
+    had = commits(lake, step) + (step == "leases") if step else 0  # the first commit of the lease creates its table
     pause = rng.uniform(0, seconds if step is None else 0.5)
     process = subprocess.Popen(
         [sys.executable, "jobs/retokenize.py", "--config", path, "--run-date", DAY],
@@ -84,7 +88,7 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
         start_new_session=True,
     )
     end = time.monotonic() + 240
-    while step and not reached(step, lake, load(path).run_dir) and process.poll() is None and time.monotonic() < end:
+    while step and not reached(step, lake, load(path).run_dir, had) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
     time.sleep(pause)
     alive = process.poll() is None
@@ -183,7 +187,7 @@ def test_a_clock_that_jumped_back_does_not_lock_the_lake(lake):
     late.take(0)
     early = Lease(lake, 10.0, now=lambda: 500_000.0)  # the clock, put right
     early.take(0)
-    with pytest.raises(Exception, match="was lost to"):
+    with pytest.raises(Exception, match="was lost"):
         late.check()
     early.check()
 

@@ -67,6 +67,8 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
         put(lake, today, "next day")
     track = night(path, f"2026-01-0{day}")
     row = generations.live(lake)
+    assert track.facts["found by"] == ("change feed" if feed else "fingerprints")
+    assert max(row["drift"]["norms"].values()) < 0.1
     new = by_item(lake, row["sids_version"])
     assert row["run_date"] == f"2026-01-0{day}" and row["policy"] == "frozen" and row["parent"] == row["generation"] - 1
     before, after = rows_of(old), rows_of(new)

@@ -33,7 +33,7 @@ def test_a_second_one_leaves_with_a_message_and_a_dead_holders_lease_ends(lake):
         second.take(0)
     clock.time += 2
     second.take(0)
-    with pytest.raises(BusyError, match=f"was lost to {second.holder}: this run stood still"):
+    with pytest.raises(BusyError, match=rf"was lost \(holder: {second.holder}\)"):
         first.check()
     first.renew()
     second.check()
@@ -85,3 +85,27 @@ def test_one_that_waits_gets_it_when_it_is_free(lake):
     first.give_back()
     waiting.join()
     assert got
+
+
+def test_another_length_of_lease_is_respected_and_an_expired_one_is_lost(lake):
+    clock = Clock()
+    long, short = Lease(lake, 600.0, clock), Lease(lake, 10.0, clock)
+    long.take(0)
+    with pytest.raises(BusyError):
+        short.take(0)
+    clock.time += 601
+    with pytest.raises(BusyError, match="was lost"):
+        long.check()
+
+
+def test_a_renewal_that_cannot_be_written_loses_the_lease(lake, monkeypatch):
+    lease = Lease(lake, 30.0)
+    lease.take(0)
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(lease, "_commit", full)
+    lease.renew()
+    with pytest.raises(BusyError, match="was lost"):
+        lease.check()

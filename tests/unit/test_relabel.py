@@ -29,7 +29,7 @@ def test_a_permutation_of_codes_and_slots_is_undone():
     turned = np.array([rng.permutation(4) for _ in SLOTS])
     swapped = published[:, [0, 2, 1]]
     found = np.where(swapped == PAD, PAD, np.take_along_axis(turned, np.maximum(swapped, 0).T, axis=1).T).astype(np.int32)
-    order, names = match(published, found, SLOTS)
+    order, names = match(published, found, SLOTS, True)
     assert order.tolist() == [0, 2, 1]
     assert (renamed(found, order, names) == published).all()
 
@@ -37,7 +37,8 @@ def test_a_permutation_of_codes_and_slots_is_undone():
 def test_the_match_is_the_best_there_is():
     rng = np.random.default_rng(1)
     published, found = rng.integers(0, 4, (2, 60, 3)).astype(np.int32)
-    order, names = match(published, found, SLOTS)
+    assert match(published, found, SLOTS, False)[0].tolist() == [0, 1, 2]  # residual levels keep their places
+    order, names = match(published, found, SLOTS, True)
     kept = (renamed(found, order, names) == published).sum(0)
     best = [[max((np.array(p)[found[:, new]] == published[:, old]).sum() for p in permutations(range(4))) for new in range(3)] for old in range(3)]
     assert kept[0] == best[0][0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -103,13 +104,16 @@ def write(
 
 
 def root_cause(error: Exception) -> str:
-    """The first line of an error: of its root cause where it comes from Java."""
+    """The first line of an error: of its root cause where it comes from Java; with the Parquet file that it was about."""
     if isinstance(error, Py4JJavaError):
         cause = error.java_exception
         while cause.getCause() is not None:
             cause = cause.getCause()
-        return str(cause.toString()).splitlines()[0]
-    return next(line for line in [*str(error).strip().splitlines(), type(error).__name__] if line)
+        line = str(cause.toString()).splitlines()[0]
+    else:
+        line = next(line for line in [*str(error).strip().splitlines(), type(error).__name__] if line)
+    file = re.search(r"[^\s/]+\.parquet", str(error))
+    return f"{line}, file {file.group()}" if file and file.group() not in line else line
 
 
 def versions() -> dict[str, str]:

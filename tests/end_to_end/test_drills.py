@@ -24,7 +24,7 @@ from pipelines.nightly.lease import Lease
 from tests.end_to_end.nights import by_item, copied, next_day, put
 from tests.end_to_end.running import ROOT, job
 
-KILLS = int(os.environ.get("ADASID_DRILLS", "2"))
+KILLS = int(os.environ.get("ADASID_DRILLS", "1"))
 DAY = "2026-02-02"
 OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_error_ratio": 100.0}, "lease": {"seconds": 6.0, "wait": 60.0}}
 STEPS = ("leases", "sids", "sid_changes", "generations", "exports", "live")

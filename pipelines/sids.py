@@ -46,7 +46,7 @@ def run(cfg: Config, track: Track) -> None:
     if generations.settled(lake, key):
         track.status = "up to date"
         return
-    with held(lake, cfg.retokenize.lease.seconds, cfg.retokenize.lease.wait) as lease:
+    with held(track, cfg.retokenize.lease) as lease:
         _publish(cfg, track, folder, manifest, read, key, lease)
 
 

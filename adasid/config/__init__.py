@@ -5,7 +5,7 @@ shows them all and a test keeps the two equal. An unknown key, a wrong type or a
 
 from adasid.config.base import Names, Section, Share, Sizes
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
-from adasid.config.nightly import Retokenize, Warm
+from adasid.config.nightly import Lease, Retokenize, Warm
 from adasid.config.parts import Adaptive, Contrast, Controller, Hamr, Repulsion, Revival, Router, Training
 from adasid.config.render import render_base
 from adasid.config.sources import AmazonSource, ArraysSource, Source, Synthetic, TablesSource
@@ -58,6 +58,7 @@ __all__ = [
     "Gates",
     "Hamr",
     "ItemId",
+    "Lease",
     "Letter",
     "MmRqVae",
     "Names",

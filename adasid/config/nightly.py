@@ -44,8 +44,8 @@ class NightGates(Section):
 
 
 class Lease(Section):
-    seconds: float = Field(120.0, gt=0, description="a holder that has not renewed for so long is taken for dead")
-    wait: float = Field(0.0, ge=0, description="seconds to wait for another run to end; 0: leave at once")
+    seconds: float = Field(60.0, gt=0, description="a holder that has not renewed for so long is taken for dead")
+    wait: float = Field(90.0, ge=0, description="seconds to wait for another run to end, or for the lease of a dead one; 0: leave at once")
 
 
 class Retokenize(Section):

@@ -18,9 +18,10 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
-from adasid import tables
+from adasid import config, tables
 from adasid.errors import BusyError
 from pipelines.engines.lake import Lake
+from pipelines.engines.tracking import Track
 
 _TABLE = "leases"
 _POLL = 1.0
@@ -34,11 +35,11 @@ class Lease:
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._lost, self._ended = threading.Event(), threading.Event()
 
-    def take(self, wait: float) -> None:
-        """Become the holder, waiting at most ``wait`` seconds for another one. Raises BusyError where it stays."""
+    def take(self, wait: float, note: Callable[[str], None] = lambda text: None) -> None:
+        """Become the holder, waiting at most ``wait`` seconds for another one, after a ``note``. Raises BusyError where it stays."""
         with suppress(CommitFailedError):  # another one has just created it
             DeltaTable.create(self.lake.path(_TABLE), schema=tables.LEASES, mode="ignore")
-        deadline = time.monotonic() + wait
+        deadline, told = time.monotonic() + wait, ""
         while True:
             table = DeltaTable(self.lake.path(_TABLE))
             other = self._holder(table)
@@ -47,6 +48,9 @@ class Lease:
             if time.monotonic() >= deadline:
                 who = f"{other[0]}, for {other[1] - self.now():.0f} s more unless it renews" if other else "another run that was faster"
                 raise BusyError(f"the lease of {self.lake.root} is held by {who}: wait for it to end, or raise retokenize.lease.wait")
+            if other and other[0] != told:
+                told = other[0]
+                note(f"waiting at most {wait:.0f} s for the lease of {other[0]}, which ends in {other[1] - self.now():.0f} s unless it is renewed")
             time.sleep(min(_POLL, max(0.0, deadline - time.monotonic())))
 
     def _holder(self, table: DeltaTable) -> tuple[str, float] | None:
@@ -98,10 +102,10 @@ class Lease:
 
 
 @contextmanager
-def held(lake: Lake, seconds: float, wait: float) -> Iterator[Lease]:
+def held(track: Track, settings: config.Lease) -> Iterator[Lease]:
     """Take the lease, renew it meanwhile, give it back."""
-    lease = Lease(lake, seconds)
-    lease.take(wait)
+    lease = Lease(track.lake, settings.seconds)
+    lease.take(settings.wait, track.note)
     keeper = threading.Thread(target=lease._keep, daemon=True)
     keeper.start()
     try:

@@ -57,7 +57,7 @@ def run(cfg: Config, track: Track, run_date: date) -> None:
     """Publish the night of ``run_date``, unless nothing changed. Raises BusyError while another run is at work, InputError for unusable input,
     GateError where the new table is refused; the live generation then stays as it is."""
     lake, settings = track.lake, cfg.retokenize
-    with held(lake, settings.lease.seconds, settings.lease.wait) as lease:
+    with held(track, settings.lease) as lease:
         live, version = generations.live(lake), lake.version("item_features")
         day, before = run_date.isoformat(), live["run_date"]
         if before and day < before:

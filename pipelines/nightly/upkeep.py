@@ -19,7 +19,7 @@ from pipelines.nightly.lease import held
 
 def rollback(cfg: Config, track: Track, number: int) -> None:
     """Make generation ``number`` live. Raises InputError where it does not exist or cannot be read any more."""
-    with held(track.lake, cfg.retokenize.lease.seconds, cfg.retokenize.lease.wait):
+    with held(track, cfg.retokenize.lease):
         row = generations.go_back(track, number)
     track.facts.update({"generation": row["generation"], "items": row["items"], "run date": row["run_date"]})
 
@@ -28,7 +28,7 @@ def maintain(cfg: Config, track: Track) -> None:
     """Compact every table and vacuum its files, except those of the versions in :func:`needed` and those younger than ``grace_hours``. A table keeps
     the digest of what it was made of, and the log of all its versions."""
     lake, grace = track.lake, cfg.retokenize.grace_hours
-    with held(lake, cfg.retokenize.lease.seconds, cfg.retokenize.lease.wait) as lease:
+    with held(track, cfg.retokenize.lease) as lease:
         keep = needed(cfg, lake)
         for log in sorted(Path(lake.root).rglob("_delta_log")):
             name, table = str(log.parent.relative_to(lake.root)), DeltaTable(str(log.parent))

@@ -5,7 +5,9 @@ import time
 
 import pytest
 
+from adasid import config
 from adasid.errors import BusyError
+from pipelines.engines.tracking import stage
 from pipelines.nightly.lease import Lease, held
 
 
@@ -65,26 +67,28 @@ def test_of_many_at_once_one_gets_it(lake):
     found[0].check()
 
 
-def test_it_is_renewed_while_held_and_given_back(lake):
-    with held(lake, 0.6, 0) as lease:
-        time.sleep(1.5)
-        lease.check()
-        with pytest.raises(BusyError):
-            Lease(lake, 0.6).take(0)
-    with held(lake, 60.0, 0) as lease:
-        lease.check()
+def test_it_is_renewed_while_held_and_given_back(make_config):
+    with stage(make_config(), "lease") as track:
+        with held(track, config.Lease(seconds=0.6, wait=0.0)) as lease:
+            time.sleep(1.5)
+            lease.check()
+            with pytest.raises(BusyError):
+                Lease(track.lake, 0.6).take(0)
+        with held(track, config.Lease(seconds=60.0, wait=0.0)) as lease:
+            lease.check()
 
 
 def test_one_that_waits_gets_it_when_it_is_free(lake):
     first, got = Lease(lake, 60.0), []
     first.take(0)
-    waiting = threading.Thread(target=lambda: (Lease(lake, 60.0).take(20), got.append(True)))
+    notes = []
+    waiting = threading.Thread(target=lambda: (Lease(lake, 60.0).take(20, notes.append), got.append(True)))
     waiting.start()
     time.sleep(0.5)
     assert not got
     first.give_back()
     waiting.join()
-    assert got
+    assert got and len(notes) == 1 and f"waiting at most 20 s for the lease of {first.holder}" in notes[0]
 
 
 def test_another_length_of_lease_is_respected_and_an_expired_one_is_lost(lake):

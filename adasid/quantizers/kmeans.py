@@ -11,8 +11,8 @@ from torch import Tensor
 
 _CHUNK = 4096
 """Rows whose products with all centroids are made at a time, so that they are still in the cache when the best is looked for."""
-_SEEDED, _SAMPLED = 16, 64
-"""Points a cluster, drawn at random, that seeds are chosen among, and that the first three quarters of the rounds see."""
+_SEEDED, _SAMPLED = (16, 4096), (64, 16_384)
+"""Points that seeds are chosen among, and that the first three quarters of the rounds see, drawn at random: so many a cluster, and at least so many."""
 
 
 def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
@@ -50,9 +50,10 @@ def kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator, balanced:
     if len(x) < k:
         return _surplus(x, k, 0.05 * float(x.square().mean().sqrt()), generator)
     centroids, first = _seed(x, k, generator, squared_distances), 3 * rounds // 4
-    if balanced or len(x) <= _SAMPLED * k:
+    some = max(_SAMPLED[0] * k, _SAMPLED[1])
+    if balanced or len(x) <= some:
         return _lloyd(x, centroids, rounds, balanced)
-    return _lloyd(x, _lloyd(_sample(x, _SAMPLED * k, generator), centroids, first), rounds - first)
+    return _lloyd(x, _lloyd(_sample(x, some, generator), centroids, first), rounds - first)
 
 
 def lloyd_round(x: Tensor, centroids: Tensor, balanced: bool = False) -> tuple[Tensor, Tensor]:
@@ -146,14 +147,14 @@ def _surplus(x: Tensor, k: int, scale: float, generator: torch.Generator) -> Ten
 def _seed(x: Tensor, k: int, generator: torch.Generator, distances: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Greedy k-means++: of a few candidates, drawn with probability proportional to their distance from the seeds so far, the best.
     ``distances``: of points [n, d] from seeds [c, d] -> [n, c]."""
-    x = _sample(x, _SEEDED * k, generator)
+    x = _sample(x, max(_SEEDED[0] * k, _SEEDED[1]), generator)
     trials = 2 + int(math.log(k))
-    draws = torch.rand(k, trials, generator=generator, dtype=torch.float64).to(x.device)
     seeds = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
     distance = distances(x, seeds)[:, 0]
-    for drawn in draws[1:]:
+    for _ in range(k - 1):
         mass = distance.double().cumsum(0)
-        candidates = x[torch.searchsorted(mass, drawn * mass[-1]).clamp(max=len(x) - 1)]
+        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * mass[-1]
+        candidates = x[torch.searchsorted(mass, draws).clamp(max=len(x) - 1)]
         nearer = torch.minimum(distance[:, None], distances(x, candidates))
         best = int(nearer.sum(0).argmin())
         seeds, distance = torch.cat([seeds, candidates[best : best + 1]]), nearer[:, best]

@@ -192,6 +192,7 @@ def test_a_clock_that_jumped_back_does_not_lock_the_lake(lake):
     early.check()
 
 
+@pytest.mark.skipif(KILLS < 2, reason="in `make drills` only")
 def test_a_full_disk_ends_in_the_old_or_the_new_table(tonight, undisturbed, tmp_path):
     """On a small file system of its own, where one can be mounted, with next to nothing left."""
     small = tmp_path / "small"

@@ -135,7 +135,7 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
     page = (folder / "index.html").read_text()
     assert {row["labels"] for row in rows.values() if row["task"] == "ranking"} == {"sampled"}
     assert all(0 < float(row["all_auc"]) < 1 for row in rows.values() if row["task"] == "ranking")
-    assert page.count("data:image/png;base64") == 4
+    assert page.count("data:image/png;base64") == 3
     assert "Labels are sampled" in page
     assert "the best other tokenizer, random" in page
     assert "ADC-SID, table 2" in page

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError
 from pyspark.sql import DataFrame
 
 from adasid import tables
 from adasid.errors import BusyError, InputError
 from pipelines.engines import spark as engine
-from pipelines.engines.lake import STAMP, Lake
+from pipelines.engines.lake import Lake, properties
 from pipelines.engines.tracking import Track
 
 Generation = dict[str, Any]
@@ -73,8 +73,8 @@ def publish(
     """Publish the rows of ``sids`` (which gets the generation's number) and ``changes`` against the live generation; returns the new one.
 
     ``key``: digest of all that the rows follow from; steps whose commit carries it are not done again. ``facts``: the row of ``generations``
-    but for what is added here. ``expected``: the generation that was live when the work began. ``before_live``: what must be there when the pointer moves. ``allowed``: raises where this process may not
-    publish any more; asked before every commit.
+    but for what is added here. ``expected``: the generation that was live when the work began. ``before_live``: what must be there when the
+    pointer moves. ``allowed``: raises where this process may not publish any more; asked before every commit.
     """
     lake = track.lake
     parent = pointer(lake)
@@ -98,9 +98,8 @@ def publish(
         text = {name: json.dumps(row[name]) for name in _JSON}
         allowed()
         written = pa.Table.from_pylist([{**row, **text}], schema=tables.GENERATIONS)
-        properties = CommitProperties(custom_metadata={"userMetadata": json.dumps({STAMP: key})}, max_commit_retries=0)
         target = DeltaTable(lake.path("generations")) if lake.exists("generations") else lake.path("generations")
-        write_deltalake(target, written, mode="append", commit_properties=properties)
+        write_deltalake(target, written, mode="append", commit_properties=properties(key, retries=0))
     before_live(row)
     allowed()
     _point(lake, before, row, key)
@@ -135,9 +134,8 @@ def snapshot(lake: Lake) -> DeltaTable:
 def _point(lake: Lake, before: DeltaTable, row: Generation, key: str) -> None:
     """Move the pointer, unless somebody else has moved it since ``before`` was read."""
     there = pa.Table.from_pylist([{"generation": row["generation"], "sids_version": row["sids_version"]}], schema=tables.LIVE)
-    properties = CommitProperties(custom_metadata={"userMetadata": json.dumps({STAMP: key})}, max_commit_retries=0)
     try:
-        write_deltalake(before, there, mode="overwrite", commit_properties=properties)
+        write_deltalake(before, there, mode="overwrite", commit_properties=properties(key, retries=0))
     except CommitFailedError:
         raise BusyError(
             f"generation {row['generation']} is not live: another run moved the pointer of {lake.root} meanwhile; run this one again"

@@ -62,8 +62,9 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
         track.metrics({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
         failed = [gate for gate in gates if not gate["passed"]]
         if failed:
-            text = "; ".join(f"{g['gate']} is {g['value']:.4g}, allowed {g['threshold']:.4g}" for g in failed)
-            raise GateError(f"semantic IDs not published: {text}. The live generation is unchanged; train a better tokenizer, or change sids.gates")
+            raise GateError(
+                f"semantic IDs not published: {failures(failed)}. The live generation is unchanged; train a better tokenizer, or change sids.gates"
+            )
         baseline = drift.measure(spark, lake, drift.sampled(features, items, cfg.retokenize.sample), folder, manifest, cfg.sids.batch)
         before = generations.pointer(lake)
         live = generations.live(lake) if before else None
@@ -200,6 +201,11 @@ def _by_stratum(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
         "active_by_stratum": {s: [rows[s][f"a{i}"] for i in range(len(slots))] for s in present},
         "active_count_by_stratum": {s: [rows[s][f"n{n}"] for n in range(len(behavior) + 1)] for s in present},
     }
+
+
+def failures(failed: list[dict[str, Any]]) -> str:
+    """Gates that failed, in words."""
+    return "; ".join(f"{g['gate']} is {g['value']:.4g}, allowed {g['threshold']:.4g}" for g in failed)
 
 
 def check_gates(metrics: dict[str, Any], gates: Gates, expected: int, distinct_items: int, broken: int) -> list[dict[str, Any]]:

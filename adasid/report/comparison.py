@@ -23,6 +23,8 @@ _CODES = (
     ("collision_items", "Not unique", lambda v: share(v, 2)),
     ("collision_distinct", "(M − distinct)/M", lambda v: share(v, 2)),
     ("largest_group", "Largest group", lambda v: number(v, 0)),
+)
+_SHARED = (
     ("shared_cosine", "Cosine in a group", lambda v: number(v, 2)),
     ("duplicates_kept", "Near-duplicates together", share),
 )
@@ -38,6 +40,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
     kinds = [("agreement", "All items", share), ("agreement_tail", "Tail and cold", share)]
     active = [("active_head", "Head items", share), ("active_tail", "Tail items", share)]
     gated = {label: group for label, group in groups.items() if any("active_head" in row for row in group)}
+    shared = [column for column in _SHARED if any(column[0] in row for row in rows)]
     collided = {label: group for label, group in groups.items() if any("shared_cosine" in row or "duplicates_kept" in row for row in group)}
     sections = [
         Section(
@@ -76,27 +79,35 @@ def build(name: str, rows: Sequence[Row]) -> Page:
             "How the codes use their space",
             lead="The cosine in a group is the mean of the content of items that share a whole SID: low where unlike items collide. "
             "Near-duplicates are pairs of nearly the same content; together: the share of them with one SID.",
-            plots=[
-                Plot(
-                    "collisions",
-                    bars(
-                        "Which items share a SID", collided, [("shared_cosine", "Cosine in a group"), ("duplicates_kept", "Near-duplicates together")]
-                    ),
-                    "Bars of the mean cosine of items that share a SID, and of the share of near-duplicates that do, by method.",
-                    "Repulsion is meant to part unlike items; AdaSID's spares near-duplicates, QuaSID's parts them too.",
-                )
-            ]
-            * bool(collided)
-            + [
-                Plot(
-                    "active",
-                    bars("Share of behaviour slots that are active", gated, [(k, t) for k, t, _ in active]),
-                    "Bars of the share of active behaviour slots, head and tail items, by method.",
-                    "Where behaviour is noise, a gate is meant to switch it off: the tail's bar should be the shorter one.",
-                )
-            ]
-            * bool(gated),
-            tables=[_table("Codes", groups, _CODES), _table("Active behaviour slots", gated, active)],
+            plots=(
+                [
+                    Plot(
+                        "collisions",
+                        bars("Which items share a SID", collided, [(k, t) for k, t, _ in shared]),
+                        "Bars of the mean cosine of items that share a SID, and of the share of near-duplicates that do, by method.",
+                        "Repulsion is meant to part unlike items; AdaSID's spares near-duplicates, QuaSID's parts them too.",
+                    )
+                ]
+                if collided
+                else []
+            )
+            + (
+                [
+                    Plot(
+                        "active",
+                        bars("Share of behaviour slots that are active", gated, [(k, t) for k, t, _ in active]),
+                        "Bars of the share of active behaviour slots, head and tail items, by method.",
+                        "Where behaviour is noise, a gate is meant to switch it off: the tail's bar should be the shorter one.",
+                    )
+                ]
+                if gated
+                else []
+            ),
+            tables=[
+                _table("Codes", groups, _CODES),
+                _table("Which items share a SID", groups, shared),
+                _table("Active behaviour slots", gated, active),
+            ],
         ),
         Section("cost", "What it took", tables=[_table("Cost", groups, _COST)]),
     ]

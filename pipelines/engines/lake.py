@@ -24,6 +24,16 @@ STAMP = "adasid"
 """Commit-metadata key under which the digest of a table's inputs is kept."""
 
 
+def stamped(digest: str | None) -> str:
+    """The commit metadata that holds ``digest``."""
+    return json.dumps({STAMP: digest})
+
+
+def properties(digest: str | None, retries: int | None = None) -> CommitProperties:
+    """Of a commit stamped with ``digest``; ``retries`` 0: it succeeds only on the version that was read."""
+    return CommitProperties(custom_metadata={"userMetadata": stamped(digest)}, max_commit_retries=retries)
+
+
 @dataclass(frozen=True)
 class Lake:
     """``root``: folder of the tables; ``pins``: table -> version that replaces the latest."""
@@ -116,6 +126,5 @@ class Lake:
     def write(self, table: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], digest: str) -> int:
         """Replace a table in one commit stamped with ``digest``; returns the new version."""
         reader = pa.RecordBatchReader.from_batches(schema, batches)
-        properties = CommitProperties(custom_metadata={"userMetadata": json.dumps({STAMP: digest})})
-        write_deltalake(self.path(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=properties)
+        write_deltalake(self.path(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=properties(digest))
         return DeltaTable(self.path(table)).version()

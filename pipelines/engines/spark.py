@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ from pyspark.sql.types import StructType
 
 from adasid import config
 from adasid.errors import InputError
-from pipelines.engines.lake import STAMP, Lake
+from pipelines.engines.lake import Lake, stamped
 
 JARS = ("delta-spark_4.2_2.13-4.4.0.jar", "delta-storage-4.4.0.jar")
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
@@ -92,9 +91,7 @@ def write(
     """
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
-    writer = (
-        frame.select(*columns).write.format("delta").mode("append" if append else "overwrite").option("userMetadata", json.dumps({STAMP: digest}))
-    )
+    writer = frame.select(*columns).write.format("delta").mode("append" if append else "overwrite").option("userMetadata", stamped(digest))
     if append:
         writer = writer.option("txnAppId", append[0]).option("txnVersion", append[1])
     else:

@@ -11,7 +11,6 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from adasid.tables import STRATA
-from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 
 _GRADUAL = {"MERGE", "UPDATE", "DELETE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
@@ -111,8 +110,3 @@ def ranked(kept: DataFrame, encoded: DataFrame) -> DataFrame:
     order = Window.partitionBy("codes").orderBy(F.desc("interactions"), "item_id")
     rank = F.coalesce("_first", F.lit(0)) + F.row_number().over(order) - 1
     return encoded.join(last, "codes", "left").withColumn("collision_rank", rank).drop("_first")
-
-
-def features_at(spark: SparkSession, lake: Lake, version: int) -> DataFrame:
-    """``item_features`` at a version."""
-    return engine.read(spark, lake, "item_features", version)

@@ -36,9 +36,9 @@ def measure(
     batch: int,
     edges: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
-    """What is known of a day's items: for every input of the tokenizer the deciles of its norm (or the given ``edges``) and the share of items between
-    them, and the mean squared quantization error, by stratum
-    too (none for a method without a decoder); the share of cold items; Spearman(norm, count)."""
+    """What is known of a day's items: for every input of the tokenizer the deciles of its norm (or the given ``edges``) and the share of items
+    between them, and the mean squared quantization error, by stratum too (none for a method without a decoder); the share of cold items;
+    Spearman(norm, count)."""
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
     columns = ["item_id", "item_index", "stratum", "richness", *manifest["widths"]]
     rows = sample.select(*columns).mapInArrow(_prober(json.dumps(manifest), weights, batch), engine.struct(_ROW)).persist()

@@ -2,8 +2,7 @@
 
 Rows stand in the order of (item_index, item_id). ``sids`` (Parquet: item_id, codes, tokens) and ``items`` (Parquet: codes and the items that have
 them, by collision rank); ``codes.npy`` [items, L] int32, whose rows ``item_ids.txt`` names; ``index.json``, number of the row -> tokens, as LETTER,
-LC-Rec and Cornac read it;
-``prefixes.safetensors``, the catalogue's prefixes (``adasid.recommenders.tokens.Prefixes``); ``changes`` (Parquet: the day's rows of ``sid_changes``).
+LC-Rec and Cornac read it; ``prefixes.safetensors``, the catalogue's prefixes (``adasid.recommenders.tokens.Prefixes``); ``changes`` (Parquet: the day's rows of ``sid_changes``).
 """
 
 from __future__ import annotations

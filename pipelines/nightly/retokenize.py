@@ -73,7 +73,14 @@ def run(cfg: Config, track: Track, run_date: date) -> None:
             return
         spark = engine.session(cfg.spark)
         night = Night(
-            cfg, track, lease, live, version, spark, changes.features_at(spark, lake, version), engine.read(spark, lake, "sids", live["sids_version"])
+            cfg,
+            track,
+            lease,
+            live,
+            version,
+            spark,
+            engine.read(spark, lake, "item_features", version),
+            engine.read(spark, lake, "sids", live["sids_version"]),
         )
         try:
             _publish(night, key, day)
@@ -261,7 +268,7 @@ def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, placed: DataFr
     kept = {name: value for name, value in facts.items() if name not in {"metrics", "drift"}}
     write_json(night.cfg.run_dir / _REFUSED, {**kept, "worst": worst})
     pages(night.cfg, night.track)
-    text = "; ".join(f"{g['gate']} is {g['value']:.4g}, allowed {g['threshold']:.4g}" for g in failed)
+    text = sids.failures(failed)
     raise GateError(
         f"night {facts['run_date']} not published: {text}. Generation {night.live['generation']} stays live; worst items: "
         + "; ".join(f"{name}: {', '.join(items[:3])}" for name, items in worst.items() if items)

@@ -7,12 +7,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from deltalake import CommitProperties, DeltaTable
+from deltalake import DeltaTable
 
 from adasid.config import Config
 from adasid.errors import InputError
 from pipelines import generations
-from pipelines.engines.lake import STAMP, Lake
+from pipelines.engines.lake import Lake, properties
 from pipelines.engines.tracking import Track
 from pipelines.nightly.lease import held
 
@@ -35,7 +35,7 @@ def maintain(cfg: Config, track: Track) -> None:
             if name == "leases":
                 continue
             lease.check()
-            stamp, compacted = CommitProperties(custom_metadata={"userMetadata": json.dumps({STAMP: lake.stamp(name)})}), 0
+            stamp, compacted = properties(lake.stamp(name)), 0
             if table.metadata().configuration.get("delta.enableExpiredLogCleanup") != "false":
                 table.alter.set_table_properties({"delta.enableExpiredLogCleanup": "false"}, commit_properties=stamp)
             if name not in {"sids", "live"}:  # readers of these go to one version, which compaction does not change

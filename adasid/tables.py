@@ -166,9 +166,11 @@ SIDS = _schema(
     ("tokenizer", pa.string(), False),
     ("generation", pa.int64(), False),
     ("fingerprint", pa.string(), False),
+    ("gauges", pa.list_(pa.struct([("modality", pa.string()), ("norm", pa.float64()), ("error", pa.float64())])), False),
 )
 """Key item_id. ``codes``: L codes in slot order (PAD where the item lacks the slot's modality); ``weights``: 1 for shared and content slots, the router's
-value for behaviour slots, 0 where inactive; ``collision_rank``: 0-based rank by (interactions desc, item_id) among the items of one SID; ``tokenizer``: artifact digest."""
+value for behaviour slots, 0 where inactive; ``collision_rank``: 0-based rank by (interactions desc, item_id) among the items of one SID; ``tokenizer``: artifact digest;
+``gauges``: norm and squared quantization error of each of its vectors, for the items that drift is measured on (``retokenize.sample``), else empty."""
 
 SID_CHANGES = _schema(
     ("generation", pa.int64(), False),

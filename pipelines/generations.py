@@ -65,15 +65,15 @@ def publish(
     key: str,
     facts: Mapping[str, Any],
     expected: int | None,
-    sids: Callable[[int], DataFrame],
-    changes: Callable[[int], DataFrame] | None,
+    sids: DataFrame,
+    changes: DataFrame | None,
     before_live: Callable[[Generation], None] = lambda row: None,
     allowed: Callable[[], None] = lambda: None,
 ) -> Generation:
-    """Publish the rows of ``sids`` (which gets the generation's number) and ``changes`` against the live generation; returns the new one.
+    """Publish the rows of ``sids`` and ``changes`` (those of ``sid_changes`` against the live generation); returns the new generation.
 
     ``key``: digest of all that the rows follow from; steps whose commit carries it are not done again. ``facts``: the row of ``generations``
-    but for what is added here. ``expected``: the generation that was live when the work began. ``before_live``: what must be there when the
+    but for what is added here; its number is :func:`next_number`. ``expected``: the generation that was live when the work began. ``before_live``: what must be there when the
     pointer moves. ``allowed``: raises where this process may not publish any more; asked before every commit.
     """
     lake = track.lake
@@ -84,17 +84,17 @@ def publish(
     if lake.fresh(key, "generations"):  # recorded, but cut off before it was live
         row = history(lake)[-1]
     else:
-        number = next_number(lake)
+        number = facts["generation"]
         allowed()
         if not lake.fresh(key, "sids"):
-            engine.write(sids(number), lake, "sids", tables.SIDS, key)
+            engine.write(sids, lake, "sids", tables.SIDS, key)
         version = lake.made("sids", key)
         if version is None:
             raise BusyError(f"the rows of generation {number} cannot be found in {lake.path('sids')}: another run replaced them; run this one again")
         if changes is not None and parent is not None:
             allowed()
-            engine.write(changes(number), lake, "sid_changes", tables.SID_CHANGES, key, replace=f"generation = {number}")
-        row = {"generation": number, "parent": parent, "sids_version": version, "run": track.cfg.name, **facts}
+            engine.write(changes, lake, "sid_changes", tables.SID_CHANGES, key, replace=f"generation = {number}")
+        row = {"parent": parent, "sids_version": version, "run": track.cfg.name, **facts}
         text = {name: json.dumps(row[name]) for name in _JSON}
         allowed()
         written = pa.Table.from_pylist([{**row, **text}], schema=tables.GENERATIONS)

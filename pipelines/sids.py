@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from adasid.metrics.codes import code_use, group_metrics
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
-from adasid.tokenizers.encode import ENCODED, encoder
+from adasid.tokenizers.encode import ENCODED, READ, encoder
 from pipelines import generations
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import Track
@@ -29,8 +27,8 @@ from pipelines.nightly import changes, drift
 from pipelines.nightly.lease import Lease, held
 from pipelines.train import tokenizer_folder
 
-_PLAIN = ("item_id", "item_index", "interactions", "stratum", "fingerprint", "richness")
-"""What is read of an item beside its vectors."""
+_FAULTS = 100
+"""Kinds of faults that are looked at; there is one for each modality, and one for each wrong width."""
 
 
 def run(cfg: Config, track: Track) -> None:
@@ -54,27 +52,31 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
     lake, spark = track.lake, engine.session(cfg.spark)
     features = engine.read(spark, lake, "item_features", read["item_features"])
     check_features(features, manifest)
-    encoded = encode(spark, features, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
+    items = features.count()
+    one_of = drift.every(items, cfg.retokenize.sample)
+    encoded = encode(spark, features, folder, manifest, cfg.sids.batch, one_of).persist(StorageLevel.DISK_ONLY)
     try:
-        slots, items = [Slot(**slot) for slot in manifest["slots"]], features.count()
+        slots, broken = [Slot(**slot) for slot in manifest["slots"]], faults(encoded, manifest)
         metrics = measure(encoded, slots)
-        gates = check_gates(metrics, cfg.sids.gates, items, encoded.select("item_id").distinct().count(), not_finite(features, manifest))
+        gates = check_gates(metrics, cfg.sids.gates, items, encoded.select("item_id").distinct().count(), broken)
         track.metrics({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
         failed = [gate for gate in gates if not gate["passed"]]
         if failed:
             raise GateError(
                 f"semantic IDs not published: {failures(failed)}. The live generation is unchanged; train a better tokenizer, or change sids.gates"
             )
-        baseline = drift.measure(spark, lake, drift.sampled(features, items, cfg.retokenize.sample), folder, manifest, cfg.sids.batch)
-        before = generations.pointer(lake)
+        baseline = drift.measure(lake, encoded, one_of)
+        before, number = generations.pointer(lake), generations.next_number(lake)
         live = generations.live(lake) if before else None
         moves, churn = None, {}
         if live:
             old = engine.read(spark, lake, "sids", live["sids_version"])
             moves = changes.moved(old, encoded, "full")
             if live["metrics"]["slots"] == metrics["slots"]:
-                churn = changes.churn(moves, features, live["items"], metrics["slots"])
+                churn = changes.churn(moves, encoded, live["items"], metrics["slots"])
+            moves = moves.withColumn("generation", F.lit(number))
         facts = {
+            "generation": number,
             "inputs": read,
             "tokenizer": manifest["digest"],
             "artifact": str(folder.resolve()),
@@ -91,8 +93,8 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
             key,
             facts,
             before,
-            lambda number: ranked(encoded, manifest["digest"], number),
-            (lambda number: moves.withColumn("generation", F.lit(number))) if moves is not None else None,
+            ranked(encoded, manifest["digest"], number),
+            moves,
             allowed=lease.check,
         )["generation"]
     finally:
@@ -111,10 +113,9 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
 
 
 def check_features(features: DataFrame, manifest: dict[str, Any]) -> None:
-    """Raise InputError unless every column is there in its type, and every input of the artifact has the width it was trained on, before any
-    task starts. Further columns do no harm."""
+    """Raise InputError unless every column is there in its type, before any task starts. Further columns do no harm."""
     expected = {field.name: field.dataType for field in engine.struct(tables.item_features([m for m in manifest["widths"] if m != BEHAVIOR]))}
-    for column in (*_PLAIN, *manifest["widths"]):
+    for column in (*READ, *manifest["widths"]):
         if column not in features.columns:
             who = f"the tokenizer {manifest['digest']}" if column in manifest["widths"] else "the table of semantic IDs"
             raise InputError(f"{who} needs {column!r} but item_features has no such column: run jobs/build_features.py, or train on these features")
@@ -123,35 +124,40 @@ def check_features(features: DataFrame, manifest: dict[str, Any]) -> None:
             raise InputError(
                 f"item_features.{column} is {kind}, it must be {expected[column].simpleString()}: cast it, or run jobs/build_features.py"
             )
-    sizes = [F.expr(f"{bound}(size({m}))").alias(f"{bound}_{m}") for m in manifest["widths"] for bound in ("min", "max")]
-    found = features.agg(*sizes).first()
-    for modality, width in manifest["widths"].items():
-        present = {found[f"{bound}_{modality}"] for bound in ("min", "max")} - {None, -1} if found else set()
-        if present - {width}:
-            raise InputError(
-                f"item_features.{modality} has width {sorted(present)[-1]} but the tokenizer {manifest['digest']} was trained on {width}: train it on these features"
-            )
 
 
-def encode(spark: SparkSession, features: DataFrame, folder: Path, manifest: dict[str, Any], batch: int) -> DataFrame:
-    """One row of :data:`ENCODED` for each row of ``features``; the weights travel as a broadcast of plain bytes."""
+def encode(spark: SparkSession, features: DataFrame, folder: Path, manifest: dict[str, Any], batch: int, one_of: int | None = None) -> DataFrame:
+    """One row of :data:`ENCODED` for each row of ``features``; the weights travel as a broadcast of plain bytes. ``one_of``: as ``drift.every``
+    gives it; None: nothing is gauged."""
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
-    columns = [*_PLAIN, *manifest["widths"]]
+    gauged = (F.lit(False) if one_of is None else drift.gauged(one_of)).alias("gauged")
     text = json.dumps(manifest)
-    return features.select(*columns).mapInArrow(encoder(text, weights, batch), engine.struct(ENCODED))
+    return features.select(*READ, *manifest["widths"], gauged).mapInArrow(encoder(text, weights, batch), engine.struct(ENCODED))
 
 
-def ranked(encoded: DataFrame, tokenizer: str, generation: int) -> DataFrame:
-    """Add the collision rank by (interactions desc, item_id) among the items of one SID."""
+def ranked(encoded: DataFrame, tokenizer: str, generation: int, kept: DataFrame | None = None) -> DataFrame:
+    """Add the collision rank among the items of one SID: after the items of ``kept`` [codes, collision_rank] that have it, whose ranks stay; among
+    themselves by (interactions desc, item_id)."""
     order = Window.partitionBy("codes").orderBy(F.desc("interactions"), "item_id")
     rank = F.row_number().over(order) - 1
+    if kept is not None:
+        same = kept.join(encoded.select("codes").distinct(), "codes", "left_semi")
+        encoded = encoded.join(same.groupBy("codes").agg((F.max("collision_rank") + 1).alias("_first")), "codes", "left")
+        rank += F.coalesce("_first", F.lit(0))
     return encoded.select("*", rank.alias("collision_rank"), F.lit(tokenizer).alias("tokenizer"), F.lit(generation).alias("generation"))
 
 
-def not_finite(features: DataFrame, manifest: dict[str, Any]) -> int:
-    """Items with a NaN or an infinity in an input of the tokenizer."""
-    broken = [F.exists(m, lambda x: F.isnan(x) | (F.abs(x) == float("inf"))) for m in manifest["widths"]]
-    return features.filter(reduce(or_, (F.coalesce(column, F.lit(False)) for column in broken))).count()
+def faults(encoded: DataFrame, manifest: dict[str, Any]) -> int:
+    """How many items have a NaN or an infinity in a vector. Raises InputError where a vector has not the width that the tokenizer was trained on."""
+    found = encoded.filter("fault IS NOT NULL").groupBy("fault").agg(F.count("*").alias("items"), F.min("item_id").alias("first")).orderBy("fault")
+    rows = found.limit(_FAULTS).collect()
+    for row in rows:
+        if "width" in row["fault"]:
+            raise InputError(
+                f"item_features.{row['fault']} as the tokenizer {manifest['digest']} was trained on (items: {row['items']}, first {row['first']!r}): "
+                "train it on these features, or mend the embedding"
+            )
+    return sum(row["items"] for row in rows)
 
 
 def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:

@@ -61,4 +61,5 @@ class Retokenize(Section):
         ("parquet", "array", "index", "prefixes", "changes"), description="files for consumers, below <run>/exports/<generation>"
     )
     keep: int = Field(30, ge=1, description="generations that jobs/maintain.py keeps, and that the report shows")
+    lineage_days: int = Field(30, ge=0, description="jobs/maintain.py keeps the versions that a run in MLflow of so many days has read or written")
     grace_hours: int = Field(168, ge=0, description="jobs/maintain.py: unused files younger than this stay")

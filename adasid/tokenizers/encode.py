@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from adasid import tables
 from adasid.tables import PAD
@@ -21,9 +23,12 @@ from adasid.training.shards import batch_of
 from adasid.training.workers import settle
 
 ENCODED = pa.schema(
-    [tables.SIDS.field(name) for name in ("item_id", "codes", "weights", "active", "tokens")]
-    + [pa.field("interactions", pa.int64(), False), pa.field("stratum", pa.string(), False), pa.field("fingerprint", pa.string(), False)]
+    [tables.SIDS.field(name) for name in ("item_id", "codes", "weights", "active", "tokens", "fingerprint", "gauges")]
+    + [pa.field("interactions", pa.int64(), False), pa.field("stratum", pa.string(), False), pa.field("fault", pa.string())]
 )
+"""``fault``: what is wrong with a vector of the item; null where nothing is."""
+READ = ("item_id", "item_index", "interactions", "stratum", "fingerprint", "richness")
+"""What is read of an item beside its vectors and ``gauged``: whether it is to be gauged."""
 
 
 def encoder(manifest: str, weights: Any, size: int) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
@@ -47,7 +52,11 @@ def loaded(manifest: str, weights: bytes) -> Tokenizer:
 
 def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch) -> pa.RecordBatch:
     """Encode Arrow rows of ``item_features`` to rows of :data:`ENCODED`."""
-    codes, weights, active = (part.numpy() for part in tokenizer.encode(batch_of(rows, tokenizer.widths)))
+    rows, fault = _narrowed(rows, tokenizer.widths)
+    batch = batch_of(rows, tokenizer.widths)
+    for m in tokenizer.widths:
+        fault[~batch.vectors[m].isfinite().all(1).numpy()] = f"{m} is not finite"
+    codes, weights, active = (part.numpy() for part in tokenizer.encode(batch))
     offsets = np.arange(0, codes.size + 1, codes.shape[1], dtype=np.int32)
     names = np.full((len(tokenizer.slots), max(slot.size for slot in tokenizer.slots) + 1), "", dtype=object)
     for index, slot in enumerate(tokenizer.slots):
@@ -56,5 +65,40 @@ def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch) -> pa.RecordBatch:
     tokens = names[np.arange(codes.shape[1])[None, :], codes]
     kinds = ((codes, pa.int32()), (weights, pa.float32()), (active, pa.bool_()), (tokens, pa.string()))
     lists = [pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind)) for values, kind in kinds]
-    plain = [rows.column(name) for name in ("interactions", "stratum", "fingerprint")]
-    return pa.RecordBatch.from_arrays([rows.column("item_id"), *lists, *plain], schema=ENCODED)
+    plain = [rows.column(name) for name in ("interactions", "stratum")]
+    columns = [rows.column("item_id"), *lists, rows.column("fingerprint"), _gauges(tokenizer, rows), *plain, pa.array(fault, pa.string())]
+    return pa.RecordBatch.from_arrays(columns, schema=ENCODED)
+
+
+def _narrowed(rows: pa.RecordBatch, widths: dict[str, int]) -> tuple[pa.RecordBatch, NDArray[np.object_]]:
+    """``rows`` without the vectors of a width that the tokenizer does not read, and the fault of each row."""
+    fault = np.full(rows.num_rows, None, dtype=object)
+    for m, width in widths.items():
+        lengths = pc.list_value_length(rows.column(m)).fill_null(width).to_numpy(zero_copy_only=False)
+        other = np.flatnonzero(lengths != width)
+        if len(other):
+            fault[other] = [f"{m} has width {length}, not {width}" for length in lengths[other]]
+            places = pa.array(np.arange(rows.num_rows), mask=lengths != width)
+            rows = rows.set_column(rows.schema.get_field_index(m), rows.schema.field(m), rows.column(m).take(places))
+    return rows, fault
+
+
+def _gauges(tokenizer: Tokenizer, rows: pa.RecordBatch) -> pa.ListArray:
+    """Norm and squared error of the vectors of those rows that are to be gauged."""
+    names, gauged = list(tokenizer.widths), rows.column("gauged").to_numpy(zero_copy_only=False).astype(bool)
+    there = np.zeros((rows.num_rows, len(names)), bool)
+    norms, errors = np.zeros(there.shape), np.full(there.shape, np.nan)
+    if gauged.any():
+        batch = batch_of(rows.filter(pa.array(gauged)), tokenizer.widths)
+        decoded = tokenizer.reconstruct(batch)
+        for i, m in enumerate(names):
+            there[gauged, i] = batch.present[m].numpy()
+            norms[gauged, i] = np.round(batch.vectors[m].double().norm(dim=1).numpy(), 5)  # so that unit vectors share a bin
+            if m in decoded:
+                errors[gauged, i] = (decoded[m] - batch.vectors[m]).square().sum(1).double().numpy()
+    offsets = np.concatenate([[0], np.cumsum(there.sum(1))]).astype(np.int32)
+    modality = pa.array(np.tile(np.array(names, object), (rows.num_rows, 1))[there], pa.string())
+    error = pa.array(errors[there], pa.float64(), mask=np.isnan(errors[there]))
+    kind = ENCODED.field("gauges").type
+    values = pa.StructArray.from_arrays([modality, pa.array(norms[there]), error], fields=list(kind.value_type))
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)

@@ -69,6 +69,19 @@ class Track:
         for table, version in versions.items():
             self.client.set_tag(self.run_id, f"out.{table}", version)
 
+    def lineage(self, days: int) -> Iterator[tuple[str, int]]:
+        """Tables and their versions that this pipeline's runs of the last ``days`` days read or wrote; runs deleted in MLflow do not count."""
+        since, page = int((time.time() - 86_400 * days) * 1000), None
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        while True:
+            runs = self.client.search_runs([experiment], f"tags.run = '{self.cfg.name}' and attributes.start_time >= {since}", page_token=page)
+            for name, value in (tag for run in runs for tag in run.data.tags.items()):
+                if name.startswith(("in.", "out.")):
+                    yield name.partition(".")[2], int(value)
+            page = runs.token
+            if not page:
+                return
+
     def artifact(self, path: Path | str) -> None:
         """Log a file, or a folder with all that is in it."""
         path = Path(path)

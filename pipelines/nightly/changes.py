@@ -6,6 +6,7 @@ from typing import Any
 
 from deltalake import DeltaTable
 from py4j.protocol import Py4JJavaError
+from pyspark import StorageLevel
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
@@ -17,31 +18,39 @@ _GRADUAL = {"MERGE", "UPDATE", "DELETE", "OPTIMIZE", "VACUUM START", "VACUUM END
 """Operations whose change feed is as small as the change. An overwrite's is the whole table twice: then fingerprints are compared."""
 
 
-def detect(spark: SparkSession, lake: Lake, features: DataFrame, published: DataFrame, since: int, until: int) -> tuple[DataFrame, str]:
-    """Items whose vectors differ from those their live SID was made of: ``item_id`` and ``why`` (new, changed, removed); and how they were found.
+def detect(spark: SparkSession, lake: Lake, features: DataFrame, published: DataFrame, since: int, until: int) -> tuple[DataFrame, DataFrame, str]:
+    """Items whose vectors differ from those their live SID was made of: ``item_id`` and ``why`` (new, changed, removed); today's rows of those that
+    are there; and how they were found.
 
-    From the change feed of ``item_features`` since the version that the live generation read, where it is kept and tells of single rows;
-    else, or where history is gone, by the fingerprints of ``features`` [item_id, fingerprint] and ``published`` [item_id, fingerprint].
+    From the change feed of ``item_features`` since the version that the live generation read, where it is kept and tells of single rows, so
+    that no vector of another item is read; else, or where history is gone, by the fingerprints of ``features`` and ``published``.
     """
-    ids = _fed(spark, lake, since, until) if _followed(lake, since, until) else None
-    if ids is not None:
-        features, published = features.join(ids, "item_id", "left_semi"), published.join(ids, "item_id", "left_semi")
-    now = features.select("item_id", F.col("fingerprint").alias("_now"))
+    feed, now = _fed(spark, lake, since, until) if _followed(lake, since, until) else None, features
+    if feed is not None:
+        published = published.join(feed.select("item_id").distinct(), "item_id", "left_semi")
+        now = _latest(feed).select(features.columns)
+    rows, now = now, now.select("item_id", F.col("fingerprint").alias("_now"))
     then = published.select("item_id", F.col("fingerprint").alias("_then"))
     why = F.when(F.col("_then").isNull(), "new").when(F.col("_now").isNull(), "removed").when(F.col("_now") != F.col("_then"), "changed")
-    found = now.join(then, "item_id", "full").select("item_id", why.alias("why")).filter("why IS NOT NULL")
-    return found, "fingerprints" if ids is None else "change feed"
+    found = now.join(then, "item_id", "full").select("item_id", why.alias("why")).filter("why IS NOT NULL").persist(StorageLevel.DISK_ONLY)
+    return found, rows.join(found, "item_id", "left_semi"), "fingerprints" if feed is None else "change feed"
 
 
 def _fed(spark: SparkSession, lake: Lake, since: int, until: int) -> DataFrame | None:
-    """Ids that the change feed names; None where its files are gone."""
+    """Rows of the change feed; None where its files are gone."""
     feed = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", since + 1).option("endingVersion", until)
     try:
-        ids = feed.load(lake.path("item_features")).select("item_id").distinct().persist()
-        ids.count()
+        rows = feed.load(lake.path("item_features")).filter("_change_type <> 'update_preimage'").persist(StorageLevel.DISK_ONLY)
+        rows.count()
     except (Py4JJavaError, PySparkException):
         return None
-    return ids
+    return rows
+
+
+def _latest(feed: DataFrame) -> DataFrame:
+    """The rows that the items of a feed have in the end; none for those that were deleted last."""
+    order = Window.partitionBy("item_id").orderBy(F.desc("_commit_version"), F.col("_change_type") == "delete")
+    return feed.withColumn("_row", F.row_number().over(order)).filter("_row = 1 AND _change_type <> 'delete'")
 
 
 def _followed(lake: Lake, since: int, until: int) -> bool:
@@ -71,17 +80,17 @@ def moved(old: DataFrame, new: DataFrame, policy: str) -> DataFrame:
     return rows.filter("NOT (old_codes <=> new_codes)")
 
 
-def churn(moves: DataFrame, features: DataFrame, old_items: int, slots: list[str]) -> dict[str, Any]:
+def churn(moves: DataFrame, today: DataFrame, old_items: int, slots: list[str]) -> dict[str, Any]:
     """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training events.
 
-    ``moves``: rows of :func:`moved`; ``features`` [item_id, interactions, stratum] of today.
+    ``moves``: rows of :func:`moved`; ``today``: the items [item_id, interactions, stratum].
     """
     totals = {
-        row["stratum"]: row for row in features.groupBy("stratum").agg(F.count("*").alias("items"), F.sum("interactions").alias("events")).collect()
+        row["stratum"]: row for row in today.groupBy("stratum").agg(F.count("*").alias("items"), F.sum("interactions").alias("events")).collect()
     }
     number = F.count("*").alias("items"), F.sum("interactions").alias("events")
     kinds = {row["why"]: row["items"] for row in moves.groupBy("why").agg(F.count("*").alias("items")).collect()}
-    placed = moves.join(features.select("item_id", "interactions", "stratum"), "item_id")
+    placed = moves.join(today.select("item_id", "interactions", "stratum"), "item_id")
     new = {row["stratum"]: row for row in placed.filter("old_codes IS NULL").groupBy("stratum").agg(*number).collect()}
     differ = [F.sum((~F.get("old_codes", F.lit(i)).eqNullSafe(F.get("new_codes", F.lit(i)))).cast("int")).alias(f"s{i}") for i in range(len(slots))]
     both = {row["stratum"]: row for row in placed.filter("old_codes IS NOT NULL").groupBy("stratum").agg(*number, *differ).collect()}
@@ -101,12 +110,3 @@ def churn(moves: DataFrame, features: DataFrame, old_items: int, slots: list[str
         "by_slot": {name: of(both, f"s{i}") / max(1.0, kept["items"]) for i, name in enumerate(slots)},
         "by_stratum": {s: of(both, "items", s) / max(1.0, of(totals, "items", s) - of(new, "items", s)) for s in strata},
     }
-
-
-def ranked(kept: DataFrame, encoded: DataFrame) -> DataFrame:
-    """``encoded`` with a collision rank after those of the items of ``kept`` [codes, collision_rank] that have the same SID, whose ranks stay; among
-    themselves by (interactions desc, item_id)."""
-    last = kept.join(encoded.select("codes").distinct(), "codes", "left_semi").groupBy("codes").agg((F.max("collision_rank") + 1).alias("_first"))
-    order = Window.partitionBy("codes").orderBy(F.desc("interactions"), "item_id")
-    rank = F.coalesce("_first", F.lit(0)) + F.row_number().over(order) - 1
-    return encoded.join(last, "codes", "left").withColumn("collision_rank", rank).drop("_first")

@@ -37,7 +37,7 @@ def _match(night: Night, anew: Path, matched: Path) -> None:
     """Write the artifact in ``anew`` under the names that keep most published codes, on a sample."""
     tokenizer, manifest = artifact.read(anew)
     old = night.published.select("item_id", F.col("codes").alias("_old"))
-    sample = drift.sampled(night.features, night.live["items"], night.cfg.retokenize.sample)
+    sample = drift.sampled(night.features, drift.every(night.live["items"], night.cfg.retokenize.sample))
     encoded = sids.encode(night.spark, sample, anew, manifest, night.cfg.sids.batch).select("item_id", "codes")
     pairs = encoded.join(old, "item_id").select("_old", "codes").collect()  # at most retokenize.sample rows
     renamed = Relabelled(tokenizer)

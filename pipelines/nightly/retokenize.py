@@ -106,35 +106,31 @@ def _publish(night: Night, key: str, day: str) -> None:
             f"artifact {folder}: tokenizer {manifest['digest']}, but the live SIDs are of {live['tokenizer']}: put that artifact back, or run jobs/write_sids.py"
         )
     sids.check_features(night.features, manifest)
-    found, how = changes.detect(spark, lake, night.features, night.published, live["inputs"]["item_features"], night.version)
-    found = found.persist(StorageLevel.DISK_ONLY)
+    found, today, how = changes.detect(spark, lake, night.features, night.published, live["inputs"]["item_features"], night.version)
     counts = {row["why"]: row["count"] for row in found.groupBy("why").count().collect()}
     night.track.facts["found by"] = how
     night.track.note(f"by {how}: " + ", ".join(f"{counts.get(why, 0)} {why}" for why in ("new", "changed", "removed")))
     if not counts and cfg.retokenize.policy in {"frozen", "auto"}:
         _unchanged(night.track, live)
         return
-    items = night.features.count()
-    sample = drift.sampled(night.features, items, cfg.retokenize.sample).persist(StorageLevel.DISK_ONLY)
-    known = live["drift"]["baseline"]
-    today = drift.against(known, drift.measure(spark, lake, sample, folder, manifest, cfg.sids.batch, known["edges"]))
-    policy = _policy(cfg, today)
+    made = _frozen(night, folder, manifest, found, today)
+    drifted, policy = made.drifted, _policy(cfg, made.drifted)
     night.track.note(f"policy {policy}")
-    made = _make(night, policy, folder, manifest, found, sample, today)
-    moves = changes.moved(made.touched, made.encoded, policy).persist(StorageLevel.DISK_ONLY)
+    if policy != "frozen":
+        made.free()
+        made = _anew(night, policy, folder)
     number, names = generations.next_number(lake), [field.name for field in SIDS]
-    fresh = changes.ranked(made.kept, made.encoded).withColumns({"tokenizer": F.lit(made.manifest["digest"]), "generation": F.lit(number)})
-    whole = made.kept.select(names).unionByName(fresh.select(names)).persist(StorageLevel.DISK_ONLY)
+    moves = changes.moved(made.touched, made.encoded, policy).withColumn("generation", F.lit(number)).persist(StorageLevel.DISK_ONLY)
     try:
-        slots = [Slot(**slot) for slot in made.manifest["slots"]]
-        placed = whole.join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
-        metrics = sids.measure(placed, slots)
+        slots, items = [Slot(**slot) for slot in made.manifest["slots"]], night.features.count()
+        metrics = sids.measure(made.whole, slots)
         usage = drift.usage(live["metrics"], metrics)
-        churned = changes.churn(moves, night.features, live["items"], [slot.name for slot in slots])
-        distinct, broken = whole.select("item_id").distinct().count(), sids.not_finite(made.todo, made.manifest)
-        gates = sids.check_gates(metrics, cfg.sids.gates, items, distinct, broken)
-        gates += _night_gates(cfg, metrics, churned, made.error, churned["removed"] / max(1, live["items"]), _unmatched(whole, night.features))
+        churned = changes.churn(moves, made.whole, live["items"], [slot.name for slot in slots])
+        gates = sids.check_gates(metrics, cfg.sids.gates, items, made.whole.select("item_id").distinct().count(), made.broken)
+        removed = churned["removed"] / max(1, live["items"])
+        gates += _night_gates(cfg, metrics, churned, _error(made.drifted), removed, _unmatched(made.whole, items))
         facts: dict[str, Any] = {
+            "generation": number,
             "policy": policy,
             "run_date": day,
             "inputs": {"item_features": night.version},
@@ -144,22 +140,23 @@ def _publish(night: Night, key: str, day: str) -> None:
             "metrics": metrics,
             "gates": gates,
             "churn": churned,
-            "drift": {**today, "usage": usage, "baseline": made.baseline},
+            "drift": {**drifted, "usage": usage, "baseline": made.baseline},
         }
-        _tracked(night.track, metrics, churned, today, usage)
-        _judge(night, facts, moves, placed)
+        _tracked(night.track, metrics, churned, drifted, usage)
+        _judge(night, facts, moves, made.whole)
         row = generations.publish(
             night.track,
             digest(key, policy, made.manifest["digest"]),
             facts,
             live["generation"],
-            lambda _: whole,
-            lambda _: moves.withColumn("generation", F.lit(number)),
+            made.whole.select(names),
+            moves,
             before_live=partial(exports.write, cfg, lake, slots),
             allowed=night.lease.check,
         )
     finally:
-        for frame in (whole, moves, made.encoded, sample, found):
+        made.free()
+        for frame in (moves, found):
             frame.unpersist()
     night.track.status = "done"  # whatever training the tokenizer said
     (cfg.run_dir / _REFUSED).unlink(missing_ok=True)
@@ -186,36 +183,50 @@ def pages(cfg: Config, track: Track) -> None:
 
 @dataclass
 class Made:
-    """SIDs of a night: of ``todo`` items by the artifact in ``folder`` as ``encoded``; ``kept`` are the published rows that stay, ``touched`` those that
-    may not; ``baseline``: the day that the tokenizer knows; ``error``: today's quantization error against the live tokenizer's baseline."""
+    """A night's table, ``whole``: rows of ``sids`` with interactions and stratum, of which ``encoded`` are new, by the artifact in ``folder``;
+    ``touched``: the published rows that are not in it; ``baseline``: the day that the tokenizer knows, as ``drift.measure`` gives it; ``drifted``: today
+    against the live tokenizer's; ``broken``: items whose vectors are not finite."""
 
     folder: Path
     manifest: dict[str, Any]
-    todo: DataFrame
     encoded: DataFrame
-    kept: DataFrame
+    whole: DataFrame
     touched: DataFrame
     baseline: dict[str, Any]
-    error: float
+    drifted: dict[str, Any]
+    broken: int
+
+    def free(self) -> None:
+        """Give the disk back that the tables take."""
+        self.encoded.unpersist()
+        self.whole.unpersist()
 
 
-def _make(night: Night, policy: str, folder: Path, manifest: dict[str, Any], found: DataFrame, sample: DataFrame, today: dict[str, Any]) -> Made:
-    """Under ``frozen``, SIDs for the items in ``found`` alone; else a new tokenizer, and SIDs for all."""
-    cfg, spark, published = night.cfg, night.spark, night.published
-    baseline, error = night.live["drift"]["baseline"], _error(today)
-    todo, kept, touched = night.features, published.limit(0), published
-    if policy == "frozen":
-        todo, kept, touched = (
-            todo.join(found, "item_id", "left_semi"),
-            published.join(found, "item_id", "left_anti"),
-            published.join(found, "item_id", "left_semi"),
-        )
-    else:
-        folder, manifest = refit.fit(night, policy, folder)
-        baseline = drift.measure(spark, night.lake, sample, folder, manifest, cfg.sids.batch)
-        error = _error(drift.against(night.live["drift"]["baseline"], baseline))
-    encoded = sids.encode(spark, todo, folder, manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
-    return Made(folder, manifest, todo, encoded, kept, touched, baseline, error)
+def _frozen(night: Night, folder: Path, manifest: dict[str, Any], found: DataFrame, today: DataFrame) -> Made:
+    """The live tokenizer's SIDs for the items in ``found``, whose rows are ``today``; the published ones for all others."""
+    known, lake = night.live["drift"]["baseline"], night.lake
+    encoded = sids.encode(night.spark, today, folder, manifest, night.cfg.sids.batch, known["every"]).persist(StorageLevel.DISK_ONLY)
+    broken = sids.faults(encoded, manifest)
+    kept = night.published.join(found, "item_id", "left_anti")
+    placed = kept.join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
+    new = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), kept)
+    whole = placed.unionByName(new.select(placed.columns)).persist(StorageLevel.DISK_ONLY)
+    drifted = drift.against(known, drift.measure(lake, whole, known["every"], known["edges"]))
+    return Made(folder, manifest, encoded, whole, night.published.join(found, "item_id", "left_semi"), known, drifted, broken)
+
+
+def _anew(night: Night, policy: str, live: Path) -> Made:
+    """A new tokenizer, and its SIDs for all items. ``live``: the folder of the live tokenizer's artifact."""
+    cfg, lake = night.cfg, night.lake
+    folder, manifest = refit.fit(night, policy, live)
+    one_of = drift.every(night.features.count(), cfg.retokenize.sample)
+    encoded = sids.encode(night.spark, night.features, folder, manifest, cfg.sids.batch, one_of).persist(StorageLevel.DISK_ONLY)
+    broken = sids.faults(encoded, manifest)
+    columns = [*night.published.columns, "interactions", "stratum"]
+    whole = sids.ranked(encoded, manifest["digest"], generations.next_number(lake)).select(columns).persist(StorageLevel.DISK_ONLY)
+    baseline = drift.measure(lake, whole, one_of)
+    drifted = drift.against(night.live["drift"]["baseline"], baseline)
+    return Made(folder, manifest, encoded, whole, night.published, baseline, drifted, broken)
 
 
 def _error(drifted: dict[str, Any]) -> float:
@@ -247,19 +258,20 @@ def _night_gates(cfg: Config, metrics: dict[str, Any], churned: dict[str, Any], 
     return [{"gate": name, "value": value, "threshold": limit, "passed": bool(value <= limit)} for name, (value, limit) in values.items()]
 
 
-def _unmatched(whole: DataFrame, features: DataFrame) -> int:
-    """Items of today that have no row, and rows of no item of today."""
-    both = whole.select("item_id", F.lit(1).alias("_sid")).join(features.select("item_id", F.lit(1).alias("_item")), "item_id", "full")
-    return both.filter("_sid IS NULL OR _item IS NULL").count()
+def _unmatched(whole: DataFrame, items: int) -> int:
+    """Items of today that have no row, and rows of no item of today. (That no item has two rows is a gate of its own.)"""
+    row = whole.agg(F.count("*").alias("rows"), F.count("stratum").alias("known")).first()
+    rows, known = (row["rows"], row["known"]) if row else (0, 0)
+    return int(rows - known + abs(items - known))
 
 
-def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, placed: DataFrame) -> None:
+def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, whole: DataFrame) -> None:
     """Raise GateError where a gate failed, with the worst items; the refusal is kept for the report."""
     failed = [gate for gate in facts["gates"] if not gate["passed"]]
     if not failed:
         return
-    crowded = placed.groupBy("codes").agg(F.count("*").alias("n"), F.min("item_id").alias("item_id")).orderBy(F.desc("n"), "item_id").limit(_WORST)
-    churned = moves.filter("old_codes IS NOT NULL AND new_codes IS NOT NULL").join(night.features.select("item_id", "interactions"), "item_id")
+    crowded = whole.groupBy("codes").agg(F.count("*").alias("n"), F.min("item_id").alias("item_id")).orderBy(F.desc("n"), "item_id").limit(_WORST)
+    churned = moves.filter("old_codes IS NOT NULL AND new_codes IS NOT NULL").join(whole.select("item_id", "interactions"), "item_id")
     worst = {
         "most moved, by events": [row["item_id"] for row in churned.orderBy(F.desc("interactions"), "item_id").limit(_WORST).collect()],
         "of the largest groups": [f"{row['item_id']} ({row['n']})" for row in crowded.collect()],
@@ -269,6 +281,8 @@ def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, placed: DataFr
     write_json(night.cfg.run_dir / _REFUSED, {**kept, "worst": worst})
     pages(night.cfg, night.track)
     text = sids.failures(failed)
+    if facts["policy"] != "frozen" and all(gate["gate"].startswith("churn") for gate in failed):
+        text += f" (policy {facts['policy']}; to publish without moving SIDs: --set retokenize.policy=frozen; else raise retokenize.gates.max_churn)"
     raise GateError(
         f"night {facts['run_date']} not published: {text}. Generation {night.live['generation']} stays live; worst items: "
         + "; ".join(f"{name}: {', '.join(items[:3])}" for name, items in worst.items() if items)

@@ -12,7 +12,7 @@ from deltalake import DeltaTable
 from adasid.config import Config
 from adasid.errors import InputError
 from pipelines import generations
-from pipelines.engines.lake import Lake, properties
+from pipelines.engines.lake import properties
 from pipelines.engines.tracking import Track
 from pipelines.nightly.lease import held
 
@@ -29,7 +29,7 @@ def maintain(cfg: Config, track: Track) -> None:
     the digest of what it was made of, and the log of all its versions."""
     lake, grace = track.lake, cfg.retokenize.grace_hours
     with held(track, cfg.retokenize.lease) as lease:
-        keep = needed(cfg, lake)
+        keep = needed(track)
         for log in sorted(Path(lake.root).rglob("_delta_log")):
             name, table = str(log.parent.relative_to(lake.root)), DeltaTable(str(log.parent))
             if name == "leases":
@@ -60,11 +60,11 @@ def _readable(track: Track, name: str, version: int) -> bool:
     return True
 
 
-def needed(cfg: Config, lake: Lake) -> dict[str, set[int]]:
+def needed(track: Track) -> dict[str, set[int]]:
     """Table -> versions that must stay readable: those of the last ``retokenize.keep`` generations and the live one, what they were made of,
-    what the artifacts on disk were trained on, and the config's pins."""
-    keep: dict[str, set[int]] = defaultdict(set)
-    rows = generations.history(lake)
+    what the artifacts on disk were trained on, what the runs of the last ``retokenize.lineage_days`` read and wrote, and the config's pins."""
+    cfg, keep = track.cfg, defaultdict[str, set[int]](set)
+    rows = generations.history(track.lake)
     for row in [*rows[-cfg.retokenize.keep :], *(row for row in rows if row["live"])]:
         keep["sids"].add(row["sids_version"])
         for table, version in row["inputs"].items():
@@ -76,6 +76,6 @@ def needed(cfg: Config, lake: Lake) -> dict[str, set[int]]:
         found = json.loads(result.read_text(encoding="utf-8")).get("inputs", {})
         for table, version in found.items() if isinstance(found, dict) else ():
             keep[table].add(version)
-    for table, version in cfg.pins.items():
+    for table, version in [*cfg.pins.items(), *track.lineage(cfg.retokenize.lineage_days)]:
         keep[table].add(version)
     return keep

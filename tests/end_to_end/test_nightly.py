@@ -175,9 +175,11 @@ def test_rollback_and_maintenance(published):
         tracking.stage(cfg, "rollback", journal=False) as track,
     ):
         upkeep.rollback(cfg, track, 99)
-    cfg = load(path, ["retokenize.keep=2", "retokenize.grace_hours=0"])
-    with tracking.stage(cfg, "maintain", journal=False) as track:
-        upkeep.maintain(cfg, track)
+    for days in (30, 0):  # first, all that was tracked stays
+        assert not lake.missing("sids", rows[1]["sids_version"])
+        cfg = load(path, ["retokenize.keep=2", "retokenize.grace_hours=0", f"retokenize.lineage_days={days}"])
+        with tracking.stage(cfg, "maintain", journal=False) as track:
+            upkeep.maintain(cfg, track)
     last = generations.history(lake)
     for row in last[-2:]:
         assert lake.read("sids", row["sids_version"]).num_rows == row["items"]

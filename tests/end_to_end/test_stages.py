@@ -50,7 +50,7 @@ def test_a_failed_gate_publishes_nothing(in_process, folder, capsys):
 def test_an_artifact_from_other_features_is_refused(in_process, tmp_path):
     settings = load(in_process).tokenizer
     other = artifact.write(tmp_path, artifact.build(settings, {"text": 10, "visual": 12, "behavior": 16}), settings, {})
-    with pytest.raises(InputError, match=f"item_features.text has width 16 but the tokenizer {other['digest']} was trained on 10"):
+    with pytest.raises(InputError, match=f"item_features.text has width 16, not 10 as the tokenizer {other['digest']} was trained on"):
         run_stage(load(in_process, [f"sids.artifact={tmp_path}"]), "sids")
 
 

@@ -73,7 +73,7 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
             old = engine.read(spark, lake, "sids", live["sids_version"])
             moves = changes.moved(old, encoded, "full")
             if live["metrics"]["slots"] == metrics["slots"]:
-                churn = changes.churn(moves, encoded, live["items"], metrics["slots"])
+                churn = changes.churn(moves, encoded, metrics, live["items"])
             moves = moves.withColumn("generation", F.lit(number))
         facts = {
             "generation": number,
@@ -198,11 +198,14 @@ def _by_stratum(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
     averages = [F.avg(F.col("weights")[i]).alias(f"w{i}") for i in range(len(slots))] + [
         F.avg(F.col("active")[i].cast("int")).alias(f"a{i}") for i in range(len(slots))
     ]
-    number = sum((F.col("active")[i].cast("int") for i in behavior), F.lit(0))
-    shares = [F.avg((number == n).cast("int")).alias(f"n{n}") for n in range(len(behavior) + 1)]
-    rows = {row["stratum"]: row for row in encoded.groupBy("stratum").agg(*averages, *shares).collect()}
+    slots_on = sum((F.col("active")[i].cast("int") for i in behavior), F.lit(0))
+    shares = [F.avg((slots_on == n).cast("int")).alias(f"n{n}") for n in range(len(behavior) + 1)]
+    number = F.count("*").alias("items"), F.sum("interactions").alias("events")
+    rows = {row["stratum"]: row for row in encoded.groupBy("stratum").agg(*number, *averages, *shares).collect()}
     present = [stratum for stratum in tables.STRATA if stratum in rows]
     return {
+        "items_by_stratum": {s: rows[s]["items"] for s in present},
+        "events_by_stratum": {s: rows[s]["events"] for s in present},
         "weights_by_stratum": {s: [rows[s][f"w{i}"] for i in range(len(slots))] for s in present},
         "active_by_stratum": {s: [rows[s][f"a{i}"] for i in range(len(slots))] for s in present},
         "active_count_by_stratum": {s: [rows[s][f"n{n}"] for n in range(len(behavior) + 1)] for s in present},

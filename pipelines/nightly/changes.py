@@ -11,7 +11,6 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from adasid.tables import STRATA
 from pipelines.engines.lake import Lake
 
 _GRADUAL = {"MERGE", "UPDATE", "DELETE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
@@ -80,33 +79,30 @@ def moved(old: DataFrame, new: DataFrame, policy: str) -> DataFrame:
     return rows.filter("NOT (old_codes <=> new_codes)")
 
 
-def churn(moves: DataFrame, today: DataFrame, old_items: int, slots: list[str]) -> dict[str, Any]:
+def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
     """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training events.
 
-    ``moves``: rows of :func:`moved`; ``today``: the items [item_id, interactions, stratum].
+    ``moves``: rows of :func:`moved`; ``today``: the items [item_id, interactions, stratum]; ``metrics``: those of ``sids.measure`` of today's.
     """
-    totals = {
-        row["stratum"]: row for row in today.groupBy("stratum").agg(F.count("*").alias("items"), F.sum("interactions").alias("events")).collect()
-    }
-    number = F.count("*").alias("items"), F.sum("interactions").alias("events")
-    kinds = {row["why"]: row["items"] for row in moves.groupBy("why").agg(F.count("*").alias("items")).collect()}
-    placed = moves.join(today.select("item_id", "interactions", "stratum"), "item_id")
-    new = {row["stratum"]: row for row in placed.filter("old_codes IS NULL").groupBy("stratum").agg(*number).collect()}
+    slots, both = metrics["slots"], F.col("old_codes").isNotNull() & F.col("new_codes").isNotNull()
     differ = [F.sum((~F.get("old_codes", F.lit(i)).eqNullSafe(F.get("new_codes", F.lit(i)))).cast("int")).alias(f"s{i}") for i in range(len(slots))]
-    both = {row["stratum"]: row for row in placed.filter("old_codes IS NOT NULL").groupBy("stratum").agg(*number, *differ).collect()}
+    placed = moves.join(today.select("item_id", "interactions", "stratum"), "item_id", "left")
+    groups = placed.groupBy("stratum", both.alias("both"), F.col("old_codes").isNull().alias("new"))
+    rows = groups.agg(F.count("*").alias("items"), F.sum("interactions").alias("events"), *differ).collect()
 
-    def of(rows: dict[str, Any], name: str, stratum: str | None = None) -> float:
-        return float(sum((row[name] or 0) for key, row in rows.items() if stratum in (None, key)))
+    def of(name: str, kind: str, stratum: str | None = None) -> int:
+        return sum((row[name] or 0) for row in rows if row[kind] and stratum in (None, row["stratum"]))
 
-    kept = {name: of(totals, name) - of(new, name) for name in ("items", "events")}
-    strata = [s for s in STRATA if s in totals]
+    new, moved_items, removed = of("items", "new"), of("items", "both"), sum(row["items"] for row in rows if not row["both"] and not row["new"])
+    items, events = metrics["items_by_stratum"], metrics["events_by_stratum"]
+    kept = max(1, sum(items.values()) - new)
     return {
-        "new": kinds.get("new", 0),
-        "removed": kinds.get("removed", 0),
-        "changed": int(of(both, "items")),
-        "unmoved": old_items - kinds.get("removed", 0) - int(of(both, "items")),
-        "churn": of(both, "items") / max(1.0, kept["items"]),
-        "weighted": of(both, "events") / max(1.0, kept["events"]),
-        "by_slot": {name: of(both, f"s{i}") / max(1.0, kept["items"]) for i, name in enumerate(slots)},
-        "by_stratum": {s: of(both, "items", s) / max(1.0, of(totals, "items", s) - of(new, "items", s)) for s in strata},
+        "new": new,
+        "removed": removed,
+        "changed": moved_items,
+        "unmoved": old_items - removed - moved_items,
+        "churn": moved_items / kept,
+        "weighted": of("events", "both") / max(1, sum(events.values()) - of("events", "new")),
+        "by_slot": {name: of(f"s{i}", "both") / kept for i, name in enumerate(slots)},
+        "by_stratum": {s: of("items", "both", s) / max(1, count - of("items", "new", s)) for s, count in items.items()},
     }

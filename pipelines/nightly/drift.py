@@ -1,4 +1,4 @@
-"""How far today's items are from those that the tokenizer knows: norms, quantization error, use of codes, cold items, the proxy of richness.
+"""How far today's items are from those that the tokenizer knows: norms, quantization error, use of codes, the proxy of richness.
 
 Norms and errors are those that encoding left in ``gauges``, so no vector is read again.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
@@ -35,32 +34,26 @@ def gauged(one_of: int) -> Column:
 def measure(lake: Lake, sids: DataFrame, one_of: int, edges: dict[str, list[float]] | None = None) -> dict[str, Any]:
     """What is known of a day's items, from ``sids`` [stratum, gauges]: for every input of the tokenizer the deciles of its norm (or the given
     ``edges``) and the share of items between them, and the mean squared quantization error, by stratum too (none for a method without a decoder);
-    the share of cold items; Spearman(norm, count). ``one_of``: see :func:`every`."""
-    rows = sids.select("stratum", F.inline("gauges")).persist()
-    try:
+    Spearman(norm, count). ``one_of``: see :func:`every`."""
+    rows = sids.select("stratum", F.inline("gauges"))
+    if edges is None:
         deciles = F.percentile_approx("norm", [i / _BINS for i in range(1, _BINS)], 1000).alias("edges")
-        edges = edges or {row["modality"]: list(row["edges"]) for row in rows.groupBy("modality").agg(deciles).collect()}
-        shares = {m: _shares(rows.filter(F.col("modality") == m), list(inner)) for m, inner in edges.items()}
-        grouped = rows.groupBy("modality", "stratum").agg(F.avg("error").alias("error"), F.count("*").alias("items")).collect()
-    finally:
-        rows.unpersist()
-    error: dict[str, dict[str, float]] = {}
-    for row in grouped:
-        if row["error"] is not None:
-            error.setdefault(row["modality"], {})[row["stratum"]] = row["error"]
-    for m, by_stratum in error.items():
-        items = {row["stratum"]: row["items"] for row in grouped if row["modality"] == m}
-        error[m]["all"] = float(np.average([by_stratum[s] for s in items], weights=list(items.values())))
-    strata = {row["stratum"]: row["count"] for row in sids.groupBy("stratum").count().collect()}
+        edges = {row["modality"]: list(row["edges"]) for row in rows.groupBy("modality").agg(deciles).collect()}
+    above = F.create_map(*(part for m, values in edges.items() for part in (F.lit(m), F.array(*map(F.lit, values)))))
+    bin = F.size(F.filter(above[F.col("modality")], lambda edge: F.col("norm") > edge)).alias("bin")
+    number = F.count("*").alias("items"), F.sum("error").alias("error"), F.count("error").alias("decoded")
+    found = rows.groupBy("modality", "stratum", bin).agg(*number).collect()
+    shares, error = dict[str, list[float]](), dict[str, dict[str, float]]()
+    for m in edges:
+        own = [row for row in found if row["modality"] == m]
+        items = max(1, sum(row["items"] for row in own))
+        shares[m] = [sum(row["items"] for row in own if row["bin"] == i) / items for i in range(_BINS)]
+        parts = {stratum: [row for row in own if row["stratum"] == stratum] for stratum in {row["stratum"] for row in own}}
+        sums = {name: (sum(row["error"] or 0.0 for row in part), sum(row["decoded"] for row in part)) for name, part in {**parts, "all": own}.items()}
+        if sums["all"][1]:
+            error[m] = {name: total / count for name, (total, count) in sums.items() if count}
     stats = lake.read("catalog_stats").to_pylist()
-    return {
-        "every": one_of,
-        "edges": edges,
-        "shares": shares,
-        "error": error,
-        "cold": strata.get("cold", 0) / max(1, sum(strata.values())),
-        "spearman": stats[0]["spearman"] if stats else None,
-    }
+    return {"every": one_of, "edges": edges, "shares": shares, "error": error, "spearman": stats[0]["spearman"] if stats else None}
 
 
 def against(baseline: dict[str, Any], day: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +64,7 @@ def against(baseline: dict[str, Any], day: dict[str, Any]) -> dict[str, Any]:
         m: {s: value / baseline["error"][m][s] for s, value in by_stratum.items() if baseline["error"].get(m, {}).get(s)}
         for m, by_stratum in day["error"].items()
     }
-    return {"norms": norms, "error_ratio": ratios, "cold": day["cold"], "spearman": day["spearman"]}
+    return {"norms": norms, "error_ratio": ratios, "spearman": day["spearman"]}
 
 
 def usage(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
@@ -79,10 +72,3 @@ def usage(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
     if before["slots"] != after["slots"]:
         return {}
     return {name: jensen_shannon(p, q) for name, p, q in zip(after["slots"], before["codes"], after["codes"]) if len(p) == len(q)}
-
-
-def _shares(norms: DataFrame, edges: list[float]) -> list[float]:
-    """Share of ``norms`` in each bin between ``edges``."""
-    row = norms.agg(*(F.avg((F.col("norm") <= edge).cast("double")).alias(f"e{i}") for i, edge in enumerate(edges))).first()
-    below = [row[f"e{i}"] or 0.0 for i in range(len(edges))] if row else [0.0] * len(edges)
-    return [float(share) for share in np.diff([0.0, *below, 1.0])]

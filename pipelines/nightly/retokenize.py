@@ -125,10 +125,11 @@ def _publish(night: Night, key: str, day: str) -> None:
         slots, items = [Slot(**slot) for slot in made.manifest["slots"]], night.features.count()
         metrics = sids.measure(made.whole, slots)
         usage = drift.usage(live["metrics"], metrics)
-        churned = changes.churn(moves, made.whole, live["items"], [slot.name for slot in slots])
-        gates = sids.check_gates(metrics, cfg.sids.gates, items, made.whole.select("item_id").distinct().count(), made.broken)
-        removed = churned["removed"] / max(1, live["items"])
-        gates += _night_gates(cfg, metrics, churned, _error(made.drifted), removed, _unmatched(made.whole, items))
+        churned = changes.churn(moves, made.whole, metrics, live["items"])
+        distinct, known = _counted(made.whole)
+        gates = sids.check_gates(metrics, cfg.sids.gates, items, distinct, made.broken)
+        unmatched, removed = metrics["items"] - known + abs(items - known), churned["removed"] / max(1, live["items"])
+        gates += _night_gates(cfg, metrics, churned, _error(made.drifted), removed, unmatched)
         facts: dict[str, Any] = {
             "generation": number,
             "policy": policy,
@@ -140,7 +141,7 @@ def _publish(night: Night, key: str, day: str) -> None:
             "metrics": metrics,
             "gates": gates,
             "churn": churned,
-            "drift": {**drifted, "usage": usage, "baseline": made.baseline},
+            "drift": {**drifted, "cold": metrics["items_by_stratum"].get("cold", 0) / max(1, items), "usage": usage, "baseline": made.baseline},
         }
         _tracked(night.track, metrics, churned, drifted, usage)
         _judge(night, facts, moves, made.whole)
@@ -258,11 +259,10 @@ def _night_gates(cfg: Config, metrics: dict[str, Any], churned: dict[str, Any], 
     return [{"gate": name, "value": value, "threshold": limit, "passed": bool(value <= limit)} for name, (value, limit) in values.items()]
 
 
-def _unmatched(whole: DataFrame, items: int) -> int:
-    """Items of today that have no row, and rows of no item of today. (That no item has two rows is a gate of its own.)"""
-    row = whole.agg(F.count("*").alias("rows"), F.count("stratum").alias("known")).first()
-    rows, known = (row["rows"], row["known"]) if row else (0, 0)
-    return int(rows - known + abs(items - known))
+def _counted(whole: DataFrame) -> tuple[int, int]:
+    """Different items of a table, and its rows that are of an item of today."""
+    row = whole.agg(F.countDistinct("item_id").alias("distinct"), F.count("stratum").alias("known")).first()
+    return (int(row["distinct"]), int(row["known"])) if row else (0, 0)
 
 
 def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, whole: DataFrame) -> None:

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/nights.py stability --config conf/beauty.yaml    # SIDs kept after 2 % embedding noise, under each policy
     python tests/benchmarks/nights.py days      --config conf/demo.yaml      # thirty days: 1 % new, 2 % changed, 0.2 % removed a day
+    python tests/benchmarks/nights.py replay    --config conf/beauty.yaml    # the last thirty weeks of the data, each a night
     python tests/benchmarks/nights.py cost      --config conf/beauty.yaml    # 1,000,000 items: nights of 1 % against encoding all
 
 Each row is printed and kept, as it comes, in ``<run>/nights-<part>.jsonl``; a part that was cut off goes on.
@@ -38,7 +39,12 @@ from pipelines.nightly import retokenize
 from tests.end_to_end.nights import VECTORS, next_day, noisy, put
 
 TABLES = ("item_features", "item_stats", "sids", "generations", "live", "catalog_stats")
-OPEN = ["retokenize.gates.max_churn=1.0", "retokenize.gates.max_weighted_churn=1.0", "retokenize.gates.max_error_ratio=1000.0"]
+OPEN = [
+    "retokenize.gates.max_churn=1.0",
+    "retokenize.gates.max_weighted_churn=1.0",
+    "retokenize.gates.max_error_ratio=1000.0",
+    "retokenize.gates.max_tail_collision=1.0",
+]
 
 
 def copied(path: str, folder: Path, *overrides: str) -> tuple[Config, Lake]:
@@ -79,15 +85,15 @@ def stability(path: str, log: Path) -> None:
 
     def keep(policy: str, before: dict[str, list[int]], items: list[str], codes: NDArray[np.int32], error: dict[str, float], seconds: float) -> None:
         same = np.array([before[item] for item in items]) == codes
-        row = {"policy": policy, "kept": float(same.all(1).mean()), "codes": float(same.mean()), "error": error, "seconds": round(seconds, 1)}
-        print(json.dumps(row), flush=True)
-        with log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        tell(log, {"policy": policy, "kept": float(same.all(1).mean()), "codes": float(same.mean()), "error": error, "seconds": round(seconds, 1)})
 
-    for policy in ("frozen", "warm", "refit", "cold"):
+    training = load(path).tokenizer.epochs
+    in_full = [f"retokenize.warm.epochs={training.epochs}", f"retokenize.warm.lr={training.lr}"] if training else []
+    policies = {"frozen": [], "warm": [], "warm, in full": in_full, "refit": [], "cold": []}
+    for policy, overrides in policies.items():
         if policy in done:
             continue
-        cfg, lake = copied(path, scratch, f"retokenize.policy={policy if policy != 'cold' else 'frozen'}")
+        cfg, lake = copied(path, scratch, f"retokenize.policy={'frozen' if policy == 'cold' else policy.split(',')[0]}", *overrides)
         live = generations.live(lake)
         before = {row["item_id"]: row["codes"] for row in lake.read("sids", live["sids_version"], ["item_id", "codes"]).to_pylist()}
         put(lake, noisy(lake.read("item_features"), 1, 0.02), "noise")
@@ -104,29 +110,85 @@ def stability(path: str, log: Path) -> None:
             keep("refit, not matched", before, *encoded(lake, made.parents[1] / "model"), seconds)
 
 
+def tell(log: Path, row: dict[str, Any]) -> None:
+    """Print a row, and keep it."""
+    print(json.dumps(row), flush=True)
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def told(lake: Lake, day: int, seconds: float) -> dict[str, Any]:
+    """What a night was like."""
+    live = generations.live(lake)
+    row: dict[str, Any] = {"day": day, "seconds": round(seconds, 1), "items": live["items"]}
+    row |= {name: live["metrics"][name] for name in ("collision_items", "largest_group")}
+    row |= {name: live["churn"][name] for name in ("new", "changed", "removed", "churn", "weighted")}
+    row |= {"error": {m: ratio["all"] for m, ratio in live["drift"]["error_ratio"].items()}, "norms": live["drift"]["norms"]}
+    return row | {"cold": live["drift"]["cold"]}
+
+
 def days(path: str, log: Path, number: int = 30) -> None:
     """``number`` days in a row; popularity drifts by a tenth a day."""
-    scratch = log.parent / "nights"
+    scratch = log.parent / "nights-days"
     start = len(log.read_text().splitlines()) if log.exists() else 0
-    cfg, lake = (
-        copied(path, scratch) if not start else (load(path, [f"runs_dir={scratch}", *OPEN]), tracking.open_lake(load(path, [f"runs_dir={scratch}"])))
-    )
+    if not start:
+        copied(path, scratch)
+    cfg = load(path, [f"runs_dir={scratch}", *OPEN])
+    lake = tracking.open_lake(cfg)
     for day in range(start + 1, number + 1):
         table = next_day(lake.read("item_features"), seed=day, new=0.01, changed=0.02, removed=0.002)
         drifted = np.round(table["interactions"].to_numpy() * np.random.default_rng(day).lognormal(0, 0.1, table.num_rows)).astype(np.int64)
         put(lake, table.set_column(table.column_names.index("interactions"), table.schema.field("interactions"), pa.array(drifted)), f"day {day}")
-        seconds = night(cfg, date(2026, 1, 1) + timedelta(days=day))
-        live = generations.live(lake)
-        row: dict[str, Any] = {"day": day, "seconds": round(seconds, 1), "items": live["items"], "collision": live["metrics"]["collision_items"]}
-        row |= {name: live["churn"][name] for name in ("new", "changed", "removed", "churn", "weighted")}
-        row["error"] = {m: ratio["all"] for m, ratio in live["drift"]["error_ratio"].items()}
-        print(json.dumps(row), flush=True)
-        with log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        tell(log, told(lake, day, night(cfg, date(2026, 1, 1) + timedelta(days=day))))
+
+
+def replay(path: str, log: Path, number: int = 30) -> None:
+    """The last ``number`` weeks of a data set with times: each night sees the items and counts up to its week. The tokenizer is trained on the items
+    before the first; an item that came later has no behaviour until the next tenth week, as if SASRec were trained then."""
+    scratch, base = log.parent / "nights-replay", load(path)
+    shutil.rmtree(scratch, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    cfg, lake = copied(path, scratch, "sids.gates.max_group=1000000")
+    whole = lake.read("item_features").combine_chunks()
+    events = tracking.open_lake(base).read("ranking_samples", columns=["item_id", "time"])
+    item = pc.index_in(events["item_id"], whole["item_id"]).to_numpy()
+    time_ = events["time"].to_numpy().astype("datetime64[D]").astype(np.int64)
+    first = np.full(whole.num_rows, time_.max() + 1)
+    np.minimum.at(first, item, time_)
+
+    def week(number_: int, known: int) -> pa.Table:
+        """Items seen until a week's end, with their counts; behaviour of those that came until the end of week ``known``."""
+        end, learned = (time_.max() - 7 * (number - w) for w in (number_, known))
+        counts = np.bincount(item[time_ <= end], minlength=whole.num_rows)
+        there = first <= end
+        late = pa.array(first > learned)
+        part = whole.set_column(whole.column_names.index("interactions"), whole.schema.field("interactions"), pa.array(counts))
+        for name, value in {"behavior": None, "norm": None, "richness": 0.0, "stratum": "cold"}.items():
+            column = part[name].combine_chunks()
+            places = pa.array(np.arange(part.num_rows), mask=late.to_numpy(zero_copy_only=False))
+            column = column.take(places) if value is None else pc.if_else(late, pa.scalar(value, column.type), column)
+            part = part.set_column(part.column_names.index(name), whole.schema.field(name), column)
+        prints = pc.binary_join_element_wise(part["fingerprint"], pc.if_else(late, "no behaviour", ""), "")
+        part = part.set_column(part.column_names.index("fingerprint"), whole.schema.field("fingerprint"), prints)
+        part = part.filter(pa.array(there)).sort_by([("interactions", "descending"), ("item_id", "ascending")])
+        place = part.column_names.index("item_index")
+        return part.set_column(place, whole.schema.field("item_index"), pa.array(np.arange(part.num_rows))).cast(whole.schema)
+
+    put(lake, week(0, 0), "week 0")
+    for name in ("sids", "generations", "live"):
+        shutil.rmtree(Path(lake.path(name)))
+    with tracking.stage(cfg, "tokenizer", journal=False) as track:
+        train.fit_tokenizer(cfg, track, scratch / "tokenizer")
+    cfg = load(path, [f"runs_dir={scratch}", *OPEN, "sids.gates.max_group=1000000", f"sids.artifact={scratch}/tokenizer/model"])
+    with tracking.stage(cfg, "sids", journal=False) as track:
+        sids.run(cfg, track)
+    for at in range(1, number + 1):
+        put(lake, week(at, at // 10 * 10), f"week {at}")
+        tell(log, told(lake, at, night(cfg, date(2026, 1, 1) + timedelta(weeks=at))))
 
 
 def many(table: pa.Table, items: int) -> Iterator[pa.RecordBatch]:
-    """``items`` rows: copies of ``table``, each vector moved by noise of a tenth of its norm."""
+    """``items`` rows: copies of ``table``, each vector moved by noise of half its norm."""
     rng, rows = np.random.default_rng(0), table.num_rows
     for copy in range(-(-items // rows)):
         part = table.slice(0, min(rows, items - copy * rows)).combine_chunks()
@@ -138,7 +200,7 @@ def many(table: pa.Table, items: int) -> Iterator[pa.RecordBatch]:
                 column = pc.add(column, copy * rows)
             elif pa.types.is_list(column.type):
                 values = column.flatten().to_numpy()
-                step = np.float32(0.1 * np.sqrt(np.mean(values**2))) * rng.standard_normal(len(values), np.float32)
+                step = np.float32(0.5 * np.sqrt(np.mean(values**2))) * rng.standard_normal(len(values), np.float32)
                 column = pa.ListArray.from_arrays(column.offsets, pa.array(values + step), type=column.type, mask=column.is_null())
             part = part.set_column(part.column_names.index(name), part.schema.field(name), column)
         yield from part.to_batches()
@@ -158,7 +220,17 @@ def cost(path: str, log: Path, items: int = 1_000_000, share: float = 0.01) -> N
     for name in ("sids", "generations", "live"):
         shutil.rmtree(Path(lake.path(name)))
     lake.write("item_features", table.schema, many(table, items), "many")
-    cfg = load(path, [f"runs_dir={scratch}", *OPEN, "retokenize.exports=[]", f"sids.artifact={live['artifact']}", "sids.gates.max_group=1000000"])
+    cfg = load(
+        path,
+        [
+            f"runs_dir={scratch}",
+            *OPEN,
+            "retokenize.exports=[]",
+            f"sids.artifact={live['artifact']}",
+            "sids.gates.max_group=1000000",
+            "sids.gates.max_collision=1.0",
+        ],
+    )
     everything = cfg.model_copy(update={"retokenize": load(path).retokenize.model_copy(update={"gates": cfg.retokenize.gates})})
     spark = engine.session(cfg.spark)
     engine.read(spark, lake, "catalog_stats").collect()
@@ -172,10 +244,7 @@ def cost(path: str, log: Path, items: int = 1_000_000, share: float = 0.01) -> N
     def timed(name: str, run: Callable[[], Any]) -> None:
         before, started = work(), time.perf_counter()
         run()
-        row = {"what": name, "items": items, "seconds": round(time.perf_counter() - started, 1), "work": round(work() - before, 1)}
-        print(json.dumps(row), flush=True)
-        with log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        tell(log, {"what": name, "items": items, "seconds": round(time.perf_counter() - started, 1), "work": round(work() - before, 1)})
 
     def full() -> None:
         with tracking.stage(cfg, "sids", journal=False) as track:
@@ -198,8 +267,8 @@ def cost(path: str, log: Path, items: int = 1_000_000, share: float = 0.01) -> N
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["stability", "days", "cost"])
+    parser.add_argument("part", choices=["stability", "days", "replay", "cost"])
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
     run = load(arguments.config).run_dir.resolve()
-    {"stability": stability, "days": days, "cost": cost}[arguments.part](arguments.config, run / f"nights-{arguments.part}.jsonl")
+    {"stability": stability, "days": days, "replay": replay, "cost": cost}[arguments.part](arguments.config, run / f"nights-{arguments.part}.jsonl")

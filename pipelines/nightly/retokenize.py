@@ -32,6 +32,8 @@ from pipelines.nightly.lease import Lease, held
 
 _WORST = 10
 _REFUSED = "refused.json"
+_MEASURED = ("codes", "weights", "active", "gauges")
+"""What is measured of a row, beside its item's interactions and stratum; the rest of a row that stays is read once, to write it."""
 
 
 @dataclass
@@ -150,7 +152,7 @@ def _publish(night: Night, key: str, day: str) -> None:
             digest(key, policy, made.manifest["digest"]),
             facts,
             live["generation"],
-            made.whole.select(names),
+            made.rows.select(names),
             moves,
             before_live=partial(exports.write, cfg, lake, slots),
             allowed=night.lease.check,
@@ -184,13 +186,14 @@ def pages(cfg: Config, track: Track) -> None:
 
 @dataclass
 class Made:
-    """A night's table, ``whole``: rows of ``sids`` with interactions and stratum, of which ``encoded`` are new, by the artifact in ``folder``;
-    ``touched``: the published rows that are not in it; ``baseline``: the day that the tokenizer knows, as ``drift.measure`` gives it; ``drifted``: today
+    """A night's ``rows`` of ``sids``, of which those ``encoded`` are new, by the artifact in ``folder``; ``whole``: what of all of them is measured
+    (:data:`_MEASURED`); ``touched``: the published rows that do not stay; ``baseline``: the day that the tokenizer knows, as ``drift.measure`` gives it; ``drifted``: today
     against the live tokenizer's; ``broken``: items whose vectors are not finite."""
 
     folder: Path
     manifest: dict[str, Any]
     encoded: DataFrame
+    rows: DataFrame
     whole: DataFrame
     touched: DataFrame
     baseline: dict[str, Any]
@@ -209,11 +212,12 @@ def _frozen(night: Night, folder: Path, manifest: dict[str, Any], found: DataFra
     encoded = sids.encode(night.spark, today, folder, manifest, night.cfg.sids.batch, known["every"]).persist(StorageLevel.DISK_ONLY)
     broken = sids.faults(encoded, manifest)
     kept = night.published.join(found, "item_id", "left_anti")
-    placed = kept.join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
     new = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), kept)
-    whole = placed.unionByName(new.select(placed.columns)).persist(StorageLevel.DISK_ONLY)
+    placed = kept.select("item_id", *_MEASURED).join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
+    whole = placed.unionByName(encoded.select(placed.columns)).persist()
     drifted = drift.against(known, drift.measure(lake, whole, known["every"], known["edges"]))
-    return Made(folder, manifest, encoded, whole, night.published.join(found, "item_id", "left_semi"), known, drifted, broken)
+    rows, touched = kept.unionByName(new.select(kept.columns)), night.published.join(found, "item_id", "left_semi")
+    return Made(folder, manifest, encoded, rows, whole, touched, known, drifted, broken)
 
 
 def _anew(night: Night, policy: str, live: Path) -> Made:
@@ -223,11 +227,10 @@ def _anew(night: Night, policy: str, live: Path) -> Made:
     one_of = drift.every(night.features.count(), cfg.retokenize.sample)
     encoded = sids.encode(night.spark, night.features, folder, manifest, cfg.sids.batch, one_of).persist(StorageLevel.DISK_ONLY)
     broken = sids.faults(encoded, manifest)
-    columns = [*night.published.columns, "interactions", "stratum"]
-    whole = sids.ranked(encoded, manifest["digest"], generations.next_number(lake)).select(columns).persist(StorageLevel.DISK_ONLY)
-    baseline = drift.measure(lake, whole, one_of)
+    rows = sids.ranked(encoded, manifest["digest"], generations.next_number(lake))
+    baseline = drift.measure(lake, encoded, one_of)
     drifted = drift.against(night.live["drift"]["baseline"], baseline)
-    return Made(folder, manifest, encoded, whole, night.published, baseline, drifted, broken)
+    return Made(folder, manifest, encoded, rows, encoded, night.published, baseline, drifted, broken)
 
 
 def _error(drifted: dict[str, Any]) -> float:

@@ -109,7 +109,8 @@ def _cells(cfg: Config) -> list[Cell]:
             for task, model, settings in chosen
         ]
 
-    found = [cell for label in e.tokenizers for cell in cells(label, models, True)]
+    few = [model for place, model in enumerate(models) if place == 0 or model[0] == "ranking"]
+    found = [cell for label in e.labels for cell in cells(label, models if label in e.tokenizers else few, True)]
     return found + [cell for control in controls for cell in cells(control[1], [control], False)]
 
 

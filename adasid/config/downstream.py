@@ -81,14 +81,27 @@ class Evaluate(Section):
     ranking_controls: dict[str, Ranking] = Field({}, description="label -> ranking section: on item ids instead of SIDs")
     parallel: int = Field(1, ge=1, description="cells in the making at a time; more than one needs ray.workers of at least 1")
     published: Literal["none", "beauty"] = Field("none", description="published results shown beside ours: those of this data set")
+    studies: dict[str, Names] = Field(
+        {},
+        description="heading -> labels of compare.tokenizers, the first of which the others are compared with (ablations, other constants); those that "
+        "evaluate.tokenizers does not name get the first retriever and all rankers",
+    )
     reference: str = Field("adc-sid", description="label of evaluate.tokenizers that the others are compared with")
     seeds: Seeds = Field((17,), min_length=1, description="seeds of tokenizer and downstream model together")
     more_seeds: dict[str, Seeds] = Field({}, description="label of a tokenizer or control -> further seeds")
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All tokenizers that are put to use."""
+        return tuple(dict.fromkeys((*self.tokenizers, *(label for study in self.studies.values() for label in study))))
+
     @model_validator(mode="after")
     def _labels(self) -> Evaluate:
+        for title, study in self.studies.items():
+            if len(set(study)) < max(2, len(study)):
+                raise ValueError(f"evaluate.studies.{title}: name at least two tokenizers, each once")
         for label in self.more_seeds:
-            if label not in (*self.tokenizers, *self.controls, *self.ranking_controls):
+            if label not in (*self.labels, *self.controls, *self.ranking_controls):
                 raise ValueError(f"evaluate.more_seeds.{label}: no tokenizer or control of evaluate has such a label")
         if self.tokenizers and self.reference not in self.tokenizers:
             raise ValueError(f"evaluate.reference is {self.reference!r}, which evaluate.tokenizers does not name: add it there, or name another")

@@ -85,9 +85,9 @@ class Config(Section):
                 raise ValueError(f"{key}.max_length {settings.max_length} is longer than features.max_length {self.features.max_length}: lower it")
         if self.evaluate.parallel > 1 and not self.ray.workers:
             raise ValueError(f"evaluate.parallel is {self.evaluate.parallel} but ray.workers is 0, which trains in the job's one process: raise it")
-        for label in self.evaluate.tokenizers:
+        for label in self.evaluate.labels:
             if label not in self.compare.tokenizers:
-                raise ValueError(f"evaluate.tokenizers names {label!r}, which is not a label of compare.tokenizers: add its section there")
+                raise ValueError(f"evaluate names {label!r}, which is not a label of compare.tokenizers: add its section there")
         if self.behavior.source == "column" and self.source.synthetic and not self.source.synthetic.behavior_width:
             raise ValueError("behavior.source is 'column' but source.synthetic.behavior_width is 0: set the width, or behavior.source: sasrec")
         if self.behavior.source == "sasrec" and self.source.synthetic and self.source.synthetic.behavior_width:

@@ -28,7 +28,9 @@ _CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
 
 def build(name: str, rows: Sequence[Row], settings: config.Evaluate) -> Page:
     """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``model``, ``seed`` and the result of its training."""
-    cells = {task: of_task(rows, task) for task in _SHOWN}
+    everything = {task: of_task(rows, task) for task in _SHOWN}
+    apart = set(settings.labels) - set(settings.tokenizers)
+    cells = {task: {key: group for key, group in own.items() if key[0] not in apart} for task, own in everything.items()}
     seeds = sorted({len(group) for own in cells.values() for group in own.values()})
     span = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     said = [
@@ -42,7 +44,8 @@ def build(name: str, rows: Sequence[Row], settings: config.Evaluate) -> Page:
             said += _verdicts(cells[task], task, settings)
     if settings.published == "beauty":
         sections.append(_published(cells, settings))
-    sections.append(Section("cost", "What it took", tables=[_cost(own) for own in cells.values() if own]))
+    sections += [_study(number_, title, labels, everything) for number_, (title, labels) in enumerate(settings.studies.items(), 1)]
+    sections.append(Section("cost", "What it took", tables=[_cost(own) for own in everything.values() if own]))
     return Page(f"Semantic IDs put to use: {name}", said, [], [], sections, f"Evaluation of run {name}.")
 
 
@@ -216,6 +219,30 @@ def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
                 f"{best}, in {_title(key)} ({sure})."
             )
     return said
+
+
+def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[str, Cells]) -> Section:
+    """Tokenizers against the first of them, under the same model."""
+    tables, plots = list[Table](), list[Plot]()
+    for task, cells in everything.items():
+        models = [model for label, model in cells if label == labels[0] and (labels[1], model) in cells]
+        for model in dict.fromkeys(models):
+            own = {label: cells[label, model] for label in labels if (label, model) in cells}
+            rows = []
+            for label, group in own.items():
+                gains = [DASH if label == labels[0] else _gain(paired(group, own[labels[0]], key)) for key in _TESTED[task]]
+                rows.append((label, *(cell for key, gain in zip(_TESTED[task], gains) for cell in (_spread(group, key), gain))))
+            heads = (head for key in _TESTED[task] for head in (_title(key), "change"))
+            tables.append(Table(f"{task.capitalize()}, {model}", ("Tokenizer", *heads), rows))
+            key = _TESTED[task][0]
+            groups = {label: [row["strata"]["all"] for row in group] for label, group in own.items()}
+            low = 0.9 * min(row[key] for group in groups.values() for row in group)
+            name = f"{_title(key)}, {model}"
+            plots.append(
+                Plot(f"study{place}_{len(plots)}", comparison.bars(name, groups, [(key, _title(key))], low), name, "The axis does not start at 0.")
+            )
+    lead = f"The change is against {labels[0]}, over the seeds that both have, with the 95 % interval of the paired t distribution where there are several."
+    return Section(f"study{place}", title, lead=lead, plots=plots, tables=tables, missing="" if tables else "Not evaluated.")
 
 
 def _published(cells: Mapping[str, Cells], settings: config.Evaluate) -> Section:

@@ -119,7 +119,7 @@ def test_what_a_tokenizer_section_may_not_say(settings, words):
     [
         ({"tokenizers": ["a"], "reference": "b"}, "evaluate.reference is 'b', which evaluate.tokenizers does not name"),
         ({"tokenizers": ["a", "a"], "reference": "a"}, "evaluate.tokenizers names 'a' twice"),
-        ({"tokenizers": ["z"], "reference": "z"}, "evaluate.tokenizers names 'z', which is not a label of compare.tokenizers"),
+        ({"tokenizers": ["z"], "reference": "z"}, "evaluate names 'z', which is not a label of compare.tokenizers"),
         ({"controls": {"x": {"head": "parallel"}}}, "evaluate.controls.x.head is 'parallel'"),
         ({"retrievers": {"x": {"beam": 5}}}, "evaluate.retrievers.x.beam is 5: input should be greater than or equal to 100"),
         ({"retrievers": {"x": {"hed": "item"}}}, "unknown key 'evaluate.retrievers.x.hed'; did you mean 'evaluate.retrievers.x.head'"),

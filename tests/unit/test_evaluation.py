@@ -67,3 +67,15 @@ def test_both_tasks_stand_on_one_page():
     assert [section.key for section in page.sections] == ["retrieval", "differences", "ranking", "ranking_differences", "cost"]
     assert "ranking" in evaluation.text(both)
     assert evaluation.flat(both[-1])["all_auc"] == 0.6
+
+
+def test_a_study_compares_with_its_first_and_stays_out_of_the_main_tables():
+    settings = config.Evaluate(tokenizers=("ours", "theirs"), reference="ours", studies={"Without a part": ("ours", "worse")})
+    page = evaluation.build("test", rows(), settings)
+    sections = {section.key: section for section in page.sections}
+    (table,) = sections["study1"].tables
+    assert [row[0] for row in table.rows] == ["ours", "worse"] and table.rows[0][2] == "–"
+    assert table.rows[1][2] == f"{0.05 / MINE[0] - 1:+.1%}"  # the one seed that both have
+    assert all("worse" not in row for row in sections["retrieval"].tables[0].rows)
+    with pytest.raises(ValueError, match=r"evaluate.studies.x: name at least two"):
+        config.Evaluate(studies={"x": ("a", "a")})

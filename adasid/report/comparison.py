@@ -39,7 +39,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
     own = [(f"own_{m}", titles[m], lambda v: number(v, 3)) for m in modalities]
     kinds = [("agreement", "All items", share), ("agreement_tail", "Tail and cold", share)]
     active = [("active_head", "Head items", share), ("active_tail", "Tail items", share)]
-    gated = {label: group for label, group in groups.items() if any("active_head" in row for row in group)}
+    gated = {label: group for label, group in groups.items() if any(row.get(key, 1.0) < 1 for row in group for key, _, _ in active)}
     shared = [column for column in _SHARED if any(column[0] in row for row in rows)]
     collided = {label: group for label, group in groups.items() if any("shared_cosine" in row or "duplicates_kept" in row for row in group)}
     sections = [
@@ -70,7 +70,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
             ),
             tables=[
                 _table("Unexplained variance, linear readout", groups, readout),
-                _table("Neighbours of the same category", groups, kinds),
+                *([_table("Neighbours of the same category", groups, kinds)] if any("agreement" in row for row in rows) else []),
                 _table("Unexplained variance, the method's own decoder", groups, own),
             ],
         ),

@@ -80,7 +80,6 @@ def encoded(lake: Lake, folder: Path) -> tuple[list[str], NDArray[np.int32], dic
 
 def stability(path: str, log: Path) -> None:
     """Share of SIDs, and of codes, that stay when every vector moves by noise of 2 % of its norm."""
-    scratch = log.parent / "nights"
     done = {json.loads(line)["policy"] for line in log.read_text().splitlines()} if log.exists() else set()
 
     def keep(policy: str, before: dict[str, list[int]], items: list[str], codes: NDArray[np.int32], error: dict[str, float], seconds: float) -> None:
@@ -93,6 +92,7 @@ def stability(path: str, log: Path) -> None:
     for policy, overrides in policies.items():
         if policy in done:
             continue
+        scratch = log.parent / "nights" / policy.replace(", ", "-").replace(" ", "-")
         cfg, lake = copied(path, scratch, f"retokenize.policy={'frozen' if policy == 'cold' else policy.split(',')[0]}", *overrides)
         live = generations.live(lake)
         before = {row["item_id"]: row["codes"] for row in lake.read("sids", live["sids_version"], ["item_id", "codes"]).to_pylist()}

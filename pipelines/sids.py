@@ -126,13 +126,25 @@ def check_features(features: DataFrame, manifest: dict[str, Any]) -> None:
             )
 
 
-def encode(spark: SparkSession, features: DataFrame, folder: Path, manifest: dict[str, Any], batch: int, one_of: int | None = None) -> DataFrame:
+def encode(
+    spark: SparkSession,
+    features: DataFrame,
+    folder: Path,
+    manifest: dict[str, Any],
+    batch: int,
+    one_of: int | None = None,
+    held: tuple[DataFrame, float] | None = None,
+) -> DataFrame:
     """One row of :data:`ENCODED` for each row of ``features``; the weights travel as a broadcast of plain bytes. ``one_of``: as ``drift.every``
-    gives it; None: nothing is gauged."""
+    gives it; None: nothing is gauged; ``held``: published SIDs [item_id, codes] and the slack with which items keep them."""
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
     gauged = (F.lit(False) if one_of is None else drift.gauged(one_of)).alias("gauged")
     text = json.dumps(manifest)
-    return features.select(*READ, *manifest["widths"], gauged).mapInArrow(encoder(text, weights, batch), engine.struct(ENCODED))
+    rows, slack = features.select(*READ, *manifest["widths"], gauged), 0.0
+    if held:
+        published, slack = held
+        rows = rows.join(published.select("item_id", F.col("codes").alias("published")), "item_id", "left")
+    return rows.mapInArrow(encoder(text, weights, batch, slack), engine.struct(ENCODED))
 
 
 def ranked(encoded: DataFrame, tokenizer: str, generation: int, kept: DataFrame | None = None) -> DataFrame:

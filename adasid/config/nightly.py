@@ -52,6 +52,11 @@ class Retokenize(Section):
     policy: Literal["frozen", "warm", "refit", "auto"] = Field(
         "frozen", description="frozen: live codebooks; warm: go on training; refit: train anew and match the codes; auto: by drift"
     )
+    slack: float = Field(
+        0.1,
+        ge=0,
+        description="an item keeps a published code whose squared distance is at most 1 + slack times that of the nearest; 0: always the nearest",
+    )
     warm: Warm = Field(Warm(), description="policy warm")
     auto: Auto = Field(Auto(), description="policy auto")
     gates: NightGates = Field(NightGates(), description="what a night must satisfy beside sids.gates")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from adasid.quantizers.kmeans import spherical_kmeans
+from adasid.quantizers.kmeans import Held, held_or_nearest, spherical_kmeans
 
 
 class Quantized(NamedTuple):
@@ -28,14 +28,19 @@ class CosineCodebooks(nn.Module):
         self.register_buffer("used", torch.zeros(slots, size))
         self.used: Tensor
 
-    def codes(self, latents: Tensor) -> Tensor:
-        """argmax_j cos(latent, codeword_j). [L, B, d] -> [L, B] (the latent's length does not matter)."""
-        return torch.bmm(latents, nnf.normalize(self.weight, dim=2).transpose(1, 2)).argmax(dim=2)
+    def codes(self, latents: Tensor, held: Held | None = None) -> Tensor:
+        """argmax_j cos(latent, codeword_j). [L, B, d] -> [L, B] (the latent's length does not matter). ``held``: codes [L, B]; the squared distance
+        of unit vectors is 2 - 2 cos."""
+        words = nnf.normalize(self.weight, dim=2).transpose(1, 2)
+        if held is None:
+            return torch.bmm(latents, words).argmax(dim=2)
+        return held_or_nearest((2 - 2 * torch.bmm(nnf.normalize(latents, dim=2), words)).clamp(min=0), held)
 
-    def forward(self, latents: Tensor) -> Quantized:
+    def forward(self, latents: Tensor, held: Held | None = None) -> Quantized:
         """Quantize [L, B, d]."""
         unit, words = nnf.normalize(latents, dim=2), nnf.normalize(self.weight, dim=2)
-        codes = torch.bmm(unit.detach(), words.detach().transpose(1, 2)).argmax(dim=2)
+        with torch.no_grad():
+            codes = self.codes(unit, held)
         chosen = words.gather(1, codes[:, :, None].expand(-1, -1, words.shape[2]))
         return Quantized(codes, unit, chosen)
 

@@ -15,6 +15,10 @@ _SEEDED, _SAMPLED = (16, 4096), (64, 16_384)
 """Points that seeds are chosen among, and that the first three quarters of the rounds see, drawn at random: so many a cluster, and at least so many."""
 
 
+Held = tuple[Tensor, float]
+"""Codes that items have so far, and the slack with which they are kept."""
+
+
 def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
     """``k`` unit centroids that maximise the mean cosine to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
 
@@ -86,12 +90,24 @@ def _lloyd(x: Tensor, centroids: Tensor, rounds: int, balanced: bool = False) ->
     return centroids
 
 
-def nearest_euclidean(x: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the centroid at the smallest distance, the lowest of equals. ``x`` [n, d], ``centroids`` [k, d] -> [n].
+def nearest_euclidean(x: Tensor, centroids: Tensor, held: Held | None = None) -> Tensor:
+    """Index of the centroid at the smallest distance, the lowest of equals. ``x`` [n, d], ``centroids`` [k, d] -> [n]. ``held``: as in
+    :func:`held_or_nearest`; all distances are then held in memory.
 
     Distances are compared in float32: with float64 input the order of additions, which follows the batch's size, does not decide near ties.
     """
-    return _lowest(x, centroids)[1]
+    return held_or_nearest(squared_distances(x, centroids).float(), held) if held else _lowest(x, centroids)[1]
+
+
+def held_or_nearest(distances: Tensor, held: Held | None) -> Tensor:
+    """Index of the smallest of ``distances`` [..., K], squared ones; but the code that is ``held`` (codes [...], negative: none; slack) where its
+    distance is at most 1 + slack times the smallest, so that small moves of a vector leave its code."""
+    least, code = distances.min(dim=-1)
+    if held is None:
+        return code
+    codes, slack = held
+    own = distances.gather(-1, codes.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where((codes >= 0) & (own <= (1 + slack) * least), codes, code)
 
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:

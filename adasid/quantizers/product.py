@@ -10,7 +10,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from adasid.errors import InputError
-from adasid.quantizers.kmeans import kmeans, lloyd_round, nearest_euclidean
+from adasid.quantizers.kmeans import Held, kmeans, lloyd_round, nearest_euclidean
 
 
 class Components(NamedTuple):
@@ -35,10 +35,11 @@ class ProductQuantizer(NamedTuple):
     rotation: Tensor
     centroids: Tensor
 
-    def codes(self, x: Tensor) -> Tensor:
-        """[n, w] -> [n, L]."""
+    def codes(self, x: Tensor, held: Held | None = None) -> Tensor:
+        """[n, w] -> [n, L]; ``held``: codes [n, L]."""
         parts = (x @ self.rotation).chunk(len(self.centroids), dim=1)
-        return torch.stack([nearest_euclidean(part, words) for part, words in zip(parts, self.centroids)], dim=1)
+        own = [(column, held[1]) for column in held[0].T] if held else [None] * len(self.centroids)
+        return torch.stack([nearest_euclidean(part, words, code) for part, words, code in zip(parts, self.centroids, own)], dim=1)
 
     def words(self, codes: Tensor) -> Tensor:
         """Codewords in the rotated space: [n, L] -> [n, w]."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from adasid.quantizers.kmeans import kmeans, nearest_euclidean, squared_distances
+from adasid.quantizers.kmeans import Held, held_or_nearest, kmeans, nearest_euclidean, squared_distances
 
 
 class Residual(NamedTuple):
@@ -29,14 +29,16 @@ class ResidualCodebooks(nn.Module):
         self.register_buffer("used", torch.zeros(levels, size))
         self.used: Tensor
 
-    def forward(self, z: Tensor, balanced: tuple[float, int] | None = None) -> Residual:
-        """Quantize [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for training only."""
+    def forward(self, z: Tensor, balanced: tuple[float, int] | None = None, held: Held | None = None) -> Residual:
+        """Quantize [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for training only; ``held``: codes [B, L]."""
         residual, codes, residuals, words = z, [], [], []
         for level, book in enumerate(self.weight):
             last = balanced is not None and level == len(self.weight) - 1
             with torch.no_grad():
                 if balanced and last:
                     code = sinkhorn(squared_distances(residual, book), *balanced).argmax(1)
+                elif held:
+                    code = held_or_nearest(squared_distances(residual, book), (held[0][:, level], held[1]))
                 else:
                     code = _distance(residual, book).argmin(1)
             word = nnf.embedding(code, book)

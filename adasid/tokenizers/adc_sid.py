@@ -15,6 +15,7 @@ from adasid.experts import Trunk, mlp
 from adasid.losses.alignment import alignment_weight, calibrated_beta, info_nce
 from adasid.losses.routing import SparsityController, item_sparsity_loss, sparsity_loss
 from adasid.quantizers.cosine import CosineCodebooks, Quantized, codebook_loss
+from adasid.quantizers.kmeans import Held
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.base import Codes, Losses, Slot, letters, sample
 from adasid.tokenizers.trained import TrainedTokenizer
@@ -227,15 +228,18 @@ class AdcSid(TrainedTokenizer):
         """Codes of all slots (PAD where the modality is absent); weights: 1, or R(e_b) for behaviour slots; active: weight > 0."""
         latents, weights, _ = self._experts(self.inputs(batch), batch)
         present = self._present(batch)
-        codes = self.codebooks.codes(latents).masked_fill(~present, PAD)
+        codes = self.codebooks.codes(latents, self._held(batch)).masked_fill(~present, PAD)
         weights = torch.where(self._content_slots()[:, None], present.to(weights.dtype), weights)
         return Codes(codes.T.int(), weights.T.float(), (weights > 0).T)
+
+    def _held(self, batch: Batch) -> Held | None:
+        return (batch.held[0].T, batch.held[1]) if batch.held else None
 
     @torch.inference_mode()
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
         """Decode z_q back to the inputs' own scale."""
         latents, weights, _ = self._experts(self.inputs(batch), batch)
-        decoded = self.decoder(self._fuse(self.codebooks(latents), weights)[1])
+        decoded = self.decoder(self._fuse(self.codebooks(latents, self._held(batch)), weights)[1])
         return {m: self.inputs.restore(m, y) for m, y in self.inputs.split(decoded).items()}
 
     def facts(self) -> Mapping[str, Any]:

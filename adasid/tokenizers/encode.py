@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from numpy.typing import NDArray
 
 from adasid import tables
 from adasid.tables import PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Tokenizer, token
-from adasid.training.shards import batch_of
+from adasid.training.shards import Batch, batch_of
 from adasid.training.workers import settle
 
 ENCODED = pa.schema(
@@ -31,14 +33,15 @@ READ = ("item_id", "item_index", "interactions", "stratum", "fingerprint", "rich
 """What is read of an item beside its vectors and ``gauged``: whether it is to be gauged."""
 
 
-def encoder(manifest: str, weights: Any, size: int) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """The body of ``mapInArrow``. ``manifest``: JSON text; ``weights.value``: bytes (a Spark broadcast); ``size``: rows encoded at a time."""
+def encoder(manifest: str, weights: Any, size: int, slack: float = 0.0) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """The body of ``mapInArrow``. ``manifest``: JSON text; ``weights.value``: bytes (a Spark broadcast); ``size``: rows encoded at a time;
+    ``slack``: see :func:`encode_rows`."""
 
     def encode_partition(parts: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         tokenizer = loaded(manifest, weights.value)
         for part in parts:
             for start in range(0, part.num_rows, size):
-                yield encode_rows(tokenizer, part.slice(start, size))
+                yield encode_rows(tokenizer, part.slice(start, size), slack)
 
     return encode_partition
 
@@ -50,10 +53,11 @@ def loaded(manifest: str, weights: bytes) -> Tokenizer:
     return artifact.decode(json.loads(manifest), weights)
 
 
-def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch) -> pa.RecordBatch:
-    """Encode Arrow rows of ``item_features`` to rows of :data:`ENCODED`."""
+def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float = 0.0) -> pa.RecordBatch:
+    """Encode Arrow rows of ``item_features`` to rows of :data:`ENCODED`. Where they have a column ``published``, the codes that an item has so far
+    (null: none), these are kept as ``slack`` allows."""
     rows, fault = _narrowed(rows, tokenizer.widths)
-    batch = batch_of(rows, tokenizer.widths)
+    batch = _batch(tokenizer, rows, slack)
     for m in tokenizer.widths:
         fault[~batch.vectors[m].isfinite().all(1).numpy()] = f"{m} is not finite"
     codes, weights, active = (part.numpy() for part in tokenizer.encode(batch))
@@ -66,7 +70,7 @@ def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch) -> pa.RecordBatch:
     kinds = ((codes, pa.int32()), (weights, pa.float32()), (active, pa.bool_()), (tokens, pa.string()))
     lists = [pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind)) for values, kind in kinds]
     plain = [rows.column(name) for name in ("interactions", "stratum")]
-    columns = [rows.column("item_id"), *lists, rows.column("fingerprint"), _gauges(tokenizer, rows), *plain, pa.array(fault, pa.string())]
+    columns = [rows.column("item_id"), *lists, rows.column("fingerprint"), _gauges(tokenizer, rows, slack), *plain, pa.array(fault, pa.string())]
     return pa.RecordBatch.from_arrays(columns, schema=ENCODED)
 
 
@@ -83,13 +87,24 @@ def _narrowed(rows: pa.RecordBatch, widths: dict[str, int]) -> tuple[pa.RecordBa
     return rows, fault
 
 
-def _gauges(tokenizer: Tokenizer, rows: pa.RecordBatch) -> pa.ListArray:
+def _batch(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> Batch:
+    """With the published codes, where there are some of the tokenizer's length."""
+    batch, length = batch_of(rows, tokenizer.widths), len(tokenizer.slots)
+    if "published" not in rows.schema.names:
+        return batch
+    column, codes = rows.column("published"), np.full((rows.num_rows, length), PAD, np.int64)
+    there = pc.equal(pc.list_value_length(column), length).fill_null(False)
+    codes[there.to_numpy(zero_copy_only=False)] = column.filter(there).flatten().to_numpy().reshape(-1, length)
+    return replace(batch, held=(torch.from_numpy(codes), slack))
+
+
+def _gauges(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> pa.ListArray:
     """Norm and squared error of the vectors of those rows that are to be gauged."""
     names, gauged = list(tokenizer.widths), rows.column("gauged").to_numpy(zero_copy_only=False).astype(bool)
     there = np.zeros((rows.num_rows, len(names)), bool)
     norms, errors = np.zeros(there.shape), np.full(there.shape, np.nan)
     if gauged.any():
-        batch = batch_of(rows.filter(pa.array(gauged)), tokenizer.widths)
+        batch = _batch(tokenizer, rows.filter(pa.array(gauged)), slack)
         decoded = tokenizer.reconstruct(batch)
         for i, m in enumerate(names):
             there[gauged, i] = batch.present[m].numpy()

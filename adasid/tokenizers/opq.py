@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adasid import config
 from adasid.errors import InputError
+from adasid.quantizers.kmeans import Held
 from adasid.quantizers.product import Components, ProductQuantizer, fit_opq, fit_opq_faiss, principal_components, refine_opq
 from adasid.tokenizers.spaces import Spaces
 
@@ -44,11 +45,11 @@ class SubSpaces(nn.Module):
         for name, value in (components._asdict() | quantizer._asdict()).items():
             self.get_buffer(name).copy_(value)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [n, L] and the decoded vectors [n, D] of ``x`` [n, D] of float64, in which codes do not depend on the batch."""
+    def forward(self, x: Tensor, held: Held | None = None) -> tuple[Tensor, Tensor]:
+        """Codes [n, L] and the decoded vectors [n, D] of ``x`` [n, D] of float64, in which codes do not depend on the batch; ``held``: codes [n, L]."""
         components = Components(*(self.get_buffer(name).double() for name in Components._fields))
         quantizer = ProductQuantizer(*(self.get_buffer(name).double() for name in ProductQuantizer._fields))
-        codes = quantizer.codes(components.project(x))
+        codes = quantizer.codes(components.project(x), held)
         return codes, components.restore(quantizer.decode(codes))
 
 

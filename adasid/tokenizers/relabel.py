@@ -7,6 +7,7 @@ names to old ones under which most items keep their codes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,16 +36,24 @@ class Relabelled(Tokenizer):
         """The inner one's."""
         self.inner.prepare(shard, workers)
 
+    def _inner(self, batch: Batch) -> Batch:
+        """``batch`` with the held codes under their inner names."""
+        if batch.held is None:
+            return batch
+        codes, slots = batch.held[0], torch.arange(len(self.slots), device=batch.held[0].device)
+        found = torch.where(codes < 0, codes, self.names.argsort(dim=1)[slots, codes.clamp(min=0)])
+        return replace(batch, held=(found[:, self.order.argsort()], batch.held[1]))
+
     def encode(self, batch: Batch) -> Codes:
         """The inner one's, renamed."""
-        codes, weights, active = (part[:, self.order] for part in self.inner.encode(batch))
+        codes, weights, active = (part[:, self.order] for part in self.inner.encode(self._inner(batch)))
         slots = torch.arange(len(self.slots), device=codes.device)
         named = self.names[slots, codes.long().clamp(min=0)].to(codes.dtype)
         return Codes(torch.where(codes == PAD, PAD, named), weights, active)
 
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
         """The inner one's."""
-        return self.inner.reconstruct(batch)
+        return self.inner.reconstruct(self._inner(batch))
 
     def rename(self, published: NDArray[np.int32], found: NDArray[np.int32]) -> None:
         """Choose the names under which most of ``found`` [n, L], the inner codes of some items, are ``published`` [n, L], theirs so far."""

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from adasid import config
 from adasid.experts import mlp
 from adasid.losses.overlap import pair_contrast
-from adasid.quantizers.kmeans import kmeans, lloyd_round, nearest_euclidean
+from adasid.quantizers.kmeans import Held, kmeans, lloyd_round, nearest_euclidean
 from adasid.tokenizers.base import Losses
 from adasid.tokenizers.spaces import Spaces
 from adasid.training.shards import Batch
@@ -33,11 +33,11 @@ class ResidualCentroids(nn.Module):
             self.centroids[level] = kmeans(x, len(words), rounds, generator, balanced)
             x = x - words[nearest_euclidean(x, words)]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [n, L] and the sum of their centroids [n, d] of ``x`` [n, d]."""
+    def forward(self, x: Tensor, held: Held | None = None) -> tuple[Tensor, Tensor]:
+        """Codes [n, L] and the sum of their centroids [n, d] of ``x`` [n, d]; ``held``: codes [n, L]."""
         codes, residual = [], x
-        for words in self.centroids.to(x):
-            codes.append(nearest_euclidean(residual, words))
+        for level, words in enumerate(self.centroids.to(x)):
+            codes.append(nearest_euclidean(residual, words, (held[0][:, level], held[1]) if held else None))
             residual = residual - words[codes[-1]]
         return torch.stack(codes, dim=1), x - residual
 

@@ -68,11 +68,13 @@ class _Residual(TrainedTokenizer):
 
     def passed(self, x: dict[str, Tensor], batch: Batch, balanced: tuple[float, int] | None = None) -> dict[str, Passed]:
         """Every tower's latents and codes."""
-        found = {}
+        found, first = {}, 0
         for kind in self.towers:
             tower = self.tower(kind)
+            held = (batch.held[0][:, first : first + len(tower.codebooks.weight)], batch.held[1]) if batch.held else None
+            first += len(tower.codebooks.weight)
             z = tower.encoder(torch.cat([x[m] for m in tower.reads], dim=1))
-            quantized = tower.codebooks(z, balanced)
+            quantized = tower.codebooks(z, balanced, held)
             there = batch.present[kind] if kind in batch.present else torch.ones_like(batch.richness, dtype=torch.bool)
             found[kind] = Passed(z, quantized, z + (quantized.quantized - z).detach() if self.quantizing else z, there)
         return found

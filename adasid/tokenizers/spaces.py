@@ -85,16 +85,25 @@ class Spaces(Tokenizer):
             for buffer in quantizer.buffers():
                 workers.broadcast(buffer)
 
+    def _quantized(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Codes, decoded vectors and which items have them, by kind of slot."""
+        found, first = {}, 0
+        for kind, (x, there) in self._spaces(batch).items():
+            length = sum(slot.kind == kind for slot in self.slots)
+            held = (batch.held[0][:, first : first + length], batch.held[1]) if batch.held else None
+            found[kind] = (*self.quantizers[kind](x, held), there)
+            first += length
+        return found
+
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
         """The codes of each quantizer."""
-        found = [self.quantizers[kind](x)[0].masked_fill(~there[:, None], PAD) for kind, (x, there) in self._spaces(batch).items()]
-        codes = torch.cat(found, dim=1).int()
+        codes = torch.cat([codes.masked_fill(~there[:, None], PAD) for codes, _, there in self._quantized(batch).values()], dim=1).int()
         return Codes(codes, (codes != PAD).float(), codes != PAD)
 
     @torch.inference_mode()
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
         """Decoded vectors in the inputs' own scale; an item without a code has the mean."""
-        decoded = {kind: (self.quantizers[kind](x)[1] * there[:, None]).float() for kind, (x, there) in self._spaces(batch).items()}
+        decoded = {kind: (words * there[:, None]).float() for kind, (_, words, there) in self._quantized(batch).items()}
         parts = decoded if self.by_modality else self.inputs.split(decoded["shared"])
         return {m: self.inputs.restore(m, x) for m, x in parts.items()}

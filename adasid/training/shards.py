@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid.errors import InputError
+from adasid.quantizers.kmeans import Held
 
 _IN_MEMORY = 4 << 30
 
@@ -21,13 +22,15 @@ _IN_MEMORY = 4 << 30
 class Batch:
     """Rows for a tokenizer. ``vectors``: modality -> [B, D] float32, zero where absent; ``present``: modality -> [B] bool;
     ``richness`` [B] in [0, 1]; ``index`` [B] int64: the item's index in the catalogue. In a batch of pairs row i and row i + B/2 are
-    co-engaged items where ``paired`` [B/2] is true, and one item twice where it is not."""
+    co-engaged items where ``paired`` [B/2] is true, and one item twice where it is not. ``held``: codes [B, L] int64 that the items have so far (PAD: none), and
+    the slack with which they are kept (``adasid.quantizers.kmeans.held_or_nearest``)."""
 
     vectors: dict[str, Tensor]
     present: dict[str, Tensor]
     richness: Tensor
     index: Tensor
     paired: Tensor | None = None
+    held: Held | None = None
 
     def __len__(self) -> int:
         return len(self.richness)
@@ -35,7 +38,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         vectors, present = ({name: value.to(device) for name, value in part.items()} for part in (self.vectors, self.present))
-        return Batch(vectors, present, self.richness.to(device), self.index.to(device), None if self.paired is None else self.paired.to(device))
+        paired, held = None if self.paired is None else self.paired.to(device), None if self.held is None else (self.held[0].to(device), self.held[1])
+        return Batch(vectors, present, self.richness.to(device), self.index.to(device), paired, held)
 
 
 def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:

@@ -67,7 +67,14 @@ def run(cfg: Config, track: Track, run_date: date) -> None:
                 f"run date {day} is before {before}, which generation {live['generation']} was published for: give {before} or a later one"
             )
         key = digest(
-            "night", settings.policy, settings.warm, settings.auto, live["generation"], live["tokenizer"], lake.stamps({"item_features": version})
+            "night",
+            settings.policy,
+            settings.slack,
+            settings.warm,
+            settings.auto,
+            live["generation"],
+            live["tokenizer"],
+            lake.stamps({"item_features": version}),
         )
         track.inputs({"item_features": version, "sids": live["sids_version"]})
         if version == live["inputs"]["item_features"] and (settings.policy in {"frozen", "auto"} or before == day):
@@ -209,14 +216,16 @@ class Made:
 def _frozen(night: Night, folder: Path, manifest: dict[str, Any], found: DataFrame, today: DataFrame) -> Made:
     """The live tokenizer's SIDs for the items in ``found``, whose rows are ``today``; the published ones for all others."""
     known, lake = night.live["drift"]["baseline"], night.lake
-    encoded = sids.encode(night.spark, today, folder, manifest, night.cfg.sids.batch, known["every"]).persist(StorageLevel.DISK_ONLY)
+    touched = night.published.join(found, "item_id", "left_semi")
+    held = touched, night.cfg.retokenize.slack
+    encoded = sids.encode(night.spark, today, folder, manifest, night.cfg.sids.batch, known["every"], held).persist(StorageLevel.DISK_ONLY)
     broken = sids.faults(encoded, manifest)
     kept = night.published.join(found, "item_id", "left_anti")
     new = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), kept)
     placed = kept.select("item_id", *_MEASURED).join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
     whole = placed.unionByName(encoded.select(placed.columns)).persist()
     drifted = drift.against(known, drift.measure(lake, whole, known["every"], known["edges"]))
-    rows, touched = kept.unionByName(new.select(kept.columns)), night.published.join(found, "item_id", "left_semi")
+    rows = kept.unionByName(new.select(kept.columns))
     return Made(folder, manifest, encoded, rows, whole, touched, known, drifted, broken)
 
 
@@ -225,7 +234,8 @@ def _anew(night: Night, policy: str, live: Path) -> Made:
     cfg, lake = night.cfg, night.lake
     folder, manifest = refit.fit(night, policy, live)
     one_of = drift.every(night.features.count(), cfg.retokenize.sample)
-    encoded = sids.encode(night.spark, night.features, folder, manifest, cfg.sids.batch, one_of).persist(StorageLevel.DISK_ONLY)
+    held = night.published, cfg.retokenize.slack
+    encoded = sids.encode(night.spark, night.features, folder, manifest, cfg.sids.batch, one_of, held).persist(StorageLevel.DISK_ONLY)
     broken = sids.faults(encoded, manifest)
     rows = sids.ranked(encoded, manifest["digest"], generations.next_number(lake))
     baseline = drift.measure(lake, encoded, one_of)

@@ -35,7 +35,7 @@ def noisy(table: pa.Table, seed: int, share: float) -> pa.Table:
 
 
 def _noisy(table: pa.Table, rng: np.random.Generator, share: float, mark: str) -> pa.Table:
-    for name in set(VECTORS) & set(table.column_names):
+    for name in (name for name in VECTORS if name in table.column_names):
         column = table[name].combine_chunks()
         there = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
         if len(there):

@@ -1,5 +1,6 @@
 """Codes that keep their meaning: matching against brute force, and a renamed tokenizer through its artifact."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -56,6 +57,9 @@ def test_a_renamed_tokenizer_decodes_as_before_and_survives_its_artifact(tmp_pat
     turned = Relabelled(tokenizer)
     turned.rename(np.where(first == PAD, PAD, (first.numpy() + 1) % 5).astype(np.int32), first.numpy())
     manifest = artifact.write(tmp_path / "plain", tokenizer, settings, {})
+    shown = turned.encode(batch).codes
+    held = torch.where(shown == PAD, PAD, (shown + 2) % 5).long()
+    assert torch.equal(turned.encode(replace(batch, held=(held, 1e9))).codes.long(), held)
     written = artifact.rewrite(tmp_path / "turned", turned, manifest)
     assert written["relabelled"] and not manifest["relabelled"] and written["digest"] != manifest["digest"]
     again, _ = artifact.read(tmp_path / "turned")

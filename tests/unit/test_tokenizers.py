@@ -107,6 +107,18 @@ def test_encoding_depends_on_the_item_alone(trained):
     assert torch.equal(whole.codes, loop.tokenizer.encode(everything(data)).codes)
 
 
+def test_a_published_code_stays_within_the_slack(trained):
+    settings, loop, _, data, _ = trained
+    batch, sizes = everything(data), torch.tensor([slot.size for slot in loop.tokenizer.slots])
+    own = loop.tokenizer.encode(batch).codes.long()
+    other = torch.where(own == PAD, PAD, (own + 1) % sizes)
+    at_will = loop.tokenizer.encode(replace(batch, held=(other, 1e9))).codes
+    assert torch.equal(loop.tokenizer.encode(replace(batch, held=(own, 0.0))).codes.long(), own)
+    assert torch.equal(at_will.long(), own if settings.name in CONTROLS else other)  # a control's codes do not follow from vectors
+    nothing = torch.full_like(own, PAD)
+    assert torch.equal(loop.tokenizer.encode(replace(batch, held=(nothing, 1e9))).codes.long(), own)
+
+
 def test_the_artifact_gives_the_same_codes_and_refuses_what_does_not_belong(trained, tmp_path):
     settings, loop, _, data, _ = trained
     manifest = artifact.write(tmp_path / "m", loop.tokenizer, settings, {"seed": 5})

@@ -53,7 +53,7 @@ class Retokenize(Section):
         "frozen", description="frozen: live codebooks; warm: go on training; refit: train anew and match the codes; auto: by drift"
     )
     slack: float = Field(
-        0.1,
+        0.5,
         ge=0,
         description="an item keeps a published code whose squared distance is at most 1 + slack times that of the nearest; 0: always the nearest",
     )

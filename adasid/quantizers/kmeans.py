@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -15,8 +16,15 @@ _SEEDED, _SAMPLED = (16, 4096), (64, 16_384)
 """Points that seeds are chosen among, and that the first three quarters of the rounds see, drawn at random: so many a cluster, and at least so many."""
 
 
-Held = tuple[Tensor, float]
-"""Codes that items have so far, and the slack with which they are kept."""
+class Held(NamedTuple):
+    """Codes that items have so far (negative: none), and the slack with which :func:`held_or_nearest` keeps them."""
+
+    codes: Tensor
+    slack: float
+
+    def of(self, slots: slice | int) -> Held:
+        """Those of some slots, of codes [n, L]."""
+        return Held(self.codes[:, slots], self.slack)
 
 
 def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:

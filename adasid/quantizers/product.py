@@ -38,8 +38,8 @@ class ProductQuantizer(NamedTuple):
     def codes(self, x: Tensor, held: Held | None = None) -> Tensor:
         """[n, w] -> [n, L]; ``held``: codes [n, L]."""
         parts = (x @ self.rotation).chunk(len(self.centroids), dim=1)
-        own = [(column, held[1]) for column in held[0].T] if held else [None] * len(self.centroids)
-        return torch.stack([nearest_euclidean(part, words, code) for part, words, code in zip(parts, self.centroids, own)], dim=1)
+        pairs = enumerate(zip(parts, self.centroids))
+        return torch.stack([nearest_euclidean(part, words, held.of(slot) if held else None) for slot, (part, words) in pairs], dim=1)
 
     def words(self, codes: Tensor) -> Tensor:
         """Codewords in the rotated space: [n, L] -> [n, w]."""

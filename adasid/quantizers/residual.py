@@ -38,7 +38,7 @@ class ResidualCodebooks(nn.Module):
                 if balanced and last:
                     code = sinkhorn(squared_distances(residual, book), *balanced).argmax(1)
                 elif held:
-                    code = held_or_nearest(squared_distances(residual, book), (held[0][:, level], held[1]))
+                    code = held_or_nearest(squared_distances(residual, book), held.of(level))
                 else:
                     code = _distance(residual, book).argmin(1)
             word = nnf.embedding(code, book)

@@ -233,7 +233,7 @@ class AdcSid(TrainedTokenizer):
         return Codes(codes.T.int(), weights.T.float(), (weights > 0).T)
 
     def _held(self, batch: Batch) -> Held | None:
-        return (batch.held[0].T, batch.held[1]) if batch.held else None
+        return Held(batch.held.codes.T, batch.held.slack) if batch.held else None
 
     @torch.inference_mode()
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:

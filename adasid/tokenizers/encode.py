@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from adasid import tables
+from adasid.quantizers.kmeans import Held
 from adasid.tables import PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Tokenizer, token
@@ -95,7 +96,7 @@ def _batch(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> Batch:
     column, codes = rows.column("published"), np.full((rows.num_rows, length), PAD, np.int64)
     there = pc.equal(pc.list_value_length(column), length).fill_null(False)
     codes[there.to_numpy(zero_copy_only=False)] = column.filter(there).flatten().to_numpy().reshape(-1, length)
-    return replace(batch, held=(torch.from_numpy(codes), slack))
+    return replace(batch, held=Held(torch.from_numpy(codes), slack))
 
 
 def _gauges(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> pa.ListArray:

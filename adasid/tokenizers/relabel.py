@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from adasid.quantizers.kmeans import Held
 from adasid.tables import PAD
 from adasid.tokenizers.base import Codes, Slot, Tokenizer
 from adasid.training.shards import Batch, Shard
@@ -40,9 +41,9 @@ class Relabelled(Tokenizer):
         """``batch`` with the held codes under their inner names."""
         if batch.held is None:
             return batch
-        codes, slots = batch.held[0], torch.arange(len(self.slots), device=batch.held[0].device)
+        codes, slots = batch.held.codes, torch.arange(len(self.slots), device=batch.held.codes.device)
         found = torch.where(codes < 0, codes, self.names.argsort(dim=1)[slots, codes.clamp(min=0)])
-        return replace(batch, held=(found[:, self.order.argsort()], batch.held[1]))
+        return replace(batch, held=Held(found[:, self.order.argsort()], batch.held.slack))
 
     def encode(self, batch: Batch) -> Codes:
         """The inner one's, renamed."""

@@ -37,7 +37,7 @@ class ResidualCentroids(nn.Module):
         """Codes [n, L] and the sum of their centroids [n, d] of ``x`` [n, d]; ``held``: codes [n, L]."""
         codes, residual = [], x
         for level, words in enumerate(self.centroids.to(x)):
-            codes.append(nearest_euclidean(residual, words, (held[0][:, level], held[1]) if held else None))
+            codes.append(nearest_euclidean(residual, words, held.of(level) if held else None))
             residual = residual - words[codes[-1]]
         return torch.stack(codes, dim=1), x - residual
 

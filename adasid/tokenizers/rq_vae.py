@@ -71,7 +71,7 @@ class _Residual(TrainedTokenizer):
         found, first = {}, 0
         for kind in self.towers:
             tower = self.tower(kind)
-            held = (batch.held[0][:, first : first + len(tower.codebooks.weight)], batch.held[1]) if batch.held else None
+            held = batch.held.of(slice(first, first + len(tower.codebooks.weight))) if batch.held else None
             first += len(tower.codebooks.weight)
             z = tower.encoder(torch.cat([x[m] for m in tower.reads], dim=1))
             quantized = tower.codebooks(z, balanced, held)

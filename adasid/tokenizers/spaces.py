@@ -90,7 +90,7 @@ class Spaces(Tokenizer):
         found, first = {}, 0
         for kind, (x, there) in self._spaces(batch).items():
             length = sum(slot.kind == kind for slot in self.slots)
-            held = (batch.held[0][:, first : first + length], batch.held[1]) if batch.held else None
+            held = batch.held.of(slice(first, first + length)) if batch.held else None
             found[kind] = (*self.quantizers[kind](x, held), there)
             first += length
         return found

@@ -38,7 +38,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         vectors, present = ({name: value.to(device) for name, value in part.items()} for part in (self.vectors, self.present))
-        paired, held = None if self.paired is None else self.paired.to(device), None if self.held is None else (self.held[0].to(device), self.held[1])
+        paired, held = (
+            None if self.paired is None else self.paired.to(device),
+            None if self.held is None else Held(self.held.codes.to(device), self.held.slack),
+        )
         return Batch(vectors, present, self.richness.to(device), self.index.to(device), paired, held)
 
 

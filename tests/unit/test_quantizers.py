@@ -7,7 +7,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from adasid.experts import GroupedLinear, Trunk
 from adasid.quantizers.cosine import CosineCodebooks, codebook_loss
-from adasid.quantizers.kmeans import held_or_nearest, nearest, spherical_kmeans
+from adasid.quantizers.kmeans import Held, held_or_nearest, nearest, spherical_kmeans
 
 
 def generator(seed=0):
@@ -122,6 +122,6 @@ def test_a_held_code_stays_while_it_is_nearly_the_nearest():
     distances = torch.tensor([[1.0, 1.4, 3.0], [2.0, 0.5, 0.7], [0.0, 0.1, 0.2]])
     held = torch.tensor([1, -1, 0])
     assert held_or_nearest(distances, None).tolist() == [0, 1, 0]
-    assert held_or_nearest(distances, (held, 0.5)).tolist() == [1, 1, 0]
-    assert held_or_nearest(distances, (held, 0.3)).tolist() == [0, 1, 0]
-    assert held_or_nearest(distances, (torch.tensor([2, 2, 2]), 0.5)).tolist() == [0, 2, 0]
+    assert held_or_nearest(distances, Held(held, 0.5)).tolist() == [1, 1, 0]
+    assert held_or_nearest(distances, Held(held, 0.3)).tolist() == [0, 1, 0]
+    assert held_or_nearest(distances, Held(torch.tensor([2, 2, 2]), 0.5)).tolist() == [0, 2, 0]

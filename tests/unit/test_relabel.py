@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adasid import config
+from adasid.quantizers.kmeans import Held
 from adasid.tables import PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
@@ -59,7 +60,7 @@ def test_a_renamed_tokenizer_decodes_as_before_and_survives_its_artifact(tmp_pat
     manifest = artifact.write(tmp_path / "plain", tokenizer, settings, {})
     shown = turned.encode(batch).codes
     held = torch.where(shown == PAD, PAD, (shown + 2) % 5).long()
-    assert torch.equal(turned.encode(replace(batch, held=(held, 1e9))).codes.long(), held)
+    assert torch.equal(turned.encode(replace(batch, held=Held(held, 1e9))).codes.long(), held)
     written = artifact.rewrite(tmp_path / "turned", turned, manifest)
     assert written["relabelled"] and not manifest["relabelled"] and written["digest"] != manifest["digest"]
     again, _ = artifact.read(tmp_path / "turned")

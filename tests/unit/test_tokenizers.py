@@ -13,6 +13,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from adasid import config
 from adasid.errors import InputError, TrainingError
+from adasid.quantizers.kmeans import Held
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot, token
@@ -112,11 +113,11 @@ def test_a_published_code_stays_within_the_slack(trained):
     batch, sizes = everything(data), torch.tensor([slot.size for slot in loop.tokenizer.slots])
     own = loop.tokenizer.encode(batch).codes.long()
     other = torch.where(own == PAD, PAD, (own + 1) % sizes)
-    at_will = loop.tokenizer.encode(replace(batch, held=(other, 1e9))).codes
-    assert torch.equal(loop.tokenizer.encode(replace(batch, held=(own, 0.0))).codes.long(), own)
+    at_will = loop.tokenizer.encode(replace(batch, held=Held(other, 1e9))).codes
+    assert torch.equal(loop.tokenizer.encode(replace(batch, held=Held(own, 0.0))).codes.long(), own)
     assert torch.equal(at_will.long(), own if settings.name in CONTROLS else other)  # a control's codes do not follow from vectors
     nothing = torch.full_like(own, PAD)
-    assert torch.equal(loop.tokenizer.encode(replace(batch, held=(nothing, 1e9))).codes.long(), own)
+    assert torch.equal(loop.tokenizer.encode(replace(batch, held=Held(nothing, 1e9))).codes.long(), own)
 
 
 def test_the_artifact_gives_the_same_codes_and_refuses_what_does_not_belong(trained, tmp_path):

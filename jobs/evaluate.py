@@ -3,13 +3,17 @@
 python jobs/evaluate.py --config conf/beauty.yaml
 
 Needs item_features and sequences (jobs/build_features.py after jobs/train.py --stage behavior). It goes on where it stopped; each cell is an
-MLflow run. Tokenizers that jobs/compare_tokenizers.py has trained are not trained again.
+MLflow run. Tokenizers that jobs/compare_tokenizers.py has trained are not trained again. With --report nothing is trained.
 """
 
 from pipelines import cli
 
 if __name__ == "__main__":
-    arguments = cli.choose(None, __doc__)
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing: write the page of the results that are there, also while another evaluates"
+    )
+    arguments = parser.parse_args()
     from pipelines import evaluate
 
-    cli.leave(cli.run(arguments, cli.stage("evaluate", evaluate.run)))
+    cli.leave(cli.run(arguments, cli.stage("evaluate", lambda cfg, track: evaluate.run(cfg, track, not arguments.report))))

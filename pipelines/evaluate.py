@@ -44,28 +44,33 @@ class Cell(NamedTuple):
     sids: bool
 
 
-def run(cfg: Config, track: Track) -> None:
-    """Every cell that has no result yet, then ``<run>/report/evaluation``."""
+def run(cfg: Config, track: Track, train_cells: bool = True) -> None:
+    """Every cell that has no result yet, then ``<run>/report/evaluation``. Without ``train_cells``: the report of those that are there."""
     cells = _cells(cfg)
     if not cells:
         raise InputError("evaluate names no tokenizer with a model, and no control: name what to evaluate (conf/demo.yaml shows how)")
-    if any(cell.config.tokenizer.pairs for cell in cells if cell.sids):
-        pairs.build(cfg, track)
-    try:
-        results = _results(cfg, cells, track)
-    finally:
-        cluster.shutdown()
+    if train_cells:
+        if any(cell.config.tokenizer.pairs for cell in cells if cell.sids):
+            pairs.build(cfg, track)
+        try:
+            results = _results(cfg, cells, track)
+        finally:
+            cluster.shutdown()
+    else:
+        results = {place: row for place, cell in enumerate(cells) if (row := _known(cell, track.lake)) is not None}
     rows = [_popularity(cfg, track.lake)]
-    rows += [{"task": cell.task, "tokenizer": cell.tokenizer, "model": cell.model, **result} for cell, result in zip(cells, results)]
+    rows += [
+        {"task": cells[place].task, "tokenizer": cells[place].tokenizer, "model": cells[place].model, **results[place]} for place in sorted(results)
+    ]
     folder = cfg.run_dir / "report" / "evaluation"
-    report.write(folder, evaluation.build(cfg.name, rows, cfg.evaluate), [evaluation.flat(row) for row in rows])
+    report.write(folder, evaluation.build(cfg.name, rows, cfg.evaluate, len(cells) - len(results)), [evaluation.flat(row) for row in rows])
     track.artifact(folder)
-    track.facts.update(cells=len(cells), page=str(folder / "index.html"))
+    track.facts.update(cells=len(results), missing=len(cells) - len(results), page=str(folder / "index.html"))
     print(evaluation.text(rows))
 
 
-def _results(cfg: Config, cells: list[Cell], track: Track) -> list[Row]:
-    """The result of each cell, ``evaluate.parallel`` of them in the making at a time. The first failure ends the command, once the others
+def _results(cfg: Config, cells: list[Cell], track: Track) -> dict[int, Row]:
+    """The result of each cell by its place, ``evaluate.parallel`` of them in the making at a time. The first failure ends the command, once the others
     that have begun are through."""
     found: dict[int, Row] = {place: row for place, cell in enumerate(cells) if (row := _known(cell, track.lake)) is not None}
     todo = [place for place in range(len(cells)) if place not in found]
@@ -81,7 +86,7 @@ def _results(cfg: Config, cells: list[Cell], track: Track) -> list[Row]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [found[place] for place in range(len(cells))]
+    return found
 
 
 def _result(cell: Cell, tokenizer: Lock) -> Row:

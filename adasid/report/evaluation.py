@@ -26,8 +26,8 @@ _TESTED = {"retrieval": ("recall@50", "ndcg@50", "recall@10"), "ranking": ("auc"
 _CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
 
 
-def build(name: str, rows: Sequence[Row], settings: config.Evaluate) -> Page:
-    """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``model``, ``seed`` and the result of its training."""
+def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: int = 0) -> Page:
+    """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``model``, ``seed`` and the result of its training; ``missing``: cells without one."""
     everything = {task: of_task(rows, task) for task in _SHOWN}
     apart = set(settings.labels) - set(settings.tokenizers)
     cells = {task: {key: group for key, group in own.items() if key[0] not in apart} for task, own in everything.items()}
@@ -37,6 +37,8 @@ def build(name: str, rows: Sequence[Row], settings: config.Evaluate) -> Page:
         f"{plural(sum(map(len, cells.values())), 'combination')} of items and model, {span} {'seed' if seeds == [1] else 'seeds'} each; "
         "a figure after ± is the standard deviation over seeds.",
     ]
+    if missing:
+        said.append(f"Not all is there yet: {plural(missing, 'cell')} of the config still to be evaluated.")
     sections = []
     for task, section in (("retrieval", _retrieval), ("ranking", _ranking)):
         if cells[task]:

@@ -89,7 +89,11 @@ def test_tokenizers_are_compared_and_a_second_run_trains_nothing(in_process, cap
     page = (cfg.run_dir / "report" / "tokenizers" / "index.html").read_text()
     assert page.count("data:image/png;base64") == 3  # none of the three has a gate to draw
     assert "±" in page
+    assert "Not all is there yet" not in page
     assert cells() == first, "a cell that has its result is not run again"
+    more = cfg.model_copy(update={"evaluate": cfg.evaluate.model_copy(update={"more_seeds": {"sasrec": (18, 19), "rq-kmeans": (18,)}})})
+    assert cells(more, train=False) == first, "the report alone trains nothing"
+    assert "Not all is there yet: 1 cell of the config" in (folder / "index.html").read_text()
 
 
 def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process, capsys):
@@ -112,9 +116,9 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
     cfg = load(in_process, [f"compare.tokenizers={json.dumps(chosen)}", f"evaluate={json.dumps(evaluate)}"])
     client = MlflowClient(f"sqlite:///{cfg.run_dir.resolve()}/mlflow.db")
 
-    def cells():
+    def cells(cfg=cfg, train=True):
         with chain.tracking.stage(cfg, "evaluate") as track:
-            pipeline.run(cfg, track)
+            pipeline.run(cfg, track, train)
         experiment = client.get_experiment_by_name("adasid").experiment_id
         return sorted(run.info.run_name for run in client.search_runs([experiment]) if run.info.run_name.startswith("evaluate "))
 
@@ -139,7 +143,11 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
     assert "Labels are sampled" in page
     assert "the best other tokenizer, random" in page
     assert "ADC-SID, table 2" in page
+    assert "Not all is there yet" not in page
     assert cells() == first, "a cell that has its result is not run again"
+    more = cfg.model_copy(update={"evaluate": cfg.evaluate.model_copy(update={"more_seeds": {"sasrec": (18, 19), "rq-kmeans": (18,)}})})
+    assert cells(more, train=False) == first, "the report alone trains nothing"
+    assert "Not all is there yet: 1 cell of the config" in (folder / "index.html").read_text()
 
 
 def test_a_retriever_learns_from_the_live_table(in_process):

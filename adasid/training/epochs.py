@@ -47,8 +47,6 @@ class EpochTraining(ABC):
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.average, self.steps = average, 0
         self.averaged = {name: p.detach().clone() for name, p in model.named_parameters()} if average else {}
-        self.average, self.steps = average, 0
-        self.averaged = {name: p.detach().clone() for name, p in model.named_parameters()} if average else {}
         self._clock, self._spent = 0.0, dict.fromkeys(("data", "forward", "backward"), 0.0)
 
     @abstractmethod

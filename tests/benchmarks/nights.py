@@ -1,6 +1,7 @@
 """What nights cost and what they keep, on a copy of a run that has published a generation.
 
     python tests/benchmarks/nights.py stability --config conf/beauty.yaml    # SIDs kept after 2 % embedding noise, under each policy
+    python tests/benchmarks/nights.py recall    --config conf/beauty.yaml    # what a retriever of the day before makes of those SIDs
     python tests/benchmarks/nights.py days      --config conf/demo.yaml      # thirty days: 1 % new, 2 % changed, 0.2 % removed a day
     python tests/benchmarks/nights.py replay    --config conf/beauty.yaml    # the last thirty weeks of the data, each a night
     python tests/benchmarks/nights.py cost      --config conf/beauty.yaml    # 1,000,000 items: nights of 1 % against encoding all
@@ -25,13 +26,18 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from adasid.config import Config, load
+from adasid.recommenders.tokens import ItemTokens
 from adasid.tokenizers import artifact
+from adasid.tokenizers.base import Slot
+from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from adasid.training.shards import batch_of
-from pipelines import generations, sids, train
+from adasid.training.workers import Workers
+from pipelines import generations, sids, train, workers
 from pipelines.engines import spark as engine
 from pipelines.engines import tracking
 from pipelines.engines.lake import Lake
@@ -45,6 +51,14 @@ OPEN = [
     "retokenize.gates.max_error_ratio=1000.0",
     "retokenize.gates.max_tail_collision=1.0",
 ]
+
+
+POLICIES = ("frozen", "warm", "warm, in full", "refit", "cold")
+
+
+def folder_of(log: Path, policy: str) -> Path:
+    """Where the night of :func:`stability` under ``policy`` is kept."""
+    return log.parent / "nights" / policy.replace(", ", "-").replace(" ", "-")
 
 
 def copied(path: str, folder: Path, *overrides: str) -> tuple[Config, Lake]:
@@ -98,11 +112,10 @@ def stability(path: str, log: Path) -> None:
 
     training = load(path).tokenizer.epochs
     in_full = [f"retokenize.warm.epochs={training.epochs}", f"retokenize.warm.lr={training.lr}"] if training else []
-    policies = {"frozen": [], "warm": [], "warm, in full": in_full, "refit": [], "cold": []}
-    for policy, overrides in policies.items():
+    for policy, overrides in {policy: in_full if policy == "warm, in full" else [] for policy in POLICIES}.items():
         if policy in done:
             continue
-        scratch = log.parent / "nights" / policy.replace(", ", "-").replace(" ", "-")
+        scratch = folder_of(log, policy)
         cfg, lake = copied(path, scratch, f"retokenize.policy={'frozen' if policy == 'cold' else policy.split(',')[0]}", *overrides)
         live = generations.live(lake)
         before = {row["item_id"]: row["codes"] for row in lake.read("sids", live["sids_version"], ["item_id", "codes"]).to_pylist()}
@@ -119,6 +132,38 @@ def stability(path: str, log: Path) -> None:
         if policy == "refit":
             keep("refit, no slack", before, *encoded(lake, made), seconds)
             keep("refit, not matched", before, *encoded(lake, made.parents[1] / "model"), seconds)
+
+
+def recall(path: str, log: Path) -> None:
+    """Test metrics of the config's retriever, trained on the live SIDs, when it is served the SIDs that :func:`stability` left under each policy."""
+    log.unlink(missing_ok=True)
+    cfg = load(path)
+    with tracking.stage(cfg, "retrieval", journal=False) as track:
+        train.retrieval(cfg, track)
+        lake, live = track.lake, generations.live(track.lake)
+        slots = artifact.read_manifest(Path(live["artifact"]))["slots"]
+        source = {"table": "sids", "version": live["sids_version"], "slots": slots}
+        folder = train.downstream_folder(cfg, lake, "retrieval", source)
+    read = lake.versions("sequences", "item_stats")
+    parts, settings = workers._histories(lake, read, Workers(), cfg), cfg.retrieval
+    known, counts, strata = workers._catalogue(lake, {"read": read, "catalogue": source}, settings.inactive == "pad", settings.weights)
+    ids = lake.read("item_stats", read["item_stats"], ["item_id", "item_index"]).sort_by("item_index")["item_id"]
+
+    def score(policy: str, catalogue: ItemTokens) -> None:
+        data = RetrievalData(parts["train"], parts["validation"], parts["test"], counts, strata, "sequences")
+        training = RetrievalTraining(settings, catalogue, data, folder, cfg.seed, Workers())
+        training.model.load_state_dict(load_file(folder / "best.safetensors"))
+        training.model.eval()
+        same = float((catalogue.rows == known.rows).double().mean())
+        tell(log, {"policy": policy, "codes": same, **{name: training.test()["test"][name] for name in ("recall@10", "ndcg@10", "recall@50")}})
+
+    score("live", known)
+    for policy in POLICIES:
+        scratch = folder_of(log, policy)
+        there = Lake(str(scratch / cfg.name / "lake"), {})
+        items, codes, _ = encoded(there, scratch / "cold" / "model") if policy == "cold" else published(there)
+        codes = codes[pc.index_in(ids, pa.array(items)).to_numpy()]
+        score(policy, ItemTokens.of(codes, [Slot(**slot) for slot in slots]))
 
 
 def tell(log: Path, row: dict[str, Any]) -> None:
@@ -278,8 +323,10 @@ def cost(path: str, log: Path, items: int = 1_000_000, share: float = 0.01) -> N
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["stability", "days", "replay", "cost"])
+    parser.add_argument("part", choices=["stability", "recall", "days", "replay", "cost"])
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
     run = load(arguments.config).run_dir.resolve()
-    {"stability": stability, "days": days, "replay": replay, "cost": cost}[arguments.part](arguments.config, run / f"nights-{arguments.part}.jsonl")
+    {"stability": stability, "recall": recall, "days": days, "replay": replay, "cost": cost}[arguments.part](
+        arguments.config, run / f"nights-{arguments.part}.jsonl"
+    )

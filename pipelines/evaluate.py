@@ -19,10 +19,10 @@ import torch
 from adasid import tables
 from adasid.config import Config, Ranking, Retrieval
 from adasid.errors import InputError
-from adasid.metrics.retrieval import of_histogram, rank_histogram
+from adasid.metrics.retrieval import averages, gains
 from adasid.report import evaluation
 from adasid.tokenizers import artifact
-from adasid.training.retrieval import by_stratum
+from adasid.training.retrieval import Ranked, by_stratum
 from pipelines import report, sids, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
@@ -160,16 +160,15 @@ def _popularity(cfg: Config, lake: Lake) -> Row:
     """Every user gets the items in the order of their training counts, which is the order of item_index."""
     strata = lake.read("item_stats", columns=["item_index", "stratum"]).sort_by("item_index")["stratum"]
     kinds = torch.from_numpy(pc.index_in(strata.combine_chunks(), pa.array(tables.STRATA)).to_numpy().astype(np.int64))
-    total = torch.zeros(len(tables.STRATA), rank_histogram(kinds[:0], kinds[:0], 1).shape[1], dtype=torch.float64)
+    found = Ranked.none(torch.ones(1, dtype=torch.int64))
     for rows in lake.batches("sequences", None, ["target"], pc.field("split") == "test"):
         target = torch.from_numpy(rows.column("target").to_numpy(zero_copy_only=False).astype(np.int64))
-        total += rank_histogram(target + 1, kinds[target], len(tables.STRATA))
-    counts = total.numpy()
+        found.add(target + 1, target + 1, kinds[target], torch.zeros_like(target))
     return {
         "task": "retrieval",
         "tokenizer": "popularity",
         "model": "item ids",
         "seed": cfg.seed,
-        "test": of_histogram(counts),
-        "strata": by_stratum(counts, counts, cfg.seed),
+        "test": averages(found.targets.numpy(), gains()),
+        "strata": by_stratum(found, cfg.seed),
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+Gains = Mapping[str, NDArray[np.float64]]
 
 CUTOFFS = (5, 10, 20, 50, 100)
 DEEPEST = max(CUTOFFS)
@@ -26,42 +28,42 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
 
 def recall_ndcg(ranks: Tensor, cutoffs: Iterable[int] = CUTOFFS) -> dict[str, float]:
     """``recall@N`` = mean of 1{rank <= N}; ``ndcg@N`` = mean of 1{rank <= N} / log2(rank + 1). ``ranks`` [B], 1-based."""
-    counts = rank_histogram(ranks, torch.zeros_like(ranks), 1).numpy()
-    return of_histogram(counts[0], cutoffs)
+    return averages(rank_histogram(ranks, torch.zeros_like(ranks), 1).numpy()[0], gains(cutoffs))
 
 
-def rank_histogram(ranks: Tensor, kinds: Tensor, number: int, credit: Tensor | None = None) -> Tensor:
+def rank_histogram(ranks: Tensor, kinds: Tensor, number: int) -> Tensor:
     """Targets by kind and rank: [number, DEEPEST + 1] float64, column r holding rank r + 1 and the last one all beyond. It is all that the
-    metrics, their strata and their intervals need, and adds up over workers. ``ranks`` [B], ``kinds`` [B] in 0 to number - 1;
-    ``credit`` [B]: what a target counts, 1 if not given."""
+    metrics, their strata and their intervals need, and adds up over workers. ``ranks`` [B], ``kinds`` [B] in 0 to number - 1."""
     cell = kinds.long() * (DEEPEST + 1) + (ranks.long() - 1).clamp(max=DEEPEST)
-    weights = torch.ones(len(ranks), dtype=torch.float64, device=ranks.device) if credit is None else credit.double()
-    return torch.zeros(number * (DEEPEST + 1), dtype=torch.float64).index_add_(0, cell.cpu(), weights.cpu()).view(number, -1)
+    return torch.bincount(cell, minlength=number * (DEEPEST + 1)).double().view(number, -1)
 
 
-def of_histogram(counts: NDArray[np.float64], cutoffs: Iterable[int] = CUTOFFS, users: float | None = None) -> dict[str, float]:
-    """Recall and NDCG of one row of :func:`rank_histogram`, or of rows [..., DEEPEST + 1] added. ``users``: the number of targets, if
-    ``counts`` are of credit."""
-    return {name: float(value) for name, value in _measures(counts.reshape(-1, DEEPEST + 1).sum(0), cutoffs, users).items()}
+def gains(cutoffs: Iterable[int] = CUTOFFS) -> Gains:
+    """What a target of each column of :func:`rank_histogram` adds to each metric, [DEEPEST + 1]."""
+    rank = np.arange(1, DEEPEST + 2)
+    return {f"{name}@{n}": (rank <= n) * gain for n in cutoffs for name, gain in (("recall", np.ones(len(rank))), ("ndcg", 1 / np.log2(rank + 1)))}
 
 
-def intervals(
-    counts: NDArray[np.float64], draws: int, seed: int, cutoffs: Iterable[int] = CUTOFFS, level: float = 0.95
-) -> dict[str, tuple[float, float]]:
-    """Bootstrap intervals over users of the metrics of one row of :func:`rank_histogram`: resampling users is drawing its cells."""
-    users = int(counts.sum())
+def shared_gains(sizes: NDArray[np.int64], cutoffs: Iterable[int] = CUTOFFS) -> Gains:
+    """The same, [S, DEEPEST + 1], of a target whose SID has ``sizes`` [S] items: column r holds the targets whose first item of the SID has rank
+    r + 1, and the gain is the mean over the places of the SID's items (methods 8.6: no credit for the order in which they happen to stand)."""
+    first = np.arange(DEEPEST + 1)
+    last = np.minimum(first + sizes[:, None], DEEPEST + 1)
+    sums = {name: np.concatenate([[0.0], gain.cumsum()]) for name, gain in gains(cutoffs).items()}
+    return {f"corrected_{name}": (total[last] - total[first]) / sizes[:, None] for name, total in sums.items()}
+
+
+def averages(counts: NDArray[np.float64], of: Gains) -> dict[str, float]:
+    """Metrics of the targets in ``counts`` (any shape that ends in the gains')."""
+    users = max(float(counts.sum()), 1.0)
+    return {name: float((counts * gain).sum() / users) for name, gain in of.items()}
+
+
+def intervals(counts: NDArray[np.float64], of: Gains, draws: int, seed: int, level: float = 0.95) -> dict[str, tuple[float, float]]:
+    """Bootstrap intervals over users of the metrics of :func:`averages`: resampling users is drawing the cells of ``counts`` (the gains' shape)."""
+    users, there = int(counts.sum()), counts > 0
     if not users:
         return {}
-    drawn = np.random.default_rng(seed).multinomial(users, counts / users, size=draws).astype(np.float64)
+    drawn = np.random.default_rng(seed).multinomial(users, counts[there] / users, size=draws)
     edges = ((1 - level) / 2, (1 + level) / 2)
-    return {name: (float(low), float(high)) for name, v in _measures(drawn, cutoffs).items() for low, high in (np.quantile(v, edges),)}
-
-
-def _measures(counts: NDArray[np.float64], cutoffs: Iterable[int], users: float | None = None) -> dict[str, NDArray[np.float64]]:
-    total = np.maximum(counts.sum(-1) if users is None else np.float64(users), 1.0)
-    gain = counts[..., :DEEPEST] / np.log2(np.arange(DEEPEST) + 2)
-    found = {}
-    for n in cutoffs:
-        found[f"recall@{n}"] = counts[..., :n].sum(-1) / total
-        found[f"ndcg@{n}"] = gain[..., :n].sum(-1) / total
-    return found
+    return {name: (float(low), float(high)) for name, gain in of.items() for low, high in (np.quantile(drawn @ gain[there] / users, edges),)}

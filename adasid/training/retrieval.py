@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adasid import config
 from adasid.errors import InputError
-from adasid.metrics.retrieval import DEEPEST, intervals, of_histogram, rank_histogram
+from adasid.metrics.retrieval import averages, gains, intervals, rank_histogram, shared_gains
 from adasid.ragged import runs
 from adasid.recommenders import retriever
 from adasid.recommenders.tokens import ItemTokens
@@ -39,6 +39,28 @@ class RetrievalData:
     counts: NDArray[np.int64]
     strata: NDArray[np.int64]
     version: str
+
+
+@dataclass
+class Ranked:
+    """Targets by stratum and rank, ``targets`` [strata, ranks]; by stratum, size of the SID and rank of its first item, ``groups`` [strata, S, ranks]
+    (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: items that share a SID."""
+
+    targets: Tensor
+    groups: Tensor
+    sizes: Tensor
+
+    @staticmethod
+    def none(sizes: Tensor) -> Ranked:
+        """Nothing ranked yet."""
+        empty = torch.zeros(0, dtype=torch.int64)
+        kinds, ranks = rank_histogram(empty, empty, len(STRATA)), rank_histogram(empty, empty, len(STRATA) * len(sizes))
+        return Ranked(kinds, ranks.view(len(STRATA), len(sizes), -1), sizes)
+
+    def add(self, ranks: Tensor, firsts: Tensor, kinds: Tensor, size: Tensor) -> None:
+        """Targets [B] with their rank, that of the first item of their SID, their stratum, and the place of their SID's size in ``sizes``."""
+        self.targets += rank_histogram(ranks, kinds, len(STRATA))
+        self.groups += rank_histogram(firsts, kinds * len(self.sizes) + size, len(STRATA) * len(self.sizes)).view_as(self.groups)
 
 
 class RetrievalTraining(EpochTraining):
@@ -100,36 +122,35 @@ class RetrievalTraining(EpochTraining):
 
     def validate(self) -> dict[str, float]:
         """Recall and NDCG of the first ``eval_users`` users by user_id."""
-        return of_histogram(self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users)[0].numpy())
+        return averages(self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users).targets.numpy(), gains())
 
     def test(self) -> dict[str, Any]:
         """Recall and NDCG of all users, by stratum of the target."""
         started = time.monotonic()
-        targets, credit = self._ranked(self.data.test, self.settings.beam)
+        found = self._ranked(self.data.test, self.settings.beam)
         seconds = time.monotonic() - started
         return {
-            "test": of_histogram(targets.numpy()),
-            "strata": by_stratum(targets.numpy(), credit.numpy(), self.seed),
-            "test_users_per_second": float(targets.sum()) / max(seconds, 1e-9),
+            "test": averages(found.targets.numpy(), gains()),
+            "strata": by_stratum(found, self.seed),
+            "test_users_per_second": float(found.targets.sum()) / max(seconds, 1e-9),
         }
 
     @torch.inference_mode()
-    def _ranked(self, histories: Histories, beam: int, users: int | None = None) -> Tensor:
-        """Histograms by stratum of all workers' users (the first ``users``, if given): of ranks, and of the ranks that a random order of the
-        items of each SID would give (methods 8.6), [2, strata, ranks]."""
+    def _ranked(self, histories: Histories, beam: int, users: int | None = None) -> Ranked:
+        """Where the targets of all workers' users (the first ``users``, if given) stand."""
         mine = np.arange(len(histories) if users is None else min(len(histories), -(-users // self.workers.world)))
         group = self.model.catalogue.group
-        sizes, strata = torch.bincount(group)[group], torch.from_numpy(self.data.strata).to(self.device)
+        strata = torch.from_numpy(self.data.strata).to(self.device)
+        sizes, size = torch.unique(torch.bincount(group), return_inverse=True)
         order = group.argsort(stable=True)
         place = torch.empty_like(order)  # of an item among those of its SID
         place[order] = runs(torch.bincount(group))[1]
-        found = torch.zeros(2, len(STRATA), rank_histogram(group[:0], group[:0], 1).shape[1], dtype=torch.float64)
+        found = Ranked.none(sizes.cpu())
         for states, targets in self._states(histories, mine, beam):
-            ranks, kinds, number = self.model.ranks(states, targets, beam), strata[targets], sizes[targets]
-            found[0] += rank_histogram(ranks, kinds, len(STRATA))
-            owner, later = runs(number.clamp(max=DEEPEST))
-            found[1] += rank_histogram((ranks - place[targets])[owner] + later, kinds[owner], len(STRATA), 1 / number[owner])
-        return self.workers.sum(found.to(self.device)).cpu()
+            ranks, kinds = self.model.ranks(states, targets, beam), strata[targets]
+            found.add(ranks.cpu(), (ranks - place[targets]).cpu(), kinds.cpu(), size[group[targets]].cpu())
+        targets, groups = (self.workers.sum(counts.to(self.device)).cpu() for counts in (found.targets, found.groups))
+        return Ranked(targets, groups, found.sizes)
 
     def _states(self, histories: Histories, users: NDArray[np.int64], beam: int) -> Iterator[tuple[Tensor, Tensor]]:
         """State after the history and target of ``users``, some at a time."""
@@ -141,15 +162,15 @@ class RetrievalTraining(EpochTraining):
                 yield self.model.states(ids)[torch.arange(len(part)), last], torch.from_numpy(histories.targets[part]).to(self.device)
 
 
-def by_stratum(targets: NDArray[np.float64], credit: NDArray[np.float64], seed: int) -> dict[str, dict[str, Any]]:
-    """Metrics of all targets and of each stratum that has some, from the histograms of targets and of credit (each [strata, ranks]):
-    ``corrected_*`` is what a random order of the items that share a SID would give on average (methods 8.6: no credit for the order in which
-    they happen to stand); ``intervals`` are 95 % bootstrap intervals over users."""
-    found = {}
+def by_stratum(found: Ranked, seed: int) -> dict[str, dict[str, Any]]:
+    """Metrics of all targets and of each stratum that has some: ``corrected_*`` is what a random order of the items that share a SID would give
+    on average (methods 8.6); ``intervals`` are 95 % bootstrap intervals over users, of both."""
+    metrics, targets, groups = dict[str, dict[str, Any]](), found.targets.numpy(), found.groups.numpy()
+    plain, shared = gains(), shared_gains(found.sizes.numpy())
     for name, rows in {"all": slice(None), **{stratum: slice(i, i + 1) for i, stratum in enumerate(STRATA)}}.items():
-        own, users = targets[rows].sum(0), float(targets[rows].sum())
-        if users:
-            corrected = {f"corrected_{k}": v for k, v in of_histogram(credit[rows], users=users).items()}
-            spread = {k: list(v) for k, v in intervals(own, _DRAWS, seed).items()}
-            found[name] = {"users": int(users), **of_histogram(own), **corrected, "intervals": spread}
-    return found
+        own, together = targets[rows].sum(0), groups[rows].sum(0)
+        if own.sum():
+            spread = intervals(own, plain, _DRAWS, seed) | intervals(together, shared, _DRAWS, seed)
+            metrics[name] = {"users": int(own.sum()), **averages(own, plain), **averages(together, shared)}
+            metrics[name]["intervals"] = {key: list(ends) for key, ends in spread.items()}
+    return metrics

@@ -9,7 +9,7 @@ from sklearn.metrics import ndcg_score
 
 from adasid.metrics.codes import code_use, group_metrics
 from adasid.metrics.longtail import spearman
-from adasid.metrics.retrieval import intervals, of_histogram, rank_histogram, recall_ndcg, target_ranks
+from adasid.metrics.retrieval import averages, gains, intervals, rank_histogram, recall_ndcg, shared_gains, target_ranks
 
 
 def test_ranks_and_metrics_match_a_library():
@@ -74,22 +74,29 @@ def test_histograms_give_the_metrics_of_ranks_and_add_up():
     whole = rank_histogram(ranks, kinds, 3)
     parts = rank_histogram(ranks[:200], kinds[:200], 3) + rank_histogram(ranks[200:], kinds[200:], 3)
     assert torch.equal(whole, parts)
-    assert of_histogram(whole.numpy()) == pytest.approx(recall_ndcg(ranks))
-    assert of_histogram(whole[1].numpy()) == pytest.approx(recall_ndcg(ranks[kinds == 1]))
+    assert averages(whole.numpy(), gains()) == pytest.approx(recall_ndcg(ranks))
+    assert averages(whole[1].numpy(), gains()) == pytest.approx(recall_ndcg(ranks[kinds == 1]))
 
 
 def test_bootstrap_intervals_are_those_of_the_normal_law():
     ranks = torch.from_numpy(np.random.default_rng(2).integers(1, 101, 4000))
     counts = rank_histogram(ranks, torch.zeros_like(ranks), 1)[0].numpy()
-    low, high = intervals(counts, 4000, 0)["recall@20"]
-    p = of_histogram(counts)["recall@20"]
+    low, high = intervals(counts, gains(), 4000, 0)["recall@20"]
+    p = averages(counts, gains())["recall@20"]
     assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(p * (1 - p) / 4000), rel=0.06)
 
 
-def test_credit_of_shared_sids_is_counted_in_full_over_all_users():
-    ranks, kinds = torch.tensor([1, 1, 200]), torch.zeros(3, dtype=torch.int64)
-    credit = rank_histogram(ranks, kinds, 1, torch.tensor([1.0, 0.25, 0.5]))
-    assert of_histogram(credit.numpy(), users=3)["recall@10"] == pytest.approx(1.25 / 3)
+def test_items_that_share_a_sid_get_the_credit_of_a_random_order():
+    rng = np.random.default_rng(1)
+    sizes, size, first = np.array([1, 3, 150]), rng.integers(0, 3, 60), rng.integers(1, 130, 60)
+    counts = rank_histogram(torch.from_numpy(first), torch.from_numpy(size), 3).numpy()
+    found = averages(counts, shared_gains(sizes))
+    orders = [np.mean([recall_ndcg(torch.tensor([f + place]))["ndcg@20"] for place in range(sizes[s])]) for f, s in zip(first, size)]
+    assert found["corrected_ndcg@20"] == pytest.approx(np.mean(orders))
+    credit = np.array([np.clip(20 - f + 1, 0, sizes[s]) / sizes[s] for f, s in zip(first, size)])
+    assert found["corrected_recall@20"] == pytest.approx(credit.mean())
+    low, high = intervals(counts, shared_gains(sizes), 4000, 0)["corrected_recall@20"]
+    assert (high - low) / 2 == pytest.approx(1.96 * credit.std() / np.sqrt(60), rel=0.06)
 
 
 def test_a_score_that_is_no_number_is_no_hit():

@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 
 from adasid import config
 from adasid.errors import InputError
-from adasid.metrics.retrieval import of_histogram
 from adasid.recommenders import retriever
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.base import Slot
-from adasid.training.retrieval import RetrievalData, RetrievalTraining
+from adasid.training.retrieval import RetrievalData, RetrievalTraining, by_stratum
 from adasid.training.sequences import Histories
 from adasid.training.workers import Workers
 
@@ -271,13 +270,13 @@ def test_corrected_figures_are_those_of_a_random_order_of_the_items_of_a_sid(tmp
     codes = np.stack([np.arange(40) // 8, np.zeros(40), np.zeros(40)], axis=1).astype(np.int32)  # five SIDs of eight items
     run.model = retriever.build(run.settings, ItemTokens.of(codes, (Slot("a", "text", 5), Slot("b", "text", 8), Slot("c", BEHAVIOR, 5)))).eval()
     torch.nn.init.normal_(run.model.table)
-    targets, credit = run._ranked(run.data.test, 100)
+    found = by_stratum(run._ranked(run.data.test, 100), 0)["all"]
     states, wanted = (torch.cat(part) for part in zip(*run._states(run.data.test, np.arange(400), 100)))
     order = (states @ run.model.vectors(torch.arange(0, 40, 8)).T).argsort(1, descending=True)
     group = (order == (wanted // 8)[:, None]).int().argmax(1)  # 0: the target's SID is the best
-    assert of_histogram(credit.numpy(), users=400)["recall@5"] == pytest.approx(((group == 0) * 5 / 8).double().mean().item())
-    assert of_histogram(credit.numpy(), users=400)["recall@20"] == pytest.approx(((group < 2) + (group == 2) * 4 / 8).double().mean().item())
-    assert of_histogram(targets.numpy())["recall@20"] == pytest.approx((group * 8 + wanted % 8 < 20).double().mean().item())
+    assert found["corrected_recall@5"] == pytest.approx(((group == 0) * 5 / 8).double().mean().item())
+    assert found["corrected_recall@20"] == pytest.approx(((group < 2) + (group == 2) * 4 / 8).double().mean().item())
+    assert found["recall@20"] == pytest.approx((group * 8 + wanted % 8 < 20).double().mean().item())
 
 
 def test_a_target_beyond_the_beam_is_no_hit_at_any_depth():

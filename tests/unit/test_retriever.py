@@ -167,7 +167,7 @@ def chains(users=400, items=40, seed=0):
     return RetrievalData(cut(6, False), cut(6, True), cut(7, True), counts, np.arange(items) * 3 // items, "test")
 
 
-def training(head, folder, epochs, workers=Workers(), **settings):
+def training(head, folder, epochs, workers=Workers(), users=400, **settings):
     codes = np.stack([np.arange(40) // 8, np.arange(40) % 8, np.arange(40) % 5], axis=1).astype(np.int32)
     slots = (Slot("a", "text", 5), Slot("b", "text", 8), Slot("c", BEHAVIOR, 5))
     chosen = {
@@ -181,7 +181,7 @@ def training(head, folder, epochs, workers=Workers(), **settings):
         "lr": 0.003,
         "validation_beam": 10,
     }
-    data = chains()
+    data = chains(users)
     data.train, data.validation, data.test = (h.part(workers.rank, workers.world) for h in (data.train, data.validation, data.test))
     return RetrievalTraining(config.Retrieval.model_validate(chosen | settings), ItemTokens.of(codes, slots), data, Path(folder), 3, workers)
 

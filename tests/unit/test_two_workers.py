@@ -79,7 +79,7 @@ def run_rank(rank, folder):
     result = training.run()
     across |= {"item table": torch.equal(*workers.gather(training.table.detach()[None]))}
     downstream = {
-        "retrieval": lambda where, epochs: retrieval("item", where, epochs, workers),
+        "retrieval": lambda where, epochs: retrieval("item", where, epochs, workers, users=385),  # the last step has one user, of rank 0
         "ranking": lambda where, epochs: ranking(where, events(), epochs, workers, patience=20),
     }
     tests = {}

@@ -19,7 +19,7 @@ from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
 from adasid import config, tables
-from adasid.errors import BusyError
+from adasid.errors import BusyError, InputError
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
 
@@ -36,12 +36,13 @@ class Lease:
         self._lost, self._ended = threading.Event(), threading.Event()
 
     def take(self, wait: float, note: Callable[[str], None] = lambda text: None) -> None:
-        """Become the holder, waiting at most ``wait`` seconds for another one, after a ``note``. Raises BusyError where it stays."""
+        """Become the holder, waiting at most ``wait`` seconds for another one, after a ``note``. Raises BusyError where it stays,
+        InputError where the table is not ours."""
         with suppress(CommitFailedError):  # another one has just created it
             DeltaTable.create(self.lake.path(_TABLE), schema=tables.LEASES, mode="ignore")
         deadline, told = time.monotonic() + wait, ""
         while True:
-            table = DeltaTable(self.lake.path(_TABLE))
+            table = self._table()
             other = self._holder(table)
             if other is None and self._commit(table, self.holder, self.now() + self.seconds):
                 return
@@ -52,6 +53,16 @@ class Lease:
                 told = other[0]
                 note(f"waiting at most {wait:.0f} s for the lease of {other[0]}, which ends in {other[1] - self.now():.0f} s unless it is renewed")
             time.sleep(min(_POLL, max(0.0, deadline - time.monotonic())))
+
+    def _table(self) -> DeltaTable:
+        table = DeltaTable(self.lake.path(_TABLE))
+        found = [field.name for field in table.schema().fields]
+        if found != tables.LEASES.names:
+            raise InputError(
+                f"{self.lake.path(_TABLE)} has columns {', '.join(found)}, expected {', '.join(tables.LEASES.names)}: it is of another version of adasid; "
+                "remove it while no run is at work"
+            )
+        return table
 
     def _holder(self, table: DeltaTable) -> tuple[str, float] | None:
         """Who holds it now. A lease that ends later than any could have been given is of a clock that has since jumped back, and void."""

@@ -107,15 +107,10 @@ def _unchanged(track: Track, live: Generation) -> None:
 
 
 def _publish(night: Night, key: str, day: str) -> None:
-    cfg, lake, spark, live = night.cfg, night.lake, night.spark, night.live
-    folder = Path(live["artifact"])
-    manifest = artifact.read(folder)[1]  # damaged weights are found here, not in a task
-    if manifest["digest"] != live["tokenizer"]:
-        raise InputError(
-            f"artifact {folder}: tokenizer {manifest['digest']}, but the live SIDs are of {live['tokenizer']}: put that artifact back, or run jobs/write_sids.py"
-        )
-    sids.check_features(night.features, manifest)
-    found, today, how = changes.detect(spark, lake, night.features, night.published, live["inputs"]["item_features"], night.version)
+    """Find what changed, encode it, measure, judge, publish."""
+    cfg, live, folder = night.cfg, night.live, Path(night.live["artifact"])
+    manifest = _champion(night, folder)
+    found, today, how = changes.detect(night.spark, night.lake, night.features, night.published, live["inputs"]["item_features"], night.version)
     counts = {row["why"]: row["count"] for row in found.groupBy("why").count().collect()}
     night.track.facts["found by"] = how
     night.track.note(f"by {how}: " + ", ".join(f"{counts.get(why, 0)} {why}" for why in ("new", "changed", "removed")))
@@ -128,40 +123,20 @@ def _publish(night: Night, key: str, day: str) -> None:
     if policy != "frozen":
         made.free()
         made = _anew(night, policy, folder)
-    number, names = generations.next_number(lake), [field.name for field in SIDS]
+    number = generations.next_number(night.lake)
     moves = changes.moved(made.touched, made.encoded, policy).withColumn("generation", F.lit(number)).persist(StorageLevel.DISK_ONLY)
     try:
-        slots, items = [Slot(**slot) for slot in made.manifest["slots"]], night.features.count()
-        metrics = sids.measure(made.whole, slots)
-        usage = drift.usage(live["metrics"], metrics)
-        churned = changes.churn(moves, made.whole, metrics, live["items"])
-        distinct, known = _counted(made.whole)
-        gates = sids.check_gates(metrics, cfg.sids.gates, items, distinct, made.broken)
-        unmatched, removed = metrics["items"] - known + abs(items - known), churned["removed"] / max(1, live["items"])
-        gates += _night_gates(cfg, metrics, churned, _error(made.drifted), removed, unmatched)
-        facts: dict[str, Any] = {
-            "generation": number,
-            "policy": policy,
-            "run_date": day,
-            "inputs": {"item_features": night.version},
-            "tokenizer": made.manifest["digest"],
-            "artifact": str(made.folder),
-            "items": metrics["items"],
-            "metrics": metrics,
-            "gates": gates,
-            "churn": churned,
-            "drift": {**drifted, "cold": metrics["items_by_stratum"].get("cold", 0) / max(1, items), "usage": usage, "baseline": made.baseline},
-        }
-        _tracked(night.track, metrics, churned, drifted, usage)
+        slots = [Slot(**slot) for slot in made.manifest["slots"]]
+        facts = {"generation": number, "policy": policy, "run_date": day, **_measured(night, made, moves, slots, drifted)}
         _judge(night, facts, moves, made.whole)
-        row = generations.publish(
+        generations.publish(
             night.track,
             digest(key, policy, made.manifest["digest"]),
             facts,
             live["generation"],
-            made.rows.select(names),
+            made.rows.select([field.name for field in SIDS]),
             moves,
-            before_live=partial(exports.write, cfg, lake, slots),
+            before_live=partial(exports.write, cfg, night.lake, slots),
             allowed=night.lease.check,
         )
     finally:
@@ -171,15 +146,44 @@ def _publish(night: Night, key: str, day: str) -> None:
     night.track.status = "done"  # whatever training the tokenizer said
     (cfg.run_dir / _REFUSED).unlink(missing_ok=True)
     pages(cfg, night.track)
-    night.track.facts.update(
-        {
-            "generation": row["generation"],
-            "policy": policy,
-            "items": metrics["items"],
-            **{why: churned[why] for why in ("new", "changed", "removed")},
-            "churn": f"{churned['churn']:.2%}",
-        }
-    )
+    churned = facts["churn"]
+    told = {name: facts[name] for name in ("generation", "policy", "items")} | {why: churned[why] for why in ("new", "changed", "removed")}
+    night.track.facts.update(told | {"churn": f"{churned['churn']:.2%}"})
+
+
+def _champion(night: Night, folder: Path) -> dict[str, Any]:
+    """The manifest of the live tokenizer, which is whole and takes today's features."""
+    manifest = artifact.read(folder)[1]  # damaged weights are found here, not in a task
+    live = night.live["tokenizer"]
+    if manifest["digest"] != live:
+        raise InputError(
+            f"artifact {folder}: tokenizer {manifest['digest']}, but the live SIDs are of {live}: put that artifact back, or run jobs/write_sids.py"
+        )
+    sids.check_features(night.features, manifest)
+    return manifest
+
+
+def _measured(night: Night, made: Made, moves: DataFrame, slots: list[Slot], drifted: dict[str, Any]) -> dict[str, Any]:
+    """What the generation's row says of the new table, gates and all."""
+    cfg, live, items = night.cfg, night.live, night.features.count()
+    metrics = sids.measure(made.whole, slots)
+    usage = drift.usage(live["metrics"], metrics)
+    churned = changes.churn(moves, made.whole, metrics, live["items"])
+    distinct, known = _counted(made.whole)
+    gates = sids.check_gates(metrics, cfg.sids.gates, items, distinct, made.broken)
+    unmatched, removed = metrics["items"] - known + abs(items - known), churned["removed"] / max(1, live["items"])
+    gates += _night_gates(cfg, metrics, churned, _error(made.drifted), removed, unmatched)
+    _tracked(night.track, metrics, churned, drifted, usage)
+    return {
+        "inputs": {"item_features": night.version},
+        "tokenizer": made.manifest["digest"],
+        "artifact": str(made.folder),
+        "items": metrics["items"],
+        "metrics": metrics,
+        "gates": gates,
+        "churn": churned,
+        "drift": {**drifted, "cold": metrics["items_by_stratum"].get("cold", 0) / max(1, items), "usage": usage, "baseline": made.baseline},
+    }
 
 
 def pages(cfg: Config, track: Track) -> None:

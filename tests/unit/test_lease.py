@@ -3,10 +3,12 @@
 import threading
 import time
 
+import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 
 from adasid import config
-from adasid.errors import BusyError
+from adasid.errors import BusyError, InputError
 from pipelines.engines.tracking import stage
 from pipelines.nightly.lease import Lease, held
 
@@ -113,3 +115,9 @@ def test_a_renewal_that_cannot_be_written_loses_the_lease(lake, monkeypatch):
     lease.renew()
     with pytest.raises(BusyError, match="was lost"):
         lease.check()
+
+
+def test_a_lease_of_another_layout_is_named(lake):
+    write_deltalake(lake.path("leases"), pa.table({"owner": ["x"]}))
+    with pytest.raises(InputError, match=r"leases has columns owner, expected holder, expires, seconds: .* remove it"):
+        Lease(lake, 30.0).take(0.0)

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 Cells = dict[tuple[str, str], list[Row]]
 
 _SHOWN = {
-    "retrieval": ("recall@5", "recall@10", "recall@50", "recall@100", "ndcg@10", "ndcg@50", "corrected_recall@10"),
+    "retrieval": ("recall@10", "recall@50", "recall@100", "ndcg@10", "ndcg@50", "corrected_recall@10"),
     "ranking": ("auc", "gauc", "gauc_users"),
 }
 _TESTED = {"retrieval": ("recall@50", "ndcg@50", "recall@10"), "ranking": ("auc", "gauc")}
@@ -69,7 +69,7 @@ def _retrieval(cells: Cells, settings: config.Evaluate) -> list[Section]:
             ],
             tables=[_table("Test metrics", cells, "retrieval"), _strata_table("Recall@50 by popularity of the target", cells, "recall@50")],
         ),
-        Section("differences", f"Retrieval against {settings.reference}", lead=_lead(settings), tables=[_differences(cells, "retrieval", settings)]),
+        _differences(cells, "retrieval", settings),
     ]
 
 
@@ -95,9 +95,7 @@ def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
             ],
             tables=[_table("Test metrics", cells, "ranking"), _strata_table("AUC by popularity of the item", cells, "auc")],
         ),
-        Section(
-            "ranking_differences", f"Ranking against {settings.reference}", lead=_lead(settings), tables=[_differences(cells, "ranking", settings)]
-        ),
+        _differences(cells, "ranking", settings),
     ]
 
 
@@ -177,14 +175,7 @@ def _strata_table(title: str, cells: Cells, key: str) -> Table:
     return Table(title, ("Items as", "Model", *(s.capitalize() for s in STRATA)), rows, words=2)
 
 
-def _lead(settings: config.Evaluate) -> str:
-    return (
-        f"Relative gain of {settings.reference} over each other tokenizer under the same model and the same seeds, with the 95 % interval of the "
-        "paired t distribution over seeds. A plus sign says that it is ahead; an interval that holds 0 says that nothing is shown."
-    )
-
-
-def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Table:
+def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Section:
     rows = []
     for (tokenizer, model), group in cells.items():
         own = cells.get((settings.reference, model))
@@ -193,7 +184,13 @@ def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Table:
         found = [paired(own, group, key) for key in _TESTED[task]]
         if found[0]:
             rows.append((tokenizer, model, str(found[0][3]), *(_gain(gain) for gain in found)))
-    return Table("Relative gain", ("Over", "Model", "Seeds", *map(_title, _TESTED[task])), rows, words=2)
+    lead = (
+        f"Relative gain of {settings.reference} over each other tokenizer under the same model and the same seeds, with the 95 % interval of the "
+        "paired t distribution over seeds. A plus sign says that it is ahead; an interval that holds 0 says that nothing is shown."
+    )
+    tables = [Table("Relative gain", ("Over", "Model", "Seeds", *map(_title, _TESTED[task])), rows, words=2)] if rows else []
+    title = f"{task.capitalize()} against {settings.reference}"
+    return Section(f"{task}_differences", title, lead=lead, tables=tables, missing="" if rows else "No other tokenizer has been evaluated beside it.")
 
 
 def _gain(found: tuple[float, float, float, int] | None) -> str:
@@ -250,12 +247,16 @@ def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[st
 def _published(cells: Mapping[str, Cells], settings: config.Evaluate) -> Section:
     """Ours beside theirs, and a sentence where the order contradicts the paper's."""
     best = {task: _best(own, task) for task, own in cells.items()}
-    shown = [("retrieval", key) for key in ("recall@50", "recall@100", "ndcg@50", "ndcg@100")] + [("ranking", key) for key in ("auc", "gauc")]
-    rows = [
-        (label, *(text for task, key in shown for text in (number(theirs[key], 4), _spread(best[task].get(label, ()), key))))
-        for label, theirs in published.ADC_SID.items()
-    ]
-    columns = ("Tokenizer", *(head for _, key in shown for head in (f"{_title(key)}, paper", "ours")))
+    shown = {"retrieval": ("recall@50", "recall@100", "ndcg@50", "ndcg@100"), "ranking": ("auc", "gauc")}
+
+    def beside(task: str) -> Table:
+        heads = (head for key in shown[task] for head in (f"{_title(key)}, paper", "ours"))
+        rows = [
+            (label, *(text for key in shown[task] for text in (number(theirs[key], 4), _spread(best[task].get(label, ()), key))))
+            for label, theirs in published.ADC_SID.items()
+        ]
+        return Table(f"ADC-SID, table 2, Amazon Beauty: {task}", ("Tokenizer", *heads), rows)
+
     keys = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
     protocol = [(label, *(number(theirs[key], 4) for key in keys)) for label, theirs in published.LEAVE_ONE_OUT.items()]
     ours = [(f"{label} (ours)", *(_spread(group, key) for key in keys)) for label, group in best["retrieval"].items()]
@@ -274,7 +275,7 @@ def _published(cells: Mapping[str, Cells], settings: config.Evaluate) -> Section
         "Beside published results",
         lead=lead,
         tables=[
-            Table("ADC-SID, table 2, Amazon Beauty", columns, rows),
+            *map(beside, shown),
             Table("Results under this protocol (last event of each user, all items ranked)", ("System", *map(_title, keys)), [*protocol, *ours]),
         ],
     )

@@ -46,7 +46,7 @@ def test_the_page_says_who_is_ahead_and_how_sure_that_is():
     settings = config.Evaluate(tokenizers=("ours", "theirs", "worse"), reference="ours")
     page = evaluation.build("test", rows(), settings)
     assert "ours is 8.3% ahead of the best other tokenizer, theirs, in R@50 (beyond chance)." in page.summary[1].replace("With the model item, ", "")
-    table = next(section for section in page.sections if section.key == "differences").tables[0]
+    table = next(section for section in page.sections if section.key == "retrieval_differences").tables[0]
     assert [row[:3] for row in table.rows] == [("theirs", "item", "3"), ("worse", "item", "1")]
     assert "theirs / item" in evaluation.text(rows())
     assert page.summary[0].startswith("3 combinations of items and model, 1 to 3 seeds each")
@@ -64,7 +64,7 @@ def test_a_contradiction_with_the_paper_is_stated():
 def test_both_tasks_stand_on_one_page():
     both = [*rows(), cell("ours", 0, 0.7, "ranking", "ppnet"), cell("theirs", 0, 0.6, "ranking", "ppnet")]
     page = evaluation.build("test", both, config.Evaluate(tokenizers=("ours", "theirs", "worse"), reference="ours"))
-    assert [section.key for section in page.sections] == ["retrieval", "differences", "ranking", "ranking_differences", "cost"]
+    assert [section.key for section in page.sections] == ["retrieval", "retrieval_differences", "ranking", "ranking_differences", "cost"]
     assert "ranking" in evaluation.text(both)
     assert evaluation.flat(both[-1])["all_auc"] == 0.6
 

@@ -10,6 +10,7 @@ COPY conf conf
 ARG PIP_ARGS=""
 RUN pip install --no-cache-dir $PIP_ARGS -e ".[engines,report]" && python -m pipelines.engines.jars
 ENV ADASID_HOME=/opt/adasid MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
-RUN useradd --uid 185 --create-home adasid
+RUN useradd --uid 185 --create-home adasid && mkdir /runs && chown adasid /runs
 USER 185
-ENTRYPOINT ["tini", "--"]
+COPY infra/images/entrypoint.sh /opt/entrypoint.sh
+ENTRYPOINT ["tini", "--", "/opt/entrypoint.sh"]

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -99,3 +100,39 @@ def test_compose_names_services_and_volumes_that_it_has():
             assert volume.split(":")[0] in compose["volumes"], volume
         if "build" in service:
             assert (ROOT / service["build"]["dockerfile"]).exists()
+
+
+ENTRY = INFRA / "images" / "entrypoint.sh"
+
+
+def started(*words, **variables):
+    """What a pod's container prints, and how it ends."""
+    return subprocess.run(
+        [str(ENTRY), *words],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_driver_pod_runs_the_job_and_any_other_command_runs_as_it_stands(tmp_path):
+    assert started("echo", "as it stands").stdout == "as it stands\n"
+    job = tmp_path / "job.py"
+    job.write_text("import sys\nfrom pyspark import SparkContext\nprint(sys.argv[1], SparkContext().getConf().get('spark.driver.bindAddress'))\n")
+    found = started("driver", "--master", "local[1]", str(job), "argument", SPARK_DRIVER_BIND_ADDRESS="127.0.0.1")
+    assert found.returncode == 0 and "argument 127.0.0.1" in found.stdout, found.stderr
+    assert "SPARK_DRIVER_BIND_ADDRESS: is set by" in started("driver").stderr
+
+
+def test_an_executor_pod_looks_for_its_driver():
+    settings = {"ID": "7", "CORES": "1", "MEMORY": "256m", "POD_IP": "127.0.0.1", "POD_NAME": "executor-7"}
+    found = started(
+        "executor",
+        SPARK_DRIVER_URL="spark://CoarseGrainedScheduler@127.0.0.1:9",
+        SPARK_APPLICATION_ID="application",
+        SPARK_RESOURCE_PROFILE_ID="0",
+        SPARK_JAVA_OPT_0="-Dspark.rpc.askTimeout=1s",
+        SPARK_JAVA_OPT_1="--add-opens=java.base/java.nio=ALL-UNNAMED",
+        **{f"SPARK_EXECUTOR_{name}": value for name, value in settings.items()},
+    )
+    assert found.returncode != 0 and "Failed to connect to /127.0.0.1:9" in found.stdout + found.stderr

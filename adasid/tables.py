@@ -100,6 +100,12 @@ ITEM_PAIRS = _schema(
 """Key item_index, partner_index. A co-engaged partner of an item, among its best by (score desc, partner_index), from the training part;
 ``users``: how many have both (swing: of the users compared). Written where ``features.pairs.method`` is not ``none``."""
 
+HELD_CODES = _schema(
+    ("item_index", pa.int64(), False),
+    ("codes", pa.list_(pa.int32()), False),
+)
+"""Key item_index. The published codes of today's items that have some: what a tokenizer that is trained anew for a night holds on to."""
+
 BEHAVIOR_EMBEDDINGS = _schema(
     ("item_id", pa.string(), False),
     ("item_index", pa.int64(), False),

@@ -77,9 +77,17 @@ def tokenizer(cfg: Config, track: Track) -> None:
     _register(cfg, track, folder / "model", fit_tokenizer(cfg, track, folder))
 
 
-def fit_tokenizer(cfg: Config, track: Track, folder: Path, start: Path | None = None, pins: Mapping[str, int] | None = None) -> dict[str, Any]:
+def fit_tokenizer(
+    cfg: Config,
+    track: Track,
+    folder: Path,
+    start: Path | None = None,
+    pins: Mapping[str, int] | None = None,
+    held: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Train or fit the tokenizer into ``folder/model``, unless it is there; returns its manifest. ``start``: go on from this artifact, as
-    ``retokenize.warm`` says; ``pins``: versions to read."""
+    ``retokenize.warm`` says; ``pins``: versions to read; ``held``: published codes that one that is trained holds on to (a ``version`` of
+    ``held_codes``, the ``slots`` that they are of as (kind, size), and the ``slack``)."""
     read = {**track.lake.versions(*_inputs(cfg)), **(pins or {})}
     if cfg.tokenizer.pairs:
         items.check(cfg, track.lake)
@@ -90,7 +98,7 @@ def fit_tokenizer(cfg: Config, track: Track, folder: Path, start: Path | None = 
         return artifact.read(folder / "model")[1]
     shown = ("loss", "reconstruction", "codebook", "alignment", "sparsity", "utilisation", "entropy", "seconds")
     show = _progress(track, cfg.tokenizer.epochs.epochs if cfg.tokenizer.epochs else 1, shown, folder)
-    payload = {**_payload(cfg, track, read, folder), "start": str(start) if start else None}
+    payload = {**_payload(cfg, track, read, folder), "start": str(start) if start else None, "held": held}
     cluster.fit(workers.tokenizer, payload, cfg.ray, f"tokenizer-{folder.name}", folder, show)
     manifest = artifact.read_manifest(folder / "model")
     Checkpoints(folder / "checkpoints").clear()

@@ -25,6 +25,7 @@ from adasid.recommenders.tokens import ItemTokens
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.tokenizers.relabel import Relabelled
+from adasid.tokenizers.trained import TrainedTokenizer
 from adasid.training.behavior import BehaviorData, BehaviorTraining
 from adasid.training.checkpoint import write_json, write_text
 from adasid.training.ranking import Events, RankingTraining
@@ -56,7 +57,8 @@ def behavior(payload: dict[str, Any]) -> None:
 
 
 def tokenizer(payload: dict[str, Any]) -> None:
-    """The tokenizer: its artifact in ``model``. ``payload["start"]``: the artifact to go on from, under ``retokenize.warm``."""
+    """The tokenizer: its artifact in ``model``. ``payload["start"]``: the artifact to go on from, under ``retokenize.warm``;
+    ``payload["held"]``: the published codes to hold on to."""
     cfg, workers, lake, folder = _opened(payload)
     version, started_from = payload["read"]["item_features"], None
     settings: TokenizerSettings = cfg.tokenizer
@@ -72,6 +74,9 @@ def tokenizer(payload: dict[str, Any]) -> None:
     )
     torch.manual_seed(cfg.seed)
     tokenizer = started_from.requires_grad_(True) if started_from else artifact.build(settings, shard.widths)
+    held = payload["held"]
+    if held and isinstance(tokenizer, TrainedTokenizer) and [[slot.kind, slot.size] for slot in tokenizer.slots] == held["slots"]:
+        shard.hold(lake.batches("held_codes", held["version"], ["item_index", "codes"], mine), len(tokenizer.slots), held["slack"])
     inner = tokenizer.inner if isinstance(tokenizer, Relabelled) else tokenizer
     name, warm = f"item_features version {version}", cfg.retokenize.warm if started_from else None
     training = TokenizerTraining(inner, settings, shard, folder, cfg.seed, workers, name, _device(cfg), warm)

@@ -55,7 +55,7 @@ class Retokenize(Section):
     slack: float = Field(
         0.5,
         ge=0,
-        description="an item keeps a published code whose squared distance is at most 1 + slack times that of the nearest; 0: always the nearest",
+        description="an item keeps a published code whose squared distance is at most 1 + slack times that of the nearest, and refit trains with that; 0: always the nearest",
     )
     warm: Warm = Field(Warm(), description="policy warm")
     auto: Auto = Field(Auto(), description="policy auto")

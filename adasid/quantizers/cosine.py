@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from adasid.quantizers.kmeans import Held, held_or_nearest, spherical_kmeans
+from adasid.quantizers.kmeans import Held, held_or_nearest, means_of, spherical_kmeans
 
 
 class Quantized(NamedTuple):
@@ -45,11 +45,15 @@ class CosineCodebooks(nn.Module):
         return Quantized(codes, unit, chosen)
 
     @torch.no_grad()
-    def initialise(self, latents: Tensor, active: Tensor, rounds: int, generator: torch.Generator) -> None:
-        """k-means on the active rows of each slot. ``latents`` [L, n, d], ``active`` [L, n] bool."""
+    def initialise(self, latents: Tensor, active: Tensor, rounds: int, generator: torch.Generator, held: Tensor | None = None) -> None:
+        """k-means on the active rows of each slot; a code that rows hold is their mean direction. ``latents`` [L, n, d], ``active`` [L, n] bool,
+        ``held`` [L, n]: codes (negative: none)."""
         for slot, (rows, keep) in enumerate(zip(latents, active)):
             if keep.any():
-                self.weight[slot] = spherical_kmeans(rows[keep], self.weight.shape[1], rounds, generator)
+                found = spherical_kmeans(rows[keep], self.weight.shape[1], rounds, generator)
+                if held is not None:
+                    found = nnf.normalize(means_of(nnf.normalize(rows[keep], dim=1), held[slot][keep], found), dim=1)
+                self.weight[slot] = found
 
     @torch.no_grad()
     def counts(self, codes: Tensor, active: Tensor) -> Tensor:

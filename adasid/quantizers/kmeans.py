@@ -26,6 +26,10 @@ class Held(NamedTuple):
         """Those of some slots, of codes [n, L]."""
         return Held(self.codes[:, slots], self.slack)
 
+    def at(self, progress: float) -> Held:
+        """In training of which a share ``progress`` is done: nearly forced at first, with the slack itself at the end."""
+        return Held(self.codes, self.slack / max(progress, 1e-6))
+
 
 def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
     """``k`` unit centroids that maximise the mean cosine to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
@@ -116,6 +120,13 @@ def held_or_nearest(distances: Tensor, held: Held | None) -> Tensor:
     codes, slack = held
     own = distances.gather(-1, codes.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return torch.where((codes >= 0) & (own <= (1 + slack) * least), codes, code)
+
+
+def means_of(x: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
+    """``centroids`` [k, d], but for each code that some rows of ``x`` [n, d] hold (``codes`` [n], negative: none) the mean of these rows."""
+    there = codes >= 0
+    counts, sums = _totals(x[there], codes[there], len(centroids))
+    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
 
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from adasid.quantizers.kmeans import Held, held_or_nearest, kmeans, nearest_euclidean, squared_distances
+from adasid.quantizers.kmeans import Held, held_or_nearest, kmeans, means_of, nearest_euclidean, squared_distances
 
 
 class Residual(NamedTuple):
@@ -30,15 +30,16 @@ class ResidualCodebooks(nn.Module):
         self.used: Tensor
 
     def forward(self, z: Tensor, balanced: tuple[float, int] | None = None, held: Held | None = None) -> Residual:
-        """Quantize [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for training only; ``held``: codes [B, L]."""
+        """Quantize [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for training only, and where no
+        codes are held; ``held``: codes [B, L]."""
         residual, codes, residuals, words = z, [], [], []
         for level, book in enumerate(self.weight):
             last = balanced is not None and level == len(self.weight) - 1
             with torch.no_grad():
-                if balanced and last:
-                    code = sinkhorn(squared_distances(residual, book), *balanced).argmax(1)
-                elif held:
+                if held:
                     code = held_or_nearest(squared_distances(residual, book), held.of(level))
+                elif balanced and last:
+                    code = sinkhorn(squared_distances(residual, book), *balanced).argmax(1)
                 else:
                     code = _distance(residual, book).argmin(1)
             word = nnf.embedding(code, book)
@@ -49,11 +50,16 @@ class ResidualCodebooks(nn.Module):
         return Residual(torch.stack(codes, 1), torch.stack(words).sum(0), torch.stack(residuals), torch.stack(words))
 
     @torch.no_grad()
-    def initialise(self, latents: Tensor, rounds: int, generator: torch.Generator) -> None:
-        """k-means of each level on the residuals of the levels before. ``latents`` [n, d]."""
-        for book in self.weight:
+    def initialise(self, latents: Tensor, rounds: int, generator: torch.Generator, held: Tensor | None = None) -> None:
+        """k-means of each level on the residuals of the levels before; a code that rows hold is their mean. ``latents`` [n, d], ``held`` [n, L]: codes
+        (negative: none)."""
+        for level, book in enumerate(self.weight):
             book.copy_(kmeans(latents, len(book), rounds, generator))
-            latents = latents - book[nearest_euclidean(latents, book)]
+            codes = nearest_euclidean(latents, book)
+            if held is not None:
+                book.copy_(means_of(latents, held[:, level], book))
+                codes = torch.where(held[:, level] >= 0, held[:, level], nearest_euclidean(latents, book))
+            latents = latents - book[codes]
 
     @torch.no_grad()
     def count(self, codes: Tensor, there: Tensor) -> Tensor:

@@ -108,14 +108,14 @@ class AdcSid(TrainedTokenizer):
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
         found = [self._sample(part.to(self.theta.device)) for part in sample(shard, workers, self.settings.kmeans_samples)]
-        latents, active = (workers.gather_ragged(torch.cat(part)) for part in zip(*found))
-        self.codebooks.initialise(latents.transpose(0, 1), active.T, self.settings.kmeans_rounds, generator)
+        latents, active, held = (workers.gather_ragged(torch.cat(part)) for part in zip(*found))
+        self.codebooks.initialise(latents.transpose(0, 1), active.T, self.settings.kmeans_rounds, generator, held.T)
         workers.broadcast(self.codebooks.weight.data)
         self.quantizing.fill_(True)
 
-    def _sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _sample(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         latents, _, _ = self._experts(self.inputs(batch), batch)
-        return latents.transpose(0, 1), self._present(batch).T
+        return latents.transpose(0, 1), self._present(batch).T, self.held_codes(batch)
 
     def _present(self, batch: Batch) -> Tensor:
         """[L, B] bool: whether the item has the slot's modality."""
@@ -128,7 +128,7 @@ class AdcSid(TrainedTokenizer):
         x = self.inputs(batch)
         latents, weights, projections = self._experts(x, batch)
         active = self._present(batch) & ((weights > 0) | self._content_slots()[:, None])
-        quantized = self.codebooks(latents)
+        quantized = self.codebooks(latents, self._held(batch))
         z, z_q = self._fuse(quantized, weights)
         decoded = self.decoder(z + (z_q - z).detach() if self.quantizing else z)
         reconstruction = self._reconstruction(decoded, x, batch)

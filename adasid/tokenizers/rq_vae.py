@@ -82,19 +82,20 @@ class _Residual(TrainedTokenizer):
     @torch.no_grad()
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """k-means of every level on the latents of a fixed sample of all workers' items (methods 9.3)."""
-        found: dict[str, list[Tensor]] = {kind: [] for kind in self.towers}
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in self.towers}
         for part in sample(shard, workers, self.settings.kmeans_samples):
             batch = part.to(self.quantizing.device)
             for kind, p in self.passed(self.inputs(batch), batch).items():
-                found[kind].append(p.z[p.there])
+                held = self.held_codes(batch)[:, [slot.kind == kind for slot in self.slots]]
+                found[kind].append((p.z[p.there], held[p.there]))
         for kind, parts in found.items():
             books = self.tower(kind).codebooks
-            latents = workers.gather_ragged(torch.cat(parts))
+            latents, held = (workers.gather_ragged(torch.cat(part)) for part in zip(*parts))
             if not len(latents):
                 raise InputError(
                     f"tokenizer.kmeans_samples {self.settings.kmeans_samples}: none of these items has {kind!r}; raise it, or leave the modality out"
                 )
-            books.initialise(latents, self.settings.kmeans_rounds, generator)
+            books.initialise(latents, self.settings.kmeans_rounds, generator, held)
             workers.broadcast(books.weight.data)
         self.quantizing.fill_(True)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adasid import config
 from adasid.losses.overlap import AdaptiveRepulsion, moved, pair_contrast, repulsion
+from adasid.tables import PAD
 from adasid.tokenizers.base import Slot, Tokenizer
 from adasid.tokenizers.inputs import Inputs
 from adasid.training.shards import Batch
@@ -27,6 +28,10 @@ class TrainedTokenizer(Tokenizer):
         self.overlap = repulsion(settings.repulsion, len(self.slots))
         self.register_buffer("quantizing", torch.tensor(False))
         self.quantizing: Tensor
+
+    def held_codes(self, batch: Batch) -> Tensor:
+        """Codes [B, L] that the items have so far, PAD where they have none."""
+        return batch.held.codes if batch.held else torch.full((len(batch), len(self.slots)), PAD, device=batch.index.device)
 
     def repelled(self, z: Tensor, codes: Tensor, batch: Batch, workers: Workers, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Repulsion of overlapping SIDs among this worker's rows, where the config asks for it. ``z`` [B, d]: latents before

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adasid.errors import InputError
 from adasid.quantizers.kmeans import Held
+from adasid.tables import PAD
 
 _IN_MEMORY = 4 << 30
 
@@ -110,6 +111,7 @@ class Shard:
         self._present = {m: np.zeros(len(self._rows), bool) for m in modalities}
         self._richness = np.zeros(len(self._rows), np.float32)
         self._loaded = np.zeros(len(self._rows), bool)
+        self._held: tuple[NDArray[np.int32], float] | None = None
         self.widths = find_widths(everyone or read, modalities)
         self._allocate(in_memory)
         self._load(read, modalities, self.item_index, 0)
@@ -120,12 +122,22 @@ class Shard:
     def __len__(self) -> int:
         return len(self.item_index)
 
+    def hold(self, read: Iterable[pa.RecordBatch], length: int, slack: float) -> None:
+        """From now on batches hold the codes that own items have so far: ``read`` streams (item_index, codes) of any items, ``length`` codes each."""
+        codes = np.full((len(self._rows), length), PAD, np.int32)
+        for rows in read:
+            index, own = rows.column("item_index").to_numpy(), rows.column("codes").flatten().to_numpy().reshape(-1, length)
+            mine = np.isin(index, self.item_index)
+            codes[np.searchsorted(self.item_index, index[mine])] = own[mine]
+        self._held = codes, slack
+
     def take(self, rows: NDArray[np.int64]) -> Batch:
         """The batch of the given positions in this shard."""
         where = torch.from_numpy(rows)
         vectors = {m: torch.from_numpy(values).index_select(0, where) for m, values in self._vectors.items()}
         present = {m: torch.from_numpy(values[rows]) for m, values in self._present.items()}
-        return Batch(vectors, present, torch.from_numpy(self._richness[rows]), torch.from_numpy(self._rows[rows]))
+        held = Held(torch.from_numpy(self._held[0][rows]).long(), self._held[1]) if self._held else None
+        return Batch(vectors, present, torch.from_numpy(self._richness[rows]), torch.from_numpy(self._rows[rows]), held=held)
 
     def take_pairs(self, rows: NDArray[np.int64], random: np.random.Generator) -> Batch:
         """The batch of the given positions, followed by one partner of each, drawn evenly; an item without partners is its own."""

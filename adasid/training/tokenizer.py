@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ class TokenizerTraining:
         total = self.steps * self.epochs
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * 0.5 * (1 + np.cos(np.pi * step / total))
+        if batch.held:
+            batch = replace(batch, held=batch.held.at(step / total))
         losses = self.tokenizer.losses(batch, self.workers, step / total)
         if not self.workers.agree(bool(torch.isfinite(losses.total)), self.device):
             raise TrainingError(
@@ -162,7 +165,7 @@ class TokenizerTraining:
         used = torch.zeros(len(slots), max(slot.size for slot in slots), dtype=torch.float64, device=self.device)
         errors = {m: torch.zeros(width + 3, dtype=torch.float64, device=self.device) for m, width in tokenizer.widths.items()}
         for part in self.shard.scan():
-            batch = part.to(self.device)
+            batch = replace(part, held=None).to(self.device)
             codes = tokenizer.encode(batch).codes.long()
             used.scatter_add_(1, codes.T.clamp(min=0), (codes.T != PAD).double())
             for m, decoded in tokenizer.reconstruct(batch).items():

@@ -1,4 +1,5 @@
-"""New tokenizers for a night: the live one trained on, or one trained anew whose codes are matched with the published ones."""
+"""New tokenizers for a night: the live one trained on, or one trained anew that holds on to the published codes, and whose codes and slots are then
+matched with them."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pyspark.sql import functions as F
 
+from adasid import tables
 from adasid.config import digest
 from adasid.tokenizers import artifact
 from adasid.tokenizers.relabel import Relabelled
 from adasid.training.checkpoint import write_json
 from pipelines import sids, train
+from pipelines.engines import spark as engine
 from pipelines.nightly import drift
 
 if TYPE_CHECKING:
@@ -22,15 +25,29 @@ if TYPE_CHECKING:
 def fit(night: Night, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
     """The artifact of policy ``warm`` or ``refit`` on today's features, and its manifest. ``live``: the artifact of the live SIDs."""
     cfg, lake = night.cfg, night.lake
-    key = digest(policy, night.live["tokenizer"], cfg.tokenizer, cfg.retokenize.warm, cfg.seed, lake.stamps({"item_features": night.version}))
+    settings, made = cfg.retokenize, lake.stamps({"item_features": night.version})
+    key = digest(policy, night.live["tokenizer"], night.live["generation"], cfg.tokenizer, settings.warm, settings.slack, cfg.seed, made)
     folder = (cfg.run_dir / "artifacts" / "tokenizer" / key).resolve()
     if policy == "warm":
         return folder / "model", train.fit_tokenizer(cfg, night.track, folder, live, {"item_features": night.version})
-    train.fit_tokenizer(cfg, night.track, folder, None, {"item_features": night.version})
+    train.fit_tokenizer(cfg, night.track, folder, None, {"item_features": night.version}, _held(night, key) if settings.slack else None)
     matched = folder / "matched" / "model"
     if not (matched / "manifest.json").exists():
         _match(night, folder / "model", matched)
     return matched, artifact.read_manifest(matched)
+
+
+def _held(night: Night, key: str) -> dict[str, Any]:
+    """The published codes of today's items, for a tokenizer in training; see :func:`pipelines.train.fit_tokenizer`."""
+    if not night.lake.fresh(key, "held_codes"):
+        codes = night.features.select("item_id", "item_index").join(night.published.select("item_id", "codes"), "item_id")
+        engine.write(codes, night.lake, "held_codes", tables.HELD_CODES, key)
+    slots = artifact.read_manifest(Path(night.live["artifact"]))["slots"]
+    return {
+        "version": night.lake.version("held_codes"),
+        "slots": [[slot["kind"], slot["size"]] for slot in slots],
+        "slack": night.cfg.retokenize.slack,
+    }
 
 
 def _match(night: Night, anew: Path, matched: Path) -> None:

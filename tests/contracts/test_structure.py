@@ -102,6 +102,7 @@ def test_table_schemas_are_frozen():
         "SEQUENCES",
         "RANKING_SAMPLES",
         "ITEM_PAIRS",
+        "HELD_CODES",
         "BEHAVIOR_EMBEDDINGS",
         "CATALOG_STATS",
         "SIDS",

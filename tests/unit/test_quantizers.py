@@ -7,7 +7,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from adasid.experts import GroupedLinear, Trunk
 from adasid.quantizers.cosine import CosineCodebooks, codebook_loss
-from adasid.quantizers.kmeans import Held, held_or_nearest, nearest, spherical_kmeans
+from adasid.quantizers.kmeans import Held, held_or_nearest, means_of, nearest, spherical_kmeans
+from adasid.quantizers.residual import ResidualCodebooks
 
 
 def generator(seed=0):
@@ -125,3 +126,18 @@ def test_a_held_code_stays_while_it_is_nearly_the_nearest():
     assert held_or_nearest(distances, Held(held, 0.5)).tolist() == [1, 1, 0]
     assert held_or_nearest(distances, Held(held, 0.3)).tolist() == [0, 1, 0]
     assert held_or_nearest(distances, Held(torch.tensor([2, 2, 2]), 0.5)).tolist() == [0, 2, 0]
+
+
+def test_codebooks_that_start_from_held_codes_are_their_means():
+    x, held = torch.tensor([[0.0, 0.0], [2.0, 0.0], [9.0, 9.0]]), torch.tensor([1, 1, -1])
+    found = means_of(x, held, torch.full((3, 2), 5.0))
+    assert found.tolist() == [[5, 5], [1, 0], [5, 5]]
+    assert Held(held, 0.5).at(1.0).slack == 0.5 and Held(held, 0.5).at(0.1).slack == 5 and Held(held, 0.5).at(0.0).slack > 1e5
+    books = ResidualCodebooks(2, 3, 2)
+    codes = torch.tensor([[2, 0], [2, 1], [0, -1]])
+    books.initialise(x, 5, torch.Generator().manual_seed(0), codes)
+    torch.testing.assert_close(books.weight[0, 2], x[:2].mean(0))
+    torch.testing.assert_close(books.weight[1, :2], x[:2] - x[:2].mean(0))
+    cosine = CosineCodebooks(1, 3, 2)
+    cosine.initialise(x[None, 1:], torch.ones(1, 2, dtype=torch.bool), 5, torch.Generator().manual_seed(0), held[None, 1:])
+    torch.testing.assert_close(cosine.weight[0, 1], torch.tensor([1.0, 0.0]))

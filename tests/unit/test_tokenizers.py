@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
@@ -208,6 +209,27 @@ def test_only_the_declared_inputs_are_read(trained):
     if settings.name not in CONTROLS:
         other = replace(batch, index=batch.index + 1)
         assert torch.equal(loop.tokenizer.encode(batch).codes, loop.tokenizer.encode(other).codes)
+
+
+@pytest.mark.parametrize("name", ["adc-sid", "ada-sid", "rq-vae", "letter", "mm-rq-vae"])
+def test_one_that_is_trained_anew_holds_on_to_published_codes(name, tmp_path):
+    settings, loop, _, data, _ = run_of(name)
+    settings = settings.model_copy(update={"training": settings.training.model_copy(update={"epochs": 30})})
+    published = loop.tokenizer.encode(everything(data)).codes
+    kept = {}
+    for hold in (True, False):
+        shard = data_of(settings, *catalogue())
+        if hold:
+            index, codes = pa.array(shard.item_index[::-1]), pa.array(published.flip(0).tolist(), pa.list_(pa.int32()))
+            shard.hold([pa.record_batch({"item_index": index, "codes": codes})], published.shape[1], 0.5)
+        torch.manual_seed(6)
+        anew = TokenizerTraining(artifact.build(settings, shard.widths), settings, shard, tmp_path / str(hold), 6, Workers(), "v1")
+        quality = anew.run()[-1]
+        codes = anew.tokenizer.encode(replace(everything(data), held=Held(published.long(), 0.5))).codes
+        kept[hold] = (codes == published)[published != PAD].double().mean().item(), quality["fvu_text"]
+    (held, error), (free, least) = kept[True], kept[False]
+    assert held > 0.6 and free < 0.4
+    assert error < 1.2 * least
 
 
 KILLED = [name for name, settings in TOKENIZERS.items() if settings.epochs and name in {"adc-sid", "adasid", "letter", "rq-kmeans aligned"}]

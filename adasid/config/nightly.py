@@ -55,7 +55,12 @@ class Retokenize(Section):
     slack: float = Field(
         0.5,
         ge=0,
-        description="an item keeps a published code whose squared distance is at most 1 + slack times that of the nearest, and refit trains with that; 0: always the nearest",
+        description="an item keeps a published code whose squared distance is at most 1 + slack times that of the nearest; 0: always the nearest",
+    )
+    refit_slack: float = Field(
+        5.0,
+        ge=0,
+        description="the same while refit trains, divided by the share of training that is done: forced first, freer later; 0: trained freely",
     )
     warm: Warm = Field(Warm(), description="policy warm")
     auto: Auto = Field(Auto(), description="policy auto")

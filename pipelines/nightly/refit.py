@@ -26,11 +26,11 @@ def fit(night: Night, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
     """The artifact of policy ``warm`` or ``refit`` on today's features, and its manifest. ``live``: the artifact of the live SIDs."""
     cfg, lake = night.cfg, night.lake
     settings, made = cfg.retokenize, lake.stamps({"item_features": night.version})
-    key = digest(policy, night.live["tokenizer"], night.live["generation"], cfg.tokenizer, settings.warm, settings.slack, cfg.seed, made)
+    key = digest(policy, night.live["tokenizer"], night.live["generation"], cfg.tokenizer, settings.warm, settings.refit_slack, cfg.seed, made)
     folder = (cfg.run_dir / "artifacts" / "tokenizer" / key).resolve()
     if policy == "warm":
         return folder / "model", train.fit_tokenizer(cfg, night.track, folder, live, {"item_features": night.version})
-    train.fit_tokenizer(cfg, night.track, folder, None, {"item_features": night.version}, _held(night, key) if settings.slack else None)
+    train.fit_tokenizer(cfg, night.track, folder, None, {"item_features": night.version}, _held(night, key) if settings.refit_slack else None)
     matched = folder / "matched" / "model"
     if not (matched / "manifest.json").exists():
         _match(night, folder / "model", matched)
@@ -46,7 +46,7 @@ def _held(night: Night, key: str) -> dict[str, Any]:
     return {
         "version": night.lake.version("held_codes"),
         "slots": [[slot["kind"], slot["size"]] for slot in slots],
-        "slack": night.cfg.retokenize.slack,
+        "slack": night.cfg.retokenize.refit_slack,
     }
 
 

@@ -70,6 +70,7 @@ def run(cfg: Config, track: Track, run_date: date) -> None:
             "night",
             settings.policy,
             settings.slack,
+            settings.refit_slack,
             settings.warm,
             settings.auto,
             live["generation"],

@@ -155,8 +155,7 @@ def test_small_moves_of_vectors_move_few_sids(shop, tmp_path, policy):
     assert row["policy"] == policy and (row["tokenizer"] != live["tokenizer"]) == (policy != "frozen")
     new = rows_of(by_item(lake, row["sids_version"]))
     kept = np.mean([[a == b for a, b in zip(old[item]["codes"], new[item]["codes"])] for item in old])
-    print(policy, kept)
-    assert kept > {"frozen": 0.99, "warm": 0.95, "refit": 0.25}[policy]
+    assert kept > {"frozen": 0.99, "warm": 0.95, "refit": 0.85}[policy]
     _, manifest = artifact.read(Path(row["artifact"]))
     assert manifest["relabelled"] == (policy == "refit")
     assert night(path, "2026-01-04", f"retokenize.policy={policy}").status == "up to date"

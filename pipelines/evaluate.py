@@ -123,6 +123,8 @@ def _known(cell: Cell, lake: Lake) -> Row | None:
     """The cell's result where it is there, without any training."""
     catalogue = None
     if cell.sids:
+        if cell.config.tokenizer.pairs and not pairs.fresh(cell.config, lake):
+            return None
         model = train.tokenizer_folder(cell.config, lake, "compare") / "model"
         if not (model / "manifest.json").exists():
             return None

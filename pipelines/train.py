@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -77,18 +77,25 @@ def tokenizer(cfg: Config, track: Track) -> None:
     _register(cfg, track, folder / "model", fit_tokenizer(cfg, track, folder))
 
 
+class HeldCodes(TypedDict):
+    """A ``version`` of ``held_codes``, the ``slots`` that they are of (kind and size of each), and the ``slack``."""
+
+    version: int
+    slots: list[list[str | int]]
+    slack: float
+
+
 def fit_tokenizer(
     cfg: Config,
     track: Track,
     folder: Path,
     start: Path | None = None,
     pins: Mapping[str, int] | None = None,
-    held: Mapping[str, Any] | None = None,
+    held: HeldCodes | None = None,
 ) -> dict[str, Any]:
     """Train or fit the tokenizer into ``folder/model``, unless it is there; returns its manifest. ``start``: go on from this artifact, as
-    ``retokenize.warm`` says; ``pins``: versions to read; ``held``: published codes that one that is trained holds on to (a ``version`` of
-    ``held_codes``, the ``slots`` that they are of as (kind, size), and the ``slack``)."""
-    read = {**track.lake.versions(*_inputs(cfg)), **(pins or {})}
+    ``retokenize.warm`` says; ``pins``: versions to read; ``held``: published codes that one that is trained holds on to."""
+    read = {**track.lake.versions(*_inputs(cfg)), **(pins or {}), **({"held_codes": held["version"]} if held else {})}
     if cfg.tokenizer.pairs:
         items.check(cfg, track.lake)
         pairs.check(cfg, track.lake)

@@ -76,7 +76,8 @@ def tokenizer(payload: dict[str, Any]) -> None:
     tokenizer = started_from.requires_grad_(True) if started_from else artifact.build(settings, shard.widths)
     held = payload["held"]
     if held and isinstance(tokenizer, TrainedTokenizer) and [[slot.kind, slot.size] for slot in tokenizer.slots] == held["slots"]:
-        shard.hold(lake.batches("held_codes", held["version"], ["item_index", "codes"], mine), len(tokenizer.slots), held["slack"])
+        theirs = None if settings.pairs else mine  # partners may be other workers' items
+        shard.hold(lake.batches("held_codes", held["version"], ["item_index", "codes"], theirs), len(tokenizer.slots), held["slack"])
     inner = tokenizer.inner if isinstance(tokenizer, Relabelled) else tokenizer
     name, warm = f"item_features version {version}", cfg.retokenize.warm if started_from else None
     training = TokenizerTraining(inner, settings, shard, folder, cfg.seed, workers, name, _device(cfg), warm)

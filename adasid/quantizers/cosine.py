@@ -27,6 +27,8 @@ class CosineCodebooks(nn.Module):
         self.weight = nn.Parameter(nnf.normalize(torch.randn(slots, size, width), dim=2))
         self.register_buffer("used", torch.zeros(slots, size))
         self.used: Tensor
+        self.kept: Tensor | None = None
+        """[L, K] bool: codes that are never replaced."""
 
     def codes(self, latents: Tensor, held: Held | None = None) -> Tensor:
         """argmax_j cos(latent, codeword_j). [L, B, d] -> [L, B] (the latent's length does not matter). ``held``: codes [L, B]; the squared distance
@@ -68,6 +70,8 @@ class CosineCodebooks(nn.Module):
         workers, so that all make the same choice. Returns the mask [L, K] of replaced codes; usage starts again from zero.
         """
         dead = self.used < min_share * self.used.mean(dim=1, keepdim=True)
+        if self.kept is not None:
+            dead &= ~self.kept
         for slot in torch.nonzero(dead.any(dim=1)).flatten().tolist():
             rows = torch.nonzero(active[slot]).flatten()
             codes = torch.nonzero(dead[slot]).flatten()

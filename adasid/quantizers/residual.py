@@ -28,6 +28,8 @@ class ResidualCodebooks(nn.Module):
         self.weight = nn.Parameter(torch.randn(levels, size, width) / width**0.5)
         self.register_buffer("used", torch.zeros(levels, size))
         self.used: Tensor
+        self.kept: Tensor | None = None
+        """[L, K] bool: codes that are never replaced."""
 
     def forward(self, z: Tensor, balanced: tuple[float, int] | None = None, held: Held | None = None) -> Residual:
         """Quantize [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for training only, and where no
@@ -55,8 +57,9 @@ class ResidualCodebooks(nn.Module):
         (negative: none)."""
         for level, book in enumerate(self.weight):
             book.copy_(kmeans(latents, len(book), rounds, generator))
-            codes = nearest_euclidean(latents, book)
-            if held is not None:
+            if held is None:
+                codes = nearest_euclidean(latents, book)
+            else:
                 book.copy_(means_of(latents, held[:, level], book))
                 codes = torch.where(held[:, level] >= 0, held[:, level], nearest_euclidean(latents, book))
             latents = latents - book[codes]
@@ -74,6 +77,8 @@ class ResidualCodebooks(nn.Module):
         that all make the same choice. Returns the mask [L, K] of replaced codes; usage starts again from zero.
         """
         dead = self.used < min_share * self.used.mean(dim=1, keepdim=True)
+        if self.kept is not None:
+            dead &= ~self.kept
         rows = torch.nonzero(there).flatten()
         if not len(rows):
             return torch.zeros_like(dead)

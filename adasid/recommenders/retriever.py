@@ -226,10 +226,10 @@ class AutoregressiveRetriever(Retriever):
         return items, scores
 
     def ranks(self, states: Tensor, targets: Tensor, beam: int) -> Tensor:
-        """Within the items of the beam."""
-        items, _ = self.top(states, DEEPEST, beam)
+        """Within the items of the beam: as many as it takes to see all items of a SID that begins in time."""
+        items, _ = self.top(states, DEEPEST - 1 + int(torch.bincount(self.catalogue.group).max()), beam)
         hit = items == targets[:, None]
-        return torch.where(hit.any(1), hit.int().argmax(1) + 1, max(len(self.catalogue.rows), DEEPEST) + 1)
+        return torch.where(hit.any(1), hit.int().argmax(1) + 1, len(self.catalogue.rows) + DEEPEST + 1)
 
     def scores_a_user(self, beam: int) -> int:
         """A score for each token after each prefix of the beam."""

@@ -224,7 +224,7 @@ def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[st
     """Tokenizers against the first of them, under the same model."""
     tables, plots = list[Table](), list[Plot]()
     for task, cells in everything.items():
-        models = [model for label, model in cells if label == labels[0] and (labels[1], model) in cells]
+        models = [model for label, model in cells if label == labels[0] and any((other, model) in cells for other in labels[1:])]
         for model in dict.fromkeys(models):
             own = {label: cells[label, model] for label in labels if (label, model) in cells}
             rows = []

@@ -113,6 +113,10 @@ class AdcSid(TrainedTokenizer):
         workers.broadcast(self.codebooks.weight.data)
         self.quantizing.fill_(True)
 
+    def keep_codes(self, held: Tensor) -> None:
+        """See the base."""
+        self.codebooks.kept = held
+
     def _sample(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         latents, _, _ = self._experts(self.inputs(batch), batch)
         return latents.transpose(0, 1), self._present(batch).T, self.held_codes(batch)

@@ -78,7 +78,8 @@ def match(
                 counts = np.zeros((kind[1], kind[1]), np.int64)
                 there = (published[:, old] != PAD) & (found[:, new] != PAD)
                 np.add.at(counts, (found[there, new], published[there, old]), 1)
-                rows, columns = linear_sum_assignment(counts, maximize=True)
+                ties = np.eye(kind[1], dtype=np.int64)  # a code that nobody tells of keeps its name
+                rows, columns = linear_sum_assignment(counts * (kind[1] + 1) + ties, maximize=True)
                 kept[i, j], given[i, j] = counts[rows, columns].sum(), columns
         for i, j in zip(*linear_sum_assignment(kept, maximize=True)) if interchangeable else ((i, i) for i in range(len(own))):
             order[own[i]] = own[j]

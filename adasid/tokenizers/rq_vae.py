@@ -79,6 +79,11 @@ class _Residual(TrainedTokenizer):
             found[kind] = Passed(z, quantized, z + (quantized.quantized - z).detach() if self.quantizing else z, there)
         return found
 
+    def keep_codes(self, held: Tensor) -> None:
+        """See the base."""
+        for kind in self.towers:
+            self.tower(kind).codebooks.kept = held[[slot.kind == kind for slot in self.slots]]
+
     @torch.no_grad()
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """k-means of every level on the latents of a fixed sample of all workers' items (methods 9.3)."""

@@ -148,7 +148,7 @@ class RetrievalTraining(EpochTraining):
         found = Ranked.none(sizes.cpu())
         for states, targets in self._states(histories, mine, beam):
             ranks, kinds = self.model.ranks(states, targets, beam), strata[targets]
-            found.add(ranks.cpu(), (ranks - place[targets]).cpu(), kinds.cpu(), size[group[targets]].cpu())
+            found.add(ranks, ranks - place[targets], kinds, size[group[targets]])
         targets, groups = (self.workers.sum(counts.to(self.device)).cpu() for counts in (found.targets, found.groups))
         return Ranked(targets, groups, found.sizes)
 

@@ -123,13 +123,20 @@ class Shard:
         return len(self.item_index)
 
     def hold(self, read: Iterable[pa.RecordBatch], length: int, slack: float) -> None:
-        """From now on batches hold the codes that own items have so far: ``read`` streams (item_index, codes) of any items, ``length`` codes each."""
-        codes = np.full((len(self._rows), length), PAD, np.int32)
+        """From now on batches hold the codes that items have so far: ``read`` streams (item_index, codes) of any items, ``length`` codes each."""
+        codes, sorter = np.full((len(self._rows), length), PAD, np.int32), np.argsort(self._rows, kind="stable")
         for rows in read:
             index, own = rows.column("item_index").to_numpy(), rows.column("codes").flatten().to_numpy().reshape(-1, length)
-            mine = np.isin(index, self.item_index)
-            codes[np.searchsorted(self.item_index, index[mine])] = own[mine]
+            mine = np.isin(index, self._rows)
+            codes[sorter[np.searchsorted(self._rows, index[mine], sorter=sorter)]] = own[mine]
         self._held = codes, slack
+
+    def held(self, size: int) -> Tensor | None:
+        """[L, size] int64: how many own items hold each code; None where nothing is held."""
+        if self._held is None:
+            return None
+        codes = torch.from_numpy(self._held[0][: len(self)].T.astype(np.int64))
+        return torch.zeros(len(codes), size, dtype=torch.int64).scatter_add_(1, codes.clamp(min=0), (codes != PAD).long())
 
     def take(self, rows: NDArray[np.int64]) -> Batch:
         """The batch of the given positions in this shard."""

@@ -41,9 +41,14 @@ def build(cfg: Config, track: Track) -> bool:
     return True
 
 
+def fresh(cfg: Config, lake: Lake) -> bool:
+    """Whether ``item_pairs`` was made of today's events, with today's settings."""
+    return lake.fresh(_mark(cfg, lake), TABLE)
+
+
 def check(cfg: Config, lake: Lake) -> None:
-    """Raise InputError unless ``item_pairs`` was made of today's events, with today's settings."""
-    if not lake.fresh(_mark(cfg, lake), TABLE):
+    """Raise InputError unless :func:`fresh`."""
+    if not fresh(cfg, lake):
         raise InputError(f"table {TABLE} is not there, or of other events or settings than this run's: run jobs/build_features.py again")
 
 

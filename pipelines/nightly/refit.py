@@ -10,7 +10,7 @@ import numpy as np
 from pyspark.sql import functions as F
 
 from adasid import tables
-from adasid.config import digest
+from adasid.config import Trained, digest
 from adasid.tokenizers import artifact
 from adasid.tokenizers.relabel import Relabelled
 from adasid.training.checkpoint import write_json
@@ -25,20 +25,24 @@ if TYPE_CHECKING:
 def fit(night: Night, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
     """The artifact of policy ``warm`` or ``refit`` on today's features, and its manifest. ``live``: the artifact of the live SIDs."""
     cfg, lake = night.cfg, night.lake
-    settings, made = cfg.retokenize, lake.stamps({"item_features": night.version})
-    key = digest(policy, night.live["tokenizer"], night.live["generation"], cfg.tokenizer, settings.warm, settings.refit_slack, cfg.seed, made)
+    settings = cfg.retokenize.warm if policy == "warm" else cfg.retokenize.refit_slack
+    made = lake.stamps({"item_features": night.version})
+    key = digest(policy, night.live["tokenizer"], night.live["generation"], cfg.tokenizer, settings, cfg.seed, made)
     folder = (cfg.run_dir / "artifacts" / "tokenizer" / key).resolve()
     if policy == "warm":
         return folder / "model", train.fit_tokenizer(cfg, night.track, folder, live, {"item_features": night.version})
-    train.fit_tokenizer(cfg, night.track, folder, None, {"item_features": night.version}, _held(night, key) if settings.refit_slack else None)
+    train.fit_tokenizer(cfg, night.track, folder, None, {"item_features": night.version}, _held(night, key))
     matched = folder / "matched" / "model"
     if not (matched / "manifest.json").exists():
         _match(night, folder / "model", matched)
     return matched, artifact.read_manifest(matched)
 
 
-def _held(night: Night, key: str) -> dict[str, Any]:
-    """The published codes of today's items, for a tokenizer in training; see :func:`pipelines.train.fit_tokenizer`."""
+def _held(night: Night, key: str) -> train.HeldCodes | None:
+    """The published codes of today's items, where the tokenizer is one that can hold on to them."""
+    slack = night.cfg.retokenize.refit_slack
+    if not slack or not isinstance(night.cfg.tokenizer, Trained):
+        return None
     if not night.lake.fresh(key, "held_codes"):
         codes = night.features.select("item_id", "item_index").join(night.published.select("item_id", "codes"), "item_id")
         engine.write(codes, night.lake, "held_codes", tables.HELD_CODES, key)
@@ -46,7 +50,7 @@ def _held(night: Night, key: str) -> dict[str, Any]:
     return {
         "version": night.lake.version("held_codes"),
         "slots": [[slot["kind"], slot["size"]] for slot in slots],
-        "slack": night.cfg.retokenize.refit_slack,
+        "slack": slack,
     }
 
 

@@ -130,7 +130,7 @@ def _publish(night: Night, key: str, day: str) -> None:
         slots = [Slot(**slot) for slot in made.manifest["slots"]]
         facts = {"generation": number, "policy": policy, "run_date": day, **_measured(night, made, moves, slots, drifted)}
         _judge(night, facts, moves, made.whole)
-        generations.publish(
+        row = generations.publish(
             night.track,
             digest(key, policy, made.manifest["digest"]),
             facts,
@@ -148,7 +148,7 @@ def _publish(night: Night, key: str, day: str) -> None:
     (cfg.run_dir / _REFUSED).unlink(missing_ok=True)
     pages(cfg, night.track)
     churned = facts["churn"]
-    told = {name: facts[name] for name in ("generation", "policy", "items")} | {why: churned[why] for why in ("new", "changed", "removed")}
+    told = {"generation": row["generation"], "policy": policy, "items": facts["items"]} | {why: churned[why] for why in ("new", "changed", "removed")}
     night.track.facts.update(told | {"churn": f"{churned['churn']:.2%}"})
 
 

@@ -128,6 +128,16 @@ def test_a_held_code_stays_while_it_is_nearly_the_nearest():
     assert held_or_nearest(distances, Held(torch.tensor([2, 2, 2]), 0.5)).tolist() == [0, 2, 0]
 
 
+def test_a_kept_code_is_not_replaced_however_rare():
+    latents, active = nnf.normalize(torch.randn(1, 50, 4, generator=generator()), dim=2), torch.ones(1, 50, dtype=torch.bool)
+    for books, there in ((CosineCodebooks(1, 3, 4), active), (ResidualCodebooks(1, 3, 4), active[0])):
+        books.used = torch.tensor([[98.0, 1.0, 1.0]])
+        books.kept = torch.tensor([[False, True, False]])
+        before = books.weight.detach().clone()
+        assert books.revive(latents, there, 0.25, generator()).tolist() == [[False, False, True]]
+        assert torch.equal(books.weight[0, :2], before[0, :2]) and not torch.equal(books.weight[0, 2], before[0, 2])
+
+
 def test_codebooks_that_start_from_held_codes_are_their_means():
     x, held = torch.tensor([[0.0, 0.0], [2.0, 0.0], [9.0, 9.0]]), torch.tensor([1, 1, -1])
     found = means_of(x, held, torch.full((3, 2), 5.0))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adasid.errors import InputError
-from adasid.tables import BEHAVIOR
+from adasid.tables import BEHAVIOR, PAD
 from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 from adasid.training.shards import Pairs, Shard
 from adasid.training.workers import Workers
@@ -125,3 +125,20 @@ def test_pairs_of_items_without_features_are_left_out():
     batch = data.take_pairs(np.arange(3), np.random.default_rng(0))
     assert batch.index.tolist() == [0, 1, 2, 4, 1, 4]
     assert batch.paired.tolist() == [True, False, True]
+
+
+def test_held_codes_come_with_every_row_partners_too():
+    table, cluster = catalogue(items=60)
+    mine = shard(table, ("text",), 0, 2, cluster)
+    assert mine.take(np.arange(3)).held is None and mine.held(9) is None
+    index = np.random.default_rng(0).permutation(58)  # two items are new today
+    codes = pa.array(np.stack([index % 7, index % 5], 1).tolist(), pa.list_(pa.int32()))
+    mine.hold([pa.record_batch({"item_index": pa.array(index), "codes": codes})], 2, 0.5)
+    batch = mine.take_pairs(np.arange(len(mine)), np.random.default_rng(0))
+    assert set(batch.index.tolist()) - set(mine.item_index.tolist()), "some partners are the other worker's"
+    assert batch.held is not None and batch.held.slack == 0.5
+    known = batch.index < 58
+    assert torch.equal(batch.held.codes[known], torch.stack([batch.index % 7, batch.index % 5], 1)[known])
+    assert (batch.held.codes[~known] == PAD).all()
+    own = mine.item_index[mine.item_index < 58]
+    assert torch.equal(mine.held(9), torch.stack([torch.from_numpy(np.bincount(own % n, minlength=9)) for n in (7, 5)]))

@@ -229,7 +229,7 @@ def test_one_that_is_trained_anew_holds_on_to_published_codes(name, tmp_path):
         kept[hold] = (codes == published)[published != PAD].double().mean().item(), quality["fvu_text"]
     (held, error), (free, least) = kept[True], kept[False]
     assert held > 0.6 and free < 0.4
-    assert error < 1.2 * least
+    assert error < 1.3 * least
 
 
 KILLED = [name for name, settings in TOKENIZERS.items() if settings.epochs and name in {"adc-sid", "adasid", "letter", "rq-kmeans aligned"}]

@@ -25,7 +25,6 @@ from adasid.recommenders.tokens import ItemTokens
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.tokenizers.relabel import Relabelled
-from adasid.tokenizers.trained import TrainedTokenizer
 from adasid.training.behavior import BehaviorData, BehaviorTraining
 from adasid.training.checkpoint import write_json, write_text
 from adasid.training.ranking import Events, RankingTraining
@@ -75,7 +74,7 @@ def tokenizer(payload: dict[str, Any]) -> None:
     torch.manual_seed(cfg.seed)
     tokenizer = started_from.requires_grad_(True) if started_from else artifact.build(settings, shard.widths)
     held = payload["held"]
-    if held and isinstance(tokenizer, TrainedTokenizer) and [[slot.kind, slot.size] for slot in tokenizer.slots] == held["slots"]:
+    if held and [[slot.kind, slot.size] for slot in tokenizer.slots] == held["slots"]:
         theirs = None if settings.pairs else mine  # partners may be other workers' items
         shard.hold(lake.batches("held_codes", held["version"], ["item_index", "codes"], theirs), len(tokenizer.slots), held["slack"])
     inner = tokenizer.inner if isinstance(tokenizer, Relabelled) else tokenizer

@@ -76,6 +76,9 @@ class Tokenizer(nn.Module, ABC):
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """Initialise the codebooks from the encoder's outputs, equal on all workers."""
 
+    def keep_codes(self, held: Tensor) -> None:
+        """Codes that training never replaces as dead: ``held`` [L, K] bool."""
+
     def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
         """The losses of this worker's part of a batch; ``progress``: share of training that is done."""
         raise NotImplementedError(f"{type(self).__name__} is not trained by gradients")

@@ -33,10 +33,6 @@ class TrainedTokenizer(Tokenizer):
         """Codes [B, L] that the items have so far, PAD where they have none."""
         return batch.held.codes if batch.held else torch.full((len(batch), len(self.slots)), PAD, device=batch.index.device)
 
-    def keep_codes(self, held: Tensor) -> None:
-        """Codes that are never replaced as dead: ``held`` [L, K] bool."""
-        raise NotImplementedError
-
     def repelled(self, z: Tensor, codes: Tensor, batch: Batch, workers: Workers, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Repulsion of overlapping SIDs among this worker's rows, where the config asks for it. ``z`` [B, d]: latents before
         quantization; ``codes`` [B, L]."""

@@ -21,7 +21,6 @@ from adasid.errors import TrainingError
 from adasid.metrics.codes import code_use
 from adasid.tables import PAD
 from adasid.tokenizers.base import Tokenizer
-from adasid.tokenizers.trained import TrainedTokenizer
 from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 from adasid.training.shards import Shard
 from adasid.training.workers import Workers
@@ -64,7 +63,7 @@ class TokenizerTraining:
         self.share = max(1, rows // 2) if self.pairs else rows  # a batch of pairs is half partners: as many steps and rows an epoch as without
         self.waited = 0.0
         held = shard.held(max(slot.size for slot in tokenizer.slots))
-        if held is not None and isinstance(tokenizer, TrainedTokenizer):
+        if held is not None:
             tokenizer.keep_codes(workers.sum(held.to(self.device)) > 0)
 
     def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> list[dict[str, float]]:

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 Cells = dict[tuple[str, str], list[Row]]
 
 _SHOWN = {
-    "retrieval": ("recall@10", "recall@50", "recall@100", "ndcg@10", "ndcg@50", "corrected_recall@10"),
+    "retrieval": ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "corrected_recall@10"),
     "ranking": ("auc", "gauc", "gauc_users"),
 }
 _TESTED = {"retrieval": ("recall@50", "ndcg@50", "recall@10"), "ranking": ("auc", "gauc")}

@@ -14,11 +14,9 @@ from typing import Any
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError
-from pyspark.sql import DataFrame
 
 from adasid import tables
 from adasid.errors import BusyError, InputError
-from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake, properties
 from pipelines.engines.tracking import Track
 
@@ -65,14 +63,14 @@ def publish(
     key: str,
     facts: Mapping[str, Any],
     expected: int | None,
-    sids: DataFrame,
-    changes: DataFrame | None,
+    write_sids: Callable[[], object],
+    write_changes: Callable[[], object] | None,
     before_live: Callable[[Generation], None] = lambda row: None,
     allowed: Callable[[], None] = lambda: None,
 ) -> Generation:
-    """Publish the rows of ``sids`` and ``changes`` (those of ``sid_changes`` against the live generation); returns the new generation.
+    """Publish what ``write_sids`` and ``write_changes`` (rows of ``sid_changes`` against the live generation) commit; returns the new generation.
 
-    ``key``: digest of all that the rows follow from; steps whose commit carries it are not done again. ``facts``: the row of ``generations``
+    ``key``: digest of all that the rows follow from, with which they stamp their commits; steps whose commit carries it are not done again. ``facts``: the row of ``generations``
     but for what is added here; its number is :func:`next_number`. ``expected``: the generation that was live when the work began. ``before_live``: what must be there when the
     pointer moves. ``allowed``: raises where this process may not publish any more; asked before every commit.
     """
@@ -87,13 +85,13 @@ def publish(
         number = facts["generation"]
         allowed()
         if not lake.fresh(key, "sids"):
-            engine.write(sids, lake, "sids", tables.SIDS, key)
+            write_sids()
         version = lake.made("sids", key)
         if version is None:
             raise BusyError(f"the rows of generation {number} cannot be found in {lake.path('sids')}: another run replaced them; run this one again")
-        if changes is not None and parent is not None:
+        if write_changes is not None and parent is not None:
             allowed()
-            engine.write(changes, lake, "sid_changes", tables.SID_CHANGES, key, replace=f"generation = {number}")
+            write_changes()
         row = {"parent": parent, "sids_version": version, "run": track.cfg.name, **facts}
         text = {name: json.dumps(row[name]) for name in _JSON}
         allowed()

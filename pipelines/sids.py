@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import numpy as np
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
 from adasid import tables
 from adasid.config import Config, Gates, digest
 from adasid.errors import GateError, InputError
-from adasid.metrics.codes import code_use, group_metrics
+from adasid.metrics.tally import Tally
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
@@ -51,7 +54,7 @@ def run(cfg: Config, track: Track) -> None:
 def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], read: dict[str, int], key: str, lease: Lease) -> None:
     lake, spark = track.lake, engine.session(cfg.spark)
     features = engine.read(spark, lake, "item_features", read["item_features"])
-    check_features(features, manifest)
+    check_features(features.schema, manifest)
     items = features.count()
     one_of = drift.every(items, cfg.retokenize.sample)
     encoded = encode(spark, features, folder, manifest, cfg.sids.batch, one_of).persist(StorageLevel.DISK_ONLY)
@@ -85,7 +88,7 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
             "items": metrics["items"],
             "gates": gates,
             "metrics": metrics,
-            "drift": {"baseline": baseline, "usage": drift.usage(live["metrics"], metrics) if live else {}},
+            "drift": {"baseline": baseline, "counts": baseline["counts"], "usage": drift.usage(live["metrics"], metrics) if live else {}},
             "churn": churn,
         }
         generation = generations.publish(
@@ -93,8 +96,8 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
             key,
             facts,
             before,
-            ranked(encoded, manifest["digest"], number),
-            moves,
+            partial(engine.write, ranked(encoded, manifest["digest"], number), lake, "sids", tables.SIDS, key),
+            None if moves is None else partial(engine.write, moves, lake, "sid_changes", tables.SID_CHANGES, key, replace=f"generation = {number}"),
             allowed=lease.check,
         )["generation"]
     finally:
@@ -112,15 +115,15 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
     )
 
 
-def check_features(features: DataFrame, manifest: dict[str, Any]) -> None:
+def check_features(features: StructType, manifest: dict[str, Any]) -> None:
     """Raise InputError unless every column is there in its type, before any task starts. Further columns do no harm."""
     expected = {field.name: field.dataType for field in engine.struct(tables.item_features([m for m in manifest["widths"] if m != BEHAVIOR]))}
     for column in (*READ, *manifest["widths"]):
-        if column not in features.columns:
+        if column not in features.fieldNames():
             who = f"the tokenizer {manifest['digest']}" if column in manifest["widths"] else "the table of semantic IDs"
             raise InputError(f"{who} needs {column!r} but item_features has no such column: run jobs/build_features.py, or train on these features")
-        if features.schema[column].dataType.simpleString() != expected[column].simpleString():
-            kind = features.schema[column].dataType.simpleString()
+        if features[column].dataType.simpleString() != expected[column].simpleString():
+            kind = features[column].dataType.simpleString()
             raise InputError(
                 f"item_features.{column} is {kind}, it must be {expected[column].simpleString()}: cast it, or run jobs/build_features.py"
             )
@@ -173,55 +176,30 @@ def faults(encoded: DataFrame, manifest: dict[str, Any]) -> int:
 
 
 def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
-    """Code metrics (methods 8.2 to 8.5) and router figures by stratum, as JSON data. Collects L x K rows and small histograms only."""
-    counts = np.zeros((len(slots), max(slot.size for slot in slots)), np.int64)
-    pad = np.zeros(len(slots), np.int64)
+    """Metrics of a :class:`Tally`, as JSON data. Collects L x K rows and small histograms only."""
+    tally = Tally.none(slots)
     for row in encoded.select(F.posexplode("codes").alias("slot", "code")).groupBy("slot", "code").count().collect():
         if row["code"] == PAD:
-            pad[row["slot"]] = row["count"]
+            tally.pad[row["slot"]] = row["count"]
         else:
-            counts[row["slot"], row["code"]] = row["count"]
+            tally.codes[row["slot"], row["code"]] = row["count"]
+    behavior = [index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR]
+    sums = [F.sum(F.col("weights")[i].cast("double")).alias(f"w{i}") for i in range(len(slots))]
+    sums += [F.sum(F.col("active")[i].cast("int")).alias(f"a{i}") for i in range(len(slots))]
+    slots_on = sum((F.col("active")[i].cast("int") for i in behavior), F.lit(0))
+    sums += [F.sum((slots_on == n).cast("int")).alias(f"n{n}") for n in range(len(behavior) + 1)]
+    number = F.count("*").alias("items"), F.sum("interactions").alias("events")
+    for row in encoded.filter("stratum IS NOT NULL").groupBy("stratum").agg(*number, *sums).collect():
+        place = tables.STRATA.index(row["stratum"])
+        tally.items[place], tally.events[place] = row["items"], row["events"]
+        tally.weights[place] = [row[f"w{i}"] for i in range(len(slots))]
+        tally.active[place] = [row[f"a{i}"] for i in range(len(slots))]
+        tally.slots_on[place] = [row[f"n{n}"] for n in range(len(behavior) + 1)]
     tail = F.col("stratum").isin("tail", "cold").cast("int")
     of_size = encoded.groupBy("codes").agg(F.count("*").alias("size"), F.sum(tail).alias("tail")).groupBy("size")
-    sizes = of_size.agg(F.count("*").alias("count"), F.sum("tail").alias("tail")).orderBy("size").collect()
-    groups = [[int(row["size"]), int(row["count"])] for row in sizes]
-    rare, shared = (sum(int(row["tail"]) for row in sizes if row["size"] > least) for least in (0, 1))
-    use = [code_use(row[: slot.size]) for row, slot in zip(counts, slots)]
-    collisions = (
-        group_metrics(*(np.array(column, np.int64) for column in zip(*groups)))
-        if groups
-        else group_metrics(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    )
-    return {
-        "slots": [slot.name for slot in slots],
-        "codebook_size": slots[0].size,
-        "codes": counts.tolist(),
-        "pad": (pad / max(1, collisions["items"])).tolist(),
-        **{name: [getattr(u, name) for u in use] for name in ("entropy", "utilisation", "perplexity", "top1")},
-        **collisions,
-        "group_sizes": groups,
-        "collision_tail": shared / max(1, rare),
-        **_by_stratum(encoded, slots),
-    }
-
-
-def _by_stratum(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
-    behavior = [index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR]
-    averages = [F.avg(F.col("weights")[i]).alias(f"w{i}") for i in range(len(slots))] + [
-        F.avg(F.col("active")[i].cast("int")).alias(f"a{i}") for i in range(len(slots))
-    ]
-    slots_on = sum((F.col("active")[i].cast("int") for i in behavior), F.lit(0))
-    shares = [F.avg((slots_on == n).cast("int")).alias(f"n{n}") for n in range(len(behavior) + 1)]
-    number = F.count("*").alias("items"), F.sum("interactions").alias("events")
-    rows = {row["stratum"]: row for row in encoded.groupBy("stratum").agg(*number, *averages, *shares).collect()}
-    present = [stratum for stratum in tables.STRATA if stratum in rows]
-    return {
-        "items_by_stratum": {s: rows[s]["items"] for s in present},
-        "events_by_stratum": {s: rows[s]["events"] for s in present},
-        "weights_by_stratum": {s: [rows[s][f"w{i}"] for i in range(len(slots))] for s in present},
-        "active_by_stratum": {s: [rows[s][f"a{i}"] for i in range(len(slots))] for s in present},
-        "active_count_by_stratum": {s: [rows[s][f"n{n}"] for n in range(len(behavior) + 1)] for s in present},
-    }
+    sizes = of_size.agg(F.count("*").alias("count"), F.sum("tail").alias("tail")).collect()
+    groups = {int(row["size"]): int(row["count"]) for row in sizes}
+    return replace(tally, groups=groups, shared=sum(int(row["tail"] or 0) for row in sizes if row["size"] > 1)).metrics(slots)
 
 
 def failures(failed: list[dict[str, Any]]) -> str:

@@ -66,6 +66,11 @@ class Retokenize(Section):
     auto: Auto = Field(Auto(), description="policy auto")
     gates: NightGates = Field(NightGates(), description="what a night must satisfy beside sids.gates")
     lease: Lease = Field(Lease(), description="one run at a time")
+    small_night: int = Field(
+        100_000,
+        ge=0,
+        description="changed items up to which a night that keeps its codebooks, and whose change feed tells of them, works without Spark; 0: never",
+    )
     sample: int = Field(20_000, ge=100, description="items, always the same ones, on which drift is measured")
     exports: Exports = Field(
         ("parquet", "array", "index", "prefixes", "changes"), description="files for consumers, below <run>/exports/<generation>"

@@ -24,7 +24,7 @@ def detect(spark: SparkSession, lake: Lake, features: DataFrame, published: Data
     From the change feed of ``item_features`` since the version that the live generation read, where it is kept and tells of single rows, so
     that no vector of another item is read; else, or where history is gone, by the fingerprints of ``features`` and ``published``.
     """
-    feed, now = _fed(spark, lake, since, until) if _followed(lake, since, until) else None, features
+    feed, now = _fed(spark, lake, since, until) if followed(lake, since, until) else None, features
     if feed is not None:
         published = published.join(feed.select("item_id").distinct(), "item_id", "left_semi")
         now = _latest(feed).select(features.columns)
@@ -52,7 +52,7 @@ def _latest(feed: DataFrame) -> DataFrame:
     return feed.withColumn("_row", F.row_number().over(order)).filter("_row = 1 AND _change_type <> 'delete'")
 
 
-def _followed(lake: Lake, since: int, until: int) -> bool:
+def followed(lake: Lake, since: int, until: int) -> bool:
     """Whether the change feed holds every step from ``since`` to ``until`` as single rows."""
     table = DeltaTable(lake.path("item_features"))
     if table.metadata().configuration.get("delta.enableChangeDataFeed") != "true" or not since < until:
@@ -80,20 +80,26 @@ def moved(old: DataFrame, new: DataFrame, policy: str) -> DataFrame:
 
 
 def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
+    """:func:`churned` of the rows ``moves`` of :func:`moved`. ``today``: the items [item_id, interactions, stratum]."""
+    slots = len(metrics["slots"])
+    differ = [F.sum((~F.get("old_codes", F.lit(i)).eqNullSafe(F.get("new_codes", F.lit(i)))).cast("int")).alias(f"s{i}") for i in range(slots)]
+    placed = moves.join(today.select("item_id", "interactions", "stratum"), "item_id", "left")
+    kind = F.when(F.col("old_codes").isNull(), "new").when(F.col("new_codes").isNull(), "removed").otherwise("moved").alias("kind")
+    groups = placed.groupBy("stratum", kind).agg(F.count("*").alias("items"), F.sum("interactions").alias("events"), *differ)
+    return churned([row.asDict() for row in groups.collect()], metrics, old_items)
+
+
+def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
     """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training events.
 
-    ``moves``: rows of :func:`moved`; ``today``: the items [item_id, interactions, stratum]; ``metrics``: those of ``sids.measure`` of today's.
+    ``groups``: of the items whose SID changed, by ``stratum`` and ``kind`` (new, moved, removed): their number ``items``, their ``events``, and how
+    many differ in each slot, ``s0``, ``s1``, ...; ``metrics``: those of ``sids.measure`` of today's table.
     """
-    slots, both = metrics["slots"], F.col("old_codes").isNotNull() & F.col("new_codes").isNotNull()
-    differ = [F.sum((~F.get("old_codes", F.lit(i)).eqNullSafe(F.get("new_codes", F.lit(i)))).cast("int")).alias(f"s{i}") for i in range(len(slots))]
-    placed = moves.join(today.select("item_id", "interactions", "stratum"), "item_id", "left")
-    groups = placed.groupBy("stratum", both.alias("both"), F.col("old_codes").isNull().alias("new"))
-    rows = groups.agg(F.count("*").alias("items"), F.sum("interactions").alias("events"), *differ).collect()
 
     def of(name: str, kind: str, stratum: str | None = None) -> int:
-        return sum((row[name] or 0) for row in rows if row[kind] and stratum in (None, row["stratum"]))
+        return sum((row[name] or 0) for row in groups if row["kind"] == kind and stratum in (None, row["stratum"]))
 
-    new, moved_items, removed = of("items", "new"), of("items", "both"), sum(row["items"] for row in rows if not row["both"] and not row["new"])
+    new, moved_items, removed = (of("items", kind) for kind in ("new", "moved", "removed"))
     items, events = metrics["items_by_stratum"], metrics["events_by_stratum"]
     kept = max(1, sum(items.values()) - new)
     return {
@@ -102,7 +108,7 @@ def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items
         "changed": moved_items,
         "unmoved": old_items - removed - moved_items,
         "churn": moved_items / kept,
-        "weighted": of("events", "both") / max(1, sum(events.values()) - of("events", "new")),
-        "by_slot": {name: of(f"s{i}", "both") / kept for i, name in enumerate(slots)},
-        "by_stratum": {s: of("items", "both", s) / max(1, count - of("items", "new", s)) for s, count in items.items()},
+        "weighted": of("events", "moved") / max(1, sum(events.values()) - of("events", "new")),
+        "by_slot": {name: of(f"s{i}", "moved") / kept for i, name in enumerate(metrics["slots"])},
+        "by_stratum": {s: of("items", "moved", s) / max(1, count - of("items", "new", s)) for s, count in items.items()},
     }

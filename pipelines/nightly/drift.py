@@ -5,14 +5,21 @@ Norms and errors are those that encoding left in ``gauges``, so no vector is rea
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from adasid.metrics.stability import jensen_shannon, stability_index
 from pipelines.engines.lake import Lake
 
+Values = NDArray[np.float64]
+Counts = dict[str, dict[str, Any]]
+"""Of a modality, by stratum: ``bins``: items whose norm lies in each; ``error``: sum of squared errors; ``decoded``: vectors that have one."""
 _BINS = 10
 
 
@@ -28,13 +35,17 @@ def sampled(features: DataFrame, one_of: int) -> DataFrame:
 
 def gauged(one_of: int) -> Column:
     """Whether an item is gauged."""
-    return F.pmod(F.xxhash64("item_id"), F.lit(one_of)) == 0
+    return F.pmod(F.crc32(F.col("item_id").cast("binary")), F.lit(one_of)) == 0
+
+
+def gauged_rows(item_ids: pa.Array, one_of: int) -> pa.Array:
+    """:func:`gauged` of a column."""
+    return pa.array(np.fromiter(map(zlib.crc32, item_ids.cast(pa.binary()).to_pylist()), np.int64, len(item_ids)) % one_of == 0)
 
 
 def measure(lake: Lake, sids: DataFrame, one_of: int, edges: dict[str, list[float]] | None = None) -> dict[str, Any]:
-    """What is known of a day's items, from ``sids`` [stratum, gauges]: for every input of the tokenizer the deciles of its norm (or the given
-    ``edges``) and the share of items between them, and the mean squared quantization error, by stratum too (none for a method without a decoder);
-    Spearman(norm, count). ``one_of``: see :func:`every`."""
+    """What is known of a day's items, from ``sids`` [stratum, gauges], as :func:`described` gives it; bins end at the deciles of norms, or at the
+    given ``edges``. ``one_of``: see :func:`every`."""
     rows = sids.select("stratum", F.inline("gauges"))
     if edges is None:
         deciles = F.percentile_approx("norm", [i / _BINS for i in range(1, _BINS)], 1000).alias("edges")
@@ -42,18 +53,57 @@ def measure(lake: Lake, sids: DataFrame, one_of: int, edges: dict[str, list[floa
     above = F.create_map(*(part for m, values in edges.items() for part in (F.lit(m), F.array(*map(F.lit, values)))))
     bin = F.size(F.filter(above[F.col("modality")], lambda edge: F.col("norm") > edge)).alias("bin")
     number = F.count("*").alias("items"), F.sum("error").alias("error"), F.count("error").alias("decoded")
-    found = rows.groupBy("modality", "stratum", bin).agg(*number).collect()
+    counts = dict[str, Counts]()
+    for row in rows.groupBy("modality", "stratum", bin).agg(*number).collect():
+        if row["modality"] in edges and row["stratum"]:
+            own = counts.setdefault(row["modality"], {}).setdefault(row["stratum"], {"bins": [0] * _BINS, "error": 0.0, "decoded": 0})
+            own["bins"][row["bin"]] = row["items"]
+            own["error"] += row["error"] or 0.0
+            own["decoded"] += row["decoded"]
+    return described(lake, counts, one_of, edges)
+
+
+def counted(
+    modality: NDArray[np.object_], stratum: NDArray[np.object_], norm: Values, error: Values, edges: dict[str, list[float]]
+) -> dict[str, Counts]:
+    """The counts of :func:`measure` from columns: of each vector that is gauged its modality, the stratum of its item, its norm, and its error
+    (NaN for none)."""
+    counts = dict[str, Counts]()
+    for m, ends in edges.items():
+        for s in sorted(set(stratum[modality == m])):
+            own = (modality == m) & (stratum == s)
+            bins = np.bincount(np.searchsorted(ends, norm[own], side="left"), minlength=_BINS).tolist()
+            counts.setdefault(m, {})[s] = {"bins": bins, "error": float(np.nansum(error[own])), "decoded": int(np.isfinite(error[own]).sum())}
+    return counts
+
+
+def changed(known: dict[str, Counts], before: dict[str, Counts], after: dict[str, Counts]) -> dict[str, Counts]:
+    """``known`` with the items of ``after`` in place of those of ``before``."""
+    none, counts = {"bins": [0] * _BINS, "error": 0.0, "decoded": 0}, dict[str, Counts]()
+    for m in sorted({*known, *after}):
+        for s in sorted({*known.get(m, {}), *after.get(m, {})}):
+            parts = [side.get(m, {}).get(s, none) for side in (known, before, after)]
+            bins = [a - b + c for a, b, c in zip(*(part["bins"] for part in parts))]
+            if any(bins):
+                sums = {name: parts[0][name] - parts[1][name] + parts[2][name] for name in ("error", "decoded")}
+                counts.setdefault(m, {})[s] = {"bins": bins, **sums}
+    return counts
+
+
+def described(lake: Lake, counts: dict[str, Counts], one_of: int, edges: dict[str, list[float]]) -> dict[str, Any]:
+    """A day's items: of every input of the tokenizer the share whose norm lies in each bin, and the mean squared quantization error, by stratum
+    too (none for a method without a decoder); Spearman(norm, count); the ``counts`` themselves."""
     shares, error = dict[str, list[float]](), dict[str, dict[str, float]]()
     for m in edges:
-        own = [row for row in found if row["modality"] == m]
-        items = max(1, sum(row["items"] for row in own))
-        shares[m] = [sum(row["items"] for row in own if row["bin"] == i) / items for i in range(_BINS)]
-        parts = {stratum: [row for row in own if row["stratum"] == stratum] for stratum in {row["stratum"] for row in own}}
-        sums = {name: (sum(row["error"] or 0.0 for row in part), sum(row["decoded"] for row in part)) for name, part in {**parts, "all": own}.items()}
+        parts = counts.get(m, {})
+        bins = np.array([part["bins"] for part in parts.values()] or [[0] * _BINS]).sum(0)
+        shares[m] = (bins / max(1, bins.sum())).tolist()
+        sums = {s: (part["error"], part["decoded"]) for s, part in parts.items()}
+        sums["all"] = sum(total for total, _ in sums.values()), sum(number for _, number in sums.values())
         if sums["all"][1]:
-            error[m] = {name: total / count for name, (total, count) in sums.items() if count}
+            error[m] = {name: total / number for name, (total, number) in sums.items() if number}
     stats = lake.read("catalog_stats").to_pylist()
-    return {"every": one_of, "edges": edges, "shares": shares, "error": error, "spearman": stats[0]["spearman"] if stats else None}
+    return {"every": one_of, "edges": edges, "counts": counts, "shares": shares, "error": error, "spearman": stats[0]["spearman"] if stats else None}
 
 
 def against(baseline: dict[str, Any], day: dict[str, Any]) -> dict[str, Any]:

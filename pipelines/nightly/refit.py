@@ -4,7 +4,7 @@ matched with them."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pyspark.sql import functions as F
@@ -17,9 +17,7 @@ from adasid.training.checkpoint import write_json
 from pipelines import sids, train
 from pipelines.engines import spark as engine
 from pipelines.nightly import drift
-
-if TYPE_CHECKING:
-    from pipelines.nightly.retokenize import Night
+from pipelines.nightly.night import Night
 
 
 def fit(night: Night, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:

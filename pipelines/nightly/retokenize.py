@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -12,47 +11,24 @@ from typing import Any
 from py4j.protocol import Py4JJavaError
 from pyspark import StorageLevel
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from adasid.config import Config, digest
 from adasid.errors import GateError, InputError
-from adasid.report import nights
-from adasid.tables import SIDS
-from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot
+from adasid.tables import SID_CHANGES, SIDS
 from adasid.training.checkpoint import write_json
-from pipelines import generations, report, sids
+from pipelines import generations, sids
 from pipelines.engines import spark as engine
-from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
-from pipelines.generations import Generation
-from pipelines.nightly import changes, drift, exports, refit
-from pipelines.nightly.lease import Lease, held
+from pipelines.nightly import changes, drift, incremental, refit, verdict
+from pipelines.nightly.lease import held
+from pipelines.nightly.night import Night
+from pipelines.nightly.verdict import Found
 
 _WORST = 10
-_REFUSED = "refused.json"
 _MEASURED = ("codes", "weights", "active", "gauges")
 """What is measured of a row, beside its item's interactions and stratum; the rest of a row that stays is read once, to write it."""
-
-
-@dataclass
-class Night:
-    """What a night works on: the live generation, today's features, and the SIDs that are published."""
-
-    cfg: Config
-    track: Track
-    lease: Lease
-    live: Generation
-    version: int
-    spark: SparkSession
-    features: DataFrame
-    published: DataFrame
-
-    @property
-    def lake(self) -> Lake:
-        """The lake."""
-        return self.track.lake
 
 
 def run(cfg: Config, track: Track, run_date: date) -> None:
@@ -78,22 +54,13 @@ def run(cfg: Config, track: Track, run_date: date) -> None:
             lake.stamps({"item_features": version}),
         )
         track.inputs({"item_features": version, "sids": live["sids_version"]})
+        night = Night(cfg, track, lease, live, version, day, key)
         if version == live["inputs"]["item_features"] and (settings.policy in {"frozen", "auto"} or before == day):
-            _unchanged(track, live)
+            night.unchanged()
             return
-        spark = engine.session(cfg.spark)
-        night = Night(
-            cfg,
-            track,
-            lease,
-            live,
-            version,
-            spark,
-            engine.read(spark, lake, "item_features", version),
-            engine.read(spark, lake, "sids", live["sids_version"]),
-        )
         try:
-            _publish(night, key, day)
+            if not incremental.publish(night):
+                _publish(night)
         except (Py4JJavaError, PySparkException) as error:
             raise InputError(
                 f"night {day}: item_features version {version} or sids version {live['sids_version']} cannot be worked on ({engine.root_cause(error)}); "
@@ -101,105 +68,66 @@ def run(cfg: Config, track: Track, run_date: date) -> None:
             ) from error
 
 
-def _unchanged(track: Track, live: Generation) -> None:
-    track.status = "up to date"
-    track.note(f"no item is new, changed or removed since generation {live['generation']}")
-    track.facts.update({"generation": live["generation"], "items": live["items"]})
-
-
-def _publish(night: Night, key: str, day: str) -> None:
-    """Find what changed, encode it, measure, judge, publish."""
-    cfg, live, folder = night.cfg, night.live, Path(night.live["artifact"])
-    manifest = _champion(night, folder)
+def _publish(night: Night) -> None:
+    """Find what changed, encode it, measure, judge, publish: on Spark, for as many items as there are."""
+    cfg, live = night.cfg, night.live
+    folder, (_, manifest) = night.artifact, night.champion()
     found, today, how = changes.detect(night.spark, night.lake, night.features, night.published, live["inputs"]["item_features"], night.version)
     counts = {row["why"]: row["count"] for row in found.groupBy("why").count().collect()}
-    night.track.facts["found by"] = how
-    night.track.note(f"by {how}: " + ", ".join(f"{counts.get(why, 0)} {why}" for why in ("new", "changed", "removed")))
+    night.found(how, counts)
     if not counts and cfg.retokenize.policy in {"frozen", "auto"}:
-        _unchanged(night.track, live)
+        night.unchanged()
         return
     made = _frozen(night, folder, manifest, found, today)
-    drifted, policy = made.drifted, _policy(cfg, made.drifted)
+    drifted, policy = made.drifted, verdict.policy(cfg, made.drifted)
     night.track.note(f"policy {policy}")
     if policy != "frozen":
         made.free()
         made = _anew(night, policy, folder)
-    number = generations.next_number(night.lake)
+    number, stamp = generations.next_number(night.lake), night.stamp(policy, made.manifest["digest"])
     moves = changes.moved(made.touched, made.encoded, policy).withColumn("generation", F.lit(number)).persist(StorageLevel.DISK_ONLY)
     try:
-        slots = [Slot(**slot) for slot in made.manifest["slots"]]
-        facts = {"generation": number, "policy": policy, "run_date": day, **_measured(night, made, moves, slots, drifted)}
+        measured = verdict.facts(cfg, live, night.version, _found(night, made, moves, drifted))
+        night.track.metrics(verdict.tracked(measured))
+        facts = {"generation": number, "policy": policy, "run_date": night.day, **measured}
         _judge(night, facts, moves, made.whole)
-        row = generations.publish(
-            night.track,
-            digest(key, policy, made.manifest["digest"]),
+        night.publish(
             facts,
-            live["generation"],
-            made.rows.select([field.name for field in SIDS]),
-            moves,
-            before_live=partial(exports.write, cfg, night.lake, slots),
-            allowed=night.lease.check,
+            made.manifest,
+            stamp,
+            partial(engine.write, made.rows.select([field.name for field in SIDS]), night.lake, "sids", SIDS, stamp),
+            partial(engine.write, moves, night.lake, "sid_changes", SID_CHANGES, stamp, replace=f"generation = {number}"),
         )
     finally:
         made.free()
         for frame in (moves, found):
             frame.unpersist()
-    night.track.status = "done"  # whatever training the tokenizer said
-    (cfg.run_dir / _REFUSED).unlink(missing_ok=True)
-    pages(cfg, night.track)
-    churned = facts["churn"]
-    told = {"generation": row["generation"], "policy": policy, "items": facts["items"]} | {why: churned[why] for why in ("new", "changed", "removed")}
-    night.track.facts.update(told | {"churn": f"{churned['churn']:.2%}"})
 
 
-def _champion(night: Night, folder: Path) -> dict[str, Any]:
-    """The manifest of the live tokenizer, which is whole and takes today's features."""
-    manifest = artifact.read(folder)[1]  # damaged weights are found here, not in a task
-    live = night.live["tokenizer"]
-    if manifest["digest"] != live:
-        raise InputError(
-            f"artifact {folder}: tokenizer {manifest['digest']}, but the live SIDs are of {live}: put that artifact back, or run jobs/write_sids.py"
-        )
-    sids.check_features(night.features, manifest)
-    return manifest
-
-
-def _measured(night: Night, made: Made, moves: DataFrame, slots: list[Slot], drifted: dict[str, Any]) -> dict[str, Any]:
-    """What the generation's row says of the new table, gates and all."""
-    cfg, live, items = night.cfg, night.live, night.features.count()
-    metrics = sids.measure(made.whole, slots)
-    usage = drift.usage(live["metrics"], metrics)
-    churned = changes.churn(moves, made.whole, metrics, live["items"])
+def _found(night: Night, made: Made, moves: DataFrame, drifted: dict[str, Any]) -> Found:
+    """What is measured of the new table. ``drifted``: today against the live tokenizer."""
+    metrics = sids.measure(made.whole, night.slots(made.manifest))
     distinct, known = _counted(made.whole)
-    gates = sids.check_gates(metrics, cfg.sids.gates, items, distinct, made.broken)
-    unmatched, removed = metrics["items"] - known + abs(items - known), churned["removed"] / max(1, live["items"])
-    gates += _night_gates(cfg, metrics, churned, _error(made.drifted), removed, unmatched)
-    _tracked(night.track, metrics, churned, drifted, usage)
-    return {
-        "inputs": {"item_features": night.version},
-        "tokenizer": made.manifest["digest"],
-        "artifact": str(made.folder),
-        "items": metrics["items"],
-        "metrics": metrics,
-        "gates": gates,
-        "churn": churned,
-        "drift": {**drifted, "cold": metrics["items_by_stratum"].get("cold", 0) / max(1, items), "usage": usage, "baseline": made.baseline},
-    }
-
-
-def pages(cfg: Config, track: Track) -> None:
-    """The page of the last generations, ``<run>/report/nights``, and its figures, also to MLflow."""
-    folder, refused = cfg.run_dir / "report" / "nights", cfg.run_dir / _REFUSED
-    left = json.loads(refused.read_text(encoding="utf-8")) if refused.exists() else None
-    report.write(folder, nights.build(cfg.name, generations.history(track.lake)[-cfg.retokenize.keep :], left))
-    track.artifact(folder)
-    track.facts["page"] = str(folder / "index.html")
+    return Found(
+        folder=made.folder,
+        tokenizer=made.manifest["digest"],
+        metrics=metrics,
+        churn=changes.churn(moves, made.whole, metrics, night.live["items"]),
+        baseline=made.baseline,
+        counts=made.day["counts"],
+        drifted=drifted,
+        items=night.features.count(),
+        error=verdict.largest_error(made.drifted),
+        distinct=distinct,
+        known=known,
+        broken=made.broken,
+    )
 
 
 @dataclass
 class Made:
     """A night's ``rows`` of ``sids``, of which those ``encoded`` are new, by the artifact in ``folder``; ``whole``: what of all of them is measured
-    (:data:`_MEASURED`); ``touched``: the published rows that do not stay; ``baseline``: the day that the tokenizer knows, as ``drift.measure`` gives it; ``drifted``: today
+    (:data:`_MEASURED`); ``touched``: the published rows that do not stay; ``baseline``: the day that the tokenizer knows, as ``drift.measure`` gives it; ``day``: today in its bins; ``drifted``: today
     against the live tokenizer's; ``broken``: items whose vectors are not finite."""
 
     folder: Path
@@ -209,6 +137,7 @@ class Made:
     whole: DataFrame
     touched: DataFrame
     baseline: dict[str, Any]
+    day: dict[str, Any]
     drifted: dict[str, Any]
     broken: int
 
@@ -229,9 +158,9 @@ def _frozen(night: Night, folder: Path, manifest: dict[str, Any], found: DataFra
     new = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), kept)
     placed = kept.select("item_id", *_MEASURED).join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
     whole = placed.unionByName(encoded.select(placed.columns)).persist()
-    drifted = drift.against(known, drift.measure(lake, whole, known["every"], known["edges"]))
+    day = drift.measure(lake, whole, known["every"], known["edges"])
     rows = kept.unionByName(new.select(kept.columns))
-    return Made(folder, manifest, encoded, rows, whole, touched, known, drifted, broken)
+    return Made(folder, manifest, encoded, rows, whole, touched, known, day, drift.against(known, day), broken)
 
 
 def _anew(night: Night, policy: str, live: Path) -> Made:
@@ -245,36 +174,7 @@ def _anew(night: Night, policy: str, live: Path) -> Made:
     rows = sids.ranked(encoded, manifest["digest"], generations.next_number(lake))
     baseline = drift.measure(lake, encoded, one_of)
     drifted = drift.against(night.live["drift"]["baseline"], baseline)
-    return Made(folder, manifest, encoded, rows, encoded, night.published, baseline, drifted, broken)
-
-
-def _error(drifted: dict[str, Any]) -> float:
-    """The largest ratio of quantization errors of a modality."""
-    return max((ratio["all"] for ratio in drifted["error_ratio"].values() if "all" in ratio), default=1.0)
-
-
-def _policy(cfg: Config, today: dict[str, Any]) -> str:
-    """The policy of the config; under ``auto`` what today's drift asks for."""
-    settings, auto = cfg.retokenize, cfg.retokenize.auto
-    if settings.policy != "auto":
-        return settings.policy
-    error = _error(today)
-    if error >= auto.refit_error:
-        return "refit"
-    return "warm" if error >= auto.warm_error or max(today["norms"].values(), default=0.0) >= auto.warm_norms else "frozen"
-
-
-def _night_gates(cfg: Config, metrics: dict[str, Any], churned: dict[str, Any], error: float, removed: float, unmatched: int) -> list[dict[str, Any]]:
-    limits = cfg.retokenize.gates
-    values = {
-        "items without a SID, or SIDs without an item": (float(unmatched), 0.0),
-        "removed": (removed, limits.max_removed),
-        "collision rate, tail and cold": (metrics["collision_tail"], limits.max_tail_collision),
-        "churn": (churned["churn"], limits.max_churn),
-        "churn, weighted by events": (churned["weighted"], limits.max_weighted_churn),
-        "error against the tokenizer's data": (error, limits.max_error_ratio),
-    }
-    return [{"gate": name, "value": value, "threshold": limit, "passed": bool(value <= limit)} for name, (value, limit) in values.items()]
+    return Made(folder, manifest, encoded, rows, encoded, night.published, baseline, baseline, drifted, broken)
 
 
 def _counted(whole: DataFrame) -> tuple[int, int]:
@@ -296,8 +196,8 @@ def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, whole: DataFra
     }
     night.track.client.log_dict(night.track.run_id, {"gates": facts["gates"], "worst": worst}, "refused.json")
     kept = {name: value for name, value in facts.items() if name not in {"metrics", "drift"}}
-    write_json(night.cfg.run_dir / _REFUSED, {**kept, "worst": worst})
-    pages(night.cfg, night.track)
+    write_json(night.refused, {**kept, "worst": worst})
+    night.pages()
     text = sids.failures(failed)
     if facts["policy"] != "frozen" and all(gate["gate"].startswith("churn") for gate in failed):
         text += f" (policy {facts['policy']}; to publish without moving SIDs: --set retokenize.policy=frozen; else raise retokenize.gates.max_churn)"
@@ -305,11 +205,3 @@ def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, whole: DataFra
         f"night {facts['run_date']} not published: {text}. Generation {night.live['generation']} stays live; worst items: "
         + "; ".join(f"{name}: {', '.join(items[:3])}" for name, items in worst.items() if items)
     )
-
-
-def _tracked(track: Track, metrics: dict[str, Any], churned: dict[str, Any], today: dict[str, Any], usage: dict[str, float]) -> None:
-    values = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-    values |= {name: float(churned[name]) for name in ("new", "changed", "removed", "churn", "weighted")}
-    values |= {f"norm_index_{m}": value for m, value in today["norms"].items()} | {f"usage_{slot}": value for slot, value in usage.items()}
-    values |= {f"error_ratio_{m}": ratio["all"] for m, ratio in today["error_ratio"].items() if "all" in ratio}
-    track.metrics(values)

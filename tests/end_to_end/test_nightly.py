@@ -19,7 +19,7 @@ from adasid.tokenizers.base import Slot
 from pipelines import generations
 from pipelines.engines import tracking
 from pipelines.nightly import retokenize, upkeep
-from tests.end_to_end.nights import by_item, copied, next_day, noisy, put, rows_of
+from tests.end_to_end.nights import by_item, copied, next_day, noisy, put, rows_of, without
 
 OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_tail_collision": 1.0, "max_error_ratio": 100.0}, "warm": {"epochs": 3}}
 
@@ -48,6 +48,20 @@ def test_a_day_without_changes_publishes_nothing(published):
     assert lake.versions("sids", "generations", "live") == before
 
 
+def follow(spark, lake):
+    """From now on ``item_features`` has a change feed."""
+    spark.sql(f"ALTER TABLE delta.`{lake.path('item_features')}` SET TBLPROPERTIES (delta.enableChangeDataFeed = true)")
+
+
+def merge(spark, lake, today, update="t.fingerprint <> s.fingerprint"):
+    """Today's ``item_features`` as single rows of the change feed."""
+    spark.createDataFrame(today.to_pandas()).createOrReplaceTempView("today")
+    spark.sql(
+        f"MERGE INTO delta.`{lake.path('item_features')}` t USING today s ON t.item_id = s.item_id WHEN MATCHED AND {update} THEN UPDATE SET * "
+        "WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE"
+    )
+
+
 @pytest.mark.parametrize("feed", [False, True])
 def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed):
     path, lake = published
@@ -55,14 +69,9 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
     day = 3 if feed else 2
     today = next_day(features, seed=day)
     if feed:
-        target = lake.path("item_features")
-        spark.sql(f"ALTER TABLE delta.`{target}` SET TBLPROPERTIES (delta.enableChangeDataFeed = true)")
+        follow(spark, lake)
         night(path, f"2026-01-0{day}")
-        spark.createDataFrame(today.to_pandas()).createOrReplaceTempView("today")
-        spark.sql(
-            f"MERGE INTO delta.`{target}` t USING today s ON t.item_id = s.item_id WHEN MATCHED AND t.fingerprint <> s.fingerprint THEN UPDATE SET * "
-            "WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE"
-        )
+        merge(spark, lake, today)
     else:
         put(lake, today, "next day")
     track = night(path, f"2026-01-0{day}")
@@ -100,6 +109,61 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
     assert track.facts["generation"] == row["generation"]
     assert night(path, f"2026-01-0{day}").status == "up to date"
     check_exports(path, lake, row, after)
+
+
+def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark):
+    """Two merges, one of them of counts and strata of items that keep their vectors; an item that comes and goes between two nights."""
+    small, whole = (copied(shop, tmp_path / name / "shop", retokenize=OPEN) for name in ("small", "whole"))
+    for _, lake in (small, whole):
+        follow(spark, lake)
+        features = lake.read("item_features")
+        step = next_day(features, seed=5)
+        merge(spark, lake, step)
+        kinds = step["stratum"].to_pylist()
+        places = {
+            "interactions": pa.array(range(step.num_rows)),
+            "stratum": pa.array(["tail" if i % 5 == 0 else kind for i, kind in enumerate(kinds)]),
+        }
+        for name, column in places.items():
+            place = step.column_names.index(name)
+            step = step.set_column(place, step.schema.field(name), column)
+        gone = without(next_day(step, seed=6), ["new5-00000"])
+        merge(spark, lake, gone, "(t.interactions <> s.interactions OR t.stratum <> s.stratum OR t.fingerprint <> s.fingerprint)")
+    notes = [night(path, "2026-01-05", f"retokenize.small_night={limit}") for (path, _), limit in ((small, 1000), (whole, 0))]
+    ours, theirs = (generations.live(lake) for _, lake in (small, whole))
+    assert ours["generation"] == theirs["generation"] == 2
+    assert notes[0].facts["found by"] == notes[1].facts["found by"] == "change feed"
+    assert [lake.open("sids").history(1)[0]["operation"] for _, lake in (small, whole)] == ["MERGE", "WRITE"]
+    for name in ("metrics", "churn", "gates", "items"):
+        assert flat(ours[name]) == pytest.approx(flat(theirs[name]), rel=1e-6, abs=1e-9), name
+    assert min(ours["churn"][name] for name in ("new", "changed", "removed")) > 0
+    for name in ("norms", "error_ratio", "usage", "cold", "counts"):
+        assert flat(ours["drift"][name]) == pytest.approx(flat(theirs["drift"][name]), rel=1e-5), name
+    tables = [by_item(lake) for _, lake in (small, whole)]
+    weights = [np.array(table["weights"].to_pylist()) for table in tables]
+    assert np.allclose(*weights, atol=1e-6)
+    assert tables[0].drop_columns(["weights"]).equals(tables[1].drop_columns(["weights"]))
+    moves = [rows_of(lake.read("sid_changes")) for _, lake in (small, whole)]
+    assert moves[0] == moves[1] and len(moves[0]) > 10
+    before = rows_of(by_item(small[1], 0))
+    for item, row in rows_of(tables[0]).items():
+        if row["generation"] == 1:
+            assert row == before[item]
+    # what it cannot judge, it leaves to Spark
+    path, lake = small
+    spark.sql(f"UPDATE delta.`{lake.path('item_features')}` SET text = transform(text, x -> double('NaN')), fingerprint = 'n' WHERE item_index = 3")
+    with pytest.raises(GateError, match="items with vectors that are not finite is 1, allowed 0"):
+        night(path, "2026-01-06")
+    assert generations.live(lake)["generation"] == 2
+
+
+def flat(value, name=""):
+    """Numbers of nested JSON data, by their place; text as the place alone."""
+    if isinstance(value, dict):
+        return {place: number for key, part in value.items() for place, number in flat(part, f"{name}.{key}").items()}
+    if isinstance(value, list):
+        return {place: number for key, part in enumerate(value) for place, number in flat(part, f"{name}.{key}").items()}
+    return {f"{name}={value}": 0} if isinstance(value, str) else {name: value}
 
 
 def check_exports(path, lake, row, sids):

@@ -1,0 +1,117 @@
+"""What a table of semantic IDs is counted by. Counts add up, so those of a table follow from those of the table before and the rows that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adasid.metrics.codes import code_use, group_metrics
+from adasid.tables import BEHAVIOR, PAD, STRATA
+from adasid.tokenizers.base import Slot
+
+_RARE = [place for place, stratum in enumerate(STRATA) if stratum in ("tail", "cold")]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Of items in L slots of at most K codes and S strata: ``codes`` [L, K] items with each code, ``pad`` [L] with none; by stratum ``items`` and
+    ``events`` [S], the sum of ``weights`` [S, L], items whose slot is ``active`` [S, L], items with 0, 1, ... active behaviour slots, ``slots_on``
+    [S, B + 1]. ``groups``: size -> number of SIDs that so many items share; ``shared``: tail and cold items whose SID is not unique."""
+
+    codes: NDArray[np.int64]
+    pad: NDArray[np.int64]
+    items: NDArray[np.int64]
+    events: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    active: NDArray[np.int64]
+    slots_on: NDArray[np.int64]
+    groups: Mapping[int, int]
+    shared: int
+
+    @staticmethod
+    def none(slots: Sequence[Slot]) -> Tally:
+        """Of no item."""
+        length, strata, behavior = len(slots), len(STRATA), sum(slot.kind == BEHAVIOR for slot in slots)
+        by_stratum = np.zeros((strata, length), np.int64)
+        return Tally(
+            codes=np.zeros((length, max(slot.size for slot in slots)), np.int64),
+            pad=np.zeros(length, np.int64),
+            items=np.zeros(strata, np.int64),
+            events=np.zeros(strata, np.int64),
+            weights=np.zeros((strata, length)),
+            active=by_stratum,
+            slots_on=np.zeros((strata, behavior + 1), np.int64),
+            groups={},
+            shared=0,
+        )
+
+    @staticmethod
+    def of(
+        slots: Sequence[Slot],
+        codes: NDArray[np.int64],
+        weights: NDArray[np.float64],
+        active: NDArray[np.bool_],
+        strata: NDArray[np.int64],
+        events: NDArray[np.int64],
+    ) -> Tally:
+        """Of items [n] with ``codes``, ``weights`` and ``active`` [n, L], places ``strata`` [n] in ``tables.STRATA`` and training ``events`` [n], but for
+        their ``groups`` and ``shared``, which depend on all other items."""
+        tally = Tally.none(slots)
+        there = codes != PAD
+        item, slot = np.nonzero(there)
+        np.add.at(tally.codes, (slot, codes[item, slot]), 1)
+        np.add.at(tally.items, strata, 1)
+        np.add.at(tally.events, strata, events)
+        np.add.at(tally.weights, strata, weights)
+        on, slots_on = np.zeros_like(tally.active), tally.slots_on
+        np.add.at(on, strata, active.astype(np.int64))
+        behavior = [place for place, slot in enumerate(slots) if slot.kind == BEHAVIOR]
+        np.add.at(slots_on, (strata, active[:, behavior].sum(1)), 1)
+        return replace(tally, pad=(~there).sum(0), active=on)
+
+    @staticmethod
+    def known(metrics: Mapping[str, Any], slots: Sequence[Slot]) -> Tally:
+        """The tally that :meth:`metrics` was made of; sums of weights to rounding."""
+        tally = Tally.none(slots)
+        for place, stratum in enumerate(STRATA):
+            items = metrics["items_by_stratum"].get(stratum, 0)
+            if items:
+                tally.items[place], tally.events[place] = items, metrics["events_by_stratum"][stratum]
+                tally.weights[place] = items * np.array(metrics["weights_by_stratum"][stratum])
+                tally.active[place] = np.rint(items * np.array(metrics["active_by_stratum"][stratum]))
+                tally.slots_on[place] = np.rint(items * np.array(metrics["active_count_by_stratum"][stratum]))
+        pad = np.rint(metrics["items"] * np.array(metrics["pad"])).astype(np.int64)
+        shared = round(metrics["collision_tail"] * int(tally.items[_RARE].sum()))
+        groups = {size: number for size, number in metrics["group_sizes"]}
+        return replace(tally, codes=np.array(metrics["codes"], np.int64), pad=pad, groups=groups, shared=shared)
+
+    def changed(self, before: Tally, after: Tally, groups: Mapping[int, int], shared: int) -> Tally:
+        """With the rows of ``after`` in place of those of ``before``; ``groups`` and ``shared`` as they are then."""
+        names = ("codes", "pad", "items", "events", "weights", "active", "slots_on")
+        sums = {name: getattr(self, name) - getattr(before, name) + getattr(after, name) for name in names}
+        return Tally(**sums, groups=groups, shared=shared)
+
+    def metrics(self, slots: Sequence[Slot]) -> dict[str, Any]:
+        """Code metrics (methods 8.2 to 8.5) and router figures by stratum, as JSON data."""
+        sizes = sorted(size for size, number in self.groups.items() if number)
+        collisions = group_metrics(np.array(sizes, np.int64), np.array([self.groups[size] for size in sizes], np.int64))
+        use = [code_use(row[: slot.size]) for row, slot in zip(self.codes, slots)]
+        present = [(place, stratum) for place, stratum in enumerate(STRATA) if self.items[place]]
+        shares = {"weights_by_stratum": self.weights, "active_by_stratum": self.active, "active_count_by_stratum": self.slots_on}
+        return {
+            "slots": [slot.name for slot in slots],
+            "codebook_size": slots[0].size,
+            "codes": self.codes.tolist(),
+            "pad": (self.pad / max(1, collisions["items"])).tolist(),
+            **{name: [getattr(u, name) for u in use] for name in ("entropy", "utilisation", "perplexity", "top1")},
+            **collisions,
+            "group_sizes": [[size, self.groups[size]] for size in sizes],
+            "collision_tail": self.shared / max(1, int(self.items[_RARE].sum())),
+            "items_by_stratum": {stratum: int(self.items[place]) for place, stratum in present},
+            "events_by_stratum": {stratum: int(self.events[place]) for place, stratum in present},
+            **{name: {stratum: (sums[place] / self.items[place]).tolist() for place, stratum in present} for name, sums in shares.items()},
+        }

@@ -1,0 +1,131 @@
+"""What every way of making a night's table has in common: the tables that it reads, and how it is published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession
+
+from adasid.config import Config, digest
+from adasid.errors import InputError
+from adasid.report import nights
+from adasid.tokenizers import artifact
+from adasid.tokenizers.base import Slot, Tokenizer
+from pipelines import generations, report, sids
+from pipelines.engines import spark as engine
+from pipelines.engines.lake import Lake
+from pipelines.engines.tracking import Track
+from pipelines.generations import Generation
+from pipelines.nightly import exports
+from pipelines.nightly.lease import Lease
+
+
+@dataclass
+class Night:
+    """``live``: the generation before; ``version``: of today's ``item_features``; ``day``: the run date; ``key``: digest of all that the night follows
+    from, but for the policy that is chosen and the tokenizer. Spark starts where it is asked for."""
+
+    cfg: Config
+    track: Track
+    lease: Lease
+    live: Generation
+    version: int
+    day: str
+    key: str
+
+    @property
+    def lake(self) -> Lake:
+        """The lake."""
+        return self.track.lake
+
+    @property
+    def artifact(self) -> Path:
+        """Folder of the live tokenizer."""
+        return Path(self.live["artifact"])
+
+    @property
+    def refused(self) -> Path:
+        """Where a refusal is kept for the report."""
+        return self.cfg.run_dir / "refused.json"
+
+    @cached_property
+    def spark(self) -> SparkSession:
+        """The session."""
+        return engine.session(self.cfg.spark)
+
+    @cached_property
+    def features(self) -> DataFrame:
+        """Today's ``item_features``."""
+        return engine.read(self.spark, self.lake, "item_features", self.version)
+
+    @cached_property
+    def published(self) -> DataFrame:
+        """The live rows of ``sids``."""
+        return engine.read(self.spark, self.lake, "sids", self.live["sids_version"])
+
+    @staticmethod
+    def slots(manifest: dict[str, Any]) -> list[Slot]:
+        """Those of a tokenizer."""
+        return [Slot(**slot) for slot in manifest["slots"]]
+
+    def champion(self) -> tuple[Tokenizer, dict[str, Any]]:
+        """The live tokenizer and its manifest, which is whole and takes today's features."""
+        tokenizer, manifest = artifact.read(self.artifact)  # damaged weights are found here, not in a task
+        live = self.live["tokenizer"]
+        if manifest["digest"] != live:
+            raise InputError(
+                f"artifact {self.artifact}: tokenizer {manifest['digest']}, but the live SIDs are of {live}: put that artifact back, or run "
+                "jobs/write_sids.py"
+            )
+        sids.check_features(engine.struct(self.lake.schema("item_features", self.version)), manifest)
+        return tokenizer, manifest
+
+    def found(self, how: str, counts: Mapping[str, int]) -> None:
+        """Tell how many items are new, changed and removed, and how they were found."""
+        self.track.facts["found by"] = how
+        self.track.note(f"by {how}: " + ", ".join(f"{counts.get(why, 0)} {why}" for why in ("new", "changed", "removed")))
+
+    def unchanged(self) -> None:
+        """Tell that there is nothing to publish."""
+        self.track.status = "up to date"
+        self.track.note(f"no item is new, changed or removed since generation {self.live['generation']}")
+        self.track.facts.update({"generation": self.live["generation"], "items": self.live["items"]})
+
+    def stamp(self, policy: str, tokenizer: str) -> str:
+        """What the commits of the night carry."""
+        return digest(self.key, policy, tokenizer)
+
+    def publish(
+        self, facts: dict[str, Any], manifest: dict[str, Any], stamp: str, write_sids: Callable[[], object], write_changes: Callable[[], object]
+    ) -> None:
+        """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and tell of it."""
+        row = generations.publish(
+            self.track,
+            stamp,
+            facts,
+            self.live["generation"],
+            write_sids,
+            write_changes,
+            before_live=partial(exports.write, self.cfg, self.lake, self.slots(manifest)),
+            allowed=self.lease.check,
+        )
+        self.track.status = "done"  # whatever training the tokenizer said
+        self.refused.unlink(missing_ok=True)
+        self.pages()
+        churned = facts["churn"]
+        told = {"generation": row["generation"], "policy": facts["policy"], "items": facts["items"]}
+        told |= {why: churned[why] for why in ("new", "changed", "removed")}
+        self.track.facts.update(told | {"churn": f"{churned['churn']:.2%}"})
+
+    def pages(self) -> None:
+        """The page of the last generations, ``<run>/report/nights``, and its figures, also to MLflow."""
+        folder = self.cfg.run_dir / "report" / "nights"
+        left = json.loads(self.refused.read_text(encoding="utf-8")) if self.refused.exists() else None
+        report.write(folder, nights.build(self.cfg.name, generations.history(self.lake)[-self.cfg.retokenize.keep :], left))
+        self.track.artifact(folder)
+        self.track.facts["page"] = str(folder / "index.html")

@@ -1,0 +1,90 @@
+"""What a night found, and whether its table may be published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adasid.config import Config
+from pipelines import sids
+from pipelines.generations import Generation
+from pipelines.nightly import drift
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of a night's table: ``metrics`` (``sids.measure``) and ``churn`` (``changes.churn``); ``counts`` of its norms and errors, ``drifted`` (``drift.against``) from
+    ``baseline``, what the tokenizer in ``folder`` knows; ``distinct`` different items, of which ``known`` are among the ``items`` of today; ``broken`` ones
+    with vectors that are not finite; ``error``: :func:`largest_error` of the table's tokenizer."""
+
+    folder: Path
+    tokenizer: str
+    metrics: dict[str, Any]
+    churn: dict[str, Any]
+    baseline: dict[str, Any]
+    counts: dict[str, drift.Counts]
+    drifted: dict[str, Any]
+    items: int
+    error: float
+    distinct: int
+    known: int
+    broken: int
+
+
+def facts(cfg: Config, live: Generation, version: int, found: Found) -> dict[str, Any]:
+    """What the generation's row says of the table, gates and all. ``version``: of ``item_features``."""
+    metrics, items = found.metrics, found.items
+    usage = drift.usage(live["metrics"], metrics)
+    gates = sids.check_gates(metrics, cfg.sids.gates, items, found.distinct, found.broken) + _gates(cfg, live, found)
+    cold = metrics["items_by_stratum"].get("cold", 0) / max(1, items)
+    return {
+        "inputs": {"item_features": version},
+        "tokenizer": found.tokenizer,
+        "artifact": str(found.folder),
+        "items": metrics["items"],
+        "metrics": metrics,
+        "gates": gates,
+        "churn": found.churn,
+        "drift": {**found.drifted, "cold": cold, "usage": usage, "baseline": found.baseline, "counts": found.counts},
+    }
+
+
+def policy(cfg: Config, drifted: dict[str, Any]) -> str:
+    """The policy of the config; under ``auto`` what today's drift asks for."""
+    settings, auto = cfg.retokenize, cfg.retokenize.auto
+    if settings.policy != "auto":
+        return settings.policy
+    error = largest_error(drifted)
+    if error >= auto.refit_error:
+        return "refit"
+    return "warm" if error >= auto.warm_error or max(drifted["norms"].values(), default=0.0) >= auto.warm_norms else "frozen"
+
+
+def largest_error(drifted: dict[str, Any]) -> float:
+    """The largest ratio of quantization errors of a modality."""
+    return max((ratio["all"] for ratio in drifted["error_ratio"].values() if "all" in ratio), default=1.0)
+
+
+def _gates(cfg: Config, live: Generation, found: Found) -> list[dict[str, Any]]:
+    limits, metrics, churn = cfg.retokenize.gates, found.metrics, found.churn
+    values = {
+        "items without a SID, or SIDs without an item": (float(metrics["items"] - found.known + abs(found.items - found.known)), 0.0),
+        "removed": (churn["removed"] / max(1, live["items"]), limits.max_removed),
+        "collision rate, tail and cold": (metrics["collision_tail"], limits.max_tail_collision),
+        "churn": (churn["churn"], limits.max_churn),
+        "churn, weighted by events": (churn["weighted"], limits.max_weighted_churn),
+        "error against the tokenizer's data": (found.error, limits.max_error_ratio),
+    }
+    return [{"gate": name, "value": value, "threshold": limit, "passed": bool(value <= limit)} for name, (value, limit) in values.items()]
+
+
+def tracked(facts: dict[str, Any]) -> dict[str, float]:
+    """Of them, what MLflow draws over the nights."""
+    drifted, churn = facts["drift"], facts["churn"]
+    values = {name: value for name, value in facts["metrics"].items() if isinstance(value, (int, float))}
+    values |= {name: float(churn[name]) for name in ("new", "changed", "removed", "churn", "weighted")}
+    values |= {f"norm_index_{m}": value for m, value in drifted["norms"].items()} | {
+        f"usage_{slot}": value for slot, value in drifted["usage"].items()
+    }
+    return values | {f"error_ratio_{m}": ratio["all"] for m, ratio in drifted["error_ratio"].items() if "all" in ratio}

@@ -23,6 +23,8 @@ from adasid.recommenders.tokens import ItemTokens, Prefixes
 
 _CHUNK = 1 << 20
 """Items whose vectors or scores are made at a time."""
+_PARTS = 8
+"""Parts of a batch of histories, by length."""
 
 
 class Retriever(CausalEncoder, ABC):
@@ -45,6 +47,16 @@ class Retriever(CausalEncoder, ABC):
         distinct, place = torch.unique(histories.clamp(min=0), return_inverse=True)
         rows: Tensor = self(nnf.embedding(place, self.vectors(distinct)))
         return rows
+
+    def outputs(self, histories: Tensor, chosen: Tensor) -> Tensor:
+        """States after the ``chosen`` [B, T] events of ``histories`` [B, T], row by row -> [P, width]. Histories of like length should stand
+        together: they are worked on in parts, each as long as its longest."""
+        distinct, place = torch.unique(histories.clamp(min=0), return_inverse=True)
+        vectors, parts = self.vectors(distinct), list[Tensor]()
+        for rows, events in zip(place.chunk(_PARTS), chosen.chunk(_PARTS)):
+            length = max(1, int(events.sum(1).max()))
+            parts.append(self(nnf.embedding(rows[:, :length], vectors))[events[:, :length]])
+        return torch.cat(parts)
 
     @abstractmethod
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from adasid.tables import PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Tokenizer, token
 from adasid.training.shards import Batch, batch_of
-from adasid.training.workers import settle
 
 ENCODED = pa.schema(
     [tables.SIDS.field(name) for name in ("item_id", "codes", "weights", "active", "tokens", "fingerprint", "gauges")]
@@ -50,7 +49,7 @@ def encoder(manifest: str, weights: Any, size: int, slack: float = 0.0) -> Calla
 @lru_cache(maxsize=2)
 def loaded(manifest: str, weights: bytes) -> Tokenizer:
     """The tokenizer of a manifest (JSON text) and its weights, built once a process; Spark reuses Python workers between tasks."""
-    settle(1)
+    torch.set_num_threads(1)
     return artifact.decode(json.loads(manifest), weights)
 
 

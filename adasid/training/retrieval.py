@@ -113,9 +113,10 @@ class RetrievalTraining(EpochTraining):
         return float(total[0] / total[1])
 
     def _loss(self, ids: Tensor, generator: torch.Generator) -> Tensor:
+        ids = ids[(ids >= 0).sum(1).argsort(stable=True)]
         inputs, targets = ids[:, :-1], ids[:, 1:]
         valid = targets >= 0
-        states = self.model.states(inputs)[valid]
+        states = self.model.outputs(inputs, valid)
         pool = self.workers.gather_ragged(targets[valid])
         negatives = pool[torch.randint(len(pool), (self.settings.negatives,), generator=generator).to(self.device)]
         return self.model.loss(states, targets[valid], negatives, self.log_q)
@@ -153,8 +154,9 @@ class RetrievalTraining(EpochTraining):
         return Ranked(targets, groups, found.sizes)
 
     def _states(self, histories: Histories, users: NDArray[np.int64], beam: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """State after the history and target of ``users``, some at a time."""
+        """State after the history and target of ``users``, some at a time, those of short histories first."""
         chunk = max(1, min(256, _SCORES // self.model.scores_a_user(beam)))
+        users = users[np.diff(histories.starts)[users].argsort(kind="stable")]
         for part in np.array_split(users, max(1, -(-len(users) // chunk))):
             if len(part):
                 ids = torch.from_numpy(histories.last(part, self.settings.max_length)).to(self.device)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from numpy.typing import NDArray
@@ -23,7 +24,6 @@ from adasid.metrics.tally import Tally
 from adasid.tables import PAD, SID_CHANGES, SIDS, STRATA
 from adasid.tokenizers.base import Slot, Tokenizer
 from adasid.tokenizers.encode import ENCODED, READ, encode_rows
-from adasid.training.workers import settle
 from pipelines import generations
 from pipelines.nightly import changes, drift, verdict
 from pipelines.nightly.feed import LATE, RARE, Change, Integers, Mask, Side, Unusual, fed
@@ -57,7 +57,7 @@ def publish(night: Night) -> bool:
     if not changes.followed(night.lake, since, night.version) or not _current(night):
         return False
     tokenizer, manifest = night.champion()
-    settle(1)
+    torch.set_num_threads(1)
     try:
         change = read_feed(night, since)
         counts = Counter(change.kind.tolist() if change else [])

@@ -254,6 +254,17 @@ def test_all_slots_reach_every_combination():
     assert [len(t) for t in prefixes.token] == [4, 12, 60]
 
 
+def test_parts_of_like_length_give_the_states_of_the_whole_batch(tmp_path):
+    run = training("item", tmp_path, 1)
+    run.model.eval()
+    ids = torch.from_numpy(run.data.train.last(np.arange(30), 7))
+    ids[torch.arange(ids.shape[1]) > torch.arange(30)[:, None] % 5] = -1  # histories of one to five events
+    ids = ids[(ids >= 0).sum(1).argsort()]
+    inputs, valid = ids[:, :-1], ids[:, 1:] >= 0
+    assert len(set(valid.sum(1).tolist())) > 2
+    assert torch.allclose(run.model.outputs(inputs, valid), run.model.states(inputs)[valid], atol=1e-6)
+
+
 def test_without_sampling_the_item_loss_is_the_softmax_over_all_sids(tmp_path):
     run = training("item", tmp_path, 1, negatives=0)
     ids = torch.from_numpy(run.data.train.last(np.arange(8), 7))

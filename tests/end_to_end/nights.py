@@ -56,6 +56,20 @@ def put(lake, table: pa.Table, stamp: str) -> int:
     return lake.write("item_features", table.schema, table.to_batches(), stamp)
 
 
+def follow(spark, lake):
+    """From now on ``item_features`` has a change feed."""
+    spark.sql(f"ALTER TABLE delta.`{lake.path('item_features')}` SET TBLPROPERTIES (delta.enableChangeDataFeed = true)")
+
+
+def merge(spark, lake, today, update="t.fingerprint <> s.fingerprint"):
+    """Today's ``item_features`` as single rows of the change feed."""
+    spark.createDataFrame(today.to_pandas()).createOrReplaceTempView("today")
+    spark.sql(
+        f"MERGE INTO delta.`{lake.path('item_features')}` t USING today s ON t.item_id = s.item_id WHEN MATCHED AND {update} THEN UPDATE SET * "
+        "WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE"
+    )
+
+
 def by_item(
     lake, version=None, columns=("item_id", "codes", "weights", "active", "tokens", "collision_rank", "tokenizer", "generation", "fingerprint")
 ):

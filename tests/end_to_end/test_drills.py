@@ -21,10 +21,10 @@ from adasid.config import load
 from pipelines import cli, generations
 from pipelines.nightly import retokenize
 from pipelines.nightly.lease import Lease
-from tests.end_to_end.nights import by_item, copied, next_day, put
+from tests.end_to_end.nights import by_item, copied, follow, merge, next_day, put
 from tests.end_to_end.running import ROOT, job
 
-KILLS = int(os.environ.get("ADASID_DRILLS", "1"))
+KILLS = int(os.environ.get("ADASID_DRILLS", "2"))
 DAY = "2026-02-02"
 OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_error_ratio": 100.0}, "lease": {"seconds": 6.0, "wait": 60.0}}
 STEPS = ("leases", "sids", "sid_changes", "generations", "exports", "live")
@@ -50,13 +50,35 @@ def night(path, *arguments):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(evening, tmp_path_factory):
+def merged(tmp_path_factory, shop, spark):
+    """The same evening, told by a change feed: a small night."""
+    folder = tmp_path_factory.mktemp("merged") / "night"
+    _, lake = copied(shop, folder, retokenize=OPEN)
+    follow(spark, lake)
+    merge(spark, lake, next_day(lake.read("item_features"), seed=1))
+    return folder
+
+
+def ended(evening, folder):
     """The table that every night must end with, and the seconds it took."""
-    path, lake = copied(evening, tmp_path_factory.mktemp("undisturbed") / "night", retokenize=OPEN)
+    path, lake = copied(evening, folder / "night", retokenize=OPEN)
     started = time.monotonic()
     done = night(path)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert ("without Spark" in done.stderr) == ("merged" in str(evening))
     return by_item(lake, generations.live(lake)["sids_version"]), time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(evening, tmp_path_factory):
+    """How an undisturbed night ends."""
+    return ended(evening, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_small(merged, tmp_path_factory):
+    """How an undisturbed small night ends."""
+    return ended(merged, tmp_path_factory.mktemp("undisturbed"))
 
 
 def reached(step, lake, run, before):
@@ -72,12 +94,15 @@ def commits(lake, table):
 
 
 @pytest.mark.parametrize("number", range(KILLS))
-def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undisturbed(number, evening, undisturbed, tmp_path):
-    path, lake = copied(evening, tmp_path / "night", retokenize=OPEN)
-    expected, seconds = undisturbed
+def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undisturbed(
+    number, evening, merged, undisturbed, undisturbed_small, tmp_path
+):
+    small = number % 2 == 1
+    path, lake = copied(merged if small else evening, tmp_path / "night", retokenize=OPEN)
+    expected, seconds = undisturbed_small if small else undisturbed
     before = by_item(lake, generations.live(lake)["sids_version"])
     rng = np.random.default_rng(number)
-    step = STEPS[number % len(STEPS)] if number % 5 else None  # every fifth at a random time
+    step = STEPS[number // 2 % len(STEPS)] if number % 5 else None  # every fifth at a random time
     had = commits(lake, step) + (step == "leases") if step else 0  # the first commit of the lease creates its table
     pause = rng.uniform(0, seconds if step is None else 0.5)
     process = subprocess.Popen(
@@ -104,7 +129,15 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
     assert [row["generation"] for row in generations.history(lake)] == [1, 2]
     assert len(lake.read("sid_changes")) == generations.live(lake)["churn"]["changed"] + 18  # 12 new and 6 removed: none twice
     if log := os.environ.get("ADASID_DRILLS_LOG"):
-        row = {"number": number, "step": step, "pause": round(float(pause), 3), "alive": alive, "new table": left.equals(expected), "equal": True}
+        row = {
+            "number": number,
+            "small": small,
+            "step": step,
+            "pause": round(float(pause), 3),
+            "alive": alive,
+            "new table": left.equals(expected),
+            "equal": True,
+        }
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -162,6 +195,17 @@ def test_a_truncated_file_is_refused(tonight, capsys):
     refused(path, lake, capsys, ["item_features version", "stays live", file.name[:12]])
 
 
+def test_a_damaged_change_feed_is_gone_around(merged, tmp_path, undisturbed_small, capsys):
+    path, lake = copied(merged, tmp_path / "night", retokenize=OPEN)
+    for file in Path(lake.path("item_features")).glob("_change_data/*.parquet"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        (file.parent / f".{file.name}.crc").unlink(missing_ok=True)
+    code, last = here(path, capsys)
+    assert code == 0 and "found by fingerprints" in last, last
+    names = ["item_id", "codes", "active", "collision_rank", "generation", "fingerprint"]
+    assert by_item(lake, None, names).equals(undisturbed_small[0].select(names))
+
+
 def test_a_table_that_grew_a_column_is_no_trouble_and_one_that_changed_a_type_or_a_width_is_refused(tonight, undisturbed, capsys):
     path, lake = tonight
     table = lake.read("item_features")
@@ -192,7 +236,7 @@ def test_a_clock_that_jumped_back_does_not_lock_the_lake(lake):
     early.check()
 
 
-@pytest.mark.skipif(KILLS < 2, reason="in `make drills` only")
+@pytest.mark.skipif(KILLS < 3, reason="in `make drills` only")
 def test_a_full_disk_ends_in_the_old_or_the_new_table(tonight, undisturbed, tmp_path):
     """On a small file system of its own, where one can be mounted, with next to nothing left."""
     small = tmp_path / "small"

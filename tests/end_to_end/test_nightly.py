@@ -19,7 +19,7 @@ from adasid.tokenizers.base import Slot
 from pipelines import generations
 from pipelines.engines import tracking
 from pipelines.nightly import retokenize, upkeep
-from tests.end_to_end.nights import by_item, copied, next_day, noisy, put, rows_of, without
+from tests.end_to_end.nights import by_item, copied, follow, merge, next_day, noisy, put, rows_of, without
 
 OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_tail_collision": 1.0, "max_error_ratio": 100.0}, "warm": {"epochs": 3}}
 
@@ -46,20 +46,6 @@ def test_a_day_without_changes_publishes_nothing(published):
     put(lake, table, "same rows, another version")
     assert night(path, "2026-01-01").status == "up to date"
     assert lake.versions("sids", "generations", "live") == before
-
-
-def follow(spark, lake):
-    """From now on ``item_features`` has a change feed."""
-    spark.sql(f"ALTER TABLE delta.`{lake.path('item_features')}` SET TBLPROPERTIES (delta.enableChangeDataFeed = true)")
-
-
-def merge(spark, lake, today, update="t.fingerprint <> s.fingerprint"):
-    """Today's ``item_features`` as single rows of the change feed."""
-    spark.createDataFrame(today.to_pandas()).createOrReplaceTempView("today")
-    spark.sql(
-        f"MERGE INTO delta.`{lake.path('item_features')}` t USING today s ON t.item_id = s.item_id WHEN MATCHED AND {update} THEN UPDATE SET * "
-        "WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE"
-    )
 
 
 @pytest.mark.parametrize("feed", [False, True])

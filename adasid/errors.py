@@ -35,3 +35,8 @@ class GateError(AdasidError):
 
 class TrainingError(AdasidError):
     """Training cannot go on, for example because a loss is not finite (exit code 1)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -13,7 +13,8 @@ from adasid.metrics.codes import code_use, group_metrics
 from adasid.tables import BEHAVIOR, PAD, STRATA
 from adasid.tokenizers.base import Slot
 
-_RARE = [place for place, stratum in enumerate(STRATA) if stratum in ("tail", "cold")]
+RARE = [place for place, stratum in enumerate(STRATA) if stratum in ("tail", "cold")]
+"""Places of the strata whose items have few events."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,20 @@ class Tally:
         strata: NDArray[np.int64],
         events: NDArray[np.int64],
     ) -> Tally:
-        """Of items [n] with ``codes``, ``weights`` and ``active`` [n, L], places ``strata`` [n] in ``tables.STRATA`` and training ``events`` [n], but for
-        their ``groups`` and ``shared``, which depend on all other items."""
+        """Of items [n] with ``codes``, ``weights`` and ``active`` [n, L], places ``strata`` [n] in ``tables.STRATA`` and training ``events`` [n]; but
+        for ``groups`` and ``shared``, which depend on all other items."""
         tally = Tally.none(slots)
         there = codes != PAD
         item, slot = np.nonzero(there)
+        behavior = [place for place, slot_ in enumerate(slots) if slot_.kind == BEHAVIOR]
         np.add.at(tally.codes, (slot, codes[item, slot]), 1)
+        np.add.at(tally.pad, np.nonzero(~there)[1], 1)
         np.add.at(tally.items, strata, 1)
         np.add.at(tally.events, strata, events)
         np.add.at(tally.weights, strata, weights)
-        on, slots_on = np.zeros_like(tally.active), tally.slots_on
-        np.add.at(on, strata, active.astype(np.int64))
-        behavior = [place for place, slot in enumerate(slots) if slot.kind == BEHAVIOR]
-        np.add.at(slots_on, (strata, active[:, behavior].sum(1)), 1)
-        return replace(tally, pad=(~there).sum(0), active=on)
+        np.add.at(tally.active, strata, active.astype(np.int64))
+        np.add.at(tally.slots_on, (strata, active[:, behavior].sum(1)), 1)
+        return tally
 
     @staticmethod
     def known(metrics: Mapping[str, Any], slots: Sequence[Slot]) -> Tally:
@@ -85,7 +86,7 @@ class Tally:
                 tally.active[place] = np.rint(items * np.array(metrics["active_by_stratum"][stratum]))
                 tally.slots_on[place] = np.rint(items * np.array(metrics["active_count_by_stratum"][stratum]))
         pad = np.rint(metrics["items"] * np.array(metrics["pad"])).astype(np.int64)
-        shared = round(metrics["collision_tail"] * int(tally.items[_RARE].sum()))
+        shared = round(metrics["collision_tail"] * int(tally.items[RARE].sum()))
         groups = {size: number for size, number in metrics["group_sizes"]}
         return replace(tally, codes=np.array(metrics["codes"], np.int64), pad=pad, groups=groups, shared=shared)
 
@@ -94,6 +95,11 @@ class Tally:
         names = ("codes", "pad", "items", "events", "weights", "active", "slots_on")
         sums = {name: getattr(self, name) - getattr(before, name) + getattr(after, name) for name in names}
         return Tally(**sums, groups=groups, shared=shared)
+
+    def sound(self) -> bool:
+        """Whether no count is negative."""
+        counts = (self.codes, self.pad, self.items, self.events, self.active, self.slots_on)
+        return self.shared >= 0 and min(self.groups.values(), default=0) >= 0 and all((part >= 0).all() for part in counts)
 
     def metrics(self, slots: Sequence[Slot]) -> dict[str, Any]:
         """Code metrics (methods 8.2 to 8.5) and router figures by stratum, as JSON data."""
@@ -110,7 +116,7 @@ class Tally:
             **{name: [getattr(u, name) for u in use] for name in ("entropy", "utilisation", "perplexity", "top1")},
             **collisions,
             "group_sizes": [[size, self.groups[size]] for size in sizes],
-            "collision_tail": self.shared / max(1, int(self.items[_RARE].sum())),
+            "collision_tail": self.shared / max(1, int(self.items[RARE].sum())),
             "items_by_stratum": {stratum: int(self.items[place]) for place, stratum in present},
             "events_by_stratum": {stratum: int(self.events[place]) for place, stratum in present},
             **{name: {stratum: (sums[place] / self.items[place]).tolist() for place, stratum in present} for name, sums in shares.items()},

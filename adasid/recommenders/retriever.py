@@ -49,12 +49,12 @@ class Retriever(CausalEncoder, ABC):
         return rows
 
     def outputs(self, histories: Tensor, chosen: Tensor) -> Tensor:
-        """States after the ``chosen`` [B, T] events of ``histories`` [B, T], row by row -> [P, width]. Histories of like length should stand
-        together: they are worked on in parts, each as long as its longest."""
+        """States after the ``chosen`` [B, T] events of ``histories`` [B, T], the first ones of each row, row by row -> [P, width]. Rows with like
+        numbers of them should stand together: they are worked on in parts, each as long as its longest."""
         distinct, place = torch.unique(histories.clamp(min=0), return_inverse=True)
         vectors, parts = self.vectors(distinct), list[Tensor]()
-        for rows, events in zip(place.chunk(_PARTS), chosen.chunk(_PARTS)):
-            length = max(1, int(events.sum(1).max()))
+        longest = torch.stack([part.max() for part in chosen.sum(1).chunk(_PARTS)]).clamp(min=1).tolist()
+        for rows, events, length in zip(place.chunk(_PARTS), chosen.chunk(_PARTS), longest):
             parts.append(self(nnf.embedding(rows[:, :length], vectors))[events[:, :length]])
         return torch.cat(parts)
 

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 from deltalake import CommitProperties, DeltaTable, write_deltalake
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
-from adasid.errors import InputError
+from adasid.errors import BusyError, InputError
 
 _WRITES = {
     "WRITE",
@@ -106,7 +106,8 @@ class Lake:
         version = latest.version() if version is None else version
         try:
             commit = next(entry for entry in latest.history(latest.version() - version + 1) if entry["version"] == version)
-            return str(json.loads(commit["userMetadata"])[STAMP])
+            found = json.loads(commit["userMetadata"])[STAMP]
+            return None if found in (None, "None") else str(found)  # maintenance keeps the stamp of a table that has none
         except (StopIteration, ValueError, KeyError, TypeError):
             return None
 
@@ -147,18 +148,22 @@ class Lake:
         there = DeltaTable(self.path(table)) if self.exists(table) else self.path(table)
         write_deltalake(there, rows, mode="overwrite", predicate=where if self.exists(table) else None, commit_properties=properties(digest))
 
-    def change(self, table: str, rows: pa.Table, gone: pa.Array, digest: str) -> None:
-        """Replace the rows of the items in ``rows``, add those of items that are new, and remove those of the items ``gone``, in one commit
-        stamped with ``digest``: columnar, without Spark, so that a small change of a large table is cheap."""
+    def change(self, table: str, version: int, rows: pa.Table, gone: pa.Array, digest: str) -> None:
+        """Replace the rows of the items in ``rows`` (each once), add those of items that are new, and remove those of the items ``gone``, in one commit
+        after ``version``, stamped with ``digest``: columnar, without Spark, so that a small change of a large table is cheap. Raises BusyError where
+        somebody else has written since."""
         rows = rows.append_column("_gone", pa.array(np.zeros(rows.num_rows, bool)))
         leaving = pa.table({"item_id": gone, "_gone": np.ones(len(gone), bool)}).cast(pa.schema([("item_id", pa.string()), ("_gone", pa.bool_())]))
         source = pa.concat_tables([rows.cast(_nullable(rows.schema)), leaving], promote_options="default")
         values = {name: f"s.{name}" for name in rows.column_names if name != "_gone"}
-        merge = DeltaTable(self.path(table)).merge(
+        merge = DeltaTable(self.path(table), version=version).merge(
             source, "t.item_id = s.item_id", source_alias="s", target_alias="t", commit_properties=properties(digest, retries=0)
         )
         merge = merge.when_matched_delete("s._gone").when_matched_update(values).when_not_matched_insert(values, "NOT s._gone")
-        merge.execute()
+        try:
+            merge.execute()
+        except CommitFailedError:
+            raise BusyError(f"{table}: another run wrote to {self.path(table)} after version {version}; run this one again") from None
 
 
 def _nullable(schema: pa.Schema) -> pa.Schema:

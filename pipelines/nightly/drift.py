@@ -40,6 +40,8 @@ def gauged(one_of: int) -> Column:
 
 def gauged_rows(item_ids: pa.Array, one_of: int) -> pa.Array:
     """:func:`gauged` of a column."""
+    if one_of == 1:
+        return pa.repeat(True, len(item_ids))
     return pa.array(np.fromiter(map(zlib.crc32, item_ids.cast(pa.binary()).to_pylist()), np.int64, len(item_ids)) % one_of == 0)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from adasid.config import Config
 from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.tables import SID_CHANGES
 from adasid.tokenizers.base import Slot
 from adasid.training.checkpoint import write_json
 from pipelines.engines import spark as engine
@@ -32,7 +33,8 @@ _ROWS, _PREFIXES = 65_536, 20_000_000
 
 def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
     """The exports that the config asks for, of generation ``row``."""
-    wanted, target = set(cfg.retokenize.exports), folder(cfg) / str(row["generation"])
+    wanted: set[str] = set(cfg.retokenize.exports)
+    target = folder(cfg) / str(row["generation"])
     if row["items"] > _PREFIXES:
         wanted -= {"prefixes"}
     if not wanted or (target / "manifest.json").exists():
@@ -40,6 +42,18 @@ def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
+    if wanted - {"changes"}:
+        _table(cfg, lake, slots, row, draft, wanted)
+    if "changes" in wanted and lake.exists("sid_changes"):
+        _changes(lake, row["generation"], draft / "changes")
+    facts = {name: row[name] for name in ("generation", "sids_version", "tokenizer", "items", "run_date", "policy")}
+    write_json(draft / "manifest.json", {**facts, "slots": [slot._asdict() for slot in slots]})
+    shutil.rmtree(target, ignore_errors=True)
+    draft.replace(target)
+
+
+def _table(cfg: Config, lake: Lake, slots: list[Slot], row: Generation, draft: Path, wanted: set[str]) -> None:
+    """What is made of all rows."""
     spark = engine.session(cfg.spark)
     index = engine.read(spark, lake, "item_features", row["inputs"]["item_features"]).select("item_id", "item_index")
     sids = (
@@ -58,17 +72,16 @@ def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
         _index(draft)
     if "prefixes" in wanted:
         _prefixes(draft, slots)
-    if "changes" in wanted and lake.exists("sid_changes"):
-        moves = engine.read(spark, lake, "sid_changes").filter(F.col("generation") == row["generation"])
-        moves.drop("generation").write.parquet(str(draft / "changes"))
     for name, parts in {"parquet": ["sids"], "array": ["codes.npy", "item_ids.txt"]}.items():
         for part in parts if name not in wanted else []:
             path = draft / part
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    facts = {name: row[name] for name in ("generation", "sids_version", "tokenizer", "items", "run_date", "policy")}
-    write_json(draft / "manifest.json", {**facts, "slots": [slot._asdict() for slot in slots]})
-    shutil.rmtree(target, ignore_errors=True)
-    draft.replace(target)
+
+
+def _changes(lake: Lake, generation: int, target: Path) -> None:
+    schema = pa.schema([field for field in SID_CHANGES if field.name != "generation"])
+    parts = lake.batches("sid_changes", None, schema.names, pc.field("generation") == generation)
+    ds.write_dataset((part.cast(schema) for part in parts), target, schema=schema, format="parquet")
 
 
 def folder(cfg: Config) -> Path:

@@ -8,7 +8,7 @@ that asks for training) is left to Spark, which looks at the whole table and say
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,106 +19,141 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from numpy.typing import NDArray
 
-from adasid.errors import InputError
-from adasid.metrics.tally import Tally
+from adasid.errors import InputError, first_line
+from adasid.metrics.tally import RARE, Tally
 from adasid.tables import PAD, SID_CHANGES, SIDS, STRATA
 from adasid.tokenizers.base import Slot, Tokenizer
 from adasid.tokenizers.encode import ENCODED, READ, encode_rows
 from pipelines import generations
 from pipelines.nightly import changes, drift, verdict
-from pipelines.nightly.feed import LATE, RARE, Change, Integers, Mask, Side, Unusual, fed
+from pipelines.nightly.feed import LATE, Change, Integers, Mask, Side, Unusual, fed
 from pipelines.nightly.feed import read as read_feed
 from pipelines.nightly.night import Night
 from pipelines.nightly.verdict import Found
 
-_COUNTED = ["codes", "weights", "active", "gauges"]
+_FILES = 64
+"""Files of ``sids`` from which on a night is Spark's, which writes the table anew: every small night may add one."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """``codes``, ``weights``, ``active`` [n, L] of rows of ``sids``."""
+class _Prepared:
+    """A night that may be published: the rows of ``sids`` and ``sid_changes`` that it writes, the items ``gone``, the ``version`` of ``sids`` that they
+    change, and the night's ``facts``; no rows where nothing changed."""
 
-    codes: Integers
-    weights: NDArray[np.float64]
-    active: Mask
-
-    @staticmethod
-    def of(rows: pa.Table, length: int) -> Rows:
-        """Of a table without nulls."""
-        flat = [pc.list_flatten(rows[name]).to_numpy().reshape(-1, length) for name in ("codes", "weights", "active")]
-        return Rows(flat[0].astype(np.int64), flat[1].astype(np.float64), flat[2].astype(bool))
+    counts: Counter[str]
+    version: int = 0
+    manifest: dict[str, Any] = field(default_factory=dict)
+    rows: pa.Table | None = None
+    moves: pa.Table | None = None
+    gone: pa.Array | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def publish(night: Night) -> bool:
-    """Publish the night, or find that nothing changed; False, with nothing done, where that is Spark's."""
-    settings, since = night.cfg.retokenize, night.live["inputs"]["item_features"]
-    if settings.policy not in {"frozen", "auto"} or not settings.small_night or "counts" not in night.live["drift"]:
-        return False
-    if not changes.followed(night.lake, since, night.version) or not _current(night):
-        return False
-    tokenizer, manifest = night.champion()
-    torch.set_num_threads(1)
+    """Publish the night, or find that nothing changed; False, with nothing done, where that is Spark's. Raises InputError where the night cannot be
+    written, BusyError where another run was faster."""
     try:
-        change = read_feed(night, since)
-        counts = Counter(change.kind.tolist() if change else [])
-        if change is None or set(counts) <= {"same"}:
-            night.found("change feed", counts)
-            night.unchanged()
-            return True
-        encoded = _encoded(night, since, change, tokenizer)
-        ranks, found = _measured(night, change, encoded, night.slots(manifest))
-    except (Unusual, OSError, DeltaError, pa.ArrowException):
+        made = _prepared(night)
+    except (Unusual, OSError, DeltaError, pa.ArrowException) as error:
+        if str(error):
+            night.track.note(f"left to Spark: {first_line(error)}")
         return False
-    measured = verdict.facts(night.cfg, night.live, night.version, found)
-    if verdict.policy(night.cfg, found.drifted) != "frozen" or not all(gate["passed"] for gate in measured["gates"]):
-        return False
-    night.found("change feed", counts)
-    night.track.metrics(verdict.tracked(measured))
+    night.found("change feed", made.counts)
+    rows, moves, facts = made.rows, made.moves, made.facts
+    if rows is None or moves is None:
+        night.unchanged()
+        return True
+    night.track.metrics(verdict.tracked(facts))
     night.track.note("policy frozen, without Spark")
-    number, stamp = generations.next_number(night.lake), night.stamp("frozen", manifest["digest"])
-    rows = _with(encoded, generation=number, tokenizer=manifest["digest"], collision_rank=ranks).select(SIDS.names).cast(SIDS)
-    moves = _with(_moves(change, encoded), generation=number).select(SID_CHANGES.names).cast(SID_CHANGES)
-    gone = change.ids.filter(pa.array(change.of("removed")))
+    stamp, where = night.stamp("frozen", facts["tokenizer"]), f"generation = {facts['generation']}"
     try:
         night.publish(
-            {"generation": number, "policy": "frozen", "run_date": night.day, **measured},
-            manifest,
+            facts,
+            made.manifest,
             stamp,
-            lambda: night.lake.change("sids", rows, gone, stamp),
-            lambda: night.lake.put("sid_changes", moves, f"generation = {number}", stamp),
+            lambda: night.lake.change("sids", made.version, rows, made.gone, stamp),
+            lambda: night.lake.put("sid_changes", moves, where, stamp),
         )
     except (OSError, DeltaError, pa.ArrowException) as error:
         raise InputError(
-            f"night {night.day}: the lake {night.lake.root} cannot be written ({str(error).splitlines()[0]}); generation "
+            f"night {night.day}: its table or its files cannot be written below {night.cfg.run_dir} ({first_line(error)}); generation "
             f"{generations.pointer(night.lake)} stays live: mend the disk or the table, then run the night again"
         ) from error
     return True
 
 
-def _current(night: Night) -> bool:
-    """Whether the newest rows of ``sids`` are the live ones, or those of this very night, which was cut off."""
-    if night.lake.fresh(night.stamp("frozen", night.live["tokenizer"]), "sids"):
-        return True
+def _prepared(night: Night) -> _Prepared:
+    """Raises Unusual, or what reading raises, where the night is not for this module."""
+    settings, live, since = night.cfg.retokenize, night.live, night.live["inputs"]["item_features"]
+    if settings.policy not in {"frozen", "auto"} or not settings.small_night or not changes.followed(night.lake, since, night.version):
+        raise Unusual
+    if live["items"] > settings.small_table:
+        raise Unusual(f"{live['items']} items are more than retokenize.small_table")
+    if "counts" not in live["drift"]:
+        raise Unusual(f"generation {live['generation']} was published before its counts were kept")
+    version = _base(night)
+    tokenizer, manifest = night.champion()
+    torch.set_num_threads(1)  # as Spark's workers encode
+    change = read_feed(night, since, list(tokenizer.widths))
+    counts = Counter({str(kind): int(n) for kind, n in zip(*np.unique(change.kind, return_counts=True))} if change else {})
+    if change is None or set(counts) <= {"same"}:
+        return _Prepared(counts)
+    encoded = _encoded(night, since, change, tokenizer)
+    ranks, found = _measured(night, change, encoded, night.slots(manifest))
+    measured = verdict.facts(night.cfg, live, night.version, found)
+    failed = [gate["gate"] for gate in measured["gates"] if not gate["passed"]]
+    if failed:
+        raise Unusual(f"gate {failed[0]}")
+    if verdict.policy(night.cfg, found.drifted) != "frozen":
+        raise Unusual("drift asks for another tokenizer")
+    number = generations.next_number(night.lake)
+    return _Prepared(
+        counts,
+        version,
+        manifest,
+        rows=_with(encoded, generation=number, tokenizer=manifest["digest"], collision_rank=ranks).select(SIDS.names).cast(SIDS),
+        moves=_with(_moves(change, encoded), generation=number).select(SID_CHANGES.names).cast(SID_CHANGES),
+        gone=change.ids.filter(pa.array(change.of("removed"))),
+        facts={"generation": number, "policy": "frozen", "run_date": night.day, **measured},
+    )
+
+
+def _base(night: Night) -> int:
+    """The newest version of ``sids``, which must hold the live rows, or those of this very night, which was cut off. Raises Unusual."""
     newest = DeltaTable(night.lake.path("sids"))
-    return set(newest.file_uris()) == set(night.lake.open("sids", night.live["sids_version"]).file_uris())
+    files = newest.file_uris()
+    if not night.lake.fresh(night.stamp("frozen", night.live["tokenizer"]), "sids"):
+        if set(files) != set(night.lake.open("sids", night.live["sids_version"]).file_uris()):
+            raise Unusual("the newest rows of sids are not the live ones")
+        if len(files) > _FILES:
+            raise Unusual(f"sids has {len(files)} files, and is written anew")
+    return int(newest.version())
 
 
 def _encoded(night: Night, since: int, change: Change, tokenizer: Tokenizer) -> pa.Table:
-    """Rows of :data:`ENCODED` of the items that are new or changed, in their order."""
+    """Rows of :data:`ENCODED` of the items that are new or changed, in their order, whose vectors are encoded in that order too: the parts of the
+    feed decide nothing. Raises Unusual where one is missing or faulty."""
     chosen = pa.array(change.of("new", "changed"))
     ids, version, held = change.ids.filter(chosen), change.version.filter(chosen), change.published["codes"].combine_chunks().filter(chosen)
-    one_of, batch, parts = night.live["drift"]["baseline"]["every"], night.cfg.sids.batch, list[pa.RecordBatch]()
-    for part in fed(night, since, [*READ, *tokenizer.widths]):
-        place = pc.index_in(part["item_id"], ids)
-        newest = pc.and_(pc.equal(part["_commit_version"], version.take(place)).fill_null(False), pc.is_in(part["_change_type"], LATE))
-        rows = part.filter(newest).append_column("published", held.take(place.filter(newest)))
-        rows = rows.append_column("gauged", drift.gauged_rows(rows["item_id"], one_of))
-        parts += [encode_rows(tokenizer, rows.slice(start, batch), night.cfg.retokenize.slack) for start in range(0, rows.num_rows, batch)]
-    made = pa.Table.from_batches(parts, ENCODED).combine_chunks()
-    place = pc.index_in(ids, made["item_id"].combine_chunks())
-    if place.null_count or made.num_rows != len(ids) or pc.any(made["fault"].is_valid()).as_py():
-        raise Unusual
-    return made.take(place)
+    parts = list[pa.RecordBatch]()
+    for part in fed(night, since, [*READ, *tokenizer.widths], list(tokenizer.widths)):
+        newest = pc.equal(part["_commit_version"], version.take(pc.index_in(part["item_id"], ids))).fill_null(False)
+        parts.append(part.filter(pc.and_(newest, pc.is_in(part["_change_type"], LATE))))
+    rows = pa.Table.from_batches(parts)
+    place = pc.index_in(ids, rows["item_id"].combine_chunks())
+    if place.null_count or rows.num_rows != len(ids):
+        raise Unusual("the change feed tells of an item twice in one commit, or not of its vectors")
+    rows = _with(rows.take(place), gauged=drift.gauged_rows(ids, night.live["drift"]["baseline"]["every"]), published=held).combine_chunks()
+    batches = rows.to_batches(max_chunksize=night.cfg.sids.batch)
+    made = pa.Table.from_batches([encode_rows(tokenizer, batch, night.cfg.retokenize.slack) for batch in batches], ENCODED).combine_chunks()
+    if pc.any(made["fault"].is_valid()).as_py():
+        raise Unusual("vectors with faults")
+    return made
+
+
+def _codes(rows: pa.Table | pa.RecordBatch, length: int) -> Integers:
+    """Codes [n, L] of rows of ``sids``."""
+    return np.asarray(pc.list_flatten(rows["codes"]).to_numpy().reshape(-1, length), np.int64)
 
 
 def _measured(night: Night, change: Change, encoded: pa.Table, slots: list[Slot]) -> tuple[pa.Array, Found]:
@@ -126,13 +161,16 @@ def _measured(night: Night, change: Change, encoded: pa.Table, slots: list[Slot]
     live, was, now, same = night.live, ~change.of("new"), change.of("new", "changed"), change.of("same")
     base, length = live["drift"]["baseline"], len(slots)
     old, still = change.published.filter(pa.array(was)), change.published.filter(pa.array(same))
-    new = pa.concat_tables([encoded.select(_COUNTED), still.select(_COUNTED)], promote_options="permissive")
+    new = pa.concat_tables([encoded.select([*verdict.MEASURED]), still.select([*verdict.MEASURED])], promote_options="permissive")
     before = change.before.of(was)
     after = Side(*(np.concatenate([getattr(change.after.of(part), name) for part in (now, same)]) for name in ("stratum", "events")))
-    ranks, groups, shared = _grouped(night, change, Rows.of(encoded, length).codes, encoded)
+    ranks, groups, shared = _grouped(night, change, _codes(encoded, length), encoded)
     known = Tally.known(live["metrics"], slots)
     tallies = _tally(slots, old, before), _tally(slots, new, after)
-    metrics = known.changed(*tallies, groups, known.shared + shared).metrics(slots)
+    tally = known.changed(*tallies, groups, known.shared + shared)
+    if not tally.sound():
+        raise Unusual("the counts of the live generation are not those of its rows")
+    metrics = tally.metrics(slots)
     gauged = [_gauged(rows["gauges"], side.stratum, base["edges"]) for rows, side in ((old, before), (new, after))]
     counts = drift.changed(live["drift"]["counts"], *gauged)
     drifted = drift.against(base, drift.described(night.lake, counts, base["every"], base["edges"]))
@@ -153,8 +191,8 @@ def _measured(night: Night, change: Change, encoded: pa.Table, slots: list[Slot]
 
 
 def _tally(slots: list[Slot], rows: pa.Table, side: Side) -> Tally:
-    own = Rows.of(rows, len(slots))
-    return Tally.of(slots, own.codes, own.weights, own.active, side.stratum, side.events)
+    weights, active = (pc.list_flatten(rows[name]).to_numpy().reshape(-1, len(slots)) for name in ("weights", "active"))
+    return Tally.of(slots, _codes(rows, len(slots)), weights.astype(np.float64), active.astype(bool), side.stratum, side.events)
 
 
 def _gauged(gauges: pa.ChunkedArray, strata: Integers, edges: dict[str, list[float]]) -> dict[str, drift.Counts]:
@@ -176,26 +214,26 @@ def _grouped(night: Night, change: Change, codes: Integers, encoded: pa.Table) -
     """Of the SIDs that gain, lose or recount an item: the collision ranks of the rows ``encoded`` with ``codes``, after those that stay; the sizes of all groups
     then; and by how much the number of rare items in shared groups grows."""
     live, length = night.live, codes.shape[1]
-    leaving = Rows.of(change.published.filter(pa.array(~change.of("new"))), length).codes
+    leaving = _codes(change.published.filter(pa.array(~change.of("new"))), length)
     distinct = np.unique(np.concatenate([codes, leaving]), axis=0)
     order = _keys(distinct).argsort()
     distinct, keys = distinct[order], _keys(distinct)[order]
     if (keys[1:] == keys[:-1]).any():
-        raise Unusual
+        raise Unusual("two SIDs have one key")
 
     def group(rows: Integers) -> Integers:
         """Place of each row of codes in ``distinct``; -1 for none."""
         place = np.minimum(np.searchsorted(keys, _keys(rows)), len(keys) - 1)
         return np.where((distinct[place] == rows).all(1), place, -1)
 
-    ids, of, rank = list[pa.Array](), list[Integers](), list[Integers]()
+    ids, places, ranked = list[pa.Array](), list[Integers](), list[Integers]()
     for part in night.lake.batches("sids", live["sids_version"], ["item_id", "codes", "collision_rank"]):
-        place = group(pc.list_flatten(part["codes"]).to_numpy().reshape(part.num_rows, length).astype(np.int64))
+        place = group(_codes(part, length))
         there = place >= 0
         ids.append(part["item_id"].filter(pa.array(there)))
-        of.append(place[there])
-        rank.append(part["collision_rank"].to_numpy()[there])
-    members, of_member, ranks = pa.chunked_array(ids, pa.string()).combine_chunks(), np.concatenate(of), np.concatenate(rank)
+        places.append(place[there])
+        ranked.append(part["collision_rank"].to_numpy()[there])
+    members, of_member, ranks = pa.chunked_array(ids, pa.string()).combine_chunks(), np.concatenate(places), np.concatenate(ranked)
     before, after = _rare(night, change, members)
     stays = ~pc.is_in(members, change.ids.filter(pa.array(change.of("changed", "removed")))).to_numpy(zero_copy_only=False)
     own, rare = group(codes), change.after.of(change.of("new", "changed")).rare()
@@ -215,12 +253,13 @@ def _grouped(night: Night, change: Change, codes: Integers, encoded: pa.Table) -
 def _rare(night: Night, change: Change, members: pa.Array) -> tuple[Mask, Mask]:
     """Which of ``members`` are tail or cold, before and after."""
     parts = night.lake.batches("item_features", night.version, ["item_id", "stratum"], pc.field("item_id").isin(members))
-    rows = pa.Table.from_batches(parts, pa.schema([("item_id", pa.string()), ("stratum", pa.string())]))
+    schema = pa.schema([("item_id", pa.string()), ("stratum", pa.string())])
+    rows = pa.Table.from_batches([part.cast(schema) for part in parts], schema)
     known = pc.is_in(rows["stratum"].take(pc.index_in(members, rows["item_id"].combine_chunks())), pa.array([STRATA[place] for place in RARE]))
     place = pc.index_in(members, change.ids).fill_null(-1).to_numpy()
     found = pc.is_in(members, rows["item_id"].combine_chunks()).to_numpy(zero_copy_only=False)
     if (~found & (place < 0)).any():
-        raise Unusual
+        raise Unusual("a published item is not in item_features, and the change feed does not tell that it left")
     now = known.to_numpy()
     return np.where(place < 0, now, change.before.rare()[place]), now
 
@@ -240,8 +279,7 @@ def _churn_groups(change: Change, encoded: pa.Table, length: int) -> list[dict[s
     """What :func:`changes.churned` takes."""
     fresh = change.of("new", "changed")
     changed = change.kind[fresh] == "changed"
-    new = Rows.of(encoded, length).codes[changed]
-    differ = new != Rows.of(change.published.filter(pa.array(change.of("changed"))), length).codes
+    differ = _codes(encoded, length)[changed] != _codes(change.published.filter(pa.array(change.of("changed"))), length)
     moved, today = differ.any(1), change.after.of(change.of("changed"))
     groups = [{"stratum": None, "kind": "removed", "items": int(change.of("removed").sum()), "events": None}]
     for place, stratum in enumerate(STRATA):

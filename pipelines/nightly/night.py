@@ -27,8 +27,8 @@ from pipelines.nightly.lease import Lease
 
 @dataclass
 class Night:
-    """``live``: the generation before; ``version``: of today's ``item_features``; ``day``: the run date; ``key``: digest of all that the night follows
-    from, but for the policy that is chosen and the tokenizer. Spark starts where it is asked for."""
+    """``live``: the generation before; ``version``: of today's ``item_features``; ``day``: the run date; ``key``: digest of all that the night
+    follows from, but for the policy that is chosen and the tokenizer. Spark starts where it is asked for."""
 
     cfg: Config
     track: Track

@@ -27,8 +27,6 @@ from pipelines.nightly.night import Night
 from pipelines.nightly.verdict import Found
 
 _WORST = 10
-_MEASURED = ("codes", "weights", "active", "gauges")
-"""What is measured of a row, beside its item's interactions and stratum; the rest of a row that stays is read once, to write it."""
 
 
 def run(cfg: Config, track: Track, run_date: date) -> None:
@@ -127,7 +125,7 @@ def _found(night: Night, made: Made, moves: DataFrame, drifted: dict[str, Any]) 
 @dataclass
 class Made:
     """A night's ``rows`` of ``sids``, of which those ``encoded`` are new, by the artifact in ``folder``; ``whole``: what of all of them is measured
-    (:data:`_MEASURED`); ``touched``: the published rows that do not stay; ``baseline``: the day that the tokenizer knows, as ``drift.measure`` gives it; ``day``: today in its bins; ``drifted``: today
+    (:data:`verdict.MEASURED`); ``touched``: the published rows that do not stay; ``baseline``: the day that the tokenizer knows, as ``drift.measure`` gives it; ``day``: today in its bins; ``drifted``: today
     against the live tokenizer's; ``broken``: items whose vectors are not finite."""
 
     folder: Path
@@ -156,7 +154,7 @@ def _frozen(night: Night, folder: Path, manifest: dict[str, Any], found: DataFra
     broken = sids.faults(encoded, manifest)
     kept = night.published.join(found, "item_id", "left_anti")
     new = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), kept)
-    placed = kept.select("item_id", *_MEASURED).join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
+    placed = kept.select("item_id", *verdict.MEASURED).join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
     whole = placed.unionByName(encoded.select(placed.columns)).persist()
     day = drift.measure(lake, whole, known["every"], known["edges"])
     rows = kept.unionByName(new.select(kept.columns))

@@ -11,12 +11,16 @@ from pipelines import sids
 from pipelines.generations import Generation
 from pipelines.nightly import drift
 
+MEASURED = ("codes", "weights", "active", "gauges")
+"""What is measured of a row of ``sids``, beside its item's events and stratum."""
+
 
 @dataclass(frozen=True)
 class Found:
-    """Of a night's table: ``metrics`` (``sids.measure``) and ``churn`` (``changes.churn``); ``counts`` of its norms and errors, ``drifted`` (``drift.against``) from
-    ``baseline``, what the tokenizer in ``folder`` knows; ``distinct`` different items, of which ``known`` are among the ``items`` of today; ``broken`` ones
-    with vectors that are not finite; ``error``: :func:`largest_error` of the table's tokenizer."""
+    """Of a night's table: its ``tokenizer`` (digest) and the ``folder`` of its artifact; ``metrics`` (``sids.measure``) and ``churn``
+    (``changes.churn``); the ``counts`` of its norms and errors in the bins of ``baseline``, which the tokenizer knows; how far today has ``drifted`` from the live
+    one (``drift.against``), and the :func:`largest_error` of the table's own; ``distinct`` different items, of which ``known`` are among the ``items`` of today;
+    ``broken`` ones with vectors that are not finite."""
 
     folder: Path
     tokenizer: str

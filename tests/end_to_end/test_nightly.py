@@ -1,6 +1,7 @@
 """The nightly job on real Delta tables: what moves, what stays, what is refused, and how one gets back."""
 
 import json
+from collections import Counter
 from datetime import date
 from pathlib import Path
 
@@ -135,12 +136,18 @@ def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark
     for item, row in rows_of(tables[0]).items():
         if row["generation"] == 1:
             assert row == before[item]
-    # what it cannot judge, it leaves to Spark
     path, lake = small
+    spark.sql(f"DELETE FROM delta.`{lake.path('item_features')}` WHERE item_index IN (2, 9)")
+    assert night(path, "2026-01-06").facts["removed"] == 2
+    third = generations.live(lake)
+    assert third["items"] == ours["items"] - 2 == lake.read("sids").num_rows and third["generation"] == 3
+    sizes = Counter(Counter(map(tuple, lake.read("sids")["codes"].to_pylist())).values())
+    assert third["metrics"]["group_sizes"] == [[size, sizes[size]] for size in sorted(sizes)]
+    # what it cannot judge, it leaves to Spark
     spark.sql(f"UPDATE delta.`{lake.path('item_features')}` SET text = transform(text, x -> double('NaN')), fingerprint = 'n' WHERE item_index = 3")
     with pytest.raises(GateError, match="items with vectors that are not finite is 1, allowed 0"):
-        night(path, "2026-01-06")
-    assert generations.live(lake)["generation"] == 2
+        night(path, "2026-01-07")
+    assert generations.live(lake)["generation"] == 3
 
 
 def flat(value, name=""):

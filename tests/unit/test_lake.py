@@ -1,0 +1,50 @@
+"""The lake: small changes of a table in one commit, and what commits are stamped with."""
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from adasid.errors import BusyError
+from pipelines.engines.lake import Lake, properties
+
+SCHEMA = pa.schema(
+    [pa.field("item_id", pa.string(), False), pa.field("codes", pa.list_(pa.int32()), False), pa.field("generation", pa.int64(), False)]
+)
+
+
+def rows(*items):
+    return pa.Table.from_pylist([{"item_id": item, "codes": codes, "generation": number} for item, codes, number in items], SCHEMA)
+
+
+@pytest.fixture
+def lake(tmp_path):
+    made = Lake(str(tmp_path), {})
+    made.write("sids", SCHEMA, rows(("a", [1, 2], 1), ("b", [3, 4], 1), ("c", [5, 6], 1)).to_batches(), "first")
+    return made
+
+
+def test_a_change_replaces_adds_and_removes_rows_in_one_stamped_commit(lake):
+    lake.change("sids", 0, rows(("b", [7, 8], 2), ("d", [9, 9], 2)), pa.array(["c"]), "second")
+    assert lake.read("sids").sort_by("item_id").equals(rows(("a", [1, 2], 1), ("b", [7, 8], 2), ("d", [9, 9], 2)))
+    assert lake.version("sids") == lake.made("sids", "second") == 1 and lake.fresh("second", "sids")
+    lake.change("sids", 1, rows(), pa.array(["a", "b"]), "third")
+    assert lake.read("sids").equals(rows(("d", [9, 9], 2)))
+
+
+def test_a_change_of_a_version_that_is_not_the_newest_is_refused(lake):
+    lake.change("sids", 0, rows(("b", [7, 8], 2)), pa.array([], pa.string()), "second")
+    with pytest.raises(BusyError, match=r"sids: another run wrote to .*sids after version 0; run this one again"):
+        lake.change("sids", 0, rows(("b", [0, 0], 3)), pa.array([], pa.string()), "third")
+    assert lake.version("sids") == 1
+
+
+def test_maintenance_of_a_table_without_a_stamp_gives_it_none(lake):
+    lake.write("theirs", SCHEMA, rows(("a", [1, 2], 1)).to_batches(), "ours")
+    DeltaTable(lake.path("theirs")).delete("item_id = 'a'")
+    for _ in range(2):
+        assert lake.stamp("theirs") is None
+        name = f"{lake.path('theirs')}@{lake.version('theirs')}"
+        assert lake.stamps(lake.versions("theirs")) == {"theirs": name}
+        DeltaTable(lake.path("theirs")).alter.set_table_properties(
+            {"delta.enableExpiredLogCleanup": "false"}, commit_properties=properties(lake.stamp("theirs"))
+        )

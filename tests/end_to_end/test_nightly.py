@@ -138,7 +138,10 @@ def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark
             assert row == before[item]
     path, lake = small
     spark.sql(f"DELETE FROM delta.`{lake.path('item_features')}` WHERE item_index IN (2, 9)")
-    assert night(path, "2026-01-06").facts["removed"] == 2
+    assert night(path, "2026-01-06", "retokenize.exports=[changes]").facts["removed"] == 2
+    left = load(path).run_dir / "exports" / "3"
+    assert {file.name for file in left.iterdir()} == {"changes", "manifest.json"}
+    assert pq.read_table(left / "changes")["why"].to_pylist() == ["removed", "removed"]
     third = generations.live(lake)
     assert third["items"] == ours["items"] - 2 == lake.read("sids").num_rows and third["generation"] == 3
     sizes = Counter(Counter(map(tuple, lake.read("sids")["codes"].to_pylist())).values())

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pyspark import StorageLevel
 
 from adasid.config import Categories, Config, digest
-from adasid.errors import InputError
+from adasid.errors import InputError, first_line
 from adasid.metrics.probes import Readout, agreement, duplicates_kept, shared_cosine
 from adasid.report import comparison
 from adasid.tables import BEHAVIOR, PAD
@@ -154,7 +154,7 @@ def _categories(source: Categories, wanted: pc.Expression) -> tuple[pa.ChunkedAr
         table = ds.dataset(source.file, format="parquet").to_table(columns=["item_id", source.column], filter=wanted)
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise InputError(
-            f"compare.categories {source.file}: cannot be read ({str(error).splitlines()[0]}); give a Parquet file with item_id and {source.column}"
+            f"compare.categories {source.file}: cannot be read ({first_line(error)}); give a Parquet file with item_id and {source.column}"
         ) from None
     column = table[source.column]
     if pa.types.is_list(column.type):

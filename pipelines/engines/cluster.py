@@ -58,7 +58,7 @@ def _fit_on_ray(function: Callable[[dict[str, Any]], None], payload: dict[str, A
         _join(settings)
     except AuthenticationError as error:
         raise errors.InputError(
-            f"Ray refused the connection ({str(error).splitlines()[0]}): export RAY_AUTH_MODE=token, as where the cluster was started"
+            f"Ray refused the connection ({errors.first_line(error)}): export RAY_AUTH_MODE=token, as where the cluster was started"
         ) from None
     except OSError as error:  # ConnectionError, and a time-out
         where = settings.address or os.environ.get("RAY_ADDRESS")

@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
-from adasid.errors import BusyError, InputError
+from adasid.errors import BusyError, InputError, first_line
 
 _WRITES = {
     "WRITE",
@@ -84,7 +84,7 @@ class Lake:
                 f"table {table} does not exist in {self.root}: run the stage that writes it first (see the README's list of stages)"
             ) from None
         except Exception as error:
-            raise InputError(f"table {table} in {self.root} cannot be read at version {version}: {str(error).splitlines()[0]}") from None
+            raise InputError(f"table {table} in {self.root} cannot be read at version {version}: {first_line(error)}") from None
 
     def version(self, table: str) -> int:
         """The version that a reader gets: the pin, else the latest."""

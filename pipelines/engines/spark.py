@@ -17,7 +17,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from adasid import config
-from adasid.errors import InputError
+from adasid.errors import InputError, first_line
 from pipelines.engines.lake import Lake, stamped
 
 JARS = ("delta-spark_4.2_2.13-4.4.0.jar", "delta-storage-4.4.0.jar")
@@ -53,9 +53,7 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     try:
         spark = builder.getOrCreate()
     except Exception as error:
-        raise InputError(
-            f"Spark did not start ({str(error).splitlines()[0]}); it needs Java 17 or newer on PATH or JAVA_HOME: run `make setup`"
-        ) from None
+        raise InputError(f"Spark did not start ({first_line(error)}); it needs Java 17 or newer on PATH or JAVA_HOME: run `make setup`") from None
     try:
         spark._jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass(_EXTENSION)  # type: ignore[union-attr]
     except Exception:

@@ -19,6 +19,7 @@ class Retrieval(Section):
     blocks: int = Field(2, ge=1, description="transformer blocks of the encoder")
     decoder_blocks: int = Field(1, ge=1, description="transformer blocks of the autoregressive decoder")
     heads: int = Field(1, ge=1, description="attention heads")
+    feedforward: int = Field(1, ge=1, description="hidden width of the blocks' feed-forward layers, in widths (SASRec: 1)")
     max_length: int = Field(20, ge=1, description="events of history that the model sees")
     dropout: Share = Field(0.5, description="dropout on embeddings, attention and feed-forward")
     temperature: float = Field(0.07, gt=0, description="temperature of the token heads' cosine logits")

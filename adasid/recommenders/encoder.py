@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 
 class CausalEncoder(nn.Module):
-    """Pre-norm transformer with learned positions; inputs are scaled by the square root of their width (arXiv 1808.09781)."""
+    """Pre-norm transformer with learned positions; inputs are scaled by the square root of their width (arXiv 1808.09781). ``feedforward``: width of
+    the hidden layer of each block, in widths."""
 
-    def __init__(self, width: int, blocks: int, heads: int, max_length: int, dropout: float) -> None:
+    def __init__(self, width: int, blocks: int, heads: int, feedforward: int, max_length: int, dropout: float) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.randn(max_length, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, heads, width, dropout, activation="gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(width, heads, feedforward * width, dropout, activation="gelu", batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, blocks, norm=nn.LayerNorm(width), enable_nested_tensor=False)
         self.dropout = nn.Dropout(dropout)
         self.max_length = max_length

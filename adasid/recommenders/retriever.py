@@ -32,7 +32,7 @@ class Retriever(CausalEncoder, ABC):
 
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
         s = self.settings = settings
-        super().__init__(s.width, s.blocks, s.heads, s.max_length, s.dropout)
+        super().__init__(s.width, s.blocks, s.heads, s.feedforward, s.max_length, s.dropout)
         self.catalogue = catalogue
         self.omega = catalogue.loss_weights()
         self.table = nn.Parameter(torch.randn(sum(catalogue.sizes), s.width) * 0.02)
@@ -175,7 +175,7 @@ class AutoregressiveRetriever(Retriever):
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
         super().__init__(settings, catalogue)
         s = settings
-        self.decoder = CausalEncoder(s.width, s.decoder_blocks, s.heads, len(catalogue.sizes), s.dropout)
+        self.decoder = CausalEncoder(s.width, s.decoder_blocks, s.heads, s.feedforward, len(catalogue.sizes), s.dropout)
         self.prefixes: Prefixes | None = None
 
     def _decoded(self, states: Tensor, rows: Tensor) -> Tensor:

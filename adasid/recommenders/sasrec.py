@@ -20,7 +20,7 @@ class SASRec(CausalEncoder):
 
     def __init__(self, items: int, width: int, blocks: int, heads: int, max_length: int, dropout: float, device: torch.device | str = "cpu") -> None:
         table = nn.init.normal_(torch.empty(items, width, device=device), std=0.02)
-        super().__init__(width, blocks, heads, max_length, dropout)
+        super().__init__(width, blocks, heads, 1, max_length, dropout)
         self.table = table
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from threading import Lock
 from typing import Any, NamedTuple
@@ -91,11 +92,11 @@ def _results(cfg: Config, cells: list[Cell], track: Track) -> dict[int, Row]:
 
 def _result(cell: Cell, tokenizer: Lock) -> Row:
     with tracking.stage(cell.config, f"evaluate {cell.tokenizer}, {cell.model}, seed {cell.config.seed}", journal=False) as track:
-        catalogue = None
+        catalogue: train.Catalogue | None = None
         if cell.sids:
             with tokenizer:
                 catalogue = _catalogue(cell, track)
-        return train.fit_downstream(cell.config, track, cell.task, catalogue)
+        return _of(train.fit_downstream(cell.config, track, cell.task, catalogue), catalogue)
 
 
 def _cells(cfg: Config) -> list[Cell]:
@@ -121,7 +122,7 @@ def _cells(cfg: Config) -> list[Cell]:
 
 def _known(cell: Cell, lake: Lake) -> Row | None:
     """The cell's result where it is there, without any training."""
-    catalogue = None
+    catalogue: train.Catalogue | None = None
     if cell.sids:
         if cell.config.tokenizer.pairs and not pairs.fresh(cell.config, lake):
             return None
@@ -134,7 +135,13 @@ def _known(cell: Cell, lake: Lake) -> Row | None:
             return None
         catalogue = {"table": table, "version": lake.version(table), "slots": manifest["slots"]}
     path = train.downstream_folder(cell.config, lake, cell.task, catalogue) / "result.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    return _of(json.loads(path.read_text(encoding="utf-8")), catalogue) if path.exists() else None
+
+
+def _of(result: Row, catalogue: train.Catalogue | None) -> Row:
+    """``result`` with the size of the SIDs, such as 6 x 100."""
+    sizes = Counter(slot["size"] for slot in catalogue["slots"]) if catalogue else {}
+    return {**result, "codes": " + ".join(f"{slots} × {size}" for size, slots in sizes.items())}
 
 
 def _catalogue(cell: Cell, track: Track) -> train.Catalogue:

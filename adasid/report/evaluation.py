@@ -27,7 +27,7 @@ _CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
 
 
 def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: int = 0) -> Page:
-    """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``model``, ``seed`` and the result of its training; ``missing``: cells without one."""
+    """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``codes`` (slots x codes a slot), ``model``, ``seed`` and the result of its training; ``missing``: cells without one."""
     everything = {task: of_task(rows, task) for task in _SHOWN}
     apart = set(settings.labels) - set(settings.tokenizers)
     cells = {task: {key: group for key, group in own.items() if key[0] not in apart} for task, own in everything.items()}
@@ -114,7 +114,7 @@ def of_task(rows: Sequence[Row], task: str) -> Cells:
 
 def flat(row: Row) -> Row:
     """A cell as one line of a CSV file."""
-    names = ("task", "tokenizer", "model", "seed", "labels", "best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
+    names = ("task", "tokenizer", "codes", "model", "seed", "labels", "best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
     plain = {key: row.get(key) for key in names}
     plain |= {f"validation_{key}": value for key, value in row.get("validation", {}).items()}
     return plain | {f"{s}_{key}": v for s, found in row["strata"].items() for key, v in found.items() if not isinstance(v, dict | list)}
@@ -166,8 +166,8 @@ def _title(key: str) -> str:
 
 
 def _table(title: str, cells: Cells, task: str) -> Table:
-    rows = [(tokenizer, model, *(_spread(group, key) for key in _SHOWN[task])) for (tokenizer, model), group in cells.items()]
-    return Table(title, ("Items as", "Model", *map(_title, _SHOWN[task])), rows, words=2)
+    rows = [(tokenizer, _codes(group), model, *(_spread(group, key) for key in _SHOWN[task])) for (tokenizer, model), group in cells.items()]
+    return Table(title, ("Items as", "Codes", "Model", *map(_title, _SHOWN[task])), rows, words=3)
 
 
 def _strata_table(title: str, cells: Cells, key: str) -> Table:
@@ -201,23 +201,31 @@ def _gain(found: tuple[float, float, float, int] | None) -> str:
 
 
 def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
-    """One sentence a model: where the reference stands against the best of the others, chosen on validation."""
+    """For each model: where the reference stands against the best of the others, chosen on validation; those of other lengths or codebook sizes
+    apart."""
     said, key = [], _TESTED[task][0]
     for model in dict.fromkeys(key[1] for key in cells):
         own = cells.get((settings.reference, model))
         others = {k[0]: g for k, g in cells.items() if k[1] == model and k[0] != settings.reference and k[0] in settings.tokenizers}
-        if not own or not others:
-            continue
-        best = max(others, key=lambda label: _chosen(others[label], task))
-        found = paired(own, others[best], key)
-        if found:
-            gain = found[0]
-            sure = _sure(found)
-            said.append(
-                f"With the model {model}, {settings.reference} is {abs(gain):.1%} {'ahead of' if gain > 0 else 'behind'} the best other tokenizer, "
-                f"{best}, in {_title(key)} ({sure})."
-            )
+        for alike in (True, False):
+            rivals = [label for label, group in others.items() if (_codes(group) == _codes(own or group)) == alike]
+            best = max(rivals, key=lambda label: _chosen(others[label], task), default=None)
+            found = paired(own, others[best], key) if own and best else None
+            if own and best and found:
+                gain = found[0]
+                among = (
+                    "the best other tokenizer" if alike else f"the best whose SIDs are of another size ({_codes(others[best])}, not {_codes(own)})"
+                )
+                said.append(
+                    f"With the model {model}, {settings.reference} is {abs(gain):.1%} {'ahead of' if gain > 0 else 'behind'} {among}, "
+                    f"{best}, in {_title(key)} ({_sure(found)})."
+                )
     return said
+
+
+def _codes(group: Sequence[Row]) -> str:
+    """The size of the SIDs: slots x codes."""
+    return str(group[0].get("codes") or DASH)
 
 
 def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[str, Cells]) -> Section:

@@ -69,7 +69,7 @@ class Retokenize(Section):
     small_night: int = Field(
         100_000,
         ge=0,
-        description="changed items up to which a night that keeps its codebooks, and whose change feed tells of them, works without Spark; 0: never",
+        description="new, changed and removed items up to which a night that keeps its codebooks works without Spark; 0: never",
     )
     small_table: int = Field(
         10_000_000, ge=0, description="live items up to which a night may do without Spark: merging holds some 300 bytes for each in memory"

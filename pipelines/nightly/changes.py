@@ -32,7 +32,7 @@ def detect(spark: SparkSession, lake: Lake, features: DataFrame, published: Data
     then = published.select("item_id", F.col("fingerprint").alias("_then"))
     why = F.when(F.col("_then").isNull(), "new").when(F.col("_now").isNull(), "removed").when(F.col("_now") != F.col("_then"), "changed")
     found = now.join(then, "item_id", "full").select("item_id", why.alias("why")).filter("why IS NOT NULL").persist(StorageLevel.DISK_ONLY)
-    return found, rows.join(found, "item_id", "left_semi"), "fingerprints" if feed is None else "change feed"
+    return found, rows.join(found, "item_id", "left_semi"), how(feed is not None)
 
 
 def _fed(spark: SparkSession, lake: Lake, since: int, until: int) -> DataFrame | None:
@@ -50,6 +50,11 @@ def _latest(feed: DataFrame) -> DataFrame:
     """The rows that the items of a feed have in the end; none for those that were deleted last."""
     order = Window.partitionBy("item_id").orderBy(F.desc("_commit_version"), F.col("_change_type") == "delete")
     return feed.withColumn("_row", F.row_number().over(order)).filter("_row = 1 AND _change_type <> 'delete'")
+
+
+def how(fed: bool) -> str:
+    """The name of the way in which a night's changes are found: whether by the change feed."""
+    return "change feed" if fed else "fingerprints"
 
 
 def followed(lake: Lake, since: int, until: int) -> bool:

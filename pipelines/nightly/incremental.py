@@ -1,8 +1,8 @@
-"""A night whose work is as large as its change: without Spark, where the change feed tells of few items and the codebooks stay.
+"""A night whose work is as large as its change: without Spark, where few items have other vectors and the codebooks stay.
 
-Vectors are read of the items that changed alone. Counts of the new table follow from those of the live generation and the rows that differ; of the
-published table the items and codes are scanned, and merged into. Whatever is out of the ordinary (a fault, a gate that fails, a feed with gaps, drift
-that asks for training) is left to Spark, which looks at the whole table and says what is wrong.
+Vectors are encoded of the items that changed alone. Counts of the new table follow from those of the live generation and the rows that differ; of the
+published table the items and codes are scanned, and merged into. Whatever is out of the ordinary (a fault, a gate that fails, a version that is gone,
+drift that asks for training) is left to Spark, which looks at the whole table and says what is wrong.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from adasid.tables import PAD, SID_CHANGES, SIDS, STRATA
 from adasid.tokenizers.base import Slot, Tokenizer
 from adasid.tokenizers.encode import ENCODED, READ, encode_rows
 from pipelines import generations
-from pipelines.nightly import changes, drift, verdict
-from pipelines.nightly.feed import LATE, Change, Integers, Mask, Side, Unusual, fed
-from pipelines.nightly.feed import read as read_feed
+from pipelines.nightly import changes, differences, drift, verdict
+from pipelines.nightly.differences import Change, Integers, Mask, Side, Unusual
 from pipelines.nightly.night import Night
 from pipelines.nightly.verdict import Found
 
@@ -38,8 +37,9 @@ _FILES = 64
 @dataclass(frozen=True)
 class _Prepared:
     """A night that may be published: the rows of ``sids`` and ``sid_changes`` that it writes, the items ``gone``, the ``version`` of ``sids`` that they
-    change, and the night's ``facts``; no rows where nothing changed."""
+    change, and the night's ``facts``; no rows where nothing changed. ``how`` that was found."""
 
+    how: str
     counts: Counter[str]
     version: int = 0
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +58,7 @@ def publish(night: Night) -> bool:
         if str(error):
             night.track.note(f"left to Spark: {first_line(error)}")
         return False
-    night.found("change feed", made.counts)
+    night.found(made.how, made.counts)
     rows, moves, facts = made.rows, made.moves, made.facts
     if rows is None or moves is None:
         night.unchanged()
@@ -85,7 +85,7 @@ def publish(night: Night) -> bool:
 def _prepared(night: Night) -> _Prepared:
     """Raises Unusual, or what reading raises, where the night is not for this module."""
     settings, live, since = night.cfg.retokenize, night.live, night.live["inputs"]["item_features"]
-    if settings.policy not in {"frozen", "auto"} or not settings.small_night or not changes.followed(night.lake, since, night.version):
+    if settings.policy not in {"frozen", "auto"} or not settings.small_night:
         raise Unusual
     if live["items"] > settings.small_table:
         raise Unusual(f"{live['items']} items are more than retokenize.small_table")
@@ -94,10 +94,11 @@ def _prepared(night: Night) -> _Prepared:
     version = _base(night)
     tokenizer, manifest = night.champion()
     torch.set_num_threads(1)  # as Spark's workers encode
-    change = read_feed(night, since, list(tokenizer.widths))
+    fed = changes.followed(night.lake, since, night.version)
+    how, change = changes.how(fed), differences.read(night, since, fed)
     counts = Counter({str(kind): int(n) for kind, n in zip(*np.unique(change.kind, return_counts=True))} if change else {})
     if change is None or set(counts) <= {"same"}:
-        return _Prepared(counts)
+        return _Prepared(how, counts)
     encoded = _encoded(night, since, change, tokenizer)
     ranks, found = _measured(night, change, encoded, night.slots(manifest))
     measured = verdict.facts(night.cfg, live, night.version, found)
@@ -108,6 +109,7 @@ def _prepared(night: Night) -> _Prepared:
         raise Unusual("drift asks for another tokenizer")
     number = generations.next_number(night.lake)
     return _Prepared(
+        how,
         counts,
         version,
         manifest,
@@ -131,19 +133,12 @@ def _base(night: Night) -> int:
 
 
 def _encoded(night: Night, since: int, change: Change, tokenizer: Tokenizer) -> pa.Table:
-    """Rows of :data:`ENCODED` of the items that are new or changed, in their order, whose vectors are encoded in that order too: the parts of the
-    feed decide nothing. Raises Unusual where one is missing or faulty."""
+    """Rows of :data:`ENCODED` of the items that are new or changed, in their order, whose vectors are encoded in that order too: the parts in which
+    they are read decide nothing. Raises Unusual where one is missing or faulty."""
     chosen = pa.array(change.of("new", "changed"))
-    ids, version, held = change.ids.filter(chosen), change.version.filter(chosen), change.published["codes"].combine_chunks().filter(chosen)
-    parts = list[pa.RecordBatch]()
-    for part in fed(night, since, [*READ, *tokenizer.widths], list(tokenizer.widths)):
-        newest = pc.equal(part["_commit_version"], version.take(pc.index_in(part["item_id"], ids))).fill_null(False)
-        parts.append(part.filter(pc.and_(newest, pc.is_in(part["_change_type"], LATE))))
-    rows = pa.Table.from_batches(parts)
-    place = pc.index_in(ids, rows["item_id"].combine_chunks())
-    if place.null_count or rows.num_rows != len(ids):
-        raise Unusual("the change feed tells of an item twice in one commit, or not of its vectors")
-    rows = _with(rows.take(place), gauged=drift.gauged_rows(ids, night.live["drift"]["baseline"]["every"]), published=held).combine_chunks()
+    ids, held = change.ids.filter(chosen), change.published["codes"].combine_chunks().filter(chosen)
+    rows = differences.vectors(night, since, change, list(READ), list(tokenizer.widths))
+    rows = _with(rows, gauged=drift.gauged_rows(ids, night.live["drift"]["baseline"]["every"]), published=held).combine_chunks()
     batches = rows.to_batches(max_chunksize=night.cfg.sids.batch)
     made = pa.Table.from_batches([encode_rows(tokenizer, batch, night.cfg.retokenize.slack) for batch in batches], ENCODED).combine_chunks()
     if pc.any(made["fault"].is_valid()).as_py():
@@ -259,7 +254,7 @@ def _rare(night: Night, change: Change, members: pa.Array) -> tuple[Mask, Mask]:
     place = pc.index_in(members, change.ids).fill_null(-1).to_numpy()
     found = pc.is_in(members, rows["item_id"].combine_chunks()).to_numpy(zero_copy_only=False)
     if (~found & (place < 0)).any():
-        raise Unusual("a published item is not in item_features, and the change feed does not tell that it left")
+        raise Unusual("a published item is not in item_features, and was not when it got its SID")
     now = known.to_numpy()
     return np.where(place < 0, now, change.before.rare()[place]), now
 

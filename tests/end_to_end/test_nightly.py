@@ -98,14 +98,16 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
     check_exports(path, lake, row, after)
 
 
-def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark):
-    """Two merges, one of them of counts and strata of items that keep their vectors; an item that comes and goes between two nights."""
+@pytest.mark.parametrize("how", ["change feed", "fingerprints"])
+def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark, how):
+    """Two changes, one of them of counts and strata of items that keep their vectors; an item that comes and goes between two nights."""
     small, whole = (copied(shop, tmp_path / name / "shop", retokenize=OPEN) for name in ("small", "whole"))
     for _, lake in (small, whole):
-        follow(spark, lake)
+        if how == "change feed":
+            follow(spark, lake)
         features = lake.read("item_features")
         step = next_day(features, seed=5)
-        merge(spark, lake, step)
+        merge(spark, lake, step) if how == "change feed" else put(lake, step, "step")
         kinds = step["stratum"].to_pylist()
         places = {
             "interactions": pa.array(range(step.num_rows)),
@@ -115,11 +117,14 @@ def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark
             place = step.column_names.index(name)
             step = step.set_column(place, step.schema.field(name), column)
         gone = without(next_day(step, seed=6), ["new5-00000"])
-        merge(spark, lake, gone, "(t.interactions <> s.interactions OR t.stratum <> s.stratum OR t.fingerprint <> s.fingerprint)")
+        if how == "change feed":
+            merge(spark, lake, gone, "(t.interactions <> s.interactions OR t.stratum <> s.stratum OR t.fingerprint <> s.fingerprint)")
+        else:
+            put(lake, gone, "gone")
     notes = [night(path, "2026-01-05", f"retokenize.small_night={limit}") for (path, _), limit in ((small, 1000), (whole, 0))]
     ours, theirs = (generations.live(lake) for _, lake in (small, whole))
     assert ours["generation"] == theirs["generation"] == 2
-    assert notes[0].facts["found by"] == notes[1].facts["found by"] == "change feed"
+    assert notes[0].facts["found by"] == notes[1].facts["found by"] == how
     assert [lake.open("sids").history(1)[0]["operation"] for _, lake in (small, whole)] == ["MERGE", "WRITE"]
     for name in ("metrics", "churn", "gates", "items"):
         assert flat(ours[name]) == pytest.approx(flat(theirs[name]), rel=1e-6, abs=1e-9), name

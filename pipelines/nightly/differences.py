@@ -1,0 +1,189 @@
+"""In what the items of two versions of ``item_features`` differ, read without Spark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+from numpy.typing import NDArray
+
+from adasid import tables
+from adasid.metrics.tally import RARE
+from adasid.tables import BEHAVIOR, SIDS, STRATA
+from pipelines.nightly.night import Night
+from pipelines.nightly.verdict import MEASURED
+
+_TOLD = ["fingerprint", "stratum", "interactions"]
+"""Columns of an item that decide whether it differs."""
+_ROWS = 4
+"""Rows of the feed for each of ``retokenize.small_night`` items: an item that changed twice has four."""
+LATE = pa.array(["update_postimage", "insert"])
+"""Change types of the feed that tell how an item is from then on."""
+Integers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+class Unusual(Exception):
+    """Something that only a look at the whole table can judge."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Of items [n], ``stratum``: place in ``tables.STRATA``, -1 where there is no such item; ``events`` of training."""
+
+    stratum: Integers
+    events: Integers
+
+    def of(self, chosen: Mask) -> Side:
+        """Of some."""
+        return Side(self.stratum[chosen], self.events[chosen])
+
+    def rare(self) -> Mask:
+        """Which are tail or cold."""
+        return np.isin(self.stratum, RARE)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Items that differ, sorted by ``ids`` [n]: ``kind`` (new, changed, removed; same: only its counts differ); how it was ``before`` and is ``after``; its
+    live row of ``published`` (null for none). ``version``: of the feed, that made each item what it is; None where no feed told of them."""
+
+    ids: pa.Array
+    kind: NDArray[np.str_]
+    before: Side
+    after: Side
+    published: pa.Table
+    version: pa.Array | None
+
+    def of(self, *kinds: str) -> Mask:
+        """Which are of these kinds."""
+        return np.isin(self.kind, kinds)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Items [n] sorted by ``ids``, whether each ``was`` there and is there ``now``, and its columns ``_TOLD`` then and now; ``version`` as in
+    :class:`Change`."""
+
+    ids: pa.Array
+    was: Mask
+    now: Mask
+    first: pa.Table
+    last: pa.Table
+    version: pa.Array | None = None
+
+
+def _fed(night: Night, since: int, columns: list[str], modalities: list[str]) -> Iterator[pa.RecordBatch]:
+    """The change feed, some rows at a time, typed as ``tables`` types items with vectors of these ``modalities``."""
+    schema = pa.schema([*_schema(columns, modalities), ("_change_type", pa.string()), ("_commit_version", pa.int64())])
+    feed = DeltaTable(night.lake.path("item_features")).load_cdf(since + 1, night.version, columns=schema.names)
+    for part in pa.RecordBatchReader.from_stream(feed):
+        yield part.select(schema.names).cast(schema)
+
+
+def read(night: Night, since: int, fed: bool) -> Change | None:
+    """How the items differ from those of version ``since``: as the change feed tells (``fed``), else by comparing all of both versions; None for not at all. Raises Unusual for more than ``retokenize.small_night`` items with other vectors, and where what is told and the published rows
+    do not fit together."""
+    most = night.cfg.retokenize.small_night
+    told = _by_feed(night, since, _ROWS * most) if fed else _by_comparison(night, since)
+    if told is None:
+        return None
+    published = _published(night, told.ids)
+    if (published["codes"].is_valid().to_numpy() != told.was).any():
+        raise Unusual("item_features tells of items that are not those of the live SIDs")
+    same = pc.equal(told.last["fingerprint"], published["fingerprint"]).fill_null(False).to_numpy()
+    was, now = told.was, told.now
+    kind = np.select([was & now & same, was & now, now, was], ["same", "changed", "new", "removed"], "passing")
+    if (differ := int((kind != "same").sum())) > most:
+        raise Unusual(f"{differ} items have other vectors, more than retokenize.small_night")
+    sides = list[Side]()
+    for there, side in ((was, told.first), (now, told.last)):
+        stratum = pc.index_in(side["stratum"], pa.array(STRATA)).fill_null(-1).to_numpy()
+        if (stratum[there] < 0).any():
+            raise Unusual("items without a stratum")
+        sides.append(Side(np.where(there, stratum, -1), np.where(there, side["interactions"].fill_null(0).to_numpy(), 0)))
+    stays = kind != "passing"  # it came and went
+    chosen = pa.array(stays)
+    version = told.version.filter(chosen) if told.version is not None else None
+    return Change(told.ids.filter(chosen), kind[stays], sides[0].of(stays), sides[1].of(stays), published.filter(chosen), version)
+
+
+def vectors(night: Night, since: int, change: Change, columns: list[str], modalities: list[str]) -> pa.Table:
+    """Today's ``columns`` and vectors of the items that are new or changed, in the order of ``change``. Raises Unusual where one is missing or twice
+    there."""
+    chosen = pa.array(change.of("new", "changed"))
+    ids, names, parts = change.ids.filter(chosen), [*columns, *modalities], list[pa.RecordBatch]()
+    schema = _schema(names, modalities)
+    if change.version is None:
+        found = night.lake.batches("item_features", night.version, names, pc.field("item_id").isin(ids))
+        parts += [part.select(names).cast(schema) for part in found]
+    else:
+        version = change.version.filter(chosen)
+        for part in _fed(night, since, names, modalities):
+            newest = pc.equal(part["_commit_version"], version.take(pc.index_in(part["item_id"], ids))).fill_null(False)
+            parts.append(part.filter(pc.and_(newest, pc.is_in(part["_change_type"], LATE))).select(names))
+    rows = pa.Table.from_batches(parts, schema)
+    place = pc.index_in(ids, rows["item_id"].combine_chunks())
+    if place.null_count or rows.num_rows != len(ids):
+        raise Unusual("the vectors of an item are missing, or twice there")
+    return rows.take(place)
+
+
+def _schema(columns: list[str], modalities: list[str]) -> pa.Schema:
+    """``columns`` as ``tables`` types items with vectors of these ``modalities``, null where one has none."""
+    schema = tables.item_features([m for m in modalities if m != BEHAVIOR])
+    return pa.schema([schema.field(name).with_nullable(True) for name in columns])
+
+
+def _by_feed(night: Night, since: int, most: int) -> _Told | None:
+    """What the feed tells. Raises Unusual where it has more rows than ``most``."""
+    parts, rows = list[pa.RecordBatch](), 0
+    for part in _fed(night, since, ["item_id", *_TOLD], []):
+        parts.append(part)
+        rows += part.num_rows
+        if rows > most:
+            raise Unusual(f"the change feed has more than {most} rows")
+    if not rows:
+        return None
+    feed = pa.Table.from_batches(parts)
+    feed = feed.append_column("_late", pc.is_in(feed["_change_type"], LATE))
+    feed = feed.sort_by([("item_id", "ascending"), ("_commit_version", "ascending"), ("_late", "ascending")]).combine_chunks()
+    opens = np.append(True, pc.not_equal(feed["item_id"][1:], feed["item_id"][:-1]).to_numpy())
+    first, last = (feed.filter(pa.array(chosen)) for chosen in (opens, np.append(opens[1:], True)))
+    was, now = ~first["_late"].to_numpy(), last["_late"].to_numpy()
+    return _Told(first["item_id"].combine_chunks(), was, now, first, last, last["_commit_version"].combine_chunks())
+
+
+def _by_comparison(night: Night, since: int) -> _Told | None:
+    """Every item that is there in one version alone, or whose row differs. Raises Unusual where an item has two rows."""
+    names = ["item_id", *_TOLD]
+    schema, sides = _schema(names, []), list[pa.Table]()
+    for version in (since, night.version):
+        parts = [part.select(names).cast(schema) for part in night.lake.batches("item_features", version, names)]
+        sides.append(pa.Table.from_batches(parts, schema))
+    both = sides[0].join(sides[1], "item_id", join_type="full outer", left_suffix=" then", right_suffix=" now")
+    pairs = [(both[f"{name} then"], both[f"{name} now"]) for name in _TOLD]
+    alike = reduce(pc.and_, [pc.equal(*pair).fill_null(False) for pair in pairs])
+    rows = both.filter(pc.invert(alike)).sort_by("item_id").combine_chunks()
+    if not rows.num_rows:
+        return None
+    ids = rows["item_id"].combine_chunks()
+    if pc.any(pc.equal(ids[1:], ids[:-1])).as_py():
+        raise Unusual("an item has two rows in item_features")
+    first, last = (rows.select([f"{name} {side}" for name in _TOLD]).rename_columns(_TOLD) for side in ("then", "now"))
+    was, now = (side["fingerprint"].is_valid().to_numpy() for side in (first, last))
+    return _Told(ids, was, now, first, last)
+
+
+def _published(night: Night, ids: pa.Array) -> pa.Table:
+    """The live rows of ``sids`` of these items, in their order."""
+    names = ["item_id", "fingerprint", *MEASURED]
+    schema = pa.schema([SIDS.field(name).with_nullable(True) for name in names])
+    parts = night.lake.batches("sids", night.live["sids_version"], names, pc.field("item_id").isin(ids))
+    rows = pa.Table.from_batches([part.select(names).cast(schema) for part in parts], schema).combine_chunks()
+    return rows.take(pc.index_in(ids, rows["item_id"].combine_chunks()))

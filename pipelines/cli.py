@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 
 from adasid import config
-from adasid.errors import AdasidError
+from adasid.errors import AdasidError, first_line
 
 if TYPE_CHECKING:
     from pipelines.engines.tracking import Track
@@ -52,9 +52,8 @@ def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) ->
         print("error: interrupted; run the command again to resume", file=sys.stderr)
         return 1
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
         where = _keep_trace(log)
-        print(f"error: {type(error).__name__}: {first[:300]}{where}", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {first_line(error)[:300]}{where}", file=sys.stderr)
         return 1
     return 0
 

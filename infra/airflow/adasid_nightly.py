@@ -26,7 +26,7 @@ with DAG(
 
     def job(name: str, arguments: str = "", **options: object) -> BashOperator:
         """One job of ``jobs/``."""
-        command = f"{HOME}/.venv/bin/spark-submit --driver-memory {MEMORY} jobs/{name}.py --config {CONFIG} {arguments}"
+        command = f"PATH={HOME}/.venv/bin:$PATH spark-submit --driver-memory {MEMORY} jobs/{name}.py --config {CONFIG} {arguments}"
         return BashOperator(task_id=name, bash_command=command, cwd=HOME, append_env=True, **options)
 
     (

@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 day="${1:-yesterday}"
 config="${ADASID_CONFIG:?name a file of conf/}"
-submit=(.venv/bin/spark-submit --driver-memory "${ADASID_DRIVER_MEMORY:-8g}")
+export PATH="$PWD/.venv/bin:$PATH"  # spark-submit takes the first python3
+submit=(spark-submit --driver-memory "${ADASID_DRIVER_MEMORY:-8g}")
 "${submit[@]}" jobs/ingest.py --config "$config"
 "${submit[@]}" jobs/build_features.py --config "$config"
 "${submit[@]}" jobs/retokenize.py --config "$config" --run-date "$day" --set retokenize.lease.wait=3600

@@ -83,6 +83,9 @@ def test_the_timer_starts_the_same_chain():
     script = (INFRA / "systemd" / "nightly.sh").read_text()
     assert re.findall(r"jobs/([a-z_]+)\.py", script) == ["ingest", "build_features", "retokenize", "maintain"]
     subprocess.run(["bash", "-n", str(INFRA / "systemd" / "nightly.sh")], check=True)
+    bare = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"], "ADASID_CONFIG": "conf/none.yaml"}  # what a service starts with
+    found = subprocess.run([str(INFRA / "systemd" / "nightly.sh")], env=bare, cwd="/", capture_output=True, text=True)
+    assert found.returncode == 2 and "error: conf/none.yaml: cannot be read" in found.stdout, found.stderr
     service = (INFRA / "systemd" / "adasid-nightly.service").read_text()
     assert "RestartPreventExitStatus=2 3 4 5" in service and "ExecStart=/opt/adasid/infra/systemd/nightly.sh" in service
     if shutil.which("systemd-analyze"):

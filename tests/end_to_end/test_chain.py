@@ -1,6 +1,9 @@
 """The main job as users run it: real processes, real Ray, Spark, Delta and MLflow, on a small synthetic catalogue."""
 
 import json
+import os
+import shutil
+import subprocess
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -9,7 +12,7 @@ from adasid import tables
 from adasid.config import load
 from adasid.tokenizers import artifact
 from pipelines import chain, train
-from tests.end_to_end.running import ITEMS, TABLES, config_file, job, lake_of, sids
+from tests.end_to_end.running import ITEMS, ROOT, TABLES, config_file, job, lake_of, sids
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,20 @@ def test_a_second_run_changes_nothing(on_ray, folder):
     assert lake.versions(*TABLES) == before
     rows = [json.loads(line) for line in (load(path).run_dir / "stages.jsonl").read_text().splitlines()][-7:]
     assert [row["status"] for row in rows[:-1]] == ["up to date"] * 6
+
+
+@pytest.mark.skipif(not shutil.which("airflow"), reason="Airflow is not on the PATH")
+def test_airflow_runs_the_night(on_ray, folder, tmp_path):
+    path, _ = on_ray
+    own = {"AIRFLOW_HOME": str(tmp_path), "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "infra" / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
+    night = {"ADASID_HOME": str(ROOT), "ADASID_CONFIG": str(path), "ADASID_DRIVER_MEMORY": "2g"}
+    environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}} | own | night
+    for words in (["db", "migrate"], ["dags", "test", "adasid_nightly"]):
+        found = subprocess.run(["airflow", *words], env=environment, capture_output=True, text=True, timeout=540)
+        assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    told = found.stdout + found.stderr
+    assert "[DAG TEST] running task <TaskInstance: adasid_nightly.maintain" in told and "state=success" in told, told[-3000:]
+    assert "no item is new, changed or removed since generation 1" in told
 
 
 def test_one_worker_and_two_give_the_same_quality(on_ray, folder, tmp_path):

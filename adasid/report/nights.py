@@ -26,11 +26,12 @@ def build(name: str, generations: Sequence[Row], refused: Row | None) -> Page:
         warnings.append(
             f"The night of {refused['run_date']} was refused: {'; '.join(failed)}. Generation {live['generation'] if live else DASH} stays live."
         )
-    shown = (
-        [Plot("churn", churn(nights), "Share of items whose SID changed, by generation.", "What readers of the table had to follow.")]
-        if nights
-        else []
-    )
+    shown = []
+    if nights:
+        shown = [
+            Plot("churn", churn(nights), "Share of items whose SID changed, by generation.", "What readers of the table had to follow."),
+            Plot("shared", shared(generations), "Share of items whose SID is not unique, by generation.", "Rare: tail and cold items."),
+        ]
     errors = [row for row in generations if row["drift"].get("error_ratio")]
     drifts = (
         [
@@ -72,6 +73,20 @@ def churn(nights: Sequence[Row]) -> Figure:
     figure, (axes,) = style.canvas("Items whose SID changed", 2.6)
     for place, (key, label) in enumerate((("churn", "Of items"), ("weighted", "Weighted by events"))):
         _line(axes, [row["generation"] for row in nights], [row["churn"][key] for row in nights], label, place)
+    axes.set_ylim(0, None)
+    style.percent(axes.yaxis)
+    style.thousands(axes.xaxis)
+    axes.set_xlabel("Generation")
+    style.legend(figure)
+    return figure
+
+
+@style.styled
+def shared(generations: Sequence[Row]) -> Figure:
+    """Items that share their SID with another: of all, and of the rare ones."""
+    figure, (axes,) = style.canvas("Items whose SID is not unique", 2.6)
+    for place, (key, label) in enumerate((("collision_items", "Of all items"), ("collision_tail", "Of rare items"))):
+        _line(axes, [row["generation"] for row in generations], [row["metrics"].get(key, np.nan) for row in generations], label, place)
     axes.set_ylim(0, None)
     style.percent(axes.yaxis)
     style.thousands(axes.xaxis)

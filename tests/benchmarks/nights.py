@@ -6,7 +6,7 @@
     python tests/benchmarks/nights.py replay    --config conf/beauty.yaml    # the last thirty weeks of the data, each a night
     python tests/benchmarks/nights.py cost      --config conf/beauty.yaml    # 1,000,000 items: nights of 1 % against encoding all
 
-Each row is printed and kept, as it comes, in ``<run>/nights-<part>.jsonl``; a part that was cut off goes on.
+Each row is printed and kept, as it comes, in ``<run>/nights-<part>.jsonl``; a part that was cut off goes on. Nights in a row are drawn beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from adasid.config import Config, load
 from adasid.recommenders.tokens import ItemTokens
+from adasid.report import style
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
@@ -183,6 +185,30 @@ def told(lake: Lake, day: int, seconds: float) -> dict[str, Any]:
     return row | {"cold": live["drift"]["cold"]}
 
 
+@style.styled
+def drawn(rows: list[dict[str, Any]]) -> Figure:
+    """What each night took, what it touched, and what it left."""
+    figure, axes = style.canvas("Nights in a row", 6.4, (1, 1, 1, 1))
+    day = [row["day"] for row in rows]
+    lines = [
+        (0, "Seconds", {"": [row["seconds"] for row in rows]}),
+        (1, "Items", {name: [row[name] for row in rows] for name in ("new", "changed", "removed")}),
+        (2, "Share", {"churn": [row["churn"] for row in rows], "not unique": [row["collision_items"] for row in rows]}),
+        (3, "Error, ratio", {m: [row["error"][m] for row in rows] for m in rows[-1]["error"]}),
+    ]
+    for place, title, curves in lines:
+        for (name, values), colour, dash in zip(curves.items(), style.PALETTE, style.DASHES):
+            axes[place].plot(day, values, color=colour, linestyle=dash, label=name or None)
+        axes[place].set_ylabel(title)
+        if title != "Error, ratio":
+            axes[place].set_ylim(0, None)
+        if len(curves) > 1:
+            axes[place].legend(ncols=len(curves), loc="best")
+    style.percent(axes[2].yaxis)
+    axes[3].set_xlabel("Night")
+    return figure
+
+
 def days(path: str, log: Path, number: int = 30) -> None:
     """``number`` days in a row; popularity drifts by a tenth a day."""
     scratch = log.parent / "nights-days"
@@ -326,7 +352,9 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=["stability", "recall", "days", "replay", "cost"])
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
-    run = load(arguments.config).run_dir.resolve()
-    {"stability": stability, "recall": recall, "days": days, "replay": replay, "cost": cost}[arguments.part](
-        arguments.config, run / f"nights-{arguments.part}.jsonl"
-    )
+    kept = load(arguments.config).run_dir.resolve() / f"nights-{arguments.part}.jsonl"
+    {"stability": stability, "recall": recall, "days": days, "replay": replay, "cost": cost}[arguments.part](arguments.config, kept)
+    if arguments.part in {"days", "replay"}:
+        picture = kept.with_suffix(".png")
+        picture.write_bytes(style.png(drawn([json.loads(line) for line in kept.read_text().splitlines()])))
+        print(picture)

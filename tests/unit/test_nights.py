@@ -14,7 +14,8 @@ def generation(number, **changes):
     }
     gates = [{"gate": "churn", "value": 0.02, "threshold": 0.1, "passed": True}]
     row = {"generation": number, "items": 1000 + number, "policy": "frozen", "run_date": f"2026-01-{number:02d}", "live": False}
-    return {**row, "churn": churn, "drift": drift, "gates": gates, **changes}
+    metrics = {"collision_items": 0.02, "collision_tail": 0.04}
+    return {**row, "metrics": metrics, "churn": churn, "drift": drift, "gates": gates, **changes}
 
 
 def test_the_page_shows_the_nights_and_the_refused_one():
@@ -26,7 +27,7 @@ def test_the_page_shows_the_nights_and_the_refused_one():
     }
     content = nights.build("shop", rows, refused)
     html, pictures = page.render(content)
-    assert set(pictures) == {"churn.png", "error.png", "usage.png"}
+    assert set(pictures) == {"churn.png", "shared.png", "error.png", "usage.png"}
     assert "The night of 2026-01-04 was refused: churn is 0.900, allowed 0.100. Generation 3 stays live." in content.warnings[0]
     assert "&lt;b&gt;1&lt;/b&gt;" in html and "<b>1</b>" not in html
     table = next(t for s in content.sections for t in s.tables if t.title == "Generations")

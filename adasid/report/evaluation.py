@@ -213,9 +213,10 @@ def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
             found = paired(own, others[best], key) if own and best else None
             if own and best and found:
                 gain = found[0]
-                among = (
-                    "the best other tokenizer" if alike else f"the best whose SIDs are of another size ({_codes(others[best])}, not {_codes(own)})"
-                )
+                among = "the best other tokenizer"
+                if len(rivals) < len(others):
+                    size = f"{_codes(others[best])}" + ("" if alike else f", not {_codes(own)}")
+                    among = f"the best other of {'the same' if alike else 'another'} size ({size})"
                 said.append(
                     f"With the model {model}, {settings.reference} is {abs(gain):.1%} {'ahead of' if gain > 0 else 'behind'} {among}, "
                     f"{best}, in {_title(key)} ({_sure(found)})."

@@ -13,13 +13,14 @@ from deltalake import DeltaTable
 from numpy.typing import NDArray
 
 from adasid import tables
+from adasid.errors import InputError
 from adasid.metrics.tally import RARE
 from adasid.tables import BEHAVIOR, SIDS, STRATA
 from pipelines.nightly.night import Night
 from pipelines.nightly.verdict import MEASURED
 
 _TOLD = ["fingerprint", "stratum", "interactions"]
-"""Columns of an item that decide whether it differs."""
+"""Columns of an item that decide whether it differs: that of its vectors first."""
 _ROWS = 4
 """Rows of the feed for each of ``retokenize.small_night`` items: an item that changed twice has four."""
 LATE = pa.array(["update_postimage", "insert"])
@@ -30,6 +31,10 @@ Mask = NDArray[np.bool_]
 
 class Unusual(Exception):
     """Something that only a look at the whole table can judge."""
+
+
+class _Long(Exception):
+    """The change feed has too many rows."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,18 @@ def _fed(night: Night, since: int, columns: list[str], modalities: list[str]) ->
 
 
 def read(night: Night, since: int, fed: bool) -> Change | None:
-    """How the items differ from those of version ``since``: as the change feed tells (``fed``), else by comparing all of both versions; None for not at all. Raises Unusual for more than ``retokenize.small_night`` items with other vectors, and where what is told and the published rows
-    do not fit together."""
+    """How the items differ from those of version ``since``: as the change feed tells (``fed``, unless it is long, as where counts of many items changed),
+    else by comparing all of them; None for not at all. Raises Unusual for more than ``retokenize.small_night`` items with other vectors, and where what
+    is told and the published rows do not fit together."""
     most = night.cfg.retokenize.small_night
-    told = _by_feed(night, since, _ROWS * most) if fed else _by_comparison(night, since)
+    try:
+        told = _by_feed(night, since, _ROWS * most) if fed else _by_comparison(night, since, most)
+    except _Long:
+        told = _by_comparison(night, since, most)
     if told is None:
         return None
+    if told.ids.null_count or (told.last["fingerprint"].is_null().to_numpy() & told.now).any():
+        raise Unusual("items without an id or a fingerprint")
     published = _published(night, told.ids)
     if (published["codes"].is_valid().to_numpy() != told.was).any():
         raise Unusual("item_features tells of items that are not those of the live SIDs")
@@ -141,13 +152,13 @@ def _schema(columns: list[str], modalities: list[str]) -> pa.Schema:
 
 
 def _by_feed(night: Night, since: int, most: int) -> _Told | None:
-    """What the feed tells. Raises Unusual where it has more rows than ``most``."""
+    """What the feed tells. Raises _Long where it has more rows than ``most``."""
     parts, rows = list[pa.RecordBatch](), 0
     for part in _fed(night, since, ["item_id", *_TOLD], []):
         parts.append(part)
         rows += part.num_rows
         if rows > most:
-            raise Unusual(f"the change feed has more than {most} rows")
+            raise _Long
     if not rows:
         return None
     feed = pa.Table.from_batches(parts)
@@ -159,25 +170,37 @@ def _by_feed(night: Night, since: int, most: int) -> _Told | None:
     return _Told(first["item_id"].combine_chunks(), was, now, first, last, last["_commit_version"].combine_chunks())
 
 
-def _by_comparison(night: Night, since: int) -> _Told | None:
-    """Every item that is there in one version alone, or whose row differs. Raises Unusual where an item has two rows."""
-    names = ["item_id", *_TOLD]
-    schema, sides = _schema(names, []), list[pa.Table]()
-    for version in (since, night.version):
-        parts = [part.select(names).cast(schema) for part in night.lake.batches("item_features", version, names)]
-        sides.append(pa.Table.from_batches(parts, schema))
-    both = sides[0].join(sides[1], "item_id", join_type="full outer", left_suffix=" then", right_suffix=" now")
-    pairs = [(both[f"{name} then"], both[f"{name} now"]) for name in _TOLD]
-    alike = reduce(pc.and_, [pc.equal(*pair).fill_null(False) for pair in pairs])
-    rows = both.filter(pc.invert(alike)).sort_by("item_id").combine_chunks()
-    if not rows.num_rows:
+def _by_comparison(night: Night, since: int, most: int) -> _Told | None:
+    """Every item whose row of ``item_features`` is not that which its live SID was made of. None where no vectors differ. Raises Unusual where those of more
+    items than ``most`` do, where an item has two rows or none, and where version ``since`` is gone."""
+    lake, live, today = night.lake, night.live, _schema(["item_id", *_TOLD], [])
+    try:
+        counts = _columns(lake.batches("item_features", since, ["item_id", *_TOLD[1:]]), _schema(["item_id", *_TOLD[1:]], []))
+    except InputError as error:
+        raise Unusual(f"item_features has no version {since} any more") from error
+    then = _columns(lake.batches("sids", live["sids_version"], ["item_id", _TOLD[0]]), _schema(["item_id", _TOLD[0]], []))
+    now = _columns(lake.batches("item_features", night.version, today.names), today)
+    if any(side[name].null_count for side in (then, now) for name in ("item_id", _TOLD[0])):
+        raise Unusual("items without an id or a fingerprint")
+    then = then.join(counts, "item_id", join_type="left outer")
+    both = then.join(now, "item_id", join_type="full outer", left_suffix=" then", right_suffix=" now")
+    alike = [pc.equal(both[f"{name} then"], both[f"{name} now"]).fill_null(False) for name in _TOLD]
+    differ = both.num_rows - pc.sum(alike[0]).as_py() if both.num_rows else 0
+    if not differ:
         return None
+    if differ > most:
+        raise Unusual(f"{differ} items have other vectors, more than retokenize.small_night")
+    rows = both.filter(pc.invert(reduce(pc.and_, alike))).sort_by("item_id").combine_chunks()
     ids = rows["item_id"].combine_chunks()
     if pc.any(pc.equal(ids[1:], ids[:-1])).as_py():
         raise Unusual("an item has two rows in item_features")
     first, last = (rows.select([f"{name} {side}" for name in _TOLD]).rename_columns(_TOLD) for side in ("then", "now"))
-    was, now = (side["fingerprint"].is_valid().to_numpy() for side in (first, last))
-    return _Told(ids, was, now, first, last)
+    was, now_there = (side[_TOLD[0]].is_valid().to_numpy() for side in (first, last))
+    return _Told(ids, was, now_there, first, last)
+
+
+def _columns(parts: Iterator[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_batches([part.select(schema.names).cast(schema) for part in parts], schema)
 
 
 def _published(night: Night, ids: pa.Array) -> pa.Table:

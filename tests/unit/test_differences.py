@@ -1,0 +1,109 @@
+"""In what two versions of a catalogue differ, as a small night sees it: real Delta tables, no Spark."""
+
+import shutil
+from datetime import date
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from adasid.tables import SIDS
+from pipelines.nightly import changes, differences
+from pipelines.nightly.differences import Unusual
+from pipelines.nightly.night import Night
+
+FEATURES = pa.schema([("item_id", pa.string()), ("fingerprint", pa.string()), ("stratum", pa.string()), ("interactions", pa.int64())])
+FIRST = (("a", "1", "head", 9), ("b", "2", "mid", 5), ("c", "3", "tail", 1), ("d", "4", "tail", 1))
+
+
+def put(lake, *rows):
+    lake.write("item_features", FEATURES, pa.Table.from_pylist([dict(zip(FEATURES.names, row)) for row in rows], FEATURES).to_batches(), str(rows))
+
+
+@pytest.fixture
+def night(lake, make_config):
+    """A night after a generation of the four items."""
+    row = {
+        "codes": [0],
+        "weights": [1.0],
+        "active": [True],
+        "tokens": ["<t0_0>"],
+        "collision_rank": 0,
+        "tokenizer": "t",
+        "generation": 1,
+        "gauges": [],
+    }
+    lake.write("sids", SIDS, pa.Table.from_pylist([{**row, "item_id": r[0], "fingerprint": r[1]} for r in FIRST], SIDS).to_batches(), "sids")
+    put(lake, *FIRST)
+
+    def made(most=10):
+        cfg = make_config(retokenize={"small_night": most})
+        return Night(cfg, SimpleNamespace(lake=lake), None, {"sids_version": 0}, lake.version("item_features"), str(date(2026, 1, 2)), "key")
+
+    return made
+
+
+def found(night, fed=False):
+    change = differences.read(night, 0, fed)
+    return change and dict(zip(change.ids.to_pylist(), change.kind.tolist()))
+
+
+def test_new_changed_removed_and_those_whose_counts_alone_differ(lake, night):
+    put(lake, ("a", "1", "head", 10), ("b", "2x", "mid", 5), ("c", "3", "tail", 1), ("e", "5", "cold", 0))
+    assert found(night()) == {"a": "same", "b": "changed", "d": "removed", "e": "new"}
+    change = differences.read(night(), 0, False)
+    assert change.before.events.tolist() == [9, 5, 1, 0] and change.after.events.tolist() == [10, 5, 0, 0]
+    assert change.before.stratum.tolist()[3] == change.after.stratum.tolist()[2] == -1
+
+
+def test_counts_alone_change_no_sid(lake, night):
+    put(lake, *((item, mark, stratum, events + 1) for item, mark, stratum, events in FIRST))
+    assert found(night()) is None
+
+
+def test_more_items_than_a_small_night_may_have(lake, night):
+    put(lake, *((item, mark + "x", stratum, events) for item, mark, stratum, events in FIRST))
+    with pytest.raises(Unusual, match=r"4 items have other vectors, more than retokenize\.small_night"):
+        found(night(3))
+
+
+def test_a_table_that_was_built_anew_is_compared_with_the_published_rows(lake, night):
+    """Version 0 is another table than the one that the live SIDs were made of."""
+    shutil.rmtree(lake.path("item_features"))
+    rebuilt = (("a", "1", "head", 9), ("b", "2x", "mid", 5), *FIRST[2:])
+    put(lake, *rebuilt)
+    put(lake, *rebuilt)
+    assert found(night()) == {"b": "changed"}
+
+
+def test_a_version_that_is_gone_is_for_spark(lake, night):
+    with pytest.raises(Unusual, match="item_features has no version 7 any more"):
+        differences.read(night(), 7, False)
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (("e", None, "cold", 0), "without an id or a fingerprint"),
+        ((None, "5", "cold", 0), "without an id or a fingerprint"),
+        (("e", "5", None, 0), "without a stratum"),
+        (("a", "1x", "head", 9), "two rows"),
+    ],
+)
+def test_faulty_rows_are_for_spark(lake, night, row, why):
+    put(lake, *FIRST[:2], ("c", "3x", "tail", 1), row, ("a", "1y", "head", 8) if why == "two rows" else FIRST[3])
+    with pytest.raises(Unusual, match=why):
+        found(night())
+
+
+def test_a_long_change_feed_is_not_read(lake, night):
+    """Counts of all items change by updates of single rows: eight rows of the feed, and no other vectors but of one item."""
+    shutil.rmtree(lake.path("item_features"))
+    rows = pa.Table.from_pylist([dict(zip(FEATURES.names, row)) for row in FIRST], FEATURES)
+    write_deltalake(lake.path("item_features"), rows, configuration={"delta.enableChangeDataFeed": "true"})
+    DeltaTable(lake.path("item_features")).update({"interactions": "interactions + 1"})
+    DeltaTable(lake.path("item_features")).update({"fingerprint": "'3x'"}, predicate="item_id = 'c'")
+    assert changes.followed(lake, 0, 2)
+    assert found(night(), fed=True) == found(night(1), fed=True) == {"a": "same", "b": "same", "c": "changed", "d": "same"}
+    assert differences.read(night(), 0, True).version is not None and differences.read(night(1), 0, True).version is None

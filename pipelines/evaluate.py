@@ -139,9 +139,9 @@ def _known(cell: Cell, lake: Lake) -> Row | None:
 
 
 def _of(result: Row, catalogue: train.Catalogue | None) -> Row:
-    """``result`` with the size of the SIDs, such as 6 x 100."""
+    """``result`` with the size of the SIDs, such as 6×100."""
     sizes = Counter(slot["size"] for slot in catalogue["slots"]) if catalogue else {}
-    return {**result, "codes": " + ".join(f"{slots} × {size}" for size, slots in sizes.items())}
+    return {**result, "codes": " + ".join(f"{slots}×{size}" for size, slots in sizes.items())}
 
 
 def _catalogue(cell: Cell, track: Track) -> train.Catalogue:

@@ -27,7 +27,7 @@ _CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
 
 
 def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: int = 0) -> Page:
-    """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``codes`` (slots x codes a slot), ``model``, ``seed`` and the result of its training; ``missing``: cells without one."""
+    """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``codes`` (slots × codes a slot), ``model``, ``seed`` and the result of its training; ``missing``: cells without one."""
     everything = {task: of_task(rows, task) for task in _SHOWN}
     apart = set(settings.labels) - set(settings.tokenizers)
     cells = {task: {key: group for key, group in own.items() if key[0] not in apart} for task, own in everything.items()}

@@ -53,15 +53,15 @@ def test_the_page_says_who_is_ahead_and_how_sure_that_is():
 
 
 def test_sids_of_another_size_are_compared_apart():
-    sizes = {"ours": "6 × 100", "theirs": "32 × 256", "worse": "6 × 100"}
+    sizes = {"ours": "6×100", "theirs": "32×256", "worse": "6×100"}
     found = [{**row, "codes": sizes[row["tokenizer"]]} for row in rows()]
     settings = config.Evaluate(tokenizers=("ours", "theirs", "worse"), reference="ours")
     page = evaluation.build("test", found, settings)
-    assert "the best other of the same size (6 × 100), worse, in R@50" in page.summary[1]
-    assert "the best other of another size (32 × 256, not 6 × 100), theirs, in R@50" in page.summary[2]
+    assert "the best other of the same size (6×100), worse, in R@50" in page.summary[1]
+    assert "the best other of another size (32×256, not 6×100), theirs, in R@50" in page.summary[2]
     (table,) = next(section for section in page.sections if section.key == "retrieval").tables[:1]
     assert [row[1] for row in table.rows] == list(sizes.values()) and table.columns[1] == "Codes"
-    assert evaluation.flat(found[0])["codes"] == "6 × 100"
+    assert evaluation.flat(found[0])["codes"] == "6×100"
 
 
 def test_a_contradiction_with_the_paper_is_stated():

@@ -208,5 +208,5 @@ def _published(night: Night, ids: pa.Array) -> pa.Table:
     names = ["item_id", "fingerprint", *MEASURED]
     schema = pa.schema([SIDS.field(name).with_nullable(True) for name in names])
     parts = night.lake.batches("sids", night.live["sids_version"], names, pc.field("item_id").isin(ids))
-    rows = pa.Table.from_batches([part.select(names).cast(schema) for part in parts], schema).combine_chunks()
+    rows = _columns(parts, schema).combine_chunks()
     return rows.take(pc.index_in(ids, rows["item_id"].combine_chunks()))

@@ -24,6 +24,7 @@ from adasid.metrics.retrieval import averages, gains
 from adasid.report import evaluation
 from adasid.tokenizers import artifact
 from adasid.training.retrieval import Ranked, by_stratum
+from adasid.training.sequences import Histories
 from pipelines import report, sids, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
@@ -169,15 +170,23 @@ def _popularity(cfg: Config, lake: Lake) -> Row:
     """Every user gets the items in the order of their training counts, which is the order of item_index."""
     strata = lake.read("item_stats", columns=["item_index", "stratum"]).sort_by("item_index")["stratum"]
     kinds = torch.from_numpy(pc.index_in(strata.combine_chunks(), pa.array(tables.STRATA)).to_numpy().astype(np.int64))
-    found = Ranked.none(torch.ones(1, dtype=torch.int64))
-    for rows in lake.batches("sequences", None, ["target"], pc.field("split") == "test"):
-        target = torch.from_numpy(rows.column("target").to_numpy(zero_copy_only=False).astype(np.int64))
-        found.add(target + 1, target + 1, kinds[target], torch.zeros_like(target))
+    found = Ranked.none()
+    for rows in lake.batches("sequences", None, ["user_id", "history", "target"], pc.field("split") == "test"):
+        if rows.num_rows:
+            users = Histories.from_batches([rows])
+            target = torch.from_numpy(users.targets)
+            ranks = target + 1
+            if not cfg.evaluate.repeatable:
+                user = np.repeat(np.arange(len(users)), np.diff(users.starts))
+                user, seen = np.unique(np.stack([user, users.items]), axis=1)
+                ranks = ranks - torch.from_numpy(np.bincount(user[seen < users.targets[user]], minlength=len(users)))
+            found += Ranked.of(ranks, target + 1, ranks, kinds[target], torch.ones_like(target))
     return {
         "task": "retrieval",
         "tokenizer": "popularity",
         "model": "item ids",
         "seed": cfg.seed,
         "test": averages(found.targets.numpy(), gains()),
+        "test_repeatable": averages(found.everywhere.numpy(), gains()),
         "strata": by_stratum(found, cfg.seed),
     }

@@ -23,6 +23,9 @@ class Retrieval(Section):
     max_length: int = Field(20, ge=1, description="events of history that the model sees")
     dropout: Share = Field(0.5, description="dropout on embeddings, attention and feed-forward")
     temperature: float = Field(0.07, gt=0, description="temperature of the token heads' cosine logits")
+    repeatable: bool = Field(
+        True, description="whether items of a user's history may be recommended again; false, where nobody takes an item twice: lists leave them out"
+    )
     inactive: Literal["keep", "pad"] = Field("keep", description="an inactive slot's token: keep it, or pad: replace it by PAD")
     weights: bool = Field(True, description="token heads: the tokenizer's weights of the target's behaviour tokens weigh their losses")
     beam: int = Field(100, ge=100, description="autoregressive: prefixes kept at a time in the test; the deepest cut-off is 100")
@@ -92,6 +95,11 @@ class Evaluate(Section):
     more_seeds: dict[str, Seeds] = Field({}, description="label of a tokenizer or control -> further seeds")
 
     @property
+    def repeatable(self) -> bool:
+        """Whether lists hold items of the history: the same for all models, whose lists are compared."""
+        return all(model.repeatable for model in (*self.retrievers.values(), *self.controls.values()))
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """All tokenizers that are put to use."""
         return tuple(dict.fromkeys((*self.tokenizers, *(label for study in self.studies.values() for label in study))))
@@ -109,6 +117,11 @@ class Evaluate(Section):
         for label in self.tokenizers:
             if self.tokenizers.count(label) > 1:
                 raise ValueError(f"evaluate.tokenizers names {label!r} twice: remove one")
+        alike = {model.repeatable: label for label, model in (*self.retrievers.items(), *self.controls.items())}
+        if len(alike) > 1:
+            raise ValueError(
+                f"evaluate: repeatable is true for {alike[True]!r} and false for {alike[False]!r}, but their lists are compared: set it alike"
+            )
         for label, settings in self.controls.items():
             if settings.head != "item":
                 raise ValueError(f"evaluate.controls.{label}.head is {settings.head!r}: one token an item has nothing to decode, use head: item")

@@ -35,7 +35,7 @@ def rank_histogram(ranks: Tensor, kinds: Tensor, number: int) -> Tensor:
     """Targets by kind and rank: [number, DEEPEST + 1] float64, column r holding rank r + 1 and the last one all beyond. It is all that the
     metrics, their strata and their intervals need, and adds up over workers. ``ranks`` [B], ``kinds`` [B] in 0 to number - 1."""
     cell = (kinds.long() * (DEEPEST + 1) + (ranks.long() - 1).clamp(max=DEEPEST)).cpu()
-    return torch.bincount(cell, minlength=number * (DEEPEST + 1)).double().view(number, -1)
+    return torch.bincount(cell, minlength=number * (DEEPEST + 1)).double().view(number, DEEPEST + 1)
 
 
 def gains(cutoffs: Iterable[int] = CUTOFFS) -> Gains:

@@ -64,12 +64,14 @@ class Retriever(CausalEncoder, ABC):
         items), ``log_q`` [M] log-probability of drawing each item. A scalar."""
 
     @abstractmethod
-    def top(self, states: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """The ``number`` best items of each state [B, width] and their scores, [B, number], best first; -1 and -inf where there are no more."""
+    def top(self, states: Tensor, number: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The ``number`` best items of each state [B, width] and their scores, [B, number], best first; -1 and -inf where there are no more.
+        ``seen`` [B, S]: items that are left out, padded with -1."""
 
     @abstractmethod
-    def ranks(self, states: Tensor, targets: Tensor, beam: int) -> Tensor:
-        """1-based rank of each row's target [B] among all items; beyond all cut-offs where the list of a head with a ``beam`` ends before it."""
+    def ranks(self, states: Tensor, targets: Tensor, beam: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """1-based rank of each row's target [B] among all items but the ``seen`` [B, S] (distinct, padded with -1), and among all; beyond all
+        cut-offs where it is one of them, or where the list of a head with a ``beam`` ends before it."""
 
     def scores_a_user(self, beam: int) -> int:
         """Scores held for one user at a time."""
@@ -88,30 +90,49 @@ class _Scored(Retriever):
         """Scores [B, last - first] of the items first to last - 1."""
 
     def scores(self, states: Tensor) -> Tensor:
-        """[B, width] -> [B, M]."""
+        """Of all items: [B, width] -> [B, M]."""
         prepared, items = self.scorer(states), len(self.catalogue.rows)
         parts = [self.score(prepared, first, min(first + _CHUNK, items)) for first in range(0, items, _CHUNK)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def top(self, states: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    def top(self, states: Tensor, number: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Exact, over the whole catalogue in chunks. Equal scores (of items that share a SID) rank by item_index, but which of them the end of
         the list cuts off is open."""
         prepared, items = self.scorer(states), len(self.catalogue.rows)
         best = states.new_full((len(states), number), -torch.inf)
         found = torch.full((len(states), number), -1, dtype=torch.int64, device=states.device)
         for first in range(0, items, _CHUNK):
-            part = self.score(prepared, first, min(first + _CHUNK, items))
+            part = _without(self.score(prepared, first, min(first + _CHUNK, items)), seen, first)
             value, place = part.topk(min(number, part.shape[1]), dim=1)
             together, ids = torch.cat([best, value], dim=1), torch.cat([found, place + first], dim=1)
             order = ids.argsort(dim=1, stable=True)
             together, ids = together.gather(1, order), ids.gather(1, order)
             order = together.argsort(dim=1, descending=True, stable=True)[:, :number]
             best, found = together.gather(1, order), ids.gather(1, order)
-        return found, best
+        return found.masked_fill(best.isneginf(), -1), best
 
-    def ranks(self, states: Tensor, targets: Tensor, beam: int = 0) -> Tensor:
+    def ranks(self, states: Tensor, targets: Tensor, beam: int = 0, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Exact; equal scores rank by item_index."""
-        return target_ranks(self.scores(states), targets)
+        scores = self.scores(states)
+        everywhere = target_ranks(scores, targets)
+        if seen is None:
+            return everywhere, everywhere
+        theirs, own, target = scores.gather(1, seen.clamp(min=0)), scores.gather(1, targets[:, None]), targets[:, None]
+        ahead = (seen >= 0) & ((theirs > own) | ((theirs == own) & (seen < target)))
+        return (everywhere - ahead.sum(1)).masked_fill((seen == target).any(1), _beyond(self.catalogue)), everywhere
+
+
+def _without(scores: Tensor, seen: Tensor | None, first: int = 0) -> Tensor:
+    """``scores`` [B, m] of the items from ``first`` on, -inf for those in ``seen`` [B, S], in place."""
+    if seen is not None:
+        user, place = torch.nonzero((seen >= first) & (seen < first + scores.shape[1]), as_tuple=True)
+        scores[user, seen[user, place] - first] = -torch.inf
+    return scores
+
+
+def _beyond(catalogue: ItemTokens) -> int:
+    """A rank that no cut-off reaches."""
+    return len(catalogue.rows) + DEEPEST + 1
 
 
 class ItemRetriever(_Scored):
@@ -192,9 +213,9 @@ class AutoregressiveRetriever(Retriever):
             [out[:, slot] @ table.T / self.settings.temperature for slot, table in enumerate(words)], self.catalogue, self.omega, targets
         )
 
-    def top(self, states: Tensor, number: int, beam: int | None = None) -> tuple[Tensor, Tensor]:
-        """Beam search of ``beam`` (of the settings, if not given) prefixes at a time. Only prefixes of the catalogue are followed, so that every answer is an item; items
-        that share a SID follow each other by item_index."""
+    def top(self, states: Tensor, number: int, seen: Tensor | None = None, beam: int | None = None) -> tuple[Tensor, Tensor]:
+        """Beam search of ``beam`` (of the settings, if not given) prefixes at a time. Only prefixes of the catalogue are followed, so that every
+        answer is an item; items that share a SID follow each other by item_index. The ``seen`` leave the list at its end: it is as much shorter."""
         if self.prefixes is None:
             self.prefixes = Prefixes.of(self.catalogue).to(states.device)
         prefixes, beam, users = self.prefixes, beam or self.settings.beam, len(states)
@@ -219,16 +240,19 @@ class AutoregressiveRetriever(Retriever):
             nodes = node.gather(1, chosen)
             before = rows.gather(1, (chosen // size)[:, :, None].expand(-1, -1, level))
             rows = torch.cat([before, (chosen % size + start)[:, :, None]], dim=2)
-        return self._expand(nodes, value, number)
+        return self._expand(nodes, value, number, seen)
 
-    def _expand(self, leaves: Tensor, value: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """The items of the leaves [B, beam], in order, the first ``number``."""
+    def _expand(self, leaves: Tensor, value: Tensor, number: int, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The items of the leaves [B, beam], in order, the first ``number`` that are not among the ``seen``."""
         assert self.prefixes is not None
         users, beam = leaves.shape
         alive = torch.nonzero(torch.isfinite(value).reshape(-1)).flatten()
         where, item = self.prefixes.members(leaves.reshape(-1)[alive])
         source = alive[where]
         user = source // beam
+        if seen is not None:
+            new = (seen[user] != item[:, None]).all(1)
+            source, user, item = source[new], user[new], item[new]
         rank = runs(torch.bincount(user, minlength=users))[1]  # the users stand in order
         kept = rank < number
         items = torch.full((users, number), -1, dtype=torch.int64, device=user.device)
@@ -237,11 +261,17 @@ class AutoregressiveRetriever(Retriever):
         scores[user[kept], rank[kept]] = value.reshape(-1)[source[kept]]
         return items, scores
 
-    def ranks(self, states: Tensor, targets: Tensor, beam: int) -> Tensor:
+    def ranks(self, states: Tensor, targets: Tensor, beam: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Within the items of the beam: as many as it takes to see all items of a SID that begins in time."""
-        items, _ = self.top(states, DEEPEST - 1 + int(torch.bincount(self.catalogue.group).max()), beam)
-        hit = items == targets[:, None]
-        return torch.where(hit.any(1), hit.int().argmax(1) + 1, len(self.catalogue.rows) + DEEPEST + 1)
+        number = DEEPEST - 1 + int(torch.bincount(self.catalogue.group).max())
+        items, _ = self.top(states, number + (0 if seen is None else seen.shape[1]), beam=beam)
+        hit, beyond = items == targets[:, None], _beyond(self.catalogue)
+        everywhere = torch.where(hit.any(1), hit.int().argmax(1) + 1, beyond)
+        if seen is None:
+            return everywhere, everywhere
+        left_out = (items[:, :, None] == seen[:, None, :]).any(2) & (items >= 0)
+        ahead = left_out.cumsum(1).gather(1, hit.int().argmax(1)[:, None])[:, 0]
+        return torch.where(hit.any(1) & ~(hit & left_out).any(1), everywhere - ahead, beyond), everywhere
 
     def scores_a_user(self, beam: int) -> int:
         """A score for each token after each prefix of the beam."""

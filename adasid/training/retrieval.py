@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adasid import config
 from adasid.errors import InputError
-from adasid.metrics.retrieval import averages, gains, intervals, rank_histogram, shared_gains
+from adasid.metrics.retrieval import DEEPEST, averages, gains, intervals, rank_histogram, shared_gains
 from adasid.ragged import runs
 from adasid.recommenders import retriever
 from adasid.recommenders.tokens import ItemTokens
@@ -43,24 +43,38 @@ class RetrievalData:
 
 @dataclass
 class Ranked:
-    """Targets by stratum and rank, ``targets`` [strata, ranks]; by stratum, size of the SID and rank of its first item, ``groups`` [strata, S, ranks]
-    (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: items that share a SID."""
+    """Targets by stratum and rank, ``targets`` [strata, ranks], and by rank in a list that leaves nothing out, ``everywhere`` [ranks]; by stratum, size of the SID and rank of its first item, ``groups`` [strata, S, ranks]
+    (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: items in the list that share a SID, rising."""
 
     targets: Tensor
+    everywhere: Tensor
     groups: Tensor
     sizes: Tensor
 
     @staticmethod
-    def none(sizes: Tensor) -> Ranked:
+    def of(ranks: Tensor, everywhere: Tensor, firsts: Tensor, kinds: Tensor, size: Tensor) -> Ranked:
+        """Targets [B] with their ranks, the rank of the first item of their SID, their stratum, and the size of their SID."""
+        sizes, place = torch.unique(size, return_inverse=True)
+        groups = rank_histogram(firsts, kinds * len(sizes) + place, len(STRATA) * len(sizes))
+        total = rank_histogram(everywhere, torch.zeros_like(everywhere), 1)[0]
+        return Ranked(rank_histogram(ranks, kinds, len(STRATA)), total, groups.view(len(STRATA), len(sizes), DEEPEST + 1), sizes.cpu())
+
+    def over(self, sizes: Tensor) -> Ranked:
+        """The same with room for more ``sizes``."""
+        groups = self.groups.new_zeros(len(STRATA), len(sizes), self.groups.shape[2])
+        groups[:, torch.searchsorted(sizes, self.sizes)] = self.groups
+        return Ranked(self.targets, self.everywhere, groups, sizes)
+
+    def __add__(self, other: Ranked) -> Ranked:
+        sizes = torch.unique(torch.cat([self.sizes, other.sizes]))
+        one, two = self.over(sizes), other.over(sizes)
+        return Ranked(one.targets + two.targets, one.everywhere + two.everywhere, one.groups + two.groups, sizes)
+
+    @staticmethod
+    def none() -> Ranked:
         """Nothing ranked yet."""
         empty = torch.zeros(0, dtype=torch.int64)
-        kinds, ranks = rank_histogram(empty, empty, len(STRATA)), rank_histogram(empty, empty, len(STRATA) * len(sizes))
-        return Ranked(kinds, ranks.view(len(STRATA), len(sizes), -1), sizes)
-
-    def add(self, ranks: Tensor, firsts: Tensor, kinds: Tensor, size: Tensor) -> None:
-        """Targets [B] with their rank, that of the first item of their SID, their stratum, and the place of their SID's size in ``sizes``."""
-        self.targets += rank_histogram(ranks, kinds, len(STRATA))
-        self.groups += rank_histogram(firsts, kinds * len(self.sizes) + size, len(STRATA) * len(self.sizes)).view_as(self.groups)
+        return Ranked.of(empty, empty, empty, empty, empty)
 
 
 class RetrievalTraining(EpochTraining):
@@ -126,12 +140,13 @@ class RetrievalTraining(EpochTraining):
         return averages(self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users).targets.numpy(), gains())
 
     def test(self) -> dict[str, Any]:
-        """Recall and NDCG of all users, by stratum of the target."""
+        """Recall and NDCG of all users, by stratum of the target; ``test_repeatable``: where lists leave nothing out."""
         started = time.monotonic()
         found = self._ranked(self.data.test, self.settings.beam)
         seconds = time.monotonic() - started
         return {
             "test": averages(found.targets.numpy(), gains()),
+            "test_repeatable": averages(found.everywhere.numpy(), gains()),
             "strata": by_stratum(found, self.seed),
             "test_users_per_second": float(found.targets.sum()) / max(seconds, 1e-9),
         }
@@ -140,28 +155,39 @@ class RetrievalTraining(EpochTraining):
     def _ranked(self, histories: Histories, beam: int, users: int | None = None) -> Ranked:
         """Where the targets of all workers' users (the first ``users``, if given) stand."""
         mine = np.arange(len(histories) if users is None else min(len(histories), -(-users // self.workers.world)))
-        group = self.model.catalogue.group
-        strata = torch.from_numpy(self.data.strata).to(self.device)
-        sizes, size = torch.unique(torch.bincount(group), return_inverse=True)
-        order = group.argsort(stable=True)
+        group, strata = self.model.catalogue.group, torch.from_numpy(self.data.strata).to(self.device)
+        sizes, order = torch.bincount(group), group.argsort(stable=True)
         place = torch.empty_like(order)  # of an item among those of its SID
-        place[order] = runs(torch.bincount(group))[1]
-        found = Ranked.none(sizes.cpu())
-        for states, targets in self._states(histories, mine, beam):
-            ranks, kinds = self.model.ranks(states, targets, beam), strata[targets]
-            found.add(ranks, ranks - place[targets], kinds, size[group[targets]])
-        targets, groups = (self.workers.sum(counts.to(self.device)).cpu() for counts in (found.targets, found.groups))
-        return Ranked(targets, groups, found.sizes)
+        place[order] = runs(sizes)[1]
+        found = Ranked.none()
+        for part, states, targets in self._states(histories, mine, beam):
+            seen = None if self.settings.repeatable else distinct(torch.from_numpy(histories.last(part)).to(self.device))
+            (ranks, everywhere), before, size = self.model.ranks(states, targets, beam, seen), place[targets], sizes[group[targets]]
+            if seen is not None:  # what a list leaves out takes no place in it
+                mates = (seen >= 0) & (group[seen] == group[targets][:, None]) & (seen != targets[:, None])
+                before, size = before - (mates & (seen < targets[:, None])).sum(1), size - mates.sum(1)
+            found += Ranked.of(ranks, everywhere, ranks - before, strata[targets], size)
+        sizes = torch.unique(self.workers.gather_ragged(found.sizes.to(self.device)))
+        found = found.over(sizes.cpu())
+        targets, everywhere, groups = (self.workers.sum(part.to(self.device)).cpu() for part in (found.targets, found.everywhere, found.groups))
+        return Ranked(targets, everywhere, groups, found.sizes)
 
-    def _states(self, histories: Histories, users: NDArray[np.int64], beam: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """State after the history and target of ``users``, some at a time, those of short histories first."""
+    def _states(self, histories: Histories, users: NDArray[np.int64], beam: int) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+        """``users``, some at a time, those of short histories first, with the state after their history and their target."""
         chunk = max(1, min(256, _SCORES // self.model.scores_a_user(beam)))
         users = users[np.diff(histories.starts)[users].argsort(kind="stable")]
         for part in np.array_split(users, max(1, -(-len(users) // chunk))):
             if len(part):
                 ids = torch.from_numpy(histories.last(part, self.settings.max_length)).to(self.device)
                 last = (ids >= 0).sum(1) - 1
-                yield self.model.states(ids)[torch.arange(len(part)), last], torch.from_numpy(histories.targets[part]).to(self.device)
+                yield part, self.model.states(ids)[torch.arange(len(part)), last], torch.from_numpy(histories.targets[part]).to(self.device)
+
+
+def distinct(items: Tensor) -> Tensor:
+    """Rows of ``items`` [B, S] without repetition, padded with -1 in between."""
+    items = items.sort(dim=1).values
+    items[:, 1:][items[:, 1:] == items[:, :-1]] = -1
+    return items
 
 
 def by_stratum(found: Ranked, seed: int) -> dict[str, dict[str, Any]]:

@@ -46,10 +46,10 @@ class Histories(NamedTuple):
         source = np.arange(starts[-1]) + np.repeat(self.starts[users] - starts[:-1], lengths)
         return Histories(self.items[source], starts, self.targets[users])
 
-    def last(self, users: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """The last ``length`` items at most of each user: [B, longest of them], padded at the end with -1."""
+    def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
+        """The last ``length`` items at most (all, if not given) of each user: [B, longest of them], padded at the end with -1."""
         ends = self.starts[users + 1]
-        counts = np.minimum(ends - self.starts[users], length)
+        counts = np.minimum(ends - self.starts[users], len(self.items) if length is None else length)
         width = int(counts.max(initial=1))
         columns = np.arange(width)
         source = (ends - counts)[:, None] + columns[None, :]

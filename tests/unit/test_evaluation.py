@@ -73,6 +73,18 @@ def test_a_contradiction_with_the_paper_is_stated():
     assert any("rq-vae" in line and "nothing is shown with one seed" in line for line in page.summary)
 
 
+def test_lists_without_the_history_stand_beside_published_ones_both_ways():
+    group = [{**cell("opq", 1, 0.2), "test_repeatable": dict.fromkeys(("recall@5", "ndcg@5", "recall@10", "ndcg@10"), 0.125)}]
+    apart = config.Retrieval(repeatable=False)
+    page = evaluation.build("test", group, config.Evaluate(tokenizers=("opq",), reference="opq", published="beauty", retrievers={"item": apart}))
+    sections = {section.key: section for section in page.sections}
+    assert "ranked among all items but those of the history" in sections["retrieval"].lead
+    rows = {row[0]: row for row in sections["published"].tables[-1].rows}
+    assert rows["opq (ours, history in the list)"][1] == "0.1250" != rows["opq (ours)"][1]
+    with pytest.raises(ValueError, match="repeatable is true for 'b' and false for 'a'"):
+        config.Evaluate(retrievers={"a": apart}, controls={"b": config.Retrieval()})
+
+
 def test_both_tasks_stand_on_one_page():
     both = [*rows(), cell("ours", 0, 0.7, "ranking", "ppnet"), cell("theirs", 0, 0.6, "ranking", "ppnet")]
     page = evaluation.build("test", both, config.Evaluate(tokenizers=("ours", "theirs", "worse"), reference="ours"))

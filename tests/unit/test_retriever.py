@@ -106,7 +106,30 @@ def test_the_exact_list_is_the_sorted_catalogue(head, monkeypatch):
     order = torch.argsort(whole, dim=1, descending=True, stable=True)[:, :20]
     torch.testing.assert_close(scores, whole.gather(1, order))
     assert (items == order).float().mean() > 0.95  # equal scores at the end of a chunk may be cut otherwise
-    assert made.ranks(states, items[:, 3])[0] == 4
+    assert made.ranks(states, items[:, 3])[0][0] == 4
+
+
+SEEN = torch.tensor([[3, 7, -1, 20], [-1, -1, -1, -1], [0, 1, 59, -1]])
+
+
+@pytest.mark.parametrize("head", ["item", "parallel", "autoregressive"])
+def test_what_a_user_has_seen_leaves_the_list_and_takes_no_place_in_it(head, monkeypatch):
+    monkeypatch.setattr(retriever, "_CHUNK", 13)
+    made = model(head, beam=200)
+    states = torch.randn(3, 8)
+    with torch.no_grad():
+        whole, _ = made.top(states, 60)
+        items, scores = made.top(states, 60, SEEN)
+        for row, score, everything, seen in zip(items.tolist(), scores, whole.tolist(), SEEN.tolist()):
+            expected = [item for item in everything if item not in seen]
+            assert row == expected + [-1] * (60 - len(expected))
+            assert torch.isfinite(score).sum() == len(expected)
+        for place in (0, 11, 40):
+            targets = items[:, place]
+            ranks, everywhere = made.ranks(states, targets, 200, SEEN)
+            assert ranks.tolist() == [place + 1] * 3
+            assert everywhere.tolist() == [row.index(item) + 1 for row, item in zip(whole.tolist(), targets.tolist())]
+        assert (made.ranks(states, torch.tensor([7, 5, 59]), 200, SEEN)[0] > 100).tolist() == [True, False, True]
 
 
 def sequence_log_p(made, state, tokens):
@@ -130,7 +153,7 @@ def test_a_wide_beam_is_exact_and_never_leaves_the_catalogue():
             torch.testing.assert_close(score, expected[row], rtol=1e-4, atol=1e-4)
             assert (score[:-1] >= score[1:] - 1e-5).all()
             assert row.tolist().index(1) == row.tolist().index(0) + 1  # they share a SID
-        assert (made.ranks(states, items[:, 7], 200) == 8).all()
+        assert (made.ranks(states, items[:, 7], 200)[0] == 8).all()
 
 
 def test_a_narrow_beam_gives_items_of_the_catalogue_and_says_where_it_ends():
@@ -282,7 +305,8 @@ def test_corrected_figures_are_those_of_a_random_order_of_the_items_of_a_sid(tmp
     run.model = retriever.build(run.settings, ItemTokens.of(codes, (Slot("a", "text", 5), Slot("b", "text", 8), Slot("c", BEHAVIOR, 5)))).eval()
     torch.nn.init.normal_(run.model.table)
     found = by_stratum(run._ranked(run.data.test, 100), 0)["all"]
-    states, wanted = (torch.cat(part) for part in zip(*run._states(run.data.test, np.arange(400), 100)))
+    _, *found_states = zip(*run._states(run.data.test, np.arange(400), 100))
+    states, wanted = map(torch.cat, found_states)
     order = (states @ run.model.vectors(torch.arange(0, 40, 8)).T).argsort(1, descending=True)
     group = (order == (wanted // 8)[:, None]).int().argmax(1)  # 0: the target's SID is the best
     assert found["corrected_recall@5"] == pytest.approx(((group == 0) * 5 / 8).double().mean().item())
@@ -290,9 +314,34 @@ def test_corrected_figures_are_those_of_a_random_order_of_the_items_of_a_sid(tmp
     assert found["recall@20"] == pytest.approx((group * 8 + wanted % 8 < 20).double().mean().item())
 
 
+def test_lists_without_the_history_are_scored_as_such(tmp_path):
+    run = training("item", tmp_path, 1, repeatable=False)
+    codes = np.stack([np.arange(40) // 8, np.zeros(40), np.zeros(40)], axis=1).astype(np.int32)  # five SIDs of eight items
+    run.model = retriever.build(run.settings, ItemTokens.of(codes, (Slot("a", "text", 5), Slot("b", "text", 8), Slot("c", BEHAVIOR, 5)))).eval()
+    torch.nn.init.normal_(run.model.table)
+    found = run.test()
+    ranks, whole, shared = [], [], []
+    for users, states, targets in run._states(run.data.test, np.arange(400), 100):
+        for user, scores, target in zip(users, states @ run.model.vectors(torch.arange(40)).T, targets.tolist()):
+            history = set(run.data.test.items[run.data.test.starts[user] : run.data.test.starts[user + 1]].tolist())
+            order = sorted(range(40), key=lambda item: (-scores[item].item(), item))
+            whole.append(order.index(target) + 1)
+            left = [item for item in order if item not in history]
+            mates = [place for place, item in enumerate(left) if item // 8 == target // 8]
+            ranks.append(left.index(target) + 1 if target in left else 999)
+            shared.append(np.mean([place < 10 for place in mates]) if target in left else None)
+    assert 0 < ranks.count(999) < 400
+    assert found["test"]["recall@10"] == pytest.approx(np.mean(np.array(ranks) <= 10))
+    assert found["test_repeatable"]["recall@10"] == pytest.approx(np.mean(np.array(whole) <= 10))
+    exact = np.mean([0 if share is None else share for share in shared])
+    assert found["strata"]["all"]["corrected_recall@10"] == pytest.approx(exact)
+    every = training("item", tmp_path, 1).test()
+    assert every["test_repeatable"] == pytest.approx(every["test"])
+
+
 def test_a_target_beyond_the_beam_is_no_hit_at_any_depth():
     made = model("autoregressive", items=30, beam=2)
-    ranks = made.ranks(torch.randn(50, 8), torch.randint(30, (50,)), 2)
+    ranks, _ = made.ranks(torch.randn(50, 8), torch.randint(30, (50,)), 2)
     assert ((ranks <= 6) | (ranks > 100)).all()
     assert (ranks > 100).any()
 

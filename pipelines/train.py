@@ -123,6 +123,8 @@ def retrieval(cfg: Config, track: Track) -> None:
     """``sequences`` and the live ``sids`` -> a retriever in ``artifacts/retrieval/<key>``, its metrics in MLflow."""
     result = fit_downstream(cfg, track, "retrieval", _live(track.lake))
     _told(track, result, ("recall@10", "ndcg@10", "recall@50"))
+    if cfg.retrieval.repeatable and not result["repeats"]:
+        track.facts["hint"] = "no test user takes an item again; retrieval.repeatable: false leaves a user's items out of the lists"
 
 
 def ranking(cfg: Config, track: Track) -> None:

@@ -140,7 +140,8 @@ class RetrievalTraining(EpochTraining):
         return averages(self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users).targets.numpy(), gains())
 
     def test(self) -> dict[str, Any]:
-        """Recall and NDCG of all users, by stratum of the target; ``test_repeatable``: where lists leave nothing out."""
+        """Recall and NDCG of all users, by stratum of the target; ``test_repeatable``: where lists leave nothing out; ``repeats``: share of targets
+        that stand in the history."""
         started = time.monotonic()
         found = self._ranked(self.data.test, self.settings.beam)
         seconds = time.monotonic() - started
@@ -148,6 +149,7 @@ class RetrievalTraining(EpochTraining):
             "test": averages(found.targets.numpy(), gains()),
             "test_repeatable": averages(found.everywhere.numpy(), gains()),
             "strata": by_stratum(found, self.seed),
+            "repeats": float(self.workers.sum(torch.tensor(self.data.test.repeats(), device=self.device))) / max(1.0, float(found.targets.sum())),
             "test_users_per_second": float(found.targets.sum()) / max(seconds, 1e-9),
         }
 

@@ -46,6 +46,11 @@ class Histories(NamedTuple):
         source = np.arange(starts[-1]) + np.repeat(self.starts[users] - starts[:-1], lengths)
         return Histories(self.items[source], starts, self.targets[users])
 
+    def repeats(self) -> int:
+        """Users whose target stands in their history."""
+        user = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        return len(np.unique(user[self.items == self.targets[user]]))
+
     def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
         """The last ``length`` items at most (all, if not given) of each user: [B, longest of them], padded at the end with -1."""
         ends = self.starts[users + 1]

@@ -331,6 +331,7 @@ def test_lists_without_the_history_are_scored_as_such(tmp_path):
             ranks.append(left.index(target) + 1 if target in left else 999)
             shared.append(np.mean([place < 10 for place in mates]) if target in left else None)
     assert 0 < ranks.count(999) < 400
+    assert found["repeats"] == ranks.count(999) / 400
     assert found["test"]["recall@10"] == pytest.approx(np.mean(np.array(ranks) <= 10))
     assert found["test_repeatable"]["recall@10"] == pytest.approx(np.mean(np.array(whole) <= 10))
     exact = np.mean([0 if share is None else share for share in shared])

@@ -20,7 +20,7 @@ import torch
 from adasid import tables
 from adasid.config import Config, Ranking, Retrieval
 from adasid.errors import InputError
-from adasid.metrics.retrieval import averages, gains
+from adasid.metrics.retrieval import DEEPEST, averages, gains
 from adasid.report import evaluation
 from adasid.tokenizers import artifact
 from adasid.training.retrieval import Ranked, by_stratum
@@ -176,10 +176,11 @@ def _popularity(cfg: Config, lake: Lake) -> Row:
             users = Histories.from_batches([rows])
             target = torch.from_numpy(users.targets)
             ranks = target + 1
-            if not cfg.evaluate.repeatable:
+            if not cfg.retrieval.repeatable:
                 user = np.repeat(np.arange(len(users)), np.diff(users.starts))
                 user, seen = np.unique(np.stack([user, users.items]), axis=1)
                 ranks = ranks - torch.from_numpy(np.bincount(user[seen < users.targets[user]], minlength=len(users)))
+                ranks[user[seen == users.targets[user]]] = DEEPEST + 1
             found += Ranked.of(ranks, target + 1, ranks, kinds[target], torch.ones_like(target))
     return {
         "task": "retrieval",

@@ -168,7 +168,7 @@ def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue |
         show = _progress(track, getattr(cfg, task).epochs, shown, folder)
         cluster.fit(getattr(workers, task), payload, cfg.ray, f"{task}-{folder.name}", folder, show)
     result: dict[str, Any] = {**json.loads((folder / workers.OUTCOME).read_text(encoding="utf-8")), "mlflow_run": track.run_id}
-    track.metrics({f"test_{name}": value for name, value in result["test"].items()})
+    track.metrics({f"{part}_{name}": value for part in ("test", "test_repeatable") for name, value in result.get(part, {}).items()})
     track.artifact(folder / workers.OUTCOME)
     write_json(done, result)  # last: what is there has been tracked
     Checkpoints(folder / "checkpoints").clear()

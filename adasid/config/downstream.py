@@ -24,7 +24,9 @@ class Retrieval(Section):
     dropout: Share = Field(0.5, description="dropout on embeddings, attention and feed-forward")
     temperature: float = Field(0.07, gt=0, description="temperature of the token heads' cosine logits")
     repeatable: bool = Field(
-        True, description="whether items of a user's history may be recommended again; false, where nobody takes an item twice: lists leave them out"
+        True,
+        description="whether items of a user's history may be recommended again; false, where nobody takes an item twice: lists leave out those of the "
+        "last features.max_length events",
     )
     inactive: Literal["keep", "pad"] = Field("keep", description="an inactive slot's token: keep it, or pad: replace it by PAD")
     weights: bool = Field(True, description="token heads: the tokenizer's weights of the target's behaviour tokens weigh their losses")
@@ -117,11 +119,6 @@ class Evaluate(Section):
         for label in self.tokenizers:
             if self.tokenizers.count(label) > 1:
                 raise ValueError(f"evaluate.tokenizers names {label!r} twice: remove one")
-        alike = {model.repeatable: label for label, model in (*self.retrievers.items(), *self.controls.items())}
-        if len(alike) > 1:
-            raise ValueError(
-                f"evaluate: repeatable is true for {alike[True]!r} and false for {alike[False]!r}, but their lists are compared: set it alike"
-            )
         for label, settings in self.controls.items():
             if settings.head != "item":
                 raise ValueError(f"evaluate.controls.{label}.head is {settings.head!r}: one token an item has nothing to decode, use head: item")

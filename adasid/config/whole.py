@@ -83,6 +83,10 @@ class Config(Section):
         for key, settings in retrievers.items():
             if settings.max_length > self.features.max_length:
                 raise ValueError(f"{key}.max_length {settings.max_length} is longer than features.max_length {self.features.max_length}: lower it")
+            if settings.repeatable != self.retrieval.repeatable:
+                raise ValueError(
+                    f"{key}.repeatable is {str(settings.repeatable).lower()} but retrieval.repeatable is not: lists are compared, so set it alike"
+                )
         if self.evaluate.parallel > 1 and not self.ray.workers:
             raise ValueError(f"evaluate.parallel is {self.evaluate.parallel} but ray.workers is 0, which trains in the job's one process: raise it")
         for label in self.evaluate.labels:

@@ -215,10 +215,11 @@ class AutoregressiveRetriever(Retriever):
 
     def top(self, states: Tensor, number: int, seen: Tensor | None = None, beam: int | None = None) -> tuple[Tensor, Tensor]:
         """Beam search of ``beam`` (of the settings, if not given) prefixes at a time. Only prefixes of the catalogue are followed, so that every
-        answer is an item; items that share a SID follow each other by item_index. The ``seen`` leave the list at its end: it is as much shorter."""
+        answer is an item; items that share a SID follow each other by item_index. The beam is wider by the number of ``seen``."""
         if self.prefixes is None:
             self.prefixes = Prefixes.of(self.catalogue).to(states.device)
-        prefixes, beam, users = self.prefixes, beam or self.settings.beam, len(states)
+        prefixes, users = self.prefixes, len(states)
+        beam = (beam or self.settings.beam) + (0 if seen is None else seen.shape[1])
         words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
         nodes = torch.zeros(users, 1, dtype=torch.int64, device=states.device)
         value = torch.zeros(users, 1, device=states.device)
@@ -251,7 +252,7 @@ class AutoregressiveRetriever(Retriever):
         source = alive[where]
         user = source // beam
         if seen is not None:
-            new = (seen[user] != item[:, None]).all(1)
+            new = ~self._among(user, item, seen)
             source, user, item = source[new], user[new], item[new]
         rank = runs(torch.bincount(user, minlength=users))[1]  # the users stand in order
         kept = rank < number
@@ -261,15 +262,21 @@ class AutoregressiveRetriever(Retriever):
         scores[user[kept], rank[kept]] = value.reshape(-1)[source[kept]]
         return items, scores
 
+    def _among(self, user: Tensor, items: Tensor, seen: Tensor) -> Tensor:
+        """Whether ``items`` of the rows ``user`` are among those ``seen`` [B, S]."""
+        first = torch.arange(len(seen), device=seen.device)[:, None] * len(self.catalogue.rows)
+        return torch.isin(user * len(self.catalogue.rows) + items, torch.where(seen >= 0, seen + first, -1)) & (items >= 0)
+
     def ranks(self, states: Tensor, targets: Tensor, beam: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Within the items of the beam: as many as it takes to see all items of a SID that begins in time."""
         number = DEEPEST - 1 + int(torch.bincount(self.catalogue.group).max())
-        items, _ = self.top(states, number + (0 if seen is None else seen.shape[1]), beam=beam)
+        longer = 0 if seen is None else seen.shape[1]
+        items, _ = self.top(states, number + longer, beam=beam + longer)
         hit, beyond = items == targets[:, None], _beyond(self.catalogue)
         everywhere = torch.where(hit.any(1), hit.int().argmax(1) + 1, beyond)
         if seen is None:
             return everywhere, everywhere
-        left_out = (items[:, :, None] == seen[:, None, :]).any(2) & (items >= 0)
+        left_out = self._among(torch.arange(len(items), device=items.device)[:, None], items, seen)
         ahead = left_out.cumsum(1).gather(1, hit.int().argmax(1)[:, None])[:, 0]
         return torch.where(hit.any(1) & ~(hit & left_out).any(1), everywhere - ahead, beyond), everywhere
 

@@ -115,9 +115,9 @@ def of_task(rows: Sequence[Row], task: str) -> Cells:
 
 def flat(row: Row) -> Row:
     """A cell as one line of a CSV file."""
-    names = ("task", "tokenizer", "codes", "model", "seed", "labels", "best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
+    names = ("task", "tokenizer", "codes", "model", "seed", "labels", "repeats", "best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
     plain = {key: row.get(key) for key in names}
-    plain |= {f"validation_{key}": value for key, value in row.get("validation", {}).items()}
+    plain |= {f"{part}_{key}": value for part in ("validation", "test_repeatable") for key, value in row.get(part, {}).items()}
     return plain | {f"{s}_{key}": v for s, found in row["strata"].items() for key, v in found.items() if not isinstance(v, dict | list)}
 
 

@@ -43,8 +43,9 @@ class RetrievalData:
 
 @dataclass
 class Ranked:
-    """Targets by stratum and rank, ``targets`` [strata, ranks], and by rank in a list that leaves nothing out, ``everywhere`` [ranks]; by stratum, size of the SID and rank of its first item, ``groups`` [strata, S, ranks]
-    (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: items in the list that share a SID, rising."""
+    """Targets by stratum and rank, ``targets`` [strata, ranks], and by rank in a list that leaves nothing out, ``everywhere`` [ranks]; by stratum, size
+    of the SID and rank of its first item, ``groups`` [strata, S, ranks] (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: items in
+    the list that share a SID, rising."""
 
     targets: Tensor
     everywhere: Tensor
@@ -60,7 +61,7 @@ class Ranked:
         return Ranked(rank_histogram(ranks, kinds, len(STRATA)), total, groups.view(len(STRATA), len(sizes), DEEPEST + 1), sizes.cpu())
 
     def over(self, sizes: Tensor) -> Ranked:
-        """The same with room for more ``sizes``."""
+        """The same with room for all of ``sizes``, rising, which its own are among."""
         groups = self.groups.new_zeros(len(STRATA), len(sizes), self.groups.shape[2])
         groups[:, torch.searchsorted(sizes, self.sizes)] = self.groups
         return Ranked(self.targets, self.everywhere, groups, sizes)

@@ -47,9 +47,9 @@ class Histories(NamedTuple):
         return Histories(self.items[source], starts, self.targets[users])
 
     def repeats(self) -> int:
-        """Users whose target stands in their history."""
-        user = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        return len(np.unique(user[self.items == self.targets[user]]))
+        """Users whose target stands in their history, as far as it is kept."""
+        hits = np.append(0, np.cumsum(self.items == np.repeat(self.targets, np.diff(self.starts))))
+        return int((hits[self.starts[1:]] > hits[self.starts[:-1]]).sum())
 
     def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
         """The last ``length`` items at most (all, if not given) of each user: [B, longest of them], padded at the end with -1."""

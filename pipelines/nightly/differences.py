@@ -91,17 +91,17 @@ def _fed(night: Night, since: int, columns: list[str], modalities: list[str]) ->
         yield part.select(schema.names).cast(schema)
 
 
-def read(night: Night, since: int, fed: bool) -> Change | None:
-    """How the items differ from those of version ``since``: as the change feed tells (``fed``, unless it is long, as where counts of many items changed),
-    else by comparing all of them; None for not at all. Raises Unusual for more than ``retokenize.small_night`` items with other vectors, and where what
+def read(night: Night, since: int, fed: bool) -> tuple[Change | None, bool]:
+    """How the items differ from those of version ``since``, None for not at all: as the change feed tells (``fed``, unless it is long, as where counts
+    of many items changed), else by comparing all of them; and whether the feed told it. Raises Unusual for more than ``retokenize.small_night`` items with other vectors, and where what
     is told and the published rows do not fit together."""
     most = night.cfg.retokenize.small_night
     try:
         told = _by_feed(night, since, _ROWS * most) if fed else _by_comparison(night, since, most)
     except _Long:
-        told = _by_comparison(night, since, most)
+        told, fed = _by_comparison(night, since, most), False
     if told is None:
-        return None
+        return None, fed
     if told.ids.null_count or (told.last["fingerprint"].is_null().to_numpy() & told.now).any():
         raise Unusual("items without an id or a fingerprint")
     published = _published(night, told.ids)
@@ -121,7 +121,7 @@ def read(night: Night, since: int, fed: bool) -> Change | None:
     stays = kind != "passing"  # it came and went
     chosen = pa.array(stays)
     version = told.version.filter(chosen) if told.version is not None else None
-    return Change(told.ids.filter(chosen), kind[stays], sides[0].of(stays), sides[1].of(stays), published.filter(chosen), version)
+    return Change(told.ids.filter(chosen), kind[stays], sides[0].of(stays), sides[1].of(stays), published.filter(chosen), version), fed
 
 
 def vectors(night: Night, since: int, change: Change, columns: list[str], modalities: list[str]) -> pa.Table:

@@ -95,8 +95,8 @@ def _prepared(night: Night) -> _Prepared:
     tokenizer, manifest = night.champion()
     torch.set_num_threads(1)  # as Spark's workers encode
     fed = changes.followed(night.lake, since, night.version)
-    change = differences.read(night, since, fed)
-    how = changes.how(fed if change is None else change.version is not None)  # a long feed is given up for a comparison
+    change, fed = differences.read(night, since, fed)
+    how = changes.how(fed)
     counts = Counter({str(kind): int(n) for kind, n in zip(*np.unique(change.kind, return_counts=True))} if change else {})
     if change is None or set(counts) <= {"same"}:
         return _Prepared(how, counts)

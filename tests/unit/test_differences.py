@@ -45,14 +45,15 @@ def night(lake, make_config):
 
 
 def found(night, fed=False):
-    change = differences.read(night, 0, fed)
+    change, _ = differences.read(night, 0, fed)
     return change and dict(zip(change.ids.to_pylist(), change.kind.tolist()))
 
 
 def test_new_changed_removed_and_those_whose_counts_alone_differ(lake, night):
     put(lake, ("a", "1", "head", 10), ("b", "2x", "mid", 5), ("c", "3", "tail", 1), ("e", "5", "cold", 0))
     assert found(night()) == {"a": "same", "b": "changed", "d": "removed", "e": "new"}
-    change = differences.read(night(), 0, False)
+    change, fed = differences.read(night(), 0, False)
+    assert not fed
     assert change.before.events.tolist() == [9, 5, 1, 0] and change.after.events.tolist() == [10, 5, 0, 0]
     assert change.before.stratum.tolist()[3] == change.after.stratum.tolist()[2] == -1
 
@@ -106,4 +107,5 @@ def test_a_long_change_feed_is_not_read(lake, night):
     DeltaTable(lake.path("item_features")).update({"fingerprint": "'3x'"}, predicate="item_id = 'c'")
     assert changes.followed(lake, 0, 2)
     assert found(night(), fed=True) == found(night(1), fed=True) == {"a": "same", "b": "same", "c": "changed", "d": "same"}
-    assert differences.read(night(), 0, True).version is not None and differences.read(night(1), 0, True).version is None
+    assert [differences.read(night(most), 0, True)[1] for most in (10, 1)] == [True, False]
+    assert differences.read(night(1), 1, True)[1], "one row of the feed alone"

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from adasid import config
+from adasid.errors import ConfigError
 from adasid.report import evaluation
 
 
@@ -81,8 +82,8 @@ def test_lists_without_the_history_stand_beside_published_ones_both_ways():
     assert "ranked among all items but those of the history" in sections["retrieval"].lead
     rows = {row[0]: row for row in sections["published"].tables[-1].rows}
     assert rows["opq (ours, history in the list)"][1] == "0.1250" != rows["opq (ours)"][1]
-    with pytest.raises(ValueError, match="repeatable is true for 'b' and false for 'a'"):
-        config.Evaluate(retrievers={"a": apart}, controls={"b": config.Retrieval()})
+    with pytest.raises(ConfigError, match=r"evaluate\.retrievers\.a\.repeatable is false but retrieval\.repeatable is not"):
+        config.build({"name": "t", "evaluate": {"retrievers": {"a": {"repeatable": False}}}})
 
 
 def test_both_tasks_stand_on_one_page():

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from adasid.training.workers import Workers, settle
 from tests.planted import catalogue
 from tests.unit.test_ranking import events
 from tests.unit.test_ranking import training as ranking
+from tests.unit.test_retriever import clumped
 from tests.unit.test_retriever import training as retrieval
 from tests.unit.test_sasrec import SMALL, data
 from tests.unit.test_tokenizers import TOKENIZERS, data_of
@@ -91,7 +93,10 @@ def run_rank(rank, folder):
             make(folder / f"{name} killed", 12).run(kill)
         except Killed:
             same[name] = make(folder / f"{name} killed", 12).run()["strata"] == tests[name]["strata"]
+    scored = clumped(retrieval("item", folder / "scored", 1, workers, repeatable=False), np.minimum(np.arange(40) // 8, 3))
+    scored.data.test = scored.data.test.part(0, 2) if rank == 0 else scored.data.test.part(len(scored.data.test), 1)  # rank 1 has no users
     facts = {
+        "scored": scored.test()["strata"],
         "tests": {name: result["test"] for name, result in tests.items()},
         "resumed": same,
         "across": across,
@@ -124,6 +129,12 @@ def test_two_workers_learn_as_one_does(facts):
     assert facts[0]["utilisation"][RESUMED] > 0.9
     assert facts[0]["recall"] > 0.5
     assert facts[0]["users"] == 120
+
+
+def test_lists_of_two_workers_are_counted_as_those_of_one(facts, tmp_path):
+    one = clumped(retrieval("item", tmp_path, 1, repeatable=False), np.minimum(np.arange(40) // 8, 3))
+    one.data.test = one.data.test.part(0, 4)
+    assert facts[0]["scored"] == facts[1]["scored"] == json.loads(json.dumps(one.test()["strata"]))
 
 
 def test_downstream_models_of_two_workers_are_scored_on_all_users_alike(facts, tmp_path):

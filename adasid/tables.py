@@ -175,7 +175,8 @@ SIDS = _schema(
     ("gauges", pa.list_(pa.struct([("modality", pa.string()), ("norm", pa.float64()), ("error", pa.float64())])), False),
 )
 """Key item_id. ``codes``: L codes in slot order (PAD where the item lacks the slot's modality); ``weights``: 1 for shared and content slots, the router's
-value for behaviour slots, 0 where inactive; ``collision_rank``: 0-based rank by (interactions desc, item_id) among the items of one SID; ``tokenizer``: artifact digest;
+value for behaviour slots, 0 where inactive; ``collision_rank``: 0-based rank among the items of one SID, which an item has as long as it has the SID: after the items that had it before, and by (interactions desc,
+item_id) among those that got it together; ``tokenizer``: artifact digest;
 ``gauges``: norm and squared quantization error of each of its vectors, for the items that drift is measured on (``retokenize.sample``), else empty."""
 
 SID_CHANGES = _schema(

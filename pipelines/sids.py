@@ -150,16 +150,21 @@ def encode(
     return rows.mapInArrow(encoder(text, weights, batch, slack), engine.struct(ENCODED))
 
 
-def ranked(encoded: DataFrame, tokenizer: str, generation: int, kept: DataFrame | None = None) -> DataFrame:
-    """Add the collision rank among the items of one SID: after the items of ``kept`` [codes, collision_rank] that have it, whose ranks stay; among
-    themselves by (interactions desc, item_id)."""
-    order = Window.partitionBy("codes").orderBy(F.desc("interactions"), "item_id")
-    rank = F.row_number().over(order) - 1
+def ranked(encoded: DataFrame, tokenizer: str, generation: int, kept: DataFrame | None = None, before: DataFrame | None = None) -> DataFrame:
+    """Add the collision rank among the items of one SID. An item that has the codes of its row in ``before`` [item_id, codes, collision_rank] has its rank, too;
+    the others come after those, and after the items of ``kept`` [codes, collision_rank] that have the SID; among themselves by (interactions desc, item_id)."""
+    own, first = F.lit(None).cast("int"), F.lit(0)
+    if before is not None:
+        encoded = encoded.join(before.select("item_id", "codes", F.col("collision_rank").alias("_own")), ["item_id", "codes"], "left")
+        own = F.col("_own")
+        first = F.coalesce(F.max(own).over(Window.partitionBy("codes")) + 1, first)
     if kept is not None:
         same = kept.join(encoded.select("codes").distinct(), "codes", "left_semi")
         encoded = encoded.join(same.groupBy("codes").agg((F.max("collision_rank") + 1).alias("_first")), "codes", "left")
-        rank += F.coalesce("_first", F.lit(0))
-    return encoded.select("*", rank.alias("collision_rank"), F.lit(tokenizer).alias("tokenizer"), F.lit(generation).alias("generation"))
+        first = F.greatest(first, F.coalesce("_first", F.lit(0)))
+    new = F.row_number().over(Window.partitionBy("codes").orderBy(own.isNotNull(), F.desc("interactions"), "item_id")) - 1
+    rank = F.coalesce(own, first + new).alias("collision_rank")
+    return encoded.select("*", rank, F.lit(tokenizer).alias("tokenizer"), F.lit(generation).alias("generation"))
 
 
 def faults(encoded: DataFrame, manifest: dict[str, Any]) -> int:

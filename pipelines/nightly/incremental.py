@@ -207,8 +207,8 @@ def _keys(codes: Integers) -> NDArray[np.uint64]:
 
 
 def _grouped(night: Night, change: Change, codes: Integers, encoded: pa.Table) -> tuple[pa.Array, dict[int, int], int]:
-    """Of the SIDs that gain, lose or recount an item: the collision ranks of the rows ``encoded`` with ``codes``, after those that stay; the sizes of all groups
-    then; and by how much the number of rare items in shared groups grows."""
+    """Of the SIDs that gain, lose or recount an item: the collision ranks of the rows ``encoded`` with ``codes``, as in :func:`sids.ranked`; the sizes of all
+    groups then; and by how much the number of rare items in shared groups grows."""
     live, length = night.live, codes.shape[1]
     leaving = _codes(change.published.filter(pa.array(~change.of("new"))), length)
     distinct = np.unique(np.concatenate([codes, leaving]), axis=0)
@@ -241,9 +241,12 @@ def _grouped(night: Night, change: Change, codes: Integers, encoded: pa.Table) -
     groups.update(size[1].tolist())
     del groups[0]
     shared = few[1][size[1] > 1].sum() - few[0][size[0] > 1].sum()
+    member = pc.index_in(encoded["item_id"].combine_chunks(), members).fill_null(-1).to_numpy()
+    held = np.where(np.append(of_member, -1)[member] == own, np.append(ranks, -1)[member], -1)
     first = np.zeros(n, np.int64)
     np.maximum.at(first, of_member[stays], ranks[stays] + 1)
-    return _ranks(own, first, encoded), {s: number for s, number in groups.items() if number}, int(shared)
+    np.maximum.at(first, own, held + 1)
+    return _ranks(own, first, held, encoded), {s: number for s, number in groups.items() if number}, int(shared)
 
 
 def _rare(night: Night, change: Change, members: pa.Array) -> tuple[Mask, Mask]:
@@ -260,14 +263,14 @@ def _rare(night: Night, change: Change, members: pa.Array) -> tuple[Mask, Mask]:
     return np.where(place < 0, now, change.before.rare()[place]), now
 
 
-def _ranks(own: Integers, first: Integers, encoded: pa.Table) -> pa.Array:
-    """Rank of each row in its group ``own`` [n] by (events desc, item_id), from ``first`` of the group on."""
-    rows = pa.table({"group": own, "interactions": encoded["interactions"], "item_id": encoded["item_id"]})
-    order = pc.sort_indices(rows, [("group", "ascending"), ("interactions", "descending"), ("item_id", "ascending")]).to_numpy()
-    groups = own[order]
+def _ranks(own: Integers, first: Integers, held: Integers, encoded: pa.Table) -> pa.Array:
+    """Rank of each row in its group ``own`` [n]: ``held`` [n] where that is not -1; else by (events desc, item_id), from ``first`` of the group on."""
+    rows = pa.table({"group": own, "interactions": encoded["interactions"], "item_id": encoded["item_id"], "row": np.arange(len(own))})
+    rows = rows.filter(pa.array(held < 0)).sort_by([("group", "ascending"), ("interactions", "descending"), ("item_id", "ascending")])
+    groups = rows["group"].to_numpy()
     opens = np.flatnonzero(np.append(True, groups[1:] != groups[:-1])) if len(groups) else np.zeros(0, np.int64)
-    ranks = np.empty(len(own), np.int64)
-    ranks[order] = first[groups] + np.arange(len(own)) - np.repeat(opens, np.diff(np.append(opens, len(own))))
+    ranks = held.copy()
+    ranks[rows["row"].to_numpy()] = first[groups] + np.arange(len(groups)) - np.repeat(opens, np.diff(np.append(opens, len(groups))))
     return pa.array(ranks, pa.int32())
 
 

@@ -92,8 +92,11 @@ class Night:
 
     def unchanged(self) -> None:
         """Tell that there is nothing to publish."""
+        self._up_to_date(f"no item is new, changed or removed since generation {self.live['generation']}")
+
+    def _up_to_date(self, why: str) -> None:
         self.track.status = "up to date"
-        self.track.note(f"no item is new, changed or removed since generation {self.live['generation']}")
+        self.track.note(why)
         self.track.facts.update({"generation": self.live["generation"], "items": self.live["items"]})
 
     def stamp(self, policy: str, tokenizer: str) -> str:
@@ -103,7 +106,11 @@ class Night:
     def publish(
         self, facts: dict[str, Any], manifest: dict[str, Any], stamp: str, write_sids: Callable[[], object], write_changes: Callable[[], object]
     ) -> None:
-        """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and tell of it."""
+        """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and tell of it; not where it was published and then rolled back."""
+        if generations.settled(self.lake, stamp):
+            number = generations.next_number(self.lake) - 1
+            self._up_to_date(f"generation {number} is this night's and was rolled back: jobs/rollback.py --to {number} makes it live again")
+            return
         row = generations.publish(
             self.track,
             stamp,

@@ -153,7 +153,7 @@ def _frozen(night: Night, folder: Path, manifest: dict[str, Any], found: DataFra
     encoded = sids.encode(night.spark, today, folder, manifest, night.cfg.sids.batch, known["every"], held).persist(StorageLevel.DISK_ONLY)
     broken = sids.faults(encoded, manifest)
     kept = night.published.join(found, "item_id", "left_anti")
-    new = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), kept)
+    new = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), kept, touched)
     placed = kept.select("item_id", *verdict.MEASURED).join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
     whole = placed.unionByName(encoded.select(placed.columns)).persist()
     day = drift.measure(lake, whole, known["every"], known["edges"])
@@ -169,7 +169,7 @@ def _anew(night: Night, policy: str, live: Path) -> Made:
     held = night.published, cfg.retokenize.slack
     encoded = sids.encode(night.spark, night.features, folder, manifest, cfg.sids.batch, one_of, held).persist(StorageLevel.DISK_ONLY)
     broken = sids.faults(encoded, manifest)
-    rows = sids.ranked(encoded, manifest["digest"], generations.next_number(lake))
+    rows = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), before=night.published)
     baseline = drift.measure(lake, encoded, one_of)
     drifted = drift.against(night.live["drift"]["baseline"], baseline)
     return Made(folder, manifest, encoded, rows, encoded, night.published, baseline, baseline, drifted, broken)

@@ -74,6 +74,8 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
     assert 0 < len(touched) < 60
     for item in set(after) - touched:
         assert after[item] == before[item], item
+    for item in {item for item in set(before) & set(after) if before[item]["codes"] == after[item]["codes"]}:
+        assert after[item]["collision_rank"] == before[item]["collision_rank"], item
     for item in touched & set(after):
         assert after[item]["generation"] == row["generation"] and after[item]["fingerprint"] == prints[item]
     changes = {r["item_id"]: r for r in lake.read("sid_changes").to_pylist() if r["generation"] == row["generation"]}
@@ -220,6 +222,10 @@ def test_small_moves_of_vectors_move_few_sids(shop, tmp_path, policy):
     assert row["policy"] == policy and (row["tokenizer"] != live["tokenizer"]) == (policy != "frozen")
     new = rows_of(by_item(lake, row["sids_version"]))
     kept = np.mean([[a == b for a, b in zip(old[item]["codes"], new[item]["codes"])] for item in old])
+    same = [item for item in old if old[item]["codes"] == new[item]["codes"]]
+    assert [new[item]["collision_rank"] for item in same] == [old[item]["collision_rank"] for item in same]
+    assert sum(old[item]["collision_rank"] > 0 for item in same) > 3
+    assert len({(*row["codes"], row["collision_rank"]) for row in new.values()}) == len(new)
     assert kept > {"frozen": 0.99, "warm": 0.95, "refit": 0.85}[policy]
     _, manifest = artifact.read(Path(row["artifact"]))
     assert manifest["relabelled"] == (policy == "refit")
@@ -234,6 +240,12 @@ def test_rollback_and_maintenance(published):
         upkeep.rollback(cfg, track, 1)
     assert generations.live(lake)["generation"] == 1
     assert night(path, rows[-1]["run_date"]).status == "done"  # from the first generation on
+    last = generations.live(lake)
+    with tracking.stage(cfg, "rollback", journal=False) as track:
+        upkeep.rollback(cfg, track, 1)
+    again = night(path, last["run_date"])  # the same night does not undo the roll-back
+    assert again.status == "up to date" and generations.live(lake)["generation"] == 1
+    assert generations.history(lake)[-1]["generation"] == last["generation"]
     with (
         pytest.raises(InputError, match=r"generation 99 does not exist \(there are: 1 to \d+\)"),
         tracking.stage(cfg, "rollback", journal=False) as track,

@@ -1,4 +1,4 @@
-"""Compact the lake's tables and remove files that no kept generation, model or lineage record needs.
+"""Compact the lake's tables and remove files that no kept generation, no model, and no run of the last retokenize.lineage_days needs.
 
 python jobs/maintain.py --config conf/beauty.yaml
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,9 @@ from adasid.tokenizers.encode import ENCODED, READ, encoder
 from pipelines import generations
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import Track
-from pipelines.nightly import changes, drift
+from pipelines.nightly import changes, drift, exports
 from pipelines.nightly.lease import Lease, held
-from pipelines.train import tokenizer_folder
+from pipelines.train import register, tokenizer_folder
 
 _FAULTS = 100
 """Kinds of faults that are looked at; there is one for each modality, and one for each wrong width."""
@@ -46,9 +47,11 @@ def run(cfg: Config, track: Track) -> None:
     track.inputs(read)
     if generations.settled(lake, key):
         track.status = "up to date"
-        return
-    with held(track, cfg.retokenize.lease) as lease:
-        _publish(cfg, track, folder, manifest, read, key, lease)
+    else:
+        with held(track, cfg.retokenize.lease) as lease:
+            _publish(cfg, track, folder, manifest, read, key, lease)
+    live = generations.live(lake)
+    register(cfg, track, Path(live["artifact"]), live["tokenizer"], "champion")
 
 
 def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], read: dict[str, int], key: str, lease: Lease) -> None:
@@ -96,8 +99,9 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
             key,
             facts,
             before,
-            partial(engine.write, ranked(encoded, manifest["digest"], number), lake, "sids", tables.SIDS, key),
+            partial(engine.write, ranked(encoded, manifest["digest"], number), lake, "sids", tables.SIDS, key, few=True),
             None if moves is None else partial(engine.write, moves, lake, "sid_changes", tables.SID_CHANGES, key, replace=f"generation = {number}"),
+            before_live=partial(exports.write, cfg, lake, slots),
             allowed=lease.check,
         )["generation"]
     finally:
@@ -201,10 +205,14 @@ def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
         tally.active[place] = [row[f"a{i}"] for i in range(len(slots))]
         tally.slots_on[place] = [row[f"n{n}"] for n in range(len(behavior) + 1)]
     tail = F.col("stratum").isin("tail", "cold").cast("int")
-    of_size = encoded.groupBy("codes").agg(F.count("*").alias("size"), F.sum(tail).alias("tail")).groupBy("size")
-    sizes = of_size.agg(F.count("*").alias("count"), F.sum("tail").alias("tail")).collect()
-    groups = {int(row["size"]): int(row["count"]) for row in sizes}
-    return replace(tally, groups=groups, shared=sum(int(row["tail"] or 0) for row in sizes if row["size"] > 1)).metrics(slots)
+    of_size = encoded.groupBy("codes").agg(F.count("*").alias("size"), F.coalesce(F.sum(tail), F.lit(0)).alias("tail")).groupBy("size", "tail")
+    groups, rare, shared = Counter[int](), Counter[int](), 0
+    for row in of_size.agg(F.count("*").alias("number")).collect():  # as many rows as there are kinds of groups
+        groups[row["size"]] += row["number"]
+        if row["tail"]:
+            rare[row["tail"]] += row["number"]
+            shared += row["tail"] * row["number"] * (row["size"] > 1)
+    return replace(tally, groups=groups, rare=rare, shared=shared).metrics(slots)
 
 
 def failures(failed: list[dict[str, Any]]) -> str:

@@ -74,7 +74,7 @@ def behavior(cfg: Config, track: Track) -> None:
 def tokenizer(cfg: Config, track: Track) -> None:
     """``item_features`` -> the tokenizer's artifact in ``artifacts/tokenizer/<key>/model``, registered in MLflow as candidate."""
     folder = tokenizer_folder(cfg, track.lake)
-    _register(cfg, track, folder / "model", fit_tokenizer(cfg, track, folder))
+    register(cfg, track, folder / "model", fit_tokenizer(cfg, track, folder)["digest"], "candidate")
 
 
 class HeldCodes(TypedDict):
@@ -241,20 +241,24 @@ def _embedding_batches(items: pa.Array, result: Mapping[str, torch.Tensor]) -> I
         )
 
 
-def _register(cfg: Config, track: Track, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Log and register the artifact, unless it is, and let the alias ``candidate`` point at it."""
+def register(cfg: Config, track: Track, folder: Path, tokenizer: str, alias: Literal["candidate", "champion"]) -> None:
+    """Let ``alias`` of the registered model point at the tokenizer (its digest), whose artifact in ``folder`` is logged unless it was: ``candidate`` is the one
+    trained last by jobs/train.py, ``champion`` that of the live semantic IDs."""
     name, client = cfg.tracking.model or f"adasid-{cfg.name}", track.client
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("digest") == manifest["digest"]]
+    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("digest") == tokenizer]
     if known:
         version = known[0]
-    else:
+    elif (folder / "manifest.json").exists():
         track.artifact(folder)
         source = f"{client.get_run(track.run_id).info.artifact_uri}/{folder.name}"
-        tags = {"digest": manifest["digest"], "tokenizer": manifest["tokenizer"]}
+        tags = {"digest": tokenizer, "tokenizer": artifact.read_manifest(folder)["tokenizer"]}
         version = client.create_model_version(name, source, track.run_id, tags=tags)
-    client.set_registered_model_alias(name, "candidate", version.version)
+    else:
+        track.note(f"tokenizer {tokenizer} is neither in MLflow nor in {folder}: {alias} stays")
+        return
+    client.set_registered_model_alias(name, alias, version.version)

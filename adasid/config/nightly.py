@@ -37,6 +37,7 @@ class NightGates(Section):
     """Beside those of ``sids.gates``."""
 
     max_tail_collision: Share = Field(0.5, description="highest share of tail and cold items whose SID is not unique")
+    max_tail_group: int = Field(1000, ge=1, description="most tail and cold items of one SID")
     max_churn: Share = Field(0.1, description="highest share of the items of both generations whose SID changed")
     max_weighted_churn: Share = Field(0.1, description="the same, weighted by training events")
     max_removed: Share = Field(0.1, description="highest share of the live items that are gone")
@@ -50,7 +51,9 @@ class Lease(Section):
 
 class Retokenize(Section):
     policy: Literal["frozen", "warm", "refit", "auto"] = Field(
-        "frozen", description="frozen: live codebooks; warm: go on training; refit: train anew and match the codes; auto: by drift"
+        "frozen",
+        description="frozen: live codebooks; warm: go on training; refit: train anew and match the codes; auto: by drift, and frozen where "
+        "the table of the other fails a gate",
     )
     slack: float = Field(
         0.5,

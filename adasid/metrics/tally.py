@@ -21,7 +21,8 @@ RARE = [place for place, stratum in enumerate(STRATA) if stratum in ("tail", "co
 class Tally:
     """Of items in L slots of at most K codes and S strata: ``codes`` [L, K] items with each code, ``pad`` [L] with none; by stratum ``items`` and
     ``events`` [S], the sum of ``weights`` [S, L], items whose slot is ``active`` [S, L], items with 0, 1, ... active behaviour slots, ``slots_on``
-    [S, B + 1]. ``groups``: size -> number of SIDs that so many items share; ``shared``: tail and cold items whose SID is not unique."""
+    [S, B + 1]. ``groups``: size -> number of SIDs that so many items share; ``rare``: the same of their tail and cold items alone; ``shared``: tail and cold
+    items whose SID is not unique."""
 
     codes: NDArray[np.int64]
     pad: NDArray[np.int64]
@@ -31,6 +32,7 @@ class Tally:
     active: NDArray[np.int64]
     slots_on: NDArray[np.int64]
     groups: Mapping[int, int]
+    rare: Mapping[int, int]
     shared: int
 
     @staticmethod
@@ -47,6 +49,7 @@ class Tally:
             active=by_stratum,
             slots_on=np.zeros((strata, behavior + 1), np.int64),
             groups={},
+            rare={},
             shared=0,
         )
 
@@ -60,7 +63,7 @@ class Tally:
         events: NDArray[np.int64],
     ) -> Tally:
         """Of items [n] with ``codes``, ``weights`` and ``active`` [n, L], places ``strata`` [n] in ``tables.STRATA`` and training ``events`` [n]; but
-        for ``groups`` and ``shared``, which depend on all other items."""
+        for ``groups``, ``rare`` and ``shared``, which depend on all other items."""
         tally = Tally.none(slots)
         there = codes != PAD
         item, slot = np.nonzero(there)
@@ -87,19 +90,19 @@ class Tally:
                 tally.slots_on[place] = np.rint(items * np.array(metrics["active_count_by_stratum"][stratum]))
         pad = np.rint(metrics["items"] * np.array(metrics["pad"])).astype(np.int64)
         shared = round(metrics["collision_tail"] * int(tally.items[RARE].sum()))
-        groups = {size: number for size, number in metrics["group_sizes"]}
-        return replace(tally, codes=np.array(metrics["codes"], np.int64), pad=pad, groups=groups, shared=shared)
+        groups, rare = ({size: number for size, number in metrics[name]} for name in ("group_sizes", "tail_group_sizes"))
+        return replace(tally, codes=np.array(metrics["codes"], np.int64), pad=pad, groups=groups, rare=rare, shared=shared)
 
-    def changed(self, before: Tally, after: Tally, groups: Mapping[int, int], shared: int) -> Tally:
-        """With the rows of ``after`` in place of those of ``before``; ``groups`` and ``shared`` as they are then."""
+    def changed(self, before: Tally, after: Tally, groups: Mapping[int, int], rare: Mapping[int, int], shared: int) -> Tally:
+        """With the rows of ``after`` in place of those of ``before``; ``groups``, ``rare`` and ``shared`` as they are then."""
         names = ("codes", "pad", "items", "events", "weights", "active", "slots_on")
         sums = {name: getattr(self, name) - getattr(before, name) + getattr(after, name) for name in names}
-        return Tally(**sums, groups=groups, shared=shared)
+        return Tally(**sums, groups=groups, rare=rare, shared=shared)
 
     def sound(self) -> bool:
         """Whether no count is negative."""
         counts = (self.codes, self.pad, self.items, self.events, self.active, self.slots_on)
-        return self.shared >= 0 and min(self.groups.values(), default=0) >= 0 and all((part >= 0).all() for part in counts)
+        return min(self.shared, *self.groups.values(), *self.rare.values()) >= 0 and all((part >= 0).all() for part in counts)
 
     def metrics(self, slots: Sequence[Slot]) -> dict[str, Any]:
         """Code metrics (methods 8.2 to 8.5) and router figures by stratum, as JSON data."""
@@ -116,6 +119,8 @@ class Tally:
             **{name: [getattr(u, name) for u in use] for name in ("entropy", "utilisation", "perplexity", "top1")},
             **collisions,
             "group_sizes": [[size, self.groups[size]] for size in sizes],
+            "tail_group_sizes": [[size, self.rare[size]] for size in sorted(self.rare)],
+            "largest_tail_group": max(self.rare, default=0),
             "collision_tail": self.shared / max(1, int(self.items[RARE].sum())),
             "items_by_stratum": {stratum: int(self.items[place]) for place, stratum in present},
             "events_by_stratum": {stratum: int(self.events[place]) for place, stratum in present},

@@ -26,6 +26,11 @@ def build(name: str, generations: Sequence[Row], refused: Row | None) -> Page:
         warnings.append(
             f"The night of {refused['run_date']} was refused: {'; '.join(failed)}. Generation {live['generation'] if live else DASH} stays live."
         )
+    if live and live["drift"].get("asked"):
+        warnings.append(
+            f"Generation {live['generation']} is frozen though its drift asked for {live['drift']['asked']}, whose table failed a gate: look at that night's run "
+            "in MLflow, then raise retokenize.gates for it, or train a new tokenizer."
+        )
     shown = []
     if nights:
         shown = [
@@ -55,7 +60,24 @@ def build(name: str, generations: Sequence[Row], refused: Row | None) -> Page:
         Section(
             "drift", "How far items have moved", plots=drifts, tables=[_drift(errors)] if errors else [], missing="" if drifts else "No night yet."
         ),
-        Section("gates", "What each generation had to satisfy", tables=[_gates(generations, refused)] if generations else [], missing=""),
+        Section(
+            "gates",
+            "What each generation had to satisfy",
+            plots=[
+                Plot(
+                    "gates",
+                    gates(generations, refused),
+                    "How much of what each gate allows was used, by generation; the refused night comes last."
+                    if refused
+                    else "How much of what each gate allows was used, by generation.",
+                    "At 100 % nothing is left; above it the night is refused.",
+                )
+            ]
+            if generations
+            else [],
+            tables=[_gates(generations, refused)] if generations else [],
+            missing="",
+        ),
     ]
     if refused:
         worst = [(kind, ", ".join(items)) for kind, items in refused["worst"].items() if items]
@@ -126,6 +148,41 @@ def usage(nights: Sequence[Row]) -> Figure:
     style.thousands(axes.xaxis)
     style.legend(figure, 6)
     return figure
+
+
+@style.styled
+def gates(generations: Sequence[Row], refused: Row | None) -> Figure:
+    """Each gate (rows) in each generation (columns): the share of its allowance that was used; white where the generation had no such gate."""
+    nights = [*generations, *([refused] if refused else [])]
+    names = list(dict.fromkeys(gate["gate"] for row in reversed(nights) for gate in row["gates"]))
+    used = np.full((len(names), len(nights)), np.nan)
+    for column, row in enumerate(nights):
+        for gate in row["gates"]:
+            used[names.index(gate["gate"]), column] = allowance(gate)
+    figure, (axes,) = style.canvas("Share of each gate's allowance that was used", 0.9 + 0.2 * len(names))
+    shades = axes.imshow(used, aspect="auto", cmap="YlOrRd", vmin=0, vmax=1.25, interpolation="nearest")
+    for place, column in np.argwhere(used > 1):
+        axes.text(column, place, "×", ha="center", va="center", fontsize=style.SMALL)
+    axes.grid(False)
+    axes.set_yticks(range(len(names)), [name[:1].upper() + name[1:] for name in names], fontsize=style.SMALL - 1.5)
+    places = np.unique(np.linspace(0, len(nights) - 1, min(5, len(nights))).round().astype(int))
+    axes.set_xticks(places, [str(nights[place].get("generation", "")) if place < len(generations) else "refused" for place in places])
+    axes.set_xlabel("Generation")
+    bar = figure.colorbar(shades, ax=axes, location="bottom", shrink=0.6, aspect=30)
+    style.percent(bar.ax.xaxis)
+    return figure
+
+
+def allowance(gate: Mapping[str, Any]) -> float:
+    """The share of what a gate allows that a night used, from 0 to 1.25, above 1 where it failed: the value over the threshold, or the reverse where the
+    threshold is the least that passes. A gate that allows nothing (none of something, all items covered) is at 0 or 1.25."""
+    value, threshold, passed = float(gate["value"]), float(gate["threshold"]), gate["passed"]
+    if not threshold or (passed and value == threshold == 1):
+        return 0.0 if passed else 1.25
+    part = value / threshold
+    if value and (part > 1) == passed:
+        part = threshold / value
+    return min(part, 1.0) if passed else min(max(part, 1.01), 1.25)
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, place: int) -> None:

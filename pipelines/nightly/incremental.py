@@ -30,6 +30,8 @@ from pipelines.nightly.differences import Change, Integers, Mask, Side, Unusual
 from pipelines.nightly.night import Night
 from pipelines.nightly.verdict import Found
 
+_Sizes = dict[int, int]
+
 _FILES = 64
 """Files of ``sids`` from which on a night is Spark's, which writes the table anew: every small night may add one."""
 
@@ -63,7 +65,7 @@ def publish(night: Night) -> bool:
     if rows is None or moves is None:
         night.unchanged()
         return True
-    night.track.metrics(verdict.tracked(facts))
+    night.measured(facts)
     night.track.note("policy frozen, without Spark")
     stamp, where = night.stamp("frozen", facts["tokenizer"]), f"generation = {facts['generation']}"
     try:
@@ -89,7 +91,7 @@ def _prepared(night: Night) -> _Prepared:
         raise Unusual
     if live["items"] > settings.small_table:
         raise Unusual(f"{live['items']} items are more than retokenize.small_table")
-    if "counts" not in live["drift"]:
+    if "counts" not in live["drift"] or "tail_group_sizes" not in live["metrics"]:
         raise Unusual(f"generation {live['generation']} was published before its counts were kept")
     version = _base(night)
     tokenizer, manifest = night.champion()
@@ -160,10 +162,10 @@ def _measured(night: Night, change: Change, encoded: pa.Table, slots: list[Slot]
     new = pa.concat_tables([encoded.select([*verdict.MEASURED]), still.select([*verdict.MEASURED])], promote_options="permissive")
     before = change.before.of(was)
     after = Side(*(np.concatenate([getattr(change.after.of(part), name) for part in (now, same)]) for name in ("stratum", "events")))
-    ranks, groups, shared = _grouped(night, change, _codes(encoded, length), encoded)
+    ranks, groups, rare, shared = _grouped(night, change, _codes(encoded, length), encoded)
     known = Tally.known(live["metrics"], slots)
     tallies = _tally(slots, old, before), _tally(slots, new, after)
-    tally = known.changed(*tallies, groups, known.shared + shared)
+    tally = known.changed(*tallies, groups, rare, known.shared + shared)
     if not tally.sound():
         raise Unusual("the counts of the live generation are not those of its rows")
     metrics = tally.metrics(slots)
@@ -206,9 +208,9 @@ def _keys(codes: Integers) -> NDArray[np.uint64]:
     return keys
 
 
-def _grouped(night: Night, change: Change, codes: Integers, encoded: pa.Table) -> tuple[pa.Array, dict[int, int], int]:
+def _grouped(night: Night, change: Change, codes: Integers, encoded: pa.Table) -> tuple[pa.Array, _Sizes, _Sizes, int]:
     """Of the SIDs that gain, lose or recount an item: the collision ranks of the rows ``encoded`` with ``codes``, as in :func:`sids.ranked`; the sizes of all
-    groups then; and by how much the number of rare items in shared groups grows."""
+    groups then, of all their items and of the rare ones; and by how much the number of rare items in shared groups grows."""
     live, length = night.live, codes.shape[1]
     leaving = _codes(change.published.filter(pa.array(~change.of("new"))), length)
     distinct = np.unique(np.concatenate([codes, leaving]), axis=0)
@@ -236,17 +238,22 @@ def _grouped(night: Night, change: Change, codes: Integers, encoded: pa.Table) -
     n = len(keys)
     size = np.bincount(of_member, minlength=n), np.bincount(of_member[stays], minlength=n) + np.bincount(own, minlength=n)
     few = np.bincount(of_member, before, n), np.bincount(of_member[stays], after[stays], n) + np.bincount(own, rare, n)
-    groups = Counter({int(s): int(number) for s, number in live["metrics"]["group_sizes"]})
-    groups.subtract(size[0].tolist())
-    groups.update(size[1].tolist())
-    del groups[0]
+    groups, rares = (_resized(live["metrics"][name], *sides) for name, sides in (("group_sizes", size), ("tail_group_sizes", few)))
     shared = few[1][size[1] > 1].sum() - few[0][size[0] > 1].sum()
     member = pc.index_in(encoded["item_id"].combine_chunks(), members).fill_null(-1).to_numpy()
     held = np.where(np.append(of_member, -1)[member] == own, np.append(ranks, -1)[member], -1)
     first = np.zeros(n, np.int64)
     np.maximum.at(first, of_member[stays], ranks[stays] + 1)
     np.maximum.at(first, own, held + 1)
-    return _ranks(own, first, held, encoded), {s: number for s, number in groups.items() if number}, int(shared)
+    return _ranks(own, first, held, encoded), groups, rares, int(shared)
+
+
+def _resized(known: list[list[int]], before: NDArray[Any], after: NDArray[Any]) -> _Sizes:
+    """The sizes of groups and their numbers, where some of the ``known`` have another size."""
+    groups = Counter({size: number for size, number in known})
+    groups.subtract(before.astype(np.int64).tolist())
+    groups.update(after.astype(np.int64).tolist())
+    return {size: number for size, number in groups.items() if size and number}
 
 
 def _rare(night: Night, change: Change, members: pa.Array) -> tuple[Mask, Mask]:

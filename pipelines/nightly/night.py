@@ -16,12 +16,12 @@ from adasid.errors import InputError
 from adasid.report import nights
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot, Tokenizer
-from pipelines import generations, report, sids
+from pipelines import generations, report, sids, train
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
 from pipelines.generations import Generation
-from pipelines.nightly import exports
+from pipelines.nightly import exports, verdict
 from pipelines.nightly.lease import Lease
 
 
@@ -85,6 +85,14 @@ class Night:
         sids.check_features(engine.struct(self.lake.schema("item_features", self.version)), manifest)
         return tokenizer, manifest
 
+    def _champion(self, live: Generation) -> None:
+        train.register(self.cfg, self.track, Path(live["artifact"]), live["tokenizer"], "champion")
+
+    def measured(self, facts: dict[str, Any]) -> None:
+        """Track what was measured of the table, and every gate."""
+        self.track.metrics(verdict.tracked(facts))
+        self.track.client.log_dict(self.track.run_id, {"gates": facts["gates"]}, "gates.json")
+
     def found(self, how: str, counts: Mapping[str, int]) -> None:
         """Tell how many items are new, changed and removed, and how they were found."""
         self.track.facts["found by"] = how
@@ -95,6 +103,7 @@ class Night:
         self._up_to_date(f"no item is new, changed or removed since generation {self.live['generation']}")
 
     def _up_to_date(self, why: str) -> None:
+        self._champion(self.live)  # a kill may have come before
         self.track.status = "up to date"
         self.track.note(why)
         self.track.facts.update({"generation": self.live["generation"], "items": self.live["items"]})
@@ -121,6 +130,7 @@ class Night:
             before_live=partial(exports.write, self.cfg, self.lake, self.slots(manifest)),
             allowed=self.lease.check,
         )
+        self._champion(row)
         self.track.status = "done"  # whatever training the tokenizer said
         self.refused.unlink(missing_ok=True)
         self.pages()

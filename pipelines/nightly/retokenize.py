@@ -76,30 +76,44 @@ def _publish(night: Night) -> None:
     if not counts and cfg.retokenize.policy in {"frozen", "auto"}:
         night.unchanged()
         return
-    made = _frozen(night, folder, manifest, found, today)
-    drifted, policy = made.drifted, verdict.policy(cfg, made.drifted)
-    night.track.note(f"policy {policy}")
-    if policy != "frozen":
+    try:
+        made = _frozen(night, folder, manifest, found, today)
+        drifted, policy = made.drifted, verdict.policy(cfg, made.drifted)
+        night.track.note(f"policy {policy}")
+        if policy == "frozen":
+            _settle(night, made, policy, drifted)
+            return
         made.free()
-        made = _anew(night, policy, folder)
+        try:
+            _settle(night, _anew(night, policy, folder), policy, drifted)
+        except GateError as refusal:
+            if cfg.retokenize.policy != "auto":
+                raise
+            night.track.note(f"{refusal}. Published frozen instead")
+            _settle(night, _frozen(night, folder, manifest, found, today), "frozen", {**drifted, "asked": policy})
+    finally:
+        found.unpersist()
+
+
+def _settle(night: Night, made: Made, policy: str, drifted: dict[str, Any]) -> None:
+    """Measure and judge the table ``made`` under ``policy``, and publish it. ``drifted``: today against the live tokenizer. Raises GateError."""
     number, stamp = generations.next_number(night.lake), night.stamp(policy, made.manifest["digest"])
     moves = changes.moved(made.touched, made.encoded, policy).withColumn("generation", F.lit(number)).persist(StorageLevel.DISK_ONLY)
     try:
-        measured = verdict.facts(cfg, live, night.version, _found(night, made, moves, drifted))
-        night.track.metrics(verdict.tracked(measured))
+        measured = verdict.facts(night.cfg, night.live, night.version, _found(night, made, moves, drifted))
         facts = {"generation": number, "policy": policy, "run_date": night.day, **measured}
+        night.measured(facts)
         _judge(night, facts, moves, made.whole)
         night.publish(
             facts,
             made.manifest,
             stamp,
-            partial(engine.write, made.rows.select([field.name for field in SIDS]), night.lake, "sids", SIDS, stamp),
+            partial(engine.write, made.rows.select([field.name for field in SIDS]), night.lake, "sids", SIDS, stamp, few=True),
             partial(engine.write, moves, night.lake, "sid_changes", SID_CHANGES, stamp, replace=f"generation = {number}"),
         )
     finally:
         made.free()
-        for frame in (moves, found):
-            frame.unpersist()
+        moves.unpersist()
 
 
 def _found(night: Night, made: Made, moves: DataFrame, drifted: dict[str, Any]) -> Found:

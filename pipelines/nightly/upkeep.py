@@ -1,4 +1,4 @@
-"""Roll-back, and maintenance that never removes what a kept generation, a model or a lineage record points at."""
+"""Roll-back, and maintenance that never removes what a kept generation, a model or the lineage of a run that is not too old points at."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltalake import DeltaTable
 
 from adasid.config import Config
 from adasid.errors import InputError
-from pipelines import generations
+from pipelines import generations, train
 from pipelines.engines.lake import properties
 from pipelines.engines.tracking import Track
 from pipelines.nightly.lease import held
@@ -21,6 +21,7 @@ def rollback(cfg: Config, track: Track, number: int) -> None:
     """Make generation ``number`` live. Raises InputError where it does not exist or cannot be read any more."""
     with held(track, cfg.retokenize.lease):
         row = generations.go_back(track, number)
+    train.register(cfg, track, Path(row["artifact"]), row["tokenizer"], "champion")
     track.facts.update({"generation": row["generation"], "items": row["items"], "run date": row["run_date"]})
 
 

@@ -76,6 +76,7 @@ def _gates(cfg: Config, live: Generation, found: Found) -> list[dict[str, Any]]:
         "items without a SID, or SIDs without an item": (float(metrics["items"] - found.known + abs(found.items - found.known)), 0.0),
         "removed": (churn["removed"] / max(1, live["items"]), limits.max_removed),
         "collision rate, tail and cold": (metrics["collision_tail"], limits.max_tail_collision),
+        "largest group of tail and cold items": (metrics["largest_tail_group"], limits.max_tail_group),
         "churn": (churn["churn"], limits.max_churn),
         "churn, weighted by events": (churn["weighted"], limits.max_weighted_churn),
         "error against the tokenizer's data": (found.error, limits.max_error_ratio),
@@ -87,8 +88,8 @@ def tracked(facts: dict[str, Any]) -> dict[str, float]:
     """Of them, what MLflow draws over the nights."""
     drifted, churn = facts["drift"], facts["churn"]
     values = {name: value for name, value in facts["metrics"].items() if isinstance(value, (int, float))}
-    values |= {name: float(churn[name]) for name in ("new", "changed", "removed", "churn", "weighted")}
-    values |= {f"norm_index_{m}": value for m, value in drifted["norms"].items()} | {
-        f"usage_{slot}": value for slot, value in drifted["usage"].items()
-    }
-    return values | {f"error_ratio_{m}": ratio["all"] for m, ratio in drifted["error_ratio"].items() if "all" in ratio}
+    values |= {name: float(churn[name]) for name in ("new", "changed", "removed", "churn", "weighted")} | {"cold": drifted["cold"]}
+    groups = {"churn": churn["by_slot"] | churn["by_stratum"], "norm_index": drifted["norms"], "usage": drifted["usage"]}
+    groups |= {f"error_ratio_{m}": ratios for m, ratios in drifted["error_ratio"].items()}
+    values |= {f"{group}_{name}": value for group, parts in groups.items() for name, value in parts.items()}
+    return values if drifted["spearman"] is None else values | {"spearman": drifted["spearman"]}

@@ -28,7 +28,8 @@ KILLS = int(os.environ.get("ADASID_DRILLS", "2"))
 DAY = "2026-02-02"
 OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_error_ratio": 100.0}, "lease": {"seconds": 6.0, "wait": 60.0}}
 SPARK = {**OPEN, "small_night": 0}
-STEPS = ("leases", "sids", "sid_changes", "generations", "exports", "live")
+WARM, REFIT = ({**OPEN, "policy": policy, "warm": {"epochs": 6}} for policy in ("warm", "refit"))
+STEPS = ("leases", "training", "sids", "sid_changes", "generations", "exports", "live")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def ended(evening, folder, settings):
 
 @pytest.fixture(scope="module")
 def undisturbed(evening, tmp_path_factory):
-    """How an undisturbed night ends."""
+    """How an undisturbed night of Spark ends."""
     return ended(evening, tmp_path_factory.mktemp("undisturbed"), SPARK)
 
 
@@ -88,10 +89,33 @@ def undisturbed_small(merged, tmp_path_factory):
     return ended(merged, tmp_path_factory.mktemp("undisturbed"), OPEN)
 
 
+@pytest.fixture(scope="module")
+def undisturbed_warm(evening, tmp_path_factory):
+    """How an undisturbed night ends that trains the live tokenizer on."""
+    return ended(evening, tmp_path_factory.mktemp("undisturbed"), WARM)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_refit(evening, tmp_path_factory):
+    """How an undisturbed night ends that trains a tokenizer anew."""
+    return ended(evening, tmp_path_factory.mktemp("undisturbed"), REFIT)
+
+
+KINDS = (
+    (("evening", SPARK, "undisturbed"),),
+    (("merged", OPEN, "undisturbed_small"),),
+    (("evening", WARM, "undisturbed_warm"), ("evening", REFIT, "undisturbed_refit")),
+    (("evening", OPEN, "undisturbed_small"),),
+)
+"""What is killed in turn: nights of Spark, by feed, that train (warm and refit in turn), and by comparison. Where each starts, its settings, how it ends."""
+
+
 def reached(step, lake, run, before):
     """Whether a night has come to a step."""
     if step == "exports":
-        return any((run / "exports").glob("*")) or any((run / "exports").glob(".*"))
+        return (run / "exports" / "2").exists() or (run / "exports" / ".2.draft").exists()
+    if step == "training":
+        return len(list((run / "artifacts" / "tokenizer").glob("*/checkpoints/*"))) > before
     return commits(lake, step) > before
 
 
@@ -101,16 +125,16 @@ def commits(lake, table):
 
 
 @pytest.mark.parametrize("number", range(KILLS))
-def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undisturbed(
-    number, evening, merged, undisturbed, undisturbed_small, tmp_path
-):
-    small = number % 2 == 1
-    path, lake = copied(merged if number % 4 == 1 else evening, tmp_path / "night", retokenize=OPEN if small else SPARK)
-    expected, seconds = undisturbed_small if small else undisturbed
+def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undisturbed(number, request, tmp_path):
+    kinds, turn = KINDS[number % len(KINDS)], number // len(KINDS)
+    start, settings, end = kinds[turn % len(kinds)]
+    path, lake = copied(request.getfixturevalue(start), tmp_path / "night", retokenize=settings)
+    expected, seconds = request.getfixturevalue(end)
     before = by_item(lake, generations.live(lake)["sids_version"])
     rng = np.random.default_rng(number)
-    step = STEPS[number // 2 % len(STEPS)] if number % 5 else None  # every fifth at a random time
-    had = commits(lake, step) + (step == "leases") if step else 0  # the first commit of the lease creates its table
+    steps = STEPS if settings in (WARM, REFIT) else [step for step in STEPS if step != "training"]
+    step = steps[turn % len(steps)] if number % 5 else None  # every fifth at a random time
+    had = 0 if step in {None, "training"} else commits(lake, step) + (step == "leases")  # the first commit of the lease creates its table
     pause = rng.uniform(0, seconds if step is None else 0.5)
     process = subprocess.Popen(
         [sys.executable, "jobs/retokenize.py", "--config", path, "--run-date", DAY],
@@ -119,8 +143,8 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    end = time.monotonic() + 240
-    while step and not reached(step, lake, load(path).run_dir, had) and process.poll() is None and time.monotonic() < end:
+    limit = time.monotonic() + 240
+    while step and not reached(step, lake, load(path).run_dir, had) and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.005)
     time.sleep(pause)
     alive = process.poll() is None
@@ -138,7 +162,7 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
     if log := os.environ.get("ADASID_DRILLS_LOG"):
         row = {
             "number": number,
-            "small": small,
+            "night": end,
             "step": step,
             "pause": round(float(pause), 3),
             "alive": alive,
@@ -194,12 +218,16 @@ def test_a_corrupt_artifact_is_refused(tonight, capsys):
     refused(path, lake, capsys, ["the weights are damaged"])
 
 
-def test_a_truncated_file_is_refused(tonight, capsys):
+@pytest.mark.parametrize("table", ["item_features", "sids"])
+def test_a_truncated_file_is_refused(tonight, capsys, table):
     path, lake = tonight
-    file = Path(lake.open("item_features").file_uris()[0])
+    file = Path(lake.open(table).file_uris()[0])
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     (file.parent / f".{file.name}.crc").unlink(missing_ok=True)
-    refused(path, lake, capsys, ["item_features version", "stays live", file.name[:12]])
+    before = generations.live(lake)
+    code, last = here(path, capsys)
+    assert code == 3 and all(word in last for word in ("error: ", "version", "stays live", file.name[:12])), last
+    assert generations.live(lake) == before
 
 
 def test_a_damaged_change_feed_is_gone_around(merged, tmp_path, undisturbed_small, capsys):
@@ -243,8 +271,16 @@ def test_a_clock_that_jumped_back_does_not_lock_the_lake(lake):
     early.check()
 
 
+def test_a_night_after_the_clock_jumped_back_is_as_any_other(merged, tmp_path, undisturbed_small, capsys):
+    path, lake = copied(merged, tmp_path / "night", retokenize=OPEN)
+    Lease(lake, OPEN["lease"]["seconds"], now=lambda: time.time() + 86_400).take(0)  # of a run that was killed a day ahead
+    assert here(path, capsys)[0] == 0
+    assert by_item(lake, generations.live(lake)["sids_version"]).equals(undisturbed_small[0])
+
+
 @pytest.mark.skipif(KILLS < 3, reason="in `make drills` only")
-def test_a_full_disk_ends_in_the_old_or_the_new_table(on_spark, undisturbed, tmp_path):
+@pytest.mark.parametrize(("settings", "end"), [(SPARK, "undisturbed"), (OPEN, "undisturbed_small")], ids=["spark", "small"])
+def test_a_full_disk_ends_in_the_old_or_the_new_table(evening, settings, end, request, tmp_path):
     """On a small file system of its own, where one can be mounted, with next to nothing left."""
     small = tmp_path / "small"
     small.mkdir()
@@ -252,7 +288,8 @@ def test_a_full_disk_ends_in_the_old_or_the_new_table(on_spark, undisturbed, tmp
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     try:
-        path, lake = copied(on_spark[0].parent, small / "night", retokenize=SPARK)
+        path, lake = copied(evening, small / "night", retokenize=settings)
+        expected, _ = request.getfixturevalue(end)
         before = by_item(lake, generations.live(lake)["sids_version"])
         free = os.statvfs(small)
         (small / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - 120_000))
@@ -260,10 +297,10 @@ def test_a_full_disk_ends_in_the_old_or_the_new_table(on_spark, undisturbed, tmp
         assert done.returncode in (1, 3, 5), done.stderr[-2000:]
         assert done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr[-2000:]
         left = by_item(lake, generations.live(lake)["sids_version"])
-        assert left.equals(before) or left.equals(undisturbed[0])
+        assert left.equals(before) or left.equals(expected)
         (small / "ballast").unlink()
         time.sleep(OPEN["lease"]["seconds"])
         assert night(path).returncode == 0
-        assert by_item(lake, generations.live(lake)["sids_version"]).equals(undisturbed[0])
+        assert by_item(lake, generations.live(lake)["sids_version"]).equals(expected)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=False)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from adasid.config import load
@@ -47,6 +48,8 @@ def test_a_day_without_changes_publishes_nothing(published):
     put(lake, table, "same rows, another version")
     assert night(path, "2026-01-01").status == "up to date"
     assert lake.versions("sids", "generations", "live") == before
+    first = load(path).run_dir / "exports" / "1"  # of write_sids
+    assert len(np.load(first / "codes.npy")) == lake.read("sids").num_rows and json.loads((first / "manifest.json").read_text())["generation"] == 1
 
 
 @pytest.mark.parametrize("feed", [False, True])
@@ -96,6 +99,10 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
         ranks = [r["collision_rank"] for r in after.values() if tuple(r["codes"]) == group]
         assert len(ranks) == len(set(ranks))
     assert track.facts["generation"] == row["generation"]
+    run = track.client.get_run(track.run_id)
+    assert run.data.metrics["cold"] == pytest.approx(row["drift"]["cold"]) and run.data.metrics["churn_tail"] == churn["by_stratum"]["tail"]
+    assert run.data.metrics["largest_tail_group"] == row["metrics"]["largest_tail_group"] <= row["metrics"]["largest_group"]
+    assert json.loads(Path(track.client.download_artifacts(track.run_id, "gates.json")).read_text())["gates"] == row["gates"]
     assert night(path, f"2026-01-0{day}").status == "up to date"
     check_exports(path, lake, row, after)
 
@@ -229,7 +236,36 @@ def test_small_moves_of_vectors_move_few_sids(shop, tmp_path, policy):
     assert kept > {"frozen": 0.99, "warm": 0.95, "refit": 0.85}[policy]
     _, manifest = artifact.read(Path(row["artifact"]))
     assert manifest["relabelled"] == (policy == "refit")
+    assert champion(path) == row["tokenizer"]
     assert night(path, "2026-01-04", f"retokenize.policy={policy}").status == "up to date"
+
+
+def champion(path):
+    """Digest of the tokenizer that the registry calls the champion."""
+    cfg = load(path)
+    client = MlflowClient(tracking.tracking_uri(cfg))
+    return client.get_model_version_by_alias(cfg.tracking.model or f"adasid-{cfg.name}", "champion").tags["digest"]
+
+
+def test_auto_follows_the_drift_and_stays_frozen_where_gates_refuse_the_other_policy(shop, tmp_path):
+    path, lake = copied(shop, tmp_path / "shop", retokenize=OPEN)
+    first = generations.live(lake)["tokenizer"]
+    put(lake, noisy(lake.read("item_features"), 7, 0.02), "moved")
+    auto = "retokenize.policy=auto", "retokenize.auto.refit_error=50", "retokenize.small_night=0"
+    moved = "retokenize.auto.warm_norms=1e-9"
+    night(path, "2026-01-04", *auto, moved, "retokenize.warm.lr=0.01", "retokenize.gates.max_churn=0.1")
+    row = generations.live(lake)
+    assert (row["generation"], row["policy"], row["drift"]["asked"], row["tokenizer"]) == (2, "frozen", "warm", first)
+    html = (load(path).run_dir / "report" / "nights" / "index.html").read_text(encoding="utf-8")
+    assert "Generation 2 is frozen though its drift asked for warm" in html
+    put(lake, noisy(lake.read("item_features"), 8, 0.02), "moved again")
+    night(path, "2026-01-05", *auto)
+    assert (generations.live(lake)["policy"], champion(path)) == ("frozen", first)
+    put(lake, noisy(lake.read("item_features"), 9, 0.02), "and again")
+    night(path, "2026-01-06", *auto, moved)
+    row = generations.live(lake)
+    assert (row["generation"], row["policy"]) == (4, "warm") and "asked" not in row["drift"]
+    assert champion(path) == row["tokenizer"] != first
 
 
 def test_rollback_and_maintenance(published):
@@ -245,6 +281,7 @@ def test_rollback_and_maintenance(published):
         upkeep.rollback(cfg, track, 1)
     again = night(path, last["run_date"])  # the same night does not undo the roll-back
     assert again.status == "up to date" and generations.live(lake)["generation"] == 1
+    assert champion(path) == generations.live(lake)["tokenizer"]
     assert generations.history(lake)[-1]["generation"] == last["generation"]
     with (
         pytest.raises(InputError, match=r"generation 99 does not exist \(there are: 1 to \d+\)"),

@@ -1,6 +1,10 @@
 """The page of the nightly job."""
 
+import pytest
+
+from adasid.config import build
 from adasid.report import nights, page
+from pipelines.nightly import verdict
 
 
 def generation(number, **changes):
@@ -27,7 +31,7 @@ def test_the_page_shows_the_nights_and_the_refused_one():
     }
     content = nights.build("shop", rows, refused)
     html, pictures = page.render(content)
-    assert set(pictures) == {"churn.png", "shared.png", "error.png", "usage.png"}
+    assert set(pictures) == {"churn.png", "shared.png", "error.png", "usage.png", "gates.png"}
     assert "The night of 2026-01-04 was refused: churn is 0.900, allowed 0.100. Generation 3 stays live." in content.warnings[0]
     assert "&lt;b&gt;1&lt;/b&gt;" in html and "<b>1</b>" not in html
     table = next(t for s in content.sections for t in s.tables if t.title == "Generations")
@@ -35,7 +39,39 @@ def test_the_page_shows_the_nights_and_the_refused_one():
     assert [row[-1] for s in content.sections for t in s.tables if t.title == "Gates" for row in t.rows] == ["passed", "FAILED"]
 
 
+@pytest.mark.parametrize(
+    ("value", "threshold", "passed", "used"),
+    [
+        (0.02, 0.1, True, 0.2),
+        (0.9, 0.1, False, 1.25),
+        (0.101, 0.1, False, 1.01),
+        (0.8, 0.5, True, 0.625),  # at least .5 is asked for
+        (0.4, 0.5, False, 1.25),
+        (0.0, 0.5, False, 1.01),
+        (1.0, 1.0, True, 0.0),
+        (0.99, 1.0, False, 1.0101),
+        (0.0, 0.0, True, 0.0),
+        (3.0, 0.0, False, 1.25),
+    ],
+)
+def test_what_is_used_of_a_gate(value, threshold, passed, used):
+    found = nights.allowance({"gate": "g", "value": value, "threshold": threshold, "passed": passed})
+    assert found == pytest.approx(used, rel=1e-4)
+    assert (found > 1) != passed
+
+
+@pytest.mark.parametrize(
+    ("error", "norms", "chosen"),
+    [(1.0, 0.2, "frozen"), (1.09, 0.0, "frozen"), (1.1, 0.0, "warm"), (1.0, 0.25, "warm"), (1.29, 9.0, "warm"), (1.3, 0.0, "refit")],
+)
+def test_auto_takes_the_first_policy_that_the_drift_reaches(error, norms, chosen):
+    drifted = {"error_ratio": {"text": {"all": error, "tail": 9.0}, "behavior": {"all": 1.0}}, "norms": {"text": norms, "behavior": 0.0}}
+    assert verdict.policy(build({"retokenize": {"policy": "auto"}}), drifted) == chosen
+    assert verdict.policy(build({"retokenize": {"policy": "warm"}}), drifted) == "warm"
+    assert verdict.policy(build({"retokenize": {"policy": "auto"}}), {"error_ratio": {}, "norms": {}}) == "frozen"
+
+
 def test_before_the_first_night():
     first = nights.build("shop", [generation(1, churn={}, drift={"baseline": {}}, live=True)], None)
-    assert not list(first.plots()) and not first.warnings
+    assert [plot.name for plot in first.plots()] == ["gates"] and not first.warnings
     assert "Nothing is published yet." in page.render(nights.build("shop", [], None))[0]

@@ -12,7 +12,7 @@ from scipy import stats
 from adasid import config
 from adasid.report import comparison, published
 from adasid.report.page import Page, Plot, Section, Table
-from adasid.report.words import DASH, count, number, plural
+from adasid.report.words import DASH, Gain, count, gained, measure, number, plural, sure
 from adasid.tables import STRATA
 
 Row = dict[str, Any]
@@ -45,8 +45,10 @@ def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: in
             sections += section(cells[task], settings)
             said += _verdicts(cells[task], task, settings)
     if settings.published == "beauty":
-        sections.append(_published(cells, settings))
-    sections += [_study(number_, title, labels, everything) for number_, (title, labels) in enumerate(settings.studies.items(), 1)]
+        sections.append(_published(cells, everything, settings))
+        sections.append(Section("head_tail", "Head and tail, as claimed", lead=" ".join(_beside(claim, everything) for claim in published.HEAD_TAIL)))
+    claims = published.CLAIMS if settings.published == "beauty" else ()
+    sections += [_study(number_, title, labels, everything, claims) for number_, (title, labels) in enumerate(settings.studies.items(), 1)]
     sections.append(Section("cost", "What it took", tables=[_cost(own) for own in everything.values() if own]))
     return Page(f"Semantic IDs put to use: {name}", said, [], [], sections, f"Evaluation of run {name}.")
 
@@ -133,10 +135,10 @@ def text(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
-def paired(one: Sequence[Row], other: Sequence[Row], key: str) -> tuple[float, float, float, int] | None:
+def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "all") -> Gain | None:
     """Relative gain of ``one`` over ``other`` in ``key``, the half width of its 95 % interval, the p value of the paired t test, and the
     number of seeds that both have. None without any; infinite width and p = 1 for one seed."""
-    mine, theirs = ({row["seed"]: row["strata"]["all"][key] for row in group if key in row["strata"]["all"]} for group in (one, other))
+    mine, theirs = ({row["seed"]: row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})} for group in (one, other))
     both = sorted(set(mine) & set(theirs))
     if not both:
         return None
@@ -161,14 +163,9 @@ def _spread(group: Sequence[Row], key: str, stratum: str = "all") -> str:
     return number(float(np.mean(values)), digits) + (f" ± {number(float(np.std(values, ddof=1)), digits)}" if len(values) > 1 else "")
 
 
-def _title(key: str) -> str:
-    plain = key.replace("corrected_", "Corrected ").replace("recall@", "R@").replace("ndcg@", "N@")
-    return {"auc": "AUC", "gauc": "GAUC", "gauc_users": "Users in GAUC"}.get(key, plain)
-
-
 def _table(title: str, cells: Cells, task: str) -> Table:
     rows = [(tokenizer, _codes(group), model, *(_spread(group, key) for key in _SHOWN[task])) for (tokenizer, model), group in cells.items()]
-    return Table(title, ("Items as", "Codes", "Model", *map(_title, _SHOWN[task])), rows, words=3)
+    return Table(title, ("Items as", "Codes", "Model", *map(measure, _SHOWN[task])), rows, words=3)
 
 
 def _strata_table(title: str, cells: Cells, key: str) -> Table:
@@ -184,21 +181,14 @@ def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Section:
             continue
         found = [paired(own, group, key) for key in _TESTED[task]]
         if found[0]:
-            rows.append((tokenizer, model, str(found[0][3]), *(_gain(gain) for gain in found)))
+            rows.append((tokenizer, model, str(found[0][3]), *(gained(gain) for gain in found)))
     lead = (
         f"Relative gain of {settings.reference} over each other tokenizer under the same model and the same seeds, with the 95 % interval of the "
         "paired t distribution over seeds. A plus sign says that it is ahead; an interval that holds 0 says that nothing is shown."
     )
-    tables = [Table("Relative gain", ("Over", "Model", "Seeds", *map(_title, _TESTED[task])), rows, words=2)] if rows else []
+    tables = [Table("Relative gain", ("Over", "Model", "Seeds", *map(measure, _TESTED[task])), rows, words=2)] if rows else []
     title = f"{task.capitalize()} against {settings.reference}"
     return Section(f"{task}_differences", title, lead=lead, tables=tables, missing="" if rows else "No other tokenizer has been evaluated beside it.")
-
-
-def _gain(found: tuple[float, float, float, int] | None) -> str:
-    if found is None:
-        return DASH
-    gain, half, p, seeds = found
-    return f"{gain:+.1%}" + (f" ± {half:.1%} (p {p:.2g})" if seeds > 1 else "")
 
 
 def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
@@ -220,7 +210,7 @@ def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
                     among = f"the best other of {'the same' if alike else 'another'} size ({size})"
                 said.append(
                     f"With the model {model}, {settings.reference} is {abs(gain):.1%} {'ahead of' if gain > 0 else 'behind'} {among}, "
-                    f"{best}, in {_title(key)} ({_sure(found)})."
+                    f"{best}, in {measure(key)} ({sure(found)})."
                 )
     return said
 
@@ -230,8 +220,8 @@ def _codes(group: Sequence[Row]) -> str:
     return str(group[0].get("codes") or DASH)
 
 
-def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[str, Cells]) -> Section:
-    """Tokenizers against the first of them, under the same model."""
+def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[str, Cells], claims: Sequence[published.Claim]) -> Section:
+    """Tokenizers against the first of them, under the same model; beside those of the ``claims`` that speak of two of them and of their base."""
     tables, plots = list[Table](), list[Plot]()
     for task, cells in everything.items():
         models = [model for label, model in cells if label == labels[0] and any((other, model) in cells for other in labels[1:])]
@@ -239,68 +229,86 @@ def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[st
             own = {label: cells[label, model] for label in labels if (label, model) in cells}
             rows = []
             for label, group in own.items():
-                gains = [DASH if label == labels[0] else _gain(paired(group, own[labels[0]], key)) for key in _TESTED[task]]
+                gains = [DASH if label == labels[0] else gained(paired(group, own[labels[0]], key)) for key in _TESTED[task]]
                 rows.append((label, *(cell for key, gain in zip(_TESTED[task], gains) for cell in (_spread(group, key), gain))))
-            heads = (head for key in _TESTED[task] for head in (_title(key), "change"))
+            heads = (head for key in _TESTED[task] for head in (measure(key), "change"))
             tables.append(Table(f"{task.capitalize()}, {model}", ("Tokenizer", *heads), rows))
             key = _TESTED[task][0]
             groups = {label: [row["strata"]["all"] for row in group] for label, group in own.items()}
             low = 0.9 * min(row[key] for group in groups.values() for row in group)
-            name = f"{_title(key)}, {model}"
+            name = f"{measure(key)}, {model}"
             plots.append(
-                Plot(f"study{place}_{len(plots)}", comparison.bars(name, groups, [(key, _title(key))], low), name, "The axis does not start at 0.")
+                Plot(f"study{place}_{len(plots)}", comparison.bars(name, groups, [(key, measure(key))], low), name, "The axis does not start at 0.")
             )
     lead = f"The change is against {labels[0]}, over the seeds that both have, with the 95 % interval of the paired t distribution where there are several."
+    for claim in claims:
+        order = {label: figures for label, figures in claim.order.items() if label in labels}
+        if claim.base in order and len(order) > 2:
+            lead += " " + _beside(claim._replace(order=order), everything)
     return Section(f"study{place}", title, lead=lead, plots=plots, tables=tables, missing="" if tables else "Not evaluated.")
 
 
-def _published(cells: Mapping[str, Cells], settings: config.Evaluate) -> Section:
-    """Ours beside theirs, and a sentence where the order contradicts the paper's."""
-    best = {task: _best(own, task) for task, own in cells.items()}
+def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], settings: config.Evaluate) -> Section:
+    """Ours beside theirs, and what ours says to what the paper claims. ``everything``: ``cells`` and the studies' cells."""
     shown = {"retrieval": ("recall@50", "recall@100", "ndcg@50", "ndcg@100"), "ranking": ("auc", "gauc")}
 
-    def beside(task: str) -> Table:
-        heads = (head for key in shown[task] for head in (f"{_title(key)}, paper", "ours"))
-        rows = [
-            (label, *(text for key in shown[task] for text in (number(theirs[key], 4), _spread(best[task].get(label, ()), key))))
-            for label, theirs in published.ADC_SID.items()
-        ]
-        return Table(f"ADC-SID, table 2, Amazon Beauty: {task}", ("Tokenizer", *heads), rows)
+    def beside(task: str) -> list[Table]:
+        keys, rows, gains = shown[task], list[tuple[str, ...]](), list[tuple[str, ...]]()
+        for label, theirs in ((label, figures) for label, figures in published.ADC_SID.items() if keys[0] in figures):
+            group, own = _both(everything[task], task, label, published.OURS)
+            model = " / ".join(dict.fromkeys(rows_[0]["model"] for rows_ in (group, own) if rows_ and group)) or DASH
+            rows.append((label, model, *(text for key in keys for text in (number(theirs[key], 4), _spread(group, key)))))
+            pairs = [(f"{published.ADC_SID[published.OURS][key] / theirs[key] - 1:+.2%}", gained(paired(own, group, key), 2)) for key in keys]
+            gains += [(label, model, *(text for pair in pairs for text in pair))] if label != published.OURS else []
+        heads = ("Tokenizer", "Model", *(head for key in keys for head in (f"{measure(key)}, paper", "ours")))
+        title = f"ADC-SID, table 2, Amazon Beauty: {task}"
+        return [Table(title, heads, rows, words=2), Table(f"{title}, relative gain of adc-sid", ("Over", *heads[1:]), gains, words=2)]
 
     keys = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
     protocol = [(label, *(number(theirs[key], 4) for key in keys)) for label, theirs in published.LEAVE_ONE_OUT.items()]
     ours = list[tuple[str, ...]]()
-    for label, group in best["retrieval"].items():
+    for label, group in _best(cells["retrieval"], "retrieval").items():
         ours.append((f"{label} (ours)", *(_spread(group, key) for key in keys)))
         if not settings.repeatable:
             again = [{**row, "strata": {"all": row["test_repeatable"]}} for row in group]
             ours.append((f"{label} (ours, history in the list)", *(_spread(again, key) for key in keys)))
     lead = (
-        "The paper had images, another encoder and an NDCG that no single-target protocol gives (its slopes are too steep): compare the order, "
-        "not the figures. Ours: each tokenizer's model that is best on validation. The paper has adc-sid ahead of all others in every column."
+        "The paper had images, another encoder, ratings, and an NDCG that no single-target protocol gives (its slopes are too steep): compare the "
+        "order, not the figures. Ours: each tokenizer's model that is best on validation, of those under which adc-sid stands too (item ids: their "
+        "own); where adc-sid's own best of those is another, it is named second."
     )
     if not settings.repeatable:
         lead += " Our lists leave out the items of the history, which published systems do not all do: below, ours stand both ways."
-    for task, key in (("retrieval", "recall@50"), ("ranking", "auc")):
-        own = best[task].get("adc-sid")
-        for label in published.ADC_SID if own else ():
-            found = paired(best[task].get(label, ()), own or (), key) if label != "adc-sid" else None
-            if found and found[0] >= 0:
-                lead += f" Here {label} is {found[0]:.1%} ahead of it in {_title(key)} ({_sure(found)}), which contradicts the paper."
-    return Section(
-        "published",
-        "Beside published results",
-        lead=lead,
-        tables=[
-            *map(beside, shown),
-            Table("Results under this protocol (last event of each user, all items ranked)", ("System", *map(_title, keys)), [*protocol, *ours]),
-        ],
-    )
+    codes = {label: _codes(group) for own in everything.values() for (label, _), group in own.items()}
+    rivals = [label for label in (*settings.labels, *settings.ranking_controls) if label in codes and not label.startswith(published.OURS)]
+    size = codes.get(published.OURS)
+    for alike, those in ((True, f"of its size, {size}"), (False, "of another size, which the paper lacks, or of none")):
+        if named := [label for label in rivals if (codes[label] == size) == alike]:
+            order = published.ranks(published.TESTED, {published.OURS: 1, **dict.fromkeys(named, 0)})
+            lead += " " + _beside(published.TABLE_2._replace(order=order, says=f"{published.TABLE_2.says}, here those {those}"), everything)
+    tables = [
+        *(table for task in shown for table in beside(task)),
+        Table("Results under this protocol (last event of each user, all items ranked)", ("System", *map(measure, keys)), [*protocol, *ours]),
+    ]
+    return Section("published", "Beside published results", lead=lead, tables=tables)
 
 
-def _sure(found: tuple[float, float, float, int]) -> str:
-    gain, half, _, seeds = found
-    return "nothing is shown with one seed" if seeds == 1 else ("beyond chance" if abs(gain) > half else "within chance")
+def _both(cells: Cells, task: str, label: str, other: str) -> tuple[list[Row], list[Row]]:
+    """The cells of ``label`` and of ``other``, each with its best of the models that both stand under, or of all where they share none."""
+    models = [{model for name, model in cells if name == one} for one in (label, other)]
+    shared = models[0] & models[1] or models[0] | models[1]
+    best = _best({key: group for key, group in cells.items() if key[0] in (label, other) and key[1] in shared}, task)
+    return best.get(label, []), best.get(other, [])
+
+
+def _beside(claim: published.Claim, everything: Mapping[str, Cells]) -> str:
+    """The sentence of ``claim`` with all that has been evaluated of it."""
+    changes = []
+    for label, key in ((label, key) for label in claim.order for key in published.TESTED if label != claim.base and key in claim.order[label]):
+        task = "ranking" if key in _SHOWN["ranking"] else "retrieval"
+        found = paired(*_both(everything[task], task, label, claim.base), key, claim.stratum)
+        changes += [(label, key, found)] if found else []
+    return claim.beside(changes)
 
 
 def _best(cells: Cells, task: str) -> dict[str, list[Row]]:

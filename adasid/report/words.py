@@ -10,6 +10,9 @@ DASH = "–"
 NOT_RUN = "Not run yet."
 BROUGHT = "Not trained: the embeddings were brought with the items."
 SPACE = "\N{NARROW NO-BREAK SPACE}"
+BEYOND = "beyond chance"
+
+Gain = tuple[float, float, float, int]  # relative gain, half its 95 % interval, p value, seeds
 
 
 def known(value: Any) -> bool:
@@ -80,3 +83,23 @@ def listed(words: list[str]) -> str:
 def plural(value: int, noun: str) -> str:
     """``1 item``, ``2 items``."""
     return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
+def measure(key: str) -> str:
+    """``recall@50`` -> ``R@50``."""
+    plain = key.replace("corrected_", "Corrected ").replace("recall@", "R@").replace("ndcg@", "N@")
+    return {"auc": "AUC", "gauc": "GAUC", "gauc_users": "Users in GAUC"}.get(key, plain)
+
+
+def gained(found: Gain | None, digits: int = 1) -> str:
+    """``+8.3% ± 2.1% (p 0.01)``; of one seed the gain alone."""
+    if found is None:
+        return DASH
+    gain, half, p, seeds = found
+    return f"{gain:+.{digits}%}" + (f" ± {half:.{digits}%} (p {p:.2g})" if seeds > 1 else "")
+
+
+def sure(found: Gain) -> str:
+    """Whether the interval leaves 0 out."""
+    gain, half, _, seeds = found
+    return "one seed: not told from chance" if seeds == 1 else (BEYOND if abs(gain) > half else "within chance")

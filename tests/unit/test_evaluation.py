@@ -1,12 +1,16 @@
 """The evaluation's page: paired gains by hand, and what it says of them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from adasid import config
 from adasid.errors import ConfigError
-from adasid.report import evaluation
+from adasid.report import evaluation, published
+
+BEAUTY = Path(__file__).parents[2] / "conf" / "beauty.yaml"
 
 
 def cell(tokenizer, seed, recall, task="retrieval", model="item"):
@@ -65,13 +69,120 @@ def test_sids_of_another_size_are_compared_apart():
     assert evaluation.flat(found[0])["codes"] == "6×100"
 
 
-def test_a_contradiction_with_the_paper_is_stated():
-    found = [cell(name, 1, value) for name, value in (("adc-sid", 0.1), ("rq-vae", 0.2), ("opq", 0.05))]
-    page = evaluation.build("test", found, config.Evaluate(tokenizers=("adc-sid", "rq-vae", "opq"), published="beauty"))
-    (section,) = (section for section in page.sections if section.key == "published")
-    assert "Here rq-vae is 100.0% ahead of it in R@50 (nothing is shown with one seed), which contradicts the paper." in section.lead
-    assert "Here opq" not in section.lead
-    assert any("rq-vae" in line and "nothing is shown with one seed" in line for line in page.summary)
+def beside(found, **settings):
+    """The sections beside published results, by key."""
+    page = evaluation.build("test", found, config.Evaluate(published="beauty", tokenizers=("adc-sid",), **settings))
+    return {section.key: section for section in page.sections}
+
+
+def seeds(tokenizer, value, steps=(0.0, 0.001, -0.001), **kind):
+    return [cell(tokenizer, seed, value + step, **kind) for seed, step in enumerate(steps)]
+
+
+def test_a_contradiction_with_the_paper_is_stated_where_it_is_beyond_chance():
+    found = [*seeds("adc-sid", 0.1), *seeds("quasid", 0.2), *seeds("opq", 0.05), cell("das", 0, 0.15), *seeds("rq-vae", 0.101, (-0.01, 0.01, 0.0))]
+    found = [{**row, "codes": "6×100"} for row in found] + [{**row, "codes": "32×256"} for row in seeds("opq, long", 0.3)]
+    lead = beside(found, studies={"Others": ("adc-sid", "quasid", "opq", "das", "rq-vae", "opq, long")})["published"].lead
+    mine, _, others = lead.partition("claims that adc-sid is ahead of all others, here those of its size, 6×100;")[2].partition("Table 2 of")
+    assert "agrees in opq (R@50 -50.0% ±" in mine
+    assert "; contradicts it in quasid (R@50 +100.0% ±" in mine and "N@50 +100.0%" in mine
+    assert "one seed: not told from chance in 2 comparisons, of which against the paper: das (R@50 +50.0%, N@50 +50.0%)" in mine
+    assert "within chance in 2 comparisons, of which against the paper: rq-vae (R@50" in mine
+    assert "opq, long" not in mine
+    assert "here those of another size, which the paper lacks, or of none;" in others and "contradicts it in opq, long (R@50 +200.0%" in others
+    page = evaluation.build("test", found, config.Evaluate(tokenizers=("adc-sid", "das"), published="beauty"))
+    assert any("das" in line and "(one seed: not told from chance)" in line for line in page.summary)
+
+
+def test_the_claim_holds_for_ranking_too():
+    found = [*seeds("adc-sid", 0.6, task="ranking", model="ppnet"), *seeds("quasid", 0.7, task="ranking", model="ppnet")]
+    lead = beside(found, studies={"Others": ("adc-sid", "quasid")})["published"].lead
+    assert "contradicts it in quasid (AUC +16.7% ±" in lead and "GAUC +16.7% ±" in lead
+
+
+def test_table_2_has_item_ids_and_both_gains_under_the_model_that_both_have():
+    found = [cell("adc-sid", 1, 0.2), cell("adc-sid", 1, 0.4, model="wide"), cell("opq", 1, 0.1), cell("adc-sid", 1, 0.66, "ranking", "ppnet")]
+    found += [cell("item id", 1, 0.6, "ranking", "item ids")]
+    retrieval, gains, ranking, ranking_gains, _ = beside(found, studies={"Others": ("adc-sid", "opq")})["published"].tables
+    assert (retrieval.columns[:4], gains.columns[0]) == (("Tokenizer", "Model", "R@50, paper", "ours"), "Over")
+    assert {row[0]: row[1:4] for row in retrieval.rows}["opq"] == ("item", "0.1117", "0.1000")
+    assert {row[0]: row[1:4] for row in retrieval.rows}["adc-sid"] == ("wide", "0.1855", "0.4000")
+    assert {row[0]: row[1:4] for row in gains.rows}["opq"] == ("item", f"{0.1855 / 0.1117 - 1:+.2%}", "+100.00%")  # 0.2, not the wide 0.4
+    assert {row[0]: row[1:] for row in ranking.rows}["item id"] == ("item ids / ppnet", "0.6455", "0.6000", "0.5897", "0.6000")
+    assert ranking_gains.rows[0] == (
+        "item id",
+        "item ids / ppnet",
+        f"{0.6480 / 0.6455 - 1:+.2%}",
+        "+10.00%",
+        f"{0.6125 / 0.5897 - 1:+.2%}",
+        "+10.00%",
+    )
+    assert "item id" not in {row[0] for row in retrieval.rows} and "adc-sid" not in {row[0] for row in gains.rows}
+
+
+@pytest.mark.parametrize(
+    ("title", "values", "said"),
+    [
+        (
+            "Without a part (table 3)",
+            {"adc-sid": 0.2, "adc-sid, no controller": 0.1, "adc-sid, no alignment": 0.3},
+            ("Table 3 of", "against adc-sid: agrees in adc-sid, no controller (R@50 -50.0%", "contradicts it in adc-sid, no alignment (R@50 +50.0%"),
+        ),
+        (
+            "Alpha and beta of the controller (table 4)",
+            {"adc-sid": 0.9, "adc-sid, (10, 9)": 0.2, "adc-sid, (20, 7)": 0.1, "adc-sid, (20, 9)": 0.3},
+            ("Table 4 of", "against adc-sid, (10, 9): agrees in adc-sid, (20, 7) (R@50 -50.0%", "contradicts it in adc-sid, (20, 9) (R@50 +50.0%"),
+        ),
+        (
+            "Behaviour experts",
+            {"adc-sid": 0.2, "adc-sid, 1 behaviour expert": 0.1, "adc-sid, 5 behaviour experts": 0.1},
+            ("Figure 5 of", "agrees in adc-sid, 1 behaviour expert (R@50 -50.0%", "contradicts it in adc-sid, 5 behaviour experts (R@50 -50.0%"),
+        ),
+        (
+            "Further baselines of table 2, and random SIDs",
+            {"adc-sid": 0.2, "opq": 0.1, "letter": 0.3, "random": 0.9},
+            ("Table 2 of", "agrees in opq (R@50 -50.0%", "contradicts it in letter (R@50 +50.0%"),
+        ),
+        (
+            "Longer training of the tokenizer",
+            {"adc-sid": 0.2, "adc-sid, 400 epochs": 0.1, "adc-sid, equal gate": 0.1},
+            (),
+        ),
+    ],
+)
+def test_a_study_says_what_the_paper_claims_and_what_ours_says_to_it(title, values, said):
+    study = {title: config.load(BEAUTY).evaluate.studies[title]}
+    lead = beside([row for label, value in values.items() for row in seeds(label, value)], studies=study)["study1"].lead
+    assert lead.count("claims that") == bool(said) and "random (" not in lead
+    assert all(words in lead for words in said), lead
+    once = beside([cell(label, 1, value) for label, value in values.items()], studies=study)["study1"].lead
+    assert (": one seed: not told from chance in 4 comparisons, of which against the paper: " in once) == bool(said)
+
+
+def test_a_tie_in_the_paper_claims_nothing():
+    found = [row for label, value in {"adc-sid": 0.2, "adc-sid, no alignment": 0.1}.items() for row in seeds(label, value, task="ranking")]
+    study = {"x": ("adc-sid", "adc-sid, no alignment", "adc-sid, no controller")}
+    lead = beside(found, studies=study)["study1"].lead
+    assert "agrees in adc-sid, no alignment (AUC -50.0%" in lead and "GAUC -50.0%" not in lead
+
+
+def test_head_and_tail_stand_against_the_claims():
+    found = [row for label, value in {"adc-sid": 0.6, "rq-vae": 0.5}.items() for row in seeds(label, value, task="ranking", model="ppnet")]
+    found += seeds("item id", 0.4, task="ranking", model="item ids")
+    for row in found:
+        row["strata"]["tail"] = {"auc": 1 - row["strata"]["all"]["auc"]}
+    lead = beside(found)["head_tail"].lead
+    head, tail, ids_head, ids_tail = lead.split(". ")
+    assert "on head items; ours, as changes against adc-sid: agrees in rq-vae (AUC -16.7%" in head
+    assert "on tail items; ours, as changes against adc-sid: contradicts it in rq-vae (AUC +25.0%" in tail
+    assert "on head items; ours, as changes against item id: contradicts it in rq-vae (AUC +25.0%" in ids_head
+    assert "on tail items; ours, as changes against item id: contradicts it in rq-vae (AUC -16.7%" in ids_tail and "adc-sid (AUC -33.3%" in ids_tail
+
+
+def test_the_config_of_beauty_evaluates_all_that_the_paper_compares():
+    settings = config.load(BEAUTY).evaluate
+    known = {*settings.labels, *settings.ranking_controls}
+    assert all(set(claim.order) <= known for claim in (*published.CLAIMS, *published.HEAD_TAIL)) and "random" in known
 
 
 def test_lists_without_the_history_stand_beside_published_ones_both_ways():

@@ -7,6 +7,7 @@ COPY adasid adasid
 COPY pipelines pipelines
 COPY jobs jobs
 COPY conf conf
+COPY infra/kubernetes/night.py infra/kubernetes/night.py
 ARG PIP_ARGS=""
 RUN pip install --no-cache-dir $PIP_ARGS -e ".[engines,report]" && python -m pipelines.engines.jars
 ENV ADASID_HOME=/opt/adasid MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456

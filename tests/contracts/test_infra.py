@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow.server.security_utils import is_allowed_host_header
 
 from adasid.config import load
 
@@ -20,6 +21,8 @@ FILES = [path for path in sorted(INFRA.rglob("*")) if path.is_file() and "__pyca
 SETUP = (ROOT / "setup.py").read_text()
 NIGHT = yaml.safe_load_all((INFRA / "kubernetes" / "nightly.yaml").read_text())
 SPARK, RAY = NIGHT
+COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
+STEPS = ["ingest", "build_features", "retokenize", "maintain"]
 VARIABLES = {"ADASID_HOME", "ADASID_CONFIG", "ADASID_DRIVER_MEMORY", "RAY_ADDRESS", "RAY_AUTH_MODE"}
 
 
@@ -49,10 +52,12 @@ def test_versions_are_those_that_are_installed():
 
 def test_kubernetes_runs_the_doors_with_flags_that_they_have():
     template = SPARK["spec"]["template"]
-    job = template["mainApplicationFile"].removeprefix("local:///opt/adasid/")
-    shown = subprocess.run([sys.executable, job, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for flag in template["arguments"][::2]:
-        assert flag in shown, flag
+    door = template["mainApplicationFile"].removeprefix("local:///opt/adasid/")
+    assert f"COPY {door} {door}\n" in (INFRA / "images" / "spark.Dockerfile").read_text()
+    for job in [door, *(f"jobs/{name}.py" for name in STEPS)]:
+        shown = subprocess.run([sys.executable, job, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for flag in {"--run-date"} if job == door else set(template["arguments"][::2]) - {"--run-date"}:
+            assert flag in shown, (job, flag)
     assert SPARK["spec"]["concurrencyPolicy"] == "Forbid"
     pods = [*(template[part]["volumeMounts"] for part in ("driver", "executor"))]
     names = {volume["name"] for volume in template["volumes"]}
@@ -67,11 +72,67 @@ def test_kubernetes_runs_the_doors_with_flags_that_they_have():
     )
 
 
+def test_kubernetes_runs_the_chain_in_order_and_stops_where_a_job_fails(tmp_path):
+    template = SPARK["spec"]["template"]
+    door = tmp_path / template["mainApplicationFile"].removeprefix("local:///opt/adasid/")
+    for folder in (door.parent, tmp_path / "jobs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / door.relative_to(tmp_path), door)
+    for job in (ROOT / "jobs").glob("*.py"):
+        (tmp_path / "jobs" / job.name).write_text("import sys\nprint(*sys.argv)\nsys.exit(0)\n")
+
+    def night():
+        found = subprocess.run([sys.executable, str(door), *template["arguments"]], capture_output=True, text=True)
+        return found.returncode, [line.split() for line in found.stdout.splitlines()]
+
+    code, ran = night()
+    assert code == 0 and [Path(words[0]).stem for words in ran] == STEPS
+    date = template["arguments"].index("--run-date")
+    shared = [*template["arguments"][:date], *template["arguments"][date + 2 :]]
+    assert [words[1:] for words in ran] == [[*shared, *(["--run-date", "yesterday"] if name == "retokenize" else [])] for name in STEPS]
+    (tmp_path / "jobs" / "retokenize.py").write_text("import sys\nsys.exit(4)\n")
+    code, ran = night()
+    assert code == 4 and [Path(words[0]).stem for words in ran] == ["ingest", "build_features"]
+
+
+def test_every_part_of_a_ray_cluster_has_the_token():
+    spec = RAY["spec"]
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}  # KubeRay sets mode and token in head, workers and submitter
+    assert spec["submissionMode"] == "K8sJobMode" and "submitterPodTemplate" not in spec
+    assert "RAY_AUTH_MODE=token" in (INFRA / "images" / "ray.Dockerfile").read_text()
+    ray, night = COMPOSE["services"]["ray"], COMPOSE["services"]["night"]
+    assert ray["command"][-1].startswith("ray get-auth-token --generate > /dev/null && exec ray start --head")
+    assert "home:/home/adasid" in ray["volumes"] and "home:/home/adasid" in night["volumes"]
+    assert ray["environment"]["RAY_AUTH_MODE"] == night["environment"]["RAY_AUTH_MODE"] == "token"
+
+
+def test_jobs_log_to_a_server_that_answers_them(tmp_path):
+    server, night = COMPOSE["services"]["mlflow"], COMPOSE["services"]["night"]
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    start = [word.replace("$$", "$") for word in night["entrypoint"]]
+    words = subprocess.run(
+        [*start[2:], "jobs/run_all.py", "--config", "conf/demo.yaml", "--set", "seed=3"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert start[:2] == ["tini", "--"] and words[0] == "jobs/run_all.py" and words[-4:] == ["--config", "conf/demo.yaml", "--set", "seed=3"]
+    found = load(ROOT / "conf" / "cluster.yaml", [value for flag, value in zip(words, words[1:]) if flag == "--set"]).tracking.uri
+    assert found == "http://mlflow:5000" and server["ports"] == ["5000:5000"] and "mlflow" in night["depends_on"]
+    assert is_allowed_host_header(server["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(","), "mlflow:5000")
+    cluster = load(ROOT / "conf" / "cluster.yaml")  # what the config map is made from
+    mounts = [mount["mountPath"] for mount in SPARK["spec"]["template"]["driver"]["volumeMounts"]]
+    assert cluster.tracking.uri and any(str(cluster.run_dir).startswith(mount) for mount in mounts)
+
+
 def test_the_dag_runs_the_chain_in_order():
     path = INFRA / "airflow" / "adasid_nightly.py"
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "job"]
     jobs = [call.args[0].value for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset))]
-    assert jobs == ["ingest", "build_features", "retokenize", "maintain"]
+    assert jobs == STEPS
     (night,) = [call for call in calls if call.args[0].value == "retokenize"]
     assert {word.arg: getattr(word.value, "value", None) for word in night.keywords}["retries"] == 0  # a refused night stays refused
     if importlib.util.find_spec("airflow"):
@@ -81,7 +142,7 @@ def test_the_dag_runs_the_chain_in_order():
 
 def test_the_timer_starts_the_same_chain():
     script = (INFRA / "systemd" / "nightly.sh").read_text()
-    assert re.findall(r"jobs/([a-z_]+)\.py", script) == ["ingest", "build_features", "retokenize", "maintain"]
+    assert re.findall(r"jobs/([a-z_]+)\.py", script) == STEPS
     subprocess.run(["bash", "-n", str(INFRA / "systemd" / "nightly.sh")], check=True)
     bare = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"], "ADASID_CONFIG": "conf/none.yaml"}  # what a service starts with
     found = subprocess.run([str(INFRA / "systemd" / "nightly.sh")], env=bare, cwd="/", capture_output=True, text=True)
@@ -96,11 +157,10 @@ def test_the_timer_starts_the_same_chain():
 
 
 def test_compose_names_services_and_volumes_that_it_has():
-    compose = yaml.safe_load((INFRA / "compose.yaml").read_text())
-    for name, service in compose["services"].items():
-        assert set(service.get("depends_on", {})) <= set(compose["services"]), name
+    for name, service in COMPOSE["services"].items():
+        assert set(service.get("depends_on", {})) <= set(COMPOSE["services"]), name
         for volume in service.get("volumes", ()):
-            assert volume.split(":")[0] in compose["volumes"], volume
+            assert volume.split(":")[0] in COMPOSE["volumes"], volume
         if "build" in service:
             assert (ROOT / service["build"]["dockerfile"]).exists()
 

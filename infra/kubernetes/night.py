@@ -1,0 +1,27 @@
+"""The night in one Spark application: the jobs, in order, in one process; the first that fails ends it with its exit code.
+
+  spark-submit infra/kubernetes/night.py --config conf/cluster.yaml --run-date yesterday
+
+``--run-date`` goes to retokenize, all other arguments to every job.
+"""
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+NIGHT = ("ingest", "build_features", "retokenize", "maintain")
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--run-date", required=True, metavar="DATE", help="as in jobs/retokenize.py")
+    own, shared = parser.parse_known_args()
+    for name in NIGHT:
+        job = JOBS / f"{name}.py"
+        sys.argv = [str(job), *shared, *(["--run-date", own.run_date] if name == "retokenize" else [])]
+        try:
+            runpy.run_path(str(job), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise

@@ -252,7 +252,7 @@ def test_auto_follows_the_drift_and_stays_frozen_where_gates_refuse_the_other_po
     first = generations.live(lake)["tokenizer"]
     put(lake, noisy(lake.read("item_features"), 7, 0.02), "moved")
     auto = "retokenize.policy=auto", "retokenize.auto.refit_error=50", "retokenize.small_night=0"
-    moved = "retokenize.auto.warm_norms=1e-9"
+    moved = "retokenize.auto.warm_norms=1.0e-9"
     night(path, "2026-01-04", *auto, moved, "retokenize.warm.lr=0.01", "retokenize.gates.max_churn=0.1")
     row = generations.live(lake)
     assert (row["generation"], row["policy"], row["drift"]["asked"], row["tokenizer"]) == (2, "frozen", "warm", first)

@@ -19,7 +19,7 @@ from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics
 from adasid.recommenders.ppnet import PPNet
 from adasid.recommenders.tokens import ItemTokens
-from adasid.tables import SPLITS, STRATA
+from adasid.tables import RANKING_ONLY, SPLITS, STRATA
 from adasid.training.epochs import EpochTraining
 from adasid.training.workers import Workers
 
@@ -30,7 +30,7 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True)
 class Events:
     """All users' events, by user and time: ``users`` [n] (a dense number, in the order of user_id), ``items``, ``labels`` (0 or 1) and ``splits``
-    (place in ``tables.SPLITS``), all [n]; ``starts`` [users + 1]."""
+    (place in ``tables.SPLITS``; ``RANKING_ONLY`` counts as train), all [n]; ``starts`` [users + 1]."""
 
     users: Ints
     items: Ints
@@ -45,10 +45,10 @@ class Events:
         names = table["user_id"].combine_chunks()
         opens = np.ones(len(names), bool)
         opens[1:] = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
-        splits = pc.index_in(table["split"].combine_chunks(), pa.array(SPLITS))
+        splits = pc.index_in(table["split"].combine_chunks(), pa.array([*SPLITS, RANKING_ONLY]))
         items, labels = (table[name].to_numpy().astype(np.int64) for name in ("item_index", "label"))
         starts = np.append(np.flatnonzero(opens), len(names))
-        return Events(np.cumsum(opens) - 1, items, labels, splits.to_numpy(zero_copy_only=False).astype(np.int64), starts)
+        return Events(np.cumsum(opens) - 1, items, labels, splits.to_numpy(zero_copy_only=False).astype(np.int64) % len(SPLITS), starts)
 
     def histories(self, events: Ints, length: int) -> Ints:
         """The latest ``length`` items at most before each event, padded at the end with -1: [B, longest]."""

@@ -14,7 +14,7 @@ from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics, user_auc
 from adasid.recommenders.ppnet import Gate, ItemVectors, PPNet, prefixes
 from adasid.recommenders.tokens import ItemTokens
-from adasid.tables import BEHAVIOR, PAD, SPLITS
+from adasid.tables import BEHAVIOR, PAD, RANKING_ONLY, SPLITS
 from adasid.tokenizers.base import Slot
 from adasid.training.ranking import Events, RankingTraining
 from adasid.training.workers import Workers
@@ -148,6 +148,9 @@ def test_histories_hold_what_came_before():
     table = events()
     found = Events.from_batches(table.to_batches())
     assert [SPLITS[s] for s in found.splits[9:13]] == ["train", "validation", "test", "train"]
+    mine = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["position"], 9))
+    other = table.set_column(4, "split", pc.if_else(mine, RANKING_ONLY, table["split"]))
+    np.testing.assert_array_equal(Events.from_batches(other.to_batches()).splits, found.splits)
     event = 5 * 12 + 4
     assert found.histories(np.array([event, event - 4]), 3).tolist() == [found.items[event - 3 : event].tolist(), [-1, -1, -1]]
 

@@ -94,6 +94,14 @@ RANKING_SAMPLES = _schema(
 """Key user_id, position. A clean event; ``position`` is its 0-based place in the user's history, which is the events before it. ``split`` is
 ranking's own (``features.ranking_split``): one of ``SPLITS``, ``train`` where no task holds the event out, or ``RANKING_ONLY``."""
 
+RANKING_SCORES = _schema(
+    ("user", pa.int64(), False),
+    ("stratum", pa.string(), False),
+    ("label", pa.int32(), False),
+    ("score", pa.float64(), False),
+)
+"""A test sample of a ranking model, in the shards that its workers leave in its folder where there are many; ``stratum``: of the item."""
+
 ITEM_PAIRS = _schema(
     ("item_index", pa.int64(), False),
     ("partner_index", pa.int64(), False),

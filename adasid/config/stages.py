@@ -117,6 +117,9 @@ class Spark(Section):
     master: str = Field("local[*]", description="used when the job is not started by spark-submit")
     driver_memory: str = Field("4g", description="used when the job is not started by spark-submit")
     shuffle_partitions: int = Field(8, ge=1, description="spark.sql.shuffle.partitions")
+    scores_from: int = Field(
+        5_000_000, ge=1, description="ranking: from so many test samples on, workers leave their scores in Parquet and Spark computes AUC and GAUC"
+    )
     conf: dict[str, str] = Field({}, description="further Spark settings, key: value")
 
 

@@ -16,6 +16,8 @@ PAD = -1
 BEHAVIOR = "behavior"
 STRATA = ("head", "mid", "tail", "cold")
 SPLITS = ("train", "validation", "test")
+RANKING_ONLY = "ranking"
+"""The split of an event that the ranking model trains on and retrieval holds out: no embedding, count or SID is made of it."""
 
 VECTOR = pa.list_(pa.float32())
 
@@ -89,7 +91,16 @@ RANKING_SAMPLES = _schema(
     ("label", pa.int32(), False),
     ("split", pa.string(), False),
 )
-"""Key user_id, position. A clean event; ``position`` is its 0-based place in the user's history, which is the events before it."""
+"""Key user_id, position. A clean event; ``position`` is its 0-based place in the user's history, which is the events before it. ``split`` is
+ranking's own (``features.ranking_split``): one of ``SPLITS``, ``train`` where no task holds the event out, or ``RANKING_ONLY``."""
+
+RANKING_SCORES = _schema(
+    ("user", pa.int64(), False),
+    ("stratum", pa.string(), False),
+    ("label", pa.int32(), False),
+    ("score", pa.float64(), False),
+)
+"""A test sample of a ranking model, in the shards that its workers leave in its folder where there are many; ``stratum``: of the item."""
 
 ITEM_PAIRS = _schema(
     ("item_index", pa.int64(), False),
@@ -143,6 +154,7 @@ CATALOG_STATS = _schema(
     ("train_interactions", pa.int64(), False),
     ("duplicates", pa.int64(), False),
     ("rejected", pa.map_(pa.string(), pa.int64()), False),
+    ("ranking_split", pa.string(), True),
     ("strata", pa.map_(pa.string(), pa.int64()), False),
     ("gini", pa.float64(), False),
     ("head_interactions", pa.float64(), False),
@@ -156,7 +168,8 @@ CATALOG_STATS = _schema(
     ("richness_source", pa.string(), True),
     ("richness_quantiles", _CURVE, True),
 )
-"""Key run; one row. ``rejected``: reason -> rows; ``strata``: stratum -> items; ``head_interactions``: share of training events on head items.
+"""Key run; one row. ``rejected``: reason -> rows; ``ranking_split``: how ``ranking_samples`` are split (null in tables of before it: as
+``features.split``); ``strata``: stratum -> items; ``head_interactions``: share of training events on head items.
 ``popularity``: x = rank (1-based, about 100 log-spaced), y = training count at that rank. ``lorenz``: x = share of items (least popular first), y = share of events (101 points).
 The rest is null until behaviour embeddings exist: the clipping bounds and quantiles of the norm (x in percent), its spread within log-spaced bins of the count
 (x = geometric middle), Spearman(norm, count) over non-cold items, whether richness rests on the ``norm`` or, as fall-back, on the ``count``,

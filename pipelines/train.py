@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -18,9 +19,10 @@ from adasid.config import Config, digest
 from adasid.errors import InputError
 from adasid.tokenizers import artifact
 from adasid.training.checkpoint import Checkpoints, write_json
-from pipelines import generations, workers
+from pipelines import generations, scores, workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
+from pipelines.engines.spark import session
 from pipelines.engines.spark import versions as library_versions
 from pipelines.engines.tracking import Track
 from pipelines.features import items, pairs
@@ -144,8 +146,7 @@ def _told(track: Track, result: Mapping[str, Any], names: tuple[str, ...]) -> No
     track.facts.update(
         {"best epoch": result["best_epoch"], **{f"test {name}": round(result["test"][name], 4) for name in names if name in result["test"]}}
     )
-    if "labels" in result:
-        track.facts["labels"] = result["labels"]
+    track.facts.update({key: result[key] for key in ("labels", "split") if key in result})
 
 
 def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue | None) -> dict[str, Any]:
@@ -154,9 +155,10 @@ def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue |
     folder = downstream_folder(cfg, lake, task, catalogue)
     track.inputs(read)
     done = folder / "result.json"
+    split = {"split": _ranking_split(cfg, lake)} if task == "ranking" else {}
     if done.exists():
         track.status = "up to date"
-        return dict(json.loads(done.read_text(encoding="utf-8")))
+        return {**split, **json.loads(done.read_text(encoding="utf-8"))}
     events = _read(lake, task, None)
     if len(set(lake.stamps(events).values())) > 1:
         raise InputError(f"{' and '.join(events)} come from different runs of build_features (was one cut off?): run jobs/build_features.py again")
@@ -167,7 +169,7 @@ def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue |
         payload = {**_payload(cfg, track, read, folder), "catalogue": catalogue}
         show = _progress(track, getattr(cfg, task).epochs, shown, folder)
         cluster.fit(getattr(workers, task), payload, cfg.ray, f"{task}-{folder.name}", folder, show)
-    result: dict[str, Any] = {**json.loads((folder / workers.OUTCOME).read_text(encoding="utf-8")), "mlflow_run": track.run_id}
+    result: dict[str, Any] = {**split, **_measured(cfg, folder), "mlflow_run": track.run_id}
     track.metrics({f"{part}_{name}": value for part in ("test", "test_repeatable") for name, value in result.get(part, {}).items()})
     track.artifact(folder / workers.OUTCOME)
     write_json(done, result)  # last: what is there has been tracked
@@ -180,6 +182,25 @@ def downstream_folder(cfg: Config, lake: Lake, task: Task, catalogue: Catalogue 
     """Where the model of this task, config, seed and these SIDs is, or will be."""
     key = digest(task, _FORMAT, getattr(cfg, task), cfg.seed, lake.stamps(_read(lake, task, catalogue)))
     return (cfg.run_dir / "artifacts" / task / key).resolve()
+
+
+def _measured(cfg: Config, folder: Path) -> dict[str, Any]:
+    """The workers' outcome; where they left their scores in shards, with the figures that Spark computes from them."""
+    outcome: dict[str, Any] = json.loads((folder / workers.OUTCOME).read_text(encoding="utf-8"))
+    if "scores" in outcome:
+        shards = [str(folder / "scores" / name) for name in outcome.pop("scores")]
+        strata = scores.ranking_metrics(session(cfg.spark).read.parquet(*shards))
+        outcome["test"] = {key: strata["all"][key] for key in ("auc", "gauc") if key in strata["all"]}
+        outcome["strata"] = {name: strata[name] for name in ("all", *tables.STRATA) if name in strata}
+        write_json(folder / workers.OUTCOME, outcome)
+    shutil.rmtree(folder / "scores", ignore_errors=True)
+    return outcome
+
+
+def _ranking_split(cfg: Config, lake: Lake) -> str:
+    """How ``ranking_samples`` are split, as build_features left it in ``catalog_stats``."""
+    row = lake.read("catalog_stats").to_pylist()[0]
+    return str(row.get("ranking_split") or cfg.features.split)
 
 
 def _read(lake: Lake, task: Task, catalogue: Catalogue | None) -> dict[str, int]:

@@ -115,7 +115,7 @@ def ranking(payload: dict[str, Any]) -> None:
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
     events = Events.from_batches(lake.batches("ranking_samples", version, ["user_id", "position", "item_index", "label", "split"]))
     name = f"ranking_samples version {version}"
-    training = RankingTraining(settings, catalogue, events, counts, strata, folder, cfg.seed, workers, name, _device(cfg))
+    training = RankingTraining(settings, catalogue, events, counts, strata, folder, cfg.seed, workers, name, _device(cfg), cfg.spark.scores_from)
     _finish(payload, workers, training.run(_report(payload, workers)))
 
 

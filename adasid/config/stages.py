@@ -33,6 +33,14 @@ class Features(Section):
         "leave_one_out", description="leave_one_out: last event test, the one before validation; global_time: by two cut-off times"
     )
     holdout: Share = Field(0.1, description="global_time: last share of events is test, the same share before it is validation")
+    ranking_split: Literal["auto", "same", "global_time"] = Field(
+        "auto",
+        description="same: ranking samples are split as above; global_time: by two cut-off times of their own, and what one task holds out neither "
+        "embeddings nor SIDs learn from; auto: global_time where events have a time and some are rated low",
+    )
+    ranking_holdout: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
+        (0.05, 0.1), description="ranking_split global_time: shares of events that are validation and, the last, test"
+    )
     positive_rating: float = Field(3.0, description="a rating above this is label 1; data without ratings has label 1 throughout")
     head_share: Share = Field(0.25, description="share of items, by training count, called head")
     tail_share: Share = Field(0.25, description="share of items, by training count, called tail (items never trained on are cold)")
@@ -57,6 +65,10 @@ class Features(Section):
             raise ValueError(f"features.norm_percentiles {self.norm_percentiles} must rise within 0 and 100")
         if self.split == "global_time" and not 0 < self.holdout < 0.5:
             raise ValueError(f"features.holdout is {self.holdout:g} but a global_time split needs it between 0 and 0.5")
+        if not all(self.ranking_holdout) or sum(self.ranking_holdout) >= 1:
+            raise ValueError(
+                f"features.ranking_holdout is {list(self.ranking_holdout)}: two shares above 0 that leave a training part, such as [0.05, 0.1]"
+            )
         return self
 
 
@@ -105,6 +117,9 @@ class Spark(Section):
     master: str = Field("local[*]", description="used when the job is not started by spark-submit")
     driver_memory: str = Field("4g", description="used when the job is not started by spark-submit")
     shuffle_partitions: int = Field(8, ge=1, description="spark.sql.shuffle.partitions")
+    scores_from: int = Field(
+        5_000_000, ge=1, description="ranking: from so many test samples on, workers leave their scores in Parquet and Spark computes AUC and GAUC"
+    )
     conf: dict[str, str] = Field({}, description="further Spark settings, key: value")
 
 

@@ -77,16 +77,18 @@ def _retrieval(cells: Cells, settings: config.Evaluate) -> list[Section]:
 
 
 def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
-    labels = sorted({row["labels"] for group in cells.values() for row in group})
+    found = sorted({row[key] for key in ("split", "labels") for group in cells.values() for row in group if key in row})
     told = {
         "sampled": "Labels are sampled: each event against items drawn for it by popularity (seeded, in the test the same for all).",
         "ratings": "Labels are the users' ratings.",
+        "leave_one_out": "The test is each user's last event.",
+        "global_time": "The test is all that happened after one moment.",
     }
     return [
         Section(
             "ranking",
             "Ranking",
-            lead=" ".join(told[label] for label in labels)
+            lead=" ".join(told[value] for value in found)
             + " GAUC is the mean of the users' AUCs weighted by their samples, over the users that have both classes.",
             plots=[
                 Plot(
@@ -117,8 +119,9 @@ def of_task(rows: Sequence[Row], task: str) -> Cells:
 
 def flat(row: Row) -> Row:
     """A cell as one line of a CSV file."""
-    names = ("task", "tokenizer", "codes", "model", "seed", "labels", "repeats", "best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
-    plain = {key: row.get(key) for key in names}
+    cell = ("task", "tokenizer", "codes", "model", "seed", "labels", "split", "repeats")
+    training = ("best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
+    plain = {key: row.get(key) for key in (*cell, *training)}
     plain |= {f"{part}_{key}": value for part in ("validation", "test_repeatable") for key, value in row.get(part, {}).items()}
     return plain | {f"{s}_{key}": v for s, found in row["strata"].items() for key, v in found.items() if not isinstance(v, dict | list)}
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,7 +20,7 @@ from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics
 from adasid.recommenders.ppnet import PPNet
 from adasid.recommenders.tokens import ItemTokens
-from adasid.tables import SPLITS, STRATA
+from adasid.tables import RANKING_ONLY, RANKING_SCORES, SPLITS, STRATA
 from adasid.training.epochs import EpochTraining
 from adasid.training.workers import Workers
 
@@ -30,7 +31,7 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True)
 class Events:
     """All users' events, by user and time: ``users`` [n] (a dense number, in the order of user_id), ``items``, ``labels`` (0 or 1) and ``splits``
-    (place in ``tables.SPLITS``), all [n]; ``starts`` [users + 1]."""
+    (place in ``tables.SPLITS``; ``RANKING_ONLY`` counts as train), all [n]; ``starts`` [users + 1]."""
 
     users: Ints
     items: Ints
@@ -45,10 +46,10 @@ class Events:
         names = table["user_id"].combine_chunks()
         opens = np.ones(len(names), bool)
         opens[1:] = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
-        splits = pc.index_in(table["split"].combine_chunks(), pa.array(SPLITS))
+        splits = pc.index_in(table["split"].combine_chunks(), pa.array([*SPLITS, RANKING_ONLY]))
         items, labels = (table[name].to_numpy().astype(np.int64) for name in ("item_index", "label"))
         starts = np.append(np.flatnonzero(opens), len(names))
-        return Events(np.cumsum(opens) - 1, items, labels, splits.to_numpy(zero_copy_only=False).astype(np.int64), starts)
+        return Events(np.cumsum(opens) - 1, items, labels, splits.to_numpy(zero_copy_only=False).astype(np.int64) % len(SPLITS), starts)
 
     def histories(self, events: Ints, length: int) -> Ints:
         """The latest ``length`` items at most before each event, padded at the end with -1: [B, longest]."""
@@ -60,7 +61,7 @@ class Events:
 
 class RankingTraining(EpochTraining):
     """One training run on one worker; validation AUC chooses the epoch. ``events``: of all users, of which this worker takes every
-    ``world``-th; ``counts``, ``strata`` [M] as for retrieval."""
+    ``world``-th; ``counts``, ``strata`` [M] as for retrieval; ``shards_from``: test samples, all workers', from which on scores are written."""
 
     watched = "validation_auc"
     name = "ranking"
@@ -78,7 +79,9 @@ class RankingTraining(EpochTraining):
         workers: Workers,
         version: str,
         device: torch.device | str = "cpu",
+        shards_from: int | None = None,
     ) -> None:
+        self.shards_from = shards_from
         self.settings, self.events, self.strata = settings, events, strata
         torch.manual_seed(seed)
         model = PPNet(settings, catalogue.to(device), len(events.starts) - 1).to(device)
@@ -172,13 +175,31 @@ class RankingTraining(EpochTraining):
         users, items, labels = rows[:, :3].astype(np.int64).T
         return users, items, labels, rows[:, 3]
 
+    @torch.inference_mode()
+    def _shards(self, split: str) -> list[str]:
+        """Leave this worker's samples in a file of ``scores``, some at a time; the names of all workers' files once they are whole."""
+        folder, world = self.folder / "scores", self.workers.world
+        names = [f"{rank}-of-{world}.parquet" for rank in range(world)]
+        folder.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(folder / names[self.workers.rank], RANKING_SCORES) as file:
+            for rows in self._scored(split):
+                users, items, labels, scores = rows.cpu().numpy().T
+                strata = pa.array(STRATA).take(pa.array(self.strata[items.astype(np.int64)]))
+                columns = [pa.array(users.astype(np.int64)), strata, pa.array(labels.astype(np.int32)), pa.array(scores)]
+                file.write_batch(pa.record_batch(columns, schema=RANKING_SCORES))
+        self.workers.agree(True, self.device)
+        return names
+
     def validate(self) -> dict[str, float]:
         """AUC."""
         _, _, labels, scores = self._samples("validation")
         return {"auc": auc(scores, labels)}
 
     def test(self) -> dict[str, Any]:
-        """AUC and GAUC of all test samples, and of those whose item is of a stratum."""
+        """AUC and GAUC of all test samples, and of those whose item is of a stratum; of many samples ``scores`` instead: the files that hold them."""
+        mine = torch.tensor(len(self.parts["test"]) + self.drawn["test"].size, device=self.device)
+        if self.shards_from is not None and int(self.workers.sum(mine)) >= self.shards_from:
+            return {"labels": self.labels, "scores": self._shards("test")}
         users, items, labels, scores = self._samples("test")
         strata = {"all": ranking_metrics(users, scores, labels, _DRAWS, self.seed)}
         for place, stratum in enumerate(STRATA):

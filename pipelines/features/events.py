@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -21,6 +22,7 @@ from pipelines.features.statistics import item_stats, popularity
 
 _OUTPUTS = ("item_stats", "user_stats", "ranking_samples", "sequences")
 _LATER = {"content", "norm_percentiles", "proxy_min_spearman", "pairs"}  # modalities(), settings of the second part, and of item_pairs
+_RANKING = {"ranking_split", "ranking_holdout"}
 
 
 class Checked(NamedTuple):
@@ -53,17 +55,40 @@ def build(cfg: Config, track: Track) -> bool:
 
 
 def _events(cfg: Config, track: Track) -> bool:
-    lake, versions = track.lake, track.lake.versions("items", "interactions")
-    mark = digest("events", cfg.features.model_dump(mode="json", exclude=_LATER), modalities(cfg), lake.stamps(versions))
+    lake, features = track.lake, _decided(cfg.features, track.lake)
+    mark = _mark(cfg, features, lake)
     if lake.fresh(mark, *_OUTPUTS) and _catalog_run(lake) == mark:
         return False
     spark = session(cfg.spark)
-    track.inputs(versions)
+    track.inputs(_reads(lake))
     try:
-        track.outputs(_build(spark, cfg, track, mark))
+        track.outputs(_build(spark, cfg.model_copy(update={"features": features}), track, mark))
     finally:
         spark.catalog.clearCache()
     return True
+
+
+def _reads(lake: Lake) -> dict[str, int]:
+    return lake.versions("items", "interactions")
+
+
+def _mark(cfg: Config, features: Features, lake: Lake) -> str:
+    unread = _LATER | (_RANKING if features.ranking_split == "same" else set())
+    return digest("events", features.model_dump(mode="json", exclude=unread), modalities(cfg), lake.stamps(_reads(lake)))
+
+
+def _decided(features: Features, lake: Lake) -> Features:
+    """``features`` with what ``ranking_split: auto`` comes to on these interactions. Read through Arrow, so that a stage that has nothing to do starts
+    no Spark; the files' statistics answer where no event is rated."""
+    if features.ranking_split != "auto":
+        return features
+
+    def any_row(column: str, condition: pc.Expression) -> bool:
+        return any(batch.num_rows for batch in lake.batches("interactions", None, [column], condition))
+
+    rated = any_row("rating", pc.field("rating") <= features.positive_rating)
+    timed = rated and not any_row("timestamp", pc.field("timestamp").is_null())
+    return features.model_copy(update={"ranking_split": "global_time" if timed else "same"})
 
 
 def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[str, int]:
@@ -78,13 +103,14 @@ def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[st
     index = stats.frame.select("item_id", "item_index")
     label = F.when(F.col("rating").isNull() | (F.col("rating") > features.positive_rating), 1).otherwise(0)
     indexed = clean.events.join(index, "item_id").select("*", label.alias("label")).persist()
+    samples = indexed.withColumn("split", F.col("ranking_split"))
     written = {
         "item_stats": write(stats.frame, lake, "item_stats", tables.ITEM_STATS, mark),
         "user_stats": write(users, lake, "user_stats", tables.USER_STATS, mark),
-        "ranking_samples": write(indexed, lake, "ranking_samples", tables.RANKING_SAMPLES, mark),
+        "ranking_samples": write(samples, lake, "ranking_samples", tables.RANKING_SAMPLES, mark),
         "sequences": write(histories.sequences(indexed, features.max_length), lake, "sequences", tables.SEQUENCES, mark),
     }
-    row = _catalog_row(mark, clean, stats, checked.rejected)
+    row = _catalog_row(mark, clean, stats, checked.rejected, features)
     written["catalog_stats"] = write_catalog(lake, row, mark)
     written["rejected_rows"] = lake.version("rejected_rows")
     numbers = {key: row[key] for key in ("items", "users", "interactions", "train_interactions", "duplicates", "gini", "head_interactions")}
@@ -119,10 +145,11 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, mark: str) -> Checked:
 def prepare(checked: Checked, features: Features, track: Track) -> Clean:
     """De-duplicate, apply the k-core, order and split the accepted events, without another exchange by user."""
     accepted = checked.judged.filter("reason IS NULL").select(*histories.EVENT)
-    if features.split == "global_time" and (timeless := accepted.filter("time IS NULL").count()):
-        raise InputError(
-            f"features.split is 'global_time' but {timeless} events have no timestamp: add timestamps, or set features.split: leave_one_out"
-        )
+    for key, other in (("split", "leave_one_out"), ("ranking_split", "same")):
+        if getattr(features, key) == "global_time" and (timeless := accepted.filter("time IS NULL").count()):
+            raise InputError(
+                f"features.{key} is 'global_time' but {timeless} events have no timestamp: add timestamps, or set features.{key}: {other}"
+            )
     events, before = histories.deduplicate(accepted, features.deduplicate), None
     if features.k_core:
         events = events.localCheckpoint()
@@ -147,13 +174,14 @@ def write_catalog(lake: Lake, row: dict[str, Any], mark: str) -> int:
     return lake.write("catalog_stats", tables.CATALOG_STATS, pa.Table.from_pylist([full], tables.CATALOG_STATS).to_batches(), mark)
 
 
-def _catalog_row(mark: str, clean: Clean, stats: Ranked, rejected: dict[str, int]) -> dict[str, Any]:
+def _catalog_row(mark: str, clean: Clean, stats: Ranked, rejected: dict[str, int], features: Features) -> dict[str, Any]:
     return {
         "run": mark,
         "users": clean.users,
         "interactions": clean.interactions,
         "duplicates": clean.duplicates,
         "rejected": sorted(rejected.items()),
+        "ranking_split": features.split if features.ranking_split == "same" else features.ranking_split,
         **popularity(stats),
     }
 

@@ -8,6 +8,7 @@ from pyspark.sql import functions as F
 
 from adasid.config import Features
 from adasid.errors import InputError
+from adasid.tables import RANKING_ONLY
 from pipelines.features.ranks import rank_by, values_at
 
 EVENT = ("user_id", "item_id", "time", "pos", "rating")
@@ -38,31 +39,37 @@ def k_core(events: DataFrame, least: int, rounds: int) -> tuple[DataFrame, bool]
 
 
 def order(events: DataFrame, features: Features) -> DataFrame:
-    """``events`` with ``position`` (0-based place in the user's history) and ``split``."""
+    """``events`` with ``position`` (0-based place in the user's history), ``split`` and ``ranking_split``. Both say ``train`` of the events that
+    neither holds out: what embeddings, counts and SIDs are made of. ``split`` is null where only ranking holds an event out."""
     own = Window.partitionBy("user_id")
     placed = events.select("*", (F.row_number().over(own.orderBy(*_ORDER)) - 1).cast("bigint").alias("position"))
     if features.split == "global_time":
-        validation, test = _cuts(events, features.holdout)
-        moment = F.unix_micros("time")
-        split = F.when(moment >= test, "test").when(moment >= validation, "validation")
+        split = _by_time(events, (features.holdout, features.holdout), "split", "holdout", "leave_one_out")
     else:
         placed = placed.select("*", F.count("*").over(own).alias("_n"))
         left = F.when(F.col("_n") >= 3, F.col("_n") - F.col("position"))
         split = F.when(left == 1, "test").when(left == 2, "validation")
-    return placed.select(*events.columns, "position", F.coalesce(split, F.lit("train")).alias("split"))
+    own_split = F.coalesce(split, F.lit("train"))
+    if features.ranking_split != "global_time":
+        return placed.select(*events.columns, "position", own_split.alias("split"), own_split.alias("ranking_split"))
+    later = _by_time(events, features.ranking_holdout, "ranking_split", "ranking_holdout", "same")
+    kept = F.when(split.isNotNull() | later.isNull(), own_split)
+    ranking = F.coalesce(later, F.when(split.isNotNull(), RANKING_ONLY), F.lit("train"))
+    return placed.select(*events.columns, "position", kept.alias("split"), ranking.alias("ranking_split"))
 
 
-def _cuts(events: DataFrame, holdout: float) -> tuple[int, int]:
-    """Times (microseconds) at which the last two ``holdout`` shares of events begin; events of one time stay together, in the later part."""
+def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key: str, other: str) -> Column:
+    """``validation`` and ``test`` of the events in the last two ``shares`` by time, null before; events of one time stay together, in the later part."""
     ranked = rank_by(events.select(F.unix_micros("time").alias("at")), F.asc("at"))
-    first, second = (max(ranked.size - max(round(share * holdout * ranked.size), 1), 0) for share in (2, 1))
+    first, second = (max(ranked.size - max(round(share * ranked.size), 1), 0) for share in (sum(shares), shares[1]))
     times = values_at(ranked, "at", (0, first, second))
     if times[first] == times[0]:
         raise InputError(
-            f"features.split is 'global_time' but the last {2 * holdout:g} of the {ranked.size} events begin at the first time there is: "
-            "no training part is left; lower features.holdout, or set features.split: leave_one_out"
+            f"features.{key} is 'global_time' but the last {sum(shares):g} of the {ranked.size} events begin at the first time there is: "
+            f"no training part is left; lower features.{share_key}, or set features.{key}: {other}"
         )
-    return int(times[first]), int(times[second])
+    moment = F.unix_micros("time")
+    return F.when(moment >= times[second], "test").when(moment >= times[first], "validation")
 
 
 def sequences(indexed: DataFrame, max_length: int) -> DataFrame:

@@ -137,10 +137,10 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
     assert (again & (ranks <= 50)).any()
     assert float(rows["popularity", "item ids", "17"]["all_recall@50"]) == pytest.approx(((ranks <= 50) & ~again).mean())
     page = (folder / "index.html").read_text()
-    assert {row["labels"] for row in rows.values() if row["task"] == "ranking"} == {"sampled"}
+    assert {(row["labels"], row["split"]) for row in rows.values() if row["task"] == "ranking"} == {("sampled", "leave_one_out")}
     assert all(0 < float(row["all_auc"]) < 1 for row in rows.values() if row["task"] == "ranking")
     assert page.count("data:image/png;base64") == 3
-    assert "Labels are sampled" in page
+    assert "last event. Labels are sampled" in page
     assert "the best other tokenizer, random" in page
     assert "ADC-SID, table 2" in page
     assert "Not all is there yet" not in page
@@ -161,7 +161,7 @@ def test_a_retriever_learns_from_the_live_table(in_process):
         assert track.status == "up to date"
     with chain.tracking.stage(load(in_process, ["ranking={epochs: 1}"]), "ranking") as track:
         train.ranking(track.cfg, track)
-        assert track.facts["labels"] == "sampled"
+        assert (track.facts["labels"], track.facts["split"]) == ("sampled", "leave_one_out")
 
 
 def test_a_trainer_killed_in_mid_run_resumes_and_ends_as_it_would_have(in_process, folder):

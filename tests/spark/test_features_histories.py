@@ -120,6 +120,23 @@ def test_global_time_cuts_by_time_and_keeps_ties_together(spark):
     }  # the cut falls within second 14, which stays whole
     with pytest.raises(InputError, match="no training part is left"):
         placed(spark, [("u", "a", 5, None, None), ("u", "b", 5, None, None)], split="global_time", holdout=0.1)
+    with pytest.raises(InputError, match=r"features.ranking_split is 'global_time' .* set features.ranking_split: same"):
+        placed(spark, [("u", "a", 5, None, None), ("u", "b", 5, None, None)], ranking_split="global_time")
+
+
+def test_what_one_task_holds_out_is_training_for_neither(spark):
+    rows = [("u", f"i{second}", second, None, None) for second in range(6)] + [("v", f"i{second}", second, None, None) for second in range(4, 10)]
+    ordered = histories.order(frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.2, 0.2)))
+    found = {(row["user_id"], row["item_id"]): (row["split"], row["ranking_split"]) for row in ordered.collect()}
+    assert [found["u", f"i{second}"] for second in range(6)] == [("train", "train")] * 4 + [("validation", "ranking"), ("test", "validation")]
+    assert [found["v", f"i{second}"] for second in range(4, 10)] == [
+        ("train", "train"),
+        (None, "validation"),
+        (None, "validation"),
+        (None, "validation"),
+        ("validation", "test"),
+        ("test", "test"),
+    ]
 
 
 class Notes:
@@ -132,6 +149,8 @@ def test_settings_that_the_data_cannot_meet(spark):
     checked = events.Checked(judged, judged, 2, {})
     with pytest.raises(InputError, match=r"features.split is 'global_time' but 1 events have no timestamp"):
         events.prepare(checked, Features(split="global_time"), Notes())
+    with pytest.raises(InputError, match=r"features.ranking_split is 'global_time' but 1 events have no timestamp: .* features.ranking_split: same"):
+        events.prepare(checked, Features(ranking_split="global_time"), Notes())
     with pytest.raises(InputError, match=r"features.k_core 5 leaves no event of 2: lower it, or set it to 0"):
         events.prepare(checked, Features(k_core=5), Notes())
     with pytest.raises(AssertionError, match=r"k-core was still shrinking after features.k_core_rounds 1"):

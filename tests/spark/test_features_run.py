@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from adasid import tables
-from adasid.config import build
+from adasid.config import build, digest
 from adasid.errors import InputError
 from pipelines import features
 from pipelines.engines import tracking
@@ -45,7 +45,7 @@ def config(root, **sections):
             "name": "t",
             "runs_dir": str(root),
             "spark": {"master": "local[2]", "shuffle_partitions": 2},
-            "features": {"max_rejected": 0.2},
+            "features": {"max_rejected": 0.2, "ranking_split": "same"},
             **sections,
         }
     )
@@ -142,6 +142,41 @@ def test_tables_against_plain_python(done):
     assert stats["duplicates"] == len(catalogue()[1]) - 1 - stats["interactions"]
 
 
+def test_rated_events_are_split_by_time_and_nothing_learns_from_what_a_task_holds_out(spark, tmp_path):
+    cfg = config(tmp_path, features={"max_rejected": 0.2, "ranking_split": "auto"})
+    lake = prepare(spark, cfg, *catalogue())
+    assert [run(cfg, "events").status for _ in range(2)] == ["done", "up to date"]
+    users = expected_events()
+    times = sorted(time for rows in users.values() for time, *_ in rows)
+    validation, test = (times[-round(share * len(times))] for share in (0.15, 0.1))
+    held_out = {user: len(rows) - 2 if len(rows) >= 3 else len(rows) for user, rows in users.items()}
+
+    def split(user, place, time):
+        early = "train" if place < held_out[user] else "ranking"
+        return "test" if time >= test else "validation" if time >= validation else early
+
+    samples = {(row["user_id"], row["position"]): row["split"] for row in lake.read("ranking_samples").to_pylist()}
+    assert samples == {(user, i): split(user, i, time) for user, rows in users.items() for i, (time, *_) in enumerate(rows)}
+    assert set(samples.values()) == {"train", "ranking", "validation", "test"}
+    training = {user: [item for i, (time, item, _) in enumerate(rows) if split(user, i, time) == "train"] for user, rows in users.items()}
+    stats = {row["item_id"]: row for row in lake.read("item_stats").to_pylist()}
+    counts = Counter(item for rows in training.values() for item in rows)
+    assert {item: row["interactions"] for item, row in stats.items() if row["interactions"]} == counts
+    assert {row["user_id"]: row["interactions"] for row in lake.read("user_stats").to_pylist()} == {
+        u: len(rows) for u, rows in training.items() if rows
+    }
+    indexed = {user: [stats[item]["item_index"] for _, item, _ in rows] for user, rows in users.items()}
+    sequences = {(row["user_id"], row["split"]): (row["history"], row["target"]) for row in lake.read("sequences").to_pylist()}
+    assert sequences == {
+        **{(user, "train"): (indexed[user][: len(rows)], None) for user, rows in training.items() if len(rows) >= 2},
+        **{(user, "validation"): (row[:-2], row[-2]) for user, row in indexed.items() if len(row) >= 3},
+        **{(user, "test"): (row[:-1], row[-1]) for user, row in indexed.items() if len(row) >= 3},
+    }
+    assert lake.read("catalog_stats").to_pylist()[0]["ranking_split"] == "global_time"
+    assert run(config(tmp_path), "events").status == "done", "another split is another table"
+    assert lake.read("catalog_stats").to_pylist()[0]["ranking_split"] == "leave_one_out"
+
+
 def test_every_item_has_a_row_of_features_also_the_cold(done):
     _, lake, (first, second, _) = done
     rows = {row["item_id"]: row for row in lake.read("item_features").to_pylist()}
@@ -167,6 +202,18 @@ def test_a_second_run_writes_nothing(done):
     assert lake.versions(*names) == dict.fromkeys(names, 0)
     assert lake.version("catalog_stats") == 1
     assert tracks[2].facts == tracks[1].facts
+
+
+def test_events_that_nobody_rated_are_split_as_ever(done):
+    """Without low ratings the keys of the ranking split do not count: tables and models of before these keys stay up to date."""
+    cfg, lake, _ = done
+    track = tracking.Track(cfg, lake, "x", None, "")
+    for changes in ({"ranking_holdout": (0.2, 0.2)}, {"ranking_split": "auto", "positive_rating": 1.0}):
+        features = cfg.features.model_copy(update=changes)
+        before = features.model_dump(mode="json", exclude=events._LATER | {"ranking_split", "ranking_holdout"})
+        mark = digest("events", before, MODALITIES, lake.stamps(lake.versions("items", "interactions")))
+        assert events._mark(cfg, events._decided(features, lake), lake) == mark
+    assert events.build(cfg.model_copy(update={"features": cfg.features.model_copy(update={"ranking_holdout": (0.2, 0.2)})}), track) is False
 
 
 def test_settings_of_the_second_part_leave_the_first_alone(done):
@@ -203,7 +250,7 @@ def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
     rows, seen = catalogue()
     vectors = {row[0]: None if row[0] == "i05" else [3.0, 4.0 * (i % 3)] for i, row in enumerate(rows)}
     cfg = config(tmp_path, behavior={"source": "column"}, source={"kind": "synthetic", "synthetic": {"behavior_width": 2}})
-    cfg = cfg.model_copy(update={"features": cfg.features.model_copy(update={"proxy_min_spearman": 0.95})})
+    cfg = cfg.model_copy(update={"features": cfg.features.model_copy(update={"proxy_min_spearman": 0.95, "ranking_split": "auto"})})
     lake = prepare(
         spark,
         cfg,
@@ -217,7 +264,8 @@ def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
         item: vector and pytest.approx(np.linalg.norm(vector)) for item, vector in vectors.items() if item
     }
     assert (found["i05"]["richness"], found[COLD[0]]["behavior"], found[COLD[0]]["richness"]) == (0, vectors[COLD[0]], 0)
-    assert lake.read("catalog_stats").to_pylist()[0]["richness_source"] == "count"
+    stats = lake.read("catalog_stats").to_pylist()[0]
+    assert (stats["richness_source"], stats["ranking_split"]) == ("count", "leave_one_out")  # rated, but without a time
     samples = lake.read("ranking_samples").to_pylist()
     assert {row["time"] for row in samples} == {None}
     of_user = [row["item_id"] for row in sorted(samples, key=lambda row: row["position"]) if row["user_id"] == "u03"]

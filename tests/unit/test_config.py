@@ -29,6 +29,7 @@ def test_every_shipped_config_is_valid(path):
         ("seed=many", ["seed is 'many'", "integer"]),
         ("seed=2.5", ["seed is 2.5"]),
         ("behavior.heads=3", ["behavior.width 64", "behavior.heads 3"]),
+        ("features.ranking_holdout=[0.0, 0.1]", ["features.ranking_holdout is [0.0, 0.1]", "two shares above 0"]),
         ("features.head_share=0.9", ["features.head_share", "at most 1"]),
         ("behavior.max_length=90", ["behavior.max_length 90", "features.max_length 50"]),
         ("behavior.source=column", ["behavior_width is 0"]),

@@ -57,6 +57,13 @@ def test_the_page_says_who_is_ahead_and_how_sure_that_is():
     assert page.summary[0].startswith("3 combinations of items and model, 1 to 3 seeds each")
 
 
+def test_the_page_states_labels_and_split_of_ranking():
+    found = [{**cell("ours", 0, 0.6, "ranking", "ppnet"), **told} for told in ({}, {"labels": "ratings", "split": "global_time"})]
+    (section,) = (s for s in evaluation.build("test", found, config.Evaluate(reference="ours")).sections if s.key == "ranking")
+    assert section.lead.startswith("The test is all that happened after one moment. Labels are the users' ratings. Labels are sampled: ")
+    assert evaluation.flat(found[1])["split"] == "global_time"
+
+
 def test_sids_of_another_size_are_compared_apart():
     sizes = {"ours": "6×100", "theirs": "32×256", "worse": "6×100"}
     found = [{**row, "codes": sizes[row["tokenizer"]]} for row in rows()]

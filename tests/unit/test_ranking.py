@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -14,7 +15,7 @@ from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics, user_auc
 from adasid.recommenders.ppnet import Gate, ItemVectors, PPNet, prefixes
 from adasid.recommenders.tokens import ItemTokens
-from adasid.tables import BEHAVIOR, PAD, SPLITS
+from adasid.tables import BEHAVIOR, PAD, RANKING_ONLY, RANKING_SCORES, SPLITS
 from adasid.tokenizers.base import Slot
 from adasid.training.ranking import Events, RankingTraining
 from adasid.training.workers import Workers
@@ -148,6 +149,9 @@ def test_histories_hold_what_came_before():
     table = events()
     found = Events.from_batches(table.to_batches())
     assert [SPLITS[s] for s in found.splits[9:13]] == ["train", "validation", "test", "train"]
+    mine = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["position"], 9))
+    other = table.set_column(4, "split", pc.if_else(mine, RANKING_ONLY, table["split"]))
+    np.testing.assert_array_equal(Events.from_batches(other.to_batches()).splits, found.splits)
     event = 5 * 12 + 4
     assert found.histories(np.array([event, event - 4]), 3).tolist() == [found.items[event - 3 : event].tolist(), [-1, -1, -1]]
 
@@ -186,6 +190,21 @@ def test_a_killed_training_ends_as_it_would_have(tmp_path):
 def test_ratings_are_asked_for_where_there_are_none(tmp_path):
     with pytest.raises(InputError, match=r"ranking\.labels is 'ratings' but ranking_samples version 0 has no negative event"):
         training(tmp_path, events(), labels="ratings")
+
+
+def test_scores_of_many_samples_are_left_in_shards_for_others_to_measure(tmp_path):
+    whole = training(tmp_path / "whole", events(labels=True), 2).run()
+    shards = training(tmp_path / "shards", events(labels=True), 2)
+    shards.shards_from = int(whole["strata"]["all"]["samples"])
+    found = shards.run()
+    assert {"test", "strata"}.isdisjoint(found)
+    assert found["scores"] == ["0-of-1.parquet"]
+    rows = pq.read_table(tmp_path / "shards" / "scores" / "0-of-1.parquet")
+    assert rows.schema.equals(RANKING_SCORES)
+    for name, expected in whole["strata"].items():
+        part = rows if name == "all" else rows.filter(pc.equal(rows["stratum"], name))
+        users, labels, scores = (part[column].to_numpy() for column in ("user", "label", "score"))
+        assert ranking_metrics(users, scores, labels.astype(np.int64), 200, 3) == expected
 
 
 def test_a_split_of_one_class_is_named(tmp_path):

@@ -29,7 +29,7 @@ SMALL = {
         "training": {"epochs": 40, "batch": 128, "checkpoint_epochs": 2, "log_epochs": 10},
     },
     "sids": {"gates": {"max_collision": 1.0}},
-    "retokenize": {"lease": {"seconds": 6.0, "wait": 60.0}},
+    "retokenize": {"lease": {"seconds": 6.0, "wait": 60.0}, "exports": ["changes"]},
     "spark": {"shuffle_partitions": 2, "driver_memory": "2g"},
     "ray": {"cpus_per_worker": 0.5, "gpus": "never"},
 }

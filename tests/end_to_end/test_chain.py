@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_ray(folder):
     """The chain in its own process, with two Ray Train workers."""
-    path = config_file(folder, "ray", workers=2)
+    path = config_file(folder, "ray", workers=2, retokenize={"exports": ["array"]})
     done = job("run_all", path)
     assert done.returncode == 0, done.stderr[-3000:]
     return path, done
@@ -36,6 +37,9 @@ def test_every_table_is_there_and_every_item_has_one_sid(on_ray, folder):
     table = sids(lake)
     assert table["item_id"].to_pylist() == sorted(set(lake.read("items", columns=["item_id"])["item_id"].to_pylist()))
     assert table.num_rows == ITEMS
+    exports = load(on_ray[0]).run_dir / "exports" / "1"
+    codes = dict(zip((exports / "item_ids.txt").read_text().split(), np.load(exports / "codes.npy").tolist()))
+    assert codes == dict(zip(table["item_id"].to_pylist(), table["codes"].to_pylist()))
     strata = dict(zip(*(lake.read("item_features", columns=["item_id", "stratum"])[c].to_pylist() for c in ("item_id", "stratum"))))
     for row in table.to_pylist():
         assert len(row["codes"]) == len(row["weights"]) == len(row["active"]) == len(row["tokens"]) == 6

@@ -48,8 +48,6 @@ def test_a_day_without_changes_publishes_nothing(published):
     put(lake, table, "same rows, another version")
     assert night(path, "2026-01-01").status == "up to date"
     assert lake.versions("sids", "generations", "live") == before
-    first = load(path).run_dir / "exports" / "1"  # of write_sids
-    assert len(np.load(first / "codes.npy")) == lake.read("sids").num_rows and json.loads((first / "manifest.json").read_text())["generation"] == 1
 
 
 @pytest.mark.parametrize("feed", [False, True])
@@ -257,14 +255,11 @@ def test_auto_follows_the_drift_and_stays_frozen_where_gates_refuse_the_other_po
     row = generations.live(lake)
     assert (row["generation"], row["policy"], row["drift"]["asked"], row["tokenizer"]) == (2, "frozen", "warm", first)
     html = (load(path).run_dir / "report" / "nights" / "index.html").read_text(encoding="utf-8")
-    assert "Generation 2 is frozen though its drift asked for warm" in html
-    put(lake, noisy(lake.read("item_features"), 8, 0.02), "moved again")
-    night(path, "2026-01-05", *auto)
-    assert (generations.live(lake)["policy"], champion(path)) == ("frozen", first)
-    put(lake, noisy(lake.read("item_features"), 9, 0.02), "and again")
+    assert "Generation 2 is frozen though its drift asked for warm" in html and champion(path) == first
+    put(lake, noisy(lake.read("item_features"), 9, 0.02), "moved again")
     night(path, "2026-01-06", *auto, moved)
     row = generations.live(lake)
-    assert (row["generation"], row["policy"]) == (4, "warm") and "asked" not in row["drift"]
+    assert (row["generation"], row["policy"]) == (3, "warm") and "asked" not in row["drift"]
     assert champion(path) == row["tokenizer"] != first
 
 

@@ -19,7 +19,7 @@ demo: setup  ## the whole chain on the synthetic catalogue, into runs/demo
 	@$(BIN)/python jobs/run_all.py --config conf/demo.yaml
 
 test: setup  ## the whole test suite, in two processes
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -49,8 +49,8 @@ def live(lake: Lake) -> Generation:
 
 
 def settled(lake: Lake, key: str) -> bool:
-    """Whether the newest generation carries ``key``, and was live at least until a roll-back."""
-    return lake.fresh(key, "sids", "generations") and (lake.fresh(key, "live") or str(lake.stamp("live")).startswith(_ROLLBACK))
+    """Whether the newest generation carries ``key``, and is live or was so before a roll-back."""
+    return lake.fresh(key, "sids", "generations") and lake.made("live", key) is not None
 
 
 def next_number(lake: Lake) -> int:

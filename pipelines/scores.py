@@ -49,7 +49,7 @@ def _below(local: DataFrame) -> DataFrame:
     starts = []
     for part in sorted({row["part"] for row in sums}):
         ranges = [row for row in sums if row["part"] == part]
-        before = (accumulate((row[name] for row in ranges), initial=0) for name in ("p", "n"))
+        before = [list(accumulate([row[name] for row in ranges], initial=0)) for name in ("p", "n")]
         starts += [(part, row["_range"], p, n) for row, p, n in zip(ranges, *before)]
     offsets = local.sparkSession.createDataFrame(starts, "part string, _range int, _p bigint, _n bigint")
     lower = Window.partitionBy("part", "_range").orderBy("score").rowsBetween(Window.unboundedPreceding, -1)

@@ -102,7 +102,7 @@ class Tally:
     def sound(self) -> bool:
         """Whether no count is negative."""
         counts = (self.codes, self.pad, self.items, self.events, self.active, self.slots_on)
-        return min(self.shared, *self.groups.values(), *self.rare.values()) >= 0 and all((part >= 0).all() for part in counts)
+        return min([self.shared, *self.groups.values(), *self.rare.values()]) >= 0 and all((part >= 0).all() for part in counts)
 
     def metrics(self, slots: Sequence[Slot]) -> dict[str, Any]:
         """Code metrics (methods 8.2 to 8.5) and router figures by stratum, as JSON data."""

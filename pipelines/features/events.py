@@ -87,7 +87,8 @@ def _decided(features: Features, lake: Lake) -> Features:
         return any(batch.num_rows for batch in lake.batches("interactions", None, [column], condition))
 
     rated = any_row("rating", pc.field("rating") <= features.positive_rating)
-    timed = rated and not any_row("timestamp", pc.field("timestamp").is_null())
+    time = pc.field("timestamp")
+    timed = rated and not any_row("timestamp", time.is_null() | (pc.utf8_trim_whitespace(time) == ""))
     return features.model_copy(update={"ranking_split": "global_time" if timed else "same"})
 
 

@@ -103,7 +103,10 @@ class Night:
         self._up_to_date(f"no item is new, changed or removed since generation {self.live['generation']}")
 
     def _up_to_date(self, why: str) -> None:
-        self._champion(self.live)  # a kill may have come before
+        self._champion(self.live)  # a kill may have come before that, and before a refusal was taken back
+        if self.refused.exists():
+            self.refused.unlink()
+            self.pages()
         self.track.status = "up to date"
         self.track.note(why)
         self.track.facts.update({"generation": self.live["generation"], "items": self.live["items"]})

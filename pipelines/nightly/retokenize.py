@@ -84,12 +84,14 @@ def _publish(night: Night) -> None:
             _settle(night, made, policy, drifted)
             return
         made.free()
+        told = dict(night.track.facts)
         try:
             _settle(night, _anew(night, policy, folder), policy, drifted)
         except GateError as refusal:
             if cfg.retokenize.policy != "auto":
                 raise
             night.track.note(f"{refusal}. Published frozen instead")
+            night.track.facts = told  # what training said of the tokenizer that was refused
             _settle(night, _frozen(night, folder, manifest, found, today), "frozen", {**drifted, "asked": policy})
     finally:
         found.unpersist()

@@ -20,7 +20,7 @@ from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from pipelines import generations
 from pipelines.engines import tracking
-from pipelines.nightly import retokenize, upkeep
+from pipelines.nightly import exports, retokenize, upkeep
 from tests.end_to_end.nights import by_item, copied, follow, merge, next_day, noisy, put, rows_of, without
 
 OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_tail_collision": 1.0, "max_error_ratio": 100.0}, "warm": {"epochs": 3}}
@@ -263,7 +263,7 @@ def test_auto_follows_the_drift_and_stays_frozen_where_gates_refuse_the_other_po
     assert champion(path) == row["tokenizer"] != first
 
 
-def test_rollback_and_maintenance(published):
+def test_rollback_and_maintenance(published, monkeypatch):
     path, lake = published
     cfg = load(path)
     rows = generations.history(lake)
@@ -277,6 +277,16 @@ def test_rollback_and_maintenance(published):
     again = night(path, last["run_date"])  # the same night does not undo the roll-back
     assert again.status == "up to date" and generations.live(lake)["generation"] == 1
     assert champion(path) == generations.live(lake)["tokenizer"]
+    with (
+        monkeypatch.context() as cut,
+        pytest.raises(InputError, match="no space"),
+    ):  # another night after it, cut off before it is live, and run again
+        put(lake, next_day(lake.read("item_features"), seed=77), "after the roll-back")
+        cut.setattr(exports, "write", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        night(path, last["run_date"])
+    assert generations.live(lake)["generation"] == 1 and generations.history(lake)[-1]["generation"] == last["generation"] + 1
+    assert night(path, last["run_date"]).status == "done"
+    assert generations.live(lake)["generation"] == last["generation"] + 1
     assert generations.history(lake)[-1]["generation"] == last["generation"]
     with (
         pytest.raises(InputError, match=r"generation 99 does not exist \(there are: 1 to \d+\)"),

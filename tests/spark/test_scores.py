@@ -10,19 +10,32 @@ from pipelines import scores
 SCHEMA = "user bigint, stratum string, label int, score double"
 
 
-def samples(n=4000, users=300, seed=3):
-    """Users with a few to dozens of samples; scores in 40 steps, so that most are tied, also across users and labels."""
+def samples(clicked, n=4000, users=300, seed=3):
+    """Users with a few to dozens of samples, of which a third of the users click three times as many as the share ``clicked`` of the others; scores in 40 steps, so that most are tied, also across users and labels."""
     rng = np.random.default_rng(seed)
     user = (users * rng.random(n) ** 1.5).astype(np.int64)
-    label = (rng.random(n) < 0.2 + 0.4 * (user % 3 == 0)).astype(np.int64)
+    label = (rng.random(n) < clicked * (1 + 2 * (user % 3 == 0))).astype(np.int64)
     score = np.round(label * 0.4 + 0.3 * (user % 5) + rng.normal(0, 1, n), 1) / 3
     stratum = np.array(["head", "mid", "tail", "cold"])[np.minimum(rng.zipf(1.5, n) - 1, 3)]
     label[stratum == "cold"] = 1
     return user, stratum, label, score
 
 
-def test_figures_are_those_of_one_machine_and_of_scikit_learn(spark):
-    user, stratum, label, score = samples()
+@pytest.fixture
+def ranges(spark):
+    """As with many scores, which are cut into ranges; a few would be merged into one."""
+    settings = {"spark.sql.adaptive.coalescePartitions.enabled": "false", "spark.sql.shuffle.partitions": "6"}
+    before = {key: spark.conf.get(key) for key in settings}
+    for key, value in settings.items():
+        spark.conf.set(key, value)
+    yield
+    for key, value in before.items():
+        spark.conf.set(key, value)
+
+
+@pytest.mark.parametrize("clicked", [0.2, 0.05])
+def test_figures_are_those_of_one_machine_and_of_scikit_learn(spark, ranges, clicked):
+    user, stratum, label, score = samples(clicked)
     frame = spark.createDataFrame(list(zip(*(column.tolist() for column in (user, stratum, label, score)))), SCHEMA)
     found = scores.ranking_metrics(frame.repartition(3))
     assert found == scores.ranking_metrics(frame.orderBy("score").repartition(5)), "neither partitions nor order change a bit"

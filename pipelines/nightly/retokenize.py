@@ -59,7 +59,7 @@ def run(cfg: Config, track: Track, run_date: date) -> None:
         try:
             if not incremental.publish(night):
                 _publish(night)
-        except (Py4JJavaError, PySparkException) as error:
+        except (Py4JJavaError, PySparkException, OSError) as error:
             raise InputError(
                 f"night {day}: item_features version {version} or sids version {live['sids_version']} cannot be worked on ({engine.root_cause(error)}); "
                 f"generation {generations.pointer(lake)} stays live: mend the table or the disk that it names, then run the night again"

@@ -276,18 +276,18 @@ def test_rollback_and_maintenance(published, monkeypatch):
         upkeep.rollback(cfg, track, 1)
     again = night(path, last["run_date"])  # the same night does not undo the roll-back
     assert again.status == "up to date" and generations.live(lake)["generation"] == 1
+    assert generations.history(lake)[-1]["generation"] == last["generation"]
     assert champion(path) == generations.live(lake)["tokenizer"]
     with (
         monkeypatch.context() as cut,
         pytest.raises(InputError, match="no space"),
-    ):  # another night after it, cut off before it is live, and run again
+    ):  # a later night is cut off before it is live, and run again
         put(lake, next_day(lake.read("item_features"), seed=77), "after the roll-back")
         cut.setattr(exports, "write", lambda *_: (_ for _ in ()).throw(OSError("no space")))
         night(path, last["run_date"])
     assert generations.live(lake)["generation"] == 1 and generations.history(lake)[-1]["generation"] == last["generation"] + 1
     assert night(path, last["run_date"]).status == "done"
     assert generations.live(lake)["generation"] == last["generation"] + 1
-    assert generations.history(lake)[-1]["generation"] == last["generation"]
     with (
         pytest.raises(InputError, match=r"generation 99 does not exist \(there are: 1 to \d+\)"),
         tracking.stage(cfg, "rollback", journal=False) as track,

@@ -22,6 +22,7 @@ from adasid.config import Config, Ranking, Retrieval
 from adasid.errors import InputError
 from adasid.metrics.retrieval import DEEPEST, averages, gains
 from adasid.report import evaluation
+from adasid.report.cells import flat
 from adasid.tokenizers import artifact
 from adasid.training.retrieval import Ranked, by_stratum
 from adasid.training.sequences import Histories
@@ -65,7 +66,7 @@ def run(cfg: Config, track: Track, train_cells: bool = True) -> None:
         {"task": cells[place].task, "tokenizer": cells[place].tokenizer, "model": cells[place].model, **results[place]} for place in sorted(results)
     ]
     folder = cfg.run_dir / "report" / "evaluation"
-    report.write(folder, evaluation.build(cfg.name, rows, cfg.evaluate, len(cells) - len(results)), [evaluation.flat(row) for row in rows])
+    report.write(folder, evaluation.build(cfg.name, rows, cfg.evaluate, len(cells) - len(results)), [flat(row) for row in rows])
     track.artifact(folder)
     track.facts.update(cells=len(results), missing=len(cells) - len(results), page=str(folder / "index.html"))
     print(evaluation.text(rows))

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 from adasid import config
 from adasid.report import comparison, published
+from adasid.report.cells import Cells, Row, best_of, both, chosen, codes_of, of_task, paired, spread
 from adasid.report.page import Page, Plot, Section, Table
-from adasid.report.words import DASH, Gain, count, gained, measure, number, plural, sure
+from adasid.report.words import DASH, count, gained, measure, number, plural, sure
 from adasid.tables import STRATA
-
-Row = dict[str, Any]
-Cells = dict[tuple[str, str], list[Row]]
 
 _SHOWN = {
     "retrieval": ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "corrected_recall@10"),
     "ranking": ("auc", "gauc", "gauc_users"),
 }
 _TESTED = {"retrieval": ("recall@50", "ndcg@50", "recall@10"), "ranking": ("auc", "gauc")}
-_CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
 
 
 def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: int = 0) -> Page:
@@ -104,28 +99,6 @@ def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
     ]
 
 
-def grouped(rows: Sequence[Row]) -> Cells:
-    """Cells of one task by (tokenizer, model), in the order of the rows."""
-    found: Cells = {}
-    for row in rows:
-        found.setdefault((row["tokenizer"], row["model"]), []).append(row)
-    return found
-
-
-def of_task(rows: Sequence[Row], task: str) -> Cells:
-    """:func:`grouped` for one task."""
-    return grouped([row for row in rows if row["task"] == task])
-
-
-def flat(row: Row) -> Row:
-    """A cell as one line of a CSV file."""
-    cell = ("task", "tokenizer", "codes", "model", "seed", "labels", "split", "repeats")
-    training = ("best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
-    plain = {key: row.get(key) for key in (*cell, *training)}
-    plain |= {f"{part}_{key}": value for part in ("validation", "test_repeatable") for key, value in row.get(part, {}).items()}
-    return plain | {f"{s}_{key}": v for s, found in row["strata"].items() for key, v in found.items() if not isinstance(v, dict | list)}
-
-
 def text(rows: Sequence[Row]) -> str:
     """The tables for a terminal: one line a combination."""
     lines = []
@@ -134,45 +107,17 @@ def text(rows: Sequence[Row]) -> str:
         if cells:
             lines += ["", f"{task:<44}" + "".join(f"{key.replace('corrected_', 'corr. '):>18}" for key in keys)]
         for (tokenizer, model), group in cells.items():
-            lines.append(f"{tokenizer + ' / ' + model:<44}" + "".join(f"{_spread(group, key):>18}" for key in keys))
+            lines.append(f"{tokenizer + ' / ' + model:<44}" + "".join(f"{spread(group, key):>18}" for key in keys))
     return "\n".join([*lines, ""])
 
 
-def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "all") -> Gain | None:
-    """Relative gain of ``one`` over ``other`` in ``key``, the half width of its 95 % interval, the p value of the paired t test, and the
-    number of seeds that both have. None without any; infinite width and p = 1 for one seed."""
-    mine, theirs = ({row["seed"]: row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})} for group in (one, other))
-    both = sorted(set(mine) & set(theirs))
-    if not both:
-        return None
-    gains = np.array([mine[seed] / max(theirs[seed], 1e-12) - 1 for seed in both])
-    if len(both) == 1:
-        return float(gains[0]), float("inf"), 1.0, 1
-    half = stats.t.ppf(0.975, len(both) - 1) * gains.std(ddof=1) / np.sqrt(len(both))
-    p = stats.ttest_1samp(gains, 0.0).pvalue if gains.std() > 0 else 1.0
-    return float(gains.mean()), float(half), float(p), len(both)
-
-
-def _chosen(group: Sequence[Row], task: str) -> float:
-    """The validation figure by which models are chosen; lowest where there is none (a control that is not trained)."""
-    return float(np.mean([row.get("validation", {}).get(_CHOOSES[task], -1.0) for row in group]))
-
-
-def _spread(group: Sequence[Row], key: str, stratum: str = "all") -> str:
-    values = [row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})]
-    digits = 0 if key == "gauc_users" else 4
-    if not values:
-        return DASH
-    return number(float(np.mean(values)), digits) + (f" ± {number(float(np.std(values, ddof=1)), digits)}" if len(values) > 1 else "")
-
-
 def _table(title: str, cells: Cells, task: str) -> Table:
-    rows = [(tokenizer, _codes(group), model, *(_spread(group, key) for key in _SHOWN[task])) for (tokenizer, model), group in cells.items()]
+    rows = [(tokenizer, codes_of(group), model, *(spread(group, key) for key in _SHOWN[task])) for (tokenizer, model), group in cells.items()]
     return Table(title, ("Items as", "Codes", "Model", *map(measure, _SHOWN[task])), rows, words=3)
 
 
 def _strata_table(title: str, cells: Cells, key: str) -> Table:
-    rows = [(tokenizer, model, *(_spread(group, key, s) for s in STRATA)) for (tokenizer, model), group in cells.items()]
+    rows = [(tokenizer, model, *(spread(group, key, s) for s in STRATA)) for (tokenizer, model), group in cells.items()]
     return Table(title, ("Items as", "Model", *(s.capitalize() for s in STRATA)), rows, words=2)
 
 
@@ -202,25 +147,20 @@ def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
         own = cells.get((settings.reference, model))
         others = {k[0]: g for k, g in cells.items() if k[1] == model and k[0] != settings.reference and k[0] in settings.tokenizers}
         for alike in (True, False):
-            rivals = [label for label, group in others.items() if (_codes(group) == _codes(own or group)) == alike]
-            best = max(rivals, key=lambda label: _chosen(others[label], task), default=None)
+            rivals = [label for label, group in others.items() if (codes_of(group) == codes_of(own or group)) == alike]
+            best = max(rivals, key=lambda label: chosen(others[label], task), default=None)
             found = paired(own, others[best], key) if own and best else None
             if own and best and found:
                 gain = found[0]
                 among = "the best other tokenizer"
                 if len(rivals) < len(others):
-                    size = f"{_codes(others[best])}" + ("" if alike else f", not {_codes(own)}")
+                    size = f"{codes_of(others[best])}" + ("" if alike else f", not {codes_of(own)}")
                     among = f"the best other of {'the same' if alike else 'another'} size ({size})"
                 said.append(
                     f"With the model {model}, {settings.reference} is {abs(gain):.1%} {'ahead of' if gain > 0 else 'behind'} {among}, "
                     f"{best}, in {measure(key)} ({sure(found)})."
                 )
     return said
-
-
-def _codes(group: Sequence[Row]) -> str:
-    """The size of the SIDs: slots x codes."""
-    return str(group[0].get("codes") or DASH)
 
 
 def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[str, Cells], claims: Sequence[published.Claim]) -> Section:
@@ -233,7 +173,7 @@ def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[st
             rows = []
             for label, group in own.items():
                 gains = [DASH if label == labels[0] else gained(paired(group, own[labels[0]], key)) for key in _TESTED[task]]
-                rows.append((label, *(cell for key, gain in zip(_TESTED[task], gains) for cell in (_spread(group, key), gain))))
+                rows.append((label, *(cell for key, gain in zip(_TESTED[task], gains) for cell in (spread(group, key), gain))))
             heads = (head for key in _TESTED[task] for head in (measure(key), "change"))
             tables.append(Table(f"{task.capitalize()}, {model}", ("Tokenizer", *heads), rows))
             key = _TESTED[task][0]
@@ -258,9 +198,9 @@ def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], sett
     def beside(task: str) -> list[Table]:
         keys, rows, gains = shown[task], list[tuple[str, ...]](), list[tuple[str, ...]]()
         for label, theirs in ((label, figures) for label, figures in published.ADC_SID.items() if keys[0] in figures):
-            group, own = _both(everything[task], task, label, published.OURS)
+            group, own = both(everything[task], task, label, published.OURS)
             model = " / ".join(dict.fromkeys(rows_[0]["model"] for rows_ in (group, own) if rows_ and group)) or DASH
-            rows.append((label, model, *(text for key in keys for text in (number(theirs[key], 4), _spread(group, key)))))
+            rows.append((label, model, *(text for key in keys for text in (number(theirs[key], 4), spread(group, key)))))
             pairs = [(f"{published.ADC_SID[published.OURS][key] / theirs[key] - 1:+.2%}", gained(paired(own, group, key), 2)) for key in keys]
             gains += [(label, model, *(text for pair in pairs for text in pair))] if label != published.OURS else []
         heads = ("Tokenizer", "Model", *(head for key in keys for head in (f"{measure(key)}, paper", "ours")))
@@ -270,11 +210,11 @@ def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], sett
     keys = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
     protocol = [(label, *(number(theirs[key], 4) for key in keys)) for label, theirs in published.LEAVE_ONE_OUT.items()]
     ours = list[tuple[str, ...]]()
-    for label, group in _best(cells["retrieval"], "retrieval").items():
-        ours.append((f"{label} (ours)", *(_spread(group, key) for key in keys)))
+    for label, group in best_of(cells["retrieval"], "retrieval").items():
+        ours.append((f"{label} (ours)", *(spread(group, key) for key in keys)))
         if not settings.repeatable:
             again = [{**row, "strata": {"all": row["test_repeatable"]}} for row in group]
-            ours.append((f"{label} (ours, history in the list)", *(_spread(again, key) for key in keys)))
+            ours.append((f"{label} (ours, history in the list)", *(spread(again, key) for key in keys)))
     lead = (
         "The paper had images, another encoder, ratings, and an NDCG that no single-target protocol gives (its slopes are too steep): compare the "
         "order, not the figures. Ours: each tokenizer's model that is best on validation, of those under which adc-sid stands too (item ids: their "
@@ -282,7 +222,7 @@ def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], sett
     )
     if not settings.repeatable:
         lead += " Our lists leave out the items of the history, which published systems do not all do: below, ours stand both ways."
-    codes = {label: _codes(group) for own in everything.values() for (label, _), group in own.items()}
+    codes = {label: codes_of(group) for own in everything.values() for (label, _), group in own.items()}
     rivals = [label for label in (*settings.labels, *settings.ranking_controls) if label in codes and not label.startswith(published.OURS)]
     size = codes.get(published.OURS)
     for alike, those in ((True, f"of its size, {size}"), (False, "of another size, which the paper lacks, or of none")):
@@ -296,31 +236,14 @@ def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], sett
     return Section("published", "Beside published results", lead=lead, tables=tables)
 
 
-def _both(cells: Cells, task: str, label: str, other: str) -> tuple[list[Row], list[Row]]:
-    """The cells of ``label`` and of ``other``, each with its best of the models that both stand under, or of all where they share none."""
-    models = [{model for name, model in cells if name == one} for one in (label, other)]
-    shared = models[0] & models[1] or models[0] | models[1]
-    best = _best({key: group for key, group in cells.items() if key[0] in (label, other) and key[1] in shared}, task)
-    return best.get(label, []), best.get(other, [])
-
-
 def _beside(claim: published.Claim, everything: Mapping[str, Cells]) -> str:
     """The sentence of ``claim`` with all that has been evaluated of it."""
     changes = []
     for label, key in ((label, key) for label in claim.order for key in published.TESTED if label != claim.base and key in claim.order[label]):
         task = "ranking" if key in _SHOWN["ranking"] else "retrieval"
-        found = paired(*_both(everything[task], task, label, claim.base), key, claim.stratum)
+        found = paired(*both(everything[task], task, label, claim.base), key, claim.stratum)
         changes += [(label, key, found)] if found else []
     return claim.beside(changes)
-
-
-def _best(cells: Cells, task: str) -> dict[str, list[Row]]:
-    """Each tokenizer's cells with the model that is best for it on validation."""
-    best: dict[str, list[Row]] = {}
-    for (tokenizer, _), group in cells.items():
-        if tokenizer not in best or _chosen(group, task) > _chosen(best[tokenizer], task):
-            best[tokenizer] = group
-    return best
 
 
 def _cost(cells: Cells) -> Table:
@@ -347,7 +270,7 @@ def _bars(title: str, cells: Cells, key: str) -> Figure:
 
 def _strata(title: str, cells: Cells, task: str, key: str, low: float = 0.0) -> Figure:
     """Bars by stratum, each tokenizer with its best model."""
-    best = _best(cells, task)
+    best = best_of(cells, task)
     there = [s for s in STRATA if any(key in row["strata"].get(s, {}) for group in best.values() for row in group)]
     groups = {label: [{s: row["strata"][s][key] for s in there if key in row["strata"].get(s, {})} for row in group] for label, group in best.items()}
     return comparison.bars(title, groups, [(s, s.capitalize()) for s in there], low)

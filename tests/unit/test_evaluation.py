@@ -8,7 +8,7 @@ from scipy import stats
 
 from adasid import config
 from adasid.errors import ConfigError
-from adasid.report import evaluation, published
+from adasid.report import cells, evaluation, published
 
 BEAUTY = Path(__file__).parents[2] / "conf" / "beauty.yaml"
 
@@ -37,14 +37,14 @@ def rows():
 
 def test_the_gain_is_paired_by_seed():
     mine, theirs = ([cell("x", seed, value) for seed, value in enumerate(values)] for values in (MINE, THEIRS))
-    gain, half, p, seeds = evaluation.paired(mine, theirs, "recall@50")
+    gain, half, p, seeds = cells.paired(mine, theirs, "recall@50")
     gains = np.array(MINE) / np.array(THEIRS) - 1
     low, high = stats.t.interval(0.95, 2, gains.mean(), stats.sem(gains))
     assert (gain, seeds) == (pytest.approx(gains.mean()), 3)
     assert (gain - half, gain + half) == (pytest.approx(low), pytest.approx(high))
     assert p == pytest.approx(stats.ttest_1samp(gains, 0).pvalue)
-    assert evaluation.paired(mine, theirs[:1], "recall@50")[2:] == (1.0, 1)
-    assert evaluation.paired(mine[:1], theirs[1:], "recall@50") is None
+    assert cells.paired(mine, theirs[:1], "recall@50")[2:] == (1.0, 1)
+    assert cells.paired(mine[:1], theirs[1:], "recall@50") is None
 
 
 def test_the_page_says_who_is_ahead_and_how_sure_that_is():
@@ -61,7 +61,7 @@ def test_the_page_states_labels_and_split_of_ranking():
     found = [{**cell("ours", 0, 0.6, "ranking", "ppnet"), **told} for told in ({}, {"labels": "ratings", "split": "global_time"})]
     (section,) = (s for s in evaluation.build("test", found, config.Evaluate(reference="ours")).sections if s.key == "ranking")
     assert section.lead.startswith("The test is all that happened after one moment. Labels are the users' ratings. Labels are sampled: ")
-    assert evaluation.flat(found[1])["split"] == "global_time"
+    assert cells.flat(found[1])["split"] == "global_time"
 
 
 def test_sids_of_another_size_are_compared_apart():
@@ -73,7 +73,7 @@ def test_sids_of_another_size_are_compared_apart():
     assert "the best other of another size (32×256, not 6×100), theirs, in R@50" in page.summary[2]
     (table,) = next(section for section in page.sections if section.key == "retrieval").tables[:1]
     assert [row[1] for row in table.rows] == list(sizes.values()) and table.columns[1] == "Codes"
-    assert evaluation.flat(found[0])["codes"] == "6×100"
+    assert cells.flat(found[0])["codes"] == "6×100"
 
 
 def beside(found, **settings):
@@ -209,7 +209,7 @@ def test_both_tasks_stand_on_one_page():
     page = evaluation.build("test", both, config.Evaluate(tokenizers=("ours", "theirs", "worse"), reference="ours"))
     assert [section.key for section in page.sections] == ["retrieval", "retrieval_differences", "ranking", "ranking_differences", "cost"]
     assert "ranking" in evaluation.text(both)
-    assert evaluation.flat(both[-1])["all_auc"] == 0.6
+    assert cells.flat(both[-1])["all_auc"] == 0.6
 
 
 def test_a_study_compares_with_its_first_and_stays_out_of_the_main_tables():

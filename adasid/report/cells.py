@@ -1,0 +1,89 @@
+"""The cells of an evaluation: results of one task by tokenizer and model, a row a seed; their means, gains and choices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from adasid.report.words import DASH, Gain, number
+
+Row = dict[str, Any]
+Cells = dict[tuple[str, str], list[Row]]
+
+_CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
+
+
+def grouped(rows: Sequence[Row]) -> Cells:
+    """Cells of one task by (tokenizer, model), in the order of the rows."""
+    found: Cells = {}
+    for row in rows:
+        found.setdefault((row["tokenizer"], row["model"]), []).append(row)
+    return found
+
+
+def of_task(rows: Sequence[Row], task: str) -> Cells:
+    """:func:`grouped` for one task."""
+    return grouped([row for row in rows if row["task"] == task])
+
+
+def flat(row: Row) -> Row:
+    """A cell as one line of a CSV file."""
+    cell = ("task", "tokenizer", "codes", "model", "seed", "labels", "split", "repeats")
+    training = ("best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
+    plain = {key: row.get(key) for key in (*cell, *training)}
+    plain |= {f"{part}_{key}": value for part in ("validation", "test_repeatable") for key, value in row.get(part, {}).items()}
+    return plain | {f"{s}_{key}": v for s, found in row["strata"].items() for key, v in found.items() if not isinstance(v, dict | list)}
+
+
+def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "all") -> Gain | None:
+    """Relative gain of ``one`` over ``other`` in ``key``, the half width of its 95 % interval, the p value of the paired t test, and the
+    number of seeds that both have. None without any; infinite width and p = 1 for one seed."""
+    mine, theirs = ({row["seed"]: row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})} for group in (one, other))
+    both = sorted(set(mine) & set(theirs))
+    if not both:
+        return None
+    gains = np.array([mine[seed] / max(theirs[seed], 1e-12) - 1 for seed in both])
+    if len(both) == 1:
+        return float(gains[0]), float("inf"), 1.0, 1
+    half = stats.t.ppf(0.975, len(both) - 1) * gains.std(ddof=1) / np.sqrt(len(both))
+    p = stats.ttest_1samp(gains, 0.0).pvalue if gains.std() > 0 else 1.0
+    return float(gains.mean()), float(half), float(p), len(both)
+
+
+def chosen(group: Sequence[Row], task: str) -> float:
+    """The validation figure by which models are chosen; lowest where there is none (a control that is not trained)."""
+    return float(np.mean([row.get("validation", {}).get(_CHOOSES[task], -1.0) for row in group]))
+
+
+def spread(group: Sequence[Row], key: str, stratum: str = "all") -> str:
+    """Mean ± standard deviation over seeds of ``key``; a dash where there is none."""
+    values = [row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})]
+    digits = 0 if key == "gauc_users" else 4
+    if not values:
+        return DASH
+    return number(float(np.mean(values)), digits) + (f" ± {number(float(np.std(values, ddof=1)), digits)}" if len(values) > 1 else "")
+
+
+def codes_of(group: Sequence[Row]) -> str:
+    """The size of the SIDs: slots x codes."""
+    return str(group[0].get("codes") or DASH)
+
+
+def both(cells: Cells, task: str, label: str, other: str) -> tuple[list[Row], list[Row]]:
+    """The cells of ``label`` and of ``other``, each with its best of the models that both stand under, or of all where they share none."""
+    models = [{model for name, model in cells if name == one} for one in (label, other)]
+    shared = models[0] & models[1] or models[0] | models[1]
+    best = best_of({key: group for key, group in cells.items() if key[0] in (label, other) and key[1] in shared}, task)
+    return best.get(label, []), best.get(other, [])
+
+
+def best_of(cells: Cells, task: str) -> dict[str, list[Row]]:
+    """Each tokenizer's cells with the model that is best for it on validation."""
+    best: dict[str, list[Row]] = {}
+    for (tokenizer, _), group in cells.items():
+        if tokenizer not in best or chosen(group, task) > chosen(best[tokenizer], task):
+            best[tokenizer] = group
+    return best

@@ -153,18 +153,21 @@ def _table(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str
 
 @style.styled
 def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]], low: float = 0.0) -> Figure:
-    """Horizontal bars from ``low`` on, a group of them a method, one a column; whiskers are the range over seeds."""
-    figure, (axes,) = style.canvas(title, 0.8 + 0.13 * (len(columns) + 1) * len(groups))
-    height = 0.8 / len(columns)
+    """Horizontal bars from ``low`` on, a group of them a method, one a column that it has; whiskers are the range over seeds."""
+    there = {label: [key for key, _ in columns if any(row.get(key) is not None for row in group)] for label, group in groups.items()}
+    tops = np.cumsum([0, *(len(keys) + 1 for keys in there.values())])  # a bar's height is 1, as is the gap between groups
+    figure, (axes,) = style.canvas(title, 0.8 + 0.13 * int(tops[-1]))
     for place, (key, name) in enumerate(columns):
-        values = [[row[key] for row in group if row.get(key) is not None] or [np.nan] for group in groups.values()]
-        middle = np.array([np.mean(v) for v in values])
-        whiskers = np.array([[m - min(v), max(v) - m] for m, v in zip(middle, values)]).T
-        at = np.arange(len(groups)) + (place - (len(columns) - 1) / 2) * height
-        axes.barh(
-            at, np.minimum(middle, 1.5), height, xerr=whiskers, label=name, color=style.PALETTE[place % len(style.PALETTE)], error_kw={"lw": 0.8}
-        )
-    axes.set_yticks(np.arange(len(groups)), list(groups))
+        own = [
+            (top + keys.index(key), [row[key] for row in groups[label] if row.get(key) is not None])
+            for top, (label, keys) in zip(tops, there.items())
+            if key in keys
+        ]
+        middle = np.array([np.mean(values) for _, values in own])
+        whiskers = np.array([[m - min(values), max(values) - m] for m, (_, values) in zip(middle, own)]).reshape(-1, 2).T
+        at = [top for top, _ in own]
+        axes.barh(at, np.minimum(middle, 1.5), 1, xerr=whiskers, label=name, color=style.PALETTE[place % len(style.PALETTE)], error_kw={"lw": 0.8})
+    axes.set_yticks([top + (len(keys) - 1) / 2 for top, keys in zip(tops, there.values())], list(groups))
     axes.set_xlim(low, None)
     axes.invert_yaxis()
     style.legend(figure, 3)

@@ -55,7 +55,7 @@ def build(cfg: Config, track: Track) -> bool:
 
 
 def _events(cfg: Config, track: Track) -> bool:
-    lake, features = track.lake, _decided(cfg.features, track.lake)
+    lake, features = track.lake, _decided(cfg.features, track)
     mark = _mark(cfg, features, lake)
     if lake.fresh(mark, *_OUTPUTS) and _catalog_run(lake) == mark:
         return False
@@ -77,18 +77,20 @@ def _mark(cfg: Config, features: Features, lake: Lake) -> str:
     return digest("events", features.model_dump(mode="json", exclude=unread), modalities(cfg), lake.stamps(_reads(lake)))
 
 
-def _decided(features: Features, lake: Lake) -> Features:
+def _decided(features: Features, track: Track) -> Features:
     """``features`` with what ``ranking_split: auto`` comes to on these interactions. Read through Arrow, so that a stage that has nothing to do starts
     no Spark; the files' statistics answer where no event is rated."""
     if features.ranking_split != "auto":
         return features
 
     def any_row(column: str, condition: pc.Expression) -> bool:
-        return any(batch.num_rows for batch in lake.batches("interactions", None, [column], condition))
+        return any(batch.num_rows for batch in track.lake.batches("interactions", None, [column], condition))
 
     rated = any_row("rating", pc.field("rating") <= features.positive_rating)
     time = pc.field("timestamp")
     timed = rated and not any_row("timestamp", time.is_null() | (pc.utf8_trim_whitespace(time) == ""))
+    if rated and not timed:
+        track.note("interactions are rated, but not all have a timestamp: ranking is split as retrieval is (features.ranking_split)")
     return features.model_copy(update={"ranking_split": "global_time" if timed else "same"})
 
 

@@ -212,7 +212,7 @@ def test_events_that_nobody_rated_are_split_as_ever(done):
         features = cfg.features.model_copy(update=changes)
         before = features.model_dump(mode="json", exclude=events._LATER | {"ranking_split", "ranking_holdout"})
         mark = digest("events", before, MODALITIES, lake.stamps(lake.versions("items", "interactions")))
-        assert events._mark(cfg, events._decided(features, lake), lake) == mark
+        assert events._mark(cfg, events._decided(features, track), lake) == mark
     assert events.build(cfg.model_copy(update={"features": cfg.features.model_copy(update={"ranking_holdout": (0.2, 0.2)})}), track) is False
 
 
@@ -258,7 +258,8 @@ def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
         [(user, item, None, i, rating) for i, (user, item, _, _, rating) in enumerate(seen)],
     )
     run(cfg)
-    assert "richness is min-max of log(1 + count)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "richness is min-max of log(1 + count)" in told and "not all have a timestamp: ranking is split as retrieval is" in told
     found = {row["item_id"]: row for row in lake.read("item_features").to_pylist()}
     assert {item: row["norm"] for item, row in found.items()} == {
         item: vector and pytest.approx(np.linalg.norm(vector)) for item, vector in vectors.items() if item

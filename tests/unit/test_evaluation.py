@@ -8,7 +8,7 @@ from scipy import stats
 
 from adasid import config
 from adasid.errors import ConfigError
-from adasid.report import cells, evaluation, published
+from adasid.report import cells, comparison, evaluation, published
 
 BEAUTY = Path(__file__).parents[2] / "conf" / "beauty.yaml"
 
@@ -222,3 +222,11 @@ def test_a_study_compares_with_its_first_and_stays_out_of_the_main_tables():
     assert all("worse" not in row for row in sections["retrieval"].tables[0].rows)
     with pytest.raises(ValueError, match=r"evaluate.studies.x: name at least two"):
         config.Evaluate(studies={"x": ("a", "a")})
+
+
+def test_bars_stand_at_their_label_where_a_tokenizer_lacks_models():
+    groups = {"a": [{"x": 0.1, "y": 0.2}, {"x": 0.3}], "b": [{"y": 0.4}], "c": [{"x": 0.5, "y": None}]}
+    axes = comparison.bars("t", groups, [("x", "X"), ("y", "Y")]).axes[0]
+    found = sorted((bar.get_y() + bar.get_height() / 2, round(bar.get_width(), 6)) for bar in axes.patches)
+    assert found == [(0, 0.2), (1, 0.2), (3, 0.4), (5, 0.5)]
+    assert [(tick, label.get_text()) for tick, label in zip(axes.get_yticks(), axes.get_yticklabels())] == [(0.5, "a"), (3, "b"), (5, "c")]

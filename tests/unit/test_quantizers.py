@@ -94,7 +94,7 @@ def test_dead_codes_come_back_from_active_latents():
     assert dead.nonzero().tolist() == [[0, 3], [1, 1]]
     assert torch.equal(books.weight[0, :3], before[0, :3])
     assert torch.allclose(books.weight[1, 1], nnf.normalize(latents[1, 5], dim=0))
-    assert float((latents[0] / latents[0].norm(dim=1, keepdim=True) @ books.weight[0, 3]).max()) == pytest.approx(1, abs=1e-5)
+    assert float((latents[0] / latents[0].norm(dim=1, keepdim=True) @ books.weight[0, 3].detach()).max()) == pytest.approx(1, abs=1e-5)
 
 
 def test_usage_counts_active_rows_only():

@@ -23,8 +23,8 @@ def test_two_levels_by_hand():
     assert torch.allclose(out.residuals[1], torch.tensor([[0.9, 0.2], [0.1, -0.8]]))
     # level 1: (.9^2 + .2^2) / 2 and (.1^2 + .8^2) / 2; level 2: (.1^2 + .2^2) / 2 twice; both halves of the loss have these values
     expected = 1.25 * ((0.85 + 0.65) / 4 + (0.05 + 0.05) / 4)
-    assert float(residual_loss(out, torch.tensor([True, True]), 0.25)) == pytest.approx(expected, rel=1e-5)
-    assert float(residual_loss(out, torch.tensor([True, False]), 0.25)) == pytest.approx(1.25 * (0.85 + 0.05) / 4, rel=1e-5)
+    assert residual_loss(out, torch.tensor([True, True]), 0.25).item() == pytest.approx(expected, rel=1e-5)
+    assert residual_loss(out, torch.tensor([True, False]), 0.25).item() == pytest.approx(1.25 * (0.85 + 0.05) / 4, rel=1e-5)
 
 
 def test_codes_and_vectors_are_those_of_vector_quantize_pytorch():

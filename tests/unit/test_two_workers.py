@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from adasid import config
+from adasid.metrics.ranking import auc
 from adasid.tokenizers import artifact
 from adasid.training.behavior import BehaviorTraining
 from adasid.training.tokenizer import TokenizerTraining
@@ -93,10 +96,13 @@ def run_rank(rank, folder):
             make(folder / f"{name} killed", 12).run(kill)
         except Killed:
             same[name] = make(folder / f"{name} killed", 12).run()["strata"] == tests[name]["strata"]
+    training.shards_from = 1  # of ranking, the last
+    shards = [str(training.folder / "scores" / name) for name in training.test()["scores"]]
     scored = clumped(retrieval("item", folder / "scored", 1, workers, repeatable=False), np.minimum(np.arange(40) // 8, 3))
     scored.data.test = scored.data.test.part(0, 2) if rank == 0 else scored.data.test.part(len(scored.data.test), 1)  # rank 1 has no users
     facts = {
         "scored": scored.test()["strata"],
+        "shards": shards,
         "tests": {name: result["test"] for name, result in tests.items()},
         "resumed": same,
         "across": across,
@@ -145,3 +151,11 @@ def test_downstream_models_of_two_workers_are_scored_on_all_users_alike(facts, t
     }
     assert facts[0]["tests"]["retrieval"]["recall@5"] == pytest.approx(one["retrieval"]["recall@5"], abs=0.12)
     assert facts[0]["tests"]["ranking"]["auc"] == pytest.approx(one["ranking"]["auc"], abs=0.05)
+
+
+def test_score_shards_of_two_workers_hold_what_is_gathered(facts):
+    assert facts[0]["shards"] == facts[1]["shards"]
+    each = [pq.read_table(path) for path in facts[0]["shards"]]
+    assert [{user % 2 for user in part["user"].to_pylist()} for part in each] == [{0}, {1}]
+    rows = pa.concat_tables(each)
+    assert auc(rows["score"].to_numpy(), rows["label"].to_numpy()) == pytest.approx(facts[0]["tests"]["ranking"]["auc"], abs=1e-12)

@@ -37,7 +37,11 @@ class Controller(Section):
 
 
 class Router(Section):
-    gate: Literal["dynamic", "equal"] = Field("dynamic", description="dynamic: R(e_b); equal: weight 1 for every behaviour slot (ablation)")
+    gate: Literal["dynamic", "switch", "equal"] = Field(
+        "dynamic",
+        description="dynamic: R(e_b) weighs behaviour slots; switch: it turns them on and off, in z each counts 1, so that no weight can tell what codes "
+        "should; equal: weight 1 for every behaviour slot (ablation)",
+    )
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         1 / 3, description="target share of inactive behaviour slots, averaged over items; null: no sparsity loss (ablation)"
     )

@@ -39,7 +39,7 @@ class AdcSid(TrainedTokenizer):
         names = letters(tuple(experts))
         super().__init__(s, widths, [Slot(f"{names[kind]}{i}", kind, s.codebook_size) for kind, number in experts.items() for i in range(number)])
         self.modalities = s.inputs
-        self.gated = s.router.gate == "dynamic"
+        self.gated = s.router.gate != "equal"
         self.trunks = nn.ModuleDict()
         for m in self.modalities:
             gate = [(s.router.hidden, experts[m])] if (self.gated if m == BEHAVIOR else experts[m] > 1) else []
@@ -84,7 +84,11 @@ class AdcSid(TrainedTokenizer):
         return alignment_weight(richness, c.alpha, float(self.beta)) if c.enabled else torch.ones_like(richness)
 
     def _fuse(self, quantized: Quantized, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """z and z_q (eqs 10, 11) from unit-norm latents and codewords; [B, d] each."""
+        """z and z_q (eqs 10, 11) from unit-norm latents and codewords; [B, d] each. Under ``router.gate: switch`` an active behaviour slot counts 1,
+        and its weight learns, up to 1, as if it counted itself."""
+        if self.settings.router.gate == "switch":
+            straight = weights.clamp(max=1)
+            weights = torch.where(self._content_slots()[:, None], weights, (weights > 0).to(weights.dtype) + straight - straight.detach())
         w = weights[:, :, None]
         return (w * quantized.latents).sum(0), (w * quantized.codewords).sum(0)
 

@@ -35,6 +35,7 @@ TOKENIZERS = {
     "adc-sid without its parts": config.AdcSid.model_validate(
         {**MIXTURE, "controller": {"enabled": False}, "alignment_weight": 0.0, "router": {"gate": "equal"}}
     ),
+    "adc-sid switch": config.AdcSid.model_validate({**MIXTURE, "router": {"hidden": 16, "gate": "switch"}}),
     "ada-sid": config.AdaSid.model_validate({**MIXTURE, "behavior_experts": 4, "router": {"hidden": 16, "sparsity": 0.4, "item_weight": 0.1}}),
     "rq-vae": config.RqVae.model_validate(RESIDUAL),
     "quasid": config.QuaSid.model_validate(RESIDUAL),
@@ -350,6 +351,22 @@ def test_fused_vectors_by_hand():
     content = [i for i, slot in enumerate(model.slots) if slot.kind == "text"]
     assert torch.allclose(weights[content].sum(0), torch.ones(5), atol=1e-5), "content gates are a softmax"
     assert z.shape == z_q.shape
+
+
+def test_of_a_switch_active_slots_count_alike_and_their_weights_learn_up_to_one():
+    _, loop, _, data, _ = run_of("adc-sid switch")
+    model, batch = loop.tokenizer, data.take(np.arange(64))
+    latents, found, _ = model._experts(model.inputs(batch), batch)
+    quantized = model.codebooks(latents)
+    behavior = torch.tensor([slot.kind == BEHAVIOR for slot in model.slots])
+    weights = found.detach().requires_grad_()
+    assert (weights[behavior] == 0).any() and ((weights[behavior] > 0) & (weights[behavior] < 1)).any()
+    z, z_q = model._fuse(quantized, weights)
+    counts = torch.where(behavior[:, None], (weights > 0).float(), weights)
+    assert torch.allclose(z_q, torch.einsum("lb,lbd->bd", counts, quantized.codewords), atol=1e-5)
+    z.sum().backward()
+    free = (~behavior)[:, None] | (weights <= 1)
+    assert torch.allclose(weights.grad, quantized.latents.sum(2) * free, atol=1e-5)
 
 
 def test_tokens_are_readable():

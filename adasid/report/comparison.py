@@ -170,5 +170,6 @@ def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, 
     axes.set_yticks([top + (len(keys) - 1) / 2 for top, keys in zip(tops, there.values())], list(groups))
     axes.set_xlim(low, None)
     axes.invert_yaxis()
-    style.legend(figure, 3)
+    if len(columns) > 1 or columns[0][1] not in title:
+        style.legend(figure, 3)
     return figure

@@ -154,20 +154,19 @@ def _table(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str
 @style.styled
 def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]], low: float = 0.0) -> Figure:
     """Horizontal bars from ``low`` on, a group of them a method, one a column that it has; whiskers are the range over seeds."""
-    there = {label: [key for key, _ in columns if any(row.get(key) is not None for row in group)] for label, group in groups.items()}
-    tops = np.cumsum([0, *(len(keys) + 1 for keys in there.values())])  # a bar's height is 1, as is the gap between groups
+    there = {
+        label: {key: values for key, _ in columns if (values := [row[key] for row in group if row.get(key) is not None])}
+        for label, group in groups.items()
+    }
+    tops = np.cumsum([0, *(len(found) + 1 for found in there.values())])  # a bar's height is 1, as is the gap between groups
     figure, (axes,) = style.canvas(title, 0.8 + 0.13 * int(tops[-1]))
     for place, (key, name) in enumerate(columns):
-        own = [
-            (top + keys.index(key), [row[key] for row in groups[label] if row.get(key) is not None])
-            for top, (label, keys) in zip(tops, there.items())
-            if key in keys
-        ]
+        own = [(top + list(found).index(key), found[key]) for top, found in zip(tops, there.values()) if key in found]
         middle = np.array([np.mean(values) for _, values in own])
         whiskers = np.array([[m - min(values), max(values) - m] for m, (_, values) in zip(middle, own)]).reshape(-1, 2).T
         at = [top for top, _ in own]
         axes.barh(at, np.minimum(middle, 1.5), 1, xerr=whiskers, label=name, color=style.PALETTE[place % len(style.PALETTE)], error_kw={"lw": 0.8})
-    axes.set_yticks([top + (len(keys) - 1) / 2 for top, keys in zip(tops, there.values())], list(groups))
+    axes.set_yticks([top + (len(found) - 1) / 2 for top, found in zip(tops, there.values())], list(groups))
     axes.set_xlim(low, None)
     axes.invert_yaxis()
     if len(columns) > 1 or columns[0][1] not in title:

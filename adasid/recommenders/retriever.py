@@ -175,7 +175,7 @@ class ParallelRetriever(_Scored):
         turned = (states @ self.heads).view(len(states), len(self.catalogue.sizes), -1)
         heads = nnf.normalize(states[:, None] + nnf.silu(turned), dim=2)
         words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
-        return [heads[:, slot] @ table.T / self.settings.temperature for slot, table in enumerate(words)]
+        return [head @ table.T / self.settings.temperature for head, table in zip(heads.unbind(1), words)]
 
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Weighted mean over slots and targets of the cross-entropy of each token."""
@@ -210,7 +210,7 @@ class AutoregressiveRetriever(Retriever):
         out = self._decoded(states, self.catalogue.rows[targets][:, :-1])
         words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
         return token_loss(
-            [out[:, slot] @ table.T / self.settings.temperature for slot, table in enumerate(words)], self.catalogue, self.omega, targets
+            [row @ table.T / self.settings.temperature for row, table in zip(out.unbind(1), words)], self.catalogue, self.omega, targets
         )
 
     def top(self, states: Tensor, number: int, seen: Tensor | None = None, beam: int | None = None) -> tuple[Tensor, Tensor]:

@@ -110,15 +110,17 @@ def _cells(cfg: Config) -> list[Cell]:
 
     def cells(label: str, chosen: list[tuple[train.Task, str, Retrieval | Ranking]], sids: bool) -> list[Cell]:
         own = {"tokenizer": cfg.compare.tokenizers[label]} if sids else {}
-        seeds = dict.fromkeys((*e.seeds, *e.more_seeds.get(label, ())))
+        seeds = (*e.seeds, *e.more_seeds.get(label, ()))
+        wanted = e.models.get(label, {model: seeds for _, model, _ in chosen})
         return [
             Cell(task, label, model if sids else "item ids", cfg.model_copy(update={"seed": seed, task: settings, **own}), sids)
-            for seed in seeds
+            for seed in dict.fromkeys(seed for some in wanted.values() for seed in some)
             for task, model, settings in chosen
+            if seed in wanted.get(model, ())
         ]
 
     few = [model for place, model in enumerate(models) if place == 0 or model[0] == "ranking"]
-    found = [cell for label in e.labels for cell in cells(label, models if label in e.tokenizers else few, True)]
+    found = [cell for label in e.labels for cell in cells(label, models if label in (*e.tokenizers, *e.models) else few, True)]
     return found + [cell for control in controls for cell in cells(control[1], [control], False)]
 
 

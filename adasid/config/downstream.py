@@ -95,6 +95,10 @@ class Evaluate(Section):
     reference: str = Field("adc-sid", description="label of evaluate.tokenizers that the others are compared with")
     seeds: Seeds = Field((17,), min_length=1, description="seeds of tokenizer and downstream model together")
     more_seeds: dict[str, Seeds] = Field({}, description="label of a tokenizer or control -> further seeds")
+    models: dict[str, dict[str, Seeds]] = Field(
+        {},
+        description="label of a tokenizer -> label of a retriever or ranker -> seeds: only these cells, where not all models and seeds are wanted",
+    )
 
     @property
     def repeatable(self) -> bool:
@@ -114,6 +118,14 @@ class Evaluate(Section):
         for label in self.more_seeds:
             if label not in (*self.labels, *self.controls, *self.ranking_controls):
                 raise ValueError(f"evaluate.more_seeds.{label}: no tokenizer or control of evaluate has such a label")
+        for label, chosen in self.models.items():
+            if label not in self.labels:
+                raise ValueError(f"evaluate.models.{label}: no tokenizer of evaluate has such a label")
+            if label in self.more_seeds:
+                raise ValueError(f"evaluate.models.{label} names its seeds, and so does evaluate.more_seeds: remove one")
+            for model, seeds in chosen.items():
+                if model not in (*self.retrievers, *self.rankers) or not seeds:
+                    raise ValueError(f"evaluate.models.{label}.{model}: name a retriever or ranker of evaluate, and at least one seed")
         if self.tokenizers and self.reference not in self.tokenizers:
             raise ValueError(f"evaluate.reference is {self.reference!r}, which evaluate.tokenizers does not name: add it there, or name another")
         for label in self.tokenizers:

@@ -177,12 +177,12 @@ def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[st
             heads = (head for key in _TESTED[task] for head in (measure(key), "change"))
             tables.append(Table(f"{task.capitalize()}, {model}", ("Tokenizer", *heads), rows))
             key = _TESTED[task][0]
-            groups = {label: [row["strata"]["all"] for row in group] for label, group in own.items()}
-            low = 0.9 * min(row[key] for group in groups.values() for row in group)
-            name = f"{measure(key)}, {model}"
-            plots.append(
-                Plot(f"study{place}_{len(plots)}", comparison.bars(name, groups, [(key, measure(key))], low), name, "The axis does not start at 0.")
-            )
+            if seeds := set.intersection(*({row["seed"] for row in group} for group in own.values())):
+                groups = {label: [row["strata"]["all"] for row in group if row["seed"] in seeds] for label, group in own.items()}
+                low = 0.9 * min(row[key] for group in groups.values() for row in group)
+                name = f"{measure(key)}, {model}"
+                figure = comparison.bars(name, groups, [(key, measure(key))], low)
+                plots.append(Plot(f"study{place}_{len(plots)}", figure, name, "The seeds that all have. The axis does not start at 0."))
     lead = f"The change is against {labels[0]}, over the seeds that both have, with the 95 % interval of the paired t distribution where there are several."
     for claim in claims:
         order = {label: figures for label, figures in claim.order.items() if label in labels}

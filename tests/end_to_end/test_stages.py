@@ -107,7 +107,8 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
         "rankers": {"ppnet": {"width": 12, "hidden": [16], "epochs": 2, "batch": 512}},
         "ranking_controls": {"item id": {"width": 12, "hidden": [16], "epochs": 2, "batch": 512}},
         "reference": "rq-kmeans",
-        "more_seeds": {"rq-kmeans": [18], "sasrec": [18]},
+        "models": {"rq-kmeans": {"item": [17, 18], "parallel": [17], "autoregressive": [17], "ppnet": [18]}},
+        "more_seeds": {"sasrec": [18]},
         "published": "beauty",
     }
     cfg = load(in_process, [f"compare.tokenizers={json.dumps(chosen)}", f"evaluate={json.dumps(evaluate)}", "retrieval.repeatable=false"])
@@ -120,14 +121,21 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
         return sorted(run.info.run_name for run in client.search_runs([experiment]) if run.info.run_name.startswith("evaluate "))
 
     first = cells()
-    assert len(first) == 3 * 4 + 2 + 1
+    assert len(first) == 5 + 4 + 2 + 1
     printed = capsys.readouterr().out
     assert "rq-kmeans / autoregressive" in printed
     assert "popularity / item ids" in printed
     folder = cfg.run_dir / "report" / "evaluation"
     with (folder / "cells.csv").open() as file:
         rows = {(row["tokenizer"], row["model"], row["seed"]): row for row in csv.DictReader(file)}
-    assert len(rows) == 16
+    assert len(rows) == 13
+    assert {(model, seed) for name, model, seed in rows if name == "rq-kmeans"} == {
+        ("item", "17"),
+        ("item", "18"),
+        ("parallel", "17"),
+        ("autoregressive", "17"),
+        ("ppnet", "18"),
+    }
     lake = chain.tracking.open_lake(cfg)
     users = lake.read("sequences").filter(pc.field("split") == "test").num_rows
     assert {int(row["all_users"]) for row in rows.values() if row["task"] == "retrieval"} == {users}
@@ -145,7 +153,7 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
     assert "ADC-SID, table 2" in page
     assert "Not all is there yet" not in page
     assert cells() == first, "a cell that has its result is not run again"
-    more = cfg.model_copy(update={"evaluate": cfg.evaluate.model_copy(update={"more_seeds": {"sasrec": (18, 19), "rq-kmeans": (18,)}})})
+    more = cfg.model_copy(update={"evaluate": cfg.evaluate.model_copy(update={"more_seeds": {"sasrec": (18, 19)}})})
     assert cells(more, train=False) == first, "the report alone trains nothing"
     assert "Not all is there yet: 1 cell of the config" in (folder / "index.html").read_text()
 

@@ -115,6 +115,9 @@ def test_what_a_tokenizer_section_may_not_say(settings, words):
         assert word in str(error.value)
 
 
+ONE = {"tokenizers": ["a"], "reference": "a"}
+
+
 @pytest.mark.parametrize(
     ("evaluate", "message"),
     [
@@ -126,6 +129,9 @@ def test_what_a_tokenizer_section_may_not_say(settings, words):
         ({"retrievers": {"x": {"hed": "item"}}}, "unknown key 'evaluate.retrievers.x.hed'; did you mean 'evaluate.retrievers.x.head'"),
         ({"retrievers": {"x": {"max_length": 60}}}, "evaluate.retrievers.x.max_length 60 is longer than features.max_length 50"),
         ({"more_seeds": {"q": [1]}}, "evaluate.more_seeds.q: no tokenizer or control"),
+        ({"models": {"q": {}}}, "evaluate.models.q: no tokenizer of evaluate"),
+        ({**ONE, "models": {"a": {"x": [1]}}}, "evaluate.models.a.x: name a retriever or ranker of evaluate, and at least one seed"),
+        ({**ONE, "models": {"a": {}}, "more_seeds": {"a": [1]}}, "evaluate.models.a names its seeds, and so does evaluate.more_seeds"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(evaluate, message):

@@ -219,6 +219,8 @@ def test_a_study_compares_with_its_first_and_stays_out_of_the_main_tables():
     (table,) = sections["study1"].tables
     assert [row[0] for row in table.rows] == ["ours", "worse"] and table.rows[0][2] == "–"
     assert table.rows[1][2] == f"{0.05 / MINE[0] - 1:+.1%}"  # the one seed that both have
+    (plot,) = sections["study1"].plots
+    assert [bar.get_width() for bar in plot.figure.axes[0].patches] == [MINE[0], 0.05], "bars of the seed that both have"
     assert all("worse" not in row for row in sections["retrieval"].tables[0].rows)
     with pytest.raises(ValueError, match=r"evaluate.studies.x: name at least two"):
         config.Evaluate(studies={"x": ("a", "a")})

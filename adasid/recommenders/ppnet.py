@@ -80,9 +80,11 @@ class PPNet(nn.Module):
         self.dropout, self.out = nn.Dropout(s.dropout), nn.Linear(sizes[-1], 1)
 
     def forward(self, users: Tensor, histories: Tensor, items: Tensor) -> Tensor:
-        """``users`` [B], ``histories`` [B, T] item_index padded with -1, ``items`` [B] -> logits [B]."""
+        """``users`` [B], ``items`` [B], ``histories`` [B / n, T] item_index padded with -1, each of n users and items that stand together ->
+        logits [B]."""
         there = (histories >= 0).to(self.out.weight.dtype)[..., None]
         past = (self.items(histories.clamp(min=0)) * there).sum(1) / there.sum(1).clamp(min=1)
+        past = past.repeat_interleave(len(items) // len(histories), dim=0)
         features = torch.cat([self.users(users), past, self.items(items), self.weights[items][:, self.gated]], dim=1)
         prior = torch.cat([self.prior_users(users), self.prior_items(items), features.detach()], dim=1)
         x = features

@@ -149,12 +149,12 @@ class RankingTraining(EpochTraining):
         return float(total[0] / total[1])
 
     def _batch(self, events: Ints, drawn: Ints) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """(users, histories, items) and labels of ``events`` and of the items ``drawn`` [B, n] for them: event by event, its own item first."""
+        """(users, histories, items) and labels of ``events`` and of the items ``drawn`` [B, n] for them: event by event, its own item first;
+        histories are of events."""
         times = 1 + drawn.shape[1]
         items = np.concatenate([self.events.items[events][:, None], drawn], axis=1).reshape(-1)
         labels = np.concatenate([self.events.labels[events][:, None], np.zeros_like(drawn)], axis=1).reshape(-1)
-        rows = np.repeat(self.events.histories(events, self.settings.max_length), times, axis=0)
-        arrays = (np.repeat(self.events.users[events], times), rows, items, labels)
+        arrays = (np.repeat(self.events.users[events], times), self.events.histories(events, self.settings.max_length), items, labels)
         users, histories, items_, labels_ = (torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays)
         return (users, histories, items_), labels_.float()
 

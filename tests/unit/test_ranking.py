@@ -100,6 +100,10 @@ def test_items_of_one_sid_have_one_logit_and_the_history_counts():
     assert logits[1] == logits[3]
     assert len(set(logits.tolist())) == 3
     assert model(user, torch.full((4, 1), -1), torch.arange(4))[0] != logits[0]
+    two = torch.tensor([[0, 2, -1], [3, -1, -1]])
+    torch.testing.assert_close(
+        model(user, two, torch.arange(4)), model(user, two[[0, 0, 1, 1]], torch.arange(4)), msg="a history of two samples each"
+    )
 
 
 def test_features_reach_the_gates_without_gradient():
@@ -162,6 +166,15 @@ def test_it_learns_who_clicks_what(labels, tmp_path):
     assert result["labels"] == ("ratings" if labels else "sampled")
     assert result["test"]["auc"] > (0.8 if labels else 0.65)  # drawn items are of the user's kind half of the time
     assert set(result["strata"]) == {"all", "head", "mid"}
+
+
+def test_a_batch_is_event_by_event_with_its_history(tmp_path):
+    made = training(tmp_path, events())
+    chosen, drawn = np.array([4, 29]), np.array([[7, 8], [9, 10]])
+    (users, histories, items), labels = made._batch(chosen, drawn)
+    own = made.events.items[chosen]
+    assert users.tolist() == [0, 0, 0, 2, 2, 2] and items.tolist() == [own[0], 7, 8, own[1], 9, 10] and labels.tolist() == [1, 0, 0] * 2
+    assert histories.tolist() == [[*made.events.items[:4].tolist(), -1], made.events.items[24:29].tolist()]
 
 
 def test_drawn_items_do_not_depend_on_the_seed_or_the_worker(tmp_path):

@@ -30,6 +30,14 @@ class Retrieval(Section):
     )
     inactive: Literal["keep", "pad"] = Field("keep", description="an inactive slot's token: keep it, or pad: replace it by PAD")
     weights: bool = Field(True, description="token heads: the tokenizer's weights of the target's behaviour tokens weigh their losses")
+    order: Literal["slots", "behavior"] = Field(
+        "slots", description="autoregressive: tokens are decoded in the order of the slots, or those of behaviour before all others"
+    )
+    continuations: Literal["all", "valid"] = Field(
+        "all",
+        description="autoregressive: a token's probability is among all tokens of its slot, or among the valid ones: those with which the prefix goes on "
+        "to an item; the probabilities of all items then sum to 1",
+    )
     beam: int = Field(100, ge=100, description="autoregressive: prefixes kept at a time in the test; the deepest cut-off is 100")
     validation_beam: int = Field(20, ge=10, description="the same in validation, which looks at the first 10")
     epochs: int = Field(40, ge=1, description="upper bound of epochs")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 import torch
 import torch.nn.functional as nnf
@@ -194,10 +195,14 @@ class AutoregressiveRetriever(Retriever):
     """A causal decoder over slots that starts from the state, with cosine logits; beam search along the catalogue's prefixes."""
 
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
-        super().__init__(settings, catalogue)
+        super().__init__(settings, catalogue.behavior_first() if settings.order == "behavior" else catalogue)
         s = settings
         self.decoder = CausalEncoder(s.width, s.decoder_blocks, s.heads, s.feedforward, len(catalogue.sizes), s.dropout)
-        self.prefixes: Prefixes | None = None
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """The catalogue's, made when they are first needed."""
+        return Prefixes.of(self.catalogue).to(self.catalogue.rows.device)
 
     def _decoded(self, states: Tensor, rows: Tensor) -> Tensor:
         """Output of each slot after ``states`` [P, width] and the rows of the tokens before it [P, l] -> [P, l + 1, width], unit vectors."""
@@ -205,31 +210,41 @@ class AutoregressiveRetriever(Retriever):
         out: Tensor = self.decoder(torch.cat([first, nnf.embedding(rows, self.table)], dim=1))
         return nnf.normalize(out, dim=2)
 
+    def _logits(self, out: Tensor, level: int) -> Tensor:
+        """Of the tokens of slot ``level`` after ``out`` [n, width] -> [n, size]."""
+        return out @ nnf.normalize(self.table.split(self.catalogue.sizes)[level], dim=1).T / self.settings.temperature
+
+    def _continuing(self, logits: Tensor, level: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``logits`` [n, size] of slot ``level``, with ``continuations: valid`` -inf where the catalogue has no such child of ``nodes`` [n]; and the
+        children: their parent's place in ``nodes``, node and token."""
+        parent, child = self.prefixes.children(level, nodes)
+        token = self.prefixes.token[level][child].long()
+        if self.settings.continuations == "valid":
+            logits = torch.full_like(logits, -torch.inf).index_put((parent, token), logits[parent, token])
+        return logits, parent, child, token
+
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Teacher forcing; weighted mean over slots and targets of the cross-entropy of each token."""
         out = self._decoded(states, self.catalogue.rows[targets][:, :-1])
-        words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
-        return token_loss(
-            [row @ table.T / self.settings.temperature for row, table in zip(out.unbind(1), words)], self.catalogue, self.omega, targets
-        )
+        logits = [self._logits(row, level) for level, row in enumerate(out.unbind(1))]
+        if self.settings.continuations == "valid":
+            above = nnf.pad(self.prefixes.paths(targets)[:, :-1], (1, 0)).unbind(1)
+            logits = [self._continuing(row, level, nodes)[0] for level, (row, nodes) in enumerate(zip(logits, above))]
+        return token_loss(logits, self.catalogue, self.omega, targets)
 
     def top(self, states: Tensor, number: int, seen: Tensor | None = None, beam: int | None = None) -> tuple[Tensor, Tensor]:
         """Beam search of ``beam`` (of the settings, if not given) prefixes at a time. Only prefixes of the catalogue are followed, so that every
         answer is an item; items that share a SID follow each other by item_index. The beam is wider by the number of ``seen``."""
-        if self.prefixes is None:
-            self.prefixes = Prefixes.of(self.catalogue).to(states.device)
-        prefixes, users = self.prefixes, len(states)
+        users = len(states)
         beam = (beam or self.settings.beam) + (0 if seen is None else seen.shape[1])
-        words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
         nodes = torch.zeros(users, 1, dtype=torch.int64, device=states.device)
         value = torch.zeros(users, 1, device=states.device)
         rows = torch.zeros(users, 1, 0, dtype=torch.int64, device=states.device)
         for level, (size, start) in enumerate(zip(self.catalogue.sizes, self.catalogue.starts)):
             alive = torch.nonzero(torch.isfinite(value).reshape(-1)).flatten()
             flat = self._decoded(states[alive // value.shape[1]], rows.reshape(value.numel(), level)[alive])[:, -1]
-            log_p = (flat @ words[level].T / self.settings.temperature).log_softmax(1)
-            parent, child = prefixes.children(level, nodes.reshape(-1)[alive])
-            token = prefixes.token[level][child].long()
+            logits, parent, child, token = self._continuing(self._logits(flat, level), level, nodes.reshape(-1)[alive])
+            log_p = logits.log_softmax(1)
             # a dense place for each (beam, token), empty where the catalogue has no such prefix
             place = alive[parent] * size + token
             dense = value.new_full((value.numel() * size,), -torch.inf)
@@ -245,7 +260,6 @@ class AutoregressiveRetriever(Retriever):
 
     def _expand(self, leaves: Tensor, value: Tensor, number: int, seen: Tensor | None) -> tuple[Tensor, Tensor]:
         """The items of the leaves [B, beam], in order, the first ``number`` that are not among the ``seen``."""
-        assert self.prefixes is not None
         users, beam = leaves.shape
         alive = torch.nonzero(torch.isfinite(value).reshape(-1)).flatten()
         where, item = self.prefixes.members(leaves.reshape(-1)[alive])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -65,6 +66,15 @@ class ItemTokens:
         """The same on another device."""
         return ItemTokens(self.rows.to(device), self.sizes, self.weights.to(device), self.behavior, self.group.to(device))
 
+    def behavior_first(self) -> ItemTokens:
+        """The same with the behaviour slots before all others."""
+        order = sorted(range(len(self.sizes)), key=lambda slot: slot not in self.behavior)
+        sizes = tuple(self.sizes[slot] for slot in order)
+        device = self.rows.device
+        local = (self.rows - torch.tensor(self.starts, device=device))[:, order]
+        moved = ItemTokens(local, sizes, self.weights[:, order], tuple(range(len(self.behavior))), self.group)
+        return replace(moved, rows=local + torch.tensor(moved.starts, device=device))
+
     @property
     def starts(self) -> tuple[int, ...]:
         """First row of each slot."""
@@ -112,6 +122,18 @@ class Prefixes:
             found = torch.arange(len(self.token[0]), device=nodes.device)
             return torch.arange(len(nodes), device=nodes.device).repeat_interleave(len(found)), found.repeat(len(nodes))
         return self._spans(self.first[level - 1], nodes)
+
+    def paths(self, items: Tensor) -> Tensor:
+        """Node of ``items`` [n] on each level [n, L]."""
+        found = [self._place[items]]
+        for first in reversed(self.first):
+            found.append(torch.searchsorted(first, found[-1], right=True) - 1)
+        return torch.stack(found[:0:-1], dim=1)
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """Of each item in ``items`` [M]."""
+        return self.items.argsort()
 
     def members(self, leaves: Tensor) -> tuple[Tensor, Tensor]:
         """Items of ``leaves`` [n]: the position in ``leaves`` and the item_index of each, both [items]."""

@@ -72,6 +72,9 @@ def test_prefixes_are_those_of_the_catalogue(items):
                 deeper[(*prefix, int(prefixes.token[level][child]))] = torch.tensor([child])
         walked = deeper
         assert set(walked) == {tuple(row[: level + 1]) for row in local.tolist()}
+    paths = prefixes.paths(torch.arange(items))
+    assert [prefixes.token[level][paths[:, level]].tolist() for level in range(3)] == local.T.tolist()
+    assert paths[:, 2].tolist() == [int(walked[tuple(row)]) for row in local.tolist()]
     for prefix, leaf in walked.items():
         _, members = prefixes.members(leaf)
         assert members.tolist() == np.flatnonzero((local == prefix).all(1)).tolist()
@@ -183,6 +186,34 @@ def test_autoregressive_loss_is_the_mean_of_the_tokens_cross_entropies():
     states, targets = torch.randn(5, 8), torch.tensor([0, 3, 9, 20, 59])
     log_p = torch.stack([sequence_log_p(made, s, made.catalogue.rows[t]) for s, t in zip(states, targets)])
     torch.testing.assert_close(made.loss(states, targets, targets, torch.zeros(60)), -log_p.mean() / 3)
+
+
+@pytest.mark.parametrize("order", ["slots", "behavior"])
+def test_probabilities_among_valid_continuations_are_those_of_a_distribution_over_the_sids(order):
+    made = model("autoregressive", continuations="valid", order=order, beam=200)
+    states, group = torch.randn(3, 8), made.catalogue.group
+    with torch.no_grad():
+        items, scores = made.top(states, 60)
+        of_sid = torch.full((3, 60), -torch.inf).scatter_(1, group[items], scores)  # items that share a SID have one score
+        torch.testing.assert_close(of_sid.logsumexp(1), torch.zeros(3), atol=1e-5, rtol=0)
+        own = scores.gather(1, (items == torch.tensor([[3], [20], [59]])).int().argmax(1, keepdim=True))
+        torch.testing.assert_close(made.loss(states, torch.tensor([3, 20, 59]), items[0], states), -own.mean() / 3)
+
+
+def test_a_token_that_alone_continues_its_prefix_costs_nothing():
+    made = model("autoregressive", continuations="valid")
+    alone = torch.tensor([row for row in range(60) if (made.catalogue.rows[:, :2] == made.catalogue.rows[row, :2]).all(1).sum() == 1])
+    logits = made._continuing(torch.randn(len(alone), 6), 2, made.prefixes.paths(alone)[:, 1])[0]
+    assert len(alone) and (logits.softmax(1).max(1).values == 1).all()
+
+
+def test_behaviour_may_be_decoded_first():
+    other = ItemTokens.of(codes_of(60), SLOTS)
+    tokens = ItemTokens.of(codes_of(60), SLOTS, np.arange(180, dtype=np.float32).reshape(60, 3)).behavior_first()
+    assert tokens.sizes == (6, 5, 4) and tokens.behavior == (0,)
+    local = other.rows - torch.tensor(other.starts)
+    torch.testing.assert_close(tokens.rows - torch.tensor(tokens.starts), local[:, [2, 0, 1]])
+    assert tokens.weights[1].tolist() == [5, 3, 4] and (tokens.group == other.group).all()
 
 
 def chains(users=400, items=40, seed=0):

@@ -101,13 +101,13 @@ def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
 
 def text(rows: Sequence[Row]) -> str:
     """The tables for a terminal: one line a combination."""
-    lines = []
+    lines, width = [], 2 + max(len(f"{row['tokenizer']} / {row['model']}") for row in rows)
     for task, keys in _SHOWN.items():
         cells = of_task(rows, task)
         if cells:
-            lines += ["", f"{task:<44}" + "".join(f"{key.replace('corrected_', 'corr. '):>18}" for key in keys)]
+            lines += ["", f"{task:<{width}}" + "".join(f"{key.replace('corrected_', 'corr. '):>18}" for key in keys)]
         for (tokenizer, model), group in cells.items():
-            lines.append(f"{tokenizer + ' / ' + model:<44}" + "".join(f"{spread(group, key):>18}" for key in keys))
+            lines.append(f"{tokenizer + ' / ' + model:<{width}}" + "".join(f"{spread(group, key):>18}" for key in keys))
     return "\n".join([*lines, ""])
 
 

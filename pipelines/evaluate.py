@@ -111,7 +111,8 @@ def _cells(cfg: Config) -> list[Cell]:
     def cells(label: str, chosen: list[tuple[train.Task, str, Retrieval | Ranking]], sids: bool) -> list[Cell]:
         own = {"tokenizer": cfg.compare.tokenizers[label]} if sids else {}
         seeds = (*e.seeds, *e.more_seeds.get(label, ()))
-        wanted = e.models.get(label, {model: seeds for _, model, _ in chosen})
+        everything = {model: seeds for _, model, _ in chosen}
+        wanted = e.models.get(label, everything) if sids else everything
         return [
             Cell(task, label, model if sids else "item ids", cfg.model_copy(update={"seed": seed, task: settings, **own}), sids)
             for seed in dict.fromkeys(seed for some in wanted.values() for seed in some)

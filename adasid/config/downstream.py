@@ -36,7 +36,7 @@ class Retrieval(Section):
     continuations: Literal["all", "valid"] = Field(
         "all",
         description="autoregressive: a token's probability is among all tokens of its slot, or among the valid ones: those with which the prefix goes on "
-        "to an item; the probabilities of all items then sum to 1",
+        "to an item; the probabilities of all SIDs then sum to 1",
     )
     beam: int = Field(100, ge=100, description="autoregressive: prefixes kept at a time in the test; the deepest cut-off is 100")
     validation_beam: int = Field(20, ge=10, description="the same in validation, which looks at the first 10")
@@ -89,8 +89,10 @@ class Ranking(Section):
 
 class Evaluate(Section):
     tokenizers: Names = Field((), description="labels of compare.tokenizers whose SIDs are put to use")
-    retrievers: dict[str, Retrieval] = Field({}, description="label -> retrieval section: each on the SIDs of each tokenizer")
-    rankers: dict[str, Ranking] = Field({}, description="label -> ranking section: each on the SIDs of each tokenizer")
+    retrievers: dict[str, Retrieval] = Field(
+        {}, description="label -> retrieval section: each on the SIDs of each tokenizer, unless evaluate.models says which"
+    )
+    rankers: dict[str, Ranking] = Field({}, description="label -> ranking section: the same")
     controls: dict[str, Retrieval] = Field({}, description="label -> retrieval section with head item: on one token an item instead of SIDs (SASRec)")
     ranking_controls: dict[str, Ranking] = Field({}, description="label -> ranking section: on item ids instead of SIDs")
     parallel: int = Field(1, ge=1, description="cells in the making at a time; more than one needs ray.workers of at least 1")
@@ -98,7 +100,7 @@ class Evaluate(Section):
     studies: dict[str, Names] = Field(
         {},
         description="heading -> labels of compare.tokenizers, the first of which the others are compared with (ablations, other constants); those that "
-        "evaluate.tokenizers does not name get the first retriever and all rankers",
+        "evaluate.tokenizers and evaluate.models do not name get the first retriever and all rankers",
     )
     reference: str = Field("adc-sid", description="label of evaluate.tokenizers that the others are compared with")
     seeds: Seeds = Field((17,), min_length=1, description="seeds of tokenizer and downstream model together")
@@ -126,14 +128,18 @@ class Evaluate(Section):
         for label in self.more_seeds:
             if label not in (*self.labels, *self.controls, *self.ranking_controls):
                 raise ValueError(f"evaluate.more_seeds.{label}: no tokenizer or control of evaluate has such a label")
+        for label in set(self.retrievers) & set(self.rankers):
+            raise ValueError(f"evaluate.retrievers and evaluate.rankers both name {label!r}: rename one")
         for label, chosen in self.models.items():
             if label not in self.labels:
                 raise ValueError(f"evaluate.models.{label}: no tokenizer of evaluate has such a label")
             if label in self.more_seeds:
                 raise ValueError(f"evaluate.models.{label} names its seeds, and so does evaluate.more_seeds: remove one")
-            for model, seeds in chosen.items():
-                if model not in (*self.retrievers, *self.rankers) or not seeds:
-                    raise ValueError(f"evaluate.models.{label}.{model}: name a retriever or ranker of evaluate, and at least one seed")
+            if not chosen or not all(chosen.values()):
+                raise ValueError(f"evaluate.models.{label}: name at least one model, each with at least one seed, or leave {label!r} out of evaluate")
+            for model in chosen:
+                if model not in (*self.retrievers, *self.rankers):
+                    raise ValueError(f"evaluate.models.{label}.{model}: no retriever or ranker of evaluate has such a label")
         if self.tokenizers and self.reference not in self.tokenizers:
             raise ValueError(f"evaluate.reference is {self.reference!r}, which evaluate.tokenizers does not name: add it there, or name another")
         for label in self.tokenizers:

@@ -210,32 +210,35 @@ class AutoregressiveRetriever(Retriever):
         out: Tensor = self.decoder(torch.cat([first, nnf.embedding(rows, self.table)], dim=1))
         return nnf.normalize(out, dim=2)
 
-    def _logits(self, out: Tensor, level: int) -> Tensor:
-        """Of the tokens of slot ``level`` after ``out`` [n, width] -> [n, size]."""
-        return out @ nnf.normalize(self.table.split(self.catalogue.sizes)[level], dim=1).T / self.settings.temperature
+    def _words(self) -> tuple[Tensor, ...]:
+        """For each slot its tokens' unit vectors [size, width]."""
+        words: tuple[Tensor, ...] = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
+        return words
 
-    def _continuing(self, logits: Tensor, level: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``logits`` [n, size] of slot ``level``, with ``continuations: valid`` -inf where the catalogue has no such child of ``nodes`` [n]; and the
-        children: their parent's place in ``nodes``, node and token."""
-        parent, child = self.prefixes.children(level, nodes)
-        token = self.prefixes.token[level][child].long()
-        if self.settings.continuations == "valid":
-            logits = torch.full_like(logits, -torch.inf).index_put((parent, token), logits[parent, token])
-        return logits, parent, child, token
+    def _valid(self, logits: Tensor, level: int, nodes: Tensor) -> Tensor:
+        """``logits`` [n, size] of slot ``level``: with ``continuations: valid`` -inf where no item's prefix goes on so from ``nodes`` [n]."""
+        if self.settings.continuations == "all":
+            return logits
+        distinct, place = torch.unique(nodes, return_inverse=True)
+        parent, child = self.prefixes.children(level, distinct)
+        shut = torch.ones(len(distinct), logits.shape[1], dtype=torch.bool, device=logits.device)
+        shut[parent, self.prefixes.token[level][child].long()] = False
+        return logits.masked_fill(shut[place], -torch.inf)
 
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Teacher forcing; weighted mean over slots and targets of the cross-entropy of each token."""
-        out = self._decoded(states, self.catalogue.rows[targets][:, :-1])
-        logits = [self._logits(row, level) for level, row in enumerate(out.unbind(1))]
-        if self.settings.continuations == "valid":
-            above = nnf.pad(self.prefixes.paths(targets)[:, :-1], (1, 0)).unbind(1)
-            logits = [self._continuing(row, level, nodes)[0] for level, (row, nodes) in enumerate(zip(logits, above))]
+        out = self._decoded(states, self.catalogue.rows[targets][:, :-1]).unbind(1)
+        above = nnf.pad(self.prefixes.paths(targets)[:, :-1], (1, 0)).unbind(1)
+        logits = [
+            self._valid(row @ table.T / self.settings.temperature, level, nodes)
+            for level, (row, table, nodes) in enumerate(zip(out, self._words(), above))
+        ]
         return token_loss(logits, self.catalogue, self.omega, targets)
 
     def top(self, states: Tensor, number: int, seen: Tensor | None = None, beam: int | None = None) -> tuple[Tensor, Tensor]:
         """Beam search of ``beam`` (of the settings, if not given) prefixes at a time. Only prefixes of the catalogue are followed, so that every
         answer is an item; items that share a SID follow each other by item_index. The beam is wider by the number of ``seen``."""
-        users = len(states)
+        prefixes, words, users = self.prefixes, self._words(), len(states)
         beam = (beam or self.settings.beam) + (0 if seen is None else seen.shape[1])
         nodes = torch.zeros(users, 1, dtype=torch.int64, device=states.device)
         value = torch.zeros(users, 1, device=states.device)
@@ -243,8 +246,10 @@ class AutoregressiveRetriever(Retriever):
         for level, (size, start) in enumerate(zip(self.catalogue.sizes, self.catalogue.starts)):
             alive = torch.nonzero(torch.isfinite(value).reshape(-1)).flatten()
             flat = self._decoded(states[alive // value.shape[1]], rows.reshape(value.numel(), level)[alive])[:, -1]
-            logits, parent, child, token = self._continuing(self._logits(flat, level), level, nodes.reshape(-1)[alive])
-            log_p = logits.log_softmax(1)
+            ends = nodes.reshape(-1)[alive]
+            log_p = self._valid(flat @ words[level].T / self.settings.temperature, level, ends).log_softmax(1)
+            parent, child = prefixes.children(level, ends)
+            token = prefixes.token[level][child].long()
             # a dense place for each (beam, token), empty where the catalogue has no such prefix
             place = alive[parent] * size + token
             dense = value.new_full((value.numel() * size,), -torch.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -38,8 +38,7 @@ class ItemTokens:
         if codes.shape[1] != len(slots):
             raise InputError(f"the SIDs have {codes.shape[1]} codes but the tokenizer has {len(slots)} slots: write them with this tokenizer")
         sizes = tuple(slot.size + 1 for slot in slots)
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        rows = np.where(codes == PAD, np.array(sizes) - 1, codes).astype(np.int64) + starts
+        rows = np.where(codes == PAD, np.array(sizes) - 1, codes).astype(np.int64) + np.array(_starts(sizes))
         group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
         given = np.ones(codes.shape, np.float32) if weights is None else weights
         behavior = tuple(index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR)
@@ -67,18 +66,21 @@ class ItemTokens:
         return ItemTokens(self.rows.to(device), self.sizes, self.weights.to(device), self.behavior, self.group.to(device))
 
     def behavior_first(self) -> ItemTokens:
-        """The same with the behaviour slots before all others."""
+        """The same with the behaviour slots before all others, whose rows in the table move with them."""
         order = sorted(range(len(self.sizes)), key=lambda slot: slot not in self.behavior)
         sizes = tuple(self.sizes[slot] for slot in order)
-        device = self.rows.device
-        local = (self.rows - torch.tensor(self.starts, device=device))[:, order]
-        moved = ItemTokens(local, sizes, self.weights[:, order], tuple(range(len(self.behavior))), self.group)
-        return replace(moved, rows=local + torch.tensor(moved.starts, device=device))
+        moved = torch.tensor(_starts(sizes)) - torch.tensor(self.starts)[order]
+        rows = self.rows[:, order] + moved.to(self.rows.device)
+        return ItemTokens(rows, sizes, self.weights[:, order], tuple(range(len(self.behavior))), self.group)
 
     @property
     def starts(self) -> tuple[int, ...]:
         """First row of each slot."""
-        return tuple(np.concatenate([[0], np.cumsum(self.sizes)[:-1]]).tolist())
+        return _starts(self.sizes)
+
+
+def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist())
 
 
 @dataclass(frozen=True)

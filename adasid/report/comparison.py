@@ -124,9 +124,10 @@ def text(rows: Sequence[Row]) -> str:
     columns = [*[(f"readout_{m}", f"FVU {m}", 3) for m in _modalities(rows)], ("entropy", "entropy", 3), ("utilisation", "used", 3)]
     columns += [("collision_items", "not unique", 4), ("largest_group", "largest", 0), ("agreement", "agreement", 3), ("agreement_tail", "tail", 3)]
     columns += [("seconds", "seconds", 0)]
-    lines = ["", f"{'':<26}" + "".join(f"{title:>16}" for _, title, _ in columns)]
+    width = 2 + max(len(row["label"]) for row in rows)
+    lines = ["", " " * width + "".join(f"{title:>16}" for _, title, _ in columns)]
     for label, group in grouped(rows).items():
-        lines.append(f"{label:<26}" + "".join(f"{_spread(group, key, lambda v, d=digits: number(v, d)):>16}" for key, _, digits in columns))
+        lines.append(f"{label:<{width}}" + "".join(f"{_spread(group, key, lambda v, d=digits: number(v, d)):>16}" for key, _, digits in columns))
     return "\n".join([*lines, ""])
 
 

@@ -136,7 +136,9 @@ def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Section:
     )
     tables = [Table("Relative gain", ("Over", "Model", "Seeds", *map(measure, _TESTED[task])), rows, words=2)] if rows else []
     title = f"{task.capitalize()} against {settings.reference}"
-    return Section(f"{task}_differences", title, lead=lead, tables=tables, missing="" if rows else "No other tokenizer has been evaluated beside it.")
+    return Section(
+        f"{task}_differences", title, lead=lead, tables=tables, missing="" if rows else "No other tokenizer shares a model and a seed with it."
+    )
 
 
 def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
@@ -144,13 +146,15 @@ def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
     apart."""
     said, key = [], _TESTED[task][0]
     for model in dict.fromkeys(key[1] for key in cells):
-        own = cells.get((settings.reference, model))
-        others = {k[0]: g for k, g in cells.items() if k[1] == model and k[0] != settings.reference and k[0] in settings.tokenizers}
+        own = cells.get((settings.reference, model), [])
+        named = {
+            label: group for (label, its), group in cells.items() if its == model and label != settings.reference and label in settings.tokenizers
+        }
+        others = {label: group for label, group in named.items() if paired(own, group, key)}
         for alike in (True, False):
-            rivals = [label for label, group in others.items() if (codes_of(group) == codes_of(own or group)) == alike]
+            rivals = [label for label, group in others.items() if (codes_of(group) == codes_of(own)) == alike]
             best = max(rivals, key=lambda label: chosen(others[label], task), default=None)
-            found = paired(own, others[best], key) if own and best else None
-            if own and best and found:
+            if best and (found := paired(own, others[best], key)):
                 gain = found[0]
                 among = "the best other tokenizer"
                 if len(rivals) < len(others):

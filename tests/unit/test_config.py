@@ -130,8 +130,11 @@ ONE = {"tokenizers": ["a"], "reference": "a"}
         ({"retrievers": {"x": {"max_length": 60}}}, "evaluate.retrievers.x.max_length 60 is longer than features.max_length 50"),
         ({"more_seeds": {"q": [1]}}, "evaluate.more_seeds.q: no tokenizer or control"),
         ({"models": {"q": {}}}, "evaluate.models.q: no tokenizer of evaluate"),
-        ({**ONE, "models": {"a": {"x": [1]}}}, "evaluate.models.a.x: name a retriever or ranker of evaluate, and at least one seed"),
-        ({**ONE, "models": {"a": {}}, "more_seeds": {"a": [1]}}, "evaluate.models.a names its seeds, and so does evaluate.more_seeds"),
+        ({**ONE, "models": {"a": {"x": [1]}}}, "evaluate.models.a.x: no retriever or ranker of evaluate"),
+        ({**ONE, "models": {"a": {}}}, "evaluate.models.a: name at least one model, each with at least one seed"),
+        ({**ONE, "models": {"a": {"x": []}}}, "evaluate.models.a: name at least one model, each with at least one seed"),
+        ({**ONE, "models": {"a": {"x": [1]}}, "more_seeds": {"a": [1]}}, "evaluate.models.a names its seeds, and so does evaluate.more_seeds"),
+        ({"retrievers": {"x": {}}, "rankers": {"x": {}}}, "evaluate.retrievers and evaluate.rankers both name 'x'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(evaluate, message):

@@ -1,4 +1,4 @@
-"""The evaluation's page: paired gains by hand, and what it says of them."""
+"""The evaluation: its cells; its page, with paired gains by hand and what it says of them."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from scipy import stats
 from adasid import config
 from adasid.errors import ConfigError
 from adasid.report import cells, comparison, evaluation, published
+from pipelines import evaluate as pipeline
 
 BEAUTY = Path(__file__).parents[2] / "conf" / "beauty.yaml"
 
@@ -232,3 +233,37 @@ def test_bars_stand_at_their_label_where_a_tokenizer_lacks_models():
     found = sorted((bar.get_y() + bar.get_height() / 2, round(bar.get_width(), 6)) for bar in axes.patches)
     assert found == [(0, 0.2), (1, 0.2), (3, 0.4), (5, 0.5)]
     assert [(tick, label.get_text()) for tick, label in zip(axes.get_yticks(), axes.get_yticklabels())] == [(0.5, "a"), (3, "b"), (5, "c")]
+
+
+def test_cells_are_those_of_the_lists_and_seeds_unless_models_names_them():
+    labels = ("a", "b", "c", "d", "e")
+    evaluate = {
+        "tokenizers": ["a", "b"],
+        "retrievers": {"r1": {}, "r2": {}},
+        "rankers": {"p": {}},
+        "controls": {"a": {}},
+        "reference": "a",
+        "seeds": [1, 2],
+        "models": {"a": {"r2": [3, 1], "p": [1]}, "d": {"r2": [1]}},
+        "more_seeds": {"b": [3], "e": [2]},
+        "studies": {"parts": ["b", "c", "d", "e"]},
+    }
+    compare = {label: {"name": "random"} for label in labels}
+    found = pipeline._cells(config.build({"compare": {"tokenizers": compare}, "evaluate": evaluate}))
+    places = {(cell.tokenizer, cell.model, cell.config.seed) for cell in found}
+    assert places == {
+        *{("a", "r2", 3), ("a", "r2", 1), ("a", "p", 1), ("d", "r2", 1)},
+        *{("b", model, seed) for model in ("r1", "r2", "p") for seed in (1, 2, 3)},
+        *{(label, model, seed) for label in "ce" for model in ("r1", "p") for seed in (1, 2)},
+        *{("a", "item ids", seed) for seed in (1, 2)},
+    }
+    assert len(found) == len(places)
+
+
+def test_the_best_rival_is_one_that_shares_a_seed():
+    found = [cell("ours", 1, 0.2), cell("near", 1, 0.1), cell("apart", 2, 0.9)]
+    settings = config.Evaluate(tokenizers=("ours", "near", "apart"), reference="ours")
+    page = evaluation.build("test", found, settings)
+    assert any("ours is 100.0% ahead of the best other tokenizer" in said and "near" in said for said in page.summary), page.summary
+    alone = evaluation.build("test", [found[0], found[2]], settings)
+    assert "shares a model and a seed" in next(section for section in alone.sections if section.key == "retrieval_differences").missing

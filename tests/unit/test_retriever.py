@@ -191,6 +191,7 @@ def test_autoregressive_loss_is_the_mean_of_the_tokens_cross_entropies():
 @pytest.mark.parametrize("order", ["slots", "behavior"])
 def test_probabilities_among_valid_continuations_are_those_of_a_distribution_over_the_sids(order):
     made = model("autoregressive", continuations="valid", order=order, beam=200)
+    assert made.catalogue.sizes == ((6, 5, 4) if order == "behavior" else (5, 4, 6))
     states, group = torch.randn(3, 8), made.catalogue.group
     with torch.no_grad():
         items, scores = made.top(states, 60)
@@ -203,7 +204,7 @@ def test_probabilities_among_valid_continuations_are_those_of_a_distribution_ove
 def test_a_token_that_alone_continues_its_prefix_costs_nothing():
     made = model("autoregressive", continuations="valid")
     alone = torch.tensor([row for row in range(60) if (made.catalogue.rows[:, :2] == made.catalogue.rows[row, :2]).all(1).sum() == 1])
-    logits = made._continuing(torch.randn(len(alone), 6), 2, made.prefixes.paths(alone)[:, 1])[0]
+    logits = made._valid(torch.randn(len(alone), 6), 2, made.prefixes.paths(alone)[:, 1])
     assert len(alone) and (logits.softmax(1).max(1).values == 1).all()
 
 
@@ -251,9 +252,12 @@ def training(head, folder, epochs, workers=Workers(), users=400, **settings):
     return RetrievalTraining(config.Retrieval.model_validate(chosen | settings), ItemTokens.of(codes, slots), data, Path(folder), 3, workers)
 
 
-@pytest.mark.parametrize("head", ["item", "parallel", "autoregressive"])
-def test_each_head_learns_the_rule(head, tmp_path):
-    result = training(head, tmp_path, 30).run()
+@pytest.mark.parametrize(
+    ("head", "settings"),
+    [("item", {}), ("parallel", {}), ("autoregressive", {}), ("autoregressive", {"continuations": "valid", "order": "behavior"})],
+)
+def test_each_head_learns_the_rule(head, settings, tmp_path):
+    result = training(head, tmp_path, 30, **settings).run()
     assert result["test"]["recall@5"] > 0.8  # by chance .13
     assert set(result["strata"]) == {"all", "head", "mid", "tail"}
     assert sum(result["strata"][s]["users"] for s in ("head", "mid", "tail")) == result["strata"]["all"]["users"] == 400

@@ -71,7 +71,12 @@ class AdcSid(Trained):
     decoder_hidden: Sizes = Field((256, 512), description="hidden widths of the decoder")
     temperature: float = Field(0.07, gt=0, description="temperature of the contrastive losses")
     commitment: float = Field(
-        1.0, ge=0, description="weight of the commitment half of the codebook loss (0.25 is usual; gates then grow without bound)"
+        1.0, ge=0, description="weight of the commitment half of the codebook loss (0.25 is usual; latents then stray from their codewords)"
+    )
+    straight_through: Literal["slots", "sum"] = Field(
+        "slots",
+        description="the reconstruction's gradient passes the quantization of each slot, so that a gate learns by the codeword it weighs; sum: of their sum "
+        "(the paper), so that it learns by a latent that the decoder never sees, and grows",
     )
     alignment_weight: float = Field(0.1, ge=0, description="weight of the alignment losses; 0: no contrastive alignment (ablation)")
     controller: Controller = Field(Controller(), description="alignment strength controller")
@@ -89,6 +94,10 @@ class AdcSid(Trained):
     @model_validator(mode="after")
     def _experts(self) -> AdcSid:
         _check_slots("content_experts", self.content_experts, behavior=False)
+        if self.router.gate == "switch" and self.straight_through == "slots":
+            raise ValueError(
+                "tokenizer.router.gate is 'switch', whose slots close where gates learn by codewords: set tokenizer.straight_through: sum"
+            )
         return self
 
 

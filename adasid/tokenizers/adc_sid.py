@@ -92,6 +92,14 @@ class AdcSid(TrainedTokenizer):
         w = weights[:, :, None]
         return (w * quantized.latents).sum(0), (w * quantized.codewords).sum(0)
 
+    def _straight_through(self, quantized: Quantized, weights: Tensor) -> Tensor:
+        """z_q [B, d], with a gradient that passes the quantization (eq 14) of each slot or of their sum; the latter lets gates learn by latents."""
+        codes, latents, codewords = quantized
+        if self.settings.straight_through == "sum":
+            z, z_q = self._fuse(quantized, weights)
+            return z + (z_q - z).detach()
+        return self._fuse(Quantized(codes, latents, latents + (codewords - latents).detach()), weights)[1]
+
     @torch.no_grad()
     def prepare(self, shard: Shard, workers: Workers) -> None:
         """Scales of the inputs; theta (methods 1.7) and, if asked for, beta (methods 10 #14) from the richness of items with behaviour."""
@@ -137,8 +145,8 @@ class AdcSid(TrainedTokenizer):
         latents, weights, projections = self._experts(x, batch)
         active = self._present(batch) & ((weights > 0) | self._content_slots()[:, None])
         quantized = self.codebooks(latents, self._held(batch))
-        z, z_q = self._fuse(quantized, weights)
-        decoded = self.decoder(z + (z_q - z).detach() if self.quantizing else z)
+        z, _ = self._fuse(quantized, weights)
+        decoded = self.decoder(self._straight_through(quantized, weights) if self.quantizing else z)
         reconstruction = self._reconstruction(decoded, x, batch)
         total, parts = s.reconstruction_weight * reconstruction, {"reconstruction": float(reconstruction.detach())}
         if s.alignment_weight:

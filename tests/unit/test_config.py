@@ -36,6 +36,7 @@ def test_every_shipped_config_is_valid(path):
         ("source.kind=arrays", ["source.synthetic is set but source.kind is 'arrays'", "remove the section"]),
         ("source={kind: arrays}", ["source.arrays", "missing"]),
         ("tokenizer.content_experts={}", ["content_experts is empty"]),
+        ("tokenizer.router.gate=switch", ["router.gate is 'switch'", "straight_through: sum"]),
         ("tokenizer.content_experts={text: 0}", ["content_experts.text is 0"]),
         ("tokenizer.router.sparsity=1.0", ["tokenizer.router.sparsity is 1.0"]),
         ("name=../x", ["name is '../x'"]),

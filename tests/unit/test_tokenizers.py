@@ -14,6 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from adasid import config
 from adasid.errors import InputError, TrainingError
+from adasid.quantizers.cosine import Quantized
 from adasid.quantizers.kmeans import Held
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
@@ -35,7 +36,7 @@ TOKENIZERS = {
     "adc-sid without its parts": config.AdcSid.model_validate(
         {**MIXTURE, "controller": {"enabled": False}, "alignment_weight": 0.0, "router": {"gate": "equal"}}
     ),
-    "adc-sid switch": config.AdcSid.model_validate({**MIXTURE, "router": {"hidden": 16, "gate": "switch"}}),
+    "adc-sid switch": config.AdcSid.model_validate({**MIXTURE, "router": {"hidden": 16, "gate": "switch"}, "straight_through": "sum"}),
     "ada-sid": config.AdaSid.model_validate({**MIXTURE, "behavior_experts": 4, "router": {"hidden": 16, "sparsity": 0.4, "item_weight": 0.1}}),
     "rq-vae": config.RqVae.model_validate(RESIDUAL),
     "quasid": config.QuaSid.model_validate(RESIDUAL),
@@ -351,6 +352,24 @@ def test_fused_vectors_by_hand():
     content = [i for i, slot in enumerate(model.slots) if slot.kind == "text"]
     assert torch.allclose(weights[content].sum(0), torch.ones(5), atol=1e-5), "content gates are a softmax"
     assert z.shape == z_q.shape
+
+
+def test_gates_learn_by_the_codewords_they_weigh_or_as_the_paper_has_it_by_latents(monkeypatch):
+    _, loop, _, data, _ = run_of("adc-sid")
+    model, batch = loop.tokenizer, data.take(np.arange(64))
+    latents, found, _ = model._experts(model.inputs(batch), batch)
+    codes, units, codewords = model.codebooks(latents)
+    codewords = codewords.detach().requires_grad_()
+    upstream = torch.randn(64, units.shape[2], generator=torch.Generator().manual_seed(5))
+    for way, learnt_by in (("slots", codewords), ("sum", units)):
+        monkeypatch.setattr(model, "settings", model.settings.model_copy(update={"straight_through": way}))
+        weights, ours = found.detach().requires_grad_(), units.detach().requires_grad_()
+        passed = model._straight_through(Quantized(codes, ours, codewords), weights)
+        assert torch.allclose(passed, torch.einsum("lb,lbd->bd", weights, codewords), atol=1e-5)
+        passed.backward(upstream)
+        assert torch.allclose(weights.grad, torch.einsum("bd,lbd->lb", upstream, learnt_by), atol=1e-5)
+        assert torch.allclose(ours.grad, weights.detach()[:, :, None] * upstream, atol=1e-5)
+    assert codewords.grad is None, "codebooks learn nothing from the reconstruction"
 
 
 def test_of_a_switch_active_slots_count_alike_and_their_weights_learn_up_to_one():

@@ -152,7 +152,7 @@ def test_table_2_has_item_ids_and_both_gains_under_the_model_that_both_have():
             ("Table 2 of", "agrees in opq (R@50 -50.0%", "contradicts it in letter (R@50 +50.0%"),
         ),
         (
-            "What the gate carries, and steps of the tokenizer",
+            "What the gate learns by, and carries",
             {"adc-sid": 0.2, "adc-sid, switch": 0.1, "adc-sid, equal gate": 0.1},
             (),
         ),

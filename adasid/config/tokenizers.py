@@ -92,7 +92,7 @@ class AdcSid(Trained):
         return (*self.content, BEHAVIOR)
 
     @model_validator(mode="after")
-    def _experts(self) -> AdcSid:
+    def _fits(self) -> AdcSid:
         _check_slots("content_experts", self.content_experts, behavior=False)
         if self.router.gate == "switch" and self.straight_through == "slots":
             raise ValueError(

@@ -38,9 +38,11 @@ INTERACTIONS = _schema(
     ("timestamp", pa.string(), True),
     ("pos", pa.int64(), True),
     ("rating", pa.float32(), True),
+    ("label", pa.float32(), True),
 )
-"""An event as the user brought it, unchecked. ``timestamp`` is text (unix seconds or milliseconds, or ISO 8601) and is
-parsed with the checks; ``pos`` orders the events of a user where time does not. At least one of the two is set."""
+"""An event as the user brought it, unchecked. ``timestamp`` is text (a unix time, or ISO 8601) and is parsed with the checks; ``pos`` orders
+the events of a user where time does not. At least one of the two is set. ``label``: 1 for a positive event, 0 for a negative one (an impression
+without a click); ``rating``: how much the user liked it, on any scale."""
 
 REJECTED_ROWS = _schema(
     ("run", pa.string(), False),
@@ -88,11 +90,12 @@ RANKING_SAMPLES = _schema(
     ("time", pa.timestamp("us", tz="UTC"), True),
     ("position", pa.int64(), False),
     ("rating", pa.float32(), True),
-    ("label", pa.int32(), False),
+    ("label", pa.int32(), True),
+    ("in_history", pa.bool_(), False),
     ("split", pa.string(), False),
 )
-"""Key user_id, position. A clean event; ``position`` is its 0-based place in the user's history, which is the events before it. ``split`` is
-ranking's own (``features.ranking_split``): one of ``SPLITS``, ``train`` where no task holds the event out, or ``RANKING_ONLY``."""
+"""Key user_id, position. A clean event; ``position`` is its 0-based place among all events of the user. The history of an event is those before it
+that are ``in_history`` (``features.histories``). ``label`` is null where only other events are rated. ``split`` is ranking's own (``features.ranking_split``): one of ``SPLITS``, ``train`` where no task holds the event out, or ``RANKING_ONLY``."""
 
 RANKING_SCORES = _schema(
     ("user", pa.int64(), False),
@@ -153,6 +156,12 @@ CATALOG_STATS = _schema(
     ("interactions", pa.int64(), False),
     ("train_interactions", pa.int64(), False),
     ("duplicates", pa.int64(), False),
+    ("duplicate_items", pa.int64(), True),
+    ("capped", pa.int64(), True),
+    ("below_k_core", pa.int64(), True),
+    ("tied", pa.int64(), True),
+    ("outside_histories", pa.int64(), True),
+    ("missing", pa.map_(pa.string(), pa.int64()), True),
     ("rejected", pa.map_(pa.string(), pa.int64()), False),
     ("ranking_split", pa.string(), True),
     ("strata", pa.map_(pa.string(), pa.int64()), False),
@@ -168,7 +177,10 @@ CATALOG_STATS = _schema(
     ("richness_source", pa.string(), True),
     ("richness_quantiles", _CURVE, True),
 )
-"""Key run; one row. ``rejected``: reason -> rows; ``ranking_split``: how ``ranking_samples`` are split (null in tables of before it: as
+"""Key run; one row. Rows of ``interactions`` are ``interactions`` + ``duplicates`` + ``capped`` (beyond ``features.max_user_events``) +
+``below_k_core`` + rejected; rows of ``items`` are ``items`` + ``duplicate_items`` (identical copies) + rejected. ``tied``: events that share user, time and
+pos with another one, so that a seeded hash orders them; ``outside_histories``: events that only ranking reads (``features.histories``);
+``missing``: modality -> items that lack it. ``rejected``: reason -> rows, of both tables, with lines that ingest could not parse; ``ranking_split``: how ``ranking_samples`` are split (null in tables of before it: as
 ``features.split``); ``strata``: stratum -> items; ``head_interactions``: share of training events on head items.
 ``popularity``: x = rank (1-based, about 100 log-spaced), y = training count at that rank. ``lorenz``: x = share of items (least popular first), y = share of events (101 points).
 The rest is null until behaviour embeddings exist: the clipping bounds and quantiles of the norm (x in percent), its spread within log-spaced bins of the count

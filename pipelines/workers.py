@@ -38,6 +38,7 @@ from pipelines.engines.lake import Lake
 
 _QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target", "least_active")
 OUTCOME = "outcome.json"
+_SAMPLE = ["user_id", "position", "item_index", "label", "in_history", "split"]
 _PAIR = pa.schema([(name, pa.int64()) for name in ("item_index", "partner_index")])
 
 
@@ -113,7 +114,7 @@ def ranking(payload: dict[str, Any]) -> None:
     cfg, workers, lake, folder = _opened(payload)
     version, settings = payload["read"]["ranking_samples"], cfg.ranking
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
-    events = Events.from_batches(lake.batches("ranking_samples", version, ["user_id", "position", "item_index", "label", "split"]))
+    events = Events.from_batches(lake.batches("ranking_samples", version, _SAMPLE))
     name = f"ranking_samples version {version}"
     training = RankingTraining(settings, catalogue, events, counts, strata, folder, cfg.seed, workers, name, _device(cfg), cfg.spark.scores_from)
     _finish(payload, workers, training.run(_report(payload, workers)))

@@ -41,7 +41,18 @@ class Features(Section):
     ranking_holdout: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
         (0.05, 0.1), description="ranking_split global_time: shares of events that are validation and, the last, test"
     )
-    positive_rating: float = Field(3.0, description="a rating above this is label 1; data without ratings has label 1 throughout")
+    positive_rating: float = Field(
+        3.0, description="a rating above this is label 1; an unrated event among rated ones has none; without ratings and labels all are 1"
+    )
+    histories: Literal["auto", "all", "positive"] = Field(
+        "auto",
+        description="events that make histories, counts and embeddings: auto: all but those of label 0 (impressions without a click); all; positive: "
+        "neither those nor events rated low. Ranking samples hold all events",
+    )
+    max_user_events: int = Field(10_000, ge=2, description="of a user with more events the latest so many are kept")
+    first_year: int = Field(
+        1990, ge=1, le=9999, description="a time before this year is refused: it is in another unit, or stands for an unknown one"
+    )
     head_share: Share = Field(0.25, description="share of items, by training count, called head")
     tail_share: Share = Field(0.25, description="share of items, by training count, called tail (items never trained on are cold)")
     max_rejected: Share = Field(0.05, description="larger share of rejected rows in a table stops the stage")

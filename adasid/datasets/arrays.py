@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from adasid import tables
 from adasid.datasets.arrow import vectors
+from adasid.datasets.columns import convert
 from adasid.errors import InputError
 
 BATCH = 8192
@@ -82,8 +82,7 @@ def _parquet(path: str) -> Iterator[pa.RecordBatch]:
         if "item_id" not in names:
             raise InputError(f"source.arrays.items {path}: column 'item_id' is missing (found: {', '.join(names)}); add it")
         for batch in file.iter_batches(BATCH, columns=[name for name in ("item_id", "title") if name in names]):
-            title = pc.cast(batch["title"], pa.string()) if "title" in names else pa.nulls(len(batch), pa.string())
-            yield pa.RecordBatch.from_arrays([pc.cast(batch["item_id"], pa.string()), title], names=["item_id", "title"])
+            yield convert(batch, tables.items(()), f"source.arrays.items {path}")
 
 
 def _line(error: Exception) -> str:

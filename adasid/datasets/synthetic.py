@@ -167,14 +167,14 @@ def truth(params: Synthetic, seed: int, start: int, stop: int) -> Iterator[pa.Re
 
 
 def interactions(params: Synthetic, seed: int, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    """Events of users ``start`` to ``stop`` in time order, as batches of ``tables.INTERACTIONS``; ``pos`` and ``rating`` are null."""
+    """Events of users ``start`` to ``stop`` in time order, as batches of ``tables.INTERACTIONS``; ``pos``, ``rating`` and ``label`` are null."""
     plan = catalog(params, seed)
     for block, first, last in _blocks(start, stop):
         begin = block * BLOCK
         user, item, time = _events(plan, block, min(BLOCK, params.users - begin))
         rows = slice(*np.searchsorted(user, [first - begin, last - begin]))
         columns = [_ids("u", begin + user[rows]), _ids("i", item[rows]), pc.cast(pa.array(time[rows]), pa.string())]
-        nulls = [pa.nulls(len(columns[0]), tables.INTERACTIONS.field(name).type) for name in ("pos", "rating")]
+        nulls = [pa.nulls(len(columns[0]), tables.INTERACTIONS.field(name).type) for name in ("pos", "rating", "label")]
         yield pa.RecordBatch.from_arrays([*columns, *nulls], schema=tables.INTERACTIONS)
 
 

@@ -30,33 +30,39 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Events:
-    """All users' events, by user and time: ``users`` [n] (a dense number, in the order of user_id), ``items``, ``labels`` (0 or 1) and ``splits``
-    (place in ``tables.SPLITS``; ``RANKING_ONLY`` counts as train), all [n]; ``starts`` [users + 1]."""
+    """All users' events, by user and time: ``users`` [n] (a dense number, in the order of user_id), ``items``, ``labels`` (0, 1, or -1 for none) and
+    ``splits`` (place in ``tables.SPLITS``; ``RANKING_ONLY`` counts as train), all [n]. Items of the events that are in histories are ``visited`` [v], in the
+    same order; each event comes after the first ``before`` [n] of them, and those of its user begin at ``first`` [n]."""
 
     users: Ints
     items: Ints
     labels: Ints
     splits: Ints
-    starts: Ints
+    visited: Ints
+    before: Ints
+    first: Ints
 
     @staticmethod
     def from_batches(batches: Iterable[pa.RecordBatch]) -> Events:
-        """From batches with the columns user_id, position, item_index, label and split."""
+        """From batches with the columns user_id, position, item_index, label, in_history and split."""
         table = pa.Table.from_batches(list(batches)).sort_by([("user_id", "ascending"), ("position", "ascending")]).combine_chunks()
         names = table["user_id"].combine_chunks()
         opens = np.ones(len(names), bool)
         opens[1:] = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
         splits = pc.index_in(table["split"].combine_chunks(), pa.array([*SPLITS, RANKING_ONLY]))
-        items, labels = (table[name].to_numpy().astype(np.int64) for name in ("item_index", "label"))
-        starts = np.append(np.flatnonzero(opens), len(names))
-        return Events(np.cumsum(opens) - 1, items, labels, splits.to_numpy(zero_copy_only=False).astype(np.int64) % len(SPLITS), starts)
+        items, labels = (table[name].fill_null(-1).to_numpy().astype(np.int64) for name in ("item_index", "label"))
+        visits = table["in_history"].to_numpy(zero_copy_only=False).astype(bool)
+        users, before = np.cumsum(opens) - 1, np.cumsum(visits) - visits
+        places = splits.to_numpy(zero_copy_only=False).astype(np.int64) % len(SPLITS)
+        return Events(users, items, labels, places, items[visits], before, before[np.flatnonzero(opens)][users])
 
     def histories(self, events: Ints, length: int) -> Ints:
         """The latest ``length`` items at most before each event, padded at the end with -1: [B, longest]."""
-        first = np.maximum(self.starts[self.users[events]], events - length)
-        width = max(1, int((events - first).max(initial=1)))
+        before = self.before[events]
+        first = np.maximum(self.first[events], before - length)
+        width = max(1, int((before - first).max(initial=1)))
         place = first[:, None] + np.arange(width)
-        return np.where(place < events[:, None], self.items[np.minimum(place, len(self.items) - 1)], -1)
+        return np.where(place < before[:, None], self.visited[np.minimum(place, len(self.visited) - 1)], -1)
 
 
 class RankingTraining(EpochTraining):
@@ -84,7 +90,7 @@ class RankingTraining(EpochTraining):
         self.shards_from = shards_from
         self.settings, self.events, self.strata = settings, events, strata
         torch.manual_seed(seed)
-        model = PPNet(settings, catalogue.to(device), len(events.starts) - 1).to(device)
+        model = PPNet(settings, catalogue.to(device), int(events.users.max(initial=-1)) + 1).to(device)
         optimizers = {"adam": torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)}
         super().__init__(model, optimizers, (settings.epochs, settings.patience), folder, seed, workers, torch.device(device), version)
         self.labels = self._labels()
@@ -113,10 +119,10 @@ class RankingTraining(EpochTraining):
         return self.settings.labels if self.settings.labels != "auto" else ("ratings" if negatives else "sampled")
 
     def _part(self, place: int) -> Ints:
-        """This worker's events of a split that are samples: those with a history; of sampled labels the positive ones."""
+        """This worker's events of a split that are samples: those with a history and a label; of sampled labels the positive ones."""
         e = self.events
-        chosen = (e.splits == place) & (e.users % self.workers.world == self.workers.rank) & (np.arange(len(e.users)) > e.starts[e.users])
-        return np.flatnonzero(chosen & (e.labels == 1) if self.labels == "sampled" else chosen)
+        chosen = (e.splits == place) & (e.users % self.workers.world == self.workers.rank) & (e.before > e.first)
+        return np.flatnonzero(chosen & (e.labels == 1 if self.labels == "sampled" else e.labels >= 0))
 
     def _negatives(self, split: str) -> Ints:
         """Drawn items of every held-out event of this worker [n, negatives]: the same for every seed, model and number of workers."""

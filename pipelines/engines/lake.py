@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,13 @@ class Lake:
         """Replace the rows that ``where`` holds for by ``rows``, in one commit stamped with ``digest``."""
         there = DeltaTable(self.path(table)) if self.exists(table) else self.path(table)
         write_deltalake(there, rows, mode="overwrite", predicate=where if self.exists(table) else None, commit_properties=properties(digest))
+
+    def restore(self, table: str, version: int | None) -> None:
+        """Give a table the rows and the digest of ``version`` back, as a new version; None: it was not there, and its folder is removed."""
+        if version is None:
+            shutil.rmtree(self.path(table), ignore_errors=True)
+        else:
+            DeltaTable(self.path(table)).restore(version, commit_properties=properties(self.stamp(table, version)))
 
     def change(self, table: str, version: int, rows: pa.Table, gone: pa.Array, digest: str) -> None:
         """Replace the rows of the items in ``rows`` (each once), add those of items that are new, and remove those of the items ``gone``, in one commit

@@ -43,6 +43,12 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
         "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
         "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",  # a version that a generation needs stays readable
         "spark.sql.session.timeZone": "UTC",
+        "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",  # compaction outside Spark wraps INT96 around
+        "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
+        "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
+        "spark.sql.parquet.int96RebaseModeInRead": "CORRECTED",
+        "spark.sql.legacy.parquet.nanosAsLong": "true",  # 19 digits are nanoseconds
+        "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # 00001 is not 1
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
@@ -106,8 +112,23 @@ def write(
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
 
 
+def escaped(path: str, key: str) -> str:
+    """``path`` as Hadoop takes it literally, and not as a pattern. Raises InputError for a local path with a colon, which Hadoop cannot parse."""
+    if "://" in path:
+        return path
+    if ":" in path:
+        raise InputError(f"{key} {path}: Spark cannot read a path with a colon: rename the file")
+    return re.sub(r"([\\*?{}\[\]])", r"\\\1", path)
+
+
+def input_error(error: Exception) -> InputError | None:
+    """The InputError that a Python function raised on a Spark worker; None where the error is another one."""
+    found = re.search(r"adasid\.errors\.InputError: ([^\n]+)", str(error))
+    return InputError(found.group(1).strip()) if found else None
+
+
 def root_cause(error: Exception) -> str:
-    """The first line of an error: of its root cause where it comes from Java; with the Parquet file that it was about."""
+    """The first line of an error: of its root cause where it comes from Java; with the file that it was about."""
     if isinstance(error, Py4JJavaError):
         cause = error.java_exception
         while cause.getCause() is not None:
@@ -115,7 +136,7 @@ def root_cause(error: Exception) -> str:
         line = str(cause.toString()).splitlines()[0]
     else:
         line = next(line for line in [*str(error).strip().splitlines(), type(error).__name__] if line)
-    file = re.search(r"[^\s/]+\.parquet", str(error))
+    file = re.search(r"(?<=reading file )\S+(?=[.,]?\s)|[^\s/]+\.parquet", str(error))
     return f"{line}, file {file.group()}" if file and file.group() not in line else line
 
 

@@ -3,6 +3,7 @@ and item_pairs where the tokenizer learns from them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -16,31 +17,34 @@ from adasid.errors import InputError
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
 from pipelines.engines.tracking import Track
-from pipelines.features import histories, pairs, validate
+from pipelines.features import histories, labels, pairs, validate
 from pipelines.features.ranks import Ranked
 from pipelines.features.statistics import item_stats, popularity
 
 _OUTPUTS = ("item_stats", "user_stats", "ranking_samples", "sequences")
 _LATER = {"content", "norm_percentiles", "proxy_min_spearman", "pairs"}  # modalities(), settings of the second part, and of item_pairs
+_DROPPED = ("duplicates", "duplicate_items", "capped", "below_k_core", "tied", "outside_histories")
+"""Counts of ``catalog_stats`` that are tracked."""
 _RANKING = {"ranking_split", "ranking_holdout"}
 
 
 class Checked(NamedTuple):
-    """Item ids that were accepted; interactions with ``time`` and ``reason``, partitioned by user; how many of them are good; refused rows by reason."""
+    """Item ids that were accepted; interactions with ``time`` and ``reason``, partitioned by user; how many of them are good; refused rows by reason;
+    identical copies of items; items without each modality."""
 
     items: DataFrame
     judged: DataFrame
     good: int
     rejected: dict[str, int]
+    duplicate_items: int
+    missing: dict[str, int]
 
 
 class Clean(NamedTuple):
-    """Ordered, split events with the rows that were dropped on the way."""
+    """Ordered, split events, and what was dropped on the way, as ``tables.CATALOG_STATS`` counts it."""
 
     events: DataFrame
-    duplicates: int
-    users: int
-    interactions: int
+    counts: dict[str, int]
 
 
 def modalities(cfg: Config) -> tuple[str, ...]:
@@ -59,6 +63,7 @@ def _events(cfg: Config, track: Track) -> bool:
     mark = _mark(cfg, features, lake)
     if lake.fresh(mark, *_OUTPUTS) and _catalog_run(lake) == mark:
         return False
+    _same_source(lake)
     spark = session(cfg.spark)
     track.inputs(_reads(lake))
     try:
@@ -74,7 +79,14 @@ def _reads(lake: Lake) -> dict[str, int]:
 
 def _mark(cfg: Config, features: Features, lake: Lake) -> str:
     unread = _LATER | (_RANKING if features.ranking_split == "same" else set())
-    return digest("events", features.model_dump(mode="json", exclude=unread), modalities(cfg), lake.stamps(_reads(lake)))
+    return digest("events", features.model_dump(mode="json", exclude=unread), cfg.seed, modalities(cfg), lake.stamps(_reads(lake)))
+
+
+def _same_source(lake: Lake) -> None:
+    """Raise InputError where items and interactions are of two runs of ingest."""
+    made = {lake.stamp(name) for name in _reads(lake) if name not in lake.pins} - {None}
+    if len(made) > 1:
+        raise InputError("tables items and interactions come from different runs of ingest (was one cut off?): run jobs/ingest.py again")
 
 
 def _decided(features: Features, track: Track) -> Features:
@@ -86,7 +98,7 @@ def _decided(features: Features, track: Track) -> Features:
     def any_row(column: str, condition: pc.Expression) -> bool:
         return any(batch.num_rows for batch in track.lake.batches("interactions", None, [column], condition))
 
-    rated = any_row("rating", pc.field("rating") <= features.positive_rating)
+    rated = any_row("rating", pc.field("rating") <= features.positive_rating) or any_row("label", pc.field("label") == 0)
     time = pc.field("timestamp")
     timed = rated and not any_row("timestamp", time.is_null() | (pc.utf8_trim_whitespace(time) == ""))
     if rated and not timed:
@@ -96,16 +108,14 @@ def _decided(features: Features, track: Track) -> Features:
 
 def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[str, int]:
     lake, features = track.lake, cfg.features
-    checked = check(spark, cfg, lake, mark)
+    checked = check(spark, cfg, lake, mark, track.note)
     track.note(f"checked the input: {sum(checked.rejected.values())} rows rejected")
-    clean = prepare(checked, features, track)
+    clean = prepare(checked, features, track, cfg.seed)
     train = clean.events.filter("split = 'train'")
     counts = train.groupBy("user_id", "item_id").agg(F.count("*").alias("events")).persist()
     stats = item_stats(checked.items, counts, features)
     users = counts.groupBy("user_id").agg(F.sum("events").alias("interactions"), F.count("*").alias("items"))
-    index = stats.frame.select("item_id", "item_index")
-    label = F.when(F.col("rating").isNull() | (F.col("rating") > features.positive_rating), 1).otherwise(0)
-    indexed = clean.events.join(index, "item_id").select("*", label.alias("label")).persist()
+    indexed = clean.events.join(stats.frame.select("item_id", "item_index"), "item_id").persist()
     samples = indexed.withColumn("split", F.col("ranking_split"))
     written = {
         "item_stats": write(stats.frame, lake, "item_stats", tables.ITEM_STATS, mark),
@@ -113,62 +123,117 @@ def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[st
         "ranking_samples": write(samples, lake, "ranking_samples", tables.RANKING_SAMPLES, mark),
         "sequences": write(histories.sequences(indexed, features.max_length), lake, "sequences", tables.SEQUENCES, mark),
     }
-    row = _catalog_row(mark, clean, stats, checked.rejected, features)
+    row = _catalog_row(mark, checked, clean, stats, features)
     written["catalog_stats"] = write_catalog(lake, row, mark)
     written["rejected_rows"] = lake.version("rejected_rows")
-    numbers = {key: row[key] for key in ("items", "users", "interactions", "train_interactions", "duplicates", "gini", "head_interactions")}
+    numbers = {key: row[key] for key in ("items", "users", "interactions", "train_interactions", "gini", "head_interactions", *_DROPPED)}
     track.metrics({**numbers, "rejected": sum(checked.rejected.values()), **{f"items_{name}": n for name, n in row["strata"]}})
     return written
 
 
-def check(spark: SparkSession, cfg: Config, lake: Lake, mark: str) -> Checked:
+def check(spark: SparkSession, cfg: Config, lake: Lake, mark: str, note: Callable[[str], None]) -> Checked:
     """Judge every input row. Refused rows are written before anything is raised about them."""
+    features, used = cfg.features, modalities(cfg)
     items, interactions = read(spark, lake, "items"), read(spark, lake, "interactions")
-    limit, now = cfg.features.max_rejected, validate.clock(cfg.features.now)
-    widths = validate.widths(items, modalities(cfg))
+    limit, now = features.max_rejected, validate.clock(features.now)
+    widths = validate.widths(items, used)
     judged_items = validate.judge_items(items, widths)
-    narrow = judged_items.select("item_id", "reason").persist()
-    counted = validate.reasons(narrow)
-    bad = validate.refused(judged_items, "items", items.columns, mark) if len(counted) > 1 or None not in counted else None
+    lacks = [validate.present(name).isNull().alias(f"_lacks_{i}") for i, name in enumerate(used)]
+    voids = [(F.col(name).isNotNull() & validate.present(name).isNull()).alias(f"_void_{i}") for i, name in enumerate(used)]
+    narrow = judged_items.select("item_id", "reason", *lacks, *voids).persist()
+    counted = validate.reasons(narrow) | _unparsed(lake, "items")
+    copies = counted.pop(validate.COPY, 0)
+    bad = validate.refused(judged_items, "items", items.columns, mark) if set(counted) - {None} else None
     try:
         validate.insist("items", counted, limit, widths)
+        validate.insist_vectors(widths)
     except InputError:
         _quarantine(spark, lake, mark, bad)
         raise
-    accepted = narrow.filter("reason IS NULL").select("item_id")
-    judged = validate.judge_events(interactions, accepted, now).repartition("user_id").persist()
-    counted_events = validate.reasons(judged)
+    accepted = narrow.filter("reason IS NULL")
+    judged = validate.judge_events(interactions, accepted, now, features.first_year).repartition("user_id").persist()
+    counted_events = validate.reasons(judged) | _unparsed(lake, "interactions")
     bad_events = validate.refused(judged, "interactions", interactions.columns, mark) if set(counted_events) - {None} else None
     _quarantine(spark, lake, mark, bad, bad_events)
-    validate.insist("interactions", counted_events, limit)
+    advice = validate.advice(judged, features.first_year, now) if "implausible_timestamp" in counted_events else ""
+    validate.insist("interactions", counted_events, limit, advice=advice)
+    if advice:
+        note(f"{counted_events['implausible_timestamp']} events are before features.first_year {features.first_year}: {advice}")
+    for table, ids in (("items", accepted.select("item_id")), ("interactions", judged.filter("reason IS NULL").select("user_id"))):
+        if alike := validate.alike(ids):
+            note(f"{table}: {alike}; they count as different ids")
     names = sorted({reason for reason in (*counted, *counted_events) if reason})
-    return Checked(accepted, judged, counted_events[None], {name: counted.get(name, 0) + counted_events.get(name, 0) for name in names})
+    rejected = {name: counted.get(name, 0) + counted_events.get(name, 0) for name in names}
+    missing = _missing(accepted, used, note)
+    return Checked(accepted.select("item_id"), judged, counted_events[None], rejected, copies, missing)
 
 
-def prepare(checked: Checked, features: Features, track: Track) -> Clean:
-    """De-duplicate, apply the k-core, order and split the accepted events, without another exchange by user."""
-    accepted = checked.judged.filter("reason IS NULL").select(*histories.EVENT)
+def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:
+    """Lines of this source that ingest could not parse."""
+    stamp = lake.stamp(table, lake.version(table))
+    if not stamp or not lake.exists("rejected_rows"):
+        return {}
+    mine = (pc.field("run") == stamp) & (pc.field("table") == table)
+    copies = sum(pc.sum(batch["copies"]).as_py() or 0 for batch in lake.batches("rejected_rows", None, ["copies"], mine))
+    return {"unparsable_json": copies} if copies else {}
+
+
+def _missing(accepted: DataFrame, used: tuple[str, ...], note: Callable[[str], None]) -> dict[str, int]:
+    """modality -> accepted items without it; a note tells of empty and zero vectors."""
+    sums = [F.count_if(F.col(f"_{kind}_{i}")).alias(f"{kind}_{i}") for kind in ("lacks", "void") for i in range(len(used))]
+    row = accepted.agg(*sums).first()
+    assert row is not None
+    for i, name in enumerate(used):
+        if row[f"void_{i}"]:
+            note(f"items: {row[f'void_{i}']} have an empty or a zero vector in {name!r}: they count as items without it")
+    return {name: row[f"lacks_{i}"] for i, name in enumerate(used)}
+
+
+def prepare(checked: Checked, features: Features, track: Track, seed: int) -> Clean:
+    """Label, de-duplicate, cap, apply the k-core, order and split the accepted events, without another exchange by user."""
+    accepted = labels.labelled(checked.judged.filter("reason IS NULL"), features).select(*histories.EVENT)
     for key, other in (("split", "leave_one_out"), ("ranking_split", "same")):
         if getattr(features, key) == "global_time" and (timeless := accepted.filter("time IS NULL").count()):
             raise InputError(
                 f"features.{key} is 'global_time' but {timeless} events have no timestamp: add timestamps, or set features.{key}: {other}"
             )
-    events, before = histories.deduplicate(accepted, features.deduplicate), None
+    events, left = histories.deduplicate(accepted, features.deduplicate), [checked.good]
+    if heavy := _heavy(accepted, features.max_user_events):
+        left.append(events.count())
+        events = histories.cap(events, features.max_user_events, seed)
     if features.k_core:
         events = events.localCheckpoint()
-        before = events.count()
+        left.append(before := events.count())
         events, fixed = histories.k_core(events, features.k_core, features.k_core_rounds)
         if events.isEmpty():
             raise InputError(f"features.k_core {features.k_core} leaves no event of {before}: lower it, or set it to 0")
         if not fixed:
             track.note(
-                f"the k-core was still shrinking after features.k_core_rounds {features.k_core_rounds}: raise it, or accept items and users below {features.k_core} events"
+                f"the k-core was still shrinking after features.k_core_rounds {features.k_core_rounds}: raise it, or accept items and users below "
+                f"{features.k_core} events"
             )
-    ordered = histories.order(events, features).persist()
-    totals = ordered.agg(F.count("*").alias("events"), F.count_if(F.col("position") == 0).alias("users")).first()
+    ordered = histories.order(events, features, seed).persist()
+    sums = [F.count_if(~F.col("in_history")).alias("outside_histories"), F.count_if("tied").alias("tied")]
+    totals = ordered.agg(F.count("*").alias("interactions"), F.count_if(F.col("position") == 0).alias("users"), *sums).first()
     assert totals is not None
-    duplicates = checked.good - (totals["events"] if before is None else before)
-    return Clean(ordered, duplicates, totals["users"], totals["events"])
+    left.append(totals["interactions"])
+    lost = [a - b for a, b in zip(left, left[1:])]
+    counts = {**totals.asDict(), "duplicates": lost[0]}
+    counts["capped"] = lost[1] if heavy else 0
+    counts["below_k_core"] = lost[-1] if features.k_core else 0
+    if counts["capped"]:
+        track.note(f"{heavy}: the latest {features.max_user_events} of each are kept, {counts['capped']} dropped")
+    return Clean(ordered, counts)
+
+
+def _heavy(events: DataFrame, most: int) -> str | None:
+    """The users with more than ``most`` events, in words; None where there is none."""
+    counts = events.groupBy("user_id").agg(F.count("*").alias("n")).filter(F.col("n") > most)
+    row = counts.agg(F.count("*").alias("users"), F.max(F.struct("n", "user_id")).alias("first")).first()
+    if row is None or not row["users"]:
+        return None
+    first = row["first"]
+    return f"{row['users']} users have more than features.max_user_events {most} events (user {first['user_id']!r} has {first['n']})"
 
 
 def write_catalog(lake: Lake, row: dict[str, Any], mark: str) -> int:
@@ -177,13 +242,13 @@ def write_catalog(lake: Lake, row: dict[str, Any], mark: str) -> int:
     return lake.write("catalog_stats", tables.CATALOG_STATS, pa.Table.from_pylist([full], tables.CATALOG_STATS).to_batches(), mark)
 
 
-def _catalog_row(mark: str, clean: Clean, stats: Ranked, rejected: dict[str, int], features: Features) -> dict[str, Any]:
+def _catalog_row(mark: str, checked: Checked, clean: Clean, stats: Ranked, features: Features) -> dict[str, Any]:
     return {
         "run": mark,
-        "users": clean.users,
-        "interactions": clean.interactions,
-        "duplicates": clean.duplicates,
-        "rejected": sorted(rejected.items()),
+        **clean.counts,
+        "duplicate_items": checked.duplicate_items,
+        "missing": sorted(checked.missing.items()),
+        "rejected": sorted(checked.rejected.items()),
         "ranking_split": features.split if features.ranking_split == "same" else features.ranking_split,
         **popularity(stats),
     }

@@ -11,17 +11,31 @@ from adasid.errors import InputError
 from adasid.tables import RANKING_ONLY
 from pipelines.features.ranks import rank_by, values_at
 
-EVENT = ("user_id", "item_id", "time", "pos", "rating")
-_ORDER = ("time", "pos", "item_id", "rating")
+EVENT = ("user_id", "item_id", "time", "pos", "rating", "label", "in_history")
+
+
+def chronological(seed: int) -> tuple[Column, ...]:
+    """The order of a user's events: time, then pos. Where both are equal a seeded hash decides: an order by id could be learned."""
+    chance = F.xxhash64(F.lit(seed), "user_id", "time", "item_id")
+    return F.col("time"), F.col("pos"), chance, F.col("item_id"), F.desc("label"), F.col("rating")
 
 
 def deduplicate(events: DataFrame, how: str) -> DataFrame:
-    """Keep the first of the events that ``features.deduplicate`` calls equal. Events without time are told apart by ``pos``."""
+    """Keep the first of the events that ``features.deduplicate`` calls equal. Events without time differ by ``pos``. An impression is never equal
+    to a later visit of the same item, and gives way to a visit at the same time."""
     if how == "none":
         return events
-    moment = [] if how == "pair" else [F.col("time"), F.when(F.col("time").isNull(), F.col("pos"))]
-    same = Window.partitionBy("user_id", "item_id", *moment).orderBy(*_ORDER)
+    moment = [F.col("in_history")] if how == "pair" else [F.col("time"), F.when(F.col("time").isNull(), F.col("pos"))]
+    first = F.desc("in_history"), F.col("time"), F.col("pos"), F.desc("label"), F.col("rating")
+    same = Window.partitionBy("user_id", "item_id", *moment).orderBy(*first)
     return events.select("*", F.row_number().over(same).alias("_copy")).filter("_copy = 1").drop("_copy")
+
+
+def cap(events: DataFrame, most: int, seed: int) -> DataFrame:
+    """The latest ``most`` events of every user."""
+    latest = Window.partitionBy("user_id").orderBy(*chronological(seed))
+    last = F.count("*").over(Window.partitionBy("user_id")) - F.row_number().over(latest)
+    return events.select("*", last.alias("_later")).filter(F.col("_later") < most).drop("_later")
 
 
 def k_core(events: DataFrame, least: int, rounds: int) -> tuple[DataFrame, bool]:
@@ -38,24 +52,37 @@ def k_core(events: DataFrame, least: int, rounds: int) -> tuple[DataFrame, bool]
     return events, False
 
 
-def order(events: DataFrame, features: Features) -> DataFrame:
-    """``events`` with ``position`` (0-based place in the user's history), ``split`` and ``ranking_split``. Both say ``train`` of the events that
-    neither holds out: what embeddings, counts and SIDs are made of. ``split`` is null where only ranking holds an event out."""
+def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
+    """``events`` with ``position`` (0-based place among the user's events), ``place`` (the same among those ``in_history``), ``tied`` (whether another
+    event has the same time and pos), ``split`` and ``ranking_split``. Both say ``train`` of the events that neither holds out: what embeddings,
+    counts and SIDs are made of. ``split`` is null where only ranking reads an event; an event outside histories is split with the visit that follows."""
     own = Window.partitionBy("user_id")
-    placed = events.select("*", (F.row_number().over(own.orderBy(*_ORDER)) - 1).cast("bigint").alias("position"))
+    ordered = own.orderBy(*chronological(seed))
+    visits = F.sum(F.col("in_history").cast("bigint"))
+    moment = F.struct("time", "pos")
+    same = [neighbour(moment).over(ordered).eqNullSafe(moment) for neighbour in (F.lag, F.lead)]
+    placed = events.select(
+        "*",
+        (F.row_number().over(ordered) - 1).cast("bigint").alias("position"),
+        (visits.over(ordered.rowsBetween(Window.unboundedPreceding, 0)) - F.col("in_history").cast("bigint")).alias("place"),
+        (same[0] | same[1]).alias("tied"),
+    )
+    columns = [*events.columns, "position", "place", "tied"]
     if features.split == "global_time":
-        split = _by_time(events, (features.holdout, features.holdout), "split", "holdout", "leave_one_out")
+        visited = events.filter("in_history")
+        held_out = _by_time(visited, (features.holdout, features.holdout), "split", "holdout", "leave_one_out")
     else:
-        placed = placed.select("*", F.count("*").over(own).alias("_n"))
-        left = F.when(F.col("_n") >= 3, F.col("_n") - F.col("position"))
-        split = F.when(left == 1, "test").when(left == 2, "validation")
-    own_split = F.coalesce(split, F.lit("train"))
+        placed = placed.select("*", visits.over(own).alias("_n"))
+        left = F.when(F.col("_n") >= 3, F.col("_n") - F.least("place", F.col("_n") - 1))
+        held_out = F.when(left == 1, "test").when(left == 2, "validation")
+    split = F.coalesce(held_out, F.lit("train"))
     if features.ranking_split != "global_time":
-        return placed.select(*events.columns, "position", own_split.alias("split"), own_split.alias("ranking_split"))
+        ranking = F.when(~F.col("in_history") & (split == "train"), RANKING_ONLY).otherwise(split)
+        return placed.select(*columns, F.when(F.col("in_history"), split).alias("split"), ranking.alias("ranking_split"))
     later = _by_time(events, features.ranking_holdout, "ranking_split", "ranking_holdout", "same")
-    kept = F.when(split.isNotNull() | later.isNull(), own_split)
-    ranking = F.coalesce(later, F.when(split.isNotNull(), RANKING_ONLY), F.lit("train"))
-    return placed.select(*events.columns, "position", kept.alias("split"), ranking.alias("ranking_split"))
+    kept = F.when(F.col("in_history") & (held_out.isNotNull() | later.isNull()), split)
+    ranking = F.coalesce(later, F.when(held_out.isNotNull() | ~F.col("in_history"), RANKING_ONLY), F.lit("train"))
+    return placed.select(*columns, kept.alias("split"), ranking.alias("ranking_split"))
 
 
 def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key: str, other: str) -> Column:
@@ -73,17 +100,21 @@ def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key
 
 
 def sequences(indexed: DataFrame, max_length: int) -> DataFrame:
-    """user_id, split, history, target of every user with something to learn or to predict. ``indexed`` has item_index, position, split."""
-    history = F.transform(F.array_sort(F.collect_list(F.struct("position", "item_index"))), lambda event: event["item_index"])
+    """user_id, split, history, target of every user with something to learn or to predict. ``indexed`` has item_index, place, in_history, split."""
+    history = F.transform(F.array_sort(F.collect_list(F.struct("place", "item_index"))), lambda event: event["item_index"])
 
     def first(split: str) -> Column:
-        return F.min(F.when(F.col("split") == split, F.col("position"))).cast("int")
+        return F.min(F.when(F.col("split") == split, F.col("place"))).cast("int")
 
-    users = indexed.groupBy("user_id").agg(
-        history.alias("items"),
-        F.count_if(F.col("split") == "train").cast("int").alias("train"),
-        first("validation").alias("validation"),
-        first("test").alias("test"),
+    users = (
+        indexed.filter("in_history")
+        .groupBy("user_id")
+        .agg(
+            history.alias("items"),
+            F.count_if(F.col("split") == "train").cast("int").alias("train"),
+            first("validation").alias("validation"),
+            first("test").alias("test"),
+        )
     )
 
     def last(most: int, end: Column) -> Column:

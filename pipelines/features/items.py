@@ -95,9 +95,8 @@ def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
     """Every item of ``item_stats`` with its accepted row of ``items``, its behaviour vector and norm (null where it has none) and fingerprint.
     One exchange by item_id for each table."""
     items, stats, content = read(spark, lake, "items"), read(spark, lake, "item_stats"), cfg.features.content
-    accepted = (
-        validate.judge_items(items, validate.widths(items, modalities(cfg))).filter("reason IS NULL").select("item_id", "title", *modalities(cfg))
-    )
+    judged, brought = validate.judge_items(items, validate.widths(items, modalities(cfg))), modalities(cfg)
+    accepted = judged.filter("reason IS NULL").select("item_id", "title", *(validate.present(name).alias(name) for name in brought))
     columns = ["item_id", "item_index", "interactions", "stratum", "title", *content]
     if cfg.behavior.source == "column":
         joined = stats.join(accepted, "item_id", "left").select(*columns, BEHAVIOR, _length(BEHAVIOR).alias("norm"))

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import reduce
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from adasid.datasets import units
 from adasid.errors import ConfigError, InputError
 
 Widths = dict[str, list[tuple[int, int]]]
 """modality -> (width, rows), most frequent first."""
 
+COPY = "identical_copy"
+"""Reason of a row that says word for word what an accepted row says. It is dropped and counted, not rejected."""
+
 _INFINITY = float("inf")
-_MILLIS_ABOVE = 10**11
 _LAST_SECOND = 253_402_300_799  # end of the year 9999
 _FIRST_SECOND = -62_135_596_800  # start of the year 1
+_UNITS = ((10**11, 10**6), (10**14, 10**3), (10**17, 1))
+"""Up to the first value a unix time counts in a unit of the second microseconds: seconds, milliseconds, microseconds; above, nanoseconds."""
+_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?$"
+_BREAKS = r"[\p{Cc}\u2028\u2029]"
+"""Characters at which some reader of text files ends a line, and all others that cannot be seen."""
 
 
 def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
@@ -31,16 +41,25 @@ def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
                 "(features.content, behavior.source)"
             )
         found[modality] = []
-    sizes = F.array(*(F.struct(F.lit(m).alias("modality"), F.array_size(m).alias("width"), F.col(m).isNotNull().alias("given")) for m in found))
+    sizes = F.array(
+        *(F.struct(F.lit(m).alias("modality"), F.array_size(present(m)).alias("width"), present(m).isNotNull().alias("given")) for m in found)
+    )
     counted = items.select(F.inline(sizes)).filter("given").groupBy("modality", "width").count()
     for row in counted.orderBy(F.desc("count"), "width").limit(10 * max(len(found), 1)).collect():
         found[row["modality"]].append((row["width"], row["count"]))
     return found
 
 
+def present(modality: str) -> Column:
+    """The vector of a modality; null for an empty and for a zero vector, which say that the item lacks it."""
+    # built-ins run as generated code, ten times as fast as a lambda; the extremes leave out nulls, which are faults and not zeros
+    zero = (F.array_max(modality) == 0) & (F.array_min(modality) == 0) & (F.array_size(F.array_compact(modality)) == F.array_size(modality))
+    return F.when((F.array_size(modality) > 0) & ~F.coalesce(zero, F.lit(False)), F.col(modality))
+
+
 def judge_items(items: DataFrame, widths: Widths) -> DataFrame:
     """``items`` with ``reason``: null for the rows that are accepted, one for each item. Of several rows of an item a faultless one is kept,
-    the one with the smallest content hash. One exchange, by item_id."""
+    the one with the smallest content hash; rows that equal it are copies. One exchange, by item_id."""
     kept = {modality: found[0][0] for modality, found in widths.items() if found}
     content = items.columns
     hashed = F.xxhash64(*content, *(F.col(name).isNull() for name in content))
@@ -48,11 +67,13 @@ def judge_items(items: DataFrame, widths: Widths) -> DataFrame:
     same = Window.partitionBy("item_id").orderBy(F.col("_fault").isNotNull(), "_hash")
     ranked = own.select("*", F.row_number().over(same).alias("_row"), F.rank().over(same).alias("_rank"))
     duplicate = (F.col("_rank") > 1) | (F.col("_fault").isNull() & (F.col("_row") > 1))  # identical faulty rows share one reason
-    return ranked.select(*content, F.coalesce(_id_fault("item_id"), F.when(duplicate, "duplicate_item"), "_fault").alias("reason"))
+    why = F.when(F.col("_rank") > 1, "duplicate_item").otherwise(COPY)
+    return ranked.select(*content, F.coalesce(_id_fault("item_id"), F.when(duplicate, why), "_fault").alias("reason"))
 
 
-def judge_events(interactions: DataFrame, accepted: DataFrame, now: datetime) -> DataFrame:
-    """``interactions`` with ``time`` and ``reason`` (null where accepted). ``accepted``: the item_id of every accepted item."""
+def judge_events(interactions: DataFrame, accepted: DataFrame, now: datetime, first_year: int) -> DataFrame:
+    """``interactions`` with ``time`` and ``reason`` (null where accepted). ``accepted``: the item_id of every accepted item. An event before
+    ``first_year`` or after ``now`` has a time in another unit, or none."""
     known = interactions.join(accepted.select("item_id", F.lit(True).alias("_known")), "item_id", "left")
     text = F.nullif(F.trim("timestamp"), F.lit(""))
     timed = known.select(*interactions.columns, "_known", text.alias("_text"), parse_time(text).alias("time"))
@@ -62,17 +83,24 @@ def judge_events(interactions: DataFrame, accepted: DataFrame, now: datetime) ->
         F.when(F.col("_known").isNull(), "unknown_item"),
         F.when(F.col("_text").isNull() & F.col("pos").isNull(), "no_order"),
         F.when(F.col("_text").isNotNull() & F.col("time").isNull(), "unparsable_timestamp"),
+        F.when(F.col("time") < F.lit(datetime(first_year, 1, 1, tzinfo=timezone.utc)), "implausible_timestamp"),
         F.when(F.col("time") > F.lit(now), "future_timestamp"),
+        F.when(~F.col("label").isin(0.0, 1.0), "invalid_label"),
+        F.when(F.abs("rating") == _INFINITY, "invalid_rating"),
     )
     return timed.select(*interactions.columns, "time", reason.alias("reason"))
 
 
 def parse_time(text: Column) -> Column:
-    """Timestamp of a text: an integer is unix seconds, or milliseconds above 10^11; anything else ISO 8601 from the year on. Null where neither."""
-    number = F.when(text.rlike(r"^[+-]?\d+$"), text.try_cast("bigint"))
-    seconds = F.when(number.between(_FIRST_SECOND, _MILLIS_ABOVE), F.timestamp_seconds(number))
-    millis = F.when((number > _MILLIS_ABOVE) & (number <= _LAST_SECOND * 1000), F.timestamp_millis(number))
-    return F.coalesce(seconds, millis, F.when(text.rlike(r"^\d{4}-"), F.try_to_timestamp(text)))
+    """Timestamp of a text. A number is a unix time, with or without a fraction, in seconds, milliseconds, microseconds or nanoseconds by its size;
+    anything else is ISO 8601 from the year on. Null where neither."""
+    number = F.when(text.rlike(_NUMBER), text.try_cast("decimal(38,9)"))
+    micros = F.when(F.abs(number) > _UNITS[-1][0] * 100, None)  # beyond 64 bits
+    for most, factor in _UNITS:
+        micros = micros.when(F.abs(number) <= most, (number * factor).cast("bigint"))
+    micros = micros.otherwise((number / 1000).cast("bigint"))
+    inside = micros.between(_FIRST_SECOND * 10**6, _LAST_SECOND * 10**6)
+    return F.coalesce(F.when(inside, F.timestamp_micros(micros)), F.when(text.rlike(r"^\d{4}-"), F.try_to_timestamp(text)))
 
 
 def clock(now: str | None) -> datetime:
@@ -93,13 +121,56 @@ def reasons(judged: DataFrame) -> dict[str | None, int]:
 
 def refused(judged: DataFrame, table: str, columns: list[str], run: str) -> DataFrame:
     """Rows of ``rejected_rows``: the refused rows of a judged table, whole as JSON, identical ones counted."""
-    rows = judged.filter(F.col("reason").isNotNull()).select("reason", F.to_json(F.struct(*columns), {"ignoreNullFields": "false"}).alias("row"))
+    rows = judged.filter(F.col("reason") != COPY).select("reason", F.to_json(F.struct(*columns), {"ignoreNullFields": "false"}).alias("row"))
     counted = rows.groupBy("reason", "row").agg(F.count("*").alias("copies"))
     return counted.select(F.lit(run).alias("run"), F.lit(table).alias("table"), F.sha2("row", 256).alias("row_hash"), "reason", "row", "copies")
 
 
-def insist(table: str, counted: Mapping[str | None, int], limit: float, widths: Widths | None = None) -> None:
-    """Raise InputError where more than ``limit`` of the rows were refused, or no row is left."""
+def advice(judged: DataFrame, first_year: int, now: datetime) -> str:
+    """An example of a time that is not plausible, and what it may mean."""
+    row = judged.filter("reason = 'implausible_timestamp'").agg(F.max(F.trim("timestamp")).alias("text"), F.max("time").alias("time")).first()
+    assert row is not None
+    return units.explain(row["text"], first_year, now)
+
+
+def alike(ids: DataFrame) -> str | None:
+    """Ids (the one column of ``ids``) that differ from another one in blanks at their ends or in Unicode's form (NFC) only, in words; None for none."""
+    (name,) = ids.columns
+    odd = ids.filter(F.col(name).rlike(r"[^\x21-\x7e]")).distinct()
+    plain = odd.mapInArrow(_plain_ids, "id string, plain string").persist()
+    if plain.isEmpty():
+        return None
+    others = ids.join(plain.select(F.col("plain").alias(name)).distinct(), name, "left_semi").distinct()
+    every = plain.union(others.select(F.col(name).alias("id"), F.col(name).alias("plain"))).distinct()
+    groups = every.groupBy("plain").agg(F.countDistinct("id").alias("n"), F.min("id").alias("one"), F.max("id").alias("other")).filter("n > 1")
+    row = groups.agg(F.count("*").alias("groups"), F.min(F.struct("one", "other")).alias("first")).first()
+    if row is None or not row["groups"]:
+        return None
+    first = row["first"]
+    return (
+        f"{row['groups']} groups of {name} differ in blanks or Unicode form only (first: {first['one']!a} and {first['other']!a}): "
+        "trim and normalize them (NFC) in the source if they mean the same"
+    )
+
+
+def _plain_ids(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        plain = pc.utf8_trim_whitespace(pc.utf8_normalize(batch.column(0), "NFC"))
+        yield pa.RecordBatch.from_arrays([batch.column(0), plain], names=["id", "plain"])
+
+
+def insist_vectors(widths: Widths) -> None:
+    """Raise InputError where no item has a vector of a modality."""
+    for modality, found in widths.items():
+        if not found:
+            raise InputError(
+                f"table items: no item has a vector in column {modality!r} (empty and zero vectors do not count): bring some, or take {modality!r} out of the "
+                "configuration (features.content, behavior.source)"
+            )
+
+
+def insist(table: str, counted: Mapping[str | None, int], limit: float, widths: Widths | None = None, advice: str = "") -> None:
+    """Raise InputError where more than ``limit`` of the rows were refused, those that ingest could not parse among them, or no row is left."""
     total, bad = sum(counted.values()), {reason: rows for reason, rows in counted.items() if reason}
     if not total:
         raise InputError(f"table {table} has no rows: check the source and import it again")
@@ -107,7 +178,7 @@ def insist(table: str, counted: Mapping[str | None, int], limit: float, widths: 
     if sum(bad.values()) / total > limit:
         raise InputError(
             f"table {table}: {sum(bad.values())} of {total} rows rejected, more than features.max_rejected {limit:g} ({listed}); "
-            f"{_two_widths(widths or {})}look at them in table rejected_rows, then mend the source, or raise features.max_rejected"
+            f"{_two_widths(widths or {})}{advice and advice + '; '}look at them in table rejected_rows, then mend the source, or raise features.max_rejected"
         )
     if not counted.get(None):
         raise InputError(f"table {table}: none of its {total} rows was accepted ({listed}); look at them in table rejected_rows and mend the source")
@@ -122,7 +193,8 @@ def _two_widths(widths: Widths) -> str:
 
 
 def _id_fault(column: str) -> Column:
-    return F.when(F.col(column).isNull(), f"null_{column}").when(F.trim(column) == "", f"empty_{column}")
+    faults = F.when(F.col(column).isNull(), f"null_{column}").when(~F.is_valid_utf8(column), f"not_utf8_{column}")
+    return faults.when(F.col(column).rlike(r"^[\s\p{Z}]*$"), f"empty_{column}").when(F.col(column).rlike(_BREAKS), f"control_character_{column}")
 
 
 def _vector_fault(widths: Mapping[str, int]) -> Column:
@@ -130,12 +202,8 @@ def _vector_fault(widths: Mapping[str, int]) -> Column:
         return reduce(operator.or_, map(test, widths), F.lit(False))
 
     def non_finite(name: str) -> Column:
-        # built-ins run as generated code, ten times as fast as a lambda; array_contains is null where an element is null, and NaN is the greatest value
+        # array_contains is null where an element is null, and NaN is the greatest value
         finite = ~F.array_contains(name, F.lit(_INFINITY).cast("float")) & (F.array_max(name) < _INFINITY) & (F.array_min(name) > -_INFINITY)
-        return F.col(name).isNotNull() & ~F.coalesce(finite, F.lit(False))
+        return present(name).isNotNull() & ~F.coalesce(finite, F.lit(False))
 
-    return (
-        F.when(any_of(lambda name: F.array_size(name) != widths[name]), "wrong_dimension")
-        .when(any_of(non_finite), "non_finite")
-        .when(any_of(lambda name: (F.array_max(name) == 0) & (F.array_min(name) == 0)), "zero_vector")
-    )
+    return F.when(any_of(lambda name: F.array_size(present(name)) != widths[name]), "wrong_dimension").when(any_of(non_finite), "non_finite")

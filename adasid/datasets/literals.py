@@ -1,0 +1,37 @@
+"""Lines that are Python literals, as the Amazon metadata of 2014 has them: ``{'asin': 'B1', 'price': None, 'title': 'Caf\\xe9'}``."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+
+def parse(names: Sequence[str], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """For batches with a column ``line``: ``names`` as text, and ``broken``, the line where it is no dictionary. Text stays as it is, None is null, other values
+    are JSON. Only lines that are not JSON should come here: each is parsed by Python."""
+    for batch in batches:
+        lines = batch["line"].to_pylist()
+        rows = [_fields(line) for line in lines]
+        columns = [pa.array([None if row is None else _text(row.get(name)) for row in rows], pa.string()) for name in names]
+        broken = pa.array([line if row is None else None for line, row in zip(lines, rows)], pa.string())
+        yield pa.RecordBatch.from_arrays([*columns, broken], names=[*names, "broken"])
+
+
+def _fields(line: str) -> dict[Any, Any] | None:
+    try:
+        value = ast.literal_eval(line.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _text(value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate of an escape is no text
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,38 @@
+"""What an event says: positive, negative or nothing, and whether it belongs to its user's history."""
+
+from __future__ import annotations
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from adasid.config import Features
+from adasid.errors import InputError
+
+
+def labelled(events: DataFrame, features: Features) -> DataFrame:
+    """``events`` with ``label`` (1, 0, or null for an event that is neither labelled nor rated among others that are) and ``in_history``.
+
+    A label counts as it is; a rating is positive above ``features.positive_rating``; where nothing is labelled or rated, every event is positive. Raises
+    InputError where no event would be positive.
+    """
+    sums = [F.count("label").alias("labels"), F.count("rating").alias("ratings"), F.max("rating").alias("highest"), F.sum("label").alias("positive")]
+    found = events.agg(*sums).first()
+    assert found is not None
+    limit = features.positive_rating
+    if found["ratings"] and not found["labels"] and found["highest"] <= limit:
+        fix = "call the column 'label' if 1 means positive, or set" if found["highest"] <= 1 else "set"
+        raise InputError(
+            f"table interactions: the highest rating is {found['highest']:g}, not above features.positive_rating {limit:g}, so no event is positive: "
+            f"{fix} features.positive_rating below it"
+        )
+    if found["labels"] and not found["positive"] and not (found["ratings"] and found["highest"] > limit):
+        raise InputError("table interactions: all labels are 0, so no event is positive: bring positive events, or leave the column out")
+    unsaid = F.lit(None).cast("int") if found["labels"] or found["ratings"] else F.lit(1)
+    given = F.when(F.col("label").isNotNull(), F.col("label").cast("int"))
+    label = F.coalesce(given, (F.col("rating") > limit).cast("int"), unsaid)
+    shown = {
+        "auto": ~F.coalesce(given == 0, F.lit(False)),
+        "all": F.lit(True),
+        "positive": F.coalesce(label, F.lit(1)) == 1,
+    }[features.histories]
+    return events.withColumn("in_history", shown).withColumn("label", label)

@@ -1,0 +1,210 @@
+"""Parquet files and Delta tables of a source, as the lake keeps them (``adasid.datasets.columns``).
+
+Files below a local or mounted path are read by Arrow inside Spark tasks, some row groups a task: every file by its own schema, so that a column that
+only some files have, or that changes its type, does no harm; names that Hadoop cannot parse, half floats and nanoseconds are read; an error names
+the file. Paths with a scheme (object storage, HDFS) and Delta tables are read by Spark.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, DataFrameReader, SparkSession
+from pyspark.sql.pandas.types import to_arrow_schema
+
+from adasid import tables
+from adasid.datasets import columns
+from adasid.errors import InputError, first_line
+from pipelines.engines import spark as engine
+
+_TASK_BYTES = 128 * 2**20
+"""Uncompressed bytes from which on a task is full."""
+_ROWS = 8192
+_READERS = 16
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+
+
+class DataFile(NamedTuple):
+    """``path`` of a Parquet file; ``partition``: columns that its folders name (Hive), as text, null for the default partition."""
+
+    path: str
+    partition: tuple[tuple[str, str | None], ...]
+
+
+class Target(NamedTuple):
+    """The ``schema`` that rows get; columns that ``every`` file must have, and of which ``some`` file must (name -> fix); and columns of which
+    ``one_of`` must be there, to order events."""
+
+    schema: pa.Schema
+    every: dict[str, str]
+    some: dict[str, str]
+    one_of: tuple[str, ...] = ()
+
+    def check(self, where: str, names: list[str]) -> None:
+        """Raise InputError unless the columns ``names`` of a whole table are enough."""
+        found = f"(found: {', '.join(names)})"
+        for name, fix in {**self.every, **self.some}.items():
+            if name not in names:
+                raise InputError(f"{where}: column {name!r} is missing {found}; {fix}")
+        if self.one_of and not {*self.one_of} & {*names}:
+            raise InputError(f"{where}: columns 'timestamp' and 'pos' are missing {found}; add one of them to order the events")
+
+
+def items(modalities: Sequence[str]) -> Target:
+    """The table of items."""
+    fix = "add it as an array of floats (null where an item has none)"
+    return Target(tables.items(modalities), {"item_id": "add the item's id"}, dict.fromkeys(modalities, fix))
+
+
+EVENTS = Target(tables.INTERACTIONS, {"user_id": "add the user's id", "item_id": "add the item's id"}, {}, ("timestamp", "pos", "order"))
+
+
+class _Footer(NamedTuple):
+    schema: pa.Schema
+    group_bytes: list[int]
+
+
+def local(path: str) -> Path | None:
+    """The path in the file system; None for one with another scheme than ``file``."""
+    if path.startswith("file:"):
+        return Path("/" + path.removeprefix("file:").lstrip("/"))
+    return None if "://" in path else Path(path)
+
+
+def listed(root: Path) -> list[DataFile]:
+    """The file ``root``, or all files below the folder ``root``, sorted; names that begin with ``_`` or ``.`` are not data."""
+    if root.is_file():
+        return [DataFile(str(root), ())]
+    found = []
+    for folder, inner, names in os.walk(root, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(("_", "."))]
+        pairs = (part.partition("=") for part in Path(folder).relative_to(root).parts)
+        keys = tuple((name, None if value == _NO_PARTITION else unquote(value)) for name, mark, value in pairs if mark)
+        found += [DataFile(str(Path(folder) / name), keys) for name in names if not name.startswith(("_", "."))]
+    return sorted(found)
+
+
+def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callable[[str], None]) -> DataFrame:
+    """The rows of a Parquet file or folder. A column that only some files have is null in the others, after a ``note``. Raises InputError that
+    names ``key``, file and column."""
+    root = local(path)
+    if root is None:
+        return _by_spark(key, path, target, spark.read.option("mergeSchema", "true").format("parquet"))
+    where, files = f"{key} {path}", listed(root)
+    if not files:
+        raise InputError(f"{where}: {'has no Parquet file' if root.exists() else 'does not exist'}; give an existing path")
+    with ThreadPoolExecutor(_READERS) as pool:
+        footers = list(pool.map(partial(_footer, key), files))
+    _check(where, key, files, footers, target, note)
+    plan = _plan(files, footers)
+    tasks = spark.range(0, max(len(plan), 1), 1, max(len(plan), 1))
+    return tasks.mapInArrow(partial(_read, plan, target.schema, key), engine.struct(target.schema))
+
+
+def delta(spark: SparkSession, key: str, path: str, version: int, target: Target) -> DataFrame:
+    """The same of a Delta table at a version."""
+    return _by_spark(key, path, target, spark.read.format("delta").option("versionAsOf", version))
+
+
+def _footer(key: str, file: DataFile) -> _Footer:
+    try:
+        with pq.ParquetFile(file.path) as opened:
+            groups, partition = opened.metadata, [name for name, _ in file.partition]
+            sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]
+            fields = [field for field in opened.schema_arrow if field.name not in partition]
+            return _Footer(pa.schema([*fields, *((name, pa.string()) for name in partition)]), sizes)
+    except (pa.ArrowException, OSError) as error:
+        size = os.path.getsize(file.path) if os.path.exists(file.path) else 0
+        raise InputError(
+            f"{key} {file.path}: not readable as parquet ({size} bytes: {first_line(error)}); correct the path or the format, or write the file again"
+        ) from None
+
+
+def _check(where: str, key: str, files: Sequence[DataFile], footers: Sequence[_Footer], target: Target, note: Callable[[str], None]) -> None:
+    distinct = dict[pa.Schema, str]()
+    for file, footer in zip(files, footers):
+        distinct.setdefault(footer.schema, file.path)
+    target.check(where, list(dict.fromkeys(name for own in distinct for name in own.names)))
+    for own, path in distinct.items():
+        for name in target.every:
+            if name not in own.names:
+                raise InputError(f"{key} {path}: column {name!r} is missing (found: {', '.join(own.names)}), which other files have; add it")
+        columns.problems(own, target.schema, f"{key} {path}")
+    known = [{*footer.schema.names} for footer in footers]
+    for name in sorted(columns.read_from(target.schema) & set().union(*known)):
+        without = [file.path for file, names in zip(files, known) if name not in names]
+        if without:
+            note(f"{where}: column {name!r} is missing in {len(without)} of {len(files)} files (first: {without[0]}): null there")
+    untitled = [own.field("title").type for own in distinct if "title" in own.names and not _is_title(own.field("title").type)]
+    if untitled and "title" in target.schema.names:
+        note(f"{where}: column 'title' is {untitled[0]}, not text: titles are left out")
+
+
+def _is_title(kind: pa.DataType) -> bool:
+    return columns.texts(columns.decoded(pa.nulls(0, kind))) is not None
+
+
+def _plan(files: Sequence[DataFile], footers: Sequence[_Footer]) -> list[list[tuple[DataFile, list[int]]]]:
+    """For each task the row groups that it reads, of about ``_TASK_BYTES``."""
+    plan, full = list[list[tuple[DataFile, list[int]]]](), _TASK_BYTES
+    for file, footer in zip(files, footers):
+        for group, size in enumerate(footer.group_bytes):
+            if full >= _TASK_BYTES:
+                plan.append([])
+                full = 0
+            full += size
+            if plan[-1] and plan[-1][-1][0] == file:
+                plan[-1][-1][1].append(group)
+            else:
+                plan[-1].append((file, [group]))
+    return plan
+
+
+def _read(plan: list[list[tuple[DataFile, list[int]]]], schema: pa.Schema, key: str, tasks: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """On a Spark worker: the rows of the tasks whose numbers come in."""
+    for batch in tasks:
+        for number in batch["id"].to_pylist():
+            for file, groups in plan[number] if plan else []:
+                yield from _rows(file, groups, schema, key)
+
+
+def _rows(file: DataFile, groups: list[int], schema: pa.Schema, key: str) -> Iterator[pa.RecordBatch]:
+    where, partition = f"{key} {file.path}", dict(file.partition)
+    try:
+        with pq.ParquetFile(file.path) as opened:
+            names = opened.schema_arrow.names
+            wanted = [name for name in names if name in columns.read_from(schema) and name not in partition]
+            for part in opened.iter_batches(_ROWS, row_groups=groups, columns=wanted):
+                keys = [pa.repeat(pa.scalar(value, pa.string()), part.num_rows) for value in partition.values()]
+                rows = pa.RecordBatch.from_arrays([*part.columns, *keys], names=[*part.schema.names, *partition])
+                yield columns.convert(rows, schema, where)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{where}: not readable as parquet ({first_line(error)}); write the file again") from None
+
+
+def _by_spark(key: str, path: str, target: Target, reader: DataFrameReader) -> DataFrame:
+    where = f"{key} {path}"
+    try:
+        frame = reader.load(path)
+    except (Py4JJavaError, PySparkException) as error:
+        raise InputError(f"{where}: not readable ({engine.root_cause(error)}); correct the path or the format") from None
+    target.check(where, frame.columns)
+    names = [name for name in frame.columns if name in columns.read_from(target.schema)]
+    chosen = frame.select(*(f"`{name}`" for name in names))
+    columns.problems(to_arrow_schema(chosen.schema, timezone="UTC"), target.schema, where)
+    return chosen.mapInArrow(partial(_converted, target.schema, where), engine.struct(target.schema))
+
+
+def _converted(schema: pa.Schema, where: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        yield columns.convert(batch, schema, where)

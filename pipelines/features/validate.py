@@ -95,7 +95,7 @@ def parse_time(text: Column) -> Column:
     """Timestamp of a text. A number is a unix time, with or without a fraction, in seconds, milliseconds, microseconds or nanoseconds by its size;
     anything else is ISO 8601 from the year on. Null where neither."""
     number = F.when(text.rlike(_NUMBER), text.try_cast("decimal(38,9)"))
-    micros = F.when(F.abs(number) > _UNITS[-1][0] * 100, None)  # beyond 64 bits
+    micros = F.when(F.abs(number) > 9 * 10**18, None)  # beyond 64 bits
     for most, factor in _UNITS:
         micros = micros.when(F.abs(number) <= most, (number * factor).cast("bigint"))
     micros = micros.otherwise((number / 1000).cast("bigint"))
@@ -137,9 +137,9 @@ def alike(ids: DataFrame) -> str | None:
     """Ids (the one column of ``ids``) that differ from another one in blanks at their ends or in Unicode's form (NFC) only, in words; None for none."""
     (name,) = ids.columns
     odd = ids.filter(F.col(name).rlike(r"[^\x21-\x7e]")).distinct()
-    plain = odd.mapInArrow(_plain_ids, "id string, plain string").persist()
-    if plain.isEmpty():
+    if odd.isEmpty():
         return None
+    plain = odd.mapInArrow(_plain_ids, "id string, plain string").persist()
     others = ids.join(plain.select(F.col("plain").alias(name)).distinct(), name, "left_semi").distinct()
     every = plain.union(others.select(F.col(name).alias("id"), F.col(name).alias("plain"))).distinct()
     groups = every.groupBy("plain").agg(F.countDistinct("id").alias("n"), F.min("id").alias("one"), F.max("id").alias("other")).filter("n > 1")

@@ -12,7 +12,9 @@ from adasid.config import Features
 from adasid.errors import InputError
 from pipelines.features import events, histories
 
-SCHEMA = "user_id string, item_id string, time timestamp, pos bigint, rating float"
+SCHEMA = "user_id string, item_id string, time timestamp, pos bigint, rating float, label int, in_history boolean"
+SEED = 17
+NOTHING = (0, {})  # copies of items, items without a modality
 
 
 def at(second):
@@ -20,12 +22,15 @@ def at(second):
 
 
 def frame(spark, rows):
-    """rows: user, item, second or None, pos or None, rating or None."""
-    return spark.createDataFrame([(user, item, at(second), pos, rating) for user, item, second, pos, rating in rows], SCHEMA)
+    """rows: user, item, second or None, pos or None, rating or None; and, where given, the label, which 0 puts outside histories."""
+    padded = [(*row, 1)[:6] for row in rows]
+    return spark.createDataFrame(
+        [(user, item, at(second), pos, rating, label, label != 0) for user, item, second, pos, rating, label in padded], SCHEMA
+    )
 
 
 def placed(spark, rows, **settings):
-    ordered = histories.order(frame(spark, rows), Features(**settings))
+    ordered = histories.order(frame(spark, rows), Features(**settings), SEED)
     return {(row["user_id"], row["position"]): (row["item_id"], row["split"]) for row in ordered.collect()}
 
 
@@ -71,10 +76,10 @@ def test_k_core_reaches_the_fixed_point_that_brute_force_finds(spark):
     assert histories.k_core(rows, 3, 1)[1] is False
 
 
-def test_order_is_time_then_pos_then_item(spark):
+def test_order_is_time_then_pos(spark):
     rows = [
         ("u", "d", 2, None, None),
-        ("u", "c", 1, 1, None),
+        ("u", "c", 1, 2, None),
         ("u", "b", 1, 0, None),
         ("u", "a", 1, 1, None),
         ("v", "z", None, 1, None),
@@ -88,6 +93,70 @@ def test_order_is_time_then_pos_then_item(spark):
         ("v", 0): "y",
         ("v", 1): "z",
     }
+
+
+def test_ties_are_ordered_by_a_seeded_hash_and_counted(spark):
+    rows = [(f"u{user:02d}", f"i{item}", 5, None, None) for user in range(60) for item in range(4)] + [("v", "a", 1, 0, None), ("v", "b", 1, 1, None)]
+
+    def orders(seed, partitions):
+        placed = histories.order(frame(spark, rows).repartition(partitions, "item_id"), Features(), seed).collect()
+        tied = {row["user_id"] for row in placed if row["tied"]}
+        users = {row["user_id"]: [] for row in placed}
+        for row in sorted(placed, key=lambda row: row["position"]):
+            users[row["user_id"]].append(row["item_id"])
+        return users, tied
+
+    users, tied = orders(SEED, 3)
+    assert tied == {f"u{user:02d}" for user in range(60)}, "v has pos"
+    assert users == orders(SEED, 2)[0] and users != orders(SEED + 1, 2)[0]
+    first = Counter(items[0] for user, items in users.items() if user != "v")
+    assert all(abs(count - 15) < 5 * (60 * 0.25 * 0.75) ** 0.5 for count in first.values()) and len(first) == 4, first  # any item may come first
+
+
+def test_impressions_are_in_no_history_and_are_split_with_the_visit_that_follows(spark):
+    rows = [
+        ("u", "a", 1, None, None),
+        ("u", "x", 2, None, None, 0),
+        ("u", "b", 3, None, None),
+        ("u", "y", 4, None, None, 0),
+        ("u", "c", 5, None, None),
+        ("u", "z", 6, None, None, 0),
+        ("u", "d", 7, None, None),
+        ("u", "w", 8, None, None, 0),
+    ]
+    ordered = histories.order(frame(spark, rows), Features(), SEED)
+    found = {row["item_id"]: (row["split"], row["ranking_split"], row["place"]) for row in ordered.collect()}
+    assert found == {
+        "a": ("train", "train", 0), "x": (None, "ranking", 1), "b": ("train", "train", 1), "y": (None, "validation", 2),
+        "c": ("validation", "validation", 2), "z": (None, "test", 3), "d": ("test", "test", 3), "w": (None, "test", 4),
+    }  # fmt: skip
+    later = histories.order(frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.25, 0.25)), SEED)
+    by_time = {row["item_id"]: (row["split"], row["ranking_split"]) for row in later.collect()}
+    assert by_time == {
+        "a": ("train", "train"), "x": (None, "ranking"), "b": ("train", "train"), "y": (None, "ranking"),
+        "c": ("validation", "validation"), "z": (None, "validation"), "d": ("test", "test"), "w": (None, "test"),
+    }  # fmt: skip
+    indexed = ordered.selectExpr("*", "CAST(ascii(item_id) AS bigint) AS item_index")
+    made = {row["split"]: (row["history"], row["target"]) for row in histories.sequences(indexed, 5).collect()}
+    a, b, c, d = map(ord, "abcd")
+    assert made == {"train": ([a, b], None), "validation": ([a, b], c), "test": ([a, b, c], d)}
+
+
+def test_an_impression_does_not_hide_a_visit(spark):
+    rows = [("u", "a", 1, None, None, 0), ("u", "a", 1, None, None, 1), ("u", "a", 2, None, None, 1), ("v", "a", 1, None, None, 0)]
+
+    def kept(how):
+        left = histories.deduplicate(frame(spark, rows), how).selectExpr("user_id", "unix_seconds(time) AS at", "label").collect()
+        return sorted(tuple(row) for row in left)
+
+    assert kept("exact") == [("u", 1, 1), ("u", 2, 1), ("v", 1, 0)]
+    assert kept("pair") == [("u", 1, 0), ("u", 1, 1), ("v", 1, 0)]
+
+
+def test_the_latest_events_of_a_heavy_user_are_kept(spark):
+    rows = [("bot", f"i{second % 7}", second, None, None) for second in range(50)] + [("u", "i0", 1, None, None)]
+    left = histories.cap(frame(spark, rows), 10, SEED).selectExpr("user_id", "unix_seconds(time) AS at").collect()
+    assert sorted(row["at"] for row in left if row["user_id"] == "bot") == list(range(40, 50)) and len(left) == 11
 
 
 def test_leave_one_out_needs_three_events(spark):
@@ -126,7 +195,7 @@ def test_global_time_cuts_by_time_and_keeps_ties_together(spark):
 
 def test_what_one_task_holds_out_is_training_for_neither(spark):
     rows = [("u", f"i{second}", second, None, None) for second in range(6)] + [("v", f"i{second}", second, None, None) for second in range(4, 10)]
-    ordered = histories.order(frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.2, 0.2)))
+    ordered = histories.order(frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.2, 0.2)), SEED)
     found = {(row["user_id"], row["item_id"]): (row["split"], row["ranking_split"]) for row in ordered.collect()}
     assert [found["u", f"i{second}"] for second in range(6)] == [("train", "train")] * 4 + [("validation", "ranking"), ("test", "validation")]
     assert [found["v", f"i{second}"] for second in range(4, 10)] == [
@@ -145,24 +214,26 @@ class Notes:
 
 
 def test_settings_that_the_data_cannot_meet(spark):
-    judged = frame(spark, [("u", "a", 1, None, None), ("u", "b", None, 2, None)]).selectExpr("*", "CAST(NULL AS string) AS reason")
-    checked = events.Checked(judged, judged, 2, {})
+    judged = frame(spark, [("u", "a", 1, None, None), ("u", "b", None, 2, None)]).drop("in_history").selectExpr("*", "CAST(NULL AS string) AS reason")
+    checked = events.Checked(judged, judged, 2, {}, *NOTHING)
     with pytest.raises(InputError, match=r"features.split is 'global_time' but 1 events have no timestamp"):
-        events.prepare(checked, Features(split="global_time"), Notes())
+        events.prepare(checked, Features(split="global_time"), Notes(), SEED)
     with pytest.raises(InputError, match=r"features.ranking_split is 'global_time' but 1 events have no timestamp: .* features.ranking_split: same"):
-        events.prepare(checked, Features(ranking_split="global_time"), Notes())
+        events.prepare(checked, Features(ranking_split="global_time"), Notes(), SEED)
     with pytest.raises(InputError, match=r"features.k_core 5 leaves no event of 2: lower it, or set it to 0"):
-        events.prepare(checked, Features(k_core=5), Notes())
+        events.prepare(checked, Features(k_core=5), Notes(), SEED)
     with pytest.raises(AssertionError, match=r"k-core was still shrinking after features.k_core_rounds 1"):
-        twice = frame(spark, [(user, item, 1, None, None) for user, item in ("ux", "uy", "vx", "vy", "wy", "wz")]).selectExpr(
-            "*", "CAST(NULL AS string) AS reason"
+        twice = (
+            frame(spark, [(user, item, 1, None, None) for user, item in ("ux", "uy", "vx", "vy", "wy", "wz")])
+            .selectExpr("*", "CAST(NULL AS string) AS reason")
+            .drop("in_history")
         )
-        events.prepare(events.Checked(twice, twice, 6, {}), Features(k_core=2, k_core_rounds=1), Notes())
+        events.prepare(events.Checked(twice, twice, 6, {}, *NOTHING), Features(k_core=2, k_core_rounds=1), Notes(), SEED)
 
 
 def test_sequences(spark):
     def some(user, splits):
-        return [(user, 10 * position, position, split) for position, split in enumerate(splits)]
+        return [(user, 10 * place, place, split, True) for place, split in enumerate(splits)]
 
     train, validation, test = "train", "validation", "test"
     rows = [
@@ -174,7 +245,9 @@ def test_sequences(spark):
         *some("f", [validation, test]),
         *some("g", [test]),
     ]
-    made = histories.sequences(spark.createDataFrame(rows, "user_id string, item_index bigint, position bigint, split string").repartition(2), 3)
+    made = histories.sequences(
+        spark.createDataFrame(rows, "user_id string, item_index bigint, place bigint, split string, in_history boolean").repartition(2), 3
+    )
     found = {(row["user_id"], row["split"]): (row["history"], row["target"]) for row in made.collect()}
     assert found == {
         ("a", train): ([10, 20, 30, 40], None), ("a", validation): ([20, 30, 40], 50), ("a", test): ([30, 40, 50], 60),

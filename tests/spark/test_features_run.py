@@ -33,10 +33,10 @@ def catalogue():
     seen = []
     for user in range(25):
         for step in range(int(rng.integers(1, 9))):
-            item, time = names[min(int(rng.zipf(1.4)) - 1, 27)], 1_500_000_000 + int(rng.integers(0, 40)) * 86_400
+            item, time = names[min(int(rng.zipf(1.4)) - 1, 27)], 1_500_000_000 + int(rng.integers(0, 40)) * 86_400 + step
             text = (str(time), str(time * 1000), np.datetime64(time, "s").astype(str))[step % 3]
-            seen.append((f"u{user:02d}", item, text, None, [None, 2.0, 5.0][step % 3]))
-    return rows, [*seen, *seen[:5], ("u00", "nowhere", "1", None, None)]
+            seen.append((f"u{user:02d}", item, text, None, [None, 2.0, 5.0][step % 3], None))
+    return rows, [*seen, *seen[:5], ("u00", "nowhere", "1", None, None, None)]
 
 
 def config(root, **sections):
@@ -57,7 +57,7 @@ def prepare(spark, cfg, rows, seen, order=None):
     with tracking.stage(cfg, "ingest") as track:
         for table, data, arrow in (("items", rows, schema), ("interactions", seen, tables.INTERACTIONS)):
             frame = spark.createDataFrame(data[::-1] if order else data, struct(arrow))
-            write(frame.repartition(order) if order else frame.coalesce(1), track.lake, table, arrow, table)
+            write(frame.repartition(order) if order else frame.coalesce(1), track.lake, table, arrow, "ingest")
     return track.lake
 
 
@@ -102,7 +102,7 @@ def done(spark, tmp_path_factory):
 def expected_events():
     """Clean events by user in order, in plain Python."""
     users = defaultdict(list)
-    for user, item, text, _, rating in dict.fromkeys(row for row in catalogue()[1] if row[1] != "nowhere"):
+    for user, item, text, _, rating, _ in dict.fromkeys(row for row in catalogue()[1] if row[1] != "nowhere"):
         time = int(np.datetime64(text).astype("datetime64[s]").astype(int)) if "T" in text else int(text) // (1000 if len(text) > 10 else 1)
         users[user].append((time, item, -1.0 if rating is None else rating))
     for user, rows in users.items():
@@ -128,7 +128,9 @@ def test_tables_against_plain_python(done):
         for row in lake.read("ranking_samples").to_pylist()
     }
     assert samples == {
-        (user, i): (index[item], time, int(rating in (-1.0, 5.0))) for user, rows in users.items() for i, (time, item, rating) in enumerate(rows)
+        (user, i): (index[item], time, {-1.0: None, 2.0: 0, 5.0: 1}[rating])
+        for user, rows in users.items()
+        for i, (time, item, rating) in enumerate(rows)
     }
     sequences = {(row["user_id"], row["split"]): (row["history"], row["target"]) for row in lake.read("sequences").to_pylist()}
     indexed = {user: [index[item] for _, item, _ in rows] for user, rows in users.items()}
@@ -138,7 +140,9 @@ def test_tables_against_plain_python(done):
         **{(user, "test"): (row[:-1], row[-1]) for user, row in indexed.items() if len(row) >= 3},
     }
     stats = lake.read("catalog_stats").to_pylist()[0]
-    assert dict(stats["rejected"]) == {"duplicate_item": 1, "empty_item_id": 1, "unknown_item": 1}
+    assert dict(stats["rejected"]) == {"empty_item_id": 1, "unknown_item": 1} and stats["duplicate_items"] == 1
+    assert dict(stats["missing"]) == {"text": 0, "visual": sum(row[3] is None for row in catalogue()[0] if row[0]) - (catalogue()[0][3][3] is None)}
+    assert [stats[name] for name in ("capped", "below_k_core", "tied", "outside_histories")] == [0] * 4
     assert stats["duplicates"] == len(catalogue()[1]) - 1 - stats["interactions"]
 
 
@@ -211,7 +215,7 @@ def test_events_that_nobody_rated_are_split_as_ever(done):
     for changes in ({"ranking_holdout": (0.2, 0.2)}, {"ranking_split": "auto", "positive_rating": 1.0}):
         features = cfg.features.model_copy(update=changes)
         before = features.model_dump(mode="json", exclude=events._LATER | {"ranking_split", "ranking_holdout"})
-        mark = digest("events", before, MODALITIES, lake.stamps(lake.versions("items", "interactions")))
+        mark = digest("events", before, cfg.seed, MODALITIES, lake.stamps(lake.versions("items", "interactions")))
         assert events._mark(cfg, events._decided(features, track), lake) == mark
     assert events.build(cfg.model_copy(update={"features": cfg.features.model_copy(update={"ranking_holdout": (0.2, 0.2)})}), track) is False
 
@@ -255,7 +259,7 @@ def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
         spark,
         cfg,
         [(*row, vectors[row[0]]) for row in rows],
-        [(user, item, None, i, rating) for i, (user, item, _, _, rating) in enumerate(seen)],
+        [(user, item, None, i, rating, None) for i, (user, item, _, _, rating, _) in enumerate(seen)],
     )
     run(cfg)
     told = capsys.readouterr().err
@@ -310,7 +314,7 @@ def test_shuffles_are_as_few_as_the_plan_needs(spark, done, broadcast):
         spark.conf.set(key, value)
     try:
         with tracking.stage(cfg, "count") as track:
-            clean = events.prepare(events.check(spark, cfg, lake, "count"), cfg.features, track)
+            clean = events.prepare(events.check(spark, cfg, lake, "count", track.note), cfg.features, track, cfg.seed)
             of_events = exchanges(spark, clean.events)
             spark.catalog.clearCache()
             of_items = exchanges(spark, items.join(spark, cfg, lake))

@@ -15,6 +15,7 @@ from pipelines.engines.spark import struct, write
 from pipelines.features import events, validate
 
 NAN, INF = float("nan"), float("inf")
+NOTES: list[str] = []
 GOOD = [1.0, 2.0, 3.0]
 
 
@@ -49,6 +50,10 @@ def test_every_reason_for_an_item(spark):
         ("none", "i", None),
         ("fine", "j", [0.0, 0.0, 1e-9]),
         ("holes", "k", [None, None, None]),
+        ("empty", "l", []),
+        ("half zero", "m", [0.0, None, 0.0]),
+        ("huge\u0085", "n", GOOD),
+        ("\u00a0 ", "o", GOOD),
     ]
     assert reason_of(spark, rows) == sorted(
         [
@@ -59,7 +64,11 @@ def test_every_reason_for_an_item(spark):
             ("inf", "e", "non_finite"),
             ("minus", "f", "non_finite"),
             ("hole", "g", "non_finite"),
-            ("zero", "h", "zero_vector"),
+            ("zero", "h", None),
+            ("empty", "l", None),
+            ("half zero", "m", "non_finite"),
+            ("huge\u0085", "n", "control_character_item_id"),
+            ("\u00a0 ", "o", "empty_item_id"),
             ("none", "i", None),
             ("fine", "j", None),
             ("holes", "k", "non_finite"),
@@ -70,7 +79,7 @@ def test_every_reason_for_an_item(spark):
 
 def test_of_duplicates_a_faultless_one_is_kept_whatever_the_order(spark):
     rows = [
-        ("x", "bad", [0.0] * 3),
+        ("x", "bad", [INF] * 3),
         ("x", "first", GOOD),
         ("x", "second", GOOD),
         ("same", "s", GOOD),
@@ -82,7 +91,7 @@ def test_of_duplicates_a_faultless_one_is_kept_whatever_the_order(spark):
     assert found == reason_of(spark, rows[::-1])
     kept = [title for _, title, reason in found if reason is None]
     assert sorted(kept) in (["first", "s"], ["s", "second"])
-    assert ("x", "bad", "duplicate_item") in found
+    assert ("x", "bad", "duplicate_item") in found and ("same", "s", validate.COPY) in found
     assert [reason for item, _, reason in found if item == "worse"] == [
         "non_finite",
         "non_finite",
@@ -100,12 +109,19 @@ def test_every_reason_for_an_interaction(spark):
         "no_order": ("u", "x", " ", None),
         "unparsable_timestamp": ("u", "x", "yesterday", 1),
         "future_timestamp": ("u", "x", "2020-01-02", 1),
+        "implausible_timestamp": ("u", "x", "20190913", 1),
+        "control_character_user_id": ("u\n", "x", None, 1),
+        "control_character_item_id": ("u", "x\u2028y", None, 1),
+        "invalid_label": ("u", "x", None, 1, None, 2.0),
+        "invalid_rating": ("u", "x", None, 2, INF),
     }
-    frame = events_frame(spark, [(*row, None) for row in cases.values()] + [("u", "x", None, 3, None), ("u", "x", "2020-01-01T00:00:00", None, 5.0)])
+    padded = [(*row, None, None)[:6] for row in cases.values()]
+    good = [("u", "x", None, 3, None, 1.0), ("u", "x", "2020-01-01T00:00:00", None, 5.0, None)]
     known = spark.createDataFrame([("x",)], "item_id string")
-    found = [(tuple(row)[:4], row["reason"]) for row in validate.judge_events(frame, known, now).collect()]
+    judged = validate.judge_events(events_frame(spark, padded + good), known, now, 1990)
+    found = [(tuple(row)[:4], row["reason"]) for row in judged.collect()]
     good = [(("u", "x", None, 3), None), (("u", "x", "2020-01-01T00:00:00", None), None)]
-    assert sorted(found, key=str) == sorted([*((row, reason) for reason, row in cases.items()), *good], key=str)
+    assert sorted(found, key=str) == sorted([*((row[:4], reason) for reason, row in cases.items()), *good], key=str)
 
 
 def test_timestamps_are_seconds_milliseconds_or_iso(spark):
@@ -113,14 +129,27 @@ def test_timestamps_are_seconds_milliseconds_or_iso(spark):
         "0": 0,
         "100000000000": 10**11,
         "100000000001": 100_000_000.001,
+        "1600000000.5": 1_600_000_000.5,
+        "1.6e9": 1_600_000_000,
+        "1.6e+18": 1_600_000_000,
+        "1600000000000": 1_600_000_000,
+        "1600000000000005": 1_600_000_000.000005,
+        "1600000000000005999": 1_600_000_000.000005,
+        "-1600000000000000": -1_600_000_000,
+        "2020-09-13T12:26:40.123456789Z": 1_600_000_000.123456,
         "-86400": -86400,
         "1970-01-02": 86400,
         "1970-01-01T01:00:00+01:00": 0,
         "1970-01-01 00:00:01.5": 1.5,
-        "1.5": None,
+        "1.5": 1.5,
         "12:30": None,
         "9" * 30: None,
-        "9" * 17: None,
+        "9" * 19: None,
+        "1e99": None,
+        "1e9999": None,
+        "1_000": None,
+        "0x10": None,
+        "١٢٣": None,
         "2020-13-01": None,
         "soon": None,
     }
@@ -142,12 +171,12 @@ def lake(spark, tmp_path_factory):
     lake = Lake(str(tmp_path_factory.mktemp("validate")), {})
     items = [("a", "t", GOOD), ("b", None, GOOD), ("z", None, [0.0, NAN, 0.0]), ("z", None, [0.0, NAN, 0.0])]
     seen = [
-        ("u", "a", "1", None, None),
-        ("u", "b", "2", None, 4.0),
-        ("u", "b", "2", None, 4.0),
-        ("u", "b", "3", None, None),
-        ("v", "q", "3", 7, None),
-        ("v", "q", "3", 7, None),
+        ("u", "a", "1000000000", None, None, None),
+        ("u", "b", "1000000002", None, 4.0, None),
+        ("u", "b", "1000000002", None, 4.0, None),
+        ("u", "b", "1000000003", None, None, None),
+        ("v", "q", "3", 7, None, None),
+        ("v", "q", "3", 7, None, None),
     ]
     write(items_frame(spark, items), lake, "items", tables.items(["text"]), "i")
     write(events_frame(spark, seen), lake, "interactions", tables.INTERACTIONS, "e")
@@ -156,7 +185,7 @@ def lake(spark, tmp_path_factory):
 
 def test_refused_rows_are_kept_whole_once_a_run(spark, lake):
     for _ in range(2):
-        checked = events.check(spark, config(max_rejected=0.5), lake, "one")
+        checked = events.check(spark, config(max_rejected=0.5), lake, "one", NOTES.append)
     assert (checked.good, checked.rejected) == (4, {"non_finite": 2, "unknown_item": 2})
     rows = {(row["table"], row["reason"]): row for row in lake.read("rejected_rows").to_pylist()}
     assert {key: (row["run"], row["copies"]) for key, row in rows.items()} == {
@@ -171,6 +200,7 @@ def test_refused_rows_are_kept_whole_once_a_run(spark, lake):
         "timestamp": "3",
         "pos": 7,
         "rating": None,
+        "label": None,
     }
 
 
@@ -179,7 +209,7 @@ def test_too_many_refused_rows_stop_the_stage_after_they_were_written(spark, lak
         InputError,
         match=r"table items: 2 of 4 rows rejected, more than features.max_rejected 0.05 \(non_finite: 2\); look at them in table rejected_rows",
     ):
-        events.check(spark, config(), lake, "two")
+        events.check(spark, config(), lake, "two", NOTES.append)
     assert [row["table"] for row in lake.read("rejected_rows").to_pylist() if row["run"] == "two"] == ["items"]
 
 

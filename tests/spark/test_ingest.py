@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from datetime import datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +105,8 @@ def test_parquet_tables_keep_raw_values(make_config, tmp_path):
     events = parquet(tmp_path / "e.parquet", user_id=[1, None], item_id=["x", "zz"], timestamp=[-5, None], rating=[4.5, None])
     track = ingested(tables_config(make_config, items, events))
     assert track.lake.read("interactions").to_pylist() == [
-        {"user_id": "1", "item_id": "x", "timestamp": "-5", "pos": None, "rating": 4.5},
-        {"user_id": None, "item_id": "zz", "timestamp": None, "pos": None, "rating": None},
+        {"user_id": "1", "item_id": "x", "timestamp": "-5", "pos": None, "rating": 4.5, "label": None},
+        {"user_id": None, "item_id": "zz", "timestamp": None, "pos": None, "rating": None, "label": None},
     ]
     found = track.lake.read("items")
     assert found.column_names == ["item_id", "title", "text"] and found["text"].null_count == 1 and found["item_id"].null_count == 1
@@ -117,12 +118,15 @@ def test_parquet_tables_keep_raw_values(make_config, tmp_path):
     [
         (pa.array([1_300_000_000_123, None]), ["1300000000123", None]),
         (pa.array([1.3e9, 1_300_000_000.25]), ["1300000000", "1300000000.25"]),
-        (pa.array([1.0e10, float("nan")]), ["10000000000", None]),
+        (pa.array([1.0e10, float("nan")]), ["1e+10", None]),
+        (pa.array([1_600_000_000_123_456_789, None], pa.timestamp("ns")), ["2020-09-13T12:26:40.123456Z", None]),
+        (pa.array([18_518, None], pa.date32()), ["2020-09-13T00:00:00.000000Z", None]),
+        (pa.array([Decimal("1600000000.50"), None]), ["1600000000.50", None]),
         (pa.array(["yesterday", "2020-01-01"]), ["yesterday", "2020-01-01"]),
         (pa.array([datetime(2020, 1, 2, 3, 4, 5, 600), None], pa.timestamp("us")), ["2020-01-02T03:04:05.000600Z", None]),
         (pa.array([datetime(2020, 1, 2, 3, tzinfo=timezone.utc)] * 2, pa.timestamp("us", tz="UTC")), ["2020-01-02T03:00:00.000000Z"] * 2),
     ],
-    ids=["ms", "seconds", "nan", "text", "naive", "utc"],
+    ids=["ms", "seconds", "nan", "nanoseconds", "date", "decimal", "text", "naive", "utc"],
 )
 def test_timestamps_become_text(make_config, tmp_path, values, expected):
     items = parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]])
@@ -135,7 +139,9 @@ def test_delta_tables_follow_their_version(make_config, tmp_path):
     write_deltalake(items, pa.table({"item_id": ["x"], "text": pa.array([[1.0]], tables.VECTOR), "behavior": [[2.0]]}))
     write_deltalake(events, pa.table({"user_id": ["a"], "item_id": ["x"], "order": pa.array([3], pa.int32()), "label": [1]}))
     cfg = tables_config(make_config, items, events, "delta", behavior={"source": "column"})
-    assert rows(ingested(cfg), "interactions", "user_id") == [{"user_id": "a", "item_id": "x", "timestamp": None, "pos": 3, "rating": 1.0}]
+    assert rows(ingested(cfg), "interactions", "user_id") == [
+        {"user_id": "a", "item_id": "x", "timestamp": None, "pos": 3, "rating": None, "label": 1.0}
+    ]
     assert ingested(cfg).status == "up to date"
     write_deltalake(events, pa.table({"user_id": ["b"], "item_id": ["x"], "order": pa.array([0], pa.int32()), "label": [0]}), mode="append")
     assert ingested(cfg).facts["interactions"] == 2
@@ -165,19 +171,34 @@ def test_a_changed_file_is_read_again(make_config, tmp_path, monkeypatch):
             r"source.tables.interactions .*column 'item_id' is missing \(found: user_id, timestamp\)",
         ),
         ({"item_id": ["x"], "text": [[1.0]]}, {"user_id": ["a"], "item_id": ["x"]}, r"columns 'timestamp' and 'pos' are missing"),
-        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "pos": ["1", "2"]}, r"column 'pos' is string; must be a number"),
-        (
-            {"item_id": ["x"], "text": [[1.0]]},
-            {**EVENTS, "timestamp": pa.array([1, 2], pa.timestamp("ns"))},
-            r"not readable as parquet .*store its times in microseconds",
-        ),
-        (
-            {"item_id": ["x"], "text": [[1.0]]},
-            {**EVENTS, "timestamp": [[1], [2]]},
-            r"column 'timestamp' is array<bigint>; must be a number",
-        ),
+        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "pos": ["1", "2"]}, r"column 'pos' is string; must be whole numbers"),
+        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "timestamp": [[1], [2]]}, r"column 'timestamp' is list<.*int64>; must be a number"),
+        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "timestamp": pa.array([1, 2], pa.float32())}, r"'timestamp' is float, which cannot hold"),
+        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "pos": [0.5, 1.0]}, r"e.parquet: column 'pos' is double and has a value that is no whole"),
+        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "rating": ["5", "4"]}, r"column 'rating' is string; must be a number"),
+        ({"item_id": [1.5], "text": [[1.0]]}, EVENTS, r"column 'item_id' is double; an id must be text or an integer: cast it to integers"),
+        ({"item_id": [b"x"], "text": [[1.0]]}, EVENTS, r"column 'item_id' is binary; an id must be text or an integer: store it as text"),
+        ({"item_id": [True], "text": [[1.0]]}, EVENTS, r"column 'item_id' is bool; an id must be"),
+        ({"item_id": [["x"]], "text": [[1.0]]}, EVENTS, r"column 'item_id' is list<.*>; an id must be"),
+        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "user_id": [1.0, 2.0]}, r"interactions .*column 'user_id' is double; an id must be"),
     ],
-    ids=["item_id", "modality", "not_array", "event_item", "no_order", "pos_text", "nanoseconds", "time_array"],
+    ids=[
+        "item_id",
+        "modality",
+        "not_array",
+        "event_item",
+        "no_order",
+        "pos_text",
+        "time_array",
+        "time_float",
+        "pos_fraction",
+        "rating_text",
+        "id_float",
+        "id_binary",
+        "id_bool",
+        "id_list",
+        "user_float",
+    ],
 )
 def test_table_errors_name_column_and_fix(make_config, tmp_path, items, events, message):
     cfg = tables_config(make_config, parquet(tmp_path / "i.parquet", **items), parquet(tmp_path / "e.parquet", **events))
@@ -225,7 +246,7 @@ def arrays_config(make_config, folder, items="items.txt", content=("text",), **s
 def test_arrays_beside_a_text_file(make_config, folder):
     track = ingested(arrays_config(make_config, folder))
     assert {row["item_id"]: row["text"] for row in rows(track, "items", "item_id")} == {"0007": [0, 1], 'x,"y"': [2, 3], "日本": [4, 5]}
-    assert rows(track, "interactions", "user_id") == [{"user_id": "a", "item_id": "7", "timestamp": None, "pos": 0, "rating": None}]
+    assert rows(track, "interactions", "user_id") == [{"user_id": "a", "item_id": "7", "timestamp": None, "pos": 0, "rating": None, "label": None}]
 
 
 def test_arrays_beside_a_table_in_many_tasks(make_config, folder, monkeypatch):
@@ -258,6 +279,9 @@ def test_array_errors_name_file_and_key(make_config, folder):
         fails(message)
     (folder / "text.npy").unlink()
     fails(r"source.arrays.embeddings.text .*text.npy: does not exist")
+    parquet(folder / "floats.parquet", item_id=[1.0, 2.0, 3.0])
+    np.save(folder / "text.npy", np.ones((3, 2), np.float16))
+    fails(r"source.arrays.items .*floats.parquet: column 'item_id' is double; an id must be text or an integer", items="floats.parquet")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +353,7 @@ def test_amazon_releases(make_config, tmp_path, year):
     track = ingested(cfg)
     events, items = rows(track, "interactions", "user_id"), rows(track, "items", "item_id")
     first = {2014: ("A1", "1252800000", 5.0), 2018: ("A1", "1514764800", 4.0), 2023: ("AE1", "1588687728923", 1.0)}[year]
-    assert events[0] == {"user_id": first[0], "item_id": "B1", "timestamp": first[1], "pos": None, "rating": first[2]}
+    assert events[0] == {"user_id": first[0], "item_id": "B1", "timestamp": first[1], "pos": None, "rating": first[2], "label": None}
     assert [row["item_id"] for row in items] == [row.get("asin", row.get("parent_asin")) for row in PRODUCTS[year]]
     assert items[0]["title"] == PRODUCTS[year][0]["title"] and all(len(row["text"]) == 8 for row in items[:2])
     if year == 2014:

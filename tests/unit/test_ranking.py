@@ -132,7 +132,8 @@ def events(labels=False, users=300, seed=0):
             "user_id": np.repeat([f"u{u:04d}" for u in range(users)], 12),
             "position": np.tile(np.arange(12), users),
             "item_index": items.reshape(-1),
-            "label": label.reshape(-1),
+            "label": pa.array(label.reshape(-1), pa.int32()),
+            "in_history": np.ones(items.size, bool),
             "split": np.tile(split, users),
         }
     )
@@ -154,10 +155,22 @@ def test_histories_hold_what_came_before():
     found = Events.from_batches(table.to_batches())
     assert [SPLITS[s] for s in found.splits[9:13]] == ["train", "validation", "test", "train"]
     mine = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["position"], 9))
-    other = table.set_column(4, "split", pc.if_else(mine, RANKING_ONLY, table["split"]))
+    other = table.set_column(5, "split", pc.if_else(mine, RANKING_ONLY, table["split"]))
     np.testing.assert_array_equal(Events.from_batches(other.to_batches()).splits, found.splits)
     event = 5 * 12 + 4
     assert found.histories(np.array([event, event - 4]), 3).tolist() == [found.items[event - 3 : event].tolist(), [-1, -1, -1]]
+
+
+def test_impressions_and_unrated_events(tmp_path):
+    """An impression is a sample and in no history; an event without a label is in histories and no sample."""
+    rows = {"position": range(6), "item_index": [10, 11, 12, 13, 14, 15], "label": [1, 0, None, 1, 0, 1]}
+    seen = {"in_history": [True, False, True, True, False, True], "split": ["train"] * 3 + ["ranking", "validation", "test"]}
+    found = Events.from_batches(pa.table({"user_id": ["u"] * 6, **rows, **seen}).to_batches())
+    assert [found.histories(np.array([e]), 2).tolist()[0] for e in range(6)] == [[-1], [10], [10], [10, 12], [12, 13], [12, 13]]
+    chosen = config.Ranking(width=8, hidden=(16,))
+    catalogue = ItemTokens.of(np.zeros((40, 2), np.int32), SLOTS)
+    made = RankingTraining(chosen, catalogue, found, np.ones(40, np.int64), np.zeros(40, np.int64), tmp_path, 3, Workers(), "v")
+    assert [made.parts[split].tolist() for split in SPLITS] == [[1, 3], [4], [5]]
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -223,7 +236,7 @@ def test_scores_of_many_samples_are_left_in_shards_for_others_to_measure(tmp_pat
 def test_a_split_of_one_class_is_named(tmp_path):
     table = events(labels=True)
     held_out = pc.equal(table["split"], "validation")
-    table = table.set_column(3, "label", pc.if_else(held_out, 1, table["label"]))
+    table = table.set_column(3, "label", pc.if_else(held_out, pa.scalar(1, pa.int32()), table["label"]))
     with pytest.raises(InputError, match=r"split 'validation' of ranking_samples version 0 has 300 positive and 0 negative samples"):
         training(tmp_path, table).run()
 

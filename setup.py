@@ -11,7 +11,16 @@ ENGINES = [
     "mlflow>=3.17,<4",
 ]
 REPORT = ["matplotlib>=3.9", "jinja2>=3.1"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "duckdb>=1.1", "scikit-learn>=1.5", "faiss-cpu>=1.9", "vector-quantize-pytorch>=1.20", "psutil>=5.9"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "duckdb>=1.1",
+    "scikit-learn>=1.5",
+    "faiss-cpu>=1.9",
+    "vector-quantize-pytorch>=1.20",
+    "psutil>=5.9",
+]
 
 setup(
     name="adasid",

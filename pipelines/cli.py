@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) ->
         log = cfg.run_dir / "error.log"
         body(cfg)
     except AdasidError as error:
+        if error.__cause__:  # an engine's error, in our words
+            _keep_trace(log)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

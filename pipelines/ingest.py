@@ -208,7 +208,7 @@ def _from_tables(
     def table(name: str, target: parquet.Target) -> DataFrame:
         key, path = f"source.tables.{name}", paths[name]
         if source.format == "delta":
-            return parquet.delta(spark, key, path, prints[key][-1], target)
+            return parquet.delta(spark, key, path, prints[key][-1], target, note)
         return parquet.scan(spark, key, path, target, note)
 
     return {"items": table("items", parquet.items(modalities)), "interactions": table("interactions", parquet.EVENTS)}

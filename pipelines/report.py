@@ -70,7 +70,7 @@ def gather(cfg: Config, lake: Lake) -> Material:
 
 def _catalog(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The one row; Arrow gives maps as lists of pairs."""
-    return {**rows[0], "rejected": dict(rows[0]["rejected"]), "strata": dict(rows[0]["strata"])} if rows else None
+    return {**rows[0], **{name: dict(rows[0].get(name) or ()) for name in ("rejected", "strata", "missing")}} if rows else None
 
 
 def _behavior(folder: Path) -> Training | None:

@@ -21,6 +21,14 @@ from adasid.errors import InputError, first_line
 from pipelines.engines.lake import Lake, stamped
 
 JARS = ("delta-spark_4.2_2.13-4.4.0.jar", "delta-storage-4.4.0.jar")
+_TASK_LOGS = (
+    "org.apache.spark.util.Utils",
+    "org.apache.spark.executor.Executor",
+    "org.apache.spark.scheduler.TaskSetManager",
+    "org.apache.spark.sql.execution.datasources.FileFormatWriter",
+    "org.apache.spark.sql.delta.files.DeltaFileFormatWriter",
+)
+"""Loggers of the driver that print a task's stack trace before its error reaches the job, which prints one line and keeps the trace in a file."""
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 
 
@@ -66,6 +74,9 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
         raise InputError(
             f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or `make setup`"
         ) from None
+    log4j = spark._jvm.org.apache.logging.log4j  # type: ignore[union-attr]
+    for name in _TASK_LOGS:
+        log4j.core.config.Configurator.setLevel(name, log4j.Level.OFF)
     return spark
 
 

@@ -134,7 +134,7 @@ def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[st
 def check(spark: SparkSession, cfg: Config, lake: Lake, mark: str, note: Callable[[str], None]) -> Checked:
     """Judge every input row. Refused rows are written before anything is raised about them."""
     features, used = cfg.features, modalities(cfg)
-    items, interactions = read(spark, lake, "items"), read(spark, lake, "interactions")
+    items = read(spark, lake, "items")
     limit, now = features.max_rejected, validate.clock(features.now)
     widths = validate.widths(items, used)
     judged_items = validate.judge_items(items, widths)
@@ -150,7 +150,7 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, mark: str, note: Callabl
     except InputError:
         _quarantine(spark, lake, mark, bad)
         raise
-    accepted = narrow.filter("reason IS NULL")
+    accepted, interactions = narrow.filter("reason IS NULL"), read(spark, lake, "interactions")
     judged = validate.judge_events(interactions, accepted, now, features.first_year).repartition("user_id").persist()
     counted_events = validate.reasons(judged) | _unparsed(lake, "interactions")
     bad_events = validate.refused(judged, "interactions", interactions.columns, mark) if set(counted_events) - {None} else None

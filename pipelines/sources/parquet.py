@@ -99,7 +99,7 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
     names ``key``, file and column."""
     root = local(path)
     if root is None:
-        return _by_spark(key, path, target, spark.read.option("mergeSchema", "true").format("parquet"))
+        return _by_spark(key, path, target, spark.read.option("mergeSchema", "true").format("parquet"), note)
     where, files = f"{key} {path}", listed(root)
     if not files:
         raise InputError(f"{where}: {'has no Parquet file' if root.exists() else 'does not exist'}; give an existing path")
@@ -111,9 +111,9 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
     return tasks.mapInArrow(partial(_read, plan, target.schema, key), engine.struct(target.schema))
 
 
-def delta(spark: SparkSession, key: str, path: str, version: int, target: Target) -> DataFrame:
+def delta(spark: SparkSession, key: str, path: str, version: int, target: Target, note: Callable[[str], None]) -> DataFrame:
     """The same of a Delta table at a version."""
-    return _by_spark(key, path, target, spark.read.format("delta").option("versionAsOf", version))
+    return _by_spark(key, path, target, spark.read.format("delta").option("versionAsOf", version), note)
 
 
 def _footer(key: str, file: DataFile) -> _Footer:
@@ -145,13 +145,15 @@ def _check(where: str, key: str, files: Sequence[DataFile], footers: Sequence[_F
         without = [file.path for file, names in zip(files, known) if name not in names]
         if without:
             note(f"{where}: column {name!r} is missing in {len(without)} of {len(files)} files (first: {without[0]}): null there")
-    untitled = [own.field("title").type for own in distinct if "title" in own.names and not _is_title(own.field("title").type)]
-    if untitled and "title" in target.schema.names:
-        note(f"{where}: column 'title' is {untitled[0]}, not text: titles are left out")
+    for own in distinct:
+        _check_title(where, own, target, note)
 
 
-def _is_title(kind: pa.DataType) -> bool:
-    return columns.texts(columns.decoded(pa.nulls(0, kind))) is not None
+def _check_title(where: str, schema: pa.Schema, target: Target, note: Callable[[str], None]) -> None:
+    if "title" in target.schema.names and "title" in schema.names:
+        kind = schema.field("title").type
+        if columns.texts(columns.decoded(pa.nulls(0, kind))) is None:
+            note(f"{where}: column 'title' is {kind}, not text: titles are left out")
 
 
 def _plan(files: Sequence[DataFile], footers: Sequence[_Footer]) -> list[list[tuple[DataFile, list[int]]]]:
@@ -192,7 +194,7 @@ def _rows(file: DataFile, groups: list[int], schema: pa.Schema, key: str) -> Ite
         raise InputError(f"{where}: not readable as parquet ({first_line(error)}); write the file again") from None
 
 
-def _by_spark(key: str, path: str, target: Target, reader: DataFrameReader) -> DataFrame:
+def _by_spark(key: str, path: str, target: Target, reader: DataFrameReader, note: Callable[[str], None]) -> DataFrame:
     where = f"{key} {path}"
     try:
         frame = reader.load(path)
@@ -201,7 +203,9 @@ def _by_spark(key: str, path: str, target: Target, reader: DataFrameReader) -> D
     target.check(where, frame.columns)
     names = [name for name in frame.columns if name in columns.read_from(target.schema)]
     chosen = frame.select(*(f"`{name}`" for name in names))
-    columns.problems(to_arrow_schema(chosen.schema, timezone="UTC"), target.schema, where)
+    schema = to_arrow_schema(chosen.schema, timezone="UTC")
+    columns.problems(schema, target.schema, where)
+    _check_title(where, schema, target, note)
     return chosen.mapInArrow(partial(_converted, target.schema, where), engine.struct(target.schema))
 
 

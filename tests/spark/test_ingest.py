@@ -220,6 +220,116 @@ def test_missing_and_wrong_files_are_named(make_config, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def folder_of(path: Path, **files: dict) -> str:
+    path.mkdir(parents=True)
+    for name, columns in files.items():
+        parquet(path / f"{name}.parquet", **columns)
+    return str(path)
+
+
+def test_columns_that_only_some_files_have_are_null_in_the_others(make_config, tmp_path, capsys):
+    items = parquet(tmp_path / "i.parquet", item_id=["x", "y"], text=[[1.0], [2.0]])
+    events = folder_of(
+        tmp_path / "events",
+        day1={"user_id": ["a"], "item_id": ["x"], "timestamp": [1]},
+        day2={"user_id": ["b"], "item_id": ["x"], "timestamp": ["2020-01-01"], "rating": [4]},
+        day3={"user_id": ["c"], "item_id": ["y"], "timestamp": pa.array([5], pa.timestamp("s")), "rating": [4.5]},
+    )
+    (tmp_path / "events" / "_SUCCESS").touch()
+    found = rows(ingested(tables_config(make_config, items, events)), "interactions", "user_id")
+    assert [(row["timestamp"], row["rating"]) for row in found] == [("1", None), ("2020-01-01", 4.0), ("1970-01-01T00:00:05.000000Z", 4.5)]
+    assert f"{events}: column 'rating' is missing in 1 of 3 files (first: {events}/day1.parquet): null there" in capsys.readouterr().err
+
+
+def test_a_type_that_changes_from_file_to_file(make_config, tmp_path):
+    """Integers and text are one id; a file whose ids are floats is named."""
+    items = parquet(tmp_path / "i.parquet", item_id=["7", "a"], text=[[1.0], [2.0]])
+    files = {"day1": {**EVENTS, "item_id": [7, 7]}, "day2": {**EVENTS, "item_id": ["a", "007"]}}
+    found = ingested(tables_config(make_config, items, folder_of(tmp_path / "good", **files))).lake.read("interactions")
+    assert sorted(found["item_id"].to_pylist()) == ["007", "7", "7", "a"]
+    bad = folder_of(tmp_path / "bad", **files, day3={**EVENTS, "item_id": [7.0, None]})
+    with pytest.raises(InputError, match=r"source.tables.interactions .*bad/day3.parquet: column 'item_id' is double; an id must be text"):
+        ingested(tables_config(make_config, items, bad))
+    missing = folder_of(tmp_path / "missing", **files, day4={"user_id": ["a"], "timestamp": [1]})
+    with pytest.raises(InputError, match=r"missing/day4.parquet: column 'item_id' is missing .* which other files have"):
+        ingested(tables_config(make_config, items, missing))
+
+
+def test_hive_partitions_keep_their_text(make_config, tmp_path):
+    items = parquet(tmp_path / "i.parquet", item_id=["001", "1"], text=[[1.0], [2.0]])
+    for value in ("001", "1", "a%20b", "__HIVE_DEFAULT_PARTITION__"):
+        folder = tmp_path / "events" / f"user_id={value}"
+        folder.mkdir(parents=True)
+        parquet(folder / "part.parquet", item_id=["001"], timestamp=[1])
+    found = ingested(tables_config(make_config, items, str(tmp_path / "events"))).lake.read("interactions")
+    assert sorted(found["user_id"].to_pylist(), key=str) == ["001", "1", None, "a b"]
+
+
+@pytest.mark.parametrize("name", ["a b #1", "100%25", "items[v2]{x}", "2026-05-01T00:00:00", "caf\u00e9 \u65e5\u672c", "part=x"])
+def test_files_may_have_any_name(make_config, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    items = parquet(folder / f"{name}.items.parquet", item_id=["x"], text=[[1.0]])
+    parquet(folder / f"{name}.events.parquet", **EVENTS)
+    assert ingested(tables_config(make_config, items, str(folder / f"{name}.events.parquet"))).facts == {"items": 1, "interactions": 2}
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        pa.array([[1.0, 2.0], None, []], pa.list_(pa.float16())),
+        pa.array([[1.0, 2.0], None, []], pa.large_list(pa.float64())),
+        pa.array([[1, 2], None, []], pa.list_(pa.int64())),
+        pa.array([[Decimal(1), Decimal(2)], None, []], pa.list_(pa.decimal128(9, 0))),
+    ],
+    ids=["half", "double", "integer", "decimal"],
+)
+def test_vectors_of_every_kind_become_float32(make_config, tmp_path, vectors):
+    items = parquet(tmp_path / "i.parquet", item_id=["x", "y", "z"], text=vectors)
+    found = rows(ingested(tables_config(make_config, items, parquet(tmp_path / "e.parquet", **EVENTS))), "items", "item_id")
+    assert [row["text"] for row in found] == [[1.0, 2.0], None, []]
+
+
+def test_labels_and_ratings_are_told_apart(make_config, tmp_path):
+    items = parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]])
+
+    def said(**columns):
+        table = ingested(tables_config(make_config, items, parquet(tmp_path / "e.parquet", **{**EVENTS, **columns}))).lake.read("interactions")
+        return list(zip(table["rating"].to_pylist(), table["label"].to_pylist()))
+
+    assert said(label=[1, 0]) == [(None, 1.0), (None, 0.0)]
+    assert said(label=[True, None]) == [(None, 1.0), (None, None)]
+    assert said(rating=[True, False]) == [(None, 1.0), (None, 0.0)], "booleans are labels, whatever the column is called"
+    assert said(rating=[float("nan"), 4.5], label=[2, 1]) == [(None, 2.0), (4.5, 1.0)]
+
+
+def test_a_title_that_is_no_text_is_left_out(make_config, tmp_path, capsys):
+    items = parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]], title=[[1.0, 2.0]])
+    found = ingested(tables_config(make_config, items, parquet(tmp_path / "e.parquet", **EVENTS)))
+    assert rows(found, "items", "item_id")[0]["title"] is None
+    assert "column 'title' is list<element: double>, not text: titles are left out" in capsys.readouterr().err
+
+
+def test_nothing_is_replaced_unless_every_table_can_be_read(make_config, tmp_path, monkeypatch):
+    items, events = (
+        parquet(tmp_path / name, **columns) for name, columns in (("i.parquet", {"item_id": ["x"], "text": [[1.0]]}), ("e.parquet", EVENTS))
+    )
+    cfg = tables_config(make_config, items, events)
+    track = ingested(cfg)
+    before = {name: (track.lake.read(name), track.lake.stamp(name)) for name in ("items", "interactions")}
+    parquet(tmp_path / "i.parquet", item_id=["x", "new"], text=[[1.0], [2.0]])
+    parquet(tmp_path / "e.parquet", **{**EVENTS, "pos": [0.5, 1.0]})  # seen only where the rows are read
+    with pytest.raises(InputError, match=r"^source.tables.interactions .*e.parquet: column 'pos' is double and has a value"):
+        ingested(cfg)
+    for name, (table, stamp) in before.items():
+        assert track.lake.read(name).equals(table) and track.lake.stamp(name) == stamp
+    fresh = cfg.model_copy(update={"name": "first"})
+    with pytest.raises(InputError, match="column 'pos'"):
+        ingested(fresh)
+    lake = tracking.open_lake(fresh)
+    assert not lake.exists("items") and not lake.exists("interactions")
+
+
 # --- arrays ----------------------------------------------------------------------------------------------------------
 
 
@@ -383,9 +493,52 @@ def test_amazon_errors(make_config, tmp_path):
     with pytest.raises(InputError, match=r"source.amazon.reviews .*: no line has reviewerID or user_id"):
         ingested(make_config(source=swapped, features=TEXT))
     Path(cfg.source.amazon.reviews).write_bytes(gzip.compress(b"x" * 10_000)[:30])
-    with pytest.raises(InputError, match=r"source.amazon could not be copied into the lake \(.*\); check the files") as caught:
+    with pytest.raises(InputError, match=r"source.amazon could not be copied into the lake \(.*reviews.json.gz\S*\); check the files") as caught:
         ingested(cfg)
     assert "\n" not in str(caught.value)
     Path(cfg.source.amazon.reviews).unlink()
     with pytest.raises(InputError, match=r"source.amazon.reviews .*reviews.json.gz: does not exist"):
+        ingested(cfg)
+
+
+def test_amazon_files_as_they_are(make_config, tmp_path):
+    """A byte-order mark, CRLF, gzip members, price and rank of any type, HTML in titles, Python literals beside JSON, copies word for word."""
+    products = [
+        {"asin": "B1", "title": "<b>Rose</b> soap &amp; oil", "price": "$6.50", "rank": ">#1 in Beauty", "category": ["Beauty"]},
+        {"asin": "B2", "title": "Rose", "price": 6.5, "rank": [">#2"], "details": {"a": None}},
+    ]
+    literal = {
+        "asin": "B3",
+        "title": 'Caf\u00e9 "X" it\'s',
+        "price": None,
+        "salesRank": {"Beauty": 3},
+        "new": True,
+        "categories": [["Beauty", "Soap"]],
+    }
+    lines = [
+        "\ufeff" + json.dumps(products[0]),
+        json.dumps(products[1]),
+        json.dumps(products[1]),
+        repr(literal).encode("ascii", "backslashreplace").decode(),
+    ]
+    lines += ["{'asin': 'B4', 'title': __import__('os')}", "[1]", "{'asin': 'B5'"]
+    half = len(lines) // 2
+    members = ["\r\n".join(part) + "\r\n" for part in (lines[:half], lines[half:])]
+    (tmp_path / "meta.json.gz").write_bytes(b"".join(gzip.compress(part.encode()) for part in members))
+    (tmp_path / "reviews.json").write_text("".join(json.dumps(row) + "\n" for row in REVIEWS[2014]))
+    paths = {"reviews": str(tmp_path / "reviews.json"), "metadata": str(tmp_path / "meta.json.gz")}
+    track = ingested(make_config(source={"kind": "amazon", "amazon": {**paths, "text_width": 4, "min_word_count": 1}}, features=TEXT))
+    found = rows(track, "items", "item_id")
+    assert [(row["item_id"], row["title"]) for row in found] == [
+        ("B1", "<b>Rose</b> soap &amp; oil"), ("B2", "Rose"), ("B2", "Rose"), ("B3", "Caf\u00e9 \"X\" it's")
+    ]  # fmt: skip
+    assert found[1] == found[2] and all(row["text"] for row in found)
+    refused = {json.loads(row["row"])["line"] for row in rows(track, "rejected_rows", "row")}
+    assert refused == set(lines[4:]) and track.facts["unparsable_lines"] == 3
+
+
+def test_an_array_of_json_is_named(make_config, tmp_path):
+    cfg = amazon_config(make_config, tmp_path, 2018)
+    Path(cfg.source.amazon.metadata).write_bytes(gzip.compress(json.dumps(PRODUCTS[2018], indent=1).encode()))
+    with pytest.raises(InputError, match=r"source.amazon.metadata .*metadata.json.gz: is one JSON array; give one product or review a line"):
         ingested(cfg)

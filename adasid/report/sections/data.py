@@ -39,7 +39,8 @@ def catalogue(material: Material) -> Section:
         ("Users", count(stats["users"])),
         ("Events kept", count(stats["interactions"])),
         ("of which training", count(stats["train_interactions"])),
-        ("Duplicates dropped", count(stats["duplicates"])),
+        ("Duplicate events dropped", count(stats["duplicates"])),
+        *_dropped(stats),
         ("Gini of training events over items", number(stats["gini"])),
         ("Share of training events on head items", share(stats["head_interactions"])),
     ]
@@ -51,6 +52,24 @@ def catalogue(material: Material) -> Section:
         plots=plots,
         tables=[Table("Size and concentration", ("Quantity", "Value"), rows), Table("Rejected input rows", ("Reason", "Rows"), refused)],
     )
+
+
+def _dropped(stats: Row) -> list[tuple[str, str]]:
+    """What became of the rows that are neither kept nor refused; tables of before these counts have none."""
+    rows = [
+        ("Events beyond features.max_user_events of their user", stats.get("capped")),
+        ("Events below the k-core", stats.get("below_k_core")),
+        ("Identical copies of items dropped", stats.get("duplicate_items")),
+    ]
+    shown = [(name, count(value)) for name, value in rows if value]
+    events = stats["interactions"]
+    if stats.get("tied") is not None and events:
+        shown.append(("Share of events at the time of another event of the user (ordered by a hash)", share(stats["tied"] / events)))
+    if stats.get("outside_histories") and events:
+        shown.append(("Share of events outside histories (impressions)", share(stats["outside_histories"] / events)))
+    for modality, items in sorted((stats.get("missing") or {}).items()):
+        shown.append((f"Share of items without {modality}", share(items / stats["items"])))
+    return shown
 
 
 def behavior(material: Material) -> Section:

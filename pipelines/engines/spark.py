@@ -75,8 +75,8 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
             f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or `make setup`"
         ) from None
     log4j = spark._jvm.org.apache.logging.log4j  # type: ignore[union-attr]
-    for name in _TASK_LOGS:
-        log4j.core.config.Configurator.setLevel(name, log4j.Level.OFF)
+    for logger in _TASK_LOGS:
+        log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)
     return spark
 
 

@@ -51,11 +51,13 @@ def run(cfg: Config, track: Track) -> None:
         with held(track, cfg.retokenize.lease) as lease:
             _publish(cfg, track, folder, manifest, read, key, lease)
     live = generations.live(lake)
+    exports.point(cfg, lake)
     register(cfg, track, Path(live["artifact"]), live["tokenizer"], "champion")
 
 
 def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], read: dict[str, int], key: str, lease: Lease) -> None:
     lake, spark = track.lake, engine.session(cfg.spark)
+    exports.check(cfg, lake, read["item_features"])
     features = engine.read(spark, lake, "item_features", read["item_features"])
     check_features(features.schema, manifest)
     items = features.count()

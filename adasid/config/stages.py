@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from adasid.config.base import Names, Section, Share
 from adasid.config.tokenizers import AnyTokenizer
@@ -113,6 +113,11 @@ class Sids(Section):
     gates: Gates = Field(Gates(), description="what a table must satisfy to be published")
 
 
+def _spark_text(value: object) -> object:
+    """A number or a boolean as Spark spells it."""
+    return str(value).lower() if isinstance(value, (bool, int, float)) else value
+
+
 class Spark(Section):
     master: str = Field("local[*]", description="used when the job is not started by spark-submit")
     driver_memory: str = Field("4g", description="used when the job is not started by spark-submit")
@@ -120,7 +125,10 @@ class Spark(Section):
     scores_from: int = Field(
         5_000_000, ge=1, description="ranking: from so many test samples on, workers leave their scores in Parquet and Spark computes AUC and GAUC"
     )
-    conf: dict[str, str] = Field({}, description="further Spark settings, key: value")
+    conf: dict[str, Annotated[str, BeforeValidator(_spark_text)]] = Field(
+        {},
+        description="further Spark settings, key: value",
+    )
 
 
 class Ray(Section):

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from adasid.config import yaml12
 from adasid.config.base import Section
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.nightly import Retokenize
@@ -118,9 +119,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml12.read(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing file, for example conf/demo.yaml") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
@@ -143,9 +146,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"--set {override!r}: must read dotted.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
+        value = yaml12.read(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from None
     node = data
     *parents, last = key.split(".")
     for parent in parents:
@@ -194,7 +197,8 @@ def _explain(origin: str, error: dict[str, Any]) -> str:
     if error["type"] == "union_tag_invalid":
         tag = error["ctx"]["discriminator"].strip("'")
         return f"{origin}: {key}.{tag} is {error['ctx']['tag']!r}: must be one of {error['ctx']['expected_tags']}"
-    return f"{origin}: {key} is {error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    hint = " (put it in quotes)" if error["type"] == "string_type" and isinstance(error["input"], (int, float)) else ""
+    return f"{origin}: {key} is {error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}{hint}"
 
 
 def _keys(location: list[str]) -> list[str]:

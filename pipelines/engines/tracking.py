@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import yaml
 from mlflow.data.delta_dataset_source import DeltaDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.tracking import MlflowClient
 
-from adasid.config import Config
+from adasid.config import Config, yaml12
 from adasid.errors import InputError
 from adasid.training.checkpoint import write_json
 from pipelines.engines.lake import Lake
@@ -123,7 +122,7 @@ def stage(cfg: Config, name: str, journal: bool = True) -> Iterator[Track]:
     parent = _parent(cfg, client, experiment_id)
     run = client.create_run(experiment_id, run_name=name, tags={"mlflow.parentRunId": parent, "stage": name, "run": cfg.name})
     track = Track(cfg, lake, name, client, run.info.run_id)
-    client.log_text(track.run_id, yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), "config.yaml")
+    client.log_text(track.run_id, yaml12.write(cfg.model_dump(mode="json")), "config.yaml")
     try:
         yield track
     except BaseException as error:

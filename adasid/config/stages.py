@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from adasid.config.base import Names, Section, Share
+from adasid.config.names import check_modalities
 from adasid.config.tokenizers import AnyTokenizer
 
 
@@ -56,9 +57,7 @@ class Features(Section):
 
     @model_validator(mode="after")
     def _shares(self) -> Features:
-        for modality in self.content:
-            if modality in {"behavior", "shared"}:
-                raise ValueError(f"features.content: {modality!r} is not a content modality")
+        check_modalities("features.content", self.content)
         if self.head_share + self.tail_share > 1:
             raise ValueError(f"features.head_share + features.tail_share is {self.head_share + self.tail_share:g}: must be at most 1")
         if not 0 <= self.norm_percentiles[0] < self.norm_percentiles[1] <= 100:

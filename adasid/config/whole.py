@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from adasid.config import yaml12
 from adasid.config.base import Section
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
+from adasid.config.names import check_labels
 from adasid.config.nightly import Retokenize
 from adasid.config.sources import Source, Synthetic
 from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Tracking
@@ -67,6 +68,13 @@ class Config(Section):
                         f"{key} ({settings.name}) reads {modality!r} but features.content is {list(self.features.content)}: "
                         "add it there, or leave it out of the tokenizer"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _label_texts(self) -> Config:
+        check_labels("compare.tokenizers", self.compare.tokenizers)
+        for kind in ("retrievers", "rankers", "controls", "ranking_controls", "studies"):
+            check_labels(f"evaluate.{kind}", getattr(self.evaluate, kind))
         return self
 
     @model_validator(mode="after")

@@ -50,10 +50,13 @@ _Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
 
 def read(text: str) -> Any:
     """The one document in ``text``. Raises yaml.YAMLError."""
+    loader = _Loader(text)
     try:
-        return yaml.load(text, _Loader)
+        return loader.get_single_data()
     except (ValueError, RecursionError) as error:
         raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
 
 
 def write(data: Any, **options: Any) -> str:

@@ -23,6 +23,8 @@ from adasid.config.tokenizers import TOKENIZERS, AdcSid, AnyTokenizer, Tokenizer
 from adasid.errors import ConfigError
 from adasid.tables import BEHAVIOR
 
+_SPECIAL = '#%?*:^|<>[]{}\\"`'
+"""Characters of globs and URLs."""
 _BY_NAME = {model.model_fields["name"].default: model for model in TOKENIZERS}
 
 
@@ -81,6 +83,12 @@ class Config(Section):
     def _lengths(self) -> Config:
         if "://" in self.runs_dir:
             raise ValueError(f"runs_dir is {self.runs_dir!r}: must be a folder that all machines share, mounted under one path")
+        place = str(Path(self.runs_dir).absolute())
+        if odd := next((c for c in place if c in _SPECIAL or not c.isprintable()), None):
+            raise ValueError(
+                f"runs_dir is {self.runs_dir!r} ({place!r}): Spark, Delta or URLs read {odd!r} in another way; "
+                f"choose a folder whose path has none of {' '.join(_SPECIAL)}"
+            )
         if self.behavior.max_length > self.features.max_length:
             raise ValueError(
                 f"behavior.max_length {self.behavior.max_length} is longer than features.max_length {self.features.max_length}: "

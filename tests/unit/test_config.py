@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from adasid import config
@@ -169,6 +170,7 @@ def test_yaml_is_read_as_version_1_2(text, value):
     assert yaml.safe_load(yaml12.write(value)) == value, "readers of version 1.1 get the same"
 
 
+@hypothesis_settings(deadline=None)  # a busy machine
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
 def test_what_is_written_is_read_back(value):
     assert yaml12.read(yaml12.write(value)) == value
@@ -219,6 +221,35 @@ def test_anchors_and_merges_work(tmp_path):
     assert (cfg.behavior.width, cfg.retrieval.width, cfg.retrieval.lr) == (32, 16, 1e-2)
     assert [(c.lr, c.width) for c in cfg.evaluate.controls.values()] == [(1e-2, 8), (1e-2, 32), (1e-2, 32)]
     assert cfg.evaluate.controls["b"].dropout == 0.1
+
+
+ODD = [*(f"a{character}b" for character in '#?*:^|<>[]{}\\"`\t'), "My Drive #1", "100%25", "a[v2]"]
+
+
+@pytest.mark.parametrize("place", ODD)
+def test_a_folder_that_spark_or_delta_would_misread_is_refused(place):
+    with pytest.raises(ConfigError) as error:
+        config.build({"runs_dir": f"/data/{place}/runs"})
+    text = str(error.value)
+    assert "in another way; choose a folder whose path has none of # %" in text and len(text.splitlines()) == 1
+
+
+def test_where_a_relative_folder_leads_counts(tmp_path, monkeypatch):
+    (tmp_path / "My #1").mkdir()
+    monkeypatch.chdir(tmp_path / "My #1")
+    with pytest.raises(ConfigError, match=r"My #1/runs.*read '#' in another way"):
+        config.build({"runs_dir": "runs"})
+
+
+@pytest.mark.parametrize("place", ["/data/My Drive/runs", "/data/café/runs", "/data/a-b_c.d+e/runs", "runs"])
+def test_other_folders_are_taken(place):
+    assert config.build({"runs_dir": place}).runs_dir == place
+
+
+def test_the_name_of_a_config_file_is_free(tmp_path):
+    path = tmp_path / "My config #1 100%25 [v2]: é.yaml"
+    path.write_text("seed: 3\n")
+    assert config.load(path).seed == 3
 
 
 def test_a_file_that_is_not_utf_8_is_named(tmp_path):

@@ -82,7 +82,9 @@ def _measure(cfg: Config, track: Track, folder: Path, kinds: dict[str, int]) -> 
     finally:
         encoded.unpersist()
     row = {name: found[name] for name in ("items", "distinct", "collision_items", "collision_distinct", "largest_group", "sid_entropy")}
-    row |= {name: float(np.mean(found[name])) for name in ("entropy", "utilisation", "perplexity")}
+    for name in ("entropy", "utilisation", "perplexity"):
+        if known := [value for value in found[name] if value is not None]:  # of the slots that some item fills
+            row[name] = float(np.mean(known))
     row |= {"length": len(manifest["slots"]), "parameters": manifest["parameters"], "seconds": manifest["seconds"], "method": manifest["tokenizer"]}
     row |= {f"own_{m}": value for m, value in manifest["metrics"]["fvu"].items()}
     return row | _probe(cfg, lake, version, folder / "model", kinds) | {"artifact": manifest["digest"], "mlflow_run": track.run_id}

@@ -171,21 +171,25 @@ def _table(cell: Cell, lake: Lake) -> str:
 
 
 def _popularity(cfg: Config, lake: Lake) -> Row:
-    """Every user gets the items in the order of their training counts, which is the order of item_index."""
-    strata = lake.read("item_stats", columns=["item_index", "stratum"]).sort_by("item_index")["stratum"]
-    kinds = torch.from_numpy(pc.index_in(strata.combine_chunks(), pa.array(tables.STRATA)).to_numpy().astype(np.int64))
+    """Every user gets the items in the order of their training counts, those of equal counts at random."""
+    stats = lake.read("item_stats", columns=["item_index", "stratum", "interactions"]).sort_by("item_index")
+    strata = pc.index_in(stats["stratum"].combine_chunks(), pa.array(tables.STRATA))
+    kinds = torch.from_numpy(strata.to_numpy().astype(np.int64))
+    chance = np.random.default_rng(0).permutation(stats.num_rows)
+    place = np.lexsort((chance, -stats["interactions"].to_numpy())).argsort()
     found = Ranked.none()
     for rows in lake.batches("sequences", None, ["user_id", "history", "target"], pc.field("split") == "test"):
         if rows.num_rows:
             users = Histories.from_batches([rows])
             target = torch.from_numpy(users.targets)
-            ranks = target + 1
+            own = place[users.targets]
+            ranks = everywhere = torch.from_numpy(own + 1)
             if not cfg.retrieval.repeatable:
                 user = np.repeat(np.arange(len(users)), np.diff(users.starts))
                 user, seen = np.unique(np.stack([user, users.items]), axis=1)
-                ranks = ranks - torch.from_numpy(np.bincount(user[seen < users.targets[user]], minlength=len(users)))
+                ranks = ranks - torch.from_numpy(np.bincount(user[place[seen] < own[user]], minlength=len(users)))
                 ranks[user[seen == users.targets[user]]] = DEEPEST + 1
-            found += Ranked.of(ranks, target + 1, ranks, kinds[target], torch.ones_like(target))
+            found += Ranked.of(ranks, everywhere, ranks, kinds[target], torch.ones_like(target))
     return {
         "task": "retrieval",
         "tokenizer": "popularity",

@@ -20,6 +20,7 @@ from adasid import tables
 from adasid.config import Config, Gates, digest
 from adasid.errors import GateError, InputError
 from adasid.metrics.tally import Tally
+from adasid.report.words import mean, plain
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
@@ -51,11 +52,13 @@ def run(cfg: Config, track: Track) -> None:
         with held(track, cfg.retokenize.lease) as lease:
             _publish(cfg, track, folder, manifest, read, key, lease)
     live = generations.live(lake)
+    exports.point(cfg, lake)
     register(cfg, track, Path(live["artifact"]), live["tokenizer"], "champion")
 
 
 def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], read: dict[str, int], key: str, lease: Lease) -> None:
     lake, spark = track.lake, engine.session(cfg.spark)
+    exports.check(cfg, lake, read["item_features"])
     features = engine.read(spark, lake, "item_features", read["item_features"])
     check_features(features.schema, manifest)
     items = features.count()
@@ -106,6 +109,7 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
         )["generation"]
     finally:
         encoded.unpersist()
+    entropy = [value for value in metrics["entropy"] if value is not None]  # of the slots that some item fills
     track.facts.update(
         {
             "generation": generation,
@@ -114,7 +118,7 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
             "not unique": f"{metrics['collision_items']:.2%}",
             "largest group": metrics["largest_group"],
             "utilisation": round(float(np.mean(metrics["utilisation"])), 4),
-            "mean entropy": f"{float(np.mean(metrics['entropy'])):.3f} of {math.log(manifest['slots'][0]['size']):.3f} nats",
+            "mean entropy": f"{mean(entropy):.3f} of {math.log(manifest['slots'][0]['size']):.3f} nats",
         }
     )
 
@@ -217,17 +221,20 @@ def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
 
 def failures(failed: list[dict[str, Any]]) -> str:
     """Gates that failed, in words."""
-    return "; ".join(f"{g['gate']} is {g['value']:.4g}, allowed {g['threshold']:.4g}" for g in failed)
+    return "; ".join(f"{g['gate']} is {plain(g['value'])}, allowed {g['threshold']:.4g}" for g in failed)
 
 
 def check_gates(metrics: dict[str, Any], gates: Gates, expected: int, distinct_items: int, broken: int) -> list[dict[str, Any]]:
     """What a table must satisfy: every item once, codebooks in use, collisions bounded."""
     checks = [
-        ("coverage", metrics["items"] / max(1, expected), 1.0, metrics["items"] == expected),
+        ("coverage", metrics["items"] / max(1, expected), 1.0, metrics["items"] == expected > 0),
         ("duplicate items", metrics["items"] - distinct_items, 0.0, metrics["items"] == distinct_items),
         ("items with vectors that are not finite", broken, 0.0, not broken),
         ("lowest utilisation", min(metrics["utilisation"]), gates.min_utilisation, min(metrics["utilisation"]) >= gates.min_utilisation),
-        ("collision rate", metrics["collision_items"], gates.max_collision, metrics["collision_items"] <= gates.max_collision),
+        (
+            *("collision rate", metrics["collision_items"], gates.max_collision),
+            metrics["collision_items"] is not None and metrics["collision_items"] <= gates.max_collision,
+        ),
         ("largest group", metrics["largest_group"], gates.max_group, metrics["largest_group"] <= gates.max_group),
     ]
     return [{"gate": gate, "value": value, "threshold": threshold, "passed": bool(passed)} for gate, value, threshold, passed in checks]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from adasid import tables
 from adasid.config import Config, digest
 from adasid.errors import InputError
+from adasid.report.words import DASH
 from adasid.tokenizers import artifact
 from adasid.training.checkpoint import Checkpoints, write_json
 from pipelines import generations, scores, workers
@@ -64,13 +65,11 @@ def behavior(cfg: Config, track: Track) -> None:
     Checkpoints(folder / "checkpoints").clear()
     summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     track.artifact(folder / "result.json")
-    track.facts.update(
-        {
-            "best epoch": summary["best_epoch"],
-            "test R@10": round(summary["test"]["recall@10"], 4),
-            "Spearman(norm, count)": round(summary["spearman"], 3),
-        }
-    )
+    if "note" in summary:
+        track.note(summary["note"])
+    figures = {"test R@10": summary["test"].get("recall@10"), "Spearman(norm, count)": summary["spearman"]}
+    track.facts.update({"best epoch": summary["best_epoch"]})
+    track.facts.update({name: DASH if value is None else round(value, 4) for name, value in figures.items()})
 
 
 def tokenizer(cfg: Config, track: Track) -> None:
@@ -143,6 +142,8 @@ def _live(lake: Lake) -> Catalogue:
 
 
 def _told(track: Track, result: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    if "note" in result:
+        track.note(result["note"])
     track.facts.update(
         {"best epoch": result["best_epoch"], **{f"test {name}": round(result["test"][name], 4) for name in names if name in result["test"]}}
     )

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
+from adasid.config import yaml12
 from adasid.config.parts import Adaptive, Hamr
 from adasid.config.tokenizers import TOKENIZERS
 from adasid.config.whole import Config, section_of
@@ -50,6 +50,6 @@ def _render(model: type[BaseModel], values: BaseModel | None, depth: int, lines:
             _render(inner, value, depth + 1, lines, hide)
         else:
             plain = json.loads(json.dumps(value))
-            text = yaml.safe_dump(plain, default_flow_style=True, width=1000, sort_keys=False).strip().removesuffix("\n...").strip()
+            text = yaml12.write(plain, default_flow_style=True, width=1000).strip().removesuffix("\n...").strip()
             shown = "<required>" if values is None and field.is_required() else text
             lines.append(f"{mark}{pad}{name}: {shown}  # {field.description}")

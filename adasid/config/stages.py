@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from adasid.config.base import Names, Section, Share
+from adasid.config.names import check_modalities
 from adasid.config.tokenizers import AnyTokenizer
 
 
@@ -67,9 +68,7 @@ class Features(Section):
 
     @model_validator(mode="after")
     def _shares(self) -> Features:
-        for modality in self.content:
-            if modality in {"behavior", "shared"}:
-                raise ValueError(f"features.content: {modality!r} is not a content modality")
+        check_modalities("features.content", self.content)
         if self.head_share + self.tail_share > 1:
             raise ValueError(f"features.head_share + features.tail_share is {self.head_share + self.tail_share:g}: must be at most 1")
         if not 0 <= self.norm_percentiles[0] < self.norm_percentiles[1] <= 100:
@@ -124,6 +123,11 @@ class Sids(Section):
     gates: Gates = Field(Gates(), description="what a table must satisfy to be published")
 
 
+def _spark_text(value: object) -> object:
+    """A number or a boolean as Spark spells it."""
+    return str(value).lower() if isinstance(value, (bool, int, float)) else value
+
+
 class Spark(Section):
     master: str = Field("local[*]", description="used when the job is not started by spark-submit")
     driver_memory: str = Field("4g", description="used when the job is not started by spark-submit")
@@ -131,7 +135,10 @@ class Spark(Section):
     scores_from: int = Field(
         5_000_000, ge=1, description="ranking: from so many test samples on, workers leave their scores in Parquet and Spark computes AUC and GAUC"
     )
-    conf: dict[str, str] = Field({}, description="further Spark settings, key: value")
+    conf: dict[str, Annotated[str, BeforeValidator(_spark_text)]] = Field(
+        {},
+        description="further Spark settings, key: value",
+    )
 
 
 class Ray(Section):

@@ -12,8 +12,10 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from adasid.config import yaml12
 from adasid.config.base import Section
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
+from adasid.config.names import check_labels
 from adasid.config.nightly import Retokenize
 from adasid.config.sources import Source, Synthetic
 from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Tracking
@@ -21,6 +23,8 @@ from adasid.config.tokenizers import TOKENIZERS, AdcSid, AnyTokenizer, Tokenizer
 from adasid.errors import ConfigError
 from adasid.tables import BEHAVIOR
 
+_SPECIAL = '#%?*:^|<>[]{}\\"`'
+"""Characters of globs and URLs."""
 _BY_NAME = {model.model_fields["name"].default: model for model in TOKENIZERS}
 
 
@@ -69,9 +73,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _label_texts(self) -> Config:
+        check_labels("compare.tokenizers", self.compare.tokenizers)
+        for kind in ("retrievers", "rankers", "controls", "ranking_controls", "studies"):
+            check_labels(f"evaluate.{kind}", getattr(self.evaluate, kind))
+        return self
+
+    @model_validator(mode="after")
     def _lengths(self) -> Config:
         if "://" in self.runs_dir:
             raise ValueError(f"runs_dir is {self.runs_dir!r}: must be a folder that all machines share, mounted under one path")
+        place = str(Path(self.runs_dir).absolute())
+        if odd := next((c for c in place if c in _SPECIAL or not c.isprintable()), None):
+            raise ValueError(
+                f"runs_dir is {self.runs_dir!r} ({place!r}): Spark, Delta or URLs read {odd!r} in another way; "
+                f"choose a folder whose path has none of {' '.join(_SPECIAL)}"
+            )
         if self.behavior.max_length > self.features.max_length:
             raise ValueError(
                 f"behavior.max_length {self.behavior.max_length} is longer than features.max_length {self.features.max_length}: "
@@ -118,9 +135,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml12.read(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing file, for example conf/demo.yaml") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
@@ -143,9 +162,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"--set {override!r}: must read dotted.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
+        value = yaml12.read(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from None
     node = data
     *parents, last = key.split(".")
     for parent in parents:
@@ -194,7 +213,8 @@ def _explain(origin: str, error: dict[str, Any]) -> str:
     if error["type"] == "union_tag_invalid":
         tag = error["ctx"]["discriminator"].strip("'")
         return f"{origin}: {key}.{tag} is {error['ctx']['tag']!r}: must be one of {error['ctx']['expected_tags']}"
-    return f"{origin}: {key} is {error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    hint = " (put it in quotes)" if error["type"] == "string_type" and isinstance(error["input"], (int, float)) else ""
+    return f"{origin}: {key} is {error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}{hint}"
 
 
 def _keys(location: list[str]) -> list[str]:

@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 class CodeUse(NamedTuple):
-    """Of one slot: ``entropy`` in nats (cap ln K), ``utilisation`` in [0, 1], ``perplexity`` = exp(entropy), ``top1``: share of the most frequent code."""
+    """Of one slot: ``utilisation``: share of its K codes that items have; of the items that have a code: ``entropy`` in
+    nats (cap ln K), ``perplexity`` = exp(entropy), ``top1``: share of the most frequent code; None of no item.
+    """
 
-    entropy: float
+    entropy: float | None
     utilisation: float
-    perplexity: float
-    top1: float
+    perplexity: float | None
+    top1: float | None
 
 
 def code_use(counts: NDArray[np.int64]) -> CodeUse:
     """From the number of items with each of the K codes, [K]."""
     total = counts.sum()
     if not total:
-        return CodeUse(0.0, 0.0, 1.0, 0.0)
+        return CodeUse(None, 0.0, None, None)
     p = counts[counts > 0] / total
     entropy = float(-(p * np.log(p)).sum()) + 0.0
     return CodeUse(entropy, len(p) / len(counts), float(np.exp(entropy)), float(p.max()))
 
 
-def group_metrics(sizes: NDArray[np.int64], groups: NDArray[np.int64]) -> dict[str, float]:
+def group_metrics(sizes: NDArray[np.int64], groups: NDArray[np.int64]) -> dict[str, Any]:
     """Collisions from a histogram: ``groups[i]`` SIDs are shared by ``sizes[i]`` items each.
 
     ``collision_distinct`` = (M - distinct) / M; ``collision_items`` = share of items whose SID is not unique;
-    ``sid_entropy``: of complete SIDs, in nats (cap ln M).
+    ``sid_entropy``: of complete SIDs, in nats (cap ln M). Shares and entropy of no item are None.
     """
     items, distinct = int((sizes * groups).sum()), int(groups.sum())
     if not items:
-        return {"items": 0, "distinct": 0, "collision_distinct": 0.0, "collision_items": 0.0, "largest_group": 0, "sid_entropy": 0.0}
+        nothing = dict.fromkeys(("collision_distinct", "collision_items", "sid_entropy"))
+        return {"items": 0, "distinct": 0, "largest_group": 0, **nothing}
     share = sizes / items
     return {
         "items": items,

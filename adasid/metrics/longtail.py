@@ -14,10 +14,10 @@ def average_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Spearman's rank correlation of two vectors [n]; 0 where one is constant."""
+    """Spearman's rank correlation of two vectors [n]; NaN where one is constant, and of fewer than two values."""
     if len(x) < 2:
-        return 0.0
+        return float("nan")
     a, b = average_ranks(x), average_ranks(y)
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale else 0.0
+    return float(a @ b) / scale if scale else float("nan")

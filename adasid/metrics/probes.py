@@ -47,11 +47,14 @@ class Readout:
                 self._items[m][part] += len(y)
 
     def unexplained(self) -> dict[str, float]:
-        """Fraction of variance that the readout leaves, by modality; 1 is no better than the mean."""
+        """Fraction of variance that the readout leaves, by modality; 1 is no better than the mean. NaN where no item of
+        either part has the modality, or all of the measured ones are equal to the mean."""
         return {m: self._unexplained(m) for m in self._codes}
 
     def _unexplained(self, m: str) -> float:
         fit, test = 0, 1
+        if not self._items[m].all():
+            return float("nan")
         mean = self._sums[m][fit] / self._items[m][fit]
         codes, cross, squares = [], [], []
         for part in (fit, test):
@@ -62,27 +65,31 @@ class Readout:
         ridge = _RIDGE * self._items[m][fit] / self.size
         table = torch.linalg.solve(codes[fit] + ridge * torch.eye(len(codes[fit]), dtype=torch.float64), cross[fit])
         left = squares[test] - 2 * (table * cross[test]).sum() + (table * (codes[test] @ table)).sum()
-        return float(left / squares[test])
+        spread = float(squares[test])
+        return float(left) / spread if spread > 1e-12 * float(self._squares[m][test]) else float("nan")
 
 
 def agreement(codes: NDArray[np.int32], kinds: NDArray[np.int64], queries: NDArray[np.int64], neighbours: int) -> float:
     """Mean share of an item's ``neighbours`` nearest items, by number of shared codes, that are of its kind.
 
     ``codes`` [M, L], ``kinds`` [M] (negative: unknown, such items are left out), ``queries``: positions of the items asked about. Items
-    that share equally many codes share the last places evenly, so that the order of rows does not matter. NaN where no item is asked about.
+    that share equally many codes share the last places evenly, so that the order of rows does not matter.
+    NaN where no item is asked about, or where it is the only one.
     """
     known = kinds >= 0
     table, kind = torch.from_numpy(codes[known]), torch.from_numpy(kinds[known])
     place = np.cumsum(known) - 1
     rows = torch.from_numpy(place[queries[known[queries]]])
-    total = 0.0
+    total, neighbours = 0.0, min(neighbours, len(table) - 1)
+    if neighbours < 1:
+        return float("nan")
     for part in rows.split(_CHUNK):
         shared = torch.zeros(len(part), len(table), dtype=torch.int16)
         for slot in table.T:
             mine = slot[part]
             shared += (mine[:, None] == slot[None, :]) & (mine != PAD)[:, None]
         shared[torch.arange(len(part)), part] = -1
-        last = shared.float().topk(min(neighbours, len(table) - 1), dim=1).values[:, -1:]
+        last = shared.float().topk(neighbours, dim=1).values[:, -1:]
         above, tied = shared > last, shared == last
         room = (neighbours - above.sum(1, keepdim=True)).clamp(min=0) / tied.sum(1, keepdim=True)
         same = kind[part][:, None] == kind[None, :]

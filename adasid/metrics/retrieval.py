@@ -15,15 +15,32 @@ CUTOFFS = (5, 10, 20, 50, 100)
 DEEPEST = max(CUTOFFS)
 
 
-def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """1-based rank of each row's target. ``scores`` [B, M], ``targets`` [B] (int64) -> [B]. Equal scores rank by index; a target whose
-    score is not a number ranks last."""
+def tie_order(group: Tensor) -> Tensor:
+    """Place [M] of each item among items of equal scores: SIDs in a random order, always the same, the items of one by
+    index. The index follows popularity: by it, a model whose scores are all equal would look like one that knows it.
+    """
+    sids = torch.randperm(int(group.max()) + 1 if len(group) else 0, generator=torch.Generator().manual_seed(0))
+    order = sids.to(group.device)[group].argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return place
+
+
+def target_ranks(scores: Tensor, targets: Tensor, places: Tensor | None = None) -> Tensor:
+    """1-based rank of each row's target. ``scores`` [B, M], ``targets`` [B] (int64) -> [B].
+
+    Equal scores rank by ``places`` [M] (:func:`tie_order`, of single items if not given); a target whose score is not a
+    number is beyond all cut-offs.
+    """
+    items = scores.shape[1]
     own = scores.gather(1, targets[:, None])
     ranks = 1 + (scores > own).sum(1, dtype=torch.int32)
-    tied = torch.nonzero((scores >= own).sum(1, dtype=torch.int32) > ranks).flatten()  # rare: another item has exactly the target's score
-    before = torch.arange(scores.shape[1], device=scores.device)[None, :] < targets[tied, None]
-    ranks[tied] += ((scores[tied] == own[tied]) & before).sum(1)
-    return torch.where(own[:, 0].isnan(), scores.shape[1], ranks)
+    tied = torch.nonzero((scores >= own).sum(1, dtype=torch.int32) > ranks).flatten()
+    if len(tied):
+        places = tie_order(torch.arange(items, device=scores.device)) if places is None else places
+        before = places[None, :] < places[targets[tied], None]
+        ranks[tied] += ((scores[tied] == own[tied]) & before).sum(1)
+    return torch.where(own[:, 0].isnan(), items + DEEPEST + 1, ranks)
 
 
 def recall_ndcg(ranks: Tensor, cutoffs: Iterable[int] = CUTOFFS) -> dict[str, float]:
@@ -54,9 +71,9 @@ def shared_gains(sizes: NDArray[np.int64], cutoffs: Iterable[int] = CUTOFFS) -> 
 
 
 def averages(counts: NDArray[np.float64], of: Gains) -> dict[str, float]:
-    """Metrics of the targets in ``counts`` (any shape that ends in the gains')."""
-    users = max(float(counts.sum()), 1.0)
-    return {name: float((counts * gain).sum() / users) for name, gain in of.items()}
+    """Metrics of the targets in ``counts`` (any shape that ends in the gains'); none of no target."""
+    users = float(counts.sum())
+    return {name: float((counts * gain).sum() / users) for name, gain in of.items()} if users else {}
 
 
 def intervals(counts: NDArray[np.float64], of: Gains, draws: int, seed: int, level: float = 0.95) -> dict[str, tuple[float, float]]:

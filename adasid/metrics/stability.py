@@ -11,10 +11,10 @@ _FLOOR = 1e-4
 
 def jensen_shannon(first: ArrayLike, second: ArrayLike) -> float:
     """Jensen-Shannon divergence in bits of two histograms over the same codes [K]: 0 for equal shares, 1 where no code is common.
-    0 where either is empty."""
+    NaN where either is empty."""
     counts = [np.asarray(x, np.float64) for x in (first, second)]
     if min(c.sum() for c in counts) == 0:
-        return 0.0
+        return float("nan")
     p, q = (c / c.sum() for c in counts)
     middle = (p + q) / 2
 
@@ -26,6 +26,9 @@ def jensen_shannon(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def stability_index(expected: ArrayLike, found: ArrayLike) -> float:
-    """Population stability index ``sum (f - e) ln(f / e)`` of the shares [n] of the same bins; above .25 is usually called a large shift."""
+    """Population stability index ``sum (f - e) ln(f / e)`` of the shares [n] of the same bins; above .25 is
+    usually called a large shift. NaN where either is empty."""
+    if not np.sum(expected) or not np.sum(found):
+        return float("nan")
     e, f = (np.maximum(np.asarray(x, np.float64), _FLOOR) for x in (expected, found))
     return float(((f - e) * np.log(f / e)).sum())

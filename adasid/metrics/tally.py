@@ -89,7 +89,7 @@ class Tally:
                 tally.active[place] = np.rint(items * np.array(metrics["active_by_stratum"][stratum]))
                 tally.slots_on[place] = np.rint(items * np.array(metrics["active_count_by_stratum"][stratum]))
         pad = np.rint(metrics["items"] * np.array(metrics["pad"])).astype(np.int64)
-        shared = round(metrics["collision_tail"] * int(tally.items[RARE].sum()))
+        shared = round((metrics["collision_tail"] or 0) * int(tally.items[RARE].sum()))
         groups, rare = ({size: number for size, number in metrics[name]} for name in ("group_sizes", "tail_group_sizes"))
         return replace(tally, codes=np.array(metrics["codes"], np.int64), pad=pad, groups=groups, rare=rare, shared=shared)
 
@@ -121,7 +121,7 @@ class Tally:
             "group_sizes": [[size, self.groups[size]] for size in sizes],
             "tail_group_sizes": [[size, self.rare[size]] for size in sorted(self.rare)],
             "largest_tail_group": max(self.rare, default=0),
-            "collision_tail": self.shared / max(1, int(self.items[RARE].sum())),
+            "collision_tail": self.shared / tail if (tail := int(self.items[RARE].sum())) else None,
             "items_by_stratum": {stratum: int(self.items[place]) for place, stratum in present},
             "events_by_stratum": {stratum: int(self.events[place]) for place, stratum in present},
             **{name: {stratum: (sums[place] / self.items[place]).tolist() for place, stratum in present} for name, sums in shares.items()},

@@ -76,6 +76,7 @@ def lloyd_round(x: Tensor, centroids: Tensor, balanced: bool = False) -> tuple[T
     """Assignment of ``x`` [n, d] to ``centroids`` [k, d], and the means of the clusters: [k, d], [n].
 
     ``balanced``: clusters of at most ceil(n / k) points, by :func:`balanced_assignment`. An empty cluster restarts at the point that is served worst.
+    Of more empty clusters than points the last ones stay.
     """
     k = len(centroids)
     if balanced:
@@ -87,7 +88,9 @@ def lloyd_round(x: Tensor, centroids: Tensor, balanced: bool = False) -> tuple[T
     counts, sums = _totals(x, assigned, k)
     means, empty = sums / counts.clamp(min=1)[:, None], torch.nonzero(counts == 0).flatten()
     if len(empty):
-        means[empty] = x[(score + x.square().sum(1)).argsort(descending=True, stable=True)[: len(empty)]]
+        worst = (score + x.square().sum(1)).argsort(descending=True, stable=True)[: len(empty)]
+        means[empty] = centroids[empty]  # more clusters than points: those beyond the points stay
+        means[empty[: len(worst)]] = x[worst]
     return means, assigned
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from adasid import config
-from adasid.metrics.retrieval import DEEPEST, target_ranks
+from adasid.metrics.retrieval import DEEPEST, target_ranks, tie_order
 from adasid.ragged import runs
 from adasid.recommenders.encoder import CausalEncoder
 from adasid.recommenders.sasrec import sampled_softmax
@@ -90,6 +90,11 @@ class _Scored(Retriever):
     def score(self, prepared: Tensor, first: int, last: int) -> Tensor:
         """Scores [B, last - first] of the items first to last - 1."""
 
+    @cached_property
+    def places(self) -> Tensor:
+        """Of the items among those of equal scores."""
+        return tie_order(self.catalogue.group)
+
     def scores(self, states: Tensor) -> Tensor:
         """Of all items: [B, width] -> [B, M]."""
         prepared, items = self.scorer(states), len(self.catalogue.rows)
@@ -97,8 +102,8 @@ class _Scored(Retriever):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def top(self, states: Tensor, number: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Exact, over the whole catalogue in chunks. Equal scores (of items that share a SID) rank by item_index, but which of them the end of
-        the list cuts off is open."""
+        """Exact, over the whole catalogue in chunks. Equal scores rank by :attr:`places` (items that share a SID by
+        item_index), but which of them the end of the list cuts off is open."""
         prepared, items = self.scorer(states), len(self.catalogue.rows)
         best = states.new_full((len(states), number), -torch.inf)
         found = torch.full((len(states), number), -1, dtype=torch.int64, device=states.device)
@@ -106,20 +111,20 @@ class _Scored(Retriever):
             part = _without(self.score(prepared, first, min(first + _CHUNK, items)), seen, first)
             value, place = part.topk(min(number, part.shape[1]), dim=1)
             together, ids = torch.cat([best, value], dim=1), torch.cat([found, place + first], dim=1)
-            order = ids.argsort(dim=1, stable=True)
+            order = self.places[ids].argsort(dim=1, stable=True)
             together, ids = together.gather(1, order), ids.gather(1, order)
             order = together.argsort(dim=1, descending=True, stable=True)[:, :number]
             best, found = together.gather(1, order), ids.gather(1, order)
         return found.masked_fill(best.isneginf(), -1), best
 
     def ranks(self, states: Tensor, targets: Tensor, beam: int = 0, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Exact; equal scores rank by item_index."""
-        scores = self.scores(states)
-        everywhere = target_ranks(scores, targets)
+        """Exact; equal scores rank by :attr:`places`."""
+        scores, places = self.scores(states), self.places
+        everywhere = target_ranks(scores, targets, places)
         if seen is None:
             return everywhere, everywhere
         theirs, own, target = scores.gather(1, seen.clamp(min=0)), scores.gather(1, targets[:, None]), targets[:, None]
-        ahead = (seen >= 0) & ((theirs > own) | ((theirs == own) & (seen < target)))
+        ahead = (seen >= 0) & ((theirs > own) | ((theirs == own) & (places[seen] < places[target])))
         return (everywhere - ahead.sum(1)).masked_fill((seen == target).any(1), _beyond(self.catalogue)), everywhere
 
 
@@ -204,6 +209,12 @@ class AutoregressiveRetriever(Retriever):
         """The catalogue's, made when they are first needed."""
         return Prefixes.of(self.catalogue).to(self.catalogue.rows.device)
 
+    @cached_property
+    def _columns(self) -> list[Tensor]:
+        """Where each slot's tokens stand in the search [size]: at random, as equal probabilities may go by place."""
+        random = torch.Generator().manual_seed(0)
+        return [torch.randperm(size, generator=random).to(self.table.device) for size in self.catalogue.sizes]
+
     def _decoded(self, states: Tensor, rows: Tensor) -> Tensor:
         """Output of each slot after ``states`` [P, width] and the rows of the tokens before it [P, l] -> [P, l + 1, width], unit vectors."""
         first = states[:, None] / math.sqrt(states.shape[1])
@@ -251,7 +262,8 @@ class AutoregressiveRetriever(Retriever):
             parent, child = prefixes.children(level, ends)
             token = prefixes.token[level][child].long()
             # a dense place for each (beam, token), empty where the catalogue has no such prefix
-            place = alive[parent] * size + token
+            columns = self._columns[level]
+            place = alive[parent] * size + columns[token]
             dense = value.new_full((value.numel() * size,), -torch.inf)
             dense[place] = value.reshape(-1)[alive[parent]] + log_p[parent, token]
             node = torch.zeros_like(dense, dtype=torch.int64)
@@ -260,7 +272,7 @@ class AutoregressiveRetriever(Retriever):
             value, chosen = dense.topk(min(beam, dense.shape[1]), dim=1)
             nodes = node.gather(1, chosen)
             before = rows.gather(1, (chosen // size)[:, :, None].expand(-1, -1, level))
-            rows = torch.cat([before, (chosen % size + start)[:, :, None]], dim=2)
+            rows = torch.cat([before, (columns.argsort()[chosen % size] + start)[:, :, None]], dim=2)
         return self._expand(nodes, value, number, seen)
 
     def _expand(self, leaves: Tensor, value: Tensor, number: int, seen: Tensor | None) -> tuple[Tensor, Tensor]:

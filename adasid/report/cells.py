@@ -40,12 +40,13 @@ def flat(row: Row) -> Row:
 
 def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "all") -> Gain | None:
     """Relative gain of ``one`` over ``other`` in ``key``, the half width of its 95 % interval, the p value of the paired t test, and the
-    number of seeds that both have. None without any; infinite width and p = 1 for one seed."""
+    number of seeds that both have and where ``other`` is above 0. None without any; infinite width and p = 1 for one
+    seed."""
     mine, theirs = ({row["seed"]: row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})} for group in (one, other))
-    both = sorted(set(mine) & set(theirs))
+    both = sorted(seed for seed in set(mine) & set(theirs) if theirs[seed] > 0)
     if not both:
         return None
-    gains = np.array([mine[seed] / max(theirs[seed], 1e-12) - 1 for seed in both])
+    gains = np.array([mine[seed] / theirs[seed] - 1 for seed in both])
     if len(both) == 1:
         return float(gains[0]), float("inf"), 1.0, 1
     half = stats.t.ppf(0.975, len(both) - 1) * gains.std(ddof=1) / np.sqrt(len(both))
@@ -55,7 +56,8 @@ def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "a
 
 def chosen(group: Sequence[Row], task: str) -> float:
     """The validation figure by which models are chosen; lowest where there is none (a control that is not trained)."""
-    return float(np.mean([row.get("validation", {}).get(_CHOOSES[task], -1.0) for row in group]))
+    found = [row["validation"][_CHOOSES[task]] for row in group if _CHOOSES[task] in row.get("validation", {})]
+    return float(np.mean(found)) if found else -np.inf
 
 
 def spread(group: Sequence[Row], key: str, stratum: str = "all") -> str:

@@ -180,7 +180,12 @@ def _mix(colour: str, share: float) -> tuple[float, ...]:
 
 
 @styled
-def usage(slots: Sequence[str], codes: Sequence[Sequence[int]], utilisation: Sequence[float], entropy: Sequence[float]) -> Figure:
+def usage(
+    slots: Sequence[str],
+    codes: Sequence[Sequence[int]],
+    utilisation: Sequence[float],
+    entropy: Sequence[float | None],
+) -> Figure:
     """Small multiples: items of each code, largest first, one panel a slot; the dashed line is even use."""
     rows = math.ceil(len(slots) / 2)
     figure = Figure(figsize=(style.WIDTH, 0.7 + 1.15 * rows), layout="constrained")
@@ -197,7 +202,7 @@ def usage(slots: Sequence[str], codes: Sequence[Sequence[int]], utilisation: Seq
         axes.text(
             0.98,
             0.97,
-            f"{words.share(used)} used\n{nats:.2f} of {cap:.2f} nats",
+            f"{words.share(used)} used\n{words.number(nats, 2)} of {cap:.2f} nats",
             transform=axes.transAxes,
             ha="right",
             va="top",

@@ -19,15 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adasid import config
-from adasid.errors import TrainingError
+from adasid.errors import InputError, TrainingError
 from adasid.metrics.longtail import spearman
 from adasid.metrics.retrieval import recall_ndcg, target_ranks
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
 from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
+from adasid.training.epochs import best, unchosen
 from adasid.training.sequences import Histories
 from adasid.training.sequences import epoch as epochs
 from adasid.training.workers import Workers
 
+_WATCHED = "validation_ndcg@10"
 _SPEARMAN_SAMPLE = 1_000_000
 _SCORES = 1 << 26
 
@@ -77,6 +79,8 @@ class BehaviorTraining:
 
     def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> BehaviorResult:
         """Train to early stopping. ``report`` gets all rows of metrics so far after each epoch, on every worker."""
+        if not int(self.workers.sum(torch.tensor([len(self.data.train)], device=self.device))):
+            raise InputError(f"behaviour: {self.data.version} has no user to train on: bring more events")
         first, rows = self._resume()
         for epoch in range(first, self.settings.epochs + 1):
             if self._stop(rows):
@@ -101,8 +105,8 @@ class BehaviorTraining:
         return int(found.state["epoch"]) + 1, list(found.state["rows"])
 
     def _stop(self, rows: list[dict[str, float]]) -> bool:
-        best = int(np.argmax([row["validation_ndcg@10"] for row in rows])) if rows else 0
-        return len(rows) - 1 - best >= self.settings.patience
+        chosen = best(rows, _WATCHED)
+        return chosen is not None and len(rows) - 1 - chosen >= self.settings.patience
 
     def _epoch(self, epoch: int) -> float:
         """One pass over the users; returns the mean loss over all workers."""
@@ -155,8 +159,9 @@ class BehaviorTraining:
             row.update({f"{split}_{name}": value for name, value in scores.items()})
         if self.workers.rank == 0:
             row["spearman"] = self._spearman(self.table.norm(dim=1))
-        shared = self.workers.broadcast(torch.tensor([row.get("spearman", 0.0)], dtype=torch.float64, device=self.device))
-        return {**row, "spearman": float(shared)}
+        shared = torch.tensor([row.pop("spearman", 0.0)], dtype=torch.float64, device=self.device)
+        spearman = float(self.workers.broadcast(shared))
+        return {**row, "spearman": spearman} if np.isfinite(spearman) else row
 
     def _ranks(self, histories: Histories) -> Tensor:
         """1-based ranks of the targets of all workers' users, full catalogue, history not removed."""
@@ -173,8 +178,8 @@ class BehaviorTraining:
         return self.workers.gather_ragged(torch.cat(found))
 
     def _scored(self, histories: Histories) -> NDArray[np.int64]:
-        """This worker's users that are scored: its share of ``eval_users``, the first by user_id."""
-        return np.arange(min(len(histories), -(-self.settings.eval_users // self.workers.world)))
+        """This worker's users that are scored: its share of ``eval_users``."""
+        return histories.sample(-(-self.settings.eval_users // self.workers.world))
 
     def _spearman(self, norms: Tensor) -> float:
         """Spearman(norm, count) over items that occur in training; a fixed sample where there are very many."""
@@ -187,10 +192,10 @@ class BehaviorTraining:
         """Best embeddings, early norms, then the checkpoint that makes them count; rank 0 writes, all wait."""
         if self.workers.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if max(row["validation_ndcg@10"] for row in rows[:-1] or [{"validation_ndcg@10": -1.0}]) < rows[-1]["validation_ndcg@10"]:
+            if best(rows, _WATCHED) in (None, len(rows) - 1):
                 _replace(self.folder / "best.safetensors", {"embeddings": self.table.detach().cpu()})
             early = rows[: self.settings.early_epochs]
-            if epoch <= self.settings.early_epochs and max(early, key=lambda row: row["spearman"]) is rows[-1]:
+            if epoch <= self.settings.early_epochs and best(early, "spearman") in (None, len(rows) - 1):
                 _replace(self.folder / "early.safetensors", {"norms": self.table.detach().norm(dim=1).cpu()})
             tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {"table": self.table}
             tensors |= {f"dense.{k}": v for k, v in optimizer_tensors(self.dense).items()} | {
@@ -200,8 +205,9 @@ class BehaviorTraining:
         self.workers.agree(True, self.device)
 
     def _result(self, rows: list[dict[str, float]]) -> BehaviorResult:
-        best = max(rows, key=lambda row: row["validation_ndcg@10"])
-        early = max(rows[: self.settings.early_epochs], key=lambda row: row["spearman"])
+        chosen, first = best(rows, _WATCHED), rows[: self.settings.early_epochs]
+        found, earlier = rows[-1 if chosen is None else chosen], best(first, "spearman")
+        early = first[-1 if earlier is None else earlier]
         embeddings = load_file(self.folder / "best.safetensors")["embeddings"]
         use_early = self.settings.norm_checkpoint == "early"
         norms = load_file(self.folder / "early.safetensors")["norms"] if use_early else embeddings.norm(dim=1)
@@ -210,13 +216,17 @@ class BehaviorTraining:
             norms = torch.where(unseen, norms[~unseen].min(), norms)
         users = int(self.workers.sum(torch.tensor([len(self._scored(self.data.test))], device=self.device)))
         summary = {
-            "best_epoch": int(best["epoch"]),
+            "best_epoch": int(found["epoch"]),
+            **(unchosen("behaviour", _WATCHED) if chosen is None else {}),
             "early_epoch": int(early["epoch"]),
             "norm_checkpoint": self.settings.norm_checkpoint,
-            "spearman": (early if use_early else best)["spearman"],
+            "spearman": (early if use_early else found).get("spearman"),
             "epochs": len(rows),
             "users": users,
-            **{split: {k.removeprefix(split + "_"): v for k, v in best.items() if k.startswith(split + "_")} for split in ("validation", "test")},
+            **{
+                split: {name.removeprefix(split + "_"): v for name, v in found.items() if name.startswith(split + "_")}
+                for split in ("validation", "test")
+            },
         }
         return BehaviorResult(embeddings, norms, summary)
 

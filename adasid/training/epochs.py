@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from adasid.errors import TrainingError
 from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 from adasid.training.workers import Workers
+
+
+def best(rows: Sequence[Mapping[str, float]], key: str) -> int | None:
+    """Place of the row of the highest ``key``, the first of equals; None where it is defined in no row."""
+    found = [(row[key], -place) for place, row in enumerate(rows) if np.isfinite(row.get(key, np.nan))]
+    return -max(found)[1] if found else None
+
+
+def unchosen(name: str, key: str) -> dict[str, str]:
+    """What the result says where no epoch has a figure to be chosen by."""
+    return {"note": f"{name}: {key} is defined for no epoch, so that none can be chosen: the last one is taken"}
 
 
 class EpochTraining(ABC):
@@ -89,13 +100,19 @@ class EpochTraining(ABC):
                 self._keep_best(rows)
             self._keep(number, rows)
             report(rows)
-        best = max(rows, key=lambda row: row[self.watched])
+        chosen = best(rows, self.watched)
+        found = rows[-1 if chosen is None else chosen]
         self.model.load_state_dict(load_file(self.folder / "best.safetensors"))
         self.model.eval()
         return {
-            "best_epoch": int(best["epoch"]),
+            "best_epoch": int(found["epoch"]),
+            **(unchosen(self.name, self.watched) if chosen is None else {}),
             "epochs": len(rows),
-            "validation": {k.removeprefix("validation_"): v for k, v in best.items() if k.startswith("validation_") and k != "validation_seconds"},
+            "validation": {
+                name.removeprefix("validation_"): value
+                for name, value in found.items()
+                if name.startswith("validation_") and name != "validation_seconds"
+            },
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "epoch_seconds": float(np.mean([row["seconds"] for row in rows])),
             "parts": {part: float(np.mean([row[f"{part}_seconds"] for row in rows])) for part in self._spent},
@@ -149,12 +166,12 @@ class EpochTraining(ABC):
         return int(found.state["epoch"]) + 1, list(found.state["rows"])
 
     def _stop(self, rows: list[dict[str, float]]) -> bool:
-        best = int(np.argmax([row[self.watched] for row in rows])) if rows else 0
-        return len(rows) - 1 - best >= self.patience
+        chosen = best(rows, self.watched)
+        return chosen is not None and len(rows) - 1 - chosen >= self.patience
 
     def _keep_best(self, rows: list[dict[str, float]]) -> None:
-        """The model, where the last row is the best so far; rank 0 writes."""
-        if self.workers.rank == 0 and max((row[self.watched] for row in rows[:-1]), default=-1.0) < rows[-1][self.watched]:
+        """The model, where the last row is the best so far, or none can be compared; rank 0 writes."""
+        if self.workers.rank == 0 and best(rows, self.watched) in (None, len(rows) - 1):
             self.folder.mkdir(parents=True, exist_ok=True)
             draft = self.folder / "best.draft"
             save_file({name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}, draft)

@@ -137,8 +137,9 @@ class RetrievalTraining(EpochTraining):
         return self.model.loss(states, targets[valid], negatives, self.log_q)
 
     def validate(self) -> dict[str, float]:
-        """Recall and NDCG of the first ``eval_users`` users by user_id."""
-        return averages(self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users).targets.numpy(), gains())
+        """Recall and NDCG of a sample of ``eval_users`` users."""
+        found = self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users)
+        return averages(found.targets.numpy(), gains())
 
     def test(self) -> dict[str, Any]:
         """Recall and NDCG of all users, by stratum of the target; ``test_repeatable``: where lists leave nothing out; ``repeats``: share of targets
@@ -156,8 +157,8 @@ class RetrievalTraining(EpochTraining):
 
     @torch.inference_mode()
     def _ranked(self, histories: Histories, beam: int, users: int | None = None) -> Ranked:
-        """Where the targets of all workers' users (the first ``users``, if given) stand."""
-        mine = np.arange(len(histories) if users is None else min(len(histories), -(-users // self.workers.world)))
+        """Where the targets of all workers' users (of a sample of ``users``, if given) stand."""
+        mine = histories.sample(len(histories) if users is None else -(-users // self.workers.world))
         group, strata = self.model.catalogue.group, torch.from_numpy(self.data.strata).to(self.device)
         sizes, order = torch.bincount(group), group.argsort(stable=True)
         place = torch.empty_like(order)  # of an item among those of its SID

@@ -46,6 +46,12 @@ class Histories(NamedTuple):
         source = np.arange(starts[-1]) + np.repeat(self.starts[users] - starts[:-1], lengths)
         return Histories(self.items[source], starts, self.targets[users])
 
+    def sample(self, number: int) -> NDArray[np.int64]:
+        """``number`` users at random, always the same; all, if there are no more. Ids may be in the order of age."""
+        if len(self) <= number:
+            return np.arange(len(self))
+        return np.sort(np.random.default_rng(0).permutation(len(self))[:number])
+
     def repeats(self) -> int:
         """Users whose target stands in their history, as far as it is kept."""
         hits = np.append(0, np.cumsum(self.items == np.repeat(self.targets, np.diff(self.starts))))

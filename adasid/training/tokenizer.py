@@ -180,8 +180,9 @@ class TokenizerTraining:
         for m, width in tokenizer.widths.items():
             total = self.workers.sum(errors[m])
             spread = total[width] - (total[:width] ** 2).sum() / total[-1].clamp(min=1)
-            if float(total[width + 2]) == 0:
-                continue
-            row[f"fvu_{m}"] = float(total[width + 1] / spread.clamp(min=1e-12))
+            if float(spread) > 1e-12 * float(total[width]):  # else all items are alike, or none has the modality
+                row[f"fvu_{m}"] = float(total[width + 1] / spread)
         use = [code_use(counts[: slot.size]) for slot, counts in zip(slots, self.workers.sum(used).cpu().numpy())]
-        return {**row, "utilisation": float(np.mean([u.utilisation for u in use])), "entropy": float(np.mean([u.entropy for u in use]))}
+        entropy = [u.entropy for u in use if u.entropy is not None]
+        row["utilisation"] = float(np.mean([u.utilisation for u in use]))
+        return {**row, "entropy": float(np.mean(entropy))} if entropy else row

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +62,7 @@ class Lake:
 
     def missing(self, table: str, version: int) -> list[str]:
         """Files of a version that are not there any more."""
-        return [file for file in self.open(table, version).file_uris() if not Path(file).exists()]
+        return [file for file in self.open(table, version).file_uris() if not Path(unquote(file)).exists()]
 
     def writable(self) -> None:
         """Raise InputError unless tables can be created under ``root``."""

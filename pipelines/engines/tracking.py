@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import yaml
 from mlflow.data.delta_dataset_source import DeltaDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Param
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from adasid.config import Config
-from adasid.errors import InputError
+from adasid.config import Config, yaml12
+from adasid.errors import InputError, first_line
 from adasid.training.checkpoint import write_json
 from pipelines.engines.lake import Lake
 
@@ -53,7 +54,8 @@ class Track:
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers; at most MLflow's characters in a name (``@`` becomes ``_at_``)."""
         now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, metrics=[Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()])
+        metrics = [Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()]
+        self.client.log_batch(self.run_id, metrics=metrics)
 
     def inputs(self, versions: Mapping[str, int]) -> None:
         """Record the table versions that were read, as dataset lineage and as tags."""
@@ -108,51 +110,100 @@ def stage(cfg: Config, name: str, journal: bool = True) -> Iterator[Track]:
     """Open the MLflow run of a stage below the pipeline's parent run (made if there is none), close it with the right status, and
     append its wall time and facts to ``stages.jsonl`` in the run's folder (not without ``journal``)."""
     lake = open_lake(cfg)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     uri = tracking_uri(cfg)
     try:
-        mlflow.set_tracking_uri(uri)
-        client = MlflowClient(uri)
-        experiment = client.get_experiment_by_name(cfg.tracking.experiment)
-        location = None if cfg.tracking.uri else (cfg.run_dir / "artifacts" / "mlflow").resolve().as_uri()
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(cfg.tracking.experiment, artifact_location=location)
+        client, parent, run_id = _start(cfg, name, uri)
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f"MLflow store {uri}: {str(error).splitlines()[0]}; check tracking.uri, or leave it null for a local store") from None
-    parent = _parent(cfg, client, experiment_id)
-    run = client.create_run(experiment_id, run_name=name, tags={"mlflow.parentRunId": parent, "stage": name, "run": cfg.name})
-    track = Track(cfg, lake, name, client, run.info.run_id)
-    client.log_text(track.run_id, yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), "config.yaml")
+        raise _unusable(uri, error) from None
+    track = Track(cfg, lake, name, client, run_id)
     try:
         yield track
     except BaseException as error:
-        client.set_tag(track.run_id, "error", str(error)[:500])
-        client.set_terminated(track.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
-        client.set_terminated(parent, "FAILED")
+        with _best_effort(track, "the failure"):
+            client.set_tag(run_id, "error", str(error)[:500])
+            client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+            client.set_terminated(parent, "FAILED")
+        if isinstance(error, MlflowException):
+            raise _unusable(uri, error) from error
         raise
     seconds = time.monotonic() - track.started
-    track.metrics({"wall_seconds": seconds})
-    client.set_tag(track.run_id, "status", track.status)
-    client.set_terminated(track.run_id)
-    client.set_terminated(parent)
-    row = {"stage": name, "status": track.status, "seconds": round(seconds, 1), "mlflow_run": track.run_id, "facts": track.facts}
+    with _best_effort(track, "the end"):  # the stage is done, whatever becomes of MLflow
+        track.metrics({"wall_seconds": seconds})
+        client.set_tag(run_id, "status", track.status)
+        client.set_terminated(run_id)
+        client.set_terminated(parent)
+    row = {"stage": name, "status": track.status, "seconds": round(seconds, 1), "mlflow_run": run_id}
+    row["facts"] = track.facts
     if journal:
         with (cfg.run_dir / "stages.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, default=str) + "\n")
     track.note(f"{track.status} in {seconds:.1f} s" + "".join(f" | {key} {value}" for key, value in track.facts.items()))
 
 
+def _start(cfg: Config, name: str, uri: str) -> tuple[MlflowClient, str, str]:
+    """The client, the pipeline's parent run and the new run of a stage."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # a minute; MLflow's own 7 are six
+    mlflow.set_tracking_uri(uri)
+    client = MlflowClient(uri)
+    experiment = _experiment(cfg, client, uri)
+    parent = _parent(cfg, client, experiment)
+    tags = {"mlflow.parentRunId": parent, "stage": name[:250], "run": cfg.name}
+    run_id = str(client.create_run(experiment, run_name=name[:250], tags=tags).info.run_id)
+    client.log_text(run_id, yaml12.write(cfg.model_dump(mode="json")), "config.yaml")
+    return client, parent, run_id
+
+
+def _experiment(cfg: Config, client: MlflowClient, uri: str) -> str:
+    """Its id; it is made where there is none."""
+    name, location = cfg.tracking.experiment, (cfg.run_dir / "artifacts" / "mlflow").resolve().as_uri()
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=None if cfg.tracking.uri else location))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)  # another run may have made it at the same time
+            if found is None:
+                raise error from None
+    if found.lifecycle_stage == LifecycleStage.DELETED:
+        raise InputError(
+            f"experiment {name!r} was deleted in MLflow ({_shown(uri)}): restore it "
+            f"(mlflow experiments restore --experiment-id {found.experiment_id}), or set tracking.experiment"
+        )
+    return str(found.experiment_id)
+
+
+def _shown(text: str) -> str:
+    """Without the user and password of a URL."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def _unusable(uri: str, error: Exception) -> InputError:
+    fix = "check tracking.uri, or leave it null for a local store"
+    return InputError(_shown(f"MLflow store {uri}: {first_line(error)}; {fix}"))
+
+
+@contextmanager
+def _best_effort(track: Track, what: str) -> Iterator[None]:
+    """MLflow's faults are noted: they replace neither an error nor a stage that is done."""
+    try:
+        yield
+    except Exception as error:
+        track.note(f"MLflow has not recorded {what} of this stage ({_shown(first_line(error))})")
+
+
 def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
     path = cfg.run_dir / _RUNNING
     if path.exists():
         known = str(json.loads(path.read_text(encoding="utf-8"))["parent"])
-        try:
-            client.get_run(known)
-            client.update_run(known, status="RUNNING")
-            return known
-        except Exception:
-            path.unlink()  # the store was replaced: start a new parent
+        with suppress(MlflowException):  # the store was replaced, or the run deleted: start a new parent
+            if client.get_run(known).info.experiment_id == experiment_id:
+                client.update_run(known, status="RUNNING")
+                return known
     parent = client.create_run(experiment_id, run_name=cfg.name, tags={"run": cfg.name}).info.run_id
     flat = parameters(cfg)
     params = [Param(key, str(value)[:5000]) for key, value in flat.items()]
@@ -165,7 +216,8 @@ def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
 def parameters(cfg: Config) -> dict[str, Any]:
     """The config as flat keys and values; without the sections of comparisons, whose labels may be any text and which a cell's own config says."""
     sections = cfg.model_dump(mode="json", exclude={"compare", "evaluate"})
-    return {key: value for section, values in sections.items() for key, value in _flatten(values, section).items()}
+    flat = {key: value for section, values in sections.items() for key, value in _flatten(values, section).items()}
+    return {re.sub(r"[^\w./ :-]", "_", key): value for key, value in flat.items()}  # the characters that MLflow takes
 
 
 def _flatten(value: Any, prefix: str) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def described(lake: Lake, counts: dict[str, Counts], one_of: int, edges: dict[st
 def against(baseline: dict[str, Any], day: dict[str, Any]) -> dict[str, Any]:
     """Today's items (measured as ``day`` with the baseline's ``edges``) against those of ``baseline``: for each modality the stability index of its
     norms, in the bins of the baseline's deciles, and the ratio of quantization errors, of all and by stratum."""
-    norms = {m: stability_index(shares, day["shares"][m]) for m, shares in baseline["shares"].items() if m in day["shares"]}
+    norms = _defined({m: stability_index(shares, day["shares"].get(m, ())) for m, shares in baseline["shares"].items()})
     ratios = {
         m: {s: value / baseline["error"][m][s] for s, value in by_stratum.items() if baseline["error"].get(m, {}).get(s)}
         for m, by_stratum in day["error"].items()
@@ -123,4 +123,10 @@ def usage(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
     """Jensen-Shannon divergence in bits of the use of each slot's codes, from the code metrics of two generations; empty where slots differ."""
     if before["slots"] != after["slots"]:
         return {}
-    return {name: jensen_shannon(p, q) for name, p, q in zip(after["slots"], before["codes"], after["codes"]) if len(p) == len(q)}
+    slots = zip(after["slots"], before["codes"], after["codes"])
+    return _defined({name: jensen_shannon(p, q) for name, p, q in slots if len(p) == len(q)})
+
+
+def _defined(values: dict[str, float]) -> dict[str, float]:
+    """Without those of nothing, which would count as no drift."""
+    return {name: value for name, value in values.items() if np.isfinite(value)}

@@ -1,15 +1,19 @@
 """Files for consumers that do not read Delta, in ``<run>/exports/<generation>``; written whole or not at all, before the generation is live.
 
 Rows stand in the order of (item_index, item_id). ``sids`` (Parquet: item_id, codes, tokens) and ``items`` (Parquet: codes and the items that have
-them, by collision rank); ``codes.npy`` [items, L] int32, whose rows ``item_ids.txt`` names; ``index.json``, number of the row -> tokens, as LETTER,
+them, by collision rank); ``codes.npy`` [items, L] int32, whose rows ``item_ids.txt`` names, an id a line;
+``index.json``, number of the row -> tokens, as LETTER,
 LC-Rec and Cornac read it; ``prefixes.safetensors``, the catalogue's prefixes (``adasid.recommenders.tokens.Prefixes``); ``changes`` (Parquet: the day's rows of ``sid_changes``).
+``<run>/exports/live.json`` names the live generation and its folder.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,16 +23,59 @@ from pyspark.sql import functions as F
 from safetensors.torch import save_file
 
 from adasid.config import Config
+from adasid.errors import InputError
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.tables import SID_CHANGES
 from adasid.tokenizers.base import Slot
 from adasid.training.checkpoint import write_json
+from pipelines import generations
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.generations import Generation
 
 _ROWS, _PREFIXES = 65_536, 20_000_000
 """Rows written at a time; items up to which the prefixes are made, which needs all codes in memory."""
+_LINE_BREAKS = r"[\n\r\x0b\x0c\x1c-\x1e\x{85}\x{2028}\x{2029}]"
+"""Where ``str.splitlines`` splits: readers of text differ in which of them end a line."""
+
+
+def check(cfg: Config, lake: Lake, version: int) -> None:
+    """Raise InputError where an id of ``item_features`` at ``version`` would shift the lines of ``item_ids.txt``.
+
+    To be called before anything is written.
+    """
+    if "array" not in cfg.retokenize.exports:
+        return
+    for batch in lake.batches("item_features", version, ["item_id"]):
+        ids = batch.column("item_id")
+        broken = ids.filter(pc.match_substring_regex(ids, _LINE_BREAKS))
+        if len(broken):
+            raise InputError(
+                f"item {broken[0].as_py()[:100]!r} of item_features version {version} has a line break in its id, "
+                f"which would shift the lines of {folder(cfg)}/<generation>/item_ids.txt; nothing was published: "
+                "rename it in the source and run jobs/ingest.py and jobs/build_features.py, or leave 'array' out of "
+                "retokenize.exports"
+            )
+
+
+def point(cfg: Config, lake: Lake) -> None:
+    """Let ``live.json`` name the live generation; its ``folder`` is null where the exports were off, or were removed.
+
+    To be called after the pointer has moved, and where it may have moved before a run was cut off.
+    """
+    named = None
+    while named != (number := generations.pointer(lake)):  # another run may move it while this one writes
+        row, named = generations.live(lake), number
+        manifest = folder(cfg) / str(number) / "manifest.json"
+        there = manifest.exists() and _same(json.loads(manifest.read_text(encoding="utf-8")), row)
+        folder(cfg).mkdir(parents=True, exist_ok=True)
+        facts = {name: row[name] for name in ("generation", "sids_version", "tokenizer")}
+        write_json(folder(cfg) / "live.json", {**facts, "folder": str(number) if there else None})
+
+
+def _same(manifest: dict[str, Any], row: Generation) -> bool:
+    """Whether a folder is of this generation, not of one with its number in a lake that was removed."""
+    return all(manifest.get(name) == row[name] for name in ("generation", "sids_version", "tokenizer", "items"))
 
 
 def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
@@ -37,7 +84,8 @@ def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
     target = folder(cfg) / str(row["generation"])
     if row["items"] > _PREFIXES:
         wanted -= {"prefixes"}
-    if not wanted or (target / "manifest.json").exists():
+    manifest = target / "manifest.json"
+    if not wanted or (manifest.exists() and _same(json.loads(manifest.read_text(encoding="utf-8")), row)):
         return
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -98,12 +146,17 @@ def _batches(draft: Path) -> Iterator[pa.RecordBatch]:
 def _array(draft: Path, items: int, length: int) -> None:
     codes = np.lib.format.open_memmap(draft / "codes.npy", mode="w+", dtype=np.int32, shape=(items, length))
     start = 0
-    with (draft / "item_ids.txt").open("w", encoding="utf-8") as ids:
+    with (draft / "item_ids.txt").open("w", encoding="utf-8", newline="\n") as ids:
         for batch in _batches(draft):
             if batch.num_rows:
                 codes[start : start + batch.num_rows] = batch.column("codes").flatten().to_numpy().reshape(batch.num_rows, length)
                 start += batch.num_rows
                 ids.write(pc.binary_join(pa.ListArray.from_arrays([0, batch.num_rows], batch.column("item_id")), "\n")[0].as_py() + "\n")
+    if start != items:
+        raise InputError(
+            f"generation has {items} items but {start} of them are in item_features: exports would lose the others; "
+            "run jobs/build_features.py and publish again"
+        )
     codes.flush()
 
 

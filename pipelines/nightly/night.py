@@ -86,6 +86,7 @@ class Night:
         return tokenizer, manifest
 
     def _champion(self, live: Generation) -> None:
+        exports.point(self.cfg, self.lake)
         train.register(self.cfg, self.track, Path(live["artifact"]), live["tokenizer"], "champion")
 
     def measured(self, facts: dict[str, Any]) -> None:
@@ -123,6 +124,7 @@ class Night:
             number = generations.next_number(self.lake) - 1
             self._up_to_date(f"generation {number} is this night's and was rolled back: jobs/rollback.py --to {number} makes it live again")
             return
+        exports.check(self.cfg, self.lake, self.version)
         row = generations.publish(
             self.track,
             stamp,

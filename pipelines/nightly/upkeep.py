@@ -14,6 +14,7 @@ from adasid.errors import InputError
 from pipelines import generations, train
 from pipelines.engines.lake import properties
 from pipelines.engines.tracking import Track
+from pipelines.nightly import exports
 from pipelines.nightly.lease import held
 
 
@@ -21,6 +22,7 @@ def rollback(cfg: Config, track: Track, number: int) -> None:
     """Make generation ``number`` live. Raises InputError where it does not exist or cannot be read any more."""
     with held(track, cfg.retokenize.lease):
         row = generations.go_back(track, number)
+    exports.point(cfg, track.lake)
     train.register(cfg, track, Path(row["artifact"]), row["tokenizer"], "champion")
     track.facts.update({"generation": row["generation"], "items": row["items"], "run date": row["run_date"]})
 

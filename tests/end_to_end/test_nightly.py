@@ -103,6 +103,7 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
     assert json.loads(Path(track.client.download_artifacts(track.run_id, "gates.json")).read_text())["gates"] == row["gates"]
     assert night(path, f"2026-01-0{day}").status == "up to date"
     check_exports(path, lake, row, after)
+    assert pointed(path) == row["generation"]
 
 
 @pytest.mark.parametrize("how", ["change feed", "fingerprints"])
@@ -194,6 +195,14 @@ def check_exports(path, lake, row, sids):
     assert len(moves) == sum(r["generation"] == row["generation"] for r in lake.read("sid_changes").to_pylist())
 
 
+def pointed(path):
+    """The generation that ``live.json`` names, whose folder it names too where it is there."""
+    folder = load(path).run_dir / "exports"
+    facts = json.loads((folder / "live.json").read_text())
+    assert facts["folder"] == (str(facts["generation"]) if (folder / str(facts["generation"])).exists() else None)
+    return facts["generation"]
+
+
 def test_a_date_before_the_last_one_is_refused(published):
     path, lake = published
     with pytest.raises(InputError, match=r"run date 2025-12-31 is before 2026-01-0\d, which generation \d was published for"):
@@ -269,13 +278,14 @@ def test_rollback_and_maintenance(published, monkeypatch):
     rows = generations.history(lake)
     with tracking.stage(cfg, "rollback", journal=False) as track:
         upkeep.rollback(cfg, track, 1)
-    assert generations.live(lake)["generation"] == 1
+    assert generations.live(lake)["generation"] == pointed(path) == 1
     assert night(path, rows[-1]["run_date"]).status == "done"  # from the first generation on
     last = generations.live(lake)
+    assert pointed(path) == last["generation"]
     with tracking.stage(cfg, "rollback", journal=False) as track:
         upkeep.rollback(cfg, track, 1)
     again = night(path, last["run_date"])  # the same night does not undo the roll-back
-    assert again.status == "up to date" and generations.live(lake)["generation"] == 1
+    assert again.status == "up to date" and generations.live(lake)["generation"] == pointed(path) == 1
     assert generations.history(lake)[-1]["generation"] == last["generation"]
     assert champion(path) == generations.live(lake)["tokenizer"]
     with (
@@ -286,8 +296,11 @@ def test_rollback_and_maintenance(published, monkeypatch):
         cut.setattr(exports, "write", lambda *_: (_ for _ in ()).throw(OSError("no space")))
         night(path, last["run_date"])
     assert generations.live(lake)["generation"] == 1 and generations.history(lake)[-1]["generation"] == last["generation"] + 1
+    assert pointed(path) == 1
     assert night(path, last["run_date"]).status == "done"
-    assert generations.live(lake)["generation"] == last["generation"] + 1
+    assert generations.live(lake)["generation"] == pointed(path) == last["generation"] + 1
+    (load(path).run_dir / "exports" / "live.json").unlink()  # a kill may have come before it was written
+    assert night(path, last["run_date"]).status == "up to date" and pointed(path) == last["generation"] + 1
     with (
         pytest.raises(InputError, match=r"generation 99 does not exist \(there are: 1 to \d+\)"),
         tracking.stage(cfg, "rollback", journal=False) as track,

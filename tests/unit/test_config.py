@@ -1,10 +1,15 @@
+import math
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from adasid import config
+from adasid.config import yaml12
 from adasid.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -146,3 +151,114 @@ def test_what_cannot_be_evaluated_is_named(evaluate, message):
 def test_cells_in_parallel_need_ray():
     with pytest.raises(ConfigError, match=re.escape("evaluate.parallel is 2 but ray.workers is 0")):
         config.build({"evaluate": {"parallel": 2}, "ray": {"workers": 0}})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("1e-3", 1e-3), ("1E5", 1e5), ("+.5", 0.5), ("1.", 1.0), ("-.inf", -math.inf), ("12e+1", 120.0)),
+        *((word, word) for word in ("no", "on", "yes", "off", "No", "Y", "n", "1:30", "1_000", "0b1", "=", "a-b")),
+        *((date, date) for date in ("2024-05-01", "2024-05-01T10:00:00", "2024-05-01 10:00:00")),
+        *(("0o17", 15), ("0x1F", 31), ("017", 17), ("-3", -3), ("true", True)),
+        *(("False", False), ("~", None), ("null", None), ("", None), ('"1e-3"', "1e-3"), ("[1, no]", [1, "no"])),
+        *(("{a: 1e2, b: on}", {"a": 100.0, "b": "on"}), ("!!str 12", "12")),
+    ],
+)
+def test_yaml_is_read_as_version_1_2(text, value):
+    assert yaml12.read(text) == value and type(yaml12.read(text)) is type(value)
+    assert yaml12.read(yaml12.write(value)) == value
+    assert yaml.safe_load(yaml12.write(value)) == value, "readers of version 1.1 get the same"
+
+
+@hypothesis_settings(deadline=None)  # a busy machine
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
+def test_what_is_written_is_read_back(value):
+    assert yaml12.read(yaml12.write(value)) == value
+
+
+def test_numbers_and_words_of_version_1_2_in_files_and_overrides(tmp_path):
+    path = tmp_path / "c.yaml"
+    text = "behavior: {lr: 1e-3}\nname: no\nspark: {conf: {a.b: true, c.d: 4, e.f: 0.5, g.h: x}}\n"
+    path.write_text(text + "features: {now: 2024-05-01}\n")
+    cfg = config.load(path, ["retrieval.lr=2e-3", "tracking.experiment=off"])
+    assert (cfg.behavior.lr, cfg.retrieval.lr, cfg.name, cfg.tracking.experiment) == (1e-3, 2e-3, "no", "off")
+    assert cfg.spark.conf == {"a.b": "true", "c.d": "4", "e.f": "0.5", "g.h": "x"} and cfg.features.now == "2024-05-01"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nname: a\nseed: 2\n", "key 'seed' stands twice, in lines 1 and 3"),
+        ("behavior:\n  lr: 0.1\n  width: 8\n  lr: 0.2\n", "key 'lr' stands twice, in lines 2 and 4"),
+        ("behavior: {lr: 0.1,\n  lr: 0.2}\n", "key 'lr' stands twice, in lines 1 and 2"),
+        ('seed: 1\n"seed": 1\n', "key 'seed' stands twice, in lines 1 and 2"),
+        ("compare:\n  tokenizers:\n  - [{a: 1, a: 2}]\n", "key 'a' stands twice, in lines 3 and 3"),
+        ("a: &x {b: 1}\nc:\n  <<: *x\n  <<: *x\n", "key '<<' stands twice, in lines 3 and 4"),
+        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("seed: !!int x\n", "not valid YAML"),
+    ],
+)
+def test_a_key_stands_once(tmp_path, text, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        config.load(path)
+    assert words in str(error.value) and str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_key_stands_once_in_an_override():
+    with pytest.raises(ConfigError, match=r"--set 'behavior=\{lr: 1e-3, lr: 2e-3\}'.*key 'lr' stands twice"):
+        config.load(CONF / "demo.yaml", ["behavior={lr: 1e-3, lr: 2e-3}"])
+
+
+def test_anchors_and_merges_work(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "behavior: &b {lr: 1e-2, width: 32}\nretrieval:\n  <<: *b\n  width: 16\nevaluate:\n  controls:\n"
+        "    a: {<<: *b, width: 8}\n    b: {<<: [*b, {dropout: 0.1}]}\n    c: *b\n"
+    )
+    cfg = config.load(path)
+    assert (cfg.behavior.width, cfg.retrieval.width, cfg.retrieval.lr) == (32, 16, 1e-2)
+    assert [(c.lr, c.width) for c in cfg.evaluate.controls.values()] == [(1e-2, 8), (1e-2, 32), (1e-2, 32)]
+    assert cfg.evaluate.controls["b"].dropout == 0.1
+
+
+ODD = [*(f"a{character}b" for character in '#?*:^|<>[]{}\\"`\t'), "My Drive #1", "100%25", "a[v2]"]
+
+
+@pytest.mark.parametrize("place", ODD)
+def test_a_folder_that_spark_or_delta_would_misread_is_refused(place):
+    with pytest.raises(ConfigError) as error:
+        config.build({"runs_dir": f"/data/{place}/runs"})
+    text = str(error.value)
+    assert "in another way; choose a folder whose path has none of # %" in text and len(text.splitlines()) == 1
+
+
+def test_where_a_relative_folder_leads_counts(tmp_path, monkeypatch):
+    (tmp_path / "My #1").mkdir()
+    monkeypatch.chdir(tmp_path / "My #1")
+    with pytest.raises(ConfigError, match=r"My #1/runs.*read '#' in another way"):
+        config.build({"runs_dir": "runs"})
+
+
+@pytest.mark.parametrize("place", ["/data/My Drive/runs", "/data/café/runs", "/data/a-b_c.d+e/runs", "runs"])
+def test_other_folders_are_taken(place):
+    assert config.build({"runs_dir": place}).runs_dir == place
+
+
+def test_the_name_of_a_config_file_is_free(tmp_path):
+    path = tmp_path / "My config #1 100%25 [v2]: é.yaml"
+    path.write_text("seed: 3\n")
+    assert config.load(path).seed == 3
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes("name: a  # café\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        config.load(path)
+
+
+def test_text_that_looks_like_a_number_asks_for_quotes():
+    with pytest.raises(ConfigError, match=re.escape("name is 7: input should be a valid string (put it in quotes)")):
+        config.load(CONF / "demo.yaml", ["name=007"])

@@ -7,9 +7,22 @@ from scipy.stats import entropy as scipy_entropy
 from scipy.stats import spearmanr
 from sklearn.metrics import ndcg_score
 
+from adasid import config
 from adasid.metrics.codes import code_use, group_metrics
 from adasid.metrics.longtail import spearman
-from adasid.metrics.retrieval import averages, gains, intervals, rank_histogram, recall_ndcg, shared_gains, target_ranks
+from adasid.metrics.retrieval import (
+    averages,
+    gains,
+    intervals,
+    rank_histogram,
+    recall_ndcg,
+    shared_gains,
+    target_ranks,
+    tie_order,
+)
+from adasid.metrics.tally import Tally
+from adasid.tokenizers.base import Slot
+from pipelines.sids import check_gates, failures
 
 
 def test_ranks_and_metrics_match_a_library():
@@ -24,8 +37,24 @@ def test_ranks_and_metrics_match_a_library():
     assert found["recall@10"] == pytest.approx(float((ranks <= 10).float().mean()))
 
 
-def test_equal_scores_rank_by_index():
-    assert target_ranks(torch.ones(3, 4), torch.tensor([0, 2, 3])).tolist() == [1, 3, 4]
+def test_equal_scores_are_worth_what_chance_is():
+    ranks = target_ranks(torch.ones(200, 200), torch.arange(200))  # every item is a target once
+    assert sorted(ranks.tolist()) == list(range(1, 201))
+    assert [recall_ndcg(ranks)[f"recall@{k}"] for k in (5, 10, 20, 50, 100)] == [k / 200 for k in (5, 10, 20, 50, 100)]
+    head = ranks[:20].double().mean()  # the index follows popularity, the order of equals does not
+    assert abs(float(head) - 100.5) < 3 * 57.7 / 20**0.5
+
+
+def test_items_of_a_sid_stand_together_by_index_and_sids_in_a_fixed_random_order():
+    group = torch.tensor([2, 0, 1, 2, 0, 1, 2, 3])
+    places = tie_order(group)
+    assert torch.equal(places, tie_order(group)) and sorted(places.tolist()) == list(range(8))
+    for sid in range(4):
+        own = places[group == sid]
+        assert (own.diff() == 1).all()
+    ranks = target_ranks(torch.zeros(8, 8), torch.arange(8), places)
+    assert torch.equal(ranks, places + 1)
+    assert tie_order(torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 
 def test_single_target_slope_lies_in_the_possible_band():
@@ -42,7 +71,7 @@ def test_spearman_matches_scipy_with_ties():
     x = rng.integers(5, size=200).astype(float)
     y = x + rng.normal(size=200)
     assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
-    assert spearman(np.ones(9), np.arange(9.0)) == 0.0
+    assert np.isnan(spearman(np.ones(9), np.arange(9.0))) and np.isnan(spearman(np.ones(1), np.ones(1)))
 
 
 def test_code_use_closed_forms():
@@ -56,7 +85,7 @@ def test_code_use_closed_forms():
     assert use.utilisation == 0.75
     assert use.top1 == 0.5
     assert use.perplexity <= 4 * use.utilisation + 1e-9
-    assert code_use(np.zeros(4, int)).utilisation == 0.0
+    assert code_use(np.zeros(4, int)) == (None, 0.0, None, None)
 
 
 def test_group_metrics_count_both_collision_rates():
@@ -76,6 +105,20 @@ def test_histograms_give_the_metrics_of_ranks_and_add_up():
     assert torch.equal(whole, parts)
     assert averages(whole.numpy(), gains()) == pytest.approx(recall_ndcg(ranks))
     assert averages(whole[1].numpy(), gains()) == pytest.approx(recall_ndcg(ranks[kinds == 1]))
+
+
+def test_metrics_of_nothing_are_absent():
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert recall_ndcg(nothing) == {} == intervals(rank_histogram(nothing, nothing, 1)[0].numpy(), gains(), 10, 0)
+    none = np.zeros(0, np.int64)
+    assert {name for name, value in group_metrics(none, none).items() if value is None} == {
+        *("collision_distinct", "collision_items", "sid_entropy"),
+    }
+    found = Tally.none([Slot("t0", "text", 4)]).metrics([Slot("t0", "text", 4)])
+    assert found["collision_tail"] is None and found["entropy"] == [None] and found["utilisation"] == [0.0]
+    gates = check_gates(found, config.Gates(min_utilisation=0.0), 0, 0, 0)
+    assert [gate["gate"] for gate in gates if not gate["passed"]] == ["coverage", "collision rate"]
+    assert "collision rate is –, allowed 0.5" in failures([gate for gate in gates if not gate["passed"]])
 
 
 def test_bootstrap_intervals_are_those_of_the_normal_law():
@@ -101,4 +144,5 @@ def test_items_that_share_a_sid_get_the_credit_of_a_random_order():
 
 def test_a_score_that_is_no_number_is_no_hit():
     scores = torch.tensor([[0.0, float("nan"), 1.0], [0.0, 2.0, 1.0]])
-    assert target_ranks(scores, torch.tensor([1, 1])).tolist() == [3, 1]
+    ranks = target_ranks(scores, torch.tensor([1, 1]))
+    assert ranks.tolist() == [104, 1] and recall_ndcg(ranks)["recall@100"] == 0.5

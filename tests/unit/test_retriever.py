@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from adasid import config
 from adasid.errors import InputError
+from adasid.metrics.retrieval import recall_ndcg
 from adasid.recommenders import retriever
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.tables import BEHAVIOR, PAD
@@ -398,3 +399,18 @@ def test_a_split_without_users_is_named(tmp_path):
     run.data.validation = Histories(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64))
     with pytest.raises(InputError, match="retrieval: test has no user in split 'validation'"):
         run.run()
+
+
+@pytest.mark.parametrize("head", ["item", "parallel", "autoregressive"])
+@pytest.mark.parametrize("seen", [None, torch.full((200, 1), -1)])
+def test_a_head_that_scores_all_items_alike_is_worth_what_chance_is(head, seen):
+    settings = config.Retrieval.model_validate({"head": head, "width": 8, "max_length": 5, "beam": 400})
+    codes = np.stack([np.arange(200) // 20, np.arange(200) % 20], axis=1).astype(np.int32)
+    made = retriever.build(settings, ItemTokens.of(codes, (Slot("a", "text", 10), Slot("b", "text", 20)))).eval()
+    with torch.no_grad():
+        made.table.zero_()
+        ranks, everywhere = made.ranks(torch.zeros(200, 8), torch.arange(200), 400, seen)
+    assert torch.equal(ranks, everywhere)
+    found = recall_ndcg(ranks)
+    assert [found[f"recall@{k}"] for k in (10, 50, 100)] == [k / 200 for k in (10, 50, 100)]
+    assert ((ranks.argsort() // 20).diff() < 0).any(), "not by index, which follows popularity"

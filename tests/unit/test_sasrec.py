@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from adasid import config
-from adasid.errors import TrainingError
+from adasid.errors import InputError, TrainingError
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
 from adasid.training.behavior import BehaviorData, BehaviorTraining
+from adasid.training.epochs import best
 from adasid.training.sequences import Histories
 from adasid.training.workers import Workers
 
@@ -115,3 +116,42 @@ def test_early_stopping_and_non_finite_loss(tmp_path):
     broken.table.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"not finite at epoch 1, step 0.*sequences version 0"):
         broken.run()
+
+
+def test_without_validation_nothing_is_chosen_and_the_last_epoch_is_taken(tmp_path):
+    d = data()
+    d.validation = d.test = Histories.from_batches([])
+    run = BehaviorTraining(SMALL.model_copy(update={"patience": 1}), d, tmp_path, 1, Workers())
+    rows = []
+    result = run.run(lambda all_rows: rows.append(all_rows[-1]))
+    assert len(rows) == 6 and not [name for name in rows[-1] if name.startswith(("validation", "test"))]
+    assert result.summary["best_epoch"] == 6 and result.summary["validation"] == result.summary["test"] == {}
+    assert result.summary["note"].startswith("behaviour: validation_ndcg@10 is defined for no epoch")
+    assert torch.equal(result.embeddings, run.table.detach())
+
+
+def test_a_correlation_that_is_not_defined_chooses_nothing(tmp_path):
+    d = data()
+    d.counts = (d.counts > 0).astype(np.int64)  # of equal counts there is no rank correlation
+    result = BehaviorTraining(SMALL.model_copy(update={"early_epochs": 3}), d, tmp_path, 1, Workers()).run()
+    assert result.summary["spearman"] is None and result.summary["early_epoch"] == 3
+
+
+def test_no_user_to_train_on_is_named(tmp_path):
+    d = data()
+    d.train = Histories.from_batches([])
+    with pytest.raises(InputError, match="behaviour: sequences version 0 has no user to train on"):
+        BehaviorTraining(SMALL, d, tmp_path, 1, Workers()).run()
+
+
+def test_users_for_validation_are_a_fixed_sample_in_no_order_of_ids():
+    h = histories([[1]] * 100)
+    assert h.sample(100).tolist() == h.sample(200).tolist() == list(range(100))
+    some = h.sample(20)
+    assert some.tolist() == sorted(set(some.tolist())) == h.sample(20).tolist() and len(some) == 20 and some.max() > 60
+
+
+def test_the_best_row_is_the_first_of_the_highest_that_are_numbers():
+    assert best([{"a": float("nan")}, {"a": 1.0}, {"a": 1.0}, {}], "a") == 1
+    assert best([{"a": float("nan")}, {}], "a") is None is best([], "a")
+    assert best([{"a": 0.0}, {"a": -1.0}], "a") == 0

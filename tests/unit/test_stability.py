@@ -14,10 +14,11 @@ def test_jensen_shannon_is_scipys():
         assert jensen_shannon(p, q) == pytest.approx(jensenshannon(p, q, base=2) ** 2)
     assert jensen_shannon([3, 1], [30, 10]) == pytest.approx(0)
     assert jensen_shannon([1, 0], [0, 5]) == pytest.approx(1)
-    assert jensen_shannon([0, 0], [1, 2]) == 0
+    assert np.isnan(jensen_shannon([0, 0], [1, 2])) and np.isnan(jensen_shannon([0, 0], [0, 0]))
 
 
 def test_stability_index_by_hand():
     assert stability_index([0.5, 0.5], [0.25, 0.75]) == pytest.approx(-0.25 * np.log(0.5) + 0.25 * np.log(1.5))
     assert stability_index([0.1] * 10, [0.1] * 10) == 0
+    assert np.isnan(stability_index([0.1] * 10, [0.0] * 10)) and np.isnan(stability_index([0.1] * 10, ()))
     assert np.isfinite(stability_index([1, 0], [0, 1])) and stability_index([1, 0], [0, 1]) > 10

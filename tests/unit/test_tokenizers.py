@@ -391,3 +391,19 @@ def test_of_a_switch_active_slots_count_alike_and_their_weights_learn_up_to_one(
 def test_tokens_are_readable():
     assert token(Slot("t0", "text", 100), 17) == "<t0_17>"
     assert token(Slot("b2", "behavior", 100), PAD) == "<b2_pad>"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_fewer_items_than_codes(name, tmp_path):
+    few = {"codebook_size": 100}
+    if TOKENIZERS[name].epochs:
+        few["training"] = TOKENIZERS[name].epochs.model_copy(update={"epochs": 2, "batch": 16})
+    settings = TOKENIZERS[name].model_copy(update={key: value for key, value in few.items() if hasattr(TOKENIZERS[name], key)})
+    loop, rows = train(settings, catalogue(items=30), tmp_path)
+    codes = loop.tokenizer.encode(everything(loop.shard)).codes
+    assert codes.shape == (30, len(loop.tokenizer.slots)) and codes.max() < 100 and np.isfinite(list(rows[-1].values())).all()
+    decoded = loop.tokenizer.reconstruct(everything(loop.shard))
+    assert all(vectors.isfinite().all() for vectors in decoded.values())
+    loop.tokenizer.refine(loop.shard, Workers(), 2, torch.Generator().manual_seed(0))
+    again = loop.tokenizer.encode(everything(loop.shard)).codes
+    assert ((again >= PAD) & (again < 100)).all()

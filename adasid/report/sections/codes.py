@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from adasid.report import figures
-from adasid.report.material import Material
+from adasid.report.material import Material, Row
 from adasid.report.page import Plot, Section, Table
 from adasid.report.words import NOT_RUN, count, mean, number, plain, plural, share
 from adasid.tables import STRATA
@@ -114,7 +114,10 @@ def semantic_ids(material: Material) -> Section:
     ]
     columns = ("Slot", "Utilisation", "Entropy (nats)", "of ln K", "Perplexity", "Top-1 load", "PAD")
     rows = [
-        (slot, share(used), number(nats), share(nats / math.log(max(2, len(counts)))), number(perplexity, 1), share(top), share(pad))
+        (
+            *(slot, share(used), number(nats), share(None if nats is None else nats / math.log(max(2, len(counts))))),
+            *(number(perplexity, 1), share(top), share(pad)),
+        )
         for slot, used, nats, counts, perplexity, top, pad in zip(
             *(codes[name] for name in ("slots", "utilisation", "entropy", "codes", "perplexity", "top1", "pad"))
         )
@@ -131,9 +134,16 @@ def semantic_ids(material: Material) -> Section:
     return Section(key, title, lead, plots, tables)
 
 
+def _known(codes: Row) -> Row:
+    """Without the entropies of codebooks that no item has a code of."""
+    names = ("entropy", "perplexity", "top1")
+    return {**codes, **{name: [value for value in codes[name] if value is not None] for name in names}}
+
+
 def _code_metrics(material: Material) -> Table:
     """The metrics of methods 8.1 to 8.5, each with what it is."""
-    codes, manifest = material.codes, (material.tokenizer.facts if material.tokenizer and material.same_tokenizer else {})
+    codes = _known(material.codes)
+    manifest = material.tokenizer.facts if material.tokenizer and material.same_tokenizer else {}
     trained = manifest.get("metrics") or {}
     distinct, items = codes["distinct"], codes["items"]
     rows = [
@@ -155,9 +165,15 @@ def _code_metrics(material: Material) -> Table:
             f"nats, over codebooks, PAD excluded; cap ln {codes['codebook_size']} = {number(math.log(codes['codebook_size']))}",
         ),
         ("Mean utilisation", share(mean(codes["utilisation"]), 2), "share of codes used by at least one item, over codebooks"),
-        ("Perplexity, lowest", number(min(codes["perplexity"]), 1), "exp(entropy): codes that carry the load, worst codebook"),
+        (
+            *("Perplexity, lowest", number(min(codes["perplexity"], default=None), 1)),
+            "exp(entropy): codes that carry the load, worst codebook",
+        ),
         ("Perplexity, mean", number(mean(codes["perplexity"]), 1), "over codebooks"),
-        ("Top-1 load, highest", share(max(codes["top1"])), "share of items on the most used code of a codebook"),
+        (
+            *("Top-1 load, highest", share(max(codes["top1"], default=None))),
+            "share of the items with a code in a codebook that have its most used one",
+        ),
         (
             "Entropy of whole IDs",
             number(codes["sid_entropy"]),
@@ -167,6 +183,9 @@ def _code_metrics(material: Material) -> Table:
         ("Collision rate by items", share(codes["collision_items"], 2), "share of items whose ID another item has too"),
         ("Distinct IDs", count(distinct), f"{share(distinct / items if items else None, 2)} of the items"),
         ("Largest group", count(codes["largest_group"]), "items that share one ID"),
-        ("PAD rate", share(mean(codes["pad"]), 2), "share of codes left empty because the item lacks the modality, over slots"),
+        (
+            *("PAD rate", share(mean(codes["pad"]), 2)),
+            "share of the items' slots that are empty because the item lacks the modality",
+        ),
     ]
     return Table("Code metrics", ("Metric", "Value"), [row[:2] for row in rows], notes=[row[2] for row in rows])

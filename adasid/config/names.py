@@ -1,0 +1,50 @@
+"""What a modality may be called: a column of every table of items, and a submodule of PyTorch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from adasid import tables
+
+_SCHEMAS = (tables.items(()), tables.item_features(()), tables.BEHAVIOR_EMBEDDINGS, tables.SIDS)
+_COLUMNS = {name for schema in _SCHEMAS for name in schema.names} | {"reason", "fault", "gauged", "published"}
+"""The last four stand beside the vectors while items are checked and encoded."""
+_ATTRIBUTES = """
+    add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches eval extra_repr
+    float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys load_state_dict modules mtia
+    named_buffers named_children named_modules named_parameters parameters pop register_backward_hook register_buffer
+    register_forward_hook register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
+    register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
+    register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory
+    state_dict t_destination to to_empty train training type update values xpu zero_grad
+"""
+MODULE = frozenset(_ATTRIBUTES.split())
+"""Attributes of torch.nn.ModuleDict, in lower case: a test compares them with torch's."""
+
+
+def check_modalities(key: str, names: Iterable[str]) -> None:
+    """Raise ValueError for a name that a table or PyTorch cannot take. Spark does not tell upper from lower case."""
+    seen: dict[str, str] = {}
+    for name in names:
+        lower, fault = name.lower(), ""
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+            fault = "must be ASCII letters, digits and _, a letter first"
+        elif lower in ("shared", tables.BEHAVIOR):
+            fault = "is not a content modality"
+        elif lower in _COLUMNS:
+            fault = "is a column of the pipeline's own tables"
+        elif lower in MODULE:
+            fault = "is an attribute of PyTorch modules"
+        elif lower in seen:
+            fault = f"is the name of another modality ({seen[lower]!r}; case does not tell columns apart)"
+        if fault:
+            raise ValueError(f"{key}: {name!r} {fault}; give the column another name in the source, and here")
+        seen[lower] = name
+
+
+def check_labels(key: str, labels: Iterable[str]) -> None:
+    """Raise ValueError for a label that is not one line of visible text: it stands in tables, figures and MLflow."""
+    for label in labels:
+        if not label.strip() or not label.isprintable():
+            raise ValueError(f"{key}: {label!r} is not one line of printable text; rename it")

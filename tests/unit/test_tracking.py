@@ -1,0 +1,145 @@
+"""MLflow as it is found: deleted experiments, runs and models, a store that goes away. On a real sqlite store."""
+
+import json
+import re
+import shutil
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from adasid import config
+from adasid.errors import AdasidError, BusyError, GateError, InputError
+from adasid.tokenizers import artifact
+from pipelines import cli, train
+from pipelines.engines import tracking
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder whose store is made once: its tables take seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    cfg = config.build({"name": "t", "runs_dir": str(folder)})
+    MlflowClient(tracking.tracking_uri(cfg)).search_experiments()
+    return cfg.run_dir / "mlflow.db"
+
+
+@pytest.fixture
+def cfg(made, make_config):
+    cfg = make_config()
+    cfg.run_dir.mkdir(parents=True)
+    shutil.copy(made, cfg.run_dir / "mlflow.db")
+    return cfg
+
+
+def client_of(cfg):
+    return MlflowClient(tracking.tracking_uri(cfg))
+
+
+def message(cfg, name="a stage", error=InputError):
+    with pytest.raises(error) as found, tracking.stage(cfg, name):
+        pass
+    assert len(str(found.value).splitlines()) == 1
+    return str(found.value)
+
+
+def test_a_deleted_experiment_is_named_with_the_fix(cfg):
+    client = client_of(cfg)
+    number = client.create_experiment("adasid")
+    client.delete_experiment(number)
+    text = message(cfg)
+    assert text.startswith("experiment 'adasid' was deleted in MLflow (sqlite:///") and "or set tracking.experiment" in text
+    assert f"mlflow experiments restore --experiment-id {number}" in text
+    client.restore_experiment(number)
+    with tracking.stage(cfg, "a stage") as track:
+        track.metrics({"a": 1.0})
+    assert client.get_run(track.run_id).data.tags["status"] == "done"
+
+
+def test_another_experiment_gets_a_parent_of_its_own(cfg):
+    with tracking.stage(cfg, "one") as first:
+        pass
+    other = cfg.model_copy(update={"tracking": config.Tracking(experiment="other")})
+    with tracking.stage(other, "two") as second:
+        pass
+    client = client_of(cfg)
+    parents = [client.get_run(client.get_run(t.run_id).data.tags["mlflow.parentRunId"]) for t in (first, second)]
+    assert parents[0].info.experiment_id != parents[1].info.experiment_id
+    client.delete_run(parents[1].info.run_id)
+    with tracking.stage(other, "three") as third:
+        pass
+    assert client.get_run(third.run_id).data.tags["mlflow.parentRunId"] != parents[1].info.run_id
+
+
+@pytest.mark.parametrize("error", [GateError("a gate"), BusyError("busy"), InputError("input"), ValueError("a bug")])
+def test_a_store_that_goes_away_does_not_replace_the_error(cfg, error, capsys):
+    with pytest.raises(type(error), match=str(error)), tracking.stage(cfg, "a stage"):
+        (cfg.run_dir / "mlflow.db").write_text("not a database")
+        raise error
+    assert "MLflow has not recorded the failure of this stage (" in capsys.readouterr().err
+
+
+def test_exit_codes_survive_a_store_that_goes_away(cfg, tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps({"name": cfg.name, "runs_dir": cfg.runs_dir}))
+    parsed = cli.parser("").parse_args(["--config", str(path)])
+
+    def refuse(cfg, track):
+        shutil.rmtree(cfg.run_dir / "artifacts", ignore_errors=True)
+        (cfg.run_dir / "mlflow.db").write_text("not a database")
+        raise GateError("churn is 0.5, allowed 0.1")
+
+    assert cli.run(parsed, cli.stage("retokenize", refuse)) == 4
+    assert capsys.readouterr().err.splitlines()[-1] == "error: churn is 0.5, allowed 0.1"
+
+
+def test_a_stage_that_is_done_stays_done_without_the_store(cfg, capsys):
+    with tracking.stage(cfg, "a stage") as track:
+        (cfg.run_dir / "mlflow.db").write_text("not a database")
+        track.facts["items"] = 3
+    assert "MLflow has not recorded the end of this stage" in capsys.readouterr().err
+    assert json.loads((cfg.run_dir / "stages.jsonl").read_text())["facts"] == {"items": 3}
+
+
+def test_a_run_that_is_deleted_meanwhile_is_an_input_error(cfg):
+    with pytest.raises(AdasidError) as error, tracking.stage(cfg, "a stage") as track:
+        track.client.delete_run(track.run_id)
+        track.metrics({"a": 1.0})
+    assert error.value.exit_code == 3 and "MLflow store sqlite:///" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_store_that_cannot_be_used_is_named_without_its_password(cfg, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = cfg.model_copy(update={"tracking": config.Tracking(uri="http://user:secret@127.0.0.1:9")})
+    text = message(away)
+    assert text.startswith("MLflow store http://127.0.0.1:9: ") and "check tracking.uri" in text
+    assert "secret" not in text
+    (cfg.run_dir / "mlflow.db").write_text("not a database")
+    assert re.match("MLflow store sqlite:///.*mlflow.db: .*database", message(cfg))
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "compare \"q\" 's'", "100 %", "🛒", "x" * 2000, "a: b, (10, 9)", "<b>"])
+def test_stages_may_be_called_by_any_label(cfg, name):
+    with tracking.stage(cfg, name) as track:
+        pass
+    assert client_of(cfg).get_run(track.run_id).info.run_name == name[:250]
+
+
+def test_keys_that_mlflow_does_not_take_are_no_obstacle(cfg):
+    odd = cfg.model_copy(update={"spark": config.Config().spark.model_copy(update={"conf": {"spark.x(y)=é": "1"}})})
+    with tracking.stage(odd, "a stage"):
+        pass
+
+
+def test_a_registered_model_that_was_deleted_is_made_again(cfg, tmp_path, capsys):
+    settings, folder, client = config.RandomSid(), tmp_path / "model", client_of(cfg)
+    digest = artifact.write(folder, artifact.build(settings, {}), settings, {})["digest"]
+    for _ in range(2):
+        with tracking.stage(cfg, "sids") as track:
+            train.register(cfg, track, folder, digest, "champion")
+        assert client.get_model_version_by_alias("adasid-t", "champion").tags["digest"] == digest
+        client.delete_registered_model("adasid-t")
+    shutil.rmtree(folder)
+    with tracking.stage(cfg, "sids") as track:
+        train.register(cfg, track, folder, digest, "champion")
+    assert f"tokenizer {digest} is neither in MLflow nor in {folder}: champion stays" in capsys.readouterr().err

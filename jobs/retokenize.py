@@ -1,6 +1,7 @@
 """The nightly job: give new and changed items their SIDs, measure drift and churn, and publish, or refuse and leave yesterday's table live.
 
   spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22
+  spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22 --dry-run
 
 Safe to run twice, late, or at the same time as itself. Exit code 4: a gate refused; 5: another run is at work.
 """
@@ -26,7 +27,12 @@ if __name__ == "__main__":
     parser.add_argument(
         "--run-date", required=True, type=day, metavar="DATE", help="the day whose table this is: YYYY-MM-DD, today or yesterday (UTC)"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="publish nothing: print every gate, write the page, end with 0 or 4 (policies warm and refit train their tokenizer)",
+    )
     arguments = parser.parse_args()
     from pipelines.nightly import retokenize
 
-    cli.leave(cli.run(arguments, cli.stage("retokenize", lambda cfg, track: retokenize.run(cfg, track, arguments.run_date))))
+    cli.leave(cli.run(arguments, cli.stage("retokenize", lambda cfg, track: retokenize.run(cfg, track, arguments.run_date, arguments.dry_run))))

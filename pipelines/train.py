@@ -60,7 +60,8 @@ def behavior(cfg: Config, track: Track) -> None:
     cluster.fit(workers.behavior, _payload(cfg, track, read, folder), cfg.ray, f"behavior-{key}", folder, show)
     result = load_file(folder / "result.safetensors")
     ids = _item_ids(track.lake, read["item_stats"], len(result["norms"]))
-    track.outputs({"behavior_embeddings": track.lake.write("behavior_embeddings", tables.BEHAVIOR_EMBEDDINGS, _embedding_batches(ids, result), key)})
+    batches, name = _embedding_batches(ids, result), "behavior_embeddings"
+    track.outputs({name: track.lake.write(name, tables.BEHAVIOR_EMBEDDINGS, batches, key, read)})
     Checkpoints(folder / "checkpoints").clear()
     summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     track.artifact(folder / "result.json")
@@ -163,7 +164,8 @@ def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue |
     if len(set(lake.stamps(events).values())) > 1:
         raise InputError(f"{' and '.join(events)} come from different runs of build_features (was one cut off?): run jobs/build_features.py again")
     if catalogue:
-        items.check(cfg, lake)  # SIDs of another split could know its test events
+        items.check(cfg, lake)
+        items.check_split(cfg, lake)  # SIDs of another split could know its test events
     if not (folder / workers.OUTCOME).exists():
         shown = ("loss", "validation_ndcg@10", "validation_recall@10", "validation_auc", "seconds", "validation_seconds")
         payload = {**_payload(cfg, track, read, folder), "catalogue": catalogue}

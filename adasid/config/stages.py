@@ -111,6 +111,7 @@ class Sids(Section):
     batch: int = Field(1024, ge=1, description="items encoded at a time")
     artifact: str | None = Field(None, description="folder of another tokenizer artifact; null: the one of this config")
     gates: Gates = Field(Gates(), description="what a table must satisfy to be published")
+    replace: bool = Field(False, description="true: publish although churn or removals exceed retokenize.gates, a replacement on purpose")
 
 
 class Spark(Section):

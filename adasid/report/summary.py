@@ -66,9 +66,16 @@ def warnings(material: Material) -> list[str]:
         for gate in row["gates"] if row else ():
             if not gate["passed"]:
                 assert row is not None
+                failed = f"was overruled by {gate['overruled']}" if "overruled" in gate else "failed"
                 said.append(
-                    f"Generation {row['generation']} ({name}): gate {gate['gate']} failed, {plain(gate['value'])} against a threshold of {plain(gate['threshold'])}."
+                    f"Generation {row['generation']} ({name}): gate {gate['gate']} {failed}, {plain(gate['value'])} against a threshold of {plain(gate['threshold'])}."
                 )
+    said += [f"{line[:1].upper()}{line[1:]}." for line in material.lags]
+    if material.generation and material.generation.get("hold"):
+        said.append(
+            f"Generation {material.generation['generation']} is on hold since {material.generation['hold']}: nothing is published until "
+            "jobs/rollback.py --release."
+        )
     if material.refused:
         said.append(f"Generation {material.refused['generation']} is newer but not live; the page shows the one that is.")
     if material.generation and not material.published:

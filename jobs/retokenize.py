@@ -30,9 +30,10 @@ if __name__ == "__main__":
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="publish nothing: print every gate, write the page, end with 0 or 4 (policies warm and refit train their tokenizer)",
+        help="publish nothing: print every gate, write the page, end with 0 or 4 (warm and refit train a tokenizer)",
     )
     arguments = parser.parse_args()
     from pipelines.nightly import retokenize
 
-    cli.leave(cli.run(arguments, cli.stage("retokenize", lambda cfg, track: retokenize.run(cfg, track, arguments.run_date, arguments.dry_run))))
+    run_date, dry = arguments.run_date, arguments.dry_run
+    cli.leave(cli.run(arguments, cli.stage("retokenize", lambda cfg, track: retokenize.run(cfg, track, run_date, dry))))

@@ -11,12 +11,13 @@ from pipelines import cli
 if __name__ == "__main__":
     parser = cli.parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--to", type=int, metavar="GENERATION", help="number of the generation (see the table `generations`)")
+    what.add_argument("--to", type=int, metavar="GENERATION", help="its number (see the table `generations`)")
     what.add_argument("--release", action="store_true", help="end the hold: the next nightly run may publish")
-    parser.add_argument("--hold", action="store_true", help="with --to: no other generation is published until --release")
+    parser.add_argument("--hold", action="store_true", help="with --to: nothing else is published until --release")
     arguments = parser.parse_args()
     if arguments.release and arguments.hold:
         parser.error("--hold needs --to GENERATION, and cannot be used with --release")
     from pipelines.nightly import upkeep
 
-    cli.leave(cli.run(arguments, cli.stage("rollback", lambda cfg, track: upkeep.rollback(cfg, track, arguments.to, arguments.hold))))
+    number, hold = arguments.to, arguments.hold
+    cli.leave(cli.run(arguments, cli.stage("rollback", lambda cfg, track: upkeep.rollback(cfg, track, number, hold))))

@@ -26,7 +26,8 @@ _JSON = ("inputs", "gates", "metrics", "drift", "churn")
 
 
 def history(lake: Lake) -> list[Generation]:
-    """All generations, oldest first, with their JSON parsed, ``live``: whether the pointer is on it, and ``hold``: since when it is on hold, else None."""
+    """All generations, oldest first, with their JSON parsed, ``live``: whether the pointer is on it, and ``hold``:
+    since when it is on hold, else None."""
     if not lake.exists("generations"):
         return []
     at, since = pointer(lake), on_hold(lake)
@@ -52,9 +53,8 @@ def on_hold(lake: Lake) -> str | None:
 def check_hold(lake: Lake) -> None:
     """Raise GateError where the live generation is on hold."""
     if since := on_hold(lake):
-        raise GateError(
-            f"generation {pointer(lake)} is on hold since {since}: nothing is published until `python jobs/rollback.py --config FILE --release`"
-        )
+        fix = "`python jobs/rollback.py --config FILE --release`"
+        raise GateError(f"generation {pointer(lake)} is on hold since {since}: nothing is published until {fix}")
 
 
 def live(lake: Lake) -> Generation:
@@ -89,7 +89,9 @@ def publish(
 
     ``key``: digest of all that the rows follow from, with which they stamp their commits; steps whose commit carries it are not done again. ``facts``: the row of ``generations``
     but for what is added here; its number is :func:`next_number`. ``expected``: the generation that was live when the work began. ``before_live``: what must be there when the
-    pointer moves. ``allowed``: raises where this process may not publish any more; asked before every commit. Raises GateError under a hold.
+    pointer moves. ``allowed``: raises where this process may not publish any more; asked before every commit.
+
+    Raises GateError where the live generation is on hold.
     """
     lake = track.lake
     check_hold(lake)
@@ -124,8 +126,8 @@ def publish(
 
 
 def go_back(track: Track, number: int, hold: bool = False) -> Generation:
-    """Make generation ``number`` live again, and put it on ``hold`` until :func:`release`; a hold that is there stays. Raises InputError where there is no
-    such generation, or its rows are gone."""
+    """Make generation ``number`` live again, and put it on ``hold`` until :func:`release`; a hold that is there stays.
+    Raises InputError where there is no such generation, or its rows are gone."""
     lake, before = track.lake, snapshot(track.lake)
     rows = {row["generation"]: row for row in history(lake)}
     if number not in rows:

@@ -74,7 +74,8 @@ def gather(cfg: Config, lake: Lake) -> Material:
 
 
 def _lags(lake: Lake, live: generations.Generation | None, stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which tables lag. A nightly run that found nothing new has read ``item_features`` too, though it left no generation."""
+    """Which tables lag. A nightly run that found nothing new has read ``item_features`` too, though it left no
+    generation."""
     if not live:
         return staleness.sentences(staleness.lags(lake, "item_features")) if lake.exists("item_features") else []
     read, own = dict(live["inputs"]), {"generation": live["generation"]}

@@ -38,8 +38,9 @@ _FAULTS = 100
 def run(cfg: Config, track: Track) -> None:
     """``item_features`` at its pinned version -> ``sids`` and a row of ``generations``.
 
-    Raises GateError, with nothing published, when the table does not satisfy ``sids.gates``, or differs from the live one by more than ``retokenize.gates``
-    allow and ``sids.replace`` is false, or the live one is on hold. Raises InputError where ``item_features`` is not of the newest tables.
+    Raises GateError, with nothing published, when the table does not satisfy ``sids.gates``, or differs from the live
+    one by more than ``retokenize.gates`` allow and ``sids.replace`` is false, or the live one is on hold. Raises
+    InputError where ``item_features`` is not of the newest tables.
     """
     lake, read = track.lake, track.lake.versions("item_features")
     staleness.check(track, read["item_features"])
@@ -79,7 +80,8 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
         live = generations.live(lake) if before else None
         moves, churn = None, {}
         if live:
-            old, other = engine.read(spark, lake, "sids", live["sids_version"]), live["metrics"]["slots"] != metrics["slots"]
+            old = engine.read(spark, lake, "sids", live["sids_version"])
+            other = live["metrics"]["slots"] != metrics["slots"]
             moves = changes.moved(old, encoded, "full", every=other)
             churn = changes.churn(moves, encoded, metrics, live["items"])
             churn["by_slot"] = {} if other else churn["by_slot"]
@@ -125,13 +127,14 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
 
 
 def _replacing(cfg: Config, track: Track, live: generations.Generation, churn: dict[str, Any]) -> list[dict[str, Any]]:
-    """The gates of a table that takes the place of ``live``. Raises GateError where one failed, unless ``sids.replace`` overrules it."""
+    """The gates of a table that takes the place of ``live``. Raises GateError where one failed and ``sids.replace`` is
+    false."""
     gates = changes.gates(cfg, churn)
     failed = [gate for gate in gates if not gate["passed"]]
     if failed and not cfg.sids.replace:
         raise GateError(
-            f"semantic IDs not published: {failures(failed)}. Generation {live['generation']} stays live; look at what changed in the source, or "
-            "replace it on purpose with --set sids.replace=true"
+            f"semantic IDs not published: {failures(failed)}. Generation {live['generation']} stays live; look at "
+            "what changed in the source, or replace it on purpose with --set sids.replace=true"
         )
     for gate in failed:
         gate["overruled"] = "sids.replace"
@@ -237,9 +240,10 @@ def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
 
 
 def failures(failed: list[dict[str, Any]]) -> str:
-    """Gates that failed, in words."""
+    """Gates in words."""
     of = (f" of {g['of']}" if "of" in g else "" for g in failed)
-    return "; ".join(f"{g['gate']} is {g['value']:.4g}{share}, allowed {g['threshold']:.4g}" for g, share in zip(failed, of))
+    parts = (f"{g['gate']} is {g['value']:.4g}{share}, allowed {g['threshold']:.4g}" for g, share in zip(failed, of))
+    return "; ".join(parts)
 
 
 def check_gates(metrics: dict[str, Any], gates: Gates, expected: int, distinct_items: int, broken: int) -> list[dict[str, Any]]:

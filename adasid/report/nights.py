@@ -17,17 +17,16 @@ Row = dict[str, Any]
 
 
 def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row | None = None) -> Page:
-    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a night that was not published left; ``dry``: the row that a
-    dry run would have added."""
+    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a night that was not
+    published left; ``dry``: the row that a dry run would have added."""
     nights = [row for row in generations if row["churn"]]
     live = next((row for row in generations if row["live"]), None)
     warnings = []
     if refused:
-        warnings.append(
-            f"The night of {refused['run_date']} was refused: {_failed(refused)}. Generation {live['generation'] if live else DASH} stays live."
-        )
+        stays = f"Generation {live['generation'] if live else DASH} stays live."
+        warnings.append(f"The night of {refused['run_date']} was refused: {_failed(refused)}. {stays}")
     if live and live.get("hold"):
-        warnings.append(f"Generation {live['generation']} is on hold since {live['hold']}: nothing is published until jobs/rollback.py --release.")
+        warnings.append(on_hold(live))
     if dry:
         end = f"gates would refuse it: {failed}" if (failed := _failed(dry)) else "all gates passed"
         warnings.append(f"Dry run of {dry['run_date']}, policy {dry['policy']}: nothing was published; {end}.")
@@ -60,8 +59,9 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
         drifts.append(
             Plot("usage", usage(used), "Divergence of the use of codes by generation.", "How differently codes are used than a generation before.")
         )
+    changed, missing = _changes(generations, dry), "" if generations else "Nothing published yet."
     sections = [
-        Section("changes", "What changed", plots=shown, tables=[_changes(generations, dry)], missing="" if generations else "Nothing published yet."),
+        Section("changes", "What changed", plots=shown, tables=[changed], missing=missing),
         Section(
             "drift", "How far items have moved", plots=drifts, tables=[_drift(errors)] if errors else [], missing="" if drifts else "No night yet."
         ),
@@ -190,6 +190,12 @@ def allowance(gate: Mapping[str, Any]) -> float:
     return min(part, 1.0) if passed else min(max(part, 1.01), 1.25)
 
 
+def on_hold(live: Mapping[str, Any]) -> str:
+    """A sentence on the hold of the live generation."""
+    until = "nothing is published until jobs/rollback.py --release"
+    return f"Generation {live['generation']} is on hold since {live['hold']}: {until}."
+
+
 def _failed(row: Row) -> str:
     """The gates that failed, in words."""
     failed = (gate for gate in row["gates"] if not gate["passed"])
@@ -231,6 +237,7 @@ def _gates(generations: Sequence[Row], refused: Row | None, dry: Row | None) -> 
     for name, row in (("published", generations[-1]), ("refused", refused), ("dry run", dry)):
         for gate in row["gates"] if row else ():
             what = f"{gate['gate']}, of {gate['of']}" if "of" in gate else gate["gate"]
-            result = "passed" if gate["passed"] else f"overruled by {gate['overruled']}" if "overruled" in gate else "FAILED"
+            failed = f"overruled by {gate['overruled']}" if "overruled" in gate else "FAILED"
+            result = "passed" if gate["passed"] else failed
             rows.append((name, what, number(gate["value"], 4), number(gate["threshold"], 4), result))
     return Table("Gates", ("Night", "Gate", "Value", "Threshold", "Result"), rows, words=2)

@@ -1,7 +1,7 @@
 """The lake: Delta tables in one folder, read outside Spark through delta-rs, always at a version.
 
 Every write carries, as commit metadata, the digest of what it was made from. A stage whose outputs already carry the
-digest of its inputs has nothing to do: that is what makes every stage safe to run again. Tables that are made of other tables
+digest of its inputs has nothing to do: that is what makes every stage safe to run again. Tables that are made of others
 also carry the versions that were read.
 """
 
@@ -45,8 +45,13 @@ def stamped(digest: str | None, sources: Mapping[str, int] | None = None) -> str
     return json.dumps({STAMP: digest, **({_READ: dict(sources)} if sources else {})})
 
 
-def properties(digest: str | None, retries: int | None = None, sources: Mapping[str, int] | None = None) -> CommitProperties:
-    """Of a commit stamped with ``digest`` and the versions of ``sources``; ``retries`` 0: it succeeds only on the version that was read."""
+def properties(
+    digest: str | None,
+    retries: int | None = None,
+    sources: Mapping[str, int] | None = None,
+) -> CommitProperties:
+    """Of a commit stamped with ``digest`` and the versions of ``sources``; ``retries`` 0: it succeeds only on the
+    version that was read."""
     return CommitProperties(custom_metadata={"userMetadata": stamped(digest, sources)}, max_commit_retries=retries)
 
 
@@ -110,12 +115,14 @@ class Lake:
         return _digest(self._commit(table, version))
 
     def lineage(self, table: str, version: int | None = None) -> dict[str, int]:
-        """The versions of other tables that ``version`` (default: the latest) was made of; none where its commit does not say."""
+        """The versions of other tables that ``version`` (default: the latest) was made of; none where its commit is
+        silent."""
         return dict(_metadata(self._commit(table, version)).get(_READ) or {})
 
     def newer(self, table: str, version: int) -> tuple[int, datetime] | None:
-        """The latest version, whatever the pins say, and when the first one after ``version`` was committed that was made of something else; None where
-        the latest was made of the same as ``version``."""
+        """The latest version, whatever the pins say, and when the first one after ``version`` was committed that was
+        made of
+        something else; None where the latest was made of the same as ``version``."""
         if not self.exists(table):
             return None
         latest = DeltaTable(self.path(table))
@@ -140,7 +147,8 @@ class Lake:
 
     def made(self, table: str, digest: str) -> int | None:
         """The newest version that a commit with this digest wrote; None for none."""
-        return next((int(entry["version"]) for entry in self.writes(table) if digest in str(entry.get("userMetadata"))), None)
+        found = (int(entry["version"]) for entry in self.writes(table) if digest in str(entry.get("userMetadata")))
+        return next(found, None)
 
     def writes(self, table: str) -> Iterator[dict[str, Any]]:
         """The commits that wrote rows, newest first: those of maintenance are left out."""
@@ -175,7 +183,8 @@ class Lake:
         digest: str,
         sources: Mapping[str, int] | None = None,
     ) -> int:
-        """Replace a table in one commit stamped with ``digest`` and the versions of its ``sources``; returns the new version."""
+        """Replace a table in one commit stamped with ``digest`` and the versions of ``sources``; returns the new
+        version."""
         reader = pa.RecordBatchReader.from_batches(schema, batches)
         stamp = properties(digest, sources=sources)
         write_deltalake(self.path(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=stamp)

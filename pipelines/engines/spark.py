@@ -91,14 +91,16 @@ def write(
     few: bool = False,
     sources: Mapping[str, int] | None = None,
 ) -> int:
-    """Replace the table by ``frame``, cast to its schema, in one commit stamped with ``digest`` and the versions of its ``sources``; returns the version.
+    """Replace the table by ``frame``, cast to its schema, in one commit stamped with ``digest`` and the versions of
+    ``sources``; returns the version.
 
     ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's last. ``replace``: replace
     only the rows that this condition holds for, which all of ``frame`` must satisfy. ``few``: into few large files, whatever the partitions, at the price of a shuffle.
     """
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
-    writer = frame.select(*columns).write.format("delta").mode("append" if append else "overwrite").option("userMetadata", stamped(digest, sources))
+    writer = frame.select(*columns).write.format("delta").mode("append" if append else "overwrite")
+    writer = writer.option("userMetadata", stamped(digest, sources))
     writer = writer.option("optimizeWrite", "true") if few else writer
     if append:
         writer = writer.option("txnAppId", append[0]).option("txnVersion", append[1])

@@ -108,11 +108,12 @@ def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[st
     label = F.when(F.col("rating").isNull() | (F.col("rating") > features.positive_rating), 1).otherwise(0)
     indexed = clean.events.join(index, "item_id").select("*", label.alias("label")).persist()
     samples = indexed.withColumn("split", F.col("ranking_split"))
+    windows = histories.sequences(indexed, features.max_length)
     written = {
         "item_stats": write(stats.frame, lake, "item_stats", tables.ITEM_STATS, mark, sources=sources),
         "user_stats": write(users, lake, "user_stats", tables.USER_STATS, mark),
         "ranking_samples": write(samples, lake, "ranking_samples", tables.RANKING_SAMPLES, mark),
-        "sequences": write(histories.sequences(indexed, features.max_length), lake, "sequences", tables.SEQUENCES, mark, sources=sources),
+        "sequences": write(windows, lake, "sequences", tables.SEQUENCES, mark, sources=sources),
     }
     row = _catalog_row(mark, clean, stats, checked.rejected, features)
     written["catalog_stats"] = write_catalog(lake, row, mark)

@@ -21,11 +21,13 @@ EMBEDDINGS = "behavior_embeddings"
 
 
 def build(cfg: Config, track: Track, required: bool) -> bool:
-    """Do the part unless its outputs are up to date; whether anything was done. Items without a behaviour embedding count as without behaviour. Where
-    there are no embeddings at all, it waits with a note, or raises InputError if the part is ``required``."""
+    """Do the part unless its outputs are up to date; whether anything was done. Items without a behaviour embedding
+    count as without behaviour. Where there are no embeddings at all, it waits with a note, or raises InputError if the
+    part is ``required``."""
     lake = track.lake
     if cfg.behavior.source == "sasrec" and not lake.exists(EMBEDDINGS):
-        text = f"item_features waits, table {EMBEDDINGS} does not exist yet: run `python jobs/train.py --stage behavior`"
+        fix = "run `python jobs/train.py --stage behavior`"
+        text = f"item_features waits, table {EMBEDDINGS} does not exist yet: {fix}"
         if required:
             raise InputError(text)
         track.note(text)
@@ -50,15 +52,13 @@ def check(cfg: Config, lake: Lake) -> None:
 
 
 def check_split(cfg: Config, lake: Lake) -> None:
-    """Raise InputError where behaviour embeddings were trained on other sequences than today's, whose test events they could know. Under
-    ``behavior.refresh: keep`` that is on purpose."""
+    """Raise InputError where behaviour embeddings were trained on other sequences than today's, whose test events they
+    could know. Under ``behavior.refresh: keep`` that is on purpose."""
     if cfg.behavior.source == "column" or cfg.behavior.refresh == "keep":
         return
     for lag in staleness.behind(lake, EMBEDDINGS):
-        raise InputError(
-            f"{EMBEDDINGS} could know events that are held out today: {staleness.sentences([lag])[0]}. Or set behavior.refresh=keep to use "
-            "them as they are"
-        )
+        text = f"{EMBEDDINGS} could know events of today's test: {staleness.sentences([lag])[0]}"
+        raise InputError(f"{text}; or use them as they are with --set behavior.refresh=keep")
 
 
 def _reads(cfg: Config, lake: Lake) -> dict[str, int]:
@@ -66,7 +66,8 @@ def _reads(cfg: Config, lake: Lake) -> dict[str, int]:
 
 
 def _mark(cfg: Config, lake: Lake, versions: dict[str, int]) -> str:
-    return digest("items", cfg.features.norm_percentiles, cfg.features.proxy_min_spearman, modalities(cfg), lake.stamps(versions))
+    settings = cfg.features.norm_percentiles, cfg.features.proxy_min_spearman, modalities(cfg)
+    return digest("items", *settings, lake.stamps(versions))
 
 
 def _build(spark: SparkSession, cfg: Config, track: Track, mark: str, versions: dict[str, int]) -> dict[str, int]:
@@ -95,10 +96,8 @@ def _note_missing(track: Track, without: int, items: int) -> None:
     track.metrics({"items_without_embedding": without})
     if without:
         track.facts["without behaviour embedding"] = without
-        track.note(
-            f"{without} of {items} items have training events but no behaviour embedding: they count as items without behaviour until the next "
-            "training (jobs/train.py --stage behavior)"
-        )
+        until = "they count as items without behaviour until the next training (jobs/train.py --stage behavior)"
+        track.note(f"{without} of {items} items have training events but no behaviour embedding: {until}")
 
 
 def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:

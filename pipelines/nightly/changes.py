@@ -73,8 +73,8 @@ def _appended(commit: dict[str, Any]) -> bool:
 
 
 def moved(old: DataFrame, new: DataFrame, policy: str, every: bool = False) -> DataFrame:
-    """Rows of ``sid_changes`` but for the generation, from SIDs before and after [item_id, codes, fingerprint]; ``every``: of all items, as equal codes of
-    other slots are other SIDs."""
+    """Rows of ``sid_changes`` but for the generation, from SIDs before and after [item_id, codes, fingerprint];
+    ``every``: of all items, as equal codes of other slots are other SIDs."""
     before = old.select("item_id", F.col("codes").alias("old_codes"), F.col("fingerprint").alias("_then"))
     after = new.select("item_id", F.col("codes").alias("new_codes"), F.col("fingerprint").alias("_now"))
     why = (
@@ -97,8 +97,9 @@ def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items
 
 
 def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
-    """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training events; 1 where no live item is
-    left. Their number ``kept`` and their ``events``, and the number of ``live`` items, are what the gates' shares are of.
+    """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training
+    events; 1 where no live item is left. The gates' shares are of ``live`` items, or of the ``kept`` ones and their
+    ``events``.
 
     ``groups``: of the items whose SID changed, by ``stratum`` and ``kind`` (new, moved, removed): their number ``items``, their ``events``, and how
     many differ in each slot, ``s0``, ``s1``, ...; ``metrics``: those of ``sids.measure`` of today's table.
@@ -109,10 +110,10 @@ def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: in
 
     new, moved_items, removed = (of("items", kind) for kind in ("new", "moved", "removed"))
     items, events = metrics["items_by_stratum"], metrics["events_by_stratum"]
-    live, kept, known = max(0, old_items), max(0, old_items - removed), max(0, sum(events.values()) - of("events", "new"))
-    share = moved_items / kept if kept else float(live > 0)
+    kept, known = old_items - removed, sum(events.values()) - of("events", "new")
+    share = moved_items / kept if kept else float(old_items > 0)
     return {
-        "live": live,
+        "live": old_items,
         "kept": kept,
         "events": known,
         "new": new,
@@ -128,10 +129,16 @@ def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: in
 
 def gates(cfg: Config, churn: dict[str, Any]) -> list[dict[str, Any]]:
     """How much a table may differ from the live one, by its :func:`churned`; ``of``: what each share is of."""
-    limits = cfg.retokenize.gates
+    limits, kept = cfg.retokenize.gates, f"{churn['kept']} items of both generations"
+    events = f"{churn['events']} events of the {kept}"
     shares = (
         ("removed", churn["removed"] / max(1, churn["live"]), limits.max_removed, f"{churn['live']} live items"),
-        ("churn", churn["churn"], limits.max_churn, f"{churn['kept']} items of both generations"),
-        ("churn, weighted by events", churn["weighted"], limits.max_weighted_churn, f"{churn['events']} training events of these items"),
+        ("churn", churn["churn"], limits.max_churn, kept),
+        ("churn, weighted by events", churn["weighted"], limits.max_weighted_churn, events),
     )
-    return [{"gate": gate, "value": value, "threshold": limit, "passed": bool(value <= limit), "of": of} for gate, value, limit, of in shares]
+    return [{**gate(name, value, limit), "of": of} for name, value, limit, of in shares]
+
+
+def gate(name: str, value: float, limit: float) -> dict[str, Any]:
+    """A gate that allows at most ``limit``."""
+    return {"gate": name, "value": value, "threshold": limit, "passed": bool(value <= limit)}

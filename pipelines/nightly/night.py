@@ -28,7 +28,8 @@ from pipelines.nightly.lease import Lease
 @dataclass
 class Night:
     """``live``: the generation before; ``version``: of today's ``item_features``; ``day``: the run date; ``key``: digest of all that the night
-    follows from, but for the policy that is chosen and the tokenizer; ``dry``: nothing is published. Spark starts where it is asked for."""
+    follows from, but for the policy that is chosen and the tokenizer; ``dry``: nothing is published. Spark starts where
+    it is asked for."""
 
     cfg: Config
     track: Track
@@ -95,9 +96,7 @@ class Night:
         self.track.client.log_dict(self.track.run_id, {"gates": facts["gates"]}, "gates.json")
         if self.dry:
             for gate in facts["gates"]:
-                of = f" of {gate['of']}" if "of" in gate else ""
-                passed = "passed" if gate["passed"] else "FAILED"
-                self.track.note(f"gate {gate['gate']}: {gate['value']:.4g}{of}, limit {gate['threshold']:.4g}, {passed}")
+                self.track.note(f"{'passed' if gate['passed'] else 'FAILED'}: {sids.failures([gate])}")
             self._summarize(facts)
             self.pages(facts)
 
@@ -130,11 +129,11 @@ class Night:
     def publish(
         self, facts: dict[str, Any], manifest: dict[str, Any], stamp: str, write_sids: Callable[[], object], write_changes: Callable[[], object]
     ) -> None:
-        """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and say so; not in a dry run, nor where it was published and then
-        rolled back. Raises GateError where the live generation is on hold."""
+        """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and say so; not in a dry run,
+        nor where it was published and then rolled back. Raises GateError where the live generation is on hold."""
         if self.dry:
             self.track.status = "dry run"
-            self.track.note(f"dry run: all gates passed; nothing was published, generation {self.live['generation']} is live")
+            self.track.note(f"dry run: all gates passed; generation {self.live['generation']} stays live")
             return
         if self.live["hold"]:
             self.pages()
@@ -168,7 +167,8 @@ class Night:
         self.track.facts.update(said | {"churn": f"{churned['churn']:.2%}"})
 
     def pages(self, dry: dict[str, Any] | None = None) -> None:
-        """The page of the last generations and of a ``dry`` run, ``<run>/report/nights``, and its figures, also to MLflow."""
+        """The page of the last generations and of a ``dry`` run, ``<run>/report/nights``, its figures too, also to
+        MLflow."""
         folder = self.cfg.run_dir / "report" / "nights"
         left = json.loads(self.refused.read_text(encoding="utf-8")) if self.refused.exists() else None
         rows = generations.history(self.lake)[-self.cfg.retokenize.keep :]

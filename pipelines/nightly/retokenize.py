@@ -31,8 +31,8 @@ _WORST = 10
 
 def run(cfg: Config, track: Track, run_date: date, dry: bool = False) -> None:
     """Publish the night of ``run_date``, unless nothing changed. Raises BusyError while another run is at work, InputError for unusable input,
-    GateError where the new table is refused; the live generation then stays as it is. ``dry``: measure and judge alone; it takes the lease too, as warm and
-    refit write their tokenizers."""
+    GateError where the new table is refused; the live generation then stays as it is. ``dry``: measure and judge alone,
+    under the lease too, as warm and refit write their tokenizers."""
     lake, settings = track.lake, cfg.retokenize
     with held(track, settings.lease) as lease:
         live, version = generations.live(lake), lake.version("item_features")
@@ -218,7 +218,8 @@ def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, whole: DataFra
     text = sids.failures(failed)
     if facts["policy"] != "frozen" and all(gate["gate"].startswith("churn") for gate in failed):
         text += f" (policy {facts['policy']}; to publish without moving SIDs: --set retokenize.policy=frozen; else raise retokenize.gates.max_churn)"
+    text = f"{'dry run: ' if night.dry else ''}night {facts['run_date']} not published: {text}"
     raise GateError(
-        f"{'dry run: ' if night.dry else ''}night {facts['run_date']} not published: {text}. Generation {night.live['generation']} stays live; worst items: "
+        f"{text}. Generation {night.live['generation']} stays live; worst items: "
         + "; ".join(f"{name}: {', '.join(items[:3])}" for name, items in worst.items() if items)
     )

@@ -18,8 +18,8 @@ from pipelines.nightly.lease import held
 
 
 def rollback(cfg: Config, track: Track, number: int | None, hold: bool = False) -> None:
-    """Make generation ``number`` live, on ``hold`` if asked for; None: end the hold of the live one. Raises InputError where it does not exist or cannot be
-    read any more."""
+    """Make generation ``number`` live, on ``hold`` if asked for; None: end the hold of the live one. Raises InputError
+    where it does not exist or cannot be read any more."""
     with held(track, cfg.retokenize.lease):
         row = generations.release(track) if number is None else generations.go_back(track, number, hold)
         track.facts["on hold"] = f"since {since}" if (since := generations.on_hold(track.lake)) else "no"

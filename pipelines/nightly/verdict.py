@@ -78,8 +78,7 @@ def _gates(cfg: Config, found: Found) -> list[dict[str, Any]]:
         "largest group of tail and cold items": (metrics["largest_tail_group"], limits.max_tail_group),
         "error against the tokenizer's data": (found.error, limits.max_error_ratio),
     }
-    others = [{"gate": name, "value": value, "threshold": limit, "passed": bool(value <= limit)} for name, (value, limit) in values.items()]
-    return changes.gates(cfg, found.churn) + others
+    return changes.gates(cfg, found.churn) + [changes.gate(name, *pair) for name, pair in values.items()]
 
 
 def tracked(facts: dict[str, Any]) -> dict[str, float]:

@@ -3,7 +3,8 @@
   spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22
   spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22 --dry-run
 
-Safe to run twice, late, or at the same time as itself. Exit code 4: a gate refused; 5: another run is at work.
+Safe to run twice, late, or at the same time as itself. Exit code 3: a step before it was left out; 4: a gate refused,
+or the live generation is on hold; 5: another run is at work.
 """
 
 import argparse

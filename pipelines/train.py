@@ -20,7 +20,7 @@ from adasid.config import Config, digest
 from adasid.errors import InputError
 from adasid.tokenizers import artifact
 from adasid.training.checkpoint import Checkpoints, write_json
-from pipelines import generations, scores, workers
+from pipelines import generations, scores, staleness, workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import session
@@ -77,6 +77,7 @@ def behavior(cfg: Config, track: Track) -> None:
 
 def tokenizer(cfg: Config, track: Track) -> None:
     """``item_features`` -> the tokenizer's artifact in ``artifacts/tokenizer/<key>/model``, registered in MLflow as candidate."""
+    staleness.check(track, track.lake.version("item_features"))
     folder = tokenizer_folder(cfg, track.lake)
     register(cfg, track, folder / "model", fit_tokenizer(cfg, track, folder)["digest"], "candidate")
 

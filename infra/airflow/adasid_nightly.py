@@ -35,5 +35,5 @@ with DAG(
         command = f"PATH={HOME}/.venv/bin:$PATH spark-submit --driver-memory {MEMORY} jobs/{name}.py --config {CONFIG} {arguments}"
         return BashOperator(task_id=name, bash_command=command, cwd=HOME, append_env=True, **options)
 
-    retokenize = {"retries": 0, "execution_timeout": timedelta(hours=6)}
-    job("ingest") >> job("build_features") >> job("retokenize", RETOKENIZE, **retokenize) >> job("maintain")
+    features = job("ingest") >> job("build_features")
+    features >> job("retokenize", RETOKENIZE, retries=0, execution_timeout=timedelta(hours=6)) >> job("maintain")

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row | None = None) -> Page:
-    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a night that was not
+    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a nightly run that was not
     published left; ``dry``: the row that a dry run would have added."""
     nights = [row for row in generations if row["churn"]]
     live = next((row for row in generations if row["live"]), None)

@@ -126,7 +126,8 @@ BEHAVIOR_EMBEDDINGS = _schema(
     (BEHAVIOR, VECTOR, False),
     ("norm", pa.float32(), False),
 )
-"""Key item_id. The behaviour embedding (best validation epoch) and the norm that measures richness (early checkpoint)."""
+"""Key item_id. The behaviour embedding (best validation epoch) and the norm that measures richness (early checkpoint),
+of items with training events."""
 
 
 def item_features(content: Iterable[str]) -> pa.Schema:
@@ -234,8 +235,10 @@ GENERATIONS = _schema(
 folder, the night it is of (null outside the nightly job), how it was made (``full``, ``frozen``, ``warm``, ``refit``), gates passed, code metrics, drift
 and churn against the parent (JSON each)."""
 
-LIVE = _schema(("generation", pa.int64(), False), ("sids_version", pa.int64(), False))
-"""One row: the generation that readers use. They read ``sids`` at its version. Moved in one commit, by publishing or by a roll-back."""
+LIVE = _schema(("generation", pa.int64(), False), ("sids_version", pa.int64(), False), ("hold", pa.bool_(), True))
+"""One row: the generation that readers use. They read ``sids`` at its version. Moved in one commit, by publishing or by
+a roll-back. ``hold``: while true, no other generation is published (null, and missing in tables of before it:
+false)."""
 
 LEASES = _schema(("holder", pa.string(), True), ("expires", pa.float64(), False), ("seconds", pa.float64(), False))
 """One row: which process may publish, and until when (unix seconds), having been given it for how long. ``holder`` is null where nobody may."""

@@ -1,8 +1,10 @@
 """The nightly job: give new and changed items their SIDs, measure drift and churn, and publish, or refuse and leave yesterday's table live.
 
   spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22
+  spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22 --dry-run
 
-Safe to run twice, late, or at the same time as itself. Exit code 4: a gate refused; 5: another run is at work.
+Safe to run twice, late, or at the same time as itself. Exit code 3: a step before it was left out; 4: a gate refused,
+or the live generation is on hold; 5: another run is at work.
 """
 
 import argparse
@@ -26,7 +28,13 @@ if __name__ == "__main__":
     parser.add_argument(
         "--run-date", required=True, type=day, metavar="DATE", help="the day whose table this is: YYYY-MM-DD, today or yesterday (UTC)"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="publish nothing: print every gate, write the page, end with 0 or 4 (warm and refit train a tokenizer)",
+    )
     arguments = parser.parse_args()
     from pipelines.nightly import retokenize
 
-    cli.leave(cli.run(arguments, cli.stage("retokenize", lambda cfg, track: retokenize.run(cfg, track, arguments.run_date))))
+    run_date, dry = arguments.run_date, arguments.dry_run
+    cli.leave(cli.run(arguments, cli.stage("retokenize", lambda cfg, track: retokenize.run(cfg, track, run_date, dry))))

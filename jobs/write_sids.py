@@ -1,6 +1,9 @@
 """Encode every item with the trained tokenizer and publish the semantic-ID table as a new generation, if it passes its gates.
 
 spark-submit jobs/write_sids.py --config conf/beauty.yaml
+
+Exit code 4: a gate refused, also where more SIDs would go or move than retokenize.gates allow (on purpose:
+--set sids.replace=true).
 """
 
 from pipelines import cli

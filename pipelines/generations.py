@@ -16,8 +16,8 @@ from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
 from adasid import tables
-from adasid.errors import BusyError, InputError
-from pipelines.engines.lake import Lake, properties
+from adasid.errors import BusyError, GateError, InputError
+from pipelines.engines.lake import Lake, committed, properties
 from pipelines.engines.tracking import Track
 
 Generation = dict[str, Any]
@@ -26,18 +26,35 @@ _JSON = ("inputs", "gates", "metrics", "drift", "churn")
 
 
 def history(lake: Lake) -> list[Generation]:
-    """All generations, oldest first, with their JSON parsed and ``live``: whether the pointer is on it."""
+    """All generations, oldest first, with their JSON parsed, ``live``: whether the pointer is on it, and ``hold``:
+    since when it is on hold, else None."""
     if not lake.exists("generations"):
         return []
-    at = pointer(lake)
+    at, since = pointer(lake), on_hold(lake)
     rows = sorted(lake.read("generations").to_pylist(), key=lambda row: row["generation"])
-    return [{**row, **{name: json.loads(row[name]) for name in _JSON}, "live": row["generation"] == at} for row in rows]
+    state = [{"live": row["generation"] == at, "hold": since if row["generation"] == at else None} for row in rows]
+    return [{**row, **{name: json.loads(row[name]) for name in _JSON}, **own} for row, own in zip(rows, state)]
 
 
 def pointer(lake: Lake) -> int | None:
     """Number of the live generation."""
     rows = lake.read("live").to_pylist() if lake.exists("live") else []
     return int(rows[0]["generation"]) if rows else None
+
+
+def on_hold(lake: Lake) -> str | None:
+    """Since when the live generation is on hold, as text; None where it is not."""
+    rows = lake.read("live").to_pylist() if lake.exists("live") else []
+    if not rows or not rows[0].get("hold"):
+        return None
+    return f"{committed(next(lake.writes('live'))):%Y-%m-%d %H:%M} UTC"
+
+
+def check_hold(lake: Lake) -> None:
+    """Raise GateError where the live generation is on hold."""
+    if since := on_hold(lake):
+        fix = "`python jobs/rollback.py --config FILE --release`"
+        raise GateError(f"generation {pointer(lake)} is on hold since {since}: nothing is published until {fix}")
 
 
 def live(lake: Lake) -> Generation:
@@ -73,8 +90,11 @@ def publish(
     ``key``: digest of all that the rows follow from, with which they stamp their commits; steps whose commit carries it are not done again. ``facts``: the row of ``generations``
     but for what is added here; its number is :func:`next_number`. ``expected``: the generation that was live when the work began. ``before_live``: what must be there when the
     pointer moves. ``allowed``: raises where this process may not publish any more; asked before every commit.
+
+    Raises GateError where the live generation is on hold.
     """
     lake = track.lake
+    check_hold(lake)
     parent = pointer(lake)
     if parent != expected:
         raise BusyError(f"generation {parent} went live in {lake.root} while this run was at work on {expected}: run it again")
@@ -105,8 +125,9 @@ def publish(
     return {**row, "live": True}
 
 
-def go_back(track: Track, number: int) -> Generation:
-    """Make generation ``number`` live again. Raises InputError where there is none, or its rows are gone."""
+def go_back(track: Track, number: int, hold: bool = False) -> Generation:
+    """Make generation ``number`` live again, and put it on ``hold`` until :func:`release`; a hold that is there stays.
+    Raises InputError where there is no such generation, or its rows are gone."""
     lake, before = track.lake, snapshot(track.lake)
     rows = {row["generation"]: row for row in history(lake)}
     if number not in rows:
@@ -116,10 +137,21 @@ def go_back(track: Track, number: int) -> Generation:
     gone = lake.missing("sids", row["sids_version"])
     if gone:
         raise InputError(f"generation {number} cannot be read any more: {len(gone)} of its files were vacuumed; choose a later one")
-    if row["live"]:
+    since = on_hold(lake)
+    if row["live"] and (since or not hold):
         track.status = "up to date"
     else:
-        _point(lake, before, row, f"{_ROLLBACK} {number}")
+        _point(lake, before, row, f"{_ROLLBACK} {number}", hold or since is not None)
+    return row
+
+
+def release(track: Track) -> Generation:
+    """End the hold of the live generation."""
+    row, before = live(track.lake), snapshot(track.lake)
+    if on_hold(track.lake):
+        _point(track.lake, before, row, f"release {row['generation']}")
+    else:
+        track.status = "up to date"
     return row
 
 
@@ -129,11 +161,12 @@ def snapshot(lake: Lake) -> DeltaTable:
     return DeltaTable(lake.path("live"))
 
 
-def _point(lake: Lake, before: DeltaTable, row: Generation, key: str) -> None:
+def _point(lake: Lake, before: DeltaTable, row: Generation, key: str, hold: bool = False) -> None:
     """Move the pointer, unless somebody else has moved it since ``before`` was read."""
-    there = pa.Table.from_pylist([{"generation": row["generation"], "sids_version": row["sids_version"]}], schema=tables.LIVE)
+    state = {"generation": row["generation"], "sids_version": row["sids_version"], "hold": hold}
+    there, stamp = pa.Table.from_pylist([state], schema=tables.LIVE), properties(key, retries=0)
     try:
-        write_deltalake(before, there, mode="overwrite", commit_properties=properties(key, retries=0))
+        write_deltalake(before, there, mode="overwrite", schema_mode="overwrite", commit_properties=stamp)
     except CommitFailedError:
         raise BusyError(
             f"generation {row['generation']} is not live: another run moved the pointer of {lake.root} meanwhile; run this one again"

@@ -13,7 +13,7 @@ from adasid.config import Config
 from adasid.errors import InputError
 from adasid.report import page, summary
 from adasid.report.material import Material, Training
-from pipelines import generations
+from pipelines import generations, staleness
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
 
@@ -23,6 +23,10 @@ def run(cfg: Config, track: Track) -> None:
     material = gather(cfg, track.lake)
     if material.empty:
         raise InputError(f"run {cfg.name}: nothing to report in {cfg.run_dir}; run a stage first, for example build_features")
+    for line in material.lags:
+        track.note(line)
+    if material.generation and material.generation["hold"]:
+        track.facts["on hold"] = f"generation {material.generation['generation']}, since {material.generation['hold']}"
     folder = cfg.run_dir / "report"
     figures = write(folder, summary.build(material))
     track.inputs(material.versions)
@@ -54,7 +58,7 @@ def gather(cfg: Config, lake: Lake) -> Material:
     published = generations.history(lake)
     live = next((row for row in published if row["live"]), None)
     refused = published[-1] if published and not published[-1]["live"] else None
-    artifacts = cfg.run_dir / "artifacts"
+    artifacts, stages = cfg.run_dir / "artifacts", _rows(cfg.run_dir / "stages.jsonl")
     return Material(
         cfg,
         catalog=_catalog(catalog),
@@ -62,10 +66,23 @@ def gather(cfg: Config, lake: Lake) -> Material:
         refused=refused if live else None,
         behavior=_behavior(artifacts / "behavior") if cfg.behavior.source == "sasrec" else None,
         tokenizer=_tokenizer(artifacts / "tokenizer", (live or refused or {}).get("tokenizer")),
-        stages=_rows(cfg.run_dir / "stages.jsonl"),
+        stages=stages,
         versions=versions,
+        lags=_lags(lake, live, stages),
         created=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
     )
+
+
+def _lags(lake: Lake, live: generations.Generation | None, stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which tables lag. A nightly run that found nothing new has read ``item_features`` too, though it left no
+    generation."""
+    if not live:
+        return staleness.sentences(staleness.lags(lake, "item_features")) if lake.exists("item_features") else []
+    read, own = dict(live["inputs"]), {"generation": live["generation"]}
+    for facts in (row["facts"] for row in stages if row["stage"] == "retokenize" and row["status"] == "up to date"):
+        if "item_features" in facts and own.items() <= facts.items():
+            read["item_features"] = max(read["item_features"], facts["item_features"])
+    return staleness.sentences(staleness.lags(lake, "sids", live["sids_version"], read))
 
 
 def _catalog(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.tokenizers.encode import ENCODED, READ, encoder
-from pipelines import generations
+from pipelines import generations, staleness
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import Track
 from pipelines.nightly import changes, drift, exports
@@ -39,14 +39,19 @@ _FAULTS = 100
 def run(cfg: Config, track: Track) -> None:
     """``item_features`` at its pinned version -> ``sids`` and a row of ``generations``.
 
-    Raises GateError, with nothing published, when the table does not satisfy ``sids.gates``.
+    Raises GateError, with nothing published, when the table does not satisfy ``sids.gates``, or differs from the live
+    one by more than ``retokenize.gates`` allow and ``sids.replace`` is false, or the live one is on hold. Raises
+    InputError where ``item_features`` is not of the newest tables.
     """
     lake, read = track.lake, track.lake.versions("item_features")
+    staleness.check(track, read["item_features"])
     folder = Path(cfg.sids.artifact) if cfg.sids.artifact else tokenizer_folder(cfg, lake) / "model"
     manifest = artifact.read_manifest(folder)
     key = digest("sids", manifest["digest"], cfg.sids.gates, lake.stamps(read))
     track.inputs(read)
     if generations.settled(lake, key):
+        if not generations.history(lake)[-1]["live"]:
+            generations.check_hold(lake)
         track.status = "up to date"
     else:
         with held(track, cfg.retokenize.lease) as lease:
@@ -74,16 +79,18 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
             raise GateError(
                 f"semantic IDs not published: {failures(failed)}. The live generation is unchanged; train a better tokenizer, or change sids.gates"
             )
-        baseline = drift.measure(lake, encoded, one_of)
         before, number = generations.pointer(lake), generations.next_number(lake)
         live = generations.live(lake) if before else None
         moves, churn = None, {}
         if live:
             old = engine.read(spark, lake, "sids", live["sids_version"])
-            moves = changes.moved(old, encoded, "full")
-            if live["metrics"]["slots"] == metrics["slots"]:
-                churn = changes.churn(moves, encoded, metrics, live["items"])
+            other = live["metrics"]["slots"] != metrics["slots"]
+            moves = changes.moved(old, encoded, "full", every=other)
+            churn = changes.churn(moves, encoded, metrics, live["items"])
+            churn["by_slot"] = {} if other else churn["by_slot"]
+            gates += _replacing(cfg, track, live, churn)
             moves = moves.withColumn("generation", F.lit(number))
+        baseline = drift.measure(lake, encoded, one_of)
         facts = {
             "generation": number,
             "inputs": read,
@@ -121,6 +128,23 @@ def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], 
             "mean entropy": f"{mean(entropy):.3f} of {math.log(manifest['slots'][0]['size']):.3f} nats",
         }
     )
+
+
+def _replacing(cfg: Config, track: Track, live: generations.Generation, churn: dict[str, Any]) -> list[dict[str, Any]]:
+    """The gates of a table that takes the place of ``live``. Raises GateError where one failed and ``sids.replace`` is
+    false."""
+    gates = changes.gates(cfg, churn)
+    failed = [gate for gate in gates if not gate["passed"]]
+    if failed and not cfg.sids.replace:
+        raise GateError(
+            f"semantic IDs not published: {failures(failed)}. Generation {live['generation']} stays live; look at "
+            "what changed in the source, or replace it on purpose with --set sids.replace=true"
+        )
+    for gate in failed:
+        gate["overruled"] = "sids.replace"
+        track.note(f"overruled by sids.replace: {failures([gate])}")
+    track.facts.update({why: churn[why] for why in ("new", "changed", "removed")} | {"churn": f"{churn['churn']:.2%}"})
+    return gates
 
 
 def check_features(features: StructType, manifest: dict[str, Any]) -> None:
@@ -220,8 +244,10 @@ def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
 
 
 def failures(failed: list[dict[str, Any]]) -> str:
-    """Gates that failed, in words."""
-    return "; ".join(f"{g['gate']} is {plain(g['value'])}, allowed {g['threshold']:.4g}" for g in failed)
+    """Gates in words."""
+    of = (f" of {g['of']}" if "of" in g else "" for g in failed)
+    parts = (f"{g['gate']} is {plain(g['value'])}{share}, allowed {g['threshold']:.4g}" for g, share in zip(failed, of))
+    return "; ".join(parts)
 
 
 def check_gates(metrics: dict[str, Any], gates: Gates, expected: int, distinct_items: int, broken: int) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from adasid.errors import InputError
 from adasid.report.words import DASH
 from adasid.tokenizers import artifact
 from adasid.training.checkpoint import Checkpoints, write_json
-from pipelines import generations, scores, workers
+from pipelines import generations, scores, staleness, workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import session
@@ -60,8 +61,9 @@ def behavior(cfg: Config, track: Track) -> None:
     show = _progress(track, cfg.behavior.epochs, shown, folder)
     cluster.fit(workers.behavior, _payload(cfg, track, read, folder), cfg.ray, f"behavior-{key}", folder, show)
     result = load_file(folder / "result.safetensors")
-    ids = _item_ids(track.lake, read["item_stats"], len(result["norms"]))
-    track.outputs({"behavior_embeddings": track.lake.write("behavior_embeddings", tables.BEHAVIOR_EMBEDDINGS, _embedding_batches(ids, result), key)})
+    stats = _items(track.lake, read["item_stats"], len(result["norms"]))
+    batches, name = _embedding_batches(stats, result), "behavior_embeddings"
+    track.outputs({name: track.lake.write(name, tables.BEHAVIOR_EMBEDDINGS, batches, key, read)})
     Checkpoints(folder / "checkpoints").clear()
     summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     track.artifact(folder / "result.json")
@@ -74,6 +76,7 @@ def behavior(cfg: Config, track: Track) -> None:
 
 def tokenizer(cfg: Config, track: Track) -> None:
     """``item_features`` -> the tokenizer's artifact in ``artifacts/tokenizer/<key>/model``, registered in MLflow as candidate."""
+    staleness.check(track, track.lake.version("item_features"))
     folder = tokenizer_folder(cfg, track.lake)
     register(cfg, track, folder / "model", fit_tokenizer(cfg, track, folder)["digest"], "candidate")
 
@@ -164,7 +167,8 @@ def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue |
     if len(set(lake.stamps(events).values())) > 1:
         raise InputError(f"{' and '.join(events)} come from different runs of build_features (was one cut off?): run jobs/build_features.py again")
     if catalogue:
-        items.check(cfg, lake)  # SIDs of another split could know its test events
+        items.check(cfg, lake)
+        items.check_split(cfg, lake)  # SIDs of another split could know its test events
     if not (folder / workers.OUTCOME).exists():
         shown = ("loss", "validation_ndcg@10", "validation_recall@10", "validation_auc", "seconds", "validation_seconds")
         payload = {**_payload(cfg, track, read, folder), "catalogue": catalogue}
@@ -246,21 +250,24 @@ def _progress(track: Track, epochs: int, shown: tuple[str, ...], folder: Path) -
     return show
 
 
-def _item_ids(lake: Lake, version: int, items: int) -> pa.Array:
-    table = lake.read("item_stats", version, ["item_index", "item_id"]).sort_by("item_index")
+def _items(lake: Lake, version: int, items: int) -> pa.Table:
+    table = lake.read("item_stats", version, ["item_index", "item_id", "interactions"]).sort_by("item_index")
     assert table.num_rows == items
-    return table["item_id"].combine_chunks()
+    return table.combine_chunks()
 
 
-def _embedding_batches(items: pa.Array, result: Mapping[str, torch.Tensor]) -> Iterator[pa.RecordBatch]:
-    width = result["embeddings"].shape[1]
+def _embedding_batches(stats: pa.Table, result: Mapping[str, torch.Tensor]) -> Iterator[pa.RecordBatch]:
+    """Rows of the items that have training events: those of others never saw a gradient, also when they get events
+    before the next training."""
+    width, items = result["embeddings"].shape[1], stats["item_id"].combine_chunks()
+    learned = pc.greater(stats["interactions"], 0).combine_chunks()
     for start in range(0, len(items), _CHUNK):
         part = result["embeddings"][start : start + _CHUNK].numpy()
         vectors = pa.ListArray.from_arrays(np.arange(0, part.size + 1, width, dtype=np.int32), pa.array(part.reshape(-1)))
         index, norms = np.arange(start, start + len(part)), result["norms"][start : start + _CHUNK].numpy()
-        yield pa.RecordBatch.from_arrays(
-            [items.slice(start, len(part)), pa.array(index), vectors, pa.array(norms)], schema=tables.BEHAVIOR_EMBEDDINGS
-        )
+        columns = [items.slice(start, len(part)), pa.array(index), vectors, pa.array(norms)]
+        rows = pa.RecordBatch.from_arrays(columns, schema=tables.BEHAVIOR_EMBEDDINGS)
+        yield rows.filter(learned.slice(start, len(part)))
 
 
 def register(cfg: Config, track: Track, folder: Path, tokenizer: str, alias: Literal["candidate", "champion"]) -> None:

@@ -67,7 +67,7 @@ class Retokenize(Section):
     )
     warm: Warm = Field(Warm(), description="policy warm")
     auto: Auto = Field(Auto(), description="policy auto")
-    gates: NightGates = Field(NightGates(), description="what a night must satisfy beside sids.gates")
+    gates: NightGates = Field(NightGates(), description="what a nightly run must satisfy beside sids.gates; write_sids too, of removals and churn")
     lease: Lease = Field(Lease(), description="one run at a time")
     small_night: int = Field(
         100_000,

@@ -85,7 +85,9 @@ class Features(Section):
 class Behavior(Section):
     source: Literal["sasrec", "column"] = Field("sasrec", description="sasrec: train it; column: items bring a 'behavior' vector")
     refresh: Literal["always", "keep"] = Field(
-        "always", description="always: embeddings are of today's items and events; keep: those of an earlier run serve (nights between two trainings)"
+        "always",
+        description="always: train again where the sequences have changed; keep: those of an earlier run serve. "
+        "Nightly runs use those that are there",
     )
     width: int = Field(64, ge=2, description="width of the behaviour embedding")
     blocks: int = Field(2, ge=1, description="transformer blocks")
@@ -121,6 +123,7 @@ class Sids(Section):
     batch: int = Field(1024, ge=1, description="items encoded at a time")
     artifact: str | None = Field(None, description="folder of another tokenizer artifact; null: the one of this config")
     gates: Gates = Field(Gates(), description="what a table must satisfy to be published")
+    replace: bool = Field(False, description="true: churn and removals may be of any size, a replacement on purpose")
 
 
 def _spark_text(value: object) -> object:

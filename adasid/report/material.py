@@ -23,7 +23,8 @@ class Training:
 @dataclass(frozen=True)
 class Material:
     """``catalog``: the row of ``catalog_stats``; ``generation``: a row of ``generations`` with its JSON columns parsed (``refused``: a newer one that is
-    not live); ``stages``: all rows of ``stages.jsonl``; ``versions``: tables that the report itself read; ``created``: when, as text."""
+    not live); ``stages``: all rows of ``stages.jsonl``; ``versions``: tables that the report itself read;
+    ``lags``: sentences on tables that lag behind those that they were made of; ``created``: when, as text."""
 
     cfg: Config
     catalog: Row | None = None
@@ -33,6 +34,7 @@ class Material:
     tokenizer: Training | None = None
     stages: Sequence[Row] = ()
     versions: Mapping[str, int] = field(default_factory=dict)
+    lags: Sequence[str] = ()
     created: str = ""
 
     @property

@@ -16,16 +16,20 @@ from adasid.report.words import DASH, count, number, share
 Row = dict[str, Any]
 
 
-def build(name: str, generations: Sequence[Row], refused: Row | None) -> Page:
-    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a night that was not published left."""
+def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row | None = None) -> Page:
+    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a nightly run that was not
+    published left; ``dry``: the row that a dry run would have added."""
     nights = [row for row in generations if row["churn"]]
     live = next((row for row in generations if row["live"]), None)
     warnings = []
     if refused:
-        failed = [f"{g['gate']} is {number(g['value'], 3)}, allowed {number(g['threshold'], 3)}" for g in refused["gates"] if not g["passed"]]
-        warnings.append(
-            f"The night of {refused['run_date']} was refused: {'; '.join(failed)}. Generation {live['generation'] if live else DASH} stays live."
-        )
+        stays = f"Generation {live['generation'] if live else DASH} stays live."
+        warnings.append(f"The night of {refused['run_date']} was refused: {_failed(refused)}. {stays}")
+    if live and live.get("hold"):
+        warnings.append(on_hold(live))
+    if dry:
+        end = f"gates would refuse it: {failed}" if (failed := _failed(dry)) else "all gates passed"
+        warnings.append(f"Dry run of {dry['run_date']}, policy {dry['policy']}: nothing was published; {end}.")
     if live and live["drift"].get("asked"):
         warnings.append(
             f"Generation {live['generation']} is frozen though its drift asked for {live['drift']['asked']}, whose table failed a gate: look at that night's run "
@@ -55,8 +59,9 @@ def build(name: str, generations: Sequence[Row], refused: Row | None) -> Page:
         drifts.append(
             Plot("usage", usage(used), "Divergence of the use of codes by generation.", "How differently codes are used than a generation before.")
         )
+    changed, missing = _changes(generations, dry), "" if generations else "Nothing published yet."
     sections = [
-        Section("changes", "What changed", plots=shown, tables=[_changes(generations)], missing="" if generations else "Nothing published yet."),
+        Section("changes", "What changed", plots=shown, tables=[changed], missing=missing),
         Section(
             "drift", "How far items have moved", plots=drifts, tables=[_drift(errors)] if errors else [], missing="" if drifts else "No night yet."
         ),
@@ -75,7 +80,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None) -> Page:
             ]
             if generations
             else [],
-            tables=[_gates(generations, refused)] if generations else [],
+            tables=[_gates(generations, refused, dry)] if generations else [],
             missing="",
         ),
     ]
@@ -185,18 +190,31 @@ def allowance(gate: Mapping[str, Any]) -> float:
     return min(part, 1.0) if passed else min(max(part, 1.01), 1.25)
 
 
+def on_hold(live: Mapping[str, Any]) -> str:
+    """A sentence on the hold of the live generation."""
+    until = "nothing is published until jobs/rollback.py --release"
+    return f"Generation {live['generation']} is on hold since {live['hold']}: {until}."
+
+
+def _failed(row: Row) -> str:
+    """The gates that failed, in words."""
+    failed = (gate for gate in row["gates"] if not gate["passed"])
+    return "; ".join(f"{g['gate']} is {number(g['value'], 3)}, allowed {number(g['threshold'], 3)}" for g in failed)
+
+
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, place: int) -> None:
     colour, dash = style.PALETTE[place % len(style.PALETTE)], style.DASHES[place % len(style.DASHES)]
     axes.plot(x, y, color=colour, linestyle=dash, marker="o", markersize=2.5, label=label or None)
 
 
-def _changes(generations: Sequence[Row]) -> Table:
+def _changes(generations: Sequence[Row], dry: Row | None) -> Table:
     columns = ("Generation", "Night", "Policy", "Items", "New", "Changed", "Removed", "Churn", "Weighted", "Tail")
     rows = []
-    for row in reversed(generations):
+    for row in [*([{**dry, "live": False}] if dry else []), *reversed(generations)]:
         c: Mapping[str, Any] = row["churn"]
         numbers = [count(c.get(key)) for key in ("new", "changed", "removed")] + [share(c.get(key), 2) for key in ("churn", "weighted")]
-        name = f"{row['generation']} (live)" if row["live"] else str(row["generation"])
+        name = "dry run" if dry and row["generation"] == dry["generation"] else str(row["generation"])
+        name += " (live, on hold)" if row.get("hold") else " (live)" if row["live"] else ""
         rows.append((name, row["run_date"] or DASH, row["policy"], count(row["items"]), *numbers, share(c.get("by_stratum", {}).get("tail"), 2)))
     return Table("Generations", columns, rows, words=3)
 
@@ -213,10 +231,13 @@ def _drift(nights: Sequence[Row]) -> Table:
     return Table("Drift", columns, rows)
 
 
-def _gates(generations: Sequence[Row], refused: Row | None) -> Table:
-    """The gates of the newest generation and of the refused night, with their thresholds."""
+def _gates(generations: Sequence[Row], refused: Row | None, dry: Row | None) -> Table:
+    """The gates of the newest generation, of the refused night and of a dry run, with their thresholds."""
     rows = []
-    for name, row in (("published", generations[-1]), *([("refused", refused)] if refused else [])):
-        for gate in row["gates"]:
-            rows.append((name, gate["gate"], number(gate["value"], 4), number(gate["threshold"], 4), "passed" if gate["passed"] else "FAILED"))
+    for name, row in (("published", generations[-1]), ("refused", refused), ("dry run", dry)):
+        for gate in row["gates"] if row else ():
+            what = f"{gate['gate']}, of {gate['of']}" if "of" in gate else gate["gate"]
+            failed = f"overruled by {gate['overruled']}" if "overruled" in gate else "FAILED"
+            result = "passed" if gate["passed"] else failed
+            rows.append((name, what, number(gate["value"], 4), number(gate["threshold"], 4), result))
     return Table("Gates", ("Night", "Gate", "Value", "Threshold", "Result"), rows, words=2)

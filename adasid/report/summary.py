@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adasid.report import sections
+from adasid.report import nights, sections
 from adasid.report.material import Material
 from adasid.report.page import Page
 from adasid.report.words import count, known, listed, number, plain, plural, share
@@ -66,9 +66,12 @@ def warnings(material: Material) -> list[str]:
         for gate in row["gates"] if row else ():
             if not gate["passed"]:
                 assert row is not None
-                said.append(
-                    f"Generation {row['generation']} ({name}): gate {gate['gate']} failed, {plain(gate['value'])} against a threshold of {plain(gate['threshold'])}."
-                )
+                failed = f"was overruled by {gate['overruled']}" if "overruled" in gate else "failed"
+                limit = f"{plain(gate['value'])} against a threshold of {plain(gate['threshold'])}"
+                said.append(f"Generation {row['generation']} ({name}): gate {gate['gate']} {failed}, {limit}.")
+    said += [f"{line[:1].upper()}{line[1:]}." for line in material.lags]
+    if material.generation and material.generation.get("hold"):
+        said.append(nights.on_hold(material.generation))
     if material.refused:
         said.append(f"Generation {material.refused['generation']} is newer but not live; the page shows the one that is.")
     if material.generation and not material.published:

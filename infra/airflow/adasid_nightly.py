@@ -2,6 +2,11 @@
 
 ``ADASID_HOME`` (the checkout, with its ``.venv``), ``ADASID_CONFIG`` (a file of ``conf/``) and ``ADASID_DRIVER_MEMORY`` are read from the scheduler's
 environment. A refused night (exit code 4) is not tried again: it would be refused again.
+
+The run date is the scheduler's: ``ds`` is the UTC date of the run's logical date. With a cron schedule Airflow 3 takes
+the time at which a run is due (``CronTriggerTimetable``), so the run of 2 January at 02:30 has ``ds`` 2026-01-02, also
+when it is cleared and run again later. Where ``[scheduler] create_cron_data_intervals`` is on, ``ds`` is the day
+before. A run without a logical date (triggered by an asset) has no ``ds`` and fails.
 """
 
 import os
@@ -13,6 +18,7 @@ from airflow.sdk import DAG
 HOME = os.environ.get("ADASID_HOME", "/opt/adasid")
 MEMORY = os.environ.get("ADASID_DRIVER_MEMORY", "8g")
 CONFIG = os.environ.get("ADASID_CONFIG", "conf/cluster.yaml")
+RETOKENIZE = "--run-date '{{ ds }}' --set retokenize.lease.wait=3600"
 
 with DAG(
     "adasid_nightly",
@@ -29,9 +35,5 @@ with DAG(
         command = f"PATH={HOME}/.venv/bin:$PATH spark-submit --driver-memory {MEMORY} jobs/{name}.py --config {CONFIG} {arguments}"
         return BashOperator(task_id=name, bash_command=command, cwd=HOME, append_env=True, **options)
 
-    (
-        job("ingest")
-        >> job("build_features")
-        >> job("retokenize", "--run-date yesterday --set retokenize.lease.wait=3600", retries=0, execution_timeout=timedelta(hours=6))
-        >> job("maintain")
-    )
+    features = job("ingest") >> job("build_features")
+    features >> job("retokenize", RETOKENIZE, retries=0, execution_timeout=timedelta(hours=6)) >> job("maintain")

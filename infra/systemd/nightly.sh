@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The night on one machine: what the timer starts. The first argument is the run date (default: yesterday, in UTC).
+# The night on one machine: what the timer starts. The first argument is the run date (default: yesterday, in UTC). The
+# first job that fails ends it with its exit code.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 day="${1:-yesterday}"

@@ -1,7 +1,8 @@
 """The lake: Delta tables in one folder, read outside Spark through delta-rs, always at a version.
 
 Every write carries, as commit metadata, the digest of what it was made from. A stage whose outputs already carry the
-digest of its inputs has nothing to do: that is what makes every stage safe to run again.
+digest of its inputs has nothing to do: that is what makes every stage safe to run again. Tables that are made of others
+also carry the versions that were read.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -35,14 +38,23 @@ STAMP = "adasid"
 """Commit-metadata key under which the digest of a table's inputs is kept."""
 
 
-def stamped(digest: str | None) -> str:
-    """The commit metadata that holds ``digest``."""
-    return json.dumps({STAMP: digest})
+_READ = "read"
+"""The same for the versions of other tables that were read."""
 
 
-def properties(digest: str | None, retries: int | None = None) -> CommitProperties:
-    """Of a commit stamped with ``digest``; ``retries`` 0: it succeeds only on the version that was read."""
-    return CommitProperties(custom_metadata={"userMetadata": stamped(digest)}, max_commit_retries=retries)
+def stamped(digest: str | None, sources: Mapping[str, int] | None = None) -> str:
+    """The commit metadata with ``digest`` and the versions of the table's ``sources``."""
+    return json.dumps({STAMP: digest, **({_READ: dict(sources)} if sources else {})})
+
+
+def properties(
+    digest: str | None,
+    retries: int | None = None,
+    sources: Mapping[str, int] | None = None,
+) -> CommitProperties:
+    """Of a commit stamped with ``digest`` and the versions of ``sources``; ``retries`` 0: it succeeds only on the
+    version that was read."""
+    return CommitProperties(custom_metadata={"userMetadata": stamped(digest, sources)}, max_commit_retries=retries)
 
 
 @dataclass(frozen=True)
@@ -102,23 +114,49 @@ class Lake:
 
     def stamp(self, table: str, version: int | None = None) -> str | None:
         """The input digest of the commit that made ``version`` (default: the latest); None for no table or no digest."""
+        return _digest(self._commit(table, version))
+
+    def lineage(self, table: str, version: int | None = None) -> dict[str, int]:
+        """The versions of other tables that ``version`` (default: the latest) was made of; none where its commit is
+        silent."""
+        return dict(_metadata(self._commit(table, version)).get(_READ) or {})
+
+    def newer(self, table: str, version: int) -> tuple[int, datetime] | None:
+        """The latest version, whatever the pins say, and when the first one after ``version`` was committed that was
+        made of
+        something else; None where the latest was made of the same as ``version``."""
         if not self.exists(table):
             return None
         latest = DeltaTable(self.path(table))
-        version = latest.version() if version is None else version
-        try:
-            commit = next(entry for entry in latest.history(latest.version() - version + 1) if entry["version"] == version)
-            found = json.loads(commit["userMetadata"])[STAMP]
-            return None if found in (None, "None") else str(found)  # maintenance keeps the stamp of a table that has none
-        except (StopIteration, ValueError, KeyError, TypeError):
+        newest = latest.version()
+        if newest <= version:
             return None
+        commits = {entry["version"]: entry for entry in latest.history(newest - version + 1)}
+        marks = {number: _digest(entry) or str(number) for number, entry in commits.items()}
+        if marks[newest] == marks.get(version):
+            return None
+        first = next(number for number in range(version + 1, newest + 1) if marks[number] != marks.get(version))
+        return newest, committed(commits[first])
+
+    def _commit(self, table: str, version: int | None) -> dict[str, Any]:
+        """The commit that made ``version`` (default: the latest), empty for none."""
+        if not self.exists(table):
+            return {}
+        latest = DeltaTable(self.path(table))
+        version = latest.version() if version is None else version
+        entries = latest.history(max(1, latest.version() - version + 1))
+        return next((entry for entry in entries if entry["version"] == version), {})
 
     def made(self, table: str, digest: str) -> int | None:
         """The newest version that a commit with this digest wrote; None for none."""
+        found = (int(entry["version"]) for entry in self.writes(table) if digest in str(entry.get("userMetadata")))
+        return next(found, None)
+
+    def writes(self, table: str) -> Iterator[dict[str, Any]]:
+        """The commits that wrote rows, newest first: those of maintenance are left out."""
         for entry in DeltaTable(self.path(table)).history() if self.exists(table) else ():
-            if entry.get("operation") in _WRITES and digest in str(entry.get("userMetadata")):
-                return int(entry["version"])
-        return None
+            if entry.get("operation") in _WRITES:
+                yield entry
 
     def stamps(self, versions: Mapping[str, int]) -> dict[str, str]:
         """What the given versions were made from; the path and version themselves for a table that carries no digest."""
@@ -139,10 +177,19 @@ class Lake:
         """All rows of one version: for tables that do not grow with the catalogue, and for tests."""
         return self.open(table, version).to_pyarrow_table(columns=columns)
 
-    def write(self, table: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], digest: str) -> int:
-        """Replace a table in one commit stamped with ``digest``; returns the new version."""
+    def write(
+        self,
+        table: str,
+        schema: pa.Schema,
+        batches: Iterable[pa.RecordBatch],
+        digest: str,
+        sources: Mapping[str, int] | None = None,
+    ) -> int:
+        """Replace a table in one commit stamped with ``digest`` and the versions of ``sources``; returns the new
+        version."""
         reader = pa.RecordBatchReader.from_batches(schema, batches)
-        write_deltalake(self.path(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=properties(digest))
+        stamp = properties(digest, sources=sources)
+        write_deltalake(self.path(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=stamp)
         return DeltaTable(self.path(table)).version()
 
     def put(self, table: str, rows: pa.Table, where: str, digest: str) -> None:
@@ -173,6 +220,25 @@ class Lake:
             merge.execute()
         except CommitFailedError:
             raise BusyError(f"{table}: another run wrote to {self.path(table)} after version {version}; run this one again") from None
+
+
+def committed(commit: Mapping[str, Any]) -> datetime:
+    """When a commit was made, in UTC."""
+    return datetime.fromtimestamp(commit["timestamp"] / 1000, timezone.utc)
+
+
+def _metadata(commit: Mapping[str, Any]) -> dict[str, Any]:
+    """What we wrote into a commit, empty where it is of others."""
+    try:
+        found = json.loads(commit["userMetadata"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _digest(commit: Mapping[str, Any]) -> str | None:
+    found = _metadata(commit).get(STAMP)
+    return None if found in (None, "None") else str(found)  # maintenance keeps the stamp of a table that has none
 
 
 def _nullable(schema: pa.Schema) -> pa.Schema:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -105,15 +106,18 @@ def write(
     append: tuple[str, int] | None = None,
     replace: str | None = None,
     few: bool = False,
+    sources: Mapping[str, int] | None = None,
 ) -> int:
-    """Replace the table by ``frame``, cast to its schema, in one commit stamped with ``digest``; returns the version.
+    """Replace the table by ``frame``, cast to its schema, in one commit stamped with ``digest`` and the versions of
+    ``sources``; returns the version.
 
     ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's last. ``replace``: replace
     only the rows that this condition holds for, which all of ``frame`` must satisfy. ``few``: into few large files, whatever the partitions, at the price of a shuffle.
     """
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
-    writer = frame.select(*columns).write.format("delta").mode("append" if append else "overwrite").option("userMetadata", stamped(digest))
+    writer = frame.select(*columns).write.format("delta").mode("append" if append else "overwrite")
+    writer = writer.option("userMetadata", stamped(digest, sources))
     writer = writer.option("optimizeWrite", "true") if few else writer
     if append:
         writer = writer.option("txnAppId", append[0]).option("txnVersion", append[1])

@@ -114,14 +114,16 @@ def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[st
     train = clean.events.filter("split = 'train'")
     counts = train.groupBy("user_id", "item_id").agg(F.count("*").alias("events")).persist()
     stats = item_stats(checked.items, counts, features)
+    sources = _reads(lake)
     users = counts.groupBy("user_id").agg(F.sum("events").alias("interactions"), F.count("*").alias("items"))
     indexed = clean.events.join(stats.frame.select("item_id", "item_index"), "item_id").persist()
     samples = indexed.withColumn("split", F.col("ranking_split"))
+    windows = histories.sequences(indexed, features.max_length)
     written = {
-        "item_stats": write(stats.frame, lake, "item_stats", tables.ITEM_STATS, mark),
+        "item_stats": write(stats.frame, lake, "item_stats", tables.ITEM_STATS, mark, sources=sources),
         "user_stats": write(users, lake, "user_stats", tables.USER_STATS, mark),
         "ranking_samples": write(samples, lake, "ranking_samples", tables.RANKING_SAMPLES, mark),
-        "sequences": write(histories.sequences(indexed, features.max_length), lake, "sequences", tables.SEQUENCES, mark),
+        "sequences": write(windows, lake, "sequences", tables.SEQUENCES, mark, sources=sources),
     }
     row = _catalog_row(mark, checked, clean, stats, features)
     written["catalog_stats"] = write_catalog(lake, row, mark)

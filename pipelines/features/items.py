@@ -9,6 +9,7 @@ from adasid import tables
 from adasid.config import Config, digest
 from adasid.errors import InputError
 from adasid.tables import BEHAVIOR
+from pipelines import staleness
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
 from pipelines.engines.tracking import Track
@@ -20,24 +21,25 @@ EMBEDDINGS = "behavior_embeddings"
 
 
 def build(cfg: Config, track: Track, required: bool) -> bool:
-    """Do the part unless its outputs are up to date; whether anything was done. Where embeddings are missing or of other items, it
-    waits with a note, or raises InputError if the part is ``required``."""
-    lake, trained = track.lake, cfg.behavior.source == "sasrec"
-    if trained and not lake.exists(EMBEDDINGS):
-        return _wait(track, required, f"table {EMBEDDINGS} does not exist yet")
-    versions, mark = _reads(cfg, lake), _mark(cfg, lake)
+    """Do the part unless its outputs are up to date; whether anything was done. Items without a behaviour embedding
+    count as without behaviour. Where there are no embeddings at all, it waits with a note, or raises InputError if the
+    part is ``required``."""
+    lake = track.lake
+    if cfg.behavior.source == "sasrec" and not lake.exists(EMBEDDINGS):
+        fix = "run `python jobs/train.py --stage behavior`"
+        text = f"item_features waits, table {EMBEDDINGS} does not exist yet: {fix}"
+        if required:
+            raise InputError(text)
+        track.note(text)
+        return False
+    versions = _reads(cfg, lake)
+    mark = _mark(cfg, lake, versions)
     if lake.fresh(mark, "item_features", "catalog_stats"):
         return False
     spark = session(cfg.spark)
-    if trained and cfg.behavior.refresh == "always" and not _same_items(spark, lake):
-        return _wait(
-            track,
-            required,
-            f"table {EMBEDDINGS} version {versions[EMBEDDINGS]} was made of other items than item_stats version {versions['item_stats']}",
-        )
     track.inputs(versions)
     try:
-        track.outputs(_build(spark, cfg, track, mark))
+        track.outputs(_build(spark, cfg, track, mark, versions))
     finally:
         spark.catalog.clearCache()
     return True
@@ -45,36 +47,31 @@ def build(cfg: Config, track: Track, required: bool) -> bool:
 
 def check(cfg: Config, lake: Lake) -> None:
     """Raise InputError unless ``item_features`` was made of today's ``item_stats``, so that an item has one index in all tables."""
-    if not lake.fresh(_mark(cfg, lake), "item_features"):
+    if not lake.fresh(_mark(cfg, lake, _reads(cfg, lake)), "item_features"):
         raise InputError("item_features is of other items or settings than item_stats and this run's config: run jobs/build_features.py again")
+
+
+def check_split(cfg: Config, lake: Lake) -> None:
+    """Raise InputError where behaviour embeddings were trained on other sequences than today's, whose test events they
+    could know. Under ``behavior.refresh: keep`` that is on purpose."""
+    if cfg.behavior.source == "column" or cfg.behavior.refresh == "keep":
+        return
+    if found := staleness.behind(lake, EMBEDDINGS):
+        text = f"{EMBEDDINGS} could know events of today's test: {staleness.sentences(found)[0]}"
+        raise InputError(f"{text}; or use them as they are with --set behavior.refresh=keep")
 
 
 def _reads(cfg: Config, lake: Lake) -> dict[str, int]:
     return lake.versions("items", "item_stats", *([EMBEDDINGS] if cfg.behavior.source == "sasrec" else []))
 
 
-def _mark(cfg: Config, lake: Lake) -> str:
-    return digest("items", cfg.features.norm_percentiles, cfg.features.proxy_min_spearman, modalities(cfg), lake.stamps(_reads(cfg, lake)))
+def _mark(cfg: Config, lake: Lake, versions: dict[str, int]) -> str:
+    settings = cfg.features.norm_percentiles, cfg.features.proxy_min_spearman, modalities(cfg)
+    return digest("items", *settings, lake.stamps(versions))
 
 
-def _wait(track: Track, required: bool, why: str) -> bool:
-    text = f"item_features waits, {why}: run `python jobs/train.py --stage behavior`"
-    if required:
-        raise InputError(text)
-    track.note(text)
-    return False
-
-
-def _same_items(spark: SparkSession, lake: Lake) -> bool:
-    stats, embeddings = read(spark, lake, "item_stats"), read(spark, lake, EMBEDDINGS)
-    both = stats.select("item_id", "item_index", "stratum").join(
-        embeddings.select("item_id", "item_index", "norm"), ["item_id", "item_index"], "full"
-    )
-    return both.filter("stratum IS NULL OR norm IS NULL").isEmpty()
-
-
-def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[str, int]:
-    lake = track.lake
+def _build(spark: SparkSession, cfg: Config, track: Track, mark: str, versions: dict[str, int]) -> dict[str, int]:
+    lake = Lake(track.lake.root, {**track.lake.pins, **versions})  # what another run writes meanwhile is not read
     joined = join(spark, cfg, lake)
     source = joined if cfg.behavior.source == "column" else _learned(spark, lake, read(spark, lake, "item_stats"))
     richness = measure(source.filter("norm IS NOT NULL"), cfg.features)
@@ -83,12 +80,24 @@ def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[st
             f"WARNING: Spearman(norm, count) is {richness.fields['spearman']:.2f}, below features.proxy_min_spearman {cfg.features.proxy_min_spearman:g}: "
             "the norm does not measure how much is known about an item, so richness is min-max of log(1 + count)"
         )
-    features = joined.select("*", richness.column.alias("richness"))
-    written = {"item_features": write(features, lake, "item_features", tables.item_features(cfg.features.content), mark)}
+    features, schema = joined.select("*", richness.column.alias("richness")), tables.item_features(cfg.features.content)
+    written = {"item_features": write(features, lake, "item_features", schema, mark, sources=versions)}
+    if cfg.behavior.source == "sasrec":
+        made = read(spark, lake, "item_features", written["item_features"])
+        _note_missing(track, made.filter("interactions > 0 AND norm IS NULL").count(), made.count())
     row = lake.read("catalog_stats").to_pylist()[0]
     written["catalog_stats"] = write_catalog(lake, {**row, **richness.fields}, mark)
     track.metrics({key: richness.fields[key] for key in ("spearman", "norm_low", "norm_high")})
     return written
+
+
+def _note_missing(track: Track, without: int, items: int) -> None:
+    """Note how many items have training events but no behaviour embedding."""
+    track.metrics({"items_without_embedding": without})
+    if without:
+        track.facts["without behaviour embedding"] = without
+        until = "they count as items without behaviour until the next training (jobs/train.py --stage behavior)"
+        track.note(f"{without} of {items} items have training events but no behaviour embedding: {until}")
 
 
 def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:

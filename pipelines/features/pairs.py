@@ -31,7 +31,8 @@ def build(cfg: Config, track: Track) -> bool:
         return False
     spark = session(cfg.spark)
     track.inputs(versions)
-    version = write(mine(read(spark, lake, _SAMPLES).filter("split = 'train'"), settings), lake, TABLE, tables.ITEM_PAIRS, mark)
+    mined = mine(read(spark, lake, _SAMPLES).filter("split = 'train'"), settings)
+    version = write(mined, lake, TABLE, tables.ITEM_PAIRS, mark, sources=versions)
     track.outputs({TABLE: version})
     written = read(spark, lake, TABLE, version)
     pairs, paired = written.count(), written.select("item_index").distinct().count()

@@ -11,6 +11,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
+from adasid.config import Config
 from pipelines.engines.lake import Lake
 
 _GRADUAL = {"MERGE", "UPDATE", "DELETE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
@@ -71,8 +72,9 @@ def _appended(commit: dict[str, Any]) -> bool:
     return bool(commit["operation"] == "WRITE" and commit.get("operationParameters", {}).get("mode") == "Append")
 
 
-def moved(old: DataFrame, new: DataFrame, policy: str) -> DataFrame:
-    """Rows of ``sid_changes`` but for the generation, from SIDs before and after [item_id, codes, fingerprint]."""
+def moved(old: DataFrame, new: DataFrame, policy: str, every: bool = False) -> DataFrame:
+    """Rows of ``sid_changes`` but for the generation, from SIDs before and after [item_id, codes, fingerprint];
+    ``every``: of all items, as equal codes of other slots are other SIDs."""
     before = old.select("item_id", F.col("codes").alias("old_codes"), F.col("fingerprint").alias("_then"))
     after = new.select("item_id", F.col("codes").alias("new_codes"), F.col("fingerprint").alias("_now"))
     why = (
@@ -81,7 +83,7 @@ def moved(old: DataFrame, new: DataFrame, policy: str) -> DataFrame:
         .otherwise(F.when(F.col("_now") != F.col("_then"), "changed").otherwise(policy))
     )
     rows = before.join(after, "item_id", "full").select("item_id", "old_codes", "new_codes", why.alias("why"))
-    return rows.filter("NOT (old_codes <=> new_codes)")
+    return rows if every else rows.filter("NOT (old_codes <=> new_codes)")
 
 
 def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
@@ -95,7 +97,9 @@ def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items
 
 
 def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
-    """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training events.
+    """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training
+    events; 1 where no live item is left. The gates' shares are of ``live`` items, or of the ``kept`` ones and their
+    ``events``.
 
     ``groups``: of the items whose SID changed, by ``stratum`` and ``kind`` (new, moved, removed): their number ``items``, their ``events``, and how
     many differ in each slot, ``s0``, ``s1``, ...; ``metrics``: those of ``sids.measure`` of today's table.
@@ -106,14 +110,35 @@ def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: in
 
     new, moved_items, removed = (of("items", kind) for kind in ("new", "moved", "removed"))
     items, events = metrics["items_by_stratum"], metrics["events_by_stratum"]
-    kept = max(1, sum(items.values()) - new)
+    kept, known = old_items - removed, sum(events.values()) - of("events", "new")
+    share = moved_items / kept if kept else float(old_items > 0)
     return {
+        "live": old_items,
+        "kept": kept,
+        "events": known,
         "new": new,
         "removed": removed,
         "changed": moved_items,
         "unmoved": old_items - removed - moved_items,
-        "churn": moved_items / kept,
-        "weighted": of("events", "moved") / max(1, sum(events.values()) - of("events", "new")),
-        "by_slot": {name: of(f"s{i}", "moved") / kept for i, name in enumerate(metrics["slots"])},
+        "churn": share,
+        "weighted": of("events", "moved") / known if kept and known else share,
+        "by_slot": {name: of(f"s{i}", "moved") / max(1, kept) for i, name in enumerate(metrics["slots"])},
         "by_stratum": {s: of("items", "moved", s) / max(1, count - of("items", "new", s)) for s, count in items.items()},
     }
+
+
+def gates(cfg: Config, churn: dict[str, Any]) -> list[dict[str, Any]]:
+    """How much a table may differ from the live one, by its :func:`churned`; ``of``: what each share is of."""
+    limits, kept = cfg.retokenize.gates, f"{churn['kept']} items of both generations"
+    events = f"{churn['events']} events of the {kept}"
+    shares = (
+        ("removed", churn["removed"] / max(1, churn["live"]), limits.max_removed, f"{churn['live']} live items"),
+        ("churn", churn["churn"], limits.max_churn, kept),
+        ("churn, weighted by events", churn["weighted"], limits.max_weighted_churn, events),
+    )
+    return [{**gate(name, value, limit), "of": of} for name, value, limit, of in shares]
+
+
+def gate(name: str, value: float | None, limit: float) -> dict[str, Any]:
+    """A gate that allows at most ``limit``; it has nothing to judge where ``value`` is None, a figure over no items."""
+    return {"gate": name, "value": value, "threshold": limit, "passed": value is None or bool(value <= limit)}

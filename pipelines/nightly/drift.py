@@ -52,6 +52,8 @@ def measure(lake: Lake, sids: DataFrame, one_of: int, edges: dict[str, list[floa
     if edges is None:
         deciles = F.percentile_approx("norm", [i / _BINS for i in range(1, _BINS)], 1000).alias("edges")
         edges = {row["modality"]: list(row["edges"]) for row in rows.groupBy("modality").agg(deciles).collect()}
+    if not edges:  # a tokenizer that reads no vectors
+        return described(lake, {}, one_of, edges)
     above = F.create_map(*(part for m, values in edges.items() for part in (F.lit(m), F.array(*map(F.lit, values)))))
     bin = F.size(F.filter(above[F.col("modality")], lambda edge: F.col("norm") > edge)).alias("bin")
     number = F.count("*").alias("items"), F.sum("error").alias("error"), F.count("error").alias("decoded")

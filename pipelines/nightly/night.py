@@ -28,7 +28,8 @@ from pipelines.nightly.lease import Lease
 @dataclass
 class Night:
     """``live``: the generation before; ``version``: of today's ``item_features``; ``day``: the run date; ``key``: digest of all that the night
-    follows from, but for the policy that is chosen and the tokenizer. Spark starts where it is asked for."""
+    follows from, but for the policy that is chosen and the tokenizer; ``dry``: nothing is published. Spark starts where
+    it is asked for."""
 
     cfg: Config
     track: Track
@@ -37,6 +38,7 @@ class Night:
     version: int
     day: str
     key: str
+    dry: bool = False
 
     @property
     def lake(self) -> Lake:
@@ -90,9 +92,14 @@ class Night:
         train.register(self.cfg, self.track, Path(live["artifact"]), live["tokenizer"], "champion")
 
     def measured(self, facts: dict[str, Any]) -> None:
-        """Track what was measured of the table, and every gate."""
+        """Track what was measured of the table, and every gate; in a dry run also on the screen and on the page."""
         self.track.metrics(verdict.tracked(facts))
         self.track.client.log_dict(self.track.run_id, {"gates": facts["gates"]}, "gates.json")
+        if self.dry:
+            for gate in facts["gates"]:
+                self.track.note(f"{'passed' if gate['passed'] else 'FAILED'}: {sids.failures([gate])}")
+            self._summarize(facts)
+            self.pages(facts)
 
     def found(self, how: str, counts: Mapping[str, int]) -> None:
         """Tell how many items are new, changed and removed, and how they were found."""
@@ -102,12 +109,16 @@ class Night:
     def unchanged(self) -> None:
         """Tell that there is nothing to publish."""
         self._up_to_date(f"no item is new, changed or removed since generation {self.live['generation']}")
+        self.track.facts["item_features"] = self.version  # the report takes it for seen
 
     def _up_to_date(self, why: str) -> None:
-        self._champion(self.live)  # a kill may have come before that, and before a refusal was taken back
-        if self.refused.exists():
+        if not self.dry:
+            self._champion(self.live)  # a kill may have come before that, and before a refusal was taken back
+        if self.refused.exists() and not self.dry:
             self.refused.unlink()
             self.pages()
+        if since := self.live["hold"]:
+            self.track.note(f"generation {self.live['generation']} is on hold since {since}")
         self.track.status = "up to date"
         self.track.note(why)
         self.track.facts.update({"generation": self.live["generation"], "items": self.live["items"]})
@@ -119,7 +130,15 @@ class Night:
     def publish(
         self, facts: dict[str, Any], manifest: dict[str, Any], stamp: str, write_sids: Callable[[], object], write_changes: Callable[[], object]
     ) -> None:
-        """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and tell of it; not where it was published and then rolled back."""
+        """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and say so; not in a dry run,
+        nor where it was published and then rolled back. Raises GateError where the live generation is on hold."""
+        if self.dry:
+            self.track.status = "dry run"
+            self.track.note(f"dry run: all gates passed; generation {self.live['generation']} stays live")
+            return
+        if self.live["hold"]:
+            self.pages()
+            generations.check_hold(self.lake)
         if generations.settled(self.lake, stamp):
             number = generations.next_number(self.lake) - 1
             self._up_to_date(f"generation {number} is this night's and was rolled back: jobs/rollback.py --to {number} makes it live again")
@@ -139,15 +158,22 @@ class Night:
         self.track.status = "done"  # whatever training the tokenizer said
         self.refused.unlink(missing_ok=True)
         self.pages()
-        churned = facts["churn"]
-        told = {"generation": row["generation"], "policy": facts["policy"], "items": facts["items"]}
-        told |= {why: churned[why] for why in ("new", "changed", "removed")}
-        self.track.facts.update(told | {"churn": f"{churned['churn']:.2%}"})
+        self._summarize(facts)
 
-    def pages(self) -> None:
-        """The page of the last generations, ``<run>/report/nights``, and its figures, also to MLflow."""
+    def _summarize(self, facts: dict[str, Any]) -> None:
+        """The facts of the run: what changed."""
+        churned = facts["churn"]
+        number = f"{facts['generation']} (dry run)" if self.dry else facts["generation"]
+        said = {"generation": number, "policy": facts["policy"], "items": facts["items"]}
+        said |= {why: churned[why] for why in ("new", "changed", "removed")}
+        self.track.facts.update(said | {"churn": f"{churned['churn']:.2%}"})
+
+    def pages(self, dry: dict[str, Any] | None = None) -> None:
+        """The page of the last generations and of a ``dry`` run, ``<run>/report/nights``, its figures too, also to
+        MLflow."""
         folder = self.cfg.run_dir / "report" / "nights"
         left = json.loads(self.refused.read_text(encoding="utf-8")) if self.refused.exists() else None
-        report.write(folder, nights.build(self.cfg.name, generations.history(self.lake)[-self.cfg.retokenize.keep :], left))
+        rows = generations.history(self.lake)[-self.cfg.retokenize.keep :]
+        report.write(folder, nights.build(self.cfg.name, rows, left, dry))
         self.track.artifact(folder)
         self.track.facts["page"] = str(folder / "index.html")

@@ -18,7 +18,7 @@ from adasid.config import Config, digest
 from adasid.errors import GateError, InputError
 from adasid.tables import SID_CHANGES, SIDS
 from adasid.training.checkpoint import write_json
-from pipelines import generations, sids
+from pipelines import generations, sids, staleness
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import Track
 from pipelines.nightly import changes, drift, incremental, refit, verdict
@@ -29,12 +29,14 @@ from pipelines.nightly.verdict import Found
 _WORST = 10
 
 
-def run(cfg: Config, track: Track, run_date: date) -> None:
+def run(cfg: Config, track: Track, run_date: date, dry: bool = False) -> None:
     """Publish the night of ``run_date``, unless nothing changed. Raises BusyError while another run is at work, InputError for unusable input,
-    GateError where the new table is refused; the live generation then stays as it is."""
+    GateError where the new table is refused; the live generation then stays as it is. ``dry``: measure and judge alone,
+    under the lease too, as warm and refit write their tokenizers."""
     lake, settings = track.lake, cfg.retokenize
     with held(track, settings.lease) as lease:
         live, version = generations.live(lake), lake.version("item_features")
+        staleness.check(track, version)
         day, before = run_date.isoformat(), live["run_date"]
         if before and day < before:
             raise InputError(
@@ -52,7 +54,7 @@ def run(cfg: Config, track: Track, run_date: date) -> None:
             lake.stamps({"item_features": version}),
         )
         track.inputs({"item_features": version, "sids": live["sids_version"]})
-        night = Night(cfg, track, lease, live, version, day, key)
+        night = Night(cfg, track, lease, live, version, day, key, dry)
         if version == live["inputs"]["item_features"] and (settings.policy in {"frozen", "auto"} or before == day):
             night.unchanged()
             return
@@ -88,9 +90,9 @@ def _publish(night: Night) -> None:
         try:
             _settle(night, _anew(night, policy, folder), policy, drifted)
         except GateError as refusal:
-            if cfg.retokenize.policy != "auto":
+            if cfg.retokenize.policy != "auto" or night.live["hold"]:
                 raise
-            night.track.note(f"{refusal}. Published frozen instead")
+            night.track.note(f"{refusal}. Policy frozen instead")
             night.track.facts = told  # what training said of the tokenizer that was refused
             _settle(night, _frozen(night, folder, manifest, found, today), "frozen", {**drifted, "asked": policy})
     finally:
@@ -209,13 +211,15 @@ def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, whole: DataFra
         "of the largest groups": [f"{row['item_id']} ({row['n']})" for row in crowded.collect()],
     }
     night.track.client.log_dict(night.track.run_id, {"gates": facts["gates"], "worst": worst}, "refused.json")
-    kept = {name: value for name, value in facts.items() if name not in {"metrics", "drift"}}
-    write_json(night.refused, {**kept, "worst": worst})
-    night.pages()
+    if not night.dry:
+        kept = {name: value for name, value in facts.items() if name not in {"metrics", "drift"}}
+        write_json(night.refused, {**kept, "worst": worst})
+        night.pages()
     text = sids.failures(failed)
     if facts["policy"] != "frozen" and all(gate["gate"].startswith("churn") for gate in failed):
         text += f" (policy {facts['policy']}; to publish without moving SIDs: --set retokenize.policy=frozen; else raise retokenize.gates.max_churn)"
+    text = f"{'dry run: ' if night.dry else ''}night {facts['run_date']} not published: {text}"
     raise GateError(
-        f"night {facts['run_date']} not published: {text}. Generation {night.live['generation']} stays live; worst items: "
+        f"{text}. Generation {night.live['generation']} stays live; worst items: "
         + "; ".join(f"{name}: {', '.join(items[:3])}" for name, items in worst.items() if items)
     )

@@ -18,10 +18,12 @@ from pipelines.nightly import exports
 from pipelines.nightly.lease import held
 
 
-def rollback(cfg: Config, track: Track, number: int) -> None:
-    """Make generation ``number`` live. Raises InputError where it does not exist or cannot be read any more."""
+def rollback(cfg: Config, track: Track, number: int | None, hold: bool = False) -> None:
+    """Make generation ``number`` live, on ``hold`` if asked for; None: end the hold of the live one. Raises InputError
+    where it does not exist or cannot be read any more."""
     with held(track, cfg.retokenize.lease):
-        row = generations.go_back(track, number)
+        row = generations.release(track) if number is None else generations.go_back(track, number, hold)
+        track.facts["on hold"] = f"since {since}" if (since := generations.on_hold(track.lake)) else "no"
     exports.point(cfg, track.lake)
     train.register(cfg, track, Path(row["artifact"]), row["tokenizer"], "champion")
     track.facts.update({"generation": row["generation"], "items": row["items"], "run date": row["run_date"]})
@@ -29,7 +31,7 @@ def rollback(cfg: Config, track: Track, number: int) -> None:
 
 def maintain(cfg: Config, track: Track) -> None:
     """Compact every table and vacuum its files, except those of the versions in :func:`needed` and those younger than ``grace_hours``. A table keeps
-    the digest of what it was made of, and the log of all its versions."""
+    the digest and the versions of what it was made of, and the log of all its versions."""
     lake, grace = track.lake, cfg.retokenize.grace_hours
     with held(track, cfg.retokenize.lease) as lease:
         keep = needed(track)
@@ -38,7 +40,7 @@ def maintain(cfg: Config, track: Track) -> None:
             if name == "leases":
                 continue
             lease.check()
-            stamp, compacted = properties(lake.stamp(name)), 0
+            stamp, compacted = properties(lake.stamp(name), sources=lake.lineage(name)), 0
             if table.metadata().configuration.get("delta.enableExpiredLogCleanup") != "false":
                 table.alter.set_table_properties({"delta.enableExpiredLogCleanup": "false"}, commit_properties=stamp)
             if name not in {"sids", "live"}:  # readers of these go to one version, which compaction does not change

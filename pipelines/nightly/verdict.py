@@ -9,7 +9,7 @@ from typing import Any
 from adasid.config import Config
 from pipelines import sids
 from pipelines.generations import Generation
-from pipelines.nightly import drift
+from pipelines.nightly import changes, drift
 
 MEASURED = ("codes", "weights", "active", "gauges")
 """What is measured of a row of ``sids``, beside its item's events and stratum."""
@@ -40,7 +40,7 @@ def facts(cfg: Config, live: Generation, version: int, found: Found) -> dict[str
     """What the generation's row says of the table, gates and all. ``version``: of ``item_features``."""
     metrics, items = found.metrics, found.items
     usage = drift.usage(live["metrics"], metrics)
-    gates = sids.check_gates(metrics, cfg.sids.gates, items, found.distinct, found.broken) + _gates(cfg, live, found)
+    gates = sids.check_gates(metrics, cfg.sids.gates, items, found.distinct, found.broken) + _gates(cfg, found)
     cold = metrics["items_by_stratum"].get("cold", 0) / max(1, items)
     return {
         "inputs": {"item_features": version},
@@ -70,19 +70,15 @@ def largest_error(drifted: dict[str, Any]) -> float:
     return max((ratio["all"] for ratio in drifted["error_ratio"].values() if "all" in ratio), default=1.0)
 
 
-def _gates(cfg: Config, live: Generation, found: Found) -> list[dict[str, Any]]:
-    limits, metrics, churn = cfg.retokenize.gates, found.metrics, found.churn
+def _gates(cfg: Config, found: Found) -> list[dict[str, Any]]:
+    limits, metrics = cfg.retokenize.gates, found.metrics
     values = {
         "items without a SID, or SIDs without an item": (float(metrics["items"] - found.known + abs(found.items - found.known)), 0.0),
-        "removed": (churn["removed"] / max(1, live["items"]), limits.max_removed),
         "collision rate, tail and cold": (metrics["collision_tail"], limits.max_tail_collision),
         "largest group of tail and cold items": (metrics["largest_tail_group"], limits.max_tail_group),
-        "churn": (churn["churn"], limits.max_churn),
-        "churn, weighted by events": (churn["weighted"], limits.max_weighted_churn),
         "error against the tokenizer's data": (found.error, limits.max_error_ratio),
     }
-    passed = {name: value is None or bool(value <= limit) for name, (value, limit) in values.items()}
-    return [{"gate": name, "value": value, "threshold": limit, "passed": passed[name]} for name, (value, limit) in values.items()]
+    return changes.gates(cfg, found.churn) + [changes.gate(name, *pair) for name, pair in values.items()]
 
 
 def tracked(facts: dict[str, Any]) -> dict[str, float]:

@@ -65,7 +65,7 @@ def test_collision_ranks_follow_count_then_id(on_ray, folder):
 def test_generation_pins_what_was_published(on_ray, folder):
     lake = lake_of(folder, "ray")
     (row,) = lake.read("generations").to_pylist()
-    assert lake.read("live").to_pylist() == [{"generation": 1, "sids_version": row["sids_version"]}]
+    assert lake.read("live").to_pylist() == [{"generation": 1, "sids_version": row["sids_version"], "hold": False}]
     assert lake.read("sids", row["sids_version"]).num_rows == row["items"] == ITEMS
     metrics = json.loads(row["metrics"])
     assert sum(map(sum, metrics["codes"])) + sum(round(p * ITEMS) for p in metrics["pad"]) == ITEMS * 6
@@ -111,7 +111,7 @@ def test_airflow_runs_the_night(on_ray, folder, tmp_path):
     own = {"AIRFLOW_HOME": str(tmp_path), "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "infra" / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
     night = {"ADASID_HOME": str(ROOT), "ADASID_CONFIG": str(path), "ADASID_DRIVER_MEMORY": "2g"}
     environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}} | own | night
-    for words in (["db", "migrate"], ["dags", "test", "adasid_nightly"]):
+    for words in (["db", "migrate"], ["dags", "test", "adasid_nightly", "2026-01-05"]):
         found = subprocess.run(["airflow", *words], env=environment, capture_output=True, text=True, timeout=540)
         assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     told = found.stdout + found.stderr

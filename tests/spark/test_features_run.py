@@ -238,10 +238,16 @@ def test_neither_row_order_nor_partitioning_changes_a_table(spark, done, tmp_pat
     assert "item_features waits, table behavior_embeddings does not exist yet: run `python jobs/train.py --stage behavior`" in capsys.readouterr().err
     with pytest.raises(InputError, match="behavior_embeddings does not exist yet"):
         run(cfg, "items")
+    missing = lake.read("item_stats").to_pylist()[0]
+    assert missing["interactions"] > 0
     embed(lake, drop=1)
-    assert run(cfg).status == "up to date"
-    with pytest.raises(InputError, match="made of other items than item_stats version 0"):
-        run(cfg, "items")
+    track = run(cfg)
+    assert (track.status, track.facts["without behaviour embedding"]) == ("done", 1)
+    assert "1 of 30 items have training events but no behaviour embedding" in capsys.readouterr().err
+    found = {row["item_id"]: row for row in lake.read("item_features").to_pylist()}
+    assert (found[missing["item_id"]]["behavior"], found[missing["item_id"]]["richness"], len(found)) == (None, 0.0, 30)
+    assert lake.lineage("item_features") == lake.versions("items", "item_stats", "behavior_embeddings")
+    assert lake.lineage("item_stats") == lake.lineage("sequences") == lake.versions("items", "interactions")
     embed(lake)
     run(cfg, "items")
     names = ("rejected_rows", "item_stats", "user_stats", "sequences", "ranking_samples", "item_features", "catalog_stats")

@@ -5,7 +5,8 @@ import pytest
 from deltalake import DeltaTable
 
 from adasid.errors import BusyError
-from pipelines.engines.lake import Lake, properties
+from pipelines.engines.lake import Lake, committed, properties
+from pipelines.staleness import lags
 
 SCHEMA = pa.schema(
     [pa.field("item_id", pa.string(), False), pa.field("codes", pa.list_(pa.int32()), False), pa.field("generation", pa.int64(), False)]
@@ -36,6 +37,25 @@ def test_a_change_of_a_version_that_is_not_the_newest_is_refused(lake):
     with pytest.raises(BusyError, match=r"sids: another run wrote to .*sids after version 0; run this one again"):
         lake.change("sids", 0, rows(("b", [0, 0], 3)), pa.array([], pa.string()), "third")
     assert lake.version("sids") == 1
+
+
+def test_a_version_made_of_the_same_is_no_newer_one_and_maintenance_keeps_what_was_read(lake):
+    sources = {"sids": 0}
+    lake.write("changes", SCHEMA, rows(("a", [1, 2], 1)).to_batches(), "made", sources)
+    assert lake.lineage("changes") == sources and lake.lineage("sids") == {}
+    stamp = properties(lake.stamp("sids"), sources=lake.lineage("sids"))
+    DeltaTable(lake.path("sids")).alter.set_table_properties({"delta.enableExpiredLogCleanup": "false"}, commit_properties=stamp)
+    assert lake.version("sids") == 1 and not lags(lake, "changes")
+    lake.change("sids", 1, rows(("b", [7, 8], 2)), pa.array([], pa.string()), "second")
+    lake.change("sids", 2, rows(("b", [7, 9], 2)), pa.array([], pa.string()), "third")
+    stamp = properties(lake.stamp("changes"), sources=lake.lineage("changes"))
+    DeltaTable(lake.path("changes")).alter.set_table_properties({"delta.enableExpiredLogCleanup": "false"}, commit_properties=stamp)
+    (lag,) = lags(lake, "changes")
+    assert (lag.version, lag.source, lag.read, lag.newest, lag.pinned) == (1, "sids", 0, 3, False)
+    assert lag.since == committed(next(entry for entry in DeltaTable(lake.path("sids")).history() if entry["version"] == 2))
+    assert lags(Lake(lake.root, {"sids": 0}), "changes")[0].pinned
+    lake.write("sids", SCHEMA, rows(("a", [1, 2], 1)).to_batches(), "first")
+    assert not lags(lake, "changes")  # as it was
 
 
 def test_maintenance_of_a_table_without_a_stamp_gives_it_none(lake):

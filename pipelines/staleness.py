@@ -1,0 +1,85 @@
+"""Which tables of the lake lag behind the tables that they were made of, as the commits that wrote them say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+from adasid.errors import InputError
+from pipelines.engines.lake import Lake
+from pipelines.engines.tracking import Track
+
+_FEATURES = "run jobs/build_features.py"
+_FIXES = {
+    "behavior_embeddings": "run jobs/train.py --stage behavior, then jobs/build_features.py",
+    "item_features": _FEATURES,
+    "item_stats": _FEATURES,
+    "sids": "run jobs/retokenize.py",
+}
+_EVERY_RUN = {"item_features": {"items", "item_stats"}, "item_stats": {"items", "interactions"}}
+"""Table -> sources that it must not lag behind when SIDs are made of it. Behaviour embeddings may: they wait for the
+next training."""
+
+
+class Lag(NamedTuple):
+    """``table`` at ``version`` was made of version ``read`` of ``source``, which has had other rows ``since`` and is at
+    ``newest`` now; ``pinned``: the config asks for that."""
+
+    table: str
+    version: int
+    source: str
+    read: int
+    newest: int
+    since: datetime
+    pinned: bool
+
+
+def behind(lake: Lake, table: str, version: int | None = None, read: Mapping[str, int] | None = None) -> list[Lag]:
+    """Sources of ``table`` that are newer than those it was made of; none where its commit does not name them.
+    ``read``: source -> version, in place of what the commit names."""
+    version = lake.version(table) if version is None else version
+    found = []
+    for source, used in (lake.lineage(table, version) if read is None else read).items():
+        if newer := lake.newer(source, used):
+            found.append(Lag(table, version, source, used, *newer, bool({table, source} & set(lake.pins))))
+    return found
+
+
+def lags(lake: Lake, table: str, version: int | None = None, read: Mapping[str, int] | None = None) -> list[Lag]:
+    """:func:`behind` of a table, and of all that it is made of."""
+    version = lake.version(table) if version is None else version
+    sources = lake.lineage(table, version) if read is None else read
+    found = behind(lake, table, version, sources)
+    for source in sources:
+        found += [lag for lag in lags(lake, source) if lag not in found] if lake.exists(source) else []
+    return [lag._replace(pinned=lag.pinned or table in lake.pins) for lag in found]
+
+
+def sentences(found: list[Lag]) -> list[str]:
+    """A sentence for each table that lags, with the fix."""
+    lines = []
+    for table in dict.fromkeys(lag.table for lag in found):
+        own = [lag for lag in found if lag.table == table]
+        parts = [f"{lag.source} (read at version {lag.read}, now {lag.newest}: {_newer(lag)})" for lag in own]
+        fix = "pinned by the config" if all(lag.pinned for lag in own) else _FIXES.get(table, _FEATURES)
+        lines.append(f"{table} version {own[0].version} lags behind {' and '.join(parts)}: {fix}")
+    return lines
+
+
+def _newer(lag: Lag) -> str:
+    return f"{lag.newest - lag.read} newer, since {lag.since:%Y-%m-%d %H:%M} UTC"
+
+
+def check(track: Track, version: int) -> None:
+    """Note which tables below ``item_features`` at ``version`` lag. Raises InputError where new or changed items or
+    events would be missed."""
+    found = lags(track.lake, "item_features", version)
+    missed = [lag for lag in found if not lag.pinned and lag.source in _EVERY_RUN.get(lag.table, ())]
+    if missed:
+        lines = (line.removesuffix(f": {_FEATURES}") for line in sentences(missed))
+        raise InputError(f"{'; '.join(lines)}: {_FEATURES}, then this job again")
+    for line in sentences(found):
+        track.note(line)
+    if found:
+        track.facts["lagging"] = ", ".join(dict.fromkeys(lag.table for lag in found))

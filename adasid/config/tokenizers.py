@@ -294,9 +294,9 @@ class Opq(_Content, Fitted):
 
 
 class ItemId(TokenizerSettings):
-    """Control: the item's index, written with ``codebook_size`` digits. Unique, and without meaning."""
+    """Control: the item's index in base ``codebook_size``, its digits mixed. Unique, and without meaning."""
 
-    name: Literal["item-id"] = Field("item-id", description="control: the item's index in base K")
+    name: Literal["item-id"] = Field("item-id", description="control: the item's index in base K, its digits mixed")
     levels: int = Field(4, ge=1, description="digits: K^levels items at most")
 
     @property

@@ -13,6 +13,7 @@ from adasid.tokenizers.base import Codes, Slot, Tokenizer
 from adasid.training.shards import Batch, Shard
 from adasid.training.workers import Workers
 
+_ROUNDS = 2
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
@@ -35,7 +36,11 @@ class _Control(Tokenizer):
 
 
 class ItemId(_Control):
-    """The item's index in base K, most significant digit first, in slots i0 to i{L-1}. ``widths`` is not read."""
+    """The item's index in base K, its digits mixed without loss, in slots i0 to i{L-1}. ``widths`` is not read.
+
+    The index is a rank by popularity, so its leading digits alone would say how popular an item is. Two rounds of a Feistel network over the digits (each is
+    shifted by a hash of the others) make every digit even and keep the codes unique.
+    """
 
     def __init__(self, settings: config.ItemId, widths: Mapping[str, int]) -> None:
         super().__init__("i", settings.levels, settings.codebook_size)
@@ -57,10 +62,17 @@ class ItemId(_Control):
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
-        """Digits of the index. Raises InputError for an index that does not fit."""
+        """Mixed digits of the index. Raises InputError for an index that does not fit."""
         if len(batch):
             self._check(int(batch.index.max()))
-        return _whole(batch.index[:, None] // self.get_buffer("powers") % self.settings.codebook_size)
+        powers, size = self.get_buffer("powers"), self.settings.codebook_size
+        digits = batch.index[:, None] // powers % size
+        for step in range(_ROUNDS * len(powers)):
+            place = step % len(powers)
+            others = (digits * powers).sum(1) - digits[:, place] * powers[place]
+            shift = _splitmix(torch.full_like(others, step), others.bitwise_and(2**62 - 1))
+            digits[:, place] = (digits[:, place] + _shift(shift, 1)) % size
+        return _whole(digits)
 
 
 class RandomSid(_Control):

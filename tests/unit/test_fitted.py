@@ -354,16 +354,22 @@ def test_the_aligner_draws_co_engaged_items_together():
 # controls
 
 
-def test_item_ids_are_digits_and_unique():
+def test_item_ids_are_unique_and_no_digit_says_how_popular_an_item_is():
     tokenizer = ItemId(config.ItemId(codebook_size=7, levels=4), {})
     codes = tokenizer.encode(indices(np.arange(7**4))).codes
-    assert codes[1234].tolist() == [3, 4, 1, 2], "1234 in base 7 is 3412"
-    assert torch.equal(codes @ torch.tensor([343, 49, 7, 1], dtype=torch.int32), torch.arange(7**4, dtype=torch.int32))
+    assert len(torch.unique(codes, dim=0)) == 7**4 and codes.min() == 0 and codes.max() == 6
+    torch.testing.assert_close(codes, tokenizer.encode(indices(np.arange(7**4))).codes)
     assert [slot.name for slot in tokenizer.slots] == ["i0", "i1", "i2", "i3"]
     with pytest.raises(InputError, match=r"item_index 2401 does not fit .* raise tokenizer\.levels"):
         tokenizer.encode(indices([2401]))
-    long = ItemId(config.ItemId(codebook_size=100, levels=12), {})
-    assert long.encode(indices([987654])).codes[0].tolist() == [0] * 9 + [98, 76, 54]
+    long = ItemId(config.ItemId(codebook_size=100, levels=12), {})  # 10^24 codes, more than an int64 counts
+    few = long.encode(indices(np.arange(1000))).codes.numpy()
+    assert len(np.unique(few, axis=0)) == 1000
+    for digits in (codes.numpy(), few):  # the index is a rank by popularity
+        ranks = [abs(np.corrcoef(np.arange(len(digits)), column)[0, 1]) for column in digits.T]
+        assert max(ranks) < 5 / len(digits) ** 0.5, ranks
+        counts = [np.bincount(column, minlength=column.max() + 1) for column in digits.T]
+        assert all(count.max() < 3 * count.mean() + 10 for count in counts)
     table, _ = catalogue(items=300)
     with pytest.raises(InputError, match=r"item_index 299 does not fit"):
         ItemId(config.ItemId(codebook_size=6, levels=3), {}).prepare(shard(table, ()), Workers())

@@ -81,8 +81,11 @@ def _gates(cfg: Config, live: Generation, found: Found) -> list[dict[str, Any]]:
         "churn, weighted by events": (churn["weighted"], limits.max_weighted_churn),
         "error against the tokenizer's data": (found.error, limits.max_error_ratio),
     }
-    passed = {name: value is None or bool(value <= limit) for name, (value, limit) in values.items()}
-    return [{"gate": name, "value": value, "threshold": limit, "passed": passed[name]} for name, (value, limit) in values.items()]
+    gates = []
+    for name, (value, limit) in values.items():
+        passed = value is None or bool(value <= limit)  # where there is no such item, nothing is refused
+        gates.append({"gate": name, "value": value, "threshold": limit, "passed": passed})
+    return gates
 
 
 def tracked(facts: dict[str, Any]) -> dict[str, float]:

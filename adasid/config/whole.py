@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -163,6 +164,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: must read dotted.key=value")
     try:
         value = yaml12.read(text)
+        if _has_comment(text, value):
+            raise yaml.YAMLError("'#' after a blank begins a comment, which would cut the value: put it in quotes")
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from None
     node = data
@@ -171,6 +174,15 @@ def _apply(data: dict[str, Any], override: str) -> None:
         child = node.get(parent)
         node[parent] = node = dict(child) if isinstance(child, dict) else {}
     node[last] = value
+
+
+def _has_comment(text: str, value: Any) -> bool:
+    """Whether ``value`` is of what stands before a ``#``."""
+    found = re.search(r"(^|\s)#", text)
+    try:
+        return found is not None and bool(value == yaml12.read(text[: found.start()]))
+    except yaml.YAMLError:  # it stands in quotes
+        return False
 
 
 def _filled(section: Any, content: list[str]) -> Any:

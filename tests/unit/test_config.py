@@ -211,6 +211,13 @@ def test_a_key_stands_once_in_an_override():
         config.load(CONF / "demo.yaml", ["behavior={lr: 1e-3, lr: 2e-3}"])
 
 
+def test_an_override_is_not_cut_at_a_comment():
+    with pytest.raises(ConfigError, match="'#' after a blank begins a comment"):
+        config.load(CONF / "demo.yaml", ["runs_dir=/data/My #1"])
+    quoted = config.load(CONF / "demo.yaml", ['tracking.experiment="My #1"', "tracking.model=a#1"]).tracking
+    assert (quoted.experiment, quoted.model) == ("My #1", "a#1")
+
+
 def test_anchors_and_merges_work(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(

@@ -267,3 +267,12 @@ def test_the_best_rival_is_one_that_shares_a_seed():
     assert any("ours is 100.0% ahead of the best other tokenizer" in said and "near" in said for said in page.summary), page.summary
     alone = evaluation.build("test", [found[0], found[2]], settings)
     assert "shares a model and a seed" in next(section for section in alone.sections if section.key == "retrieval_differences").missing
+
+
+def test_a_gain_over_nothing_is_no_gain_and_chooses_nothing():
+    mine, theirs = [cell("a", seed, 0.2) for seed in (1, 2)], [cell("b", 1, 0.0), cell("b", 2, 0.1)]
+    assert cells.paired(mine, theirs, "recall@50") == (pytest.approx(1.0), float("inf"), 1.0, 1)
+    assert cells.paired(mine[:1], theirs[:1], "recall@50") is None
+    none, some = {"validation": {}}, {"validation": {"ndcg@10": 0.3}}
+    assert cells.chosen([none, some], "retrieval") == pytest.approx(0.3)
+    assert cells.chosen([none], "retrieval") == -np.inf

@@ -81,3 +81,17 @@ def test_near_duplicates_that_have_one_sid():
     assert duplicates_kept(codes, vectors, np.array([0, 4]), 0.95) == 1.0
     assert duplicates_kept(codes, vectors, np.array([2]), 0.95) == 0.0
     assert np.isnan(duplicates_kept(codes, vectors, np.array([4]), 0.95))
+
+
+def test_probes_of_nothing_are_not_numbers():
+    codes, x = torch.zeros(10, 2, dtype=torch.int64), torch.randn(10, 3)
+    assert np.isnan(readout(codes, x, torch.zeros(10, dtype=torch.bool)))
+    assert np.isnan(readout(codes, torch.ones(10, 3))), "no variance to explain"
+    assert np.isnan(readout(codes[:1], x[:1])), "no item to fit"
+    assert np.isnan(agreement(np.zeros((1, 2), np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64), 10))
+
+
+def test_fewer_items_than_neighbours_are_all_neighbours():
+    codes = np.array([[0, 0], [0, 0], [0, 1], [2, 3]], np.int32)
+    kinds = np.array([0, 0, 0, 1])
+    assert agreement(codes, kinds, np.arange(3), 10) == pytest.approx(2 / 3)  # two of the three others

@@ -5,6 +5,7 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 
 from adasid.metrics.stability import jensen_shannon, stability_index
+from pipelines.nightly import drift
 
 
 def test_jensen_shannon_is_scipys():
@@ -22,3 +23,11 @@ def test_stability_index_by_hand():
     assert stability_index([0.1] * 10, [0.1] * 10) == 0
     assert np.isnan(stability_index([0.1] * 10, [0.0] * 10)) and np.isnan(stability_index([0.1] * 10, ()))
     assert np.isfinite(stability_index([1, 0], [0, 1])) and stability_index([1, 0], [0, 1]) > 10
+
+
+def test_drift_of_nothing_is_absent():
+    before, after = ({"slots": ["a", "b"], "codes": [[1, 2], last]} for last in ([3, 0], [0, 0]))
+    assert drift.usage(before, after) == {"a": 0.0}
+    shares = {"text": [0.5, 0.5], "visual": [0.5, 0.5]}
+    day = {"shares": {"text": [0.5, 0.5], "visual": [0.0, 0.0]}, "error": {}, "spearman": None}
+    assert drift.against({"shares": shares, "error": {}}, day)["norms"] == {"text": 0.0}

@@ -12,7 +12,7 @@ _SERIAL = 25_569  # days from the spreadsheets' 1899-12-30 to 1970-01-01
 
 def explain(text: str, first_year: int, now: datetime) -> str:
     """The meaning of ``text`` that falls between ``first_year`` and ``now``, with the fix, for an error message."""
-    example, low = f"for example {text!r}", datetime(first_year, 1, 1, tzinfo=timezone.utc)
+    example, low = f"for example {text[:40]!r}", datetime(first_year, 1, 1, tzinfo=timezone.utc)
     digits = text.removeprefix("+")
     if digits.isdigit():
         number = int(digits)
@@ -36,4 +36,5 @@ def explain(text: str, first_year: int, now: datetime) -> str:
     unknown = digits == "0" or text.startswith(("0000-", "0001-", "1900-01-01", "1970-01-01"))
     if unknown:
         return f"{example} often stands for an unknown time: leave it empty and bring 'pos', or lower features.first_year"
-    return f"{example}: give unix seconds, milliseconds, microseconds or nanoseconds, or ISO 8601, or lower features.first_year"
+    accepted = "unix seconds, milliseconds, microseconds or nanoseconds, or ISO 8601"
+    return f"{example}: give {accepted}, between features.first_year {first_year} and {now:%Y-%m-%d}"

@@ -157,10 +157,10 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, mark: str, note: Callabl
     counted_events = validate.reasons(judged) | _unparsed(lake, "interactions")
     bad_events = validate.refused(judged, "interactions", interactions.columns, mark) if set(counted_events) - {None} else None
     _quarantine(spark, lake, mark, bad, bad_events)
-    advice = validate.advice(judged, features.first_year, now) if "implausible_timestamp" in counted_events else ""
+    advice = validate.advice(judged, counted_events, features.first_year, now)
     validate.insist("interactions", counted_events, limit, advice=advice)
     if advice:
-        note(f"{counted_events['implausible_timestamp']} events are before features.first_year {features.first_year}: {advice}")
+        note(f"interactions: times that are refused, {advice}")
     for table, ids in (("items", accepted.select("item_id")), ("interactions", judged.filter("reason IS NULL").select("user_id"))):
         if alike := validate.alike(ids):
             note(f"{table}: {alike}; they count as different ids")

@@ -27,6 +27,7 @@ _FIRST_SECOND = -62_135_596_800  # start of the year 1
 _UNITS = ((10**11, 10**6), (10**14, 10**3), (10**17, 1))
 """Up to the first value a unix time counts in a unit of the second microseconds: seconds, milliseconds, microseconds; above, nanoseconds."""
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?$"
+_TIMES = {"implausible_timestamp", "unparsable_timestamp", "future_timestamp"}
 _BREAKS = r"[\p{Cc}\u2028\u2029]"
 """Characters at which some reader of text files ends a line, and all others that cannot be seen."""
 
@@ -126,11 +127,14 @@ def refused(judged: DataFrame, table: str, columns: list[str], run: str) -> Data
     return counted.select(F.lit(run).alias("run"), F.lit(table).alias("table"), F.sha2("row", 256).alias("row_hash"), "reason", "row", "copies")
 
 
-def advice(judged: DataFrame, first_year: int, now: datetime) -> str:
-    """An example of a time that is not plausible, and what it may mean."""
-    row = judged.filter("reason = 'implausible_timestamp'").agg(F.max(F.trim("timestamp")).alias("text"), F.max("time").alias("time")).first()
-    assert row is not None
-    return units.explain(row["text"], first_year, now)
+def advice(judged: DataFrame, counted: Mapping[str | None, int], first_year: int, now: datetime) -> str:
+    """An example of each kind of time that was refused, and what it may mean; empty where none was."""
+    kinds = sorted(_TIMES & {reason for reason in counted if reason})
+    if not kinds:
+        return ""
+    found = judged.filter(F.col("reason").isin(kinds)).groupBy("reason").agg(F.max(F.trim("timestamp")).alias("text")).collect()
+    parts = {row["reason"]: units.explain(row["text"], first_year, now) for row in found}
+    return "; ".join(f"{kind.removesuffix('_timestamp')}: {parts[kind]}" for kind in kinds)
 
 
 def alike(ids: DataFrame) -> str | None:

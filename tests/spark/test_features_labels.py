@@ -91,14 +91,17 @@ def test_what_is_odd_is_reported(spark, lake):
     checked = events.check(spark, config(max_rejected=0.3), lake, "m", notes.append)
     assert (checked.good, checked.rejected, checked.duplicate_items, checked.missing) == (3, {"implausible_timestamp": 1}, 1, {"text": 2})
     assert notes == [
-        "1 events are before features.first_year 1990: for example '20200913' reads as the date 2020-09-13: write dates as YYYY-MM-DD",
+        "interactions: times that are refused, implausible: for example '20200913' reads as the date 2020-09-13: write dates as YYYY-MM-DD",
         "items: 2 groups of item_id differ in blanks or Unicode form only (first: 'a' and 'a '): trim and normalize them (NFC) in the source if they mean "
         "the same; they count as different ids",
         "interactions: 1 groups of user_id differ in blanks or Unicode form only (first: 'u' and 'u '): trim and normalize them (NFC) in the source if they mean "
         "the same; they count as different ids",
         "items: 2 have an empty or a zero vector in 'text': they count as items without it",
     ]
-    with pytest.raises(InputError, match=r"1 of 4 rows rejected.*'20200913' reads as the date 2020-09-13: write dates as YYYY-MM-DD; look at them"):
+    with pytest.raises(
+        InputError,
+        match=r"1 of 4 rows rejected.*implausible: for example '20200913' reads as the date 2020-09-13: write dates as YYYY-MM-DD; look at them",
+    ):
         events.check(spark, config(), lake, "n", notes.append)
 
 

@@ -23,7 +23,8 @@ NOW = datetime(2026, 6, 1, tzinfo=timezone.utc)
         ("1970-01-01T00:00:00Z", "often stands for an unknown time"),
         ("-5", "give unix seconds, milliseconds, microseconds or nanoseconds"),
         ("99999999", "give unix seconds"),
-        ("1975-03-02", "or lower features.first_year"),
+        ("1975-03-02", "between features.first_year 1990 and 2026-06-01"),
+        ("13/09/2020", "'13/09/2020': give unix seconds, milliseconds, microseconds or nanoseconds, or ISO 8601, between"),
         ("9" * 400, "give unix seconds"),
     ],
 )

@@ -132,7 +132,8 @@ def by_dag(environment, day, monkeypatch):
 
 def by_application(environment, day, monkeypatch):
     """The Spark application of Kubernetes, on this machine."""
-    submit = [f"{Path(sys.executable).parent}/spark-submit", "--driver-memory", "1g", "infra/kubernetes/night.py"]
+    environment = {**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    submit = ["spark-submit", "--driver-memory", "1g", "infra/kubernetes/night.py"]
     words = ["--config", environment["ADASID_CONFIG"], "--run-date", day, "--set", "retokenize.policy=frozen"]
     return ran([*submit, *words], environment)
 

@@ -34,8 +34,8 @@ class Material:
     tokenizer: Training | None = None
     stages: Sequence[Row] = ()
     versions: Mapping[str, int] = field(default_factory=dict)
-    lags: Sequence[str] = ()
     created: str = ""
+    lags: Sequence[str] = ()
 
     @property
     def empty(self) -> bool:

@@ -3,6 +3,7 @@ next day."""
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,8 @@ def by_dag(environment, day, monkeypatch):
 
 def by_application(environment, day, monkeypatch):
     """The Spark application of Kubernetes, on this machine."""
-    submit = [f"{Path(sys.executable).parent}/spark-submit", "--driver-memory", "1g", "infra/kubernetes/night.py"]
+    environment = {**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    submit = ["spark-submit", "--driver-memory", "1g", "infra/kubernetes/night.py"]
     words = ["--config", environment["ADASID_CONFIG"], "--run-date", day, "--set", "retokenize.policy=frozen"]
     return ran([*submit, *words], environment)
 
@@ -153,4 +155,4 @@ def test_what_the_source_adds_changes_and_removes_is_published_the_next_day(publ
             for name in ("codes", "collision_rank"):
                 assert after[item][name] == before[item][name], item
         assert f"{3 * number} of {len(after)} items have training events but no behaviour embedding" in said
-        assert "behavior_embeddings version 0 lags behind sequences" in said
+        assert re.search(r"behavior_embeddings version \d+ lags behind sequences", said)

@@ -1,6 +1,6 @@
 # One word a task. Everything runs in .venv; nothing outside the checkout is changed, except Java where there is none.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench drills conf clean
+.PHONY: help setup demo test lint bench drills fuzz conf clean
 
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -29,6 +29,9 @@ bench: setup  ## encoding throughput against the machine's peak; share of an epo
 
 drills: setup  ## kill the nightly job 30 times at all of its steps (about half an hour)
 	@ADASID_DRILLS=30 ADASID_DRILLS_LOG=$(CURDIR)/drills.jsonl $(BIN)/python -m pytest tests/end_to_end/test_drills.py
+
+fuzz: setup  ## 200 random sources and configs through ingest and build_features (about 10 minutes); what breaks the contract is kept in fuzz-cases
+	@ADASID_FUZZ=200 ADASID_FUZZ_CASES=$(CURDIR)/fuzz-cases $(BIN)/python -m pytest -s tests/fuzz -k random
 
 conf: setup  ## write conf/base.yaml from adasid/config
 	@$(BIN)/python -c "from adasid import config; open('conf/base.yaml', 'w').write(config.render_base())"

@@ -106,9 +106,15 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
     with ThreadPoolExecutor(_READERS) as pool:
         footers = list(pool.map(partial(_footer, key), files))
     _check(where, key, files, footers, target, note)
-    plan = _plan(files, footers)
+    pairs = list(zip(files, footers))
+    plan = _plan([pair for pair in pairs if not _fixed_size(pair[1], target)])
     tasks = spark.range(0, max(len(plan), 1), 1, max(len(plan), 1))
-    return tasks.mapInArrow(partial(_read, plan, target.schema, key), engine.struct(target.schema))
+    rows = tasks.mapInArrow(partial(_read, plan, target.schema, key), engine.struct(target.schema))
+    for schema in dict.fromkeys(footer.schema for _, footer in pairs if _fixed_size(footer, target)):
+        paths = [engine.escaped(file.path, key) for file, footer in pairs if footer.schema.equals(schema)]
+        reader = spark.read.format("parquet").option("basePath", str(root if root.is_dir() else root.parent))
+        rows = rows.unionByName(_by_spark(key, path, target, reader, note, paths))
+    return rows
 
 
 def delta(spark: SparkSession, key: str, path: str, version: int, target: Target, note: Callable[[str], None]) -> DataFrame:
@@ -156,10 +162,16 @@ def _check_title(where: str, schema: pa.Schema, target: Target, note: Callable[[
             note(f"{where}: column 'title' is {kind}, not text: titles are left out")
 
 
-def _plan(files: Sequence[DataFile], footers: Sequence[_Footer]) -> list[list[tuple[DataFile, list[int]]]]:
+def _fixed_size(footer: _Footer, target: Target) -> bool:
+    """Whether a column is a list of fixed size, which Arrow cannot read back from Parquet where a row is null. Spark can."""
+    names = columns.read_from(target.schema)
+    return any(pa.types.is_fixed_size_list(field.type) for field in footer.schema if field.name in names)
+
+
+def _plan(files: Sequence[tuple[DataFile, _Footer]]) -> list[list[tuple[DataFile, list[int]]]]:
     """For each task the row groups that it reads, of about ``_TASK_BYTES``."""
     plan, full = list[list[tuple[DataFile, list[int]]]](), _TASK_BYTES
-    for file, footer in zip(files, footers):
+    for file, footer in files:
         for group, size in enumerate(footer.group_bytes):
             if full >= _TASK_BYTES:
                 plan.append([])
@@ -186,21 +198,29 @@ def _rows(file: DataFile, groups: list[int], schema: pa.Schema, key: str) -> Ite
         with pq.ParquetFile(file.path) as opened:
             names = opened.schema_arrow.names
             wanted = [name for name in names if name in columns.read_from(schema) and name not in partition]
-            for part in opened.iter_batches(_ROWS, row_groups=groups, columns=wanted):
-                keys = [pa.repeat(pa.scalar(value, pa.string()), part.num_rows) for value in partition.values()]
-                rows = pa.RecordBatch.from_arrays([*part.columns, *keys], names=[*part.schema.names, *partition])
+            if not wanted:  # all that is read stands in the names of the folders
+                sizes = [opened.metadata.row_group(group).num_rows for group in groups]
+                parts = ((list[pa.Array](), size) for size in sizes)
+            else:
+                read = opened.iter_batches(_ROWS, row_groups=groups, columns=wanted)
+                parts = ((part.columns, part.num_rows) for part in read)
+            for found, size in parts:
+                keys = [pa.repeat(pa.scalar(value, pa.string()), size) for value in partition.values()]
+                rows = pa.RecordBatch.from_arrays([*found, *keys], names=[*wanted, *partition])
                 yield columns.convert(rows, schema, where)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{where}: not readable as parquet ({first_line(error)}); write the file again") from None
 
 
-def _by_spark(key: str, path: str, target: Target, reader: DataFrameReader, note: Callable[[str], None]) -> DataFrame:
+def _by_spark(key: str, path: str, target: Target, reader: DataFrameReader, note: Callable[[str], None], files: list[str] | None = None) -> DataFrame:
+    """By Spark's own reader: all of ``path``, or some ``files`` below it."""
     where = f"{key} {path}"
     try:
-        frame = reader.load(path)
+        frame = reader.load(path if files is None else files)
     except (Py4JJavaError, PySparkException) as error:
         raise InputError(f"{where}: not readable ({engine.root_cause(error)}); correct the path or the format") from None
-    target.check(where, frame.columns)
+    if files is None:
+        target.check(where, frame.columns)
     names = [name for name in frame.columns if name in columns.read_from(target.schema)]
     chosen = frame.select(*(f"`{name}`" for name in names))
     schema = to_arrow_schema(chosen.schema, timezone="UTC")

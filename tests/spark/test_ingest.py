@@ -290,6 +290,26 @@ def test_vectors_of_every_kind_become_float32(make_config, tmp_path, vectors):
     assert [row["text"] for row in found] == [[1.0, 2.0], None, []]
 
 
+def test_lists_of_fixed_size_may_have_null_rows(make_config, tmp_path):
+    fixed = pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
+    files = {"a": {"item_id": ["x", "y"], "text": fixed}, "b": {"item_id": ["z"], "text": [[3.0, 4.0]], "title": ["Z"]}}
+    for name, columns in files.items():
+        folder = tmp_path / "items" / f"day={name}[1]"
+        folder.mkdir(parents=True)
+        parquet(folder / "part 1.parquet", **columns)
+    found = ingested(tables_config(make_config, str(tmp_path / "items"), parquet(tmp_path / "e.parquet", **EVENTS)))
+    rest = {"x": ([1.0, 2.0], None), "y": (None, None), "z": ([3.0, 4.0], "Z")}
+    assert {row["item_id"]: (row["text"], row["title"]) for row in rows(found, "items", "item_id")} == rest
+
+
+def test_rows_whose_columns_are_all_in_the_names_of_folders(make_config, tmp_path):
+    items = folder_of(tmp_path / "items", a={"item_id": ["x"], "text": [[1.0]]})
+    (tmp_path / "items" / "item_id=007").mkdir()
+    pq.write_table(pa.table({"other": [1, 2]}), tmp_path / "items" / "item_id=007" / "b.parquet")
+    found = ingested(tables_config(make_config, items, parquet(tmp_path / "e.parquet", **EVENTS)))
+    assert [(row["item_id"], row["text"]) for row in rows(found, "items", "item_id")] == [("007", None), ("007", None), ("x", [1.0])]
+
+
 def test_labels_and_ratings_are_told_apart(make_config, tmp_path):
     items = parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]])
 

@@ -265,7 +265,7 @@ def _stamps(rng: Random, name: str, seconds: Sequence[int | None], special: Sequ
     unit, _, zone = name.partition(" ")
     values = list(seconds)
     for row in special:
-        values[row] = rng.choice([0, -1, _FUTURE] if unit == "ns" else [0, _YEAR_1 - 1, _YEAR_1, _FUTURE, _LAST, _LAST + 1])
+        values[row] = rng.choice([0, _FUTURE] if unit == "ns" else [0, _YEAR_1 - 1, _YEAR_1, _FUTURE, _LAST, _LAST + 1])
     truth = [None if second is None else Fraction(second) if second <= _LAST else BROKEN for second in values]
     whole = pa.array([None if second is None else second * _UNITS[unit] for second in values], pa.int64())
     return Column(whole.cast(pa.timestamp(unit, {"naive": None, "utc": "UTC"}.get(zone, zone))), truth)

@@ -216,11 +216,19 @@ def prepare(checked: Checked, features: Features, track: Track, seed: int) -> Cl
             )
     ordered = histories.order(events, features, seed).persist()
     sums = [F.count_if(~F.col("in_history")).alias("outside_histories"), F.count_if("tied").alias("tied")]
-    totals = ordered.agg(F.count("*").alias("interactions"), F.count_if(F.col("position") == 0).alias("users"), *sums).first()
-    assert totals is not None
+    train = F.count_if(F.col("split") == "train").alias("train")
+    row = ordered.agg(F.count("*").alias("interactions"), F.count_if(F.col("position") == 0).alias("users"), train, *sums).first()
+    assert row is not None
+    totals = row.asDict()
+    if not totals.pop("train"):
+        raise InputError(
+            f"no event is left to train on: of {totals['interactions']} events {totals['outside_histories']} are outside histories (features.histories "
+            f"{features.histories!r}) and the others are held out (features.split {features.split!r}, ranking_split {features.ranking_split!r}): lower "
+            "features.holdout and ranking_holdout, set features.ranking_split: same, or bring more events"
+        )
     left.append(totals["interactions"])
     lost = [a - b for a, b in zip(left, left[1:])]
-    counts = {**totals.asDict(), "duplicates": lost[0]}
+    counts = {**totals, "duplicates": lost[0]}
     counts["capped"] = lost[1] if heavy else 0
     counts["below_k_core"] = lost[-1] if features.k_core else 0
     if counts["capped"]:

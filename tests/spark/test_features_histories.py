@@ -231,6 +231,13 @@ def test_settings_that_the_data_cannot_meet(spark):
         events.prepare(events.Checked(twice, twice, 6, {}, *NOTHING), Features(k_core=2, k_core_rounds=1), Notes(), SEED)
 
 
+def test_a_split_that_leaves_nothing_to_train_on_is_named(spark):
+    rows = [("u", f"i{second}", second, None, None, int(second > 7)) for second in range(10)]
+    judged = frame(spark, rows).drop("in_history").selectExpr("*", "CAST(NULL AS string) AS reason")
+    with pytest.raises(InputError, match=r"no event is left to train on: of 10 events 8 are outside histories .* set features.ranking_split: same"):
+        events.prepare(events.Checked(judged, judged, 10, {}, *NOTHING), Features(ranking_split="global_time"), Notes(), SEED)
+
+
 def test_sequences(spark):
     def some(user, splits):
         return [(user, 10 * place, place, split, True) for place, split in enumerate(splits)]

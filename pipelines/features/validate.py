@@ -26,6 +26,8 @@ _LAST_SECOND = 253_402_300_799  # end of the year 9999
 _FIRST_SECOND = -62_135_596_800  # start of the year 1
 _UNITS = ((10**11, 10**6), (10**14, 10**3), (10**17, 1))
 """Up to the first value a unix time counts in a unit of the second microseconds: seconds, milliseconds, microseconds; above, nanoseconds."""
+_WIDTHS = 10
+"""Widths of a modality that are looked at."""
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?$"
 _TIMES = {"implausible_timestamp", "unparsable_timestamp", "future_timestamp"}
 _BREAKS = r"[\p{Cc}\u2028\u2029]"
@@ -46,7 +48,9 @@ def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
         *(F.struct(F.lit(m).alias("modality"), F.array_size(present(m)).alias("width"), present(m).isNotNull().alias("given")) for m in found)
     )
     counted = items.select(F.inline(sizes)).filter("given").groupBy("modality", "width").count()
-    for row in counted.orderBy(F.desc("count"), "width").limit(10 * max(len(found), 1)).collect():
+    often = Window.partitionBy("modality").orderBy(F.desc("count"), "width")
+    rows = counted.select("*", F.row_number().over(often).alias("rank")).filter(F.col("rank") <= _WIDTHS)
+    for row in rows.orderBy("modality", "rank").collect():
         found[row["modality"]].append((row["width"], row["count"]))
     return found
 

@@ -224,6 +224,13 @@ def test_two_widths_are_named_with_their_counts(spark):
         validate.insist("items", {None: 3, "wrong_dimension": 1}, 0.05, widths)
 
 
+def test_many_widths_of_one_modality_do_not_hide_another(spark):
+    schema = struct(tables.items(["text", "visual"]))
+    rows = [(f"i{n}", None, [1.0] * (n + 1), [2.0, 3.0] if n == 29 else None) for n in range(30)]
+    widths = validate.widths(spark.createDataFrame(rows, schema), ["text", "visual"])
+    assert widths["visual"] == [(2, 1)] and widths["text"] == [(n + 1, 1) for n in range(10)]
+
+
 def test_a_configured_modality_needs_its_column(spark):
     with pytest.raises(InputError, match=r"table items has no column 'audio' \(it has item_id, title, text\)"):
         validate.widths(items_frame(spark, [("a", None, GOOD)]), ["text", "audio"])

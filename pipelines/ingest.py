@@ -23,6 +23,7 @@ from adasid.datasets import arrays, synthetic
 from adasid.datasets.arrow import over_ranges
 from adasid.errors import InputError
 from pipelines.engines import spark as engine
+from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
 from pipelines.sources import amazon, parquet
 
@@ -51,7 +52,8 @@ def run(cfg: Config, track: Track) -> None:
     if track.lake.fresh(stamp, *names):
         track.status = "up to date"
         return
-    before = {name: track.lake.version(name) if track.lake.exists(name) else None for name in names}
+    newest = Lake(track.lake.root, {})
+    before = {name: newest.version(name) if newest.exists(name) else None for name in names}
     versions = dict[str, int]()
     try:
         with _reading(cfg):

@@ -56,6 +56,15 @@ def lags(lake: Lake, table: str, version: int | None = None, read: Mapping[str, 
     return [lag._replace(pinned=lag.pinned or table in lake.pins) for lag in found]
 
 
+def unrecorded(lake: Lake) -> str | None:
+    """A sentence where ``behavior_embeddings`` are of a version of adasid that did not record what they were trained on: they may also hold
+    vectors of items that had no event, and know events of today's test."""
+    table = "behavior_embeddings"
+    if not lake.exists(table) or not lake.stamp(table) or lake.lineage(table, lake.version(table)):
+        return None
+    return f"{table} version {lake.version(table)} does not say what it was trained on: {_FIXES[table]}"
+
+
 def sentences(found: list[Lag]) -> list[str]:
     """A sentence for each table that lags, with the fix."""
     lines = []
@@ -79,7 +88,7 @@ def check(track: Track, version: int) -> None:
     if missed:
         lines = (line.removesuffix(f": {_FEATURES}") for line in sentences(missed))
         raise InputError(f"{'; '.join(lines)}: {_FEATURES}, then this job again")
-    for line in sentences(found):
+    for line in [*sentences(found), *filter(None, [unrecorded(track.lake)])]:
         track.note(line)
     if found:
         track.facts["lagging"] = ", ".join(dict.fromkeys(lag.table for lag in found))

@@ -166,6 +166,8 @@ def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue |
     events = _read(lake, task, None)
     if len(set(lake.stamps(events).values())) > 1:
         raise InputError(f"{' and '.join(events)} come from different runs of build_features (was one cut off?): run jobs/build_features.py again")
+    if task == "ranking" and "in_history" not in lake.schema("ranking_samples", events["ranking_samples"]).names:
+        raise InputError("ranking_samples has no column 'in_history', so that it is of another version of adasid: run jobs/build_features.py again")
     if catalogue:
         items.check(cfg, lake)
         items.check_split(cfg, lake)  # SIDs of another split could know its test events

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pyarrow as pa
 
@@ -15,23 +14,22 @@ def parse(names: Sequence[str], batches: Iterator[pa.RecordBatch]) -> Iterator[p
     are JSON. Only lines that are not JSON should come here: each is parsed by Python."""
     for batch in batches:
         lines = batch["line"].to_pylist()
-        rows = [_fields(line) for line in lines]
-        columns = [pa.array([None if row is None else _text(row.get(name)) for row in rows], pa.string()) for name in names]
+        rows = [_fields(line, names) for line in lines]
+        columns = [pa.array([None if row is None else row[name] for row in rows], pa.string()) for name in names]
         broken = pa.array([line if row is None else None for line, row in zip(lines, rows)], pa.string())
         yield pa.RecordBatch.from_arrays([*columns, broken], names=[*names, "broken"])
 
 
-def _fields(line: str) -> dict[Any, Any] | None:
+def _fields(line: str, names: Sequence[str]) -> dict[str, str | None] | None:
     try:
         value = ast.literal_eval(line.strip())
+        return {name: _text(value.get(name)) for name in names} if isinstance(value, dict) else None
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _text(value: object) -> str | None:
     if value is None:
         return None
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate of an escape is no text
-    return json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate of an escape is no text

@@ -14,7 +14,7 @@ def explain(text: str, first_year: int, now: datetime) -> str:
     """The meaning of ``text`` that falls between ``first_year`` and ``now``, with the fix, for an error message."""
     example, low = f"for example {text[:40]!r}", datetime(first_year, 1, 1, tzinfo=timezone.utc)
     digits = text.removeprefix("+")
-    if digits.isdigit():
+    if digits.isascii() and digits.isdigit() and len(digits) < 20:
         number = int(digits)
         if len(digits) == 8:
             with suppress(ValueError):

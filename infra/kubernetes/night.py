@@ -1,6 +1,6 @@
 """The night in one Spark application: the jobs, in order, in one process; the first that fails ends it with its exit code.
 
-  spark-submit infra/kubernetes/night.py --config conf/cluster.yaml --run-date yesterday
+  spark-submit infra/kubernetes/night.py --config conf/cluster.yaml --run-date today
 
 ``--run-date`` goes to retokenize, all other arguments to every job.
 """

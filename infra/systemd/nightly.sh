@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The night on one machine: what the timer starts. The first argument is the run date (default: yesterday, in UTC). The
+# The night on one machine: what the timer starts. The first argument is the run date (default: today, in UTC). The
 # first job that fails ends it with its exit code.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-day="${1:-yesterday}"
+day="${1:-today}"
 config="${ADASID_CONFIG:?name a file of conf/}"
 export PATH="$PWD/.venv/bin:$PATH"  # spark-submit takes the first python3
 submit=(spark-submit --driver-memory "${ADASID_DRIVER_MEMORY:-8g}")

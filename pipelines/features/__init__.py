@@ -21,7 +21,7 @@ def run(cfg: Config, track: Track, part: Literal["auto", "events", "items"] = "a
     track.facts.update(
         {"items": row["items"], "users": row["users"], "events": row["interactions"], "rejected": sum(rows for _, rows in row["rejected"])}
     )
-    if row["tied"]:
+    if row.get("tied"):
         track.facts["tied in time"] = f"{row['tied'] / row['interactions']:.1%} of events"
     track.facts.update({"gini": round(row["gini"], 3), "head share": round(row["head_interactions"], 3)})
     if row["spearman"] is not None:

@@ -59,18 +59,32 @@ def build(cfg: Config, track: Track) -> bool:
 
 
 def _events(cfg: Config, track: Track) -> bool:
-    lake, features = track.lake, _decided(cfg.features, track)
+    lake = _pinned(track.lake)
+    features = _decided(cfg.features, lake, track.note)
     mark = _mark(cfg, features, lake)
     if lake.fresh(mark, *_OUTPUTS) and _catalog_run(lake) == mark:
         return False
-    _same_source(lake)
+    _same_source(track.lake)
     spark = session(cfg.spark)
     track.inputs(_reads(lake))
     try:
-        track.outputs(_build(spark, cfg.model_copy(update={"features": features}), track, mark))
+        track.outputs(_build(spark, cfg.model_copy(update={"features": features}), track, lake, mark))
     finally:
         spark.catalog.clearCache()
     return True
+
+
+def _pinned(lake: Lake) -> Lake:
+    """The lake at the versions of its inputs that are the newest now: what another run writes meanwhile is not read. Raises InputError for a table that lacks
+    a column."""
+    versions = _reads(lake)
+    for column in tables.INTERACTIONS.names:
+        if column not in lake.schema("interactions", versions["interactions"]).names:
+            raise InputError(
+                f"table interactions version {versions['interactions']} has no column {column!r}, so that it is of another version of adasid: run jobs/ingest.py "
+                "again (and drop its pin)"
+            )
+    return Lake(lake.root, {**lake.pins, **versions})
 
 
 def _reads(lake: Lake) -> dict[str, int]:
@@ -89,25 +103,25 @@ def _same_source(lake: Lake) -> None:
         raise InputError("tables items and interactions come from different runs of ingest (was one cut off?): run jobs/ingest.py again")
 
 
-def _decided(features: Features, track: Track) -> Features:
+def _decided(features: Features, lake: Lake, note: Callable[[str], None]) -> Features:
     """``features`` with what ``ranking_split: auto`` comes to on these interactions. Read through Arrow, so that a stage that has nothing to do starts
     no Spark; the files' statistics answer where no event is rated."""
     if features.ranking_split != "auto":
         return features
 
     def any_row(column: str, condition: pc.Expression) -> bool:
-        return any(batch.num_rows for batch in track.lake.batches("interactions", None, [column], condition))
+        return any(batch.num_rows for batch in lake.batches("interactions", None, [column], condition))
 
     rated = any_row("rating", pc.field("rating") <= features.positive_rating) or any_row("label", pc.field("label") == 0)
     time = pc.field("timestamp")
     timed = rated and not any_row("timestamp", time.is_null() | (pc.utf8_trim_whitespace(time) == ""))
     if rated and not timed:
-        track.note("interactions are rated, but not all have a timestamp: ranking is split as retrieval is (features.ranking_split)")
+        note("interactions are rated, but not all have a timestamp: ranking is split as retrieval is (features.ranking_split)")
     return features.model_copy(update={"ranking_split": "global_time" if timed else "same"})
 
 
-def _build(spark: SparkSession, cfg: Config, track: Track, mark: str) -> dict[str, int]:
-    lake, features = track.lake, cfg.features
+def _build(spark: SparkSession, cfg: Config, track: Track, lake: Lake, mark: str) -> dict[str, int]:
+    features = cfg.features
     checked = check(spark, cfg, lake, mark, track.note)
     track.note(f"checked the input: {sum(checked.rejected.values())} rows rejected")
     clean = prepare(checked, features, track, cfg.seed)
@@ -161,7 +175,9 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, mark: str, note: Callabl
     validate.insist("interactions", counted_events, limit, advice=advice)
     if advice:
         note(f"interactions: times that are refused, {advice}")
-    for table, ids in (("items", accepted.select("item_id")), ("interactions", judged.filter("reason IS NULL").select("user_id"))):
+    unknown = judged.filter("reason = 'unknown_item'").select("item_id")
+    known = accepted.select("item_id").union(unknown.distinct()) if "unknown_item" in counted_events else accepted.select("item_id")
+    for table, ids in (("items", known), ("interactions", judged.filter("reason IS NULL").select("user_id"))):
         if alike := validate.alike(ids):
             note(f"{table}: {alike}; they count as different ids")
     names = sorted({reason for reason in (*counted, *counted_events) if reason})

@@ -56,6 +56,8 @@ def check_split(cfg: Config, lake: Lake) -> None:
     could know. Under ``behavior.refresh: keep`` that is on purpose."""
     if cfg.behavior.source == "column" or cfg.behavior.refresh == "keep":
         return
+    if (line := staleness.unrecorded(lake)) and EMBEDDINGS not in lake.pins:
+        raise InputError(f"{line}; or use them as they are with --set behavior.refresh=keep")
     if found := staleness.behind(lake, EMBEDDINGS):
         text = f"{EMBEDDINGS} could know events of today's test: {staleness.sentences(found)[0]}"
         raise InputError(f"{text}; or use them as they are with --set behavior.refresh=keep")

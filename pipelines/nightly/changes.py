@@ -98,7 +98,7 @@ def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items
 
 def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
     """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training
-    events; 1 where no live item is left. The gates' shares are of ``live`` items, or of the ``kept`` ones and their
+    events; 1 where no live item is left. Slots and strata without such an item are left out. The gates' shares are of ``live`` items, or of the ``kept`` ones and their
     ``events``.
 
     ``groups``: of the items whose SID changed, by ``stratum`` and ``kind`` (new, moved, removed): their number ``items``, their ``events``, and how
@@ -122,8 +122,8 @@ def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: in
         "unmoved": old_items - removed - moved_items,
         "churn": share,
         "weighted": of("events", "moved") / known if kept and known else share,
-        "by_slot": {name: of(f"s{i}", "moved") / max(1, kept) for i, name in enumerate(metrics["slots"])},
-        "by_stratum": {s: of("items", "moved", s) / max(1, count - of("items", "new", s)) for s, count in items.items()},
+        "by_slot": {name: of(f"s{i}", "moved") / kept for i, name in enumerate(metrics["slots"]) if kept},
+        "by_stratum": {s: of("items", "moved", s) / old for s, count in items.items() if (old := count - of("items", "new", s))},
     }
 
 

@@ -30,7 +30,7 @@ class Found:
     counts: dict[str, drift.Counts]
     drifted: dict[str, Any]
     items: int
-    error: float
+    error: float | None
     distinct: int
     known: int
     broken: int
@@ -59,15 +59,15 @@ def policy(cfg: Config, drifted: dict[str, Any]) -> str:
     settings, auto = cfg.retokenize, cfg.retokenize.auto
     if settings.policy != "auto":
         return settings.policy
-    error = largest_error(drifted)
+    error = largest_error(drifted) or 1.0  # nothing to compare asks for nothing
     if error >= auto.refit_error:
         return "refit"
     return "warm" if error >= auto.warm_error or max(drifted["norms"].values(), default=0.0) >= auto.warm_norms else "frozen"
 
 
-def largest_error(drifted: dict[str, Any]) -> float:
-    """The largest ratio of quantization errors of a modality."""
-    return max((ratio["all"] for ratio in drifted["error_ratio"].values() if "all" in ratio), default=1.0)
+def largest_error(drifted: dict[str, Any]) -> float | None:
+    """The largest ratio of quantization errors of a modality; None where no modality has one."""
+    return max((ratio["all"] for ratio in drifted["error_ratio"].values() if "all" in ratio), default=None)
 
 
 def _gates(cfg: Config, found: Found) -> list[dict[str, Any]]:

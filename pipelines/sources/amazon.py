@@ -67,7 +67,12 @@ def _lines(spark: SparkSession, key: str, path: str, names: tuple[str, ...]) -> 
     if first and first["line"].startswith("["):
         raise InputError(f"{key} {path}: is one JSON array; give one product or review a line (jq -c '.[]' FILE writes them)")
     schema = T.StructType([T.StructField(name, T.StringType()) for name in (*names, "broken")])
-    strict = {"mode": "PERMISSIVE", "columnNameOfCorruptRecord": "broken", "allowSingleQuotes": "false"}
+    strict = {
+        "mode": "PERMISSIVE",
+        "columnNameOfCorruptRecord": "broken",
+        "allowSingleQuotes": "false",  # a Python literal, which Spark would read nearly
+        "allowBackslashEscapingAnyCharacter": "true",
+    }
     parsed = lines.select(F.from_json("line", schema, strict).alias("row")).select("row.*")
     text = pa.schema([(name, pa.string()) for name in (*names, "broken")])
     other = parsed.filter("broken is not null").select(F.col("broken").alias("line"))

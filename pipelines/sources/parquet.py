@@ -101,6 +101,8 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
     if root is None:
         return _by_spark(key, path, target, spark.read.option("mergeSchema", "true").format("parquet"), note)
     where, files = f"{key} {path}", listed(root)
+    if (root / "_delta_log").is_dir():
+        raise InputError(f"{where}: is a Delta table, whose folder also has files of older versions: set source.tables.format: delta")
     if not files:
         raise InputError(f"{where}: {'has no Parquet file' if root.exists() else 'does not exist'}; give an existing path")
     with ThreadPoolExecutor(_READERS) as pool:
@@ -122,9 +124,14 @@ def delta(spark: SparkSession, key: str, path: str, version: int, target: Target
     return _by_spark(key, path, target, spark.read.format("delta").option("versionAsOf", version), note)
 
 
+def _opened(file: DataFile) -> pq.ParquetFile:
+    """Times that Spark wrote as INT96 are read in microseconds; in nanoseconds they wrap around."""
+    return pq.ParquetFile(file.path, coerce_int96_timestamp_unit="us")
+
+
 def _footer(key: str, file: DataFile) -> _Footer:
     try:
-        with pq.ParquetFile(file.path) as opened:
+        with _opened(file) as opened:
             groups, partition = opened.metadata, [name for name, _ in file.partition]
             sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]
             fields = [field for field in opened.schema_arrow if field.name not in partition]
@@ -195,7 +202,7 @@ def _read(plan: list[list[tuple[DataFile, list[int]]]], schema: pa.Schema, key: 
 def _rows(file: DataFile, groups: list[int], schema: pa.Schema, key: str) -> Iterator[pa.RecordBatch]:
     where, partition = f"{key} {file.path}", dict(file.partition)
     try:
-        with pq.ParquetFile(file.path) as opened:
+        with _opened(file) as opened:
             names = opened.schema_arrow.names
             wanted = [name for name in names if name in columns.read_from(schema) and name not in partition]
             if not wanted:  # all that is read stands in the names of the folders

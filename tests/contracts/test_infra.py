@@ -89,7 +89,7 @@ def test_kubernetes_runs_the_chain_in_order_and_stops_where_a_job_fails(tmp_path
     assert code == 0 and [Path(words[0]).stem for words in ran] == STEPS
     date = template["arguments"].index("--run-date")
     shared = [*template["arguments"][:date], *template["arguments"][date + 2 :]]
-    assert [words[1:] for words in ran] == [[*shared, *(["--run-date", "yesterday"] if name == "retokenize" else [])] for name in STEPS]
+    assert [words[1:] for words in ran] == [[*shared, *(["--run-date", "today"] if name == "retokenize" else [])] for name in STEPS]
     (tmp_path / "jobs" / "retokenize.py").write_text("import sys\nsys.exit(4)\n")
     code, ran = night()
     assert code == 4 and [Path(words[0]).stem for words in ran] == ["ingest", "build_features"]

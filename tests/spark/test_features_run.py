@@ -216,7 +216,7 @@ def test_events_that_nobody_rated_are_split_as_ever(done):
         features = cfg.features.model_copy(update=changes)
         before = features.model_dump(mode="json", exclude=events._LATER | {"ranking_split", "ranking_holdout"})
         mark = digest("events", before, cfg.seed, MODALITIES, lake.stamps(lake.versions("items", "interactions")))
-        assert events._mark(cfg, events._decided(features, track), lake) == mark
+        assert events._mark(cfg, events._decided(features, lake, track.note), lake) == mark
     assert events.build(cfg.model_copy(update={"features": cfg.features.model_copy(update={"ranking_holdout": (0.2, 0.2)})}), track) is False
 
 

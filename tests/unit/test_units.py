@@ -25,7 +25,8 @@ NOW = datetime(2026, 6, 1, tzinfo=timezone.utc)
         ("99999999", "give unix seconds"),
         ("1975-03-02", "between features.first_year 1990 and 2026-06-01"),
         ("13/09/2020", "'13/09/2020': give unix seconds, milliseconds, microseconds or nanoseconds, or ISO 8601, between"),
-        ("9" * 400, "give unix seconds"),
+        ("9" * 5000, "give unix seconds"),
+        ("\u00b2", "give unix seconds"),
     ],
 )
 def test_the_unit_that_would_fit_is_named(text, words):

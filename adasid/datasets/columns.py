@@ -6,7 +6,7 @@ says what the column is and how to store it; the caller adds the table, the file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -131,6 +131,13 @@ _SOURCES: Mapping[str, tuple[tuple[str, ...], Callable[[pa.Array], pa.Array | No
     "rating": (("rating",), numbers),
     "label": (("label",), numbers),
 }
+
+
+def plain_ids(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Ids (the one column of ``batches``) beside themselves without blanks at their ends, in Unicode's form NFC."""
+    for batch in batches:
+        plain = pc.utf8_trim_whitespace(pc.utf8_normalize(batch.column(0), "NFC"))
+        yield pa.RecordBatch.from_arrays([batch.column(0), plain], names=["id", "plain"])
 
 
 def read_from(target: pa.Schema) -> set[str]:

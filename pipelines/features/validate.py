@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from functools import reduce
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from adasid.datasets import units
+from adasid.datasets import columns, units
 from adasid.errors import ConfigError, InputError
 
 Widths = dict[str, list[tuple[int, int]]]
@@ -147,7 +145,7 @@ def alike(ids: DataFrame) -> str | None:
     odd = ids.filter(F.col(name).rlike(r"[^\x21-\x7e]")).distinct()
     if odd.isEmpty():
         return None
-    plain = odd.mapInArrow(_plain_ids, "id string, plain string").persist()
+    plain = odd.mapInArrow(columns.plain_ids, "id string, plain string").persist()
     others = ids.join(plain.select(F.col("plain").alias(name)).distinct(), name, "left_semi").distinct()
     every = plain.union(others.select(F.col(name).alias("id"), F.col(name).alias("plain"))).distinct()
     groups = every.groupBy("plain").agg(F.countDistinct("id").alias("n"), F.min("id").alias("one"), F.max("id").alias("other")).filter("n > 1")
@@ -159,12 +157,6 @@ def alike(ids: DataFrame) -> str | None:
         f"{row['groups']} groups of {name} differ in blanks or Unicode form only (first: {first['one']!a} and {first['other']!a}): "
         "trim and normalize them (NFC) in the source if they mean the same"
     )
-
-
-def _plain_ids(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        plain = pc.utf8_trim_whitespace(pc.utf8_normalize(batch.column(0), "NFC"))
-        yield pa.RecordBatch.from_arrays([batch.column(0), plain], names=["id", "plain"])
 
 
 def insist_vectors(widths: Widths) -> None:

@@ -8,7 +8,7 @@ the file. Paths with a scheme (object storage, HDFS) and Delta tables are read b
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, DataFrameReader, SparkSession
@@ -24,21 +23,14 @@ from pyspark.sql.pandas.types import to_arrow_schema
 
 from adasid import tables
 from adasid.datasets import columns
+from adasid.datasets.files import DataFile, convert_batches, open_parquet, read_row_groups
 from adasid.errors import InputError, first_line
 from pipelines.engines import spark as engine
 
 _TASK_BYTES = 128 * 2**20
 """Uncompressed bytes from which on a task is full."""
-_ROWS = 8192
 _READERS = 16
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-
-
-class DataFile(NamedTuple):
-    """``path`` of a Parquet file; ``partition``: columns that its folders name (Hive), as text, null for the default partition."""
-
-    path: str
-    partition: tuple[tuple[str, str | None], ...]
 
 
 class Target(NamedTuple):
@@ -111,7 +103,7 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
     pairs = list(zip(files, footers))
     plan = _plan([pair for pair in pairs if not _fixed_size(pair[1], target)])
     tasks = spark.range(0, max(len(plan), 1), 1, max(len(plan), 1))
-    rows = tasks.mapInArrow(partial(_read, plan, target.schema, key), engine.struct(target.schema))
+    rows = tasks.mapInArrow(partial(read_row_groups, plan, target.schema, key), engine.struct(target.schema))
     for schema in dict.fromkeys(footer.schema for _, footer in pairs if _fixed_size(footer, target)):
         paths = [engine.escaped(file.path, key) for file, footer in pairs if footer.schema.equals(schema)]
         reader = spark.read.format("parquet").option("basePath", str(root if root.is_dir() else root.parent))
@@ -124,17 +116,12 @@ def delta(spark: SparkSession, key: str, path: str, version: int, target: Target
     return _by_spark(key, path, target, spark.read.format("delta").option("versionAsOf", version), note)
 
 
-def _opened(file: DataFile) -> pq.ParquetFile:
-    """Times that Spark wrote as INT96 are read in microseconds; in nanoseconds they wrap around."""
-    return pq.ParquetFile(file.path, coerce_int96_timestamp_unit="us")
-
-
 def _footer(key: str, file: DataFile) -> _Footer:
     try:
-        with _opened(file) as opened:
-            groups, partition = opened.metadata, [name for name, _ in file.partition]
+        with open_parquet(file) as parquet:
+            groups, partition = parquet.metadata, [name for name, _ in file.partition]
             sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]
-            fields = [field for field in opened.schema_arrow if field.name not in partition]
+            fields = [field for field in parquet.schema_arrow if field.name not in partition]
             return _Footer(pa.schema([*fields, *((name, pa.string()) for name in partition)]), sizes)
     except (pa.ArrowException, OSError) as error:
         size = os.path.getsize(file.path) if os.path.exists(file.path) else 0
@@ -191,34 +178,6 @@ def _plan(files: Sequence[tuple[DataFile, _Footer]]) -> list[list[tuple[DataFile
     return plan
 
 
-def _read(plan: list[list[tuple[DataFile, list[int]]]], schema: pa.Schema, key: str, tasks: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """On a Spark worker: the rows of the tasks whose numbers come in."""
-    for batch in tasks:
-        for number in batch["id"].to_pylist():
-            for file, groups in plan[number] if plan else []:
-                yield from _rows(file, groups, schema, key)
-
-
-def _rows(file: DataFile, groups: list[int], schema: pa.Schema, key: str) -> Iterator[pa.RecordBatch]:
-    where, partition = f"{key} {file.path}", dict(file.partition)
-    try:
-        with _opened(file) as opened:
-            names = opened.schema_arrow.names
-            wanted = [name for name in names if name in columns.read_from(schema) and name not in partition]
-            if not wanted:  # all that is read stands in the names of the folders
-                sizes = [opened.metadata.row_group(group).num_rows for group in groups]
-                parts = ((list[pa.Array](), size) for size in sizes)
-            else:
-                read = opened.iter_batches(_ROWS, row_groups=groups, columns=wanted)
-                parts = ((part.columns, part.num_rows) for part in read)
-            for found, size in parts:
-                keys = [pa.repeat(pa.scalar(value, pa.string()), size) for value in partition.values()]
-                rows = pa.RecordBatch.from_arrays([*found, *keys], names=[*wanted, *partition])
-                yield columns.convert(rows, schema, where)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{where}: not readable as parquet ({first_line(error)}); write the file again") from None
-
-
 def _by_spark(key: str, path: str, target: Target, reader: DataFrameReader, note: Callable[[str], None], files: list[str] | None = None) -> DataFrame:
     """By Spark's own reader: all of ``path``, or some ``files`` below it."""
     where = f"{key} {path}"
@@ -233,9 +192,4 @@ def _by_spark(key: str, path: str, target: Target, reader: DataFrameReader, note
     schema = to_arrow_schema(chosen.schema, timezone="UTC")
     columns.problems(schema, target.schema, where)
     _check_title(where, schema, target, note)
-    return chosen.mapInArrow(partial(_converted, target.schema, where), engine.struct(target.schema))
-
-
-def _converted(schema: pa.Schema, where: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        yield columns.convert(batch, schema, where)
+    return chosen.mapInArrow(partial(convert_batches, target.schema, where), engine.struct(target.schema))

@@ -1,0 +1,62 @@
+"""Rows of Parquet files as the lake keeps them. This runs in Spark's Python workers, which import nothing but Arrow for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from adasid.datasets import columns
+from adasid.errors import InputError, first_line
+
+_ROWS = 8192
+
+
+class DataFile(NamedTuple):
+    """``path`` of a Parquet file; ``partition``: columns that its folders name (Hive), as text, null for the default partition."""
+
+    path: str
+    partition: tuple[tuple[str, str | None], ...]
+
+
+def open_parquet(file: DataFile) -> pq.ParquetFile:
+    """Times that Spark wrote as INT96 are read in microseconds; in nanoseconds they wrap around."""
+    return pq.ParquetFile(file.path, coerce_int96_timestamp_unit="us")
+
+
+def read_row_groups(
+    plan: list[list[tuple[DataFile, list[int]]]], schema: pa.Schema, key: str, tasks: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of the tasks of ``plan`` whose numbers ``id`` come in: each reads some row groups of some files."""
+    for batch in tasks:
+        for number in batch["id"].to_pylist():
+            for file, groups in plan[number] if plan else []:
+                yield from _rows(file, groups, schema, key)
+
+
+def _rows(file: DataFile, groups: list[int], schema: pa.Schema, key: str) -> Iterator[pa.RecordBatch]:
+    where, partition = f"{key} {file.path}", dict(file.partition)
+    try:
+        with open_parquet(file) as parquet:
+            names = parquet.schema_arrow.names
+            wanted = [name for name in names if name in columns.read_from(schema) and name not in partition]
+            if not wanted:  # all that is read stands in the names of the folders
+                sizes = [parquet.metadata.row_group(group).num_rows for group in groups]
+                parts = ((list[pa.Array](), size) for size in sizes)
+            else:
+                read = parquet.iter_batches(_ROWS, row_groups=groups, columns=wanted)
+                parts = ((part.columns, part.num_rows) for part in read)
+            for found, size in parts:
+                keys = [pa.repeat(pa.scalar(value, pa.string()), size) for value in partition.values()]
+                rows = pa.RecordBatch.from_arrays([*found, *keys], names=[*wanted, *partition])
+                yield columns.convert(rows, schema, where)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{where}: not readable as parquet ({first_line(error)}); write the file again") from None
+
+
+def convert_batches(schema: pa.Schema, where: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Batches that an engine has read, by :func:`columns.convert`."""
+    for batch in batches:
+        yield columns.convert(batch, schema, where)

@@ -42,7 +42,7 @@ def test_data_without_a_positive_event_is_refused(spark):
     ):
         labelled(spark, [(0.0, None), (1.0, None)])
     with pytest.raises(
-        InputError, match=r"highest rating is 3, not above features.positive_rating 3, so no event is positive: set features.positive_r"
+        InputError, match=r"highest rating is 3, not above features.positive_rating 3, so no rated event is positive: set features.positive_r"
     ):
         labelled(spark, [(3.0, None), (1.0, None)])
     with pytest.raises(InputError, match=r"all labels are 0, so no event is positive"):

@@ -152,7 +152,8 @@ def root_cause(error: Exception) -> str:
     else:
         line = next(line for line in [*str(error).strip().splitlines(), type(error).__name__] if line)
     file = re.search(r"(?<=reading file )\S+(?=[.,]?\s)|[^\s/]+\.parquet", str(error))
-    return f"{line}, file {file.group()}" if file and file.group() not in line else line
+    name = file.group().rstrip(".,") if file else ""
+    return f"{line}, file {name}" if name and name not in line else line
 
 
 def versions() -> dict[str, str]:

@@ -197,7 +197,7 @@ def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:
 
 
 def _missing(accepted: DataFrame, used: tuple[str, ...], note: Callable[[str], None]) -> dict[str, int]:
-    """modality -> accepted items without it; a note tells of empty and zero vectors."""
+    """modality -> accepted items without it; a note counts empty and zero vectors."""
     sums = [F.count_if(F.col(f"_{kind}_{i}")).alias(f"{kind}_{i}") for kind in ("lacks", "void") for i in range(len(used))]
     row = accepted.agg(*sums).first()
     assert row is not None

@@ -45,14 +45,15 @@ the events of a user where time does not. At least one of the two is set. ``labe
 without a click); ``rating``: how much the user liked it, on any scale."""
 
 REJECTED_ROWS = _schema(
-    ("run", pa.string(), False),
+    ("input_hash", pa.string(), False),
     ("table", pa.string(), False),
     ("row_hash", pa.string(), False),
     ("reason", pa.string(), False),
     ("row", pa.string(), False),
     ("copies", pa.int64(), False),
 )
-"""Key run, table, row_hash. An input row that was refused, whole (``row`` is JSON), with the reason."""
+"""Key input_hash, table, row_hash. An input row that was refused, whole (``row`` is JSON), with the reason;
+``input_hash``: of the stage run that refused it."""
 
 TRUTH = _schema(
     ("item_id", pa.string(), False),
@@ -151,7 +152,7 @@ _CURVE = pa.list_(pa.struct([pa.field("x", pa.float64()), pa.field("y", pa.float
 _SPREAD = pa.list_(pa.struct([pa.field("x", pa.float64()), pa.field("items", pa.int64()), *(pa.field(f"p{q}", pa.float64()) for q in (10, 50, 90))]))
 
 CATALOG_STATS = _schema(
-    ("run", pa.string(), False),
+    ("input_hash", pa.string(), False),
     ("items", pa.int64(), False),
     ("users", pa.int64(), False),
     ("interactions", pa.int64(), False),
@@ -170,23 +171,30 @@ CATALOG_STATS = _schema(
     ("head_interactions", pa.float64(), False),
     ("popularity", _CURVE, False),
     ("lorenz", _CURVE, False),
-    ("norm_low", pa.float64(), True),
-    ("norm_high", pa.float64(), True),
-    ("norm_quantiles", _CURVE, True),
-    ("norm_by_count", _SPREAD, True),
-    ("spearman", pa.float64(), True),
-    ("richness_source", pa.string(), True),
-    ("richness_quantiles", _CURVE, True),
 )
-"""Key run; one row. Rows of ``interactions`` are ``interactions`` + ``duplicates`` + ``capped`` (beyond ``features.max_user_events``) +
-``below_k_core`` + rejected; rows of ``items`` are ``items`` + ``duplicate_items`` (identical copies) + rejected. ``tied``: events that share user, time and
-pos with another one, so that a seeded hash orders them; ``outside_histories``: events that only ranking reads (``features.histories``);
-``missing``: modality -> items that lack it. ``rejected``: reason -> rows, of both tables, with lines that ingest could not parse; ``ranking_split``: how ``ranking_samples`` are split (null in tables of before it: as
-``features.split``); ``strata``: stratum -> items; ``head_interactions``: share of training events on head items.
-``popularity``: x = rank (1-based, about 100 log-spaced), y = training count at that rank. ``lorenz``: x = share of items (least popular first), y = share of events (101 points).
-The rest is null until behaviour embeddings exist: the clipping bounds and quantiles of the norm (x in percent), its spread within log-spaced bins of the count
-(x = geometric middle), Spearman(norm, count) over non-cold items, whether richness rests on the ``norm`` or, as fall-back, on the ``count``,
-and quantiles of richness (x in percent)."""
+"""Key input_hash; one row. Rows of ``interactions`` are ``interactions`` + ``duplicates`` + ``capped`` (beyond
+``features.max_user_events``) + ``below_k_core`` + rejected; rows of ``items`` are ``items`` + ``duplicate_items``
+(identical copies) + rejected. ``tied``: events that share user, time and pos with another one, so that a seeded hash
+orders them; ``outside_histories``: events that only ranking reads (``features.histories``); ``missing``: modality ->
+items that lack it; ``rejected``: reason -> rows, of both tables, with lines that ingest could not parse;
+``ranking_split``: how ``ranking_samples`` are split; ``strata``: stratum -> items; ``head_interactions``: share of
+training events on head items. ``popularity``: x = rank (1-based, about 100 log-spaced), y = training count at that
+rank. ``lorenz``: x = share of items (least popular first), y = share of events (101 points)."""
+
+RICHNESS_STATS = _schema(
+    ("input_hash", pa.string(), False),
+    ("norm_low", pa.float64(), False),
+    ("norm_high", pa.float64(), False),
+    ("norm_quantiles", _CURVE, False),
+    ("norm_by_count", _SPREAD, False),
+    ("spearman", pa.float64(), False),
+    ("richness_source", pa.string(), False),
+    ("richness_quantiles", _CURVE, False),
+)
+"""Key input_hash; one row, written with ``item_features``: the clipping bounds and quantiles of the norm of behaviour
+embeddings (x in percent), its spread within log-spaced bins of the count (x = geometric middle), Spearman(norm, count)
+over items with events, whether richness is of the ``norm`` or, as fall-back, of the ``count``, and quantiles of
+richness (x in percent)."""
 
 SIDS = _schema(
     ("item_id", pa.string(), False),

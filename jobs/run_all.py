@@ -1,14 +1,17 @@
 """Run the whole chain on this machine: ingest, features, behaviour, item features, tokenizer, semantic IDs, report.
 
   python jobs/run_all.py --config conf/demo.yaml
+  python jobs/run_all.py --config conf/demo.yaml --plan     # which stages would run, and why; runs nothing
 
-Stages that are up to date are skipped; after a failure the same command goes on where it stopped.
+Stages that are up to date are skipped; after a failure the same command resumes where it stopped.
 """
 
 from pipelines import cli
 
 if __name__ == "__main__":
-    arguments = cli.choose(None, __doc__)
+    parser = cli.parser(__doc__)
+    parser.add_argument("--plan", action="store_true", help="print which stages would run, and why; run nothing")
+    arguments = parser.parse_args()
     from pipelines import chain
 
-    cli.leave(cli.run(arguments, chain.run))
+    cli.leave(cli.run(arguments, chain.show_plan if arguments.plan else chain.run))

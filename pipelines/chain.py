@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from adasid.config import Config
-from pipelines import features, ingest, report, sids, train
+from pipelines import features, ingest, report, sids, stage, train
 from pipelines.engines import cluster, tracking
-from pipelines.engines.tracking import Track, tracking_uri
+from pipelines.engines.lake import Lake
+from pipelines.engines.tracking import Track
+from pipelines.features import events, items, pairs
+from pipelines.run import Run
+from pipelines.stage import Stage
 
 STAGES: tuple[tuple[str, Callable[[Config, Track], None]], ...] = (
     ("ingest", ingest.run),
@@ -39,9 +44,71 @@ def run(cfg: Config) -> None:
     print(summary(cfg, time.monotonic() - started))
 
 
+def show_plan(cfg: Config) -> None:
+    """Print which stages would run, and why. Nothing is run or written."""
+    print(f"{cfg.name}: the stages of jobs/run_all.py")
+    for step in plan(cfg):
+        print(f"  {step.stage:<14}{step.status:<12}{step.why}".rstrip())
+
+
+class Step(NamedTuple):
+    """A stage of a plan: ``status`` is up to date, runs, or skipped; ``why`` it runs or is skipped."""
+
+    stage: str
+    status: str
+    why: str = ""
+
+
+def plan(cfg: Config) -> list[Step]:
+    """What :func:`run` would do. A stage whose inputs an earlier one is about to replace counts as one that runs.
+
+    Raises InputError for a source that cannot be read.
+    """
+    lake = Run(cfg).lake
+    steps, coming = list[Step](), dict[str, tuple[str, str | None]]()
+    for make in _declared(cfg, lake):
+        if isinstance(make, Step):
+            steps.append(make)
+            continue
+        known, own = stage.recorded(make, cfg), dict[str, str | None]()
+        before = known["stamps"] if known else {}
+        changed = [
+            f"{name}, which {writer} {'makes' if name in make.uses else 'writes'}"
+            for name in (*make.reads(cfg), *make.uses)
+            for writer, stamp in [coming.get(name, ("", None))]
+            if writer and (stamp is None or stamp != before.get(name))
+        ]
+        if changed:
+            steps.append(Step(make.name, "runs", f"reads {' and '.join(changed)}"))
+            own = dict.fromkeys((*make.writes(cfg), *make.makes))
+        else:
+            inputs = stage.resolve(make, cfg, lake)
+            if stage.up_to_date(make, inputs, lake):
+                steps.append(Step(make.name, "up to date"))
+            else:
+                steps.append(Step(make.name, "runs", stage.reason(make, inputs, lake)))
+                own = dict.fromkeys(make.writes(cfg), inputs.hash) | dict.fromkeys(make.makes)
+        coming |= {name: (make.name, stamp) for name, stamp in own.items()}
+    return steps
+
+
+def _declared(cfg: Config, lake: Lake) -> Iterator[Stage | Step]:
+    """The stages of :data:`STAGES` as they are declared; those that this config skips as steps."""
+    yield ingest.INGEST
+    yield events.EVENTS
+    if cfg.tokenizer.pairs:
+        yield pairs.ITEM_PAIRS
+    skipped = train.behavior_skipped(cfg, lake)
+    yield Step(train.BEHAVIOR.name, "skipped", skipped[1]) if skipped else train.BEHAVIOR
+    yield items.ITEM_FEATURES
+    yield train.tokenizer_stage()
+    yield sids.declare(cfg)
+    yield report.REPORT
+
+
 def summary(cfg: Config, seconds: float) -> str:
     """What was built, the headline figures, and where to look."""
-    rows = [json.loads(line) for line in (cfg.run_dir / "stages.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in Run(cfg).journal.read_text(encoding="utf-8").splitlines()]
     last = {row["stage"]: row for row in rows}
     told = {row["stage"]: row["facts"] for row in rows if row["facts"]}
     lines = ["", f"{cfg.name}: done in {seconds:.0f} s", ""]
@@ -49,11 +116,11 @@ def summary(cfg: Config, seconds: float) -> str:
         row = last[name]
         facts = "   ".join(f"{key}: {value}" for key, value in told.get(name, {}).items())
         lines.append(f"  {name:<14}{row['seconds']:>7.1f} s  {row['status']:<11} {facts}")
-    base = cfg.run_dir.resolve()
-    lines += ["", f"  tables   {base}/lake/<table>   (semantic IDs: {base}/lake/sids)", f"  report   {base}/report/index.html"]
+    run = Run(cfg)
+    lines += ["", f"  tables   {run.lake.path('<table>')}   (semantic IDs: {run.lake.path('sids')})", f"  report   {run.report()}/index.html"]
     lines += [
-        f"  model    {base}/artifacts/tokenizer",
-        f"  runs     {sys.executable.rsplit('/', 1)[0]}/mlflow ui --backend-store-uri {tracking_uri(cfg)}",
+        f"  model    {run.artifacts}/tokenizer",
+        f"  runs     {sys.executable.rsplit('/', 1)[0]}/mlflow ui --backend-store-uri {run.tracking_uri}",
         "",
     ]
     return "\n".join(lines)

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) ->
     try:
         cfg = config.load(arguments.config, arguments.overrides)
         _stand_at_home()
-        log = cfg.run_dir / "error.log"
+        log = _error_log(cfg)
         body(cfg)
     except AdasidError as error:
         if error.__cause__:  # an engine's error, in our words
@@ -77,6 +77,12 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _error_log(cfg: config.Config) -> Path:
+    from pipelines.run import Run
+
+    return Run(cfg).error_log
 
 
 def _keep_trace(log: Path | None) -> str:

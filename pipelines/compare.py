@@ -28,12 +28,14 @@ from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.training.checkpoint import write_json
 from adasid.training.shards import batch_of, find_widths
-from pipelines import report, sids, train
+from pipelines import report, sids, stage, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
 from pipelines.features import pairs
+from pipelines.run import Run
+from pipelines.stage import Inputs
 
 Row = dict[str, Any]
 
@@ -48,15 +50,16 @@ def run(cfg: Config, track: Track) -> None:
     rows, spent, started = [], 0, time.monotonic()
     kinds = _kinds(cfg, track.lake)
     if any(settings.pairs for settings in cfg.compare.tokenizers.values()):
-        pairs.build(cfg, track)
+        stage.run(pairs.ITEM_PAIRS, cfg, track)
     try:
         for number, (label, seed) in enumerate(cells, 1):
             cell = cfg.model_copy(update={"tokenizer": cfg.compare.tokenizers[label], "seed": seed})
-            folder = train.tokenizer_folder(cell, track.lake, "compare")
+            inputs = stage.resolve(train.tokenizer_stage("compare"), cell, track.lake)
+            folder = train.tokenizer_folder(inputs, "compare")
             result = folder / f"result-{digest(cfg.compare.model_dump(mode='json', include=_PROBES))}.json"
             if not result.exists():
                 with tracking.stage(cell, f"compare {label}, seed {seed}", journal=False) as inner:
-                    row = {"label": label, "seed": seed, **_measure(cell, inner, folder, kinds)}
+                    row = {"label": label, "seed": seed, **_measure(inputs, inner, folder, kinds)}
                     inner.metrics({k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "seed"})
                     write_json(result, row)
                 spent += 1
@@ -71,9 +74,9 @@ def run(cfg: Config, track: Track) -> None:
 _PROBES = {"sample", "queries", "neighbours", "near_duplicate", "categories"}
 
 
-def _measure(cfg: Config, track: Track, folder: Path, kinds: dict[str, int]) -> Row:
-    manifest = train.fit_tokenizer(cfg, track, folder)
-    lake, version = track.lake, manifest["inputs"]["item_features"]
+def _measure(inputs: Inputs, track: Track, folder: Path, kinds: dict[str, int]) -> Row:
+    cfg, lake, version = inputs.cfg, inputs.lake, inputs.versions["item_features"]
+    manifest = train.fit_tokenizer(cfg, track, "compare", inputs)
     spark = engine.session(cfg.spark)
     features = engine.read(spark, lake, "item_features", version)
     encoded = sids.encode(spark, features, folder / "model", manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
@@ -165,7 +168,7 @@ def _categories(source: Categories, wanted: pc.Expression) -> tuple[pa.ChunkedAr
 
 
 def _write(cfg: Config, track: Track, rows: list[Row]) -> None:
-    folder = cfg.run_dir / "report" / "tokenizers"
+    folder = Run(cfg).report("tokenizers")
     report.write(folder, comparison.build(cfg.name, rows), rows)
     track.artifact(folder)
     track.facts.update(cells=len(rows), tokenizers=len({row["label"] for row in rows}), page=str(folder / "index.html"))

@@ -9,6 +9,7 @@ import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -26,14 +27,18 @@ from adasid.report.cells import flat
 from adasid.tokenizers import artifact
 from adasid.training.retrieval import Ranked, by_stratum
 from adasid.training.sequences import Histories
-from pipelines import report, sids, train
+from pipelines import report, sids, stage, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
 from pipelines.features import pairs
+from pipelines.run import Run
+from pipelines.stage import Inputs, Stage
 
 Row = dict[str, Any]
+_KIND = "compare"
+_TOKENIZER = train.tokenizer_stage(_KIND)
 
 
 class Cell(NamedTuple):
@@ -54,7 +59,7 @@ def run(cfg: Config, track: Track, train_cells: bool = True) -> None:
         raise InputError("evaluate names no tokenizer with a model, and no control: name what to evaluate (conf/demo.yaml shows how)")
     if train_cells:
         if any(cell.config.tokenizer.pairs for cell in cells if cell.sids):
-            pairs.build(cfg, track)
+            stage.run(pairs.ITEM_PAIRS, cfg, track)
         try:
             results = _results(cfg, cells, track)
         finally:
@@ -65,7 +70,7 @@ def run(cfg: Config, track: Track, train_cells: bool = True) -> None:
     rows += [
         {"task": cells[place].task, "tokenizer": cells[place].tokenizer, "model": cells[place].model, **results[place]} for place in sorted(results)
     ]
-    folder = cfg.run_dir / "report" / "evaluation"
+    folder = Run(cfg).report("evaluation")
     report.write(folder, evaluation.build(cfg.name, rows, cfg.evaluate, len(cells) - len(results)), [flat(row) for row in rows])
     track.artifact(folder)
     track.facts.update(cells=len(results), missing=len(cells) - len(results), page=str(folder / "index.html"))
@@ -129,17 +134,19 @@ def _known(cell: Cell, lake: Lake) -> Row | None:
     """The cell's result where it is there, without any training."""
     catalogue: train.Catalogue | None = None
     if cell.sids:
-        if cell.config.tokenizer.pairs and not pairs.fresh(cell.config, lake):
+        if cell.config.tokenizer.pairs and not (lake.exists(pairs.TABLE) and stage.check_fresh(pairs.ITEM_PAIRS, cell.config, lake)):
             return None
-        model = train.tokenizer_folder(cell.config, lake, "compare") / "model"
+        inputs = stage.resolve(_TOKENIZER, cell.config, lake)
+        model = train.tokenizer_folder(inputs, _KIND) / "model"
         if not (model / "manifest.json").exists():
             return None
         manifest = artifact.read_manifest(model)
-        table = _table(cell, lake)
+        table = _table(inputs)
         if not lake.fresh(manifest["digest"], table):
             return None
         catalogue = {"table": table, "version": lake.version(table), "slots": manifest["slots"]}
-    path = train.downstream_folder(cell.config, lake, cell.task, catalogue) / "result.json"
+    inputs = train.resolve_downstream(cell.config, lake, cell.task, catalogue)
+    path = train.downstream_folder(inputs, cell.task) / "result.json"
     return _of(json.loads(path.read_text(encoding="utf-8")), catalogue) if path.exists() else None
 
 
@@ -151,23 +158,41 @@ def _of(result: Row, catalogue: train.Catalogue | None) -> Row:
 
 def _catalogue(cell: Cell, track: Track) -> train.Catalogue:
     """The SIDs of the cell's tokenizer, trained and written where they are not there yet."""
-    cfg, lake = cell.config, track.lake
-    folder, table = train.tokenizer_folder(cfg, lake, "compare"), _table(cell, lake)
-    if (folder / "model" / "manifest.json").exists():
-        manifest = artifact.read_manifest(folder / "model")
-    else:
+    cfg = cell.config
+    inputs = stage.resolve(_TOKENIZER, cfg, track.lake)
+    model = train.tokenizer_folder(inputs, _KIND) / "model"
+    if not (model / "manifest.json").exists():
         with tracking.stage(cfg, f"tokenizer {cell.tokenizer}, seed {cfg.seed}", journal=False) as inner:
-            manifest = train.fit_tokenizer(cfg, inner, folder)
-    if not lake.fresh(manifest["digest"], table):
-        spark = engine.session(cfg.spark)
-        features = engine.read(spark, lake, "item_features", manifest["inputs"]["item_features"])
-        encoded = sids.encode(spark, features, folder / "model", manifest, cfg.sids.batch)
-        engine.write(sids.ranked(encoded, manifest["digest"], 0), lake, table, tables.SIDS, manifest["digest"])
-    return {"table": table, "version": lake.version(table), "slots": manifest["slots"]}
+            train.fit_tokenizer(cfg, inner, _KIND, inputs)
+    manifest, table = artifact.read_manifest(model), _table(inputs)
+    stage.run(_trial_sids(table, model, manifest), cfg, track)
+    return {"table": table, "version": track.lake.version(table), "slots": manifest["slots"]}
 
 
-def _table(cell: Cell, lake: Lake) -> str:
-    return f"trials/{train.tokenizer_folder(cell.config, lake, 'compare').name}"
+def _trial_sids(table: str, model: Path, manifest: dict[str, Any]) -> Stage:
+    """The SIDs of a tokenizer that is compared, in a table of their own."""
+
+    def write(inputs: Inputs, track: Track) -> dict[str, int]:
+        cfg, lake, spark = inputs.cfg, inputs.lake, engine.session(inputs.cfg.spark)
+        features = engine.read(spark, lake, "item_features")
+        encoded = sids.encode(spark, features, model, manifest, cfg.sids.batch)
+        ranked = sids.ranked(encoded, manifest["digest"], 0)
+        return {table: engine.write(ranked, lake, table, tables.SIDS, manifest["digest"], sources=inputs.versions)}
+
+    return Stage(
+        f"sids of {table}",
+        "spark",
+        reads=lambda cfg: ("item_features",),
+        writes=lambda cfg: (table,),
+        settings=lambda cfg, lake: {"tokenizer": manifest["digest"]},
+        body=write,
+        prefix="trial sids",
+        fresh=lambda inputs, lake: lake.fresh(manifest["digest"], table),
+    )
+
+
+def _table(inputs: Inputs) -> str:
+    return f"trials/{inputs.hash}"
 
 
 def _popularity(cfg: Config, lake: Lake) -> Row:

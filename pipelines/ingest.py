@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 from deltalake import DeltaTable
@@ -18,14 +18,16 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from adasid import tables
-from adasid.config import ArraysSource, Config, TablesSource, digest
+from adasid.config import ArraysSource, Config, TablesSource
 from adasid.datasets import arrays, synthetic
 from adasid.datasets.arrow import over_ranges
 from adasid.errors import InputError
+from pipelines import stage
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
 from pipelines.sources import amazon, parquet
+from pipelines.stage import Inputs, Stage
 
 _READ_THROUGH = 2**28
 """Bytes up to which a local file is known by its content."""
@@ -38,45 +40,60 @@ _CHUNK, _TASKS = 10_000, 256
 
 
 def run(cfg: Config, track: Track) -> None:
-    """Write ``items``, ``interactions`` and, for the synthetic source, ``truth``; unparsable lines of Amazon files go to ``rejected_rows``.
+    """Write ``items``, ``interactions`` and, for the synthetic source, ``truth``; unparsable lines of Amazon files go
+    to ``rejected_rows``.
 
-    Nothing is written where the tables already come from the same settings and the same source files (see ``_fingerprint``). Raises
-    InputError for a missing or unreadable file, column or modality.
+    Nothing is written where the tables already come from the same settings and the same source files (see
+    ``_fingerprint``). Raises InputError for a missing or unreadable file, column or modality.
     """
-    spark = engine.session(cfg.spark)
-    modalities = _modalities(cfg)
-    seed = cfg.seed if cfg.source.kind in {"synthetic", "amazon"} else None
-    prints = {key: _fingerprint(spark, key, path, form) for key, (path, form) in _inputs(cfg).items()}
-    stamp = digest("ingest", _FORMAT, cfg.source, seed, modalities, prints)
-    names = ("items", "interactions", *(("truth",) if cfg.source.kind == "synthetic" else ()))
-    if track.lake.fresh(stamp, *names):
+    if stage.run(INGEST, cfg, track) is None:
         track.status = "up to date"
-        return
-    newest = Lake(track.lake.root, {})
+
+
+def _writes(cfg: Config) -> tuple[str, ...]:
+    return ("items", "interactions", *(("truth",) if cfg.source.kind == "synthetic" else ()))
+
+
+def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
+    return {
+        "format": _FORMAT,
+        "source": cfg.source,
+        "seed": cfg.seed if cfg.source.kind in {"synthetic", "amazon"} else None,
+        "modalities": _modalities(cfg),
+        "files": {key: _fingerprint(cfg, key, path, form) for key, (path, form) in _inputs(cfg).items()},
+    }
+
+
+def _build(inputs: Inputs, track: Track) -> dict[str, int]:
+    cfg, lake, spark = inputs.cfg, inputs.lake, engine.session(inputs.cfg.spark)
+    modalities, names = _modalities(cfg), _writes(cfg)
+    newest = Lake(lake.root, {})
     before = {name: newest.version(name) if newest.exists(name) else None for name in names}
     versions = dict[str, int]()
     try:
         with _reading(cfg):
-            for name, frame in _frames(spark, cfg, modalities, prints, stamp, track.note).items():
+            for name, frame in _frames(spark, cfg, modalities, inputs, track.note).items():
                 schema = {
                     "items": tables.items(modalities),
                     "interactions": tables.INTERACTIONS,
                     "truth": tables.TRUTH,
                     "rejected_rows": tables.REJECTED_ROWS,
                 }[name]
-                append = (f"{name}:{stamp}", 1) if name == "rejected_rows" else None
-                versions[name] = engine.write(frame, track.lake, name, schema, stamp, append)
+                append = (f"{name}:{inputs.hash}", 1) if name == "rejected_rows" else None
+                versions[name] = engine.write(frame, lake, name, schema, inputs.hash, append)
                 track.note(f"{name} written at version {versions[name]}")
     except BaseException:
         _undo(track, before, versions)
         raise
-    track.outputs(versions)
-    facts = {name: track.lake.open(name, versions[name]).to_pyarrow_dataset().count_rows() for name in ("items", "interactions")}
+    counted = ("items", "interactions")
+    facts = {name: lake.open(name, versions[name]).to_pyarrow_dataset().count_rows() for name in counted}
     if "rejected_rows" in versions:
-        refused = engine.read(spark, track.lake, "rejected_rows", versions["rejected_rows"]).filter(F.col("run") == stamp)
+        refused = engine.read(spark, lake, "rejected_rows", versions["rejected_rows"])
+        refused = refused.filter(F.col("input_hash") == inputs.hash)
         facts["unparsable_lines"] = refused.agg(F.coalesce(F.sum("copies"), F.lit(0))).first()[0]  # type: ignore[index]
     track.facts.update(facts)
     track.metrics(facts)
+    return versions
 
 
 def _undo(track: Track, before: Mapping[str, int | None], written: Mapping[str, int]) -> None:
@@ -124,7 +141,7 @@ def _inputs(cfg: Config) -> dict[str, tuple[str, str]]:
     return {key: (path if "://" in path else str(Path(path).absolute()), form) for key, (path, form) in found.items()}
 
 
-def _fingerprint(spark: SparkSession, key: str, path: str, form: str) -> list[Any]:
+def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
     """What changes with the content of a source: id and version of a Delta table, else each file's name, size and content (of a local file
     of up to 256 MiB) or time of change. A copy with the same content is the same source."""
     if form == "delta":
@@ -138,6 +155,7 @@ def _fingerprint(spark: SparkSession, key: str, path: str, form: str) -> list[An
     root = parquet.local(path)
     if root is not None:
         return _local_files(key, path, root)
+    spark = engine.session(cfg.spark)
     try:
         target = spark._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
         files, found = target.getFileSystem(spark._jsc.hadoopConfiguration()).listFiles(target, True), []
@@ -168,10 +186,10 @@ def _frames(
     spark: SparkSession,
     cfg: Config,
     modalities: tuple[str, ...],
-    prints: dict[str, list[Any]],
-    stamp: str,
+    inputs: Inputs,
     note: Callable[[str], None],
 ) -> dict[str, DataFrame]:
+    prints = cast(dict[str, list[Any]], inputs.settings["files"])
     paths = {key.rsplit(".", 1)[-1]: path for key, (path, _) in _inputs(cfg).items()}
     if cfg.source.synthetic:
         params, make = cfg.source.synthetic, (cfg.source.synthetic, cfg.seed)
@@ -185,7 +203,7 @@ def _frames(
     if cfg.source.arrays:
         return _from_arrays(spark, cfg.source.arrays, paths, modalities, note)
     assert cfg.source.amazon
-    return amazon.read(spark, cfg.source.amazon, paths, cfg.seed, stamp)
+    return amazon.read(spark, cfg.source.amazon, paths, cfg.seed, inputs.hash)
 
 
 def _chunk(rows: int) -> int:
@@ -236,3 +254,16 @@ def _reading(cfg: Config) -> Iterator[None]:
         raise engine.input_error(error) or InputError(
             f"source.{cfg.source.kind} could not be copied into the lake ({engine.root_cause(error)}); check the files it names"
         ) from error
+
+
+INGEST = Stage(
+    "ingest",
+    "spark",
+    reads=stage.nothing,
+    writes=_writes,
+    appends=("rejected_rows",),
+    settings=_settings,
+    body=_build,
+    prefix="ingest",
+)
+"""The source -> raw items and interactions."""

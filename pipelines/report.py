@@ -9,29 +9,43 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from adasid import tables
 from adasid.config import Config
 from adasid.errors import InputError
 from adasid.report import page, summary
 from adasid.report.material import Material, Training
-from pipelines import generations, staleness
+from pipelines import generations, stage, staleness
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
+from pipelines.features.items import richness
+from pipelines.run import Run
+from pipelines.stage import Inputs, Stage
+
+_SHOWN = ("catalog_stats", "generations", "live")
 
 
 def run(cfg: Config, track: Track) -> None:
-    """Write ``<run>/report/index.html`` and its PNG figures and log them. Raises InputError where no stage has left anything to report."""
-    material = gather(cfg, track.lake)
+    """Write ``<run>/report/index.html`` and its PNG figures and log them. Raises InputError where no stage has left
+    anything to report."""
+    stage.run(REPORT, cfg, track)
+
+
+def _build(inputs: Inputs, track: Track) -> dict[str, int]:
+    cfg = inputs.cfg
+    material = gather(cfg, inputs.lake)
     if material.empty:
         raise InputError(f"run {cfg.name}: nothing to report in {cfg.run_dir}; run a stage first, for example build_features")
     for line in material.lags:
         track.note(line)
     if material.generation and material.generation["hold"]:
-        track.facts["on hold"] = f"generation {material.generation['generation']}, since {material.generation['hold']}"
-    folder = cfg.run_dir / "report"
+        generation = material.generation
+        track.facts["on hold"] = f"generation {generation['generation']}, since {generation['hold']}"
+    folder = Run(cfg).report()
     figures = write(folder, summary.build(material))
     track.inputs(material.versions)
     track.artifact(folder)
     track.facts.update(page=str(folder / "index.html"), figures=figures)
+    return {}
 
 
 def write(folder: Path, content: page.Page, cells: Sequence[Mapping[str, Any]] = ()) -> int:
@@ -53,22 +67,22 @@ def write(folder: Path, content: page.Page, cells: Sequence[Mapping[str, Any]] =
 
 def gather(cfg: Config, lake: Lake) -> Material:
     """All that the stages of this run have left so far."""
-    versions = {table: lake.version(table) for table in ("catalog_stats", "generations", "live") if lake.exists(table)}
+    versions = {table: lake.version(table) for table in _SHOWN if lake.exists(table)}
     catalog = lake.read("catalog_stats", versions["catalog_stats"]).to_pylist() if "catalog_stats" in versions else []
     published = generations.history(lake)
     live = next((row for row in published if row["live"]), None)
     refused = published[-1] if published and not published[-1]["live"] else None
-    artifacts, stages = cfg.run_dir / "artifacts", _rows(cfg.run_dir / "stages.jsonl")
+    artifacts, stages = Run(cfg).artifacts, _rows(Run(cfg).journal)
     return Material(
         cfg,
-        catalog=_catalog(catalog),
+        catalog=_catalog(catalog, richness(Run(cfg).lake)),
         generation=live or refused,
         refused=refused if live else None,
         behavior=_behavior(artifacts / "behavior") if cfg.behavior.source == "sasrec" else None,
         tokenizer=_tokenizer(artifacts / "tokenizer", (live or refused or {}).get("tokenizer")),
         stages=stages,
         versions=versions,
-        lags=_lags(lake, live, stages),
+        lags=_lags(Run(cfg).lake, live, stages),
         created=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
     )
 
@@ -85,9 +99,14 @@ def _lags(lake: Lake, live: generations.Generation | None, stages: Sequence[Mapp
     return staleness.sentences(staleness.lags(lake, "sids", live["sids_version"], read))
 
 
-def _catalog(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The one row; Arrow gives maps as lists of pairs."""
-    return {**rows[0], **{name: dict(rows[0].get(name) or ()) for name in ("rejected", "strata", "missing")}} if rows else None
+def _catalog(rows: list[dict[str, Any]], richness: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The rows of ``catalog_stats`` and ``richness_stats`` (null: none yet) as one; Arrow gives maps as lists of
+    pairs."""
+    if not rows:
+        return None
+    later = {name: (richness or {}).get(name) for name in tables.RICHNESS_STATS.names}
+    maps = {name: dict(rows[0].get(name) or ()) for name in ("rejected", "strata", "missing")}
+    return {**later, **rows[0], **maps}
 
 
 def _behavior(folder: Path) -> Training | None:
@@ -123,3 +142,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise InputError(f"{path}, line {number}: not valid JSON ({error}); remove the line or run the stage again") from None
     return rows
+
+
+REPORT = Stage(
+    "report",
+    "python",
+    reads=stage.nothing,
+    writes=stage.nothing,
+    also=_SHOWN,
+    settings=lambda cfg, lake: {},
+    body=_build,
+    prefix="report",
+    fresh=lambda inputs, lake: False,
+)
+"""Aggregates -> pages. It is cheap, so that it always runs."""

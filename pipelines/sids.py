@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from adasid import tables
-from adasid.config import Config, Gates, digest
+from adasid.config import Config, Gates
 from adasid.errors import GateError, InputError
 from adasid.metrics.tally import Tally
 from adasid.report.words import mean, plain
@@ -25,12 +25,14 @@ from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.tokenizers.encode import ENCODED, READ, encoder
-from pipelines import generations, staleness
+from pipelines import generations, stage, staleness
 from pipelines.engines import spark as engine
+from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
 from pipelines.nightly import changes, drift, exports
 from pipelines.nightly.lease import Lease, held
-from pipelines.train import register, tokenizer_folder
+from pipelines.stage import Inputs, Stage
+from pipelines.train import register, tokenizer_folder, tokenizer_stage
 
 _FAULTS = 100
 """Kinds of faults that are looked at; there is one for each modality, and one for each wrong width."""
@@ -43,26 +45,56 @@ def run(cfg: Config, track: Track) -> None:
     one by more than ``retokenize.gates`` allow and ``sids.replace`` is false, or the live one is on hold. Raises
     InputError where ``item_features`` is not of the newest tables.
     """
-    lake, read = track.lake, track.lake.versions("item_features")
-    staleness.check(track, read["item_features"])
-    folder = Path(cfg.sids.artifact) if cfg.sids.artifact else tokenizer_folder(cfg, lake) / "model"
-    manifest = artifact.read_manifest(folder)
-    key = digest("sids", manifest["digest"], cfg.sids.gates, lake.stamps(read))
-    track.inputs(read)
-    if generations.settled(lake, key):
-        if not generations.history(lake)[-1]["live"]:
-            generations.check_hold(lake)
+    step = declare(cfg)
+    inputs = stage.resolve(step, cfg, track.lake)
+    staleness.check(track, inputs.versions["item_features"])
+    if stage.run(step, cfg, track, inputs) is None:
+        if not generations.history(track.lake)[-1]["live"]:
+            generations.check_hold(track.lake)
         track.status = "up to date"
-    else:
-        with held(track, cfg.retokenize.lease) as lease:
-            _publish(cfg, track, folder, manifest, read, key, lease)
-    live = generations.live(lake)
-    exports.point(cfg, lake)
+    live = generations.live(track.lake)
+    exports.point(cfg, track.lake)
     register(cfg, track, Path(live["artifact"]), live["tokenizer"], "champion")
 
 
-def _publish(cfg: Config, track: Track, folder: Path, manifest: dict[str, Any], read: dict[str, int], key: str, lease: Lease) -> None:
-    lake, spark = track.lake, engine.session(cfg.spark)
+def _artifact(cfg: Config, lake: Lake) -> Path:
+    """The tokenizer to publish: that of ``sids.artifact``, else the one that the config trains on these tables."""
+    if cfg.sids.artifact:
+        return Path(cfg.sids.artifact)
+    return tokenizer_folder(stage.resolve(tokenizer_stage(), cfg, lake)) / "model"
+
+
+def _body(inputs: Inputs, track: Track) -> dict[str, int]:
+    with held(track, inputs.cfg.retokenize.lease) as lease:
+        _publish(inputs, track, lease)
+    return {}
+
+
+def declare(cfg: Config) -> Stage:
+    """The publication of the tokenizer's SIDs for all items."""
+    pairs = ("item_pairs",) if cfg.tokenizer.pairs and not cfg.sids.artifact else ()
+    return Stage(
+        "sids",
+        "spark",
+        reads=lambda cfg: ("item_features",),
+        writes=lambda cfg: ("sids", "sid_changes", "generations", "live", "leases"),
+        also=("richness_stats", "item_stats", *pairs),
+        settings=lambda cfg, lake: {
+            "tokenizer": artifact.read_manifest(_artifact(cfg, lake))["digest"],
+            "sids.gates": cfg.sids.gates,
+        },
+        body=_body,
+        prefix="sids",
+        uses=() if cfg.sids.artifact else ("tokenizer",),
+        fresh=lambda inputs, lake: generations.settled(lake, inputs.hash),
+    )
+
+
+def _publish(inputs: Inputs, track: Track, lease: Lease) -> None:
+    cfg, lake, read, key = inputs.cfg, inputs.lake, inputs.versions, inputs.hash
+    folder = _artifact(cfg, lake)
+    manifest = artifact.read_manifest(folder)
+    spark = engine.session(cfg.spark)
     exports.check(cfg, lake, read["item_features"])
     features = engine.read(spark, lake, "item_features", read["item_features"])
     check_features(features.schema, manifest)

@@ -16,18 +16,20 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file
 
 from adasid import tables
-from adasid.config import Config, digest
+from adasid.config import Config
 from adasid.errors import InputError
 from adasid.report.words import DASH
 from adasid.tokenizers import artifact
 from adasid.training.checkpoint import Checkpoints, write_json
-from pipelines import generations, scores, staleness, workers
+from pipelines import generations, scores, stage, staleness, workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import session
 from pipelines.engines.spark import versions as library_versions
 from pipelines.engines.tracking import Track
 from pipelines.features import items, pairs
+from pipelines.run import Run
+from pipelines.stage import Inputs, Stage
 
 _CHUNK = 50_000
 _FORMAT = 1
@@ -40,30 +42,34 @@ Catalogue = dict[str, Any]
 
 def behavior(cfg: Config, track: Track) -> None:
     """``sequences`` and ``item_stats`` -> ``behavior_embeddings``: SASRec. Skipped where the items bring the embeddings."""
-    if cfg.behavior.source == "column":
-        track.status = "not needed"
-        track.note("the items bring their behaviour embeddings: nothing to train")
-        return
-    if cfg.behavior.refresh == "keep" and track.lake.exists("behavior_embeddings"):
-        track.status = "kept"
-        track.note("behavior.refresh is keep: the embeddings that are there serve; items that have none yet count as without behaviour")
-        return
-    read = track.lake.versions("sequences", "item_stats")
-    key = digest("behavior", cfg.behavior.model_dump(mode="json", exclude={"refresh"}), cfg.seed, track.lake.stamps(read))
-    track.inputs(read)
-    if len(set(track.lake.stamps(read).values())) > 1:
-        raise InputError("sequences and item_stats come from different runs of build_features (was one cut off?): run jobs/build_features.py again")
-    if track.lake.fresh(key, "behavior_embeddings"):
+    if skipped := behavior_skipped(cfg, track.lake):
+        track.status, text = skipped
+        track.note(text)
+    elif stage.run(BEHAVIOR, cfg, track) is None:
         track.status = "up to date"
-        return
-    folder = (cfg.run_dir / "artifacts" / "behavior" / key).resolve()
+
+
+def behavior_skipped(cfg: Config, lake: Lake) -> tuple[str, str] | None:
+    """Status and reason where the config asks for no training of behaviour embeddings."""
+    if cfg.behavior.source == "column":
+        return "not needed", "the items bring their behaviour embeddings: nothing to train"
+    if cfg.behavior.refresh == "keep" and lake.exists("behavior_embeddings"):
+        text = "the embeddings that are there serve; items that have none yet count as without behaviour"
+        return "kept", f"behavior.refresh is keep: {text}"
+    return None
+
+
+def _train_behavior(inputs: Inputs, track: Track) -> dict[str, int]:
+    cfg, lake, read = inputs.cfg, inputs.lake, inputs.versions
+    _same_run(inputs.stamps)
+    folder = Run(cfg).artifact("behavior", inputs.hash)
     shown = ("loss", "validation_ndcg@10", "validation_recall@10", "test_recall@10", "spearman", "seconds")
     show = _progress(track, cfg.behavior.epochs, shown, folder)
-    cluster.fit(workers.behavior, _payload(cfg, track, read, folder), cfg.ray, f"behavior-{key}", folder, show)
+    cluster.fit(workers.behavior, _payload(cfg, lake, read, folder), cfg.ray, f"behavior-{inputs.hash}", folder, show)
     result = load_file(folder / "result.safetensors")
-    stats = _items(track.lake, read["item_stats"], len(result["norms"]))
+    stats = _items(lake, read["item_stats"], len(result["norms"]))
     batches, name = _embedding_batches(stats, result), "behavior_embeddings"
-    track.outputs({name: track.lake.write(name, tables.BEHAVIOR_EMBEDDINGS, batches, key, read)})
+    written = {name: lake.write(name, tables.BEHAVIOR_EMBEDDINGS, batches, inputs.hash, read)}
     Checkpoints(folder / "checkpoints").clear()
     summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     track.artifact(folder / "result.json")
@@ -72,13 +78,75 @@ def behavior(cfg: Config, track: Track) -> None:
     figures = {"test R@10": summary["test"].get("recall@10"), "Spearman(norm, count)": summary["spearman"]}
     track.facts.update({"best epoch": summary["best_epoch"]})
     track.facts.update({name: DASH if value is None else round(value, 4) for name, value in figures.items()})
+    return written
+
+
+BEHAVIOR = Stage(
+    "behavior",
+    "ray",
+    reads=lambda cfg: ("sequences", "item_stats"),
+    writes=lambda cfg: ("behavior_embeddings",),
+    settings=lambda cfg, lake: {
+        "behavior": cfg.behavior.model_dump(mode="json", exclude={"refresh"}),
+        "seed": cfg.seed,
+    },
+    body=_train_behavior,
+    prefix="behavior",
+)
+"""Sequences -> behaviour embeddings (SASRec)."""
+
+
+def _same_run(stamps: Mapping[str, str]) -> None:
+    """Raise InputError where tables of one stage are of different runs of it."""
+    if len(set(stamps.values())) > 1:
+        raise InputError(f"{' and '.join(stamps)} come from different runs of build_features (was one cut off?): run jobs/build_features.py again")
 
 
 def tokenizer(cfg: Config, track: Track) -> None:
-    """``item_features`` -> the tokenizer's artifact in ``artifacts/tokenizer/<key>/model``, registered in MLflow as candidate."""
-    staleness.check(track, track.lake.version("item_features"))
-    folder = tokenizer_folder(cfg, track.lake)
-    register(cfg, track, folder / "model", fit_tokenizer(cfg, track, folder)["digest"], "candidate")
+    """``item_features`` -> the tokenizer's artifact in ``artifacts/tokenizer/<key>/model``, registered in MLflow as
+    candidate."""
+    inputs = stage.resolve(tokenizer_stage(), cfg, track.lake)
+    staleness.check(track, inputs.versions["item_features"])
+    manifest = fit_tokenizer(cfg, track, inputs=inputs)
+    register(cfg, track, tokenizer_folder(inputs) / "model", manifest["digest"], "candidate")
+
+
+def tokenizer_stage(kind: str = "tokenizer") -> Stage:
+    """The training of ``cfg.tokenizer``, into a folder of ``artifacts/<kind>``."""
+
+    def train(inputs: Inputs, track: Track) -> dict[str, int]:
+        train_tokenizer(inputs.cfg, track, inputs.versions, tokenizer_folder(inputs, kind))
+        return {}
+
+    return Stage(
+        "tokenizer",
+        "ray",
+        reads=lambda cfg: ("item_features", "item_pairs") if cfg.tokenizer.pairs else ("item_features",),
+        writes=stage.nothing,
+        settings=lambda cfg, lake: {"tokenizer": cfg.tokenizer, "seed": cfg.seed},
+        body=train,
+        prefix="tokenizer",
+        makes=("tokenizer",),
+        fresh=lambda inputs, lake: (tokenizer_folder(inputs, kind) / "model" / "manifest.json").exists(),
+    )
+
+
+def tokenizer_folder(inputs: Inputs, kind: str = "tokenizer") -> Path:
+    """Where the tokenizer of these inputs is, or will be."""
+    return Run(inputs.cfg).artifact(kind, inputs.hash)
+
+
+def fit_tokenizer(cfg: Config, track: Track, kind: str = "tokenizer", inputs: Inputs | None = None) -> dict[str, Any]:
+    """Train or fit ``cfg.tokenizer`` unless it is there; returns its manifest."""
+    step = tokenizer_stage(kind)
+    inputs = inputs or stage.resolve(step, cfg, track.lake)
+    if cfg.tokenizer.pairs:
+        items.check(cfg, track.lake)
+        pairs.check(cfg, track.lake)
+    model = tokenizer_folder(inputs, kind) / "model"
+    if stage.run(step, cfg, track, inputs) is None:
+        track.status = "up to date"
+    return artifact.read_manifest(model)
 
 
 class HeldCodes(TypedDict):
@@ -89,27 +157,20 @@ class HeldCodes(TypedDict):
     slack: float
 
 
-def fit_tokenizer(
+def train_tokenizer(
     cfg: Config,
     track: Track,
+    read: Mapping[str, int],
     folder: Path,
     start: Path | None = None,
-    pins: Mapping[str, int] | None = None,
     held: HeldCodes | None = None,
 ) -> dict[str, Any]:
-    """Train or fit the tokenizer into ``folder/model``, unless it is there; returns its manifest. ``start``: go on from this artifact, as
-    ``retokenize.warm`` says; ``pins``: versions to read; ``held``: published codes that one that is trained holds on to."""
-    read = {**track.lake.versions(*_inputs(cfg)), **(pins or {}), **({"held_codes": held["version"]} if held else {})}
-    if cfg.tokenizer.pairs:
-        items.check(cfg, track.lake)
-        pairs.check(cfg, track.lake)
-    track.inputs(read)
-    if (folder / "model" / "manifest.json").exists():
-        track.status = "up to date"
-        return artifact.read(folder / "model")[1]
+    """Train or fit the tokenizer on the versions ``read`` into ``folder/model``; returns its manifest. ``start``:
+    continue from this artifact, as ``retokenize.warm`` says; ``held``: previous codes that training keeps."""
+    read = {**read, **({"held_codes": held["version"]} if held else {})}
     shown = ("loss", "reconstruction", "codebook", "alignment", "sparsity", "utilisation", "entropy", "seconds")
     show = _progress(track, cfg.tokenizer.epochs.epochs if cfg.tokenizer.epochs else 1, shown, folder)
-    payload = {**_payload(cfg, track, read, folder), "start": str(start) if start else None, "held": held}
+    payload = {**_payload(cfg, track.lake, read, folder), "start": str(start) if start else None, "held": held}
     cluster.fit(workers.tokenizer, payload, cfg.ray, f"tokenizer-{folder.name}", folder, show)
     manifest = artifact.read_manifest(folder / "model")
     Checkpoints(folder / "checkpoints").clear()
@@ -118,7 +179,8 @@ def fit_tokenizer(
         track.note(
             "warning: the gate has switched a behaviour slot off for all items; it cannot come back: lower router.sparsity or router.item_weight"
         )
-    track.facts.update({"tokenizer": manifest["digest"], "utilisation": round(quality["utilisation"], 4), "entropy": round(quality["entropy"], 3)})
+    facts = {"utilisation": round(quality["utilisation"], 4), "entropy": round(quality["entropy"], 3)}
+    track.facts.update({"tokenizer": manifest["digest"], **facts})
     track.facts.update({f"FVU {m}": round(value, 3) for m, value in quality["fvu"].items()})
     return manifest
 
@@ -154,41 +216,71 @@ def _told(track: Track, result: Mapping[str, Any], names: tuple[str, ...]) -> No
 
 
 def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue | None) -> dict[str, Any]:
-    """Train ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``, or on one token an item, unless it is done; returns its result."""
-    lake, read = track.lake, _read(track.lake, task, catalogue)
-    folder = downstream_folder(cfg, lake, task, catalogue)
-    track.inputs(read)
-    done = folder / "result.json"
-    split = {"split": _ranking_split(cfg, lake)} if task == "ranking" else {}
-    if done.exists():
+    """Train ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``, or on one token an item, unless it is
+    done; returns its result."""
+    step = downstream_stage(task, catalogue)
+    inputs = resolve_downstream(cfg, track.lake, task, catalogue)
+    if stage.run(step, cfg, track, inputs) is None:
         track.status = "up to date"
-        return {**split, **json.loads(done.read_text(encoding="utf-8"))}
-    events = _read(lake, task, None)
-    if len(set(lake.stamps(events).values())) > 1:
-        raise InputError(f"{' and '.join(events)} come from different runs of build_features (was one cut off?): run jobs/build_features.py again")
-    if task == "ranking" and "in_history" not in lake.schema("ranking_samples", events["ranking_samples"]).names:
+    done = downstream_folder(inputs, task) / "result.json"
+    return dict(json.loads(done.read_text(encoding="utf-8")))
+
+
+def resolve_downstream(cfg: Config, lake: Lake, task: Task, catalogue: Catalogue | None) -> Inputs:
+    """The inputs of a downstream model, with the SIDs at the catalogue's version."""
+    pins = {**lake.pins, catalogue["table"]: catalogue["version"]} if catalogue else lake.pins
+    return stage.resolve(downstream_stage(task, catalogue), cfg, Lake(lake.root, pins))
+
+
+def downstream_stage(task: Task, catalogue: Catalogue | None) -> Stage:
+    """The training of ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``; None: on one token an item."""
+    events = "sequences" if task == "retrieval" else "ranking_samples"
+
+    def train(inputs: Inputs, track: Track) -> dict[str, int]:
+        _train_downstream(inputs, track, task, events, catalogue)
+        return {}
+
+    return Stage(
+        task,
+        "ray",
+        reads=lambda cfg: (events, "item_stats", *((catalogue["table"],) if catalogue else ())),
+        writes=stage.nothing,
+        also=("catalog_stats",),
+        settings=lambda cfg, lake: {"format": _FORMAT, task: getattr(cfg, task), "seed": cfg.seed},
+        body=train,
+        prefix=task,
+        uses=("tokenizer",) if catalogue else (),
+        makes=(task,),
+        fresh=lambda inputs, lake: (downstream_folder(inputs, task) / "result.json").exists(),
+    )
+
+
+def _train_downstream(inputs: Inputs, track: Track, task: Task, events: str, catalogue: Catalogue | None) -> None:
+    cfg, lake, outer = inputs.cfg, inputs.lake, Run(inputs.cfg).lake
+    folder = downstream_folder(inputs, task)
+    _same_run({table: inputs.stamps[table] for table in (events, "item_stats")})
+    if task == "ranking" and "in_history" not in lake.schema("ranking_samples").names:
         raise InputError("ranking_samples has no column 'in_history', so that it is of another version of adasid: run jobs/build_features.py again")
     if catalogue:
-        items.check(cfg, lake)
-        items.check_split(cfg, lake)  # SIDs of another split could know its test events
+        items.check(cfg, outer)
+        items.check_split(cfg, outer)  # SIDs of another split could know its test events
     if not (folder / workers.OUTCOME).exists():
         shown = ("loss", "validation_ndcg@10", "validation_recall@10", "validation_auc", "seconds", "validation_seconds")
-        payload = {**_payload(cfg, track, read, folder), "catalogue": catalogue}
+        payload = {**_payload(cfg, lake, inputs.versions, folder), "catalogue": catalogue}
         show = _progress(track, getattr(cfg, task).epochs, shown, folder)
         cluster.fit(getattr(workers, task), payload, cfg.ray, f"{task}-{folder.name}", folder, show)
+    split = {"split": _ranking_split(cfg, lake)} if task == "ranking" else {}
     result: dict[str, Any] = {**split, **_measured(cfg, folder), "mlflow_run": track.run_id}
-    track.metrics({f"{part}_{name}": value for part in ("test", "test_repeatable") for name, value in result.get(part, {}).items()})
+    figures = {f"{part}_{name}": value for part in ("test", "test_repeatable") for name, value in result.get(part, {}).items()}
+    track.metrics(figures)
     track.artifact(folder / workers.OUTCOME)
-    write_json(done, result)  # last: what is there has been tracked
+    write_json(folder / "result.json", result)  # last: what is there has been tracked
     Checkpoints(folder / "checkpoints").clear()
-    track.status = "done"
-    return result
 
 
-def downstream_folder(cfg: Config, lake: Lake, task: Task, catalogue: Catalogue | None) -> Path:
-    """Where the model of this task, config, seed and these SIDs is, or will be."""
-    key = digest(task, _FORMAT, getattr(cfg, task), cfg.seed, lake.stamps(_read(lake, task, catalogue)))
-    return (cfg.run_dir / "artifacts" / task / key).resolve()
+def downstream_folder(inputs: Inputs, task: Task) -> Path:
+    """Where the model of these inputs is, or will be."""
+    return Run(inputs.cfg).artifact(task, inputs.hash)
 
 
 def _measured(cfg: Config, folder: Path) -> dict[str, Any]:
@@ -210,25 +302,10 @@ def _ranking_split(cfg: Config, lake: Lake) -> str:
     return str(row.get("ranking_split") or cfg.features.split)
 
 
-def _read(lake: Lake, task: Task, catalogue: Catalogue | None) -> dict[str, int]:
-    read = lake.versions("sequences" if task == "retrieval" else "ranking_samples", "item_stats")
-    return {**read, catalogue["table"]: catalogue["version"]} if catalogue else read
-
-
-def tokenizer_folder(cfg: Config, lake: Lake, room: str = "tokenizer") -> Path:
-    """Where the tokenizer of this config, seed and ``item_features`` is, or will be: in a folder of ``artifacts/<room>``."""
-    key = digest("tokenizer", cfg.tokenizer, cfg.seed, lake.stamps(lake.versions(*_inputs(cfg))))
-    return (cfg.run_dir / "artifacts" / room / key).resolve()
-
-
-def _inputs(cfg: Config) -> tuple[str, ...]:
-    return ("item_features", "item_pairs") if cfg.tokenizer.pairs else ("item_features",)
-
-
-def _payload(cfg: Config, track: Track, read: Mapping[str, int], folder: Path) -> dict[str, Any]:
+def _payload(cfg: Config, lake: Lake, read: Mapping[str, int], folder: Path) -> dict[str, Any]:
     return {
         "config": cfg.model_dump(mode="json"),
-        "lake": track.lake.root,
+        "lake": lake.root,
         "read": dict(read),
         "folder": str(folder),
         "versions": library_versions(),

@@ -68,6 +68,10 @@ class Lake:
         """Folder of a table."""
         return f"{self.root}/{table}"
 
+    def target(self, table: str) -> str:
+        """Folder of a table that is about to be written."""
+        return self.path(table)
+
     def exists(self, table: str) -> bool:
         """Whether the table has a first version."""
         return DeltaTable.is_deltatable(self.path(table))
@@ -189,12 +193,24 @@ class Lake:
         version."""
         reader = pa.RecordBatchReader.from_batches(schema, batches)
         stamp = properties(digest, sources=sources)
-        write_deltalake(self.path(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=stamp)
+        write_deltalake(self.target(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=stamp)
         return DeltaTable(self.path(table)).version()
+
+    def write_rows(
+        self,
+        table: str,
+        schema: pa.Schema,
+        rows: list[dict[str, Any]],
+        digest: str,
+        sources: Mapping[str, int] | None = None,
+    ) -> int:
+        """:meth:`write` of a few rows; columns that a row does not name are null."""
+        full = [{name: row.get(name) for name in schema.names} for row in rows]
+        return self.write(table, schema, pa.Table.from_pylist(full, schema).to_batches(), digest, sources)
 
     def put(self, table: str, rows: pa.Table, where: str, digest: str) -> None:
         """Replace the rows that ``where`` holds for by ``rows``, in one commit stamped with ``digest``."""
-        there = DeltaTable(self.path(table)) if self.exists(table) else self.path(table)
+        there = DeltaTable(self.target(table)) if self.exists(table) else self.target(table)
         write_deltalake(there, rows, mode="overwrite", predicate=where if self.exists(table) else None, commit_properties=properties(digest))
 
     def restore(self, table: str, version: int | None) -> None:

@@ -123,7 +123,7 @@ def write(
         writer = writer.option("txnAppId", append[0]).option("txnVersion", append[1])
     else:
         writer = writer.option("replaceWhere", replace) if replace and lake.exists(table) else writer.option("overwriteSchema", "true")
-    writer.save(lake.path(table))
+    writer.save(lake.target(table))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
 
 

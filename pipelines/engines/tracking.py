@@ -25,18 +25,13 @@ from adasid.config import Config, yaml12
 from adasid.errors import InputError, first_line
 from adasid.training.checkpoint import write_json
 from pipelines.engines.lake import Lake
-
-_RUNNING = "pipeline.json"
-
-
-def tracking_uri(cfg: Config) -> str:
-    """The configured server, else the sqlite store of the run's folder."""
-    return cfg.tracking.uri or f"sqlite:///{(cfg.run_dir / 'mlflow.db').resolve()}"
+from pipelines.run import Run
 
 
 @dataclass
 class Track:
-    """The MLflow run of one stage. ``status`` is ``done`` or ``up to date``; ``facts`` end up in the printed summary."""
+    """The MLflow run of one stage. ``status`` is ``done`` or ``up to date``; ``journal``: whether its end
+    is written to the run's journal; ``facts`` end up in the printed summary."""
 
     cfg: Config
     lake: Lake
@@ -44,6 +39,7 @@ class Track:
     client: MlflowClient
     run_id: str
     status: str = "done"
+    journal: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -95,14 +91,14 @@ class Track:
 
 def open_lake(cfg: Config) -> Lake:
     """The run's lake, checked to be writable."""
-    lake = Lake(str((cfg.run_dir / "lake").resolve()), cfg.pins)
+    lake = Run(cfg).lake
     lake.writable()
     return lake
 
 
 def new_pipeline(cfg: Config) -> None:
     """Make the stages that follow children of a new parent run."""
-    (cfg.run_dir / _RUNNING).unlink(missing_ok=True)
+    Run(cfg).pipeline.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -110,14 +106,14 @@ def stage(cfg: Config, name: str, journal: bool = True) -> Iterator[Track]:
     """Open the MLflow run of a stage below the pipeline's parent run (made if there is none), close it with the right status, and
     append its wall time and facts to ``stages.jsonl`` in the run's folder (not without ``journal``)."""
     lake = open_lake(cfg)
-    uri = tracking_uri(cfg)
+    uri = Run(cfg).tracking_uri
     try:
         client, parent, run_id = _start(cfg, name, uri)
     except InputError:
         raise
     except Exception as error:
         raise _unusable(uri, error) from None
-    track = Track(cfg, lake, name, client, run_id)
+    track = Track(cfg, lake, name, client, run_id, journal=journal)
     try:
         yield track
     except BaseException as error:
@@ -137,7 +133,7 @@ def stage(cfg: Config, name: str, journal: bool = True) -> Iterator[Track]:
     row = {"stage": name, "status": track.status, "seconds": round(seconds, 1), "mlflow_run": run_id}
     row["facts"] = track.facts
     if journal:
-        with (cfg.run_dir / "stages.jsonl").open("a", encoding="utf-8") as file:
+        with Run(cfg).journal.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, default=str) + "\n")
     track.note(f"{track.status} in {seconds:.1f} s" + "".join(f" | {key} {value}" for key, value in track.facts.items()))
 
@@ -160,7 +156,7 @@ def _start(cfg: Config, name: str, uri: str) -> tuple[MlflowClient, str, str]:
 
 def _experiment(cfg: Config, client: MlflowClient, uri: str) -> str:
     """Its id; it is made where there is none."""
-    name, location = cfg.tracking.experiment, (cfg.run_dir / "artifacts" / "mlflow").resolve().as_uri()
+    name, location = cfg.tracking.experiment, Run(cfg).tracked_artifacts.as_uri()
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
@@ -197,7 +193,7 @@ def _best_effort(track: Track, what: str) -> Iterator[None]:
 
 
 def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
-    path = cfg.run_dir / _RUNNING
+    path = Run(cfg).pipeline
     if path.exists():
         known = str(json.loads(path.read_text(encoding="utf-8"))["parent"])
         with suppress(MlflowException):  # the store was replaced, or the run deleted: start a new parent

@@ -6,22 +6,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from adasid import tables
-from adasid.config import Config, Features, digest
+from adasid.config import Config, Features
 from adasid.errors import InputError
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
 from pipelines.engines.tracking import Track
-from pipelines.features import histories, labels, pairs, validate
+from pipelines.features import histories, labels, validate
 from pipelines.features.ranks import Ranked
 from pipelines.features.statistics import item_stats, popularity
+from pipelines.stage import Inputs, Stage
 
-_OUTPUTS = ("item_stats", "user_stats", "ranking_samples", "sequences")
+_READS = ("items", "interactions")
+_WRITES = ("item_stats", "user_stats", "ranking_samples", "sequences", "catalog_stats")
 _LATER = {"content", "norm_percentiles", "proxy_min_spearman", "pairs"}  # modalities(), settings of the second part, and of item_pairs
 _DROPPED = ("duplicates", "duplicate_items", "capped", "below_k_core", "tied", "outside_histories")
 """Counts of ``catalog_stats`` that are tracked."""
@@ -52,95 +53,95 @@ def modalities(cfg: Config) -> tuple[str, ...]:
     return (*cfg.features.content, *([tables.BEHAVIOR] if cfg.behavior.source == "column" else []))
 
 
-def build(cfg: Config, track: Track) -> bool:
-    """Do the part unless its outputs are up to date; whether anything was done. Raises InputError for unusable input."""
-    worked = _events(cfg, track)
-    return (cfg.tokenizer.pairs and pairs.build(cfg, track)) or worked
+def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
+    unread = _LATER | (_RANKING if cfg.features.ranking_split == "same" else set())
+    return {
+        "features": cfg.features.model_dump(mode="json", exclude=unread),
+        "seed": cfg.seed,
+        "modalities": modalities(cfg),
+    }
 
 
-def _events(cfg: Config, track: Track) -> bool:
-    lake = _pinned(track.lake)
-    features = _decided(cfg.features, lake, track.note)
-    mark = _mark(cfg, features, lake)
-    if lake.fresh(mark, *_OUTPUTS) and _catalog_run(lake) == mark:
-        return False
-    _same_source(track.lake)
-    spark = session(cfg.spark)
-    track.inputs(_reads(lake))
-    try:
-        track.outputs(_build(spark, cfg.model_copy(update={"features": features}), track, lake, mark))
-    finally:
-        spark.catalog.clearCache()
-    return True
-
-
-def _pinned(lake: Lake) -> Lake:
-    """The lake at the versions of its inputs that are the newest now: what another run writes meanwhile is not read. Raises InputError for a table that lacks
-    a column."""
-    versions = _reads(lake)
-    for column in tables.INTERACTIONS.names:
-        if column not in lake.schema("interactions", versions["interactions"]).names:
-            raise InputError(
-                f"table interactions version {versions['interactions']} has no column {column!r}, so that it is of another version of adasid: run jobs/ingest.py "
-                "again (and drop its pin)"
-            )
-    return Lake(lake.root, {**lake.pins, **versions})
-
-
-def _reads(lake: Lake) -> dict[str, int]:
-    return lake.versions("items", "interactions")
-
-
-def _mark(cfg: Config, features: Features, lake: Lake) -> str:
-    unread = _LATER | (_RANKING if features.ranking_split == "same" else set())
-    return digest("events", features.model_dump(mode="json", exclude=unread), cfg.seed, modalities(cfg), lake.stamps(_reads(lake)))
-
-
-def _same_source(lake: Lake) -> None:
-    """Raise InputError where items and interactions are of two runs of ingest."""
-    made = {lake.stamp(name) for name in _reads(lake) if name not in lake.pins} - {None}
+def same_source(cfg: Config, lake: Lake) -> None:
+    """Raise InputError where items and interactions are of two runs of ingest, and no pin asks for that."""
+    if {"items", "interactions"} & set(cfg.pins):
+        return
+    made = {lake.stamp(name, version) for name, version in lake.versions("items", "interactions").items()} - {None}
     if len(made) > 1:
         raise InputError("tables items and interactions come from different runs of ingest (was one cut off?): run jobs/ingest.py again")
 
 
-def _decided(features: Features, lake: Lake, note: Callable[[str], None]) -> Features:
-    """``features`` with what ``ranking_split: auto`` comes to on these interactions. Read through Arrow, so that a stage that has nothing to do starts
-    no Spark; the files' statistics answer where no event is rated."""
-    if features.ranking_split != "auto":
-        return features
-
-    def any_row(column: str, condition: pc.Expression) -> bool:
-        return any(batch.num_rows for batch in lake.batches("interactions", None, [column], condition))
-
-    rated = any_row("rating", pc.field("rating") <= features.positive_rating) or any_row("label", pc.field("label") == 0)
-    time = pc.field("timestamp")
-    timed = rated and not any_row("timestamp", time.is_null() | (pc.utf8_trim_whitespace(time) == ""))
-    if rated and not timed:
-        note("interactions are rated, but not all have a timestamp: ranking is split as retrieval is (features.ranking_split)")
-    return features.model_copy(update={"ranking_split": "global_time" if timed else "same"})
-
-
-def _build(spark: SparkSession, cfg: Config, track: Track, lake: Lake, mark: str) -> dict[str, int]:
+def _decided(cfg: Config, lake: Lake) -> Config:
+    """``cfg`` with what ``ranking_split: auto`` comes to on these interactions. Arrow reads them, so that a stage that
+    is up to date starts no Spark; the files' statistics answer where no event is rated. Raises InputError for a table
+    that lacks a column."""
+    _check_columns(lake)
     features = cfg.features
+    if features.ranking_split != "auto":
+        return cfg
+    rated = _rated(features, lake)
+    split = "global_time" if rated and _timed(lake) else "same"
+    return cfg.model_copy(update={"features": features.model_copy(update={"ranking_split": split})})
+
+
+def _check_columns(lake: Lake) -> None:
+    present = lake.schema("interactions").names
+    for column in tables.INTERACTIONS.names:
+        if column not in present:
+            raise InputError(
+                f"table interactions version {lake.version('interactions')} has no column {column!r}, so that it is "
+                "of another version of adasid: run jobs/ingest.py again (and drop its pin)"
+            )
+
+
+def _rated(features: Features, lake: Lake) -> bool:
+    """Whether an event has a rating or a label that is not positive."""
+    low = pc.field("rating") <= features.positive_rating
+    return _any_row(lake, "rating", low) or _any_row(lake, "label", pc.field("label") == 0)
+
+
+def _timed(lake: Lake) -> bool:
+    """Whether every event has a timestamp."""
+    time = pc.field("timestamp")
+    return not _any_row(lake, "timestamp", time.is_null() | (pc.utf8_trim_whitespace(time) == ""))
+
+
+def _any_row(lake: Lake, column: str, condition: pc.Expression) -> bool:
+    return any(batch.num_rows for batch in lake.batches("interactions", None, [column], condition))
+
+
+def _build(inputs: Inputs, track: Track) -> dict[str, int]:
+    same_source(inputs.cfg, inputs.lake)
+    spark = session(inputs.cfg.spark)
+    try:
+        return _write(spark, inputs, track)
+    finally:
+        spark.catalog.clearCache()
+
+
+def _write(spark: SparkSession, inputs: Inputs, track: Track) -> dict[str, int]:
+    cfg, lake, mark, sources = inputs.cfg, inputs.lake, inputs.hash, inputs.versions
+    features = cfg.features
+    if track.cfg.features.ranking_split == "auto" and features.ranking_split == "same" and _rated(features, lake):
+        track.note("interactions are rated, but not all have a timestamp: ranking is split as retrieval is (features.ranking_split)")
     checked = check(spark, cfg, lake, mark, track.note)
     track.note(f"checked the input: {sum(checked.rejected.values())} rows rejected")
     clean = prepare(checked, features, track, cfg.seed)
     train = clean.events.filter("split = 'train'")
     counts = train.groupBy("user_id", "item_id").agg(F.count("*").alias("events")).persist()
     stats = item_stats(checked.items, counts, features)
-    sources = _reads(lake)
     users = counts.groupBy("user_id").agg(F.sum("events").alias("interactions"), F.count("*").alias("items"))
     indexed = clean.events.join(stats.frame.select("item_id", "item_index"), "item_id").persist()
     samples = indexed.withColumn("split", F.col("ranking_split"))
     windows = histories.sequences(indexed, features.max_length)
     written = {
         "item_stats": write(stats.frame, lake, "item_stats", tables.ITEM_STATS, mark, sources=sources),
-        "user_stats": write(users, lake, "user_stats", tables.USER_STATS, mark),
-        "ranking_samples": write(samples, lake, "ranking_samples", tables.RANKING_SAMPLES, mark),
+        "user_stats": write(users, lake, "user_stats", tables.USER_STATS, mark, sources=sources),
+        "ranking_samples": write(samples, lake, "ranking_samples", tables.RANKING_SAMPLES, mark, sources=sources),
         "sequences": write(windows, lake, "sequences", tables.SEQUENCES, mark, sources=sources),
     }
     row = _catalog_row(mark, checked, clean, stats, features)
-    written["catalog_stats"] = write_catalog(lake, row, mark)
+    written["catalog_stats"] = lake.write_rows("catalog_stats", tables.CATALOG_STATS, [row], mark, sources)
     written["rejected_rows"] = lake.version("rejected_rows")
     numbers = {key: row[key] for key in ("items", "users", "interactions", "train_interactions", "gini", "head_interactions", *_DROPPED)}
     track.metrics({**numbers, "rejected": sum(checked.rejected.values()), **{f"items_{name}": n for name, n in row["strata"]}})
@@ -191,7 +192,7 @@ def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:
     stamp = lake.stamp(table, lake.version(table))
     if not stamp or not lake.exists("rejected_rows"):
         return {}
-    mine = (pc.field("run") == stamp) & (pc.field("table") == table)
+    mine = (pc.field("input_hash") == stamp) & (pc.field("table") == table)
     copies = sum(pc.sum(batch["copies"]).as_py() or 0 for batch in lake.batches("rejected_rows", None, ["copies"], mine))
     return {"unparsable_json": copies} if copies else {}
 
@@ -262,15 +263,9 @@ def _heavy(events: DataFrame, most: int) -> str | None:
     return f"{row['users']} users have more than features.max_user_events {most} events (user {first['user_id']!r} has {first['n']})"
 
 
-def write_catalog(lake: Lake, row: dict[str, Any], mark: str) -> int:
-    """Write the one row of ``catalog_stats``."""
-    full = {field.name: row.get(field.name) for field in tables.CATALOG_STATS}
-    return lake.write("catalog_stats", tables.CATALOG_STATS, pa.Table.from_pylist([full], tables.CATALOG_STATS).to_batches(), mark)
-
-
 def _catalog_row(mark: str, checked: Checked, clean: Clean, stats: Ranked, features: Features) -> dict[str, Any]:
     return {
-        "run": mark,
+        "input_hash": mark,
         **clean.counts,
         "duplicate_items": checked.duplicate_items,
         "missing": sorted(checked.missing.items()),
@@ -280,17 +275,30 @@ def _catalog_row(mark: str, checked: Checked, clean: Clean, stats: Ranked, featu
     }
 
 
-def _catalog_run(lake: Lake) -> str | None:
-    """The digest of the events that ``catalog_stats`` describes; the second part rewrites the table under a digest of its own."""
-    return str(lake.read("catalog_stats", columns=["run"])["run"][0]) if lake.exists("catalog_stats") else None
-
-
 def _quarantine(spark: SparkSession, lake: Lake, mark: str, *bad: DataFrame | None) -> None:
     """Append refused rows; with none, make sure that the table is there."""
     frames = [frame for frame in bad if frame is not None]
     if not frames and lake.exists("rejected_rows"):
         return
-    frame = frames[0] if frames else spark.createDataFrame([], "run string, table string, row_hash string, reason string, row string, copies bigint")
+    frame = (
+        frames[0]
+        if frames
+        else spark.createDataFrame([], "input_hash string, table string, row_hash string, reason string, row string, copies bigint")
+    )
     for other in frames[1:]:
         frame = frame.unionByName(other)
     write(frame, lake, "rejected_rows", tables.REJECTED_ROWS, mark, append=(f"rejected_rows:{mark}", 1))
+
+
+EVENTS = Stage(
+    "features",
+    "spark",
+    reads=lambda cfg: _READS,
+    writes=lambda cfg: _WRITES,
+    appends=("rejected_rows",),
+    settings=_settings,
+    decide=_decided,
+    body=_build,
+    prefix="events",
+)
+"""Raw items and interactions -> statistics, sequences, ranking samples; rejected rows."""

@@ -2,52 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from adasid import tables
-from adasid.config import Config, digest
+from adasid.config import Config
 from adasid.errors import InputError
 from adasid.tables import BEHAVIOR
-from pipelines import staleness
+from pipelines import stage, staleness
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
 from pipelines.engines.tracking import Track
 from pipelines.features import validate
-from pipelines.features.events import modalities, write_catalog
+from pipelines.features.events import modalities
 from pipelines.features.richness import measure
+from pipelines.stage import Inputs, Stage
 
 EMBEDDINGS = "behavior_embeddings"
 
 
-def build(cfg: Config, track: Track, required: bool) -> bool:
-    """Do the part unless its outputs are up to date; whether anything was done. Items without a behaviour embedding
-    count as without behaviour. Where there are no embeddings at all, it waits with a note, or raises InputError if the
-    part is ``required``."""
-    lake = track.lake
+def missing(cfg: Config, lake: Lake) -> str | None:
+    """Why the stage cannot run yet, with the fix; None where it can."""
     if cfg.behavior.source == "sasrec" and not lake.exists(EMBEDDINGS):
         fix = "run `python jobs/train.py --stage behavior`"
-        text = f"item_features waits, table {EMBEDDINGS} does not exist yet: {fix}"
-        if required:
-            raise InputError(text)
-        track.note(text)
-        return False
-    versions = _reads(cfg, lake)
-    mark = _mark(cfg, lake, versions)
-    if lake.fresh(mark, "item_features", "catalog_stats"):
-        return False
-    spark = session(cfg.spark)
-    track.inputs(versions)
-    try:
-        track.outputs(_build(spark, cfg, track, mark, versions))
-    finally:
-        spark.catalog.clearCache()
-    return True
+        return f"item_features waits, table {EMBEDDINGS} does not exist yet: {fix}"
+    return None
+
+
+def richness(lake: Lake) -> dict[str, Any] | None:
+    """The row of ``richness_stats``; None where there is none, or it is of other ``item_stats`` than the newest."""
+    if not lake.exists("richness_stats"):
+        return None
+    known = lake.lineage("richness_stats").get("item_stats")
+    if known is None or lake.newer("item_stats", known):
+        return None
+    return dict(lake.read("richness_stats").to_pylist()[0])
 
 
 def check(cfg: Config, lake: Lake) -> None:
     """Raise InputError unless ``item_features`` was made of today's ``item_stats``, so that an item has one index in all tables."""
-    if not lake.fresh(_mark(cfg, lake, _reads(cfg, lake)), "item_features"):
+    if not stage.check_fresh(ITEM_FEATURES, cfg, lake):
         raise InputError("item_features is of other items or settings than item_stats and this run's config: run jobs/build_features.py again")
 
 
@@ -63,17 +59,28 @@ def check_split(cfg: Config, lake: Lake) -> None:
         raise InputError(f"{text}; or use them as they are with --set behavior.refresh=keep")
 
 
-def _reads(cfg: Config, lake: Lake) -> dict[str, int]:
-    return lake.versions("items", "item_stats", *([EMBEDDINGS] if cfg.behavior.source == "sasrec" else []))
+def _reads(cfg: Config) -> tuple[str, ...]:
+    return ("items", "item_stats", *([EMBEDDINGS] if cfg.behavior.source == "sasrec" else []))
 
 
-def _mark(cfg: Config, lake: Lake, versions: dict[str, int]) -> str:
-    settings = cfg.features.norm_percentiles, cfg.features.proxy_min_spearman, modalities(cfg)
-    return digest("items", *settings, lake.stamps(versions))
+def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
+    return {
+        "features.norm_percentiles": cfg.features.norm_percentiles,
+        "features.proxy_min_spearman": cfg.features.proxy_min_spearman,
+        "modalities": modalities(cfg),
+    }
 
 
-def _build(spark: SparkSession, cfg: Config, track: Track, mark: str, versions: dict[str, int]) -> dict[str, int]:
-    lake = Lake(track.lake.root, {**track.lake.pins, **versions})  # what another run writes meanwhile is not read
+def _build(inputs: Inputs, track: Track) -> dict[str, int]:
+    spark = session(inputs.cfg.spark)
+    try:
+        return _write(spark, inputs, track)
+    finally:
+        spark.catalog.clearCache()
+
+
+def _write(spark: SparkSession, inputs: Inputs, track: Track) -> dict[str, int]:
+    cfg, lake, mark, versions = inputs.cfg, inputs.lake, inputs.hash, inputs.versions
     joined = join(spark, cfg, lake)
     source = joined if cfg.behavior.source == "column" else _learned(spark, lake, read(spark, lake, "item_stats"))
     richness = measure(source.filter("norm IS NOT NULL"), cfg.features)
@@ -87,8 +94,8 @@ def _build(spark: SparkSession, cfg: Config, track: Track, mark: str, versions: 
     if cfg.behavior.source == "sasrec":
         made = read(spark, lake, "item_features", written["item_features"])
         _note_missing(track, made.filter("interactions > 0 AND norm IS NULL").count(), made.count())
-    row = lake.read("catalog_stats").to_pylist()[0]
-    written["catalog_stats"] = write_catalog(lake, {**row, **richness.fields}, mark)
+    row = {"input_hash": mark, **richness.fields}
+    written["richness_stats"] = lake.write_rows("richness_stats", tables.RICHNESS_STATS, [row], mark, versions)
     track.metrics({key: richness.fields[key] for key in ("spearman", "norm_low", "norm_high")})
     return written
 
@@ -127,3 +134,15 @@ def _learned(spark: SparkSession, lake: Lake, stats: DataFrame) -> DataFrame:
 
 def _length(vector: str) -> Column:
     return F.sqrt(F.aggregate(F.col(vector).cast("array<double>"), F.lit(0.0), lambda total, x: total + x * x)).cast("float")
+
+
+ITEM_FEATURES = Stage(
+    "item features",
+    "spark",
+    reads=_reads,
+    writes=lambda cfg: ("item_features", "richness_stats"),
+    settings=_settings,
+    body=_build,
+    prefix="items",
+)
+"""Items, their statistics and behaviour embeddings -> what a tokenizer reads."""

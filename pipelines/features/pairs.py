@@ -12,49 +12,47 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from adasid import tables
-from adasid.config import Config, Pairs, digest
+from adasid.config import Config, Pairs
 from adasid.errors import InputError
+from pipelines import stage
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
 from pipelines.engines.tracking import Track
+from pipelines.stage import Inputs, Stage
 
 TABLE = "item_pairs"
 _SAMPLES = "ranking_samples"
 
 
-def build(cfg: Config, track: Track) -> bool:
-    """Write ``item_pairs`` unless it is up to date; whether anything was done."""
-    lake, settings = track.lake, cfg.features.pairs
-    versions = lake.versions(_SAMPLES, "item_stats")
-    mark = _mark(cfg, lake)
-    if lake.fresh(mark, TABLE):
-        return False
+def check(cfg: Config, lake: Lake) -> None:
+    """Raise InputError unless ``item_pairs`` was made of the newest events, with the config's settings."""
+    if not stage.check_fresh(ITEM_PAIRS, cfg, lake):
+        raise InputError(f"table {TABLE} is not there, or of other events or settings than this run's: run jobs/build_features.py again")
+
+
+def _build(inputs: Inputs, track: Track) -> dict[str, int]:
+    cfg, lake = inputs.cfg, inputs.lake
     spark = session(cfg.spark)
-    track.inputs(versions)
-    mined = mine(read(spark, lake, _SAMPLES).filter("split = 'train'"), settings)
-    version = write(mined, lake, TABLE, tables.ITEM_PAIRS, mark, sources=versions)
-    track.outputs({TABLE: version})
+    mined = mine(read(spark, lake, _SAMPLES).filter("split = 'train'"), cfg.features.pairs)
+    version = write(mined, lake, TABLE, tables.ITEM_PAIRS, inputs.hash, sources=inputs.versions)
     written = read(spark, lake, TABLE, version)
     pairs, paired = written.count(), written.select("item_index").distinct().count()
     share = paired / read(spark, lake, "item_stats").count()
     track.metrics({"item_pairs": pairs, "paired_items": share})
     track.facts.update({"pairs": pairs, "items with pairs": round(share, 3)})
-    return True
+    return {TABLE: version}
 
 
-def fresh(cfg: Config, lake: Lake) -> bool:
-    """Whether ``item_pairs`` was made of today's events, with today's settings."""
-    return lake.fresh(_mark(cfg, lake), TABLE)
-
-
-def check(cfg: Config, lake: Lake) -> None:
-    """Raise InputError unless :func:`fresh`."""
-    if not fresh(cfg, lake):
-        raise InputError(f"table {TABLE} is not there, or of other events or settings than this run's: run jobs/build_features.py again")
-
-
-def _mark(cfg: Config, lake: Lake) -> str:
-    return digest("pairs", cfg.features.pairs.model_dump(mode="json"), lake.stamps(lake.versions(_SAMPLES, "item_stats")))
+ITEM_PAIRS = Stage(
+    "item pairs",
+    "spark",
+    reads=lambda cfg: (_SAMPLES, "item_stats"),
+    writes=lambda cfg: (TABLE,),
+    settings=lambda cfg, lake: {"features.pairs": cfg.features.pairs.model_dump(mode="json")},
+    body=_build,
+    prefix="pairs",
+)
+"""Training events -> co-engaged pairs of items."""
 
 
 def mine(events: DataFrame, settings: Pairs) -> DataFrame:

@@ -126,7 +126,9 @@ def refused(judged: DataFrame, table: str, columns: list[str], run: str) -> Data
     """Rows of ``rejected_rows``: the refused rows of a judged table, whole as JSON, identical ones counted."""
     rows = judged.filter(F.col("reason") != COPY).select("reason", F.to_json(F.struct(*columns), {"ignoreNullFields": "false"}).alias("row"))
     counted = rows.groupBy("reason", "row").agg(F.count("*").alias("copies"))
-    return counted.select(F.lit(run).alias("run"), F.lit(table).alias("table"), F.sha2("row", 256).alias("row_hash"), "reason", "row", "copies")
+    return counted.select(
+        F.lit(run).alias("input_hash"), F.lit(table).alias("table"), F.sha2("row", 256).alias("row_hash"), "reason", "row", "copies"
+    )
 
 
 def advice(judged: DataFrame, counted: Mapping[str | None, int], first_year: int, now: datetime) -> str:

@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 
 from adasid.metrics.stability import jensen_shannon, stability_index
 from pipelines.engines.lake import Lake
+from pipelines.features.items import richness
 
 Values = NDArray[np.float64]
 Counts = dict[str, dict[str, Any]]
@@ -106,8 +107,8 @@ def described(lake: Lake, counts: dict[str, Counts], one_of: int, edges: dict[st
         sums["all"] = sum(total for total, _ in sums.values()), sum(number for _, number in sums.values())
         if sums["all"][1]:
             error[m] = {name: total / number for name, (total, number) in sums.items() if number}
-    stats = lake.read("catalog_stats").to_pylist()
-    return {"every": one_of, "edges": edges, "counts": counts, "shares": shares, "error": error, "spearman": stats[0]["spearman"] if stats else None}
+    found = richness(lake)
+    return {"every": one_of, "edges": edges, "counts": counts, "shares": shares, "error": error, "spearman": found["spearman"] if found else None}
 
 
 def against(baseline: dict[str, Any], day: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from pipelines import generations
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.generations import Generation
+from pipelines.run import Run
 
 _ROWS, _PREFIXES = 65_536, 20_000_000
 """Rows written at a time; items up to which the prefixes are made, which needs all codes in memory."""
@@ -52,7 +53,7 @@ def check(cfg: Config, lake: Lake, version: int) -> None:
         if len(broken):
             raise InputError(
                 f"item {broken[0].as_py()[:100]!r} of item_features version {version} has a line break in its id, "
-                f"which would shift the lines of {folder(cfg)}/<generation>/item_ids.txt; nothing was published: "
+                f"which would shift the lines of {Run(cfg).exports}/<generation>/item_ids.txt; nothing was published: "
                 "rename it in the source and run jobs/ingest.py and jobs/build_features.py, or leave 'array' out of "
                 "retokenize.exports"
             )
@@ -66,11 +67,11 @@ def point(cfg: Config, lake: Lake) -> None:
     named = None
     while named != (number := generations.pointer(lake)):  # another run may move it while this one writes
         row, named = generations.live(lake), number
-        manifest = folder(cfg) / str(number) / "manifest.json"
+        manifest = Run(cfg).exports / str(number) / "manifest.json"
         there = manifest.exists() and _same(json.loads(manifest.read_text(encoding="utf-8")), row)
-        folder(cfg).mkdir(parents=True, exist_ok=True)
+        Run(cfg).exports.mkdir(parents=True, exist_ok=True)
         facts = {name: row[name] for name in ("generation", "sids_version", "tokenizer")}
-        write_json(folder(cfg) / "live.json", {**facts, "folder": str(number) if there else None})
+        write_json(Run(cfg).exports / "live.json", {**facts, "folder": str(number) if there else None})
 
 
 def _same(manifest: dict[str, Any], row: Generation) -> bool:
@@ -81,7 +82,7 @@ def _same(manifest: dict[str, Any], row: Generation) -> bool:
 def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
     """The exports that the config asks for, of generation ``row``."""
     wanted: set[str] = set(cfg.retokenize.exports)
-    target = folder(cfg) / str(row["generation"])
+    target = Run(cfg).exports / str(row["generation"])
     if row["items"] > _PREFIXES:
         wanted -= {"prefixes"}
     manifest = target / "manifest.json"
@@ -130,11 +131,6 @@ def _changes(lake: Lake, generation: int, target: Path) -> None:
     schema = pa.schema([field for field in SID_CHANGES if field.name != "generation"])
     parts = lake.batches("sid_changes", None, schema.names, pc.field("generation") == generation)
     ds.write_dataset((part.cast(schema) for part in parts), target, schema=schema, format="parquet")
-
-
-def folder(cfg: Config) -> Path:
-    """Where exports are."""
-    return cfg.run_dir / "exports"
 
 
 def _batches(draft: Path) -> Iterator[pa.RecordBatch]:

@@ -23,6 +23,7 @@ from pipelines.engines.tracking import Track
 from pipelines.generations import Generation
 from pipelines.nightly import exports, verdict
 from pipelines.nightly.lease import Lease
+from pipelines.run import Run
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Night:
     @property
     def refused(self) -> Path:
         """Where a refusal is kept for the report."""
-        return self.cfg.run_dir / "refused.json"
+        return Run(self.cfg).refused
 
     @cached_property
     def spark(self) -> SparkSession:
@@ -171,7 +172,7 @@ class Night:
     def pages(self, dry: dict[str, Any] | None = None) -> None:
         """The page of the last generations and of a ``dry`` run, ``<run>/report/nights``, its figures too, also to
         MLflow."""
-        folder = self.cfg.run_dir / "report" / "nights"
+        folder = Run(self.cfg).report("nights")
         left = json.loads(self.refused.read_text(encoding="utf-8")) if self.refused.exists() else None
         rows = generations.history(self.lake)[-self.cfg.retokenize.keep :]
         report.write(folder, nights.build(self.cfg.name, rows, left, dry))

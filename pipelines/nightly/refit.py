@@ -16,8 +16,10 @@ from adasid.tokenizers.relabel import Relabelled
 from adasid.training.checkpoint import write_json
 from pipelines import sids, train
 from pipelines.engines import spark as engine
+from pipelines.features import items, pairs
 from pipelines.nightly import drift
 from pipelines.nightly.night import Night
+from pipelines.run import Run
 
 
 def fit(night: Night, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
@@ -26,14 +28,29 @@ def fit(night: Night, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
     settings = cfg.retokenize.warm if policy == "warm" else cfg.retokenize.refit_slack
     made = lake.stamps({"item_features": night.version})
     key = digest(policy, night.live["tokenizer"], night.live["generation"], cfg.tokenizer, settings, cfg.seed, made)
-    folder = (cfg.run_dir / "artifacts" / "tokenizer" / key).resolve()
+    folder = Run(cfg).artifact("tokenizer", key)
     if policy == "warm":
-        return folder / "model", train.fit_tokenizer(cfg, night.track, folder, live, {"item_features": night.version})
-    train.fit_tokenizer(cfg, night.track, folder, None, {"item_features": night.version}, _held(night, key))
+        return folder / "model", _trained(night, folder, live)
+    _trained(night, folder, None, _held(night, key))
     matched = folder / "matched" / "model"
     if not (matched / "manifest.json").exists():
         _match(night, folder / "model", matched)
     return matched, artifact.read_manifest(matched)
+
+
+def _trained(night: Night, folder: Path, start: Path | None, held: train.HeldCodes | None = None) -> dict[str, Any]:
+    """The manifest of the tokenizer in ``folder``, trained on the features of this run unless it is there."""
+    cfg, track = night.cfg, night.track
+    if (folder / "model" / "manifest.json").exists():
+        track.status = "up to date"
+        return artifact.read_manifest(folder / "model")
+    read = {"item_features": night.version}
+    if cfg.tokenizer.pairs:
+        items.check(cfg, track.lake)
+        pairs.check(cfg, track.lake)
+        read |= track.lake.versions("item_pairs")
+    track.inputs(read)
+    return train.train_tokenizer(cfg, track, read, folder, start, held)
 
 
 def _held(night: Night, key: str) -> train.HeldCodes | None:

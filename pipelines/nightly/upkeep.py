@@ -16,6 +16,7 @@ from pipelines.engines.lake import properties
 from pipelines.engines.tracking import Track
 from pipelines.nightly import exports
 from pipelines.nightly.lease import held
+from pipelines.run import Run
 
 
 def rollback(cfg: Config, track: Track, number: int | None, hold: bool = False) -> None:
@@ -74,10 +75,10 @@ def needed(track: Track) -> dict[str, set[int]]:
         keep["sids"].add(row["sids_version"])
         for table, version in row["inputs"].items():
             keep[table].add(version)
-    for manifest in (cfg.run_dir / "artifacts").rglob("manifest.json"):
+    for manifest in Run(cfg).artifacts.rglob("manifest.json"):
         for table, version in json.loads(manifest.read_text(encoding="utf-8")).get("inputs", {}).items():
             keep[table].add(version)
-    for result in (cfg.run_dir / "artifacts").rglob("result.json"):
+    for result in Run(cfg).artifacts.rglob("result.json"):
         found = json.loads(result.read_text(encoding="utf-8")).get("inputs", {})
         for table, version in found.items() if isinstance(found, dict) else ():
             keep[table].add(version)

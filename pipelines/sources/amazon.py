@@ -111,5 +111,5 @@ def _embed(items: DataFrame, source: AmazonSource, seed: int) -> DataFrame:
 def _rejected(lines: DataFrame, stamp: str) -> DataFrame:
     row = F.to_json(F.struct(F.col("broken").alias("line")))
     rows = lines.groupBy("table", row.alias("row")).agg(F.count("*").alias("copies"))
-    columns = {"run": F.lit(stamp), "row_hash": F.sha2("row", 256), "reason": F.lit("unparsable_json")}
+    columns = {"input_hash": F.lit(stamp), "row_hash": F.sha2("row", 256), "reason": F.lit("unparsable_json")}
     return rows.withColumns(columns).select(*tables.REJECTED_ROWS.names)

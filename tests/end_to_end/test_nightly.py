@@ -21,6 +21,7 @@ from adasid.tokenizers.base import Slot
 from pipelines import generations
 from pipelines.engines import tracking
 from pipelines.nightly import exports, retokenize, upkeep
+from pipelines.run import Run
 from tests.end_to_end.nights import by_item, copied, follow, merge, next_day, noisy, put, rows_of, without
 
 OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_tail_collision": 1.0, "max_error_ratio": 100.0}, "warm": {"epochs": 3}}
@@ -249,7 +250,7 @@ def test_small_moves_of_vectors_move_few_sids(shop, tmp_path, policy):
 def champion(path):
     """Digest of the tokenizer that the registry calls the champion."""
     cfg = load(path)
-    client = MlflowClient(tracking.tracking_uri(cfg))
+    client = MlflowClient(Run(cfg).tracking_uri)
     return client.get_model_version_by_alias(cfg.tracking.model or f"adasid-{cfg.name}", "champion").tags["digest"]
 
 

@@ -16,6 +16,7 @@ from adasid.errors import InputError
 from adasid.tokenizers.base import Slot
 from pipelines import generations
 from pipelines.nightly import exports
+from pipelines.run import Run
 
 IDS = [
     *("plain", "00001", "1", "1e5", "NULL", "nan", "true", "None", "#comment", " leading", "trailing ", "a b", "a\tb"),
@@ -57,14 +58,14 @@ def move(lake, number, version):
 
 def pointed(cfg, lake):
     exports.point(cfg, lake)
-    return json.loads((exports.folder(cfg) / "live.json").read_text(encoding="utf-8"))
+    return json.loads((Run(cfg).exports / "live.json").read_text(encoding="utf-8"))
 
 
 def test_every_reader_finds_the_codes_of_each_item(spark, lake, make_config):
     cfg, row = make_config(), publish(lake, IDS)
     exports.check(cfg, lake, row["inputs"]["item_features"])
     exports.write(cfg, lake, SLOTS, row)
-    folder = exports.folder(cfg) / pointed(cfg, lake)["folder"]
+    folder = Run(cfg).exports / pointed(cfg, lake)["folder"]
     right = {r["item_id"]: tuple(r["codes"]) for r in lake.read("sids").to_pylist()}
     assert len(right) == len(IDS)
 
@@ -98,7 +99,7 @@ def test_the_pointer_follows_the_live_generation(spark, lake, make_config):
     move(lake, 2, second["sids_version"])
     assert pointed(cfg, lake) == {**facts, "generation": 2, "folder": "2", "sids_version": 1}
     move(lake, 1, 0)
-    (exports.folder(cfg) / "1" / "manifest.json").unlink()
+    (Run(cfg).exports / "1" / "manifest.json").unlink()
     assert pointed(cfg, lake) == {**facts, "folder": None}, "a roll-back to exports that were removed"
     third = publish(lake, IDS[:12], number=3)
     exports.write(off, lake, SLOTS, third)

@@ -12,6 +12,7 @@ from adasid.errors import AdasidError, BusyError, GateError, InputError
 from adasid.tokenizers import artifact
 from pipelines import cli, train
 from pipelines.engines import tracking
+from pipelines.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def made(tmp_path_factory):
     """A folder whose store is made once: its tables take seconds."""
     folder = tmp_path_factory.mktemp("store")
     cfg = config.build({"name": "t", "runs_dir": str(folder)})
-    MlflowClient(tracking.tracking_uri(cfg)).search_experiments()
+    MlflowClient(Run(cfg).tracking_uri).search_experiments()
     return cfg.run_dir / "mlflow.db"
 
 
@@ -32,7 +33,7 @@ def cfg(made, make_config):
 
 
 def client_of(cfg):
-    return MlflowClient(tracking.tracking_uri(cfg))
+    return MlflowClient(Run(cfg).tracking_uri)
 
 
 def message(cfg, name="a stage", error=InputError):

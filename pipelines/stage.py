@@ -1,0 +1,194 @@
+"""Stages declare what they read, write and depend on; :func:`run` resolves versions, hashes, decides and records.
+
+Each (table, version) is resolved once, before anything is hashed or read. The body then reads through a lake that is
+pinned to these versions and that refuses any table which the stage does not declare. So the output is made of the
+versions that were hashed, whatever other processes commit meanwhile, and the next run notices those commits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from deltalake import DeltaTable
+from pydantic import BaseModel
+
+from adasid.config import Config, digest
+from adasid.training.checkpoint import write_json
+from pipelines.engines.lake import Lake
+from pipelines.engines.tracking import Track
+from pipelines.run import Run
+
+_LONG = 60
+
+
+class Inputs(NamedTuple):
+    """What one run of a stage depends on. ``cfg``: the config, with what the data decides; ``versions``: table ->
+    version; ``stamps``: table -> input hash of that version; ``settings``: dotted key -> value; ``hash``: the input
+    hash of all of them; ``lake``: pinned to ``versions``, and refusing what the stage does not declare."""
+
+    cfg: Config
+    versions: dict[str, int]
+    stamps: dict[str, str]
+    settings: dict[str, object]
+    hash: str
+    lake: Lake
+
+
+def nothing(cfg: Config) -> tuple[str, ...]:
+    """No table."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the pipeline.
+
+    ``name``: as users read it; ``reads`` and ``writes``: its tables; ``appends``: tables to which it adds rows in a
+    transaction of its own, and which other stages may also add to; ``also``: tables that it reads where they exist and
+    that decide nothing, so that they are not hashed; ``uses`` and ``makes``: artifacts outside the lake, by name; ``settings``: dotted config key -> value of what
+    counts besides the tables; ``body``: does the work and returns the versions that it wrote. ``decide``: the config
+    with what the data decides, on the pinned lake; ``fresh``: whether the output of an input hash is there (default:
+    the latest version of each table in ``writes`` carries it); ``prefix``: first part of the input hash.
+    """
+
+    name: str
+    engine: Literal["spark", "ray", "python"]
+    reads: Callable[[Config], tuple[str, ...]]
+    writes: Callable[[Config], tuple[str, ...]]
+    settings: Callable[[Config, Lake], Mapping[str, object]]
+    body: Callable[[Inputs, Track], Mapping[str, int]]
+    prefix: str
+    appends: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    decide: Callable[[Config, Lake], Config] = field(default=lambda cfg, lake: cfg)
+    fresh: Callable[[Inputs, Lake], bool] | None = None
+
+
+class Undeclared(AssertionError):
+    """A stage's body touched a table that the stage does not declare: a fault of the code, not of its input."""
+
+
+@dataclass(frozen=True)
+class StageLake(Lake):
+    """A lake that opens only the tables in ``readable`` and replaces only those in ``writable_tables``."""
+
+    stage: str = ""
+    readable: frozenset[str] = frozenset()
+    writable_tables: frozenset[str] = frozenset()
+
+    def open(self, table: str, version: int | None = None) -> DeltaTable:
+        """As :meth:`Lake.open`. Raises Undeclared for a table that the stage declares in no way."""
+        if table not in self.readable | self.writable_tables:
+            raise Undeclared(f"stage {self.stage} reads {table}, which it does not declare")
+        return super().open(table, version)
+
+    def target(self, table: str) -> str:
+        """As :meth:`Lake.target`. Raises Undeclared for a table that the stage does not write."""
+        if table not in self.writable_tables:
+            raise Undeclared(f"stage {self.stage} writes {table}, which it does not declare")
+        return super().target(table)
+
+
+def resolve(stage: Stage, cfg: Config, lake: Lake) -> Inputs:
+    """Resolve the version of each table that the stage reads, once, and hash. Raises InputError for a missing table."""
+    versions = lake.versions(*stage.reads(cfg))
+    writable = frozenset((*stage.writes(cfg), *stage.appends))
+    also = lake.versions(*(table for table in stage.also if lake.exists(table)))
+    pinned = StageLake(lake.root, {**lake.pins, **also, **versions}, stage.name, frozenset({**also, **versions}), writable)
+    decided = stage.decide(cfg, pinned)
+    stamps = lake.stamps(versions)
+    settings = dict(stage.settings(decided, pinned))
+    parts = (*settings.values(), stamps) if versions else settings.values()
+    return Inputs(decided, versions, stamps, settings, digest(stage.prefix, *parts), pinned)
+
+
+def up_to_date(stage: Stage, inputs: Inputs, lake: Lake) -> bool:
+    """Whether the stage's output was made of these inputs."""
+    if stage.fresh:
+        return stage.fresh(inputs, lake)
+    return lake.fresh(inputs.hash, *stage.writes(inputs.cfg))
+
+
+def check_fresh(stage: Stage, cfg: Config, lake: Lake) -> bool:
+    """Whether the stage has nothing to do now."""
+    return up_to_date(stage, resolve(stage, cfg, lake), lake)
+
+
+def run(stage: Stage, cfg: Config, track: Track, inputs: Inputs | None = None) -> Inputs | None:
+    """Run the stage unless its output is up to date; returns its inputs, or None where there was nothing to do.
+
+    Notes why it runs, records the versions that were read and written in MLflow, and what the output was made of in
+    the run's folder. Raises what the body raises.
+    """
+    inputs = inputs or resolve(stage, cfg, track.lake)
+    track.inputs(inputs.versions)
+    if up_to_date(stage, inputs, track.lake):
+        return None
+    if track.journal:
+        track.note(f"{stage.name} runs: {reason(stage, inputs, track.lake)}")
+    with _only(track, inputs.lake):
+        written = stage.body(inputs, track)
+    track.outputs(written)
+    if not track.journal:  # a cell of a study: many share a stage
+        return inputs
+    path = Run(cfg).record(stage.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {"hash": inputs.hash, "versions": inputs.versions, "stamps": inputs.stamps, "settings": flat(inputs.settings)}
+    write_json(path, made)
+    return inputs
+
+
+@contextmanager
+def _only(track: Track, lake: Lake) -> Iterator[None]:
+    """Let the body see the pinned lake alone."""
+    outer, track.lake = track.lake, lake
+    try:
+        yield
+    finally:
+        track.lake = outer
+
+
+def reason(stage: Stage, inputs: Inputs, lake: Lake) -> str:
+    """Why the stage is not up to date: the tables, versions and settings that differ from those of the last time."""
+    for table in stage.writes(inputs.cfg):
+        if not lake.exists(table):
+            return f"no output yet (table {table})"
+    last = recorded(stage, inputs.cfg)
+    if last is None:
+        return "no output yet" if not stage.writes(inputs.cfg) else "no record of what its output was made of"
+    found = [
+        f"{table} is at version {version}, was {last['versions'].get(table, 'not read')}"
+        for table, version in inputs.versions.items()
+        if last["stamps"].get(table) != inputs.stamps[table]
+    ]
+    old, new = last["settings"], json.loads(json.dumps(flat(inputs.settings), default=str))
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key), new.get(key)
+        if before != after:
+            short = all(len(str(value)) <= _LONG for value in (before, after))
+            found.append(f"{key} {before} -> {after}" if short else f"{key} changed")
+    return "; ".join(found) or "its output was replaced or removed since"
+
+
+def recorded(stage: Stage, cfg: Config) -> dict[str, Any] | None:
+    """What the stage's output was last made of; None where the run's folder does not say."""
+    path = Run(cfg).record(stage.name)
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def flat(settings: Mapping[str, object]) -> dict[str, Any]:
+    """Nested settings as dotted keys and plain values."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        if isinstance(plain, Mapping) and plain:
+            found |= flat({f"{key}.{name}": part for name, part in plain.items()})
+        else:
+            found[key] = list(plain) if isinstance(plain, tuple) else plain
+    return found

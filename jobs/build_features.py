@@ -9,6 +9,4 @@ from pipelines import cli
 
 if __name__ == "__main__":
     arguments = cli.choose(None, __doc__, ("--part", ("auto", "events", "items"), "events: up to sequences; items: item_features; auto: what is due"))
-    from pipelines import features
-
-    cli.leave(cli.run(arguments, cli.stage("features", lambda cfg, track: features.run(cfg, track, arguments.part))))
+    cli.leave(cli.run(arguments, cli.stage("features", cli.entry("pipelines.features:run", part=arguments.part))))

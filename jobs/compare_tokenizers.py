@@ -9,6 +9,4 @@ from pipelines import cli
 
 if __name__ == "__main__":
     arguments = cli.choose(None, __doc__)
-    from pipelines import compare
-
-    cli.leave(cli.run(arguments, cli.stage("compare", compare.run)))
+    cli.leave(cli.run(arguments, cli.stage("compare", cli.entry("pipelines.compare:run"))))

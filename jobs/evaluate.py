@@ -14,6 +14,4 @@ if __name__ == "__main__":
         "--report", action="store_true", help="train nothing: write the page of the results that are there, also while another evaluates"
     )
     arguments = parser.parse_args()
-    from pipelines import evaluate
-
-    cli.leave(cli.run(arguments, cli.stage("evaluate", lambda cfg, track: evaluate.run(cfg, track, not arguments.report))))
+    cli.leave(cli.run(arguments, cli.stage("evaluate", cli.entry("pipelines.evaluate:run", train_cells=not arguments.report))))

@@ -8,6 +8,4 @@ from pipelines import cli
 
 if __name__ == "__main__":
     arguments = cli.choose(None, __doc__)
-    from pipelines import ingest
-
-    cli.leave(cli.run(arguments, cli.stage("ingest", ingest.run)))
+    cli.leave(cli.run(arguments, cli.stage("ingest", cli.entry("pipelines.ingest:run"))))

@@ -7,6 +7,4 @@ from pipelines import cli
 
 if __name__ == "__main__":
     arguments = cli.choose(None, __doc__)
-    from pipelines.nightly import upkeep
-
-    cli.leave(cli.run(arguments, cli.stage("maintain", upkeep.maintain)))
+    cli.leave(cli.run(arguments, cli.stage("maintain", cli.entry("pipelines.nightly.upkeep:maintain"))))

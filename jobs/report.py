@@ -7,6 +7,4 @@ from pipelines import cli
 
 if __name__ == "__main__":
     arguments = cli.choose(None, __doc__)
-    from pipelines import report
-
-    cli.leave(cli.run(arguments, cli.stage("report", report.run)))
+    cli.leave(cli.run(arguments, cli.stage("report", cli.entry("pipelines.report:run"))))

@@ -34,7 +34,5 @@ if __name__ == "__main__":
         help="publish nothing: print every gate, write the page, end with 0 or 4 (warm and refit train a tokenizer)",
     )
     arguments = parser.parse_args()
-    from pipelines.nightly import retokenize
-
     run_date, dry = arguments.run_date, arguments.dry_run
-    cli.leave(cli.run(arguments, cli.stage("retokenize", lambda cfg, track: retokenize.run(cfg, track, run_date, dry))))
+    cli.leave(cli.run(arguments, cli.stage("retokenize", cli.entry("pipelines.nightly.retokenize:run", run_date=run_date, dry=dry))))

@@ -17,7 +17,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.release and arguments.hold:
         parser.error("--hold needs --to GENERATION, and cannot be used with --release")
-    from pipelines.nightly import upkeep
-
     number, hold = arguments.to, arguments.hold
-    cli.leave(cli.run(arguments, cli.stage("rollback", lambda cfg, track: upkeep.rollback(cfg, track, number, hold))))
+    cli.leave(cli.run(arguments, cli.stage("rollback", cli.entry("pipelines.nightly.upkeep:rollback", number=number, hold=hold))))

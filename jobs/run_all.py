@@ -12,6 +12,4 @@ if __name__ == "__main__":
     parser = cli.parser(__doc__)
     parser.add_argument("--plan", action="store_true", help="print which stages would run, and why; run nothing")
     arguments = parser.parse_args()
-    from pipelines import chain
-
-    cli.leave(cli.run(arguments, chain.show_plan if arguments.plan else chain.run))
+    cli.leave(cli.run(arguments, cli.entry(f"pipelines.chain:{'show_plan' if arguments.plan else 'run'}")))

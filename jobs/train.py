@@ -9,6 +9,4 @@ from pipelines import cli
 
 if __name__ == "__main__":
     arguments = cli.choose(None, __doc__, ("--stage", ("tokenizer", "behavior", "retrieval", "ranking"), "what to train"))
-    from pipelines import train
-
-    cli.leave(cli.run(arguments, cli.stage(arguments.stage, getattr(train, arguments.stage))))
+    cli.leave(cli.run(arguments, cli.stage(arguments.stage, cli.entry(f"pipelines.train:{arguments.stage}"))))

@@ -10,6 +10,4 @@ from pipelines import cli
 
 if __name__ == "__main__":
     arguments = cli.choose(None, __doc__)
-    from pipelines import sids
-
-    cli.leave(cli.run(arguments, cli.stage("sids", sids.run)))
+    cli.leave(cli.run(arguments, cli.stage("sids", cli.entry("pipelines.sids:run"))))

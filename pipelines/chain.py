@@ -59,14 +59,16 @@ class Step(NamedTuple):
     why: str = ""
 
 
-def plan(cfg: Config) -> list[Step]:
-    """What :func:`run` would do. A stage whose inputs an earlier one is about to replace counts as one that runs.
+def plan(cfg: Config, after: str = "") -> list[Step]:
+    """What :func:`run` would do, or its stages ``after`` one. A stage whose inputs an earlier one is about to replace counts as one that runs.
 
     Raises InputError for a source that cannot be read.
     """
     lake = Run(cfg).lake
     steps, coming = list[Step](), dict[str, tuple[str, str | None]]()
-    for make in _declared(cfg, lake):
+    declared = list(_declared(cfg, lake))
+    first = next((at + 1 for at, make in enumerate(declared) if isinstance(make, Stage) and make.name == after), 0)
+    for make in declared[first:]:
         if isinstance(make, Step):
             steps.append(make)
             continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -10,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from adasid import config
@@ -60,6 +62,17 @@ def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) ->
     return 0
 
 
+def entry(where: str, **arguments: Any) -> Callable[..., None]:
+    """The function ``package.module:name`` with ``arguments``, imported when it is called: a mistake in the config is
+    reported before torch and the engines are loaded."""
+
+    def call(*args: Any) -> None:
+        module, _, name = where.partition(":")
+        getattr(importlib.import_module(module), name)(*args, **arguments)
+
+    return call
+
+
 def stage(name: str, function: Callable[[config.Config, Track], None]) -> Callable[[config.Config], None]:
     """``function`` as the body of a job: inside the MLflow run of stage ``name``."""
 
@@ -73,7 +86,12 @@ def stage(name: str, function: Callable[[config.Config, Track], None]) -> Callab
 
 
 def leave(code: int) -> None:
-    """End the process with ``code``; an engine's leftovers cannot change it."""
+    """Stop Spark where it was started and end the process with ``code``, which no engine can change."""
+    if sql := sys.modules.get("pyspark.sql"):
+        with contextlib.suppress(Exception):
+            session = sql.SparkSession.getActiveSession()
+            if session is not None:
+                session.stop()
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)

@@ -46,7 +46,7 @@ from pipelines.engines.lake import Lake
 from pipelines.nightly import retokenize
 from tests.end_to_end.nights import VECTORS, next_day, noisy, put
 
-TABLES = ("item_features", "item_stats", "sids", "generations", "live", "catalog_stats")
+TABLES = ("item_features", "item_stats", "sids", "generations", "live", "catalog_stats", "richness_stats")
 OPEN = [
     "retokenize.gates.max_churn=1.0",
     "retokenize.gates.max_weighted_churn=1.0",
@@ -125,7 +125,7 @@ def stability(path: str, log: Path) -> None:
         if policy == "cold":
             other, started = cfg.model_copy(update={"seed": cfg.seed + 1}), time.perf_counter()
             with tracking.stage(other, "cold", journal=False) as track:
-                train.fit_tokenizer(other, track, scratch / "cold")
+                train.train_tokenizer(other, track, lake.versions("item_features"), scratch / "cold")
             keep("cold", before, *encoded(lake, scratch / "cold" / "model"), time.perf_counter() - started)
             continue
         seconds = night(cfg, date(2026, 1, 1))
@@ -145,7 +145,7 @@ def recall(path: str, log: Path) -> None:
         lake, live = track.lake, generations.live(track.lake)
         slots = artifact.read_manifest(Path(live["artifact"]))["slots"]
         source = {"table": "sids", "version": live["sids_version"], "slots": slots}
-        folder = train.downstream_folder(cfg, lake, "retrieval", source)
+        folder = train.downstream_folder(train.resolve_downstream(cfg, lake, "retrieval", source), "retrieval")
     read = lake.versions("sequences", "item_stats")
     parts, settings = workers._histories(lake, read, Workers(), cfg), cfg.retrieval
     known, counts, strata = workers._catalogue(lake, {"read": read, "catalogue": source}, settings.inactive == "pad", settings.weights)
@@ -260,7 +260,7 @@ def replay(path: str, log: Path, number: int = 30) -> None:
     for name in ("sids", "generations", "live"):
         shutil.rmtree(Path(lake.path(name)))
     with tracking.stage(cfg, "tokenizer", journal=False) as track:
-        train.fit_tokenizer(cfg, track, scratch / "tokenizer")
+        train.train_tokenizer(cfg, track, lake.versions("item_features"), scratch / "tokenizer")
     cfg = load(path, [f"runs_dir={scratch}", *OPEN, "sids.gates.max_group=1000000", f"sids.artifact={scratch}/tokenizer/model"])
     with tracking.stage(cfg, "sids", journal=False) as track:
         sids.run(cfg, track)

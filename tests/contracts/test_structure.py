@@ -105,6 +105,7 @@ def test_table_schemas_are_frozen():
         "HELD_CODES",
         "BEHAVIOR_EMBEDDINGS",
         "CATALOG_STATS",
+        "RICHNESS_STATS",
         "SIDS",
         "SID_CHANGES",
         "GENERATIONS",

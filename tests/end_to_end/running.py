@@ -44,6 +44,7 @@ TABLES = (
     "behavior_embeddings",
     "item_features",
     "catalog_stats",
+    "richness_stats",
     "sids",
     "generations",
     "live",

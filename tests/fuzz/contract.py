@@ -312,8 +312,8 @@ def _present(vector: list[Any] | None) -> bool:
 
 def _accounted(example: Example, expected: Expected, lake: Lake, outcome: Outcome) -> None:
     stats, row = lake.read("item_stats").to_pylist(), lake.read("catalog_stats").to_pylist()[0]
-    mine = {row["run"], lake.stamp("items")}
-    rejected = [bad for bad in lake.read("rejected_rows").to_pylist() if bad["run"] in mine]
+    mine = {row["input_hash"], lake.stamp("items")}
+    rejected = [bad for bad in lake.read("rejected_rows").to_pylist() if bad["input_hash"] in mine]
     for bad in rejected:
         json.loads(bad["row"])
         assert bad["copies"] > 0 and bad["reason"] in REASONS, f"rejected: {bad}"

@@ -8,7 +8,6 @@ import pytest
 from adasid import tables
 from adasid.config import Features, build
 from adasid.errors import InputError
-from pipelines.engines.lake import Lake
 from pipelines.features import events, labels
 
 GOOD = [1.0, 2.0]
@@ -67,12 +66,12 @@ ITEMS = [{"item_id": name, "text": GOOD} for name in "abc"]
 def test_lines_that_ingest_could_not_parse_count_in_the_limit(spark, lake):
     write(lake, "items", tables.items(["text"]), ITEMS)
     write(lake, "interactions", tables.INTERACTIONS, [event("u", "a"), event("u", "b", 1)])
-    line = {"run": "ingest", "row_hash": "h", "reason": "unparsable_json", "row": "x"}
+    line = {"input_hash": "ingest", "row_hash": "h", "reason": "unparsable_json", "row": "x"}
     write(
         lake,
         "rejected_rows",
         tables.REJECTED_ROWS,
-        [{**line, "table": "items", "copies": 7}, {**line, "run": "of before", "table": "interactions", "copies": 9}],
+        [{**line, "table": "items", "copies": 7}, {**line, "input_hash": "of before", "table": "interactions", "copies": 9}],
     )
     notes = []
     with pytest.raises(InputError, match=r"table items: 7 of 10 rows rejected, more than features.max_rejected 0.05 \(unparsable_json: 7\)"):
@@ -115,8 +114,8 @@ def test_tables_of_two_runs_of_ingest_are_refused(lake):
     write(lake, "items", tables.items(["text"]), ITEMS, "today")
     write(lake, "interactions", tables.INTERACTIONS, [event("u", "a")], "yesterday")
     with pytest.raises(InputError, match=r"items and interactions come from different runs of ingest .*: run jobs/ingest.py again"):
-        events._same_source(lake)
-    events._same_source(Lake(lake.root, {"items": 0}))  # a pin is on purpose
+        events.same_source(config(), lake)
+    events.same_source(config().model_copy(update={"pins": {"items": 0}}), lake)  # a pin is on purpose
 
 
 def test_a_heavy_user_is_capped_before_anything_is_counted(spark, lake):

@@ -12,7 +12,7 @@ import pytest
 from adasid import tables
 from adasid.config import build, digest
 from adasid.errors import InputError
-from pipelines import features
+from pipelines import features, stage
 from pipelines.engines import tracking
 from pipelines.engines.spark import struct, write
 from pipelines.features import events, items
@@ -85,7 +85,7 @@ def run(cfg, part="auto"):
 
 def content(lake, *names):
     """Table contents without regard to the order of rows, and without the run's digest."""
-    plain = {name: [{k: v for k, v in row.items() if k != "run"} for row in lake.read(name).to_pylist()] for name in names}
+    plain = {name: [{k: v for k, v in row.items() if k != "input_hash"} for row in lake.read(name).to_pylist()] for name in names}
     return {name: sorted(rows, key=str) for name, rows in plain.items()}
 
 
@@ -204,31 +204,26 @@ def test_a_second_run_writes_nothing(done):
     assert [track.status for track in tracks] == ["done", "done", "up to date"]
     names = ("rejected_rows", "item_stats", "user_stats", "sequences", "ranking_samples", "item_features")
     assert lake.versions(*names) == dict.fromkeys(names, 0)
-    assert lake.version("catalog_stats") == 1
+    assert lake.versions("catalog_stats", "richness_stats") == {"catalog_stats": 0, "richness_stats": 0}
     assert tracks[2].facts == tracks[1].facts
 
 
 def test_events_that_nobody_rated_are_split_as_ever(done):
     """Without low ratings the keys of the ranking split do not count: tables and models of before these keys stay up to date."""
     cfg, lake, _ = done
-    track = tracking.Track(cfg, lake, "x", None, "")
     for changes in ({"ranking_holdout": (0.2, 0.2)}, {"ranking_split": "auto", "positive_rating": 1.0}):
         features = cfg.features.model_copy(update=changes)
         before = features.model_dump(mode="json", exclude=events._LATER | {"ranking_split", "ranking_holdout"})
         mark = digest("events", before, cfg.seed, MODALITIES, lake.stamps(lake.versions("items", "interactions")))
-        assert events._mark(cfg, events._decided(features, lake, track.note), lake) == mark
-    assert events.build(cfg.model_copy(update={"features": cfg.features.model_copy(update={"ranking_holdout": (0.2, 0.2)})}), track) is False
+        assert stage.resolve(events.EVENTS, cfg.model_copy(update={"features": features}), lake).hash == mark
+    features = cfg.features.model_copy(update={"ranking_holdout": (0.2, 0.2)})
+    assert stage.check_fresh(events.EVENTS, cfg.model_copy(update={"features": features}), lake)
 
 
 def test_settings_of_the_second_part_leave_the_first_alone(done):
     cfg, lake, _ = done
-    assert (
-        events.build(
-            cfg.model_copy(update={"features": cfg.features.model_copy(update={"proxy_min_spearman": 0.9})}),
-            tracking.Track(cfg, lake, "x", None, ""),
-        )
-        is False
-    )
+    features = cfg.features.model_copy(update={"proxy_min_spearman": 0.9})
+    assert stage.check_fresh(events.EVENTS, cfg.model_copy(update={"features": features}), lake)
 
 
 def test_neither_row_order_nor_partitioning_changes_a_table(spark, done, tmp_path, capsys):
@@ -250,7 +245,7 @@ def test_neither_row_order_nor_partitioning_changes_a_table(spark, done, tmp_pat
     assert lake.lineage("item_stats") == lake.lineage("sequences") == lake.versions("items", "interactions")
     embed(lake)
     run(cfg, "items")
-    names = ("rejected_rows", "item_stats", "user_stats", "sequences", "ranking_samples", "item_features", "catalog_stats")
+    names = ("rejected_rows", "item_stats", "user_stats", "sequences", "ranking_samples", "item_features", "catalog_stats", "richness_stats")
     other, here = content(lake, *names), content(done[1], *names)
     for name in names:
         assert other[name] == here[name], name

@@ -188,7 +188,7 @@ def test_refused_rows_are_kept_whole_once_a_run(spark, lake):
         checked = events.check(spark, config(max_rejected=0.5), lake, "one", NOTES.append)
     assert (checked.good, checked.rejected) == (4, {"non_finite": 2, "unknown_item": 2})
     rows = {(row["table"], row["reason"]): row for row in lake.read("rejected_rows").to_pylist()}
-    assert {key: (row["run"], row["copies"]) for key, row in rows.items()} == {
+    assert {key: (row["input_hash"], row["copies"]) for key, row in rows.items()} == {
         ("items", "non_finite"): ("one", 2),
         ("interactions", "unknown_item"): ("one", 2),
     }
@@ -210,7 +210,7 @@ def test_too_many_refused_rows_stop_the_stage_after_they_were_written(spark, lak
         match=r"table items: 2 of 4 rows rejected, more than features.max_rejected 0.05 \(non_finite: 2\); look at them in table rejected_rows",
     ):
         events.check(spark, config(), lake, "two", NOTES.append)
-    assert [row["table"] for row in lake.read("rejected_rows").to_pylist() if row["run"] == "two"] == ["items"]
+    assert [row["table"] for row in lake.read("rejected_rows").to_pylist() if row["input_hash"] == "two"] == ["items"]
 
 
 def test_two_widths_are_named_with_their_counts(spark):

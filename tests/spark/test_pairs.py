@@ -11,6 +11,7 @@ import pytest
 from adasid import tables
 from adasid.config import Pairs, QuaSid
 from adasid.errors import InputError
+from pipelines import stage
 from pipelines.engines import tracking
 from pipelines.features import pairs
 from tests.spark.test_features_run import catalogue, config, prepare, run
@@ -141,6 +142,6 @@ def test_the_stage_writes_pairs_of_training_events_when_asked_and_again_when_som
     with pytest.raises(InputError, match="item_pairs is not there, or of other events"):
         pairs.check(counting, lake)
     with tracking.stage(cfg, "pairs") as track:
-        assert pairs.build(counting, track)
+        assert stage.run(pairs.ITEM_PAIRS, counting, track)
     pairs.check(counting, lake)
     assert (lake.version("item_pairs"), table(lake)) == (2, before)

@@ -20,7 +20,7 @@ from adasid.config import build as configure
 from adasid.errors import InputError
 from adasid.report import figures, page, sections, style, summary, words
 from adasid.report.material import Material, Training
-from adasid.tables import CATALOG_STATS, GENERATIONS, LIVE
+from adasid.tables import CATALOG_STATS, GENERATIONS, ITEM_STATS, LIVE, RICHNESS_STATS
 
 ITEMS, K = 2_000, 50
 UNKNOWN = dict.fromkeys(("norm_low", "norm_high", "norm_quantiles", "norm_by_count", "spearman", "richness_source", "richness_quantiles"))
@@ -33,7 +33,7 @@ def catalog(**changes: Any) -> dict[str, Any]:
     grid = np.linspace(0, 1, 101)
     bins = np.geomspace(1, 2_000, 12)
     row = {
-        "run": "demo", "items": ITEMS, "users": 1_500, "interactions": 30_211, "train_interactions": 27_211, "duplicates": 12,
+        "input_hash": "demo", "items": ITEMS, "users": 1_500, "interactions": 30_211, "train_interactions": 27_211, "duplicates": 12,
         "rejected": {"no item_id": 7, "time in the future": 2},
         "strata": {"head": 500, "mid": 980, "tail": 490, "cold": 30}, "gini": 0.682, "head_interactions": 0.744,
         "popularity": [{"x": float(x), "y": float(y)} for x, y in zip(rank, events)], "lorenz": [{"x": float(x), "y": float(x**4)} for x in grid],
@@ -387,7 +387,9 @@ def test_words() -> None:
 def write_run(cfg: Any, lake: Any) -> None:
     stats = catalog()
     stats = {**stats, "rejected": list(stats["rejected"].items()), "strata": list(stats["strata"].items())}
-    lake.write("catalog_stats", CATALOG_STATS, pa.Table.from_pylist([stats], CATALOG_STATS).to_batches(), "d1")
+    lake.write_rows("catalog_stats", CATALOG_STATS, [stats], "d1")
+    lake.write("item_stats", ITEM_STATS, ITEM_STATS.empty_table().to_batches(), "d1")
+    lake.write_rows("richness_stats", RICHNESS_STATS, [stats], "d1", lake.versions("item_stats"))
     published = [
         generation(),
         generation(generation=4, live=False, gates=[{"gate": "collision", "value": 0.6, "threshold": 0.5, "passed": False}]),
@@ -429,9 +431,7 @@ def test_stage_from_nothing_to_the_whole_run(undrawn: None, make_config: Any) ->
         run()
 
     early = catalog(rejected=[], strata=[("head", 500), ("mid", 1500)], **UNKNOWN)
-    text = Reader(
-        run(lambda lake: lake.write("catalog_stats", CATALOG_STATS, pa.Table.from_pylist([early], CATALOG_STATS).to_batches(), "d"))[1]
-    ).text
+    text = Reader(run(lambda lake: lake.write_rows("catalog_stats", CATALOG_STATS, [early], "d"))[1]).text
     assert "No semantic IDs are published yet." in text and "The behaviour model is not trained yet." in text
 
     (folder / "stale.png").write_bytes(b"")

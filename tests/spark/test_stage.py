@@ -1,0 +1,169 @@
+"""Stages read what they hashed, whatever is committed meanwhile; they read and write only what they declare; a plan says why."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from adasid import tables
+from adasid.config import Config, build
+from adasid.tokenizers import artifact
+from pipelines import chain, evaluate, ingest, report, sids, stage, train
+from pipelines.engines import tracking
+from pipelines.engines.lake import Lake
+from pipelines.features import events, items, pairs
+from pipelines.run import Run
+from tests.spark.test_features_run import catalogue, config, embed, prepare, run
+
+KMEANS = {"name": "rq-kmeans", "levels": 2, "codebook_size": 4, "content": ["text"]}
+PAIRS = {"features": {"max_rejected": 0.2, "ranking_split": "same", "pairs": {"method": "cooccurrence"}}}
+COUNTED = "item_stats", "interactions", "item_id"
+
+
+def declared(cfg: Config) -> list[stage.Stage]:
+    lake = Run(cfg).lake
+    own = [
+        *(step for step in chain._declared(cfg, lake) if isinstance(step, stage.Stage)),
+        train.BEHAVIOR,
+        pairs.ITEM_PAIRS,
+        train.downstream_stage("retrieval", None),
+        train.downstream_stage("ranking", None),
+        evaluate._trial_sids("trials/x", Path("x"), {"digest": "d"}),
+    ]
+    return list({step.name: step for step in own}.values())
+
+
+def settings(folder):
+    return config(folder, tokenizer=KMEANS, ray={"workers": 0}, **PAIRS)
+
+
+@pytest.fixture(scope="module")
+def made(spark, tmp_path_factory):
+    """Folder of a run with features."""
+    folder = tmp_path_factory.mktemp("stages")
+    cfg = settings(folder)
+    lake = prepare(spark, cfg, *catalogue())
+    run(cfg, "events")
+    embed(lake)
+    run(cfg, "items")
+    return folder
+
+
+@pytest.fixture
+def ready(made, tmp_path):
+    """A config and its lake: a copy of the run, one for each test."""
+    cfg = settings(tmp_path)
+    shutil.copytree(settings(made).run_dir, cfg.run_dir)
+    return cfg, Run(cfg).lake
+
+
+def meanwhile(monkeypatch, table, commit):
+    """Let another process commit to ``table`` as soon as a stage has hashed its inputs."""
+    original, waiting = Lake.stamps, [table]
+
+    def stamps(self, versions):
+        found = original(self, versions)
+        if waiting and table in versions:
+            waiting.clear()
+            commit()
+        return found
+
+    monkeypatch.setattr(Lake, "stamps", stamps)
+
+
+def changed(lake, table, schema, change):
+    """Commit the table with its rows changed."""
+    rows = change(lake.read(table).to_pylist())
+    lake.write(table, schema, pa.Table.from_pylist(rows, schema).to_batches(), "another process")
+
+
+def without_first_user(rows):
+    return [row for row in rows if row["user_id"] != rows[0]["user_id"]]
+
+
+@pytest.mark.parametrize(
+    ("step", "table", "schema", "change"),
+    [
+        (events.EVENTS, "interactions", tables.INTERACTIONS, without_first_user),
+        (pairs.ITEM_PAIRS, "ranking_samples", tables.RANKING_SAMPLES, without_first_user),
+        (items.ITEM_FEATURES, "items", tables.items(("text", "visual")), lambda rows: rows[1:]),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_output_is_made_of_the_version_that_was_hashed(ready, step, table, schema, change, monkeypatch):
+    cfg, lake = ready
+    percentiles = cfg.features.model_copy(update={"norm_percentiles": (5.0, 95.0)})
+    cfg = cfg.model_copy(update={"seed": cfg.seed + 1, "features": percentiles})
+    output = step.writes(cfg)[0]
+    meanwhile(monkeypatch, table, lambda: changed(lake, table, schema, change))
+    with tracking.stage(cfg, step.name) as track:
+        inputs = stage.run(step, cfg, track)
+    assert inputs and inputs.versions[table] == 0 and lake.version(table) == 1
+    assert (lake.lineage(output)[table], lake.stamp(output)) == (0, inputs.hash)
+    assert not stage.check_fresh(step, cfg, lake), "the next run must notice the commit"
+    rows = lake.read(output).num_rows
+    with tracking.stage(cfg, step.name) as track:
+        assert stage.run(step, cfg, track)
+    assert lake.read(output).num_rows != rows, "the rows were of the version that was committed meanwhile"
+
+
+def test_a_tokenizer_is_trained_on_the_version_that_was_hashed(ready, monkeypatch):
+    cfg, lake = ready
+    schema = tables.item_features(("text", "visual"))
+    meanwhile(monkeypatch, "item_features", lambda: changed(lake, "item_features", schema, lambda rows: rows[1:]))
+    with tracking.stage(cfg, "tokenizer") as track:
+        train.tokenizer(cfg, track)
+    step = train.tokenizer_stage()
+    pinned = stage.resolve(step, cfg, Lake(lake.root, {"item_features": 0}))
+    manifest = artifact.read_manifest(train.tokenizer_folder(pinned) / "model")
+    assert manifest["inputs"] == {"item_features": 0} and lake.version("item_features") == 1
+    assert not stage.check_fresh(step, cfg, lake), "the next run must notice the commit"
+
+
+def test_a_body_reads_and_writes_only_what_its_stage_declares(ready):
+    cfg, lake = ready
+    inputs = stage.resolve(pairs.ITEM_PAIRS, cfg, lake)
+    assert inputs.lake.read("item_stats").num_rows == 30
+    with pytest.raises(stage.Undeclared, match="stage item pairs reads sequences, which it does not declare"):
+        inputs.lake.read("sequences")
+    with pytest.raises(stage.Undeclared, match="stage item pairs writes item_stats, which it does not declare"):
+        inputs.lake.write_rows("item_stats", tables.ITEM_STATS, [], "x")
+
+
+@pytest.mark.parametrize("kind", ["synthetic", "tables"])
+def test_no_table_has_two_writers(kind, tmp_path):
+    source = {"kind": kind, **({"tables": {"items": "i", "interactions": "e"}} if kind == "tables" else {})}
+    cfg = build({"name": "t", "runs_dir": str(tmp_path), "source": source, "tokenizer": {"name": "quasid"}})
+    writers = Counter(table for step in declared(cfg) for table in step.writes(cfg))
+    assert {table: number for table, number in writers.items() if number > 1} == {}
+    assert {"items", "item_stats", "item_features", "richness_stats", "catalog_stats", "sids"} <= set(writers)
+    added = {table for step in (ingest.INGEST, events.EVENTS, report.REPORT, sids.declare(cfg)) for table in step.appends}
+    assert added == {"rejected_rows"} and not added & set(writers)
+
+
+def test_the_plan_says_what_runs_and_why(ready, capsys):
+    cfg, lake = ready
+    shutil.rmtree(lake.path("behavior_embeddings"))
+    steps = {step.stage: step for step in plan_of(cfg, lake)}
+    assert (steps["features"].status, steps["item pairs"].status) == ("up to date", "runs")
+    assert steps["item pairs"].why == "no output yet (table item_pairs)"
+    assert steps["behavior"].status == "runs"
+    assert steps["item features"].why == "reads behavior_embeddings, which behavior writes"
+    assert steps["sids"].why == "reads item_features, which item features writes and tokenizer, which tokenizer makes"
+    core = cfg.model_copy(update={"features": cfg.features.model_copy(update={"k_core": 5})})
+    assert {step.stage: step.why for step in plan_of(core, lake)}["features"] == "features.k_core 0 -> 5"
+    changed(lake, "interactions", tables.INTERACTIONS, without_first_user)
+    assert {step.stage: step.why for step in plan_of(cfg, lake)}["features"] == "interactions is at version 1, was 0"
+    capsys.readouterr()
+    run(cfg, "events")
+    assert "features runs: interactions is at version 1, was 0" in capsys.readouterr().err
+
+
+def plan_of(cfg, lake):
+    """The plan without ingest, whose tables the test has written itself."""
+    quasid = cfg.model_copy(update={"tokenizer": build({"tokenizer": {"name": "quasid"}}).tokenizer})
+    return [step for step in chain.plan(quasid, after="ingest")]

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from adasid.config.base import Names, Section, Share
 from adasid.config.names import check_modalities
-from adasid.config.tokenizers import AnyTokenizer
+from adasid.settings import Names, Section, Share
+from adasid.tokenizers.registry import AnyTokenizer
 
 
 class Pairs(Section):

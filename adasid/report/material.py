@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adasid.config import AdcSid, Config
+from adasid.config import AdcSidSettings, Config
 from adasid.tables import BEHAVIOR
 
 Row = Mapping[str, Any]
@@ -84,12 +84,12 @@ class Material:
     @property
     def routed(self) -> bool:
         """Whether the tokenizer aligns by richness and weighs behaviour slots."""
-        return isinstance(self.cfg.tokenizer, AdcSid)
+        return isinstance(self.cfg.tokenizer, AdcSidSettings)
 
     @property
     def _controller(self) -> Row:
         trained = (self.tokenizer.facts.get("controller") or {}) if self.tokenizer else {}
-        return {**self.cfg.tokenizer.controller.model_dump(), **trained} if isinstance(self.cfg.tokenizer, AdcSid) else {"enabled": False}
+        return {**self.cfg.tokenizer.controller.model_dump(), **trained} if isinstance(self.cfg.tokenizer, AdcSidSettings) else {"enabled": False}
 
 
 def last_stages(rows: Sequence[Row]) -> list[Row]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adasid.tables import PAD
+from adasid.tokenizers.settings import TokenizerSettings
 from adasid.training.shards import Batch, Shard
 from adasid.training.workers import Workers
 
@@ -48,9 +49,18 @@ class Tokenizer(nn.Module, ABC):
 
     interchangeable = False
     """Whether slots of one kind could change places: experts and sub-spaces can, residual levels cannot."""
+    settings: TokenizerSettings
+    """The section that it was built from; a subclass declares the type of its own."""
     slots: tuple[Slot, ...]
     widths: dict[str, int]
     """The declared inputs: modality -> width. Nothing else is read."""
+
+    def __init__(self, settings: TokenizerSettings, widths: Mapping[str, int], slots: Sequence[Slot]) -> None:
+        """``widths``: modality -> width, at least of ``settings.inputs``."""
+        super().__init__()
+        self.settings = settings
+        self.widths = {m: int(widths[m]) for m in settings.inputs}
+        self.slots = tuple(slots)
 
     @abstractmethod
     def prepare(self, shard: Shard, workers: Workers) -> None:

@@ -29,32 +29,34 @@ MIXTURE = {**SMALL, "latent_width": 16, "projector_width": 32, "hidden": [48, 32
 RESIDUAL = {**SMALL, "latent_width": 8, "hidden": [48, 32], "levels": 3}
 EACH = {"text": 2, "visual": 1, "behavior": 1}
 TOKENIZERS = {
-    "adc-sid": config.AdcSid.model_validate({**MIXTURE, "router": {"hidden": 16}}),
-    "adc-sid two experts": config.AdcSid.model_validate(
+    "adc-sid": config.AdcSidSettings.model_validate({**MIXTURE, "router": {"hidden": 16}}),
+    "adc-sid two experts": config.AdcSidSettings.model_validate(
         {**MIXTURE, "shared_experts": 2, "content_experts": {"text": 2, "visual": 2}, "router": {"hidden": 16}}
     ),
-    "adc-sid without its parts": config.AdcSid.model_validate(
+    "adc-sid without its parts": config.AdcSidSettings.model_validate(
         {**MIXTURE, "controller": {"enabled": False}, "alignment_weight": 0.0, "router": {"gate": "equal"}}
     ),
-    "adc-sid switch": config.AdcSid.model_validate({**MIXTURE, "router": {"hidden": 16, "gate": "switch"}, "straight_through": "sum"}),
-    "ada-sid": config.AdaSid.model_validate({**MIXTURE, "behavior_experts": 4, "router": {"hidden": 16, "sparsity": 0.4, "item_weight": 0.1}}),
-    "rq-vae": config.RqVae.model_validate(RESIDUAL),
-    "quasid": config.QuaSid.model_validate(RESIDUAL),
-    "adasid": config.AdaptiveSid.model_validate(RESIDUAL),
-    "letter": config.Letter.model_validate({**RESIDUAL, "diversity_groups": 3}),
-    "das": config.Das.model_validate(RESIDUAL),
-    "rq-vae++": config.RqVaePlus.model_validate({**RESIDUAL, "levels": EACH}),
-    "mm-rq-vae": config.MmRqVae.model_validate({**RESIDUAL, "levels": EACH}),
-    "rq-kmeans": config.RqKmeans(codebook_size=8, levels=3),
-    "rq-kmeans balanced": config.RqKmeans(codebook_size=8, levels=3, balanced=True),
-    "rq-kmeans by modality": config.RqKmeans(codebook_size=8, levels=EACH),
-    "rq-kmeans aligned": config.RqKmeans.model_validate(
+    "adc-sid switch": config.AdcSidSettings.model_validate({**MIXTURE, "router": {"hidden": 16, "gate": "switch"}, "straight_through": "sum"}),
+    "ada-sid": config.AdaSidSettings.model_validate(
+        {**MIXTURE, "behavior_experts": 4, "router": {"hidden": 16, "sparsity": 0.4, "item_weight": 0.1}}
+    ),
+    "rq-vae": config.RqVaeSettings.model_validate(RESIDUAL),
+    "quasid": config.QuaSidSettings.model_validate(RESIDUAL),
+    "adasid": config.AdaptiveSidSettings.model_validate(RESIDUAL),
+    "letter": config.LetterSettings.model_validate({**RESIDUAL, "diversity_groups": 3}),
+    "das": config.DasSettings.model_validate(RESIDUAL),
+    "rq-vae++": config.RqVaePlusSettings.model_validate({**RESIDUAL, "levels": EACH}),
+    "mm-rq-vae": config.MmRqVaeSettings.model_validate({**RESIDUAL, "levels": EACH}),
+    "rq-kmeans": config.RqKmeansSettings(codebook_size=8, levels=3),
+    "rq-kmeans balanced": config.RqKmeansSettings(codebook_size=8, levels=3, balanced=True),
+    "rq-kmeans by modality": config.RqKmeansSettings(codebook_size=8, levels=EACH),
+    "rq-kmeans aligned": config.RqKmeansSettings.model_validate(
         {"codebook_size": 8, "levels": 2, "aligner": {"width": 8, "hidden": [32], "training": {**TRAINING, "epochs": 40}}}
     ),
-    "opq": config.Opq(codebook_size=8, levels=2, width=8),
-    "opq by modality": config.Opq(codebook_size=8, levels=EACH, width=8),
-    "item-id": config.ItemId(codebook_size=8),
-    "random": config.RandomSid(codebook_size=8, levels=3),
+    "opq": config.OpqSettings(codebook_size=8, levels=2, width=8),
+    "opq by modality": config.OpqSettings(codebook_size=8, levels=EACH, width=8),
+    "item-id": config.ItemIdSettings(codebook_size=8),
+    "random": config.RandomSidSettings(codebook_size=8, levels=3),
 }
 CONTROLS = ("item-id", "random")
 
@@ -167,7 +169,7 @@ def test_no_codebook_dies_and_training_lowers_the_loss(trained):
     if settings.epochs and "reconstruction" in rows[0]:
         warm = 0.9 if settings.name == "mm-rq-vae" else 0.6
         assert rows[-1]["reconstruction"] < warm * rows[0]["reconstruction"]
-        if isinstance(settings, config.AdcSid):
+        if isinstance(settings, config.AdcSidSettings):
             assert rows[-1]["codebook"] < rows[1]["codebook"] * 2
     elif settings.epochs:
         assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adasid import config
 from adasid.experts import Trunk, mlp
 from adasid.losses.alignment import alignment_weight, calibrated_beta, info_nce
 from adasid.losses.routing import SparsityController, item_sparsity_loss, sparsity_loss
 from adasid.quantizers.cosine import CosineCodebooks, Quantized, codebook_loss
 from adasid.quantizers.kmeans import Held
 from adasid.tables import BEHAVIOR, PAD
+from adasid.tokenizers.adc_sid import AdcSidSettings
 from adasid.tokenizers.base import Codes, Losses, Slot, letters, sample
 from adasid.tokenizers.trained import TrainedTokenizer
 from adasid.training.shards import Batch, Shard
@@ -32,18 +32,29 @@ class AdcSid(TrainedTokenizer):
     """
 
     interchangeable = True
+    settings: AdcSidSettings
 
-    def __init__(self, settings: config.AdcSid, widths: Mapping[str, int]) -> None:
-        s = self.settings = settings
+    def __init__(self, settings: AdcSidSettings, widths: Mapping[str, int]) -> None:
+        s = settings
         experts = {"shared": s.shared_experts, **s.content_experts, BEHAVIOR: s.behavior_experts}
         names = letters(tuple(experts))
-        super().__init__(s, widths, [Slot(f"{names[kind]}{i}", kind, s.codebook_size) for kind, number in experts.items() for i in range(number)])
+        super().__init__(
+            s,
+            widths,
+            [Slot(f"{names[kind]}{i}", kind, s.codebook_size) for kind, number in experts.items() for i in range(number)],
+        )
         self.modalities = s.inputs
         self.gated = s.router.gate != "equal"
         self.trunks = nn.ModuleDict()
         for m in self.modalities:
             gate = [(s.router.hidden, experts[m])] if (self.gated if m == BEHAVIOR else experts[m] > 1) else []
-            self.trunks[m] = Trunk(self.widths[m], experts[m], s.hidden, s.latent_width, [(s.projector_width, s.projector_width), *gate])
+            self.trunks[m] = Trunk(
+                self.widths[m],
+                experts[m],
+                s.hidden,
+                s.latent_width,
+                [(s.projector_width, s.projector_width), *gate],
+            )
         if self.gated:
             with torch.no_grad():
                 self.trunks[BEHAVIOR].get_parameter("heads.1.bias").fill_(1.0)  # the gate starts dense (ReMoE, stage I)
@@ -51,7 +62,10 @@ class AdcSid(TrainedTokenizer):
         self.codebooks = CosineCodebooks(len(self.slots), s.codebook_size, s.latent_width)
         self.decoder = mlp([s.latent_width, *s.decoder_hidden, sum(self.widths.values())])
         self.sparsity = SparsityController(s.router.lambda_start, s.router.lambda_step)
-        self.register_buffer("beta", torch.tensor(0.0 if s.controller.beta == "calibrated" else float(s.controller.beta), dtype=torch.float64))
+        self.register_buffer(
+            "beta",
+            torch.tensor(0.0 if s.controller.beta == "calibrated" else float(s.controller.beta), dtype=torch.float64),
+        )
         self.register_buffer("theta", torch.zeros((), dtype=torch.float64))
         self.beta: Tensor
         self.theta: Tensor
@@ -88,7 +102,11 @@ class AdcSid(TrainedTokenizer):
         and its weight learns, up to 1, as if it counted itself."""
         if self.settings.router.gate == "switch":
             straight = weights.clamp(max=1)
-            weights = torch.where(self._content_slots()[:, None], weights, (weights > 0).to(weights.dtype) + straight - straight.detach())
+            weights = torch.where(
+                self._content_slots()[:, None],
+                weights,
+                (weights > 0).to(weights.dtype) + straight - straight.detach(),
+            )
         w = weights[:, :, None]
         return (w * quantized.latents).sum(0), (w * quantized.codewords).sum(0)
 
@@ -110,7 +128,9 @@ class AdcSid(TrainedTokenizer):
             histogram += torch.bincount((known * _BINS).round().long(), minlength=_BINS + 1)
         histogram = workers.sum(histogram.to(self.theta.device)).cpu()
         grid = torch.linspace(0, 1, _BINS + 1, dtype=torch.float64)
-        self.theta.fill_((self.settings.router.sparsity or 0.0) / max(1e-6, float((histogram * (1 - grid)).sum() / histogram.sum())))
+        self.theta.fill_(
+            (self.settings.router.sparsity or 0.0) / max(1e-6, float((histogram * (1 - grid)).sum() / histogram.sum())),
+        )
         c = self.settings.controller
         if c.beta == "calibrated":
             quantile = grid[torch.searchsorted(histogram.cumsum(0), c.calibrated_share * histogram.sum()).clamp(max=_BINS)]
@@ -180,7 +200,9 @@ class AdcSid(TrainedTokenizer):
         """Eqs 18 to 21: content pairs both ways; each content modality (anchor) against behaviour, times the item's strength."""
         strength = self._strength(batch.richness)
         one_way = self._contrast(h, {m: batch.present[m] for m in h}, batch.index, workers)
-        return torch.stack([*self._content_pairs(one_way), *(one_way(m, BEHAVIOR, strength) for m in self.settings.content)]).sum()
+        return torch.stack(
+            [*self._content_pairs(one_way), *(one_way(m, BEHAVIOR, strength) for m in self.settings.content)],
+        ).sum()
 
     def _content_pairs(self, one_way: Callable[[str, str, Tensor | float], Tensor]) -> list[Tensor]:
         content = self.settings.content
@@ -230,12 +252,21 @@ class AdcSid(TrainedTokenizer):
         }
 
     @torch.no_grad()
-    def after_step(self, step: int, progress: float, workers: Workers, generator: torch.Generator) -> dict[nn.Parameter, Tensor]:
+    def after_step(
+        self,
+        step: int,
+        progress: float,
+        workers: Workers,
+        generator: torch.Generator,
+    ) -> dict[nn.Parameter, Tensor]:
         """Revive dead codes every ``revival.every`` steps, from the latents of all workers' last batch."""
         if self._last is None or not self.revival_due(step, progress):
             return {}
         latents, active = self._last
-        latents, active = workers.gather(latents.transpose(0, 1)).transpose(0, 1), workers.gather(active.T.to(torch.uint8)).T.bool()
+        latents, active = (
+            workers.gather(latents.transpose(0, 1)).transpose(0, 1),
+            workers.gather(active.T.to(torch.uint8)).T.bool(),
+        )
         dead = self.codebooks.revive(latents, active, self.settings.revival.min_share, generator)
         return {self.codebooks.weight: dead[:, :, None].expand_as(self.codebooks.weight)}
 
@@ -261,4 +292,7 @@ class AdcSid(TrainedTokenizer):
     def facts(self) -> Mapping[str, Any]:
         """The controller as used, and theta of the sparsity target."""
         c = self.settings.controller
-        return {"controller": {"alpha": c.alpha, "beta": float(self.beta), "enabled": c.enabled}, "theta": float(self.theta)}
+        return {
+            "controller": {"alpha": c.alpha, "beta": float(self.beta), "enabled": c.enabled},
+            "theta": float(self.theta),
+        }

@@ -7,10 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from adasid import config
 from adasid.errors import InputError
 from adasid.quantizers.kmeans import Held
-from adasid.quantizers.product import Components, ProductQuantizer, fit_opq, fit_opq_faiss, principal_components, refine_opq
+from adasid.quantizers.product import (
+    Components,
+    ProductQuantizer,
+    fit_opq,
+    fit_opq_faiss,
+    principal_components,
+    refine_opq,
+)
+from adasid.tokenizers.opq import OpqSettings
 from adasid.tokenizers.spaces import Spaces
 
 
@@ -20,13 +27,15 @@ class SubSpaces(nn.Module):
     Raises InputError where there are fewer dimensions than slots.
     """
 
-    def __init__(self, settings: config.Opq, kind: str, levels: int, dimensions: int) -> None:
+    def __init__(self, settings: OpqSettings, kind: str, levels: int, dimensions: int) -> None:
         super().__init__()
         self.settings, self.levels = settings, levels
         width = min(settings.width, dimensions) // levels * levels
         if not width:
             what = "the content" if kind == "shared" else repr(kind)
-            raise InputError(f"tokenizer.levels is {levels}, but {what} has {dimensions} dimensions in all: lower it, or add a modality")
+            raise InputError(
+                f"tokenizer.levels is {levels}, but {what} has {dimensions} dimensions in all: lower it, or add a modality",
+            )
         self.register_buffer("mean", torch.zeros(dimensions))
         self.register_buffer("basis", torch.zeros(dimensions, width))
         self.register_buffer("deviation", torch.ones(width))
@@ -57,18 +66,20 @@ class Opq(Spaces):
     """Slots o0 to o{L-1}, or by modality."""
 
     interchangeable = True
+    settings: OpqSettings
 
-    def __init__(self, settings: config.Opq, widths: Mapping[str, int]) -> None:
+    def __init__(self, settings: OpqSettings, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths, "o")
-        self.quantizers = nn.ModuleDict({kind: SubSpaces(settings, kind, number, self.dimensions(kind)) for kind, number in self.levels.items()})
+        self.quantizers = nn.ModuleDict(
+            {kind: SubSpaces(settings, kind, number, self.dimensions(kind)) for kind, number in self.levels.items()},
+        )
 
     def refine_space(self, kind: str, x: Tensor, rounds: int) -> None:
         """Rounds of centroids and rotation; the components stay."""
         space = self.quantizers[kind]
         components = Components(*(space.get_buffer(name) for name in Components._fields))
         start = ProductQuantizer(*(space.get_buffer(name) for name in ProductQuantizer._fields))
-        assert isinstance(self.chosen, config.Opq)
-        found, _ = refine_opq(components.project(x), start, rounds, self.chosen.momentum)
+        found, _ = refine_opq(components.project(x), start, rounds, self.settings.momentum)
         for name, value in found._asdict().items():
             space.get_buffer(name).copy_(value)
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adasid import config
 from adasid.errors import InputError
 from adasid.tokenizers.base import Codes, Slot, Tokenizer
+from adasid.tokenizers.controls import ItemIdSettings, RandomSidSettings
 from adasid.training.shards import Batch, Shard
 from adasid.training.workers import Workers
 
@@ -21,10 +21,9 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 class _Control(Tokenizer):
     """Reads no vectors, so that it cannot decode any."""
 
-    def __init__(self, letter: str, levels: int, size: int) -> None:
-        super().__init__()
-        self.widths = {}
-        self.slots = tuple(Slot(f"{letter}{i}", "shared", size) for i in range(levels))
+    def __init__(self, settings: ItemIdSettings | RandomSidSettings, letter: str) -> None:
+        slots = [Slot(f"{letter}{i}", "shared", settings.codebook_size) for i in range(settings.levels)]
+        super().__init__(settings, {}, slots)
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
         """Nothing depends on the data."""
@@ -42,15 +41,18 @@ class ItemId(_Control):
     shifted by a hash of the others) make every digit even and keep the codes unique.
     """
 
-    def __init__(self, settings: config.ItemId, widths: Mapping[str, int]) -> None:
-        super().__init__("i", settings.levels, settings.codebook_size)
-        self.settings = settings
+    settings: ItemIdSettings
+
+    def __init__(self, settings: ItemIdSettings, widths: Mapping[str, int]) -> None:
+        super().__init__(settings, "i")
         powers = [min(settings.codebook_size**place, 2**62) for place in reversed(range(settings.levels))]
         self.register_buffer("powers", torch.tensor(powers))
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
         """Raises InputError where the catalogue has more items than there are codes."""
-        self._check(int(workers.gather(torch.tensor([shard.item_index[-1]], device=self.get_buffer("powers").device)).max()))
+        self._check(
+            int(workers.gather(torch.tensor([shard.item_index[-1]], device=self.get_buffer("powers").device)).max()),
+        )
 
     def _check(self, largest: int) -> None:
         s = self.settings
@@ -81,9 +83,10 @@ class RandomSid(_Control):
     The salt comes from torch's generator at construction, that is, from the run's seed.
     """
 
-    def __init__(self, settings: config.RandomSid, widths: Mapping[str, int]) -> None:
-        super().__init__("x", settings.levels, settings.codebook_size)
-        self.settings = settings
+    settings: RandomSidSettings
+
+    def __init__(self, settings: RandomSidSettings, widths: Mapping[str, int]) -> None:
+        super().__init__(settings, "x")
         self.register_buffer("salt", torch.randint(-(2**63), 2**63 - 1, ()))
 
     @torch.inference_mode()

@@ -9,11 +9,11 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adasid import config
 from adasid.experts import mlp
 from adasid.losses.overlap import pair_contrast
 from adasid.quantizers.kmeans import Held, kmeans, lloyd_round, nearest_euclidean
 from adasid.tokenizers.base import Losses
+from adasid.tokenizers.rq_kmeans import RqKmeansSettings
 from adasid.tokenizers.spaces import Spaces
 from adasid.training.shards import Batch
 from adasid.training.workers import Workers
@@ -45,12 +45,16 @@ class ResidualCentroids(nn.Module):
 class RqKmeans(Spaces):
     """Slots r0 to r{L-1}, or by modality."""
 
-    def __init__(self, settings: config.RqKmeans, widths: Mapping[str, int]) -> None:
+    settings: RqKmeansSettings
+
+    def __init__(self, settings: RqKmeansSettings, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths, "r")
-        s = self.settings = settings
+        s = settings
         self.encoder = mlp([self.dimensions("shared"), *s.aligner.hidden, s.aligner.width]) if s.aligner else None
         spaces = {kind: s.aligner.width if s.aligner else self.dimensions(kind) for kind in self.levels}
-        self.quantizers = nn.ModuleDict({kind: ResidualCentroids(number, s.codebook_size, spaces[kind]) for kind, number in self.levels.items()})
+        self.quantizers = nn.ModuleDict(
+            {kind: ResidualCentroids(number, s.codebook_size, spaces[kind]) for kind, number in self.levels.items()},
+        )
 
     def _spaces(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """The aligner's outputs are of unit norm: its loss reads their direction only."""
@@ -58,7 +62,10 @@ class RqKmeans(Spaces):
         if self.encoder is None:
             return found
         x, there = found["shared"]
-        x = nnf.normalize(functional_call(self.encoder, {name: p.double() for name, p in self.encoder.named_parameters()}, (x,)), dim=1)
+        x = nnf.normalize(
+            functional_call(self.encoder, {name: p.double() for name, p in self.encoder.named_parameters()}, (x,)),
+            dim=1,
+        )
         return {"shared": (x, there)}
 
     def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:

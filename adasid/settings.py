@@ -1,4 +1,5 @@
-"""The base of every settings model, and the types that they share. It imports no torch, and neither does any settings model."""
+"""The base of every settings model, and the types that they share. It imports no torch, and neither does any settings
+model."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ _EVALUATED: dict[str, type[BaseModel]] = {
 
 
 def resolved(data: Mapping[str, Any], content: Sequence[str]) -> dict[str, Any]:
-    """Return ``data``, the whole config as it is read, with its tokenizer, compared and evaluated sections as if they were
-    written out. ``content``: the modalities of ``features.content``. Raises ValueError as :func:`written_out`."""
+    """Return ``data``, the whole config as it is read, with its tokenizer, compared and evaluated sections as if they
+    were written out. ``content``: the modalities of ``features.content``. Raises ValueError as :func:`written_out`."""
     result = {**data, "tokenizer": filled(data.get("tokenizer", {}), content)}
     compare, evaluate = data.get("compare"), data.get("evaluate")
     if isinstance(compare, Mapping) and isinstance(compare.get("tokenizers"), Mapping):
@@ -44,8 +44,8 @@ def resolved(data: Mapping[str, Any], content: Sequence[str]) -> dict[str, Any]:
 
 
 def written_out(key: str, sections: Mapping[str, Any], model_of: ModelOf) -> dict[str, Any]:
-    """Return ``sections``, label -> section, without the key ``like``: ``{like: LABEL, ...}`` is the section of that label,
-    which may itself be like another, with the other keys merged into it by :func:`merged`.
+    """Return ``sections``, label -> section, without the key ``like``: ``{like: LABEL, ...}`` is the section of that
+    label, which may itself be like another, with the other keys merged into it by :func:`merged`.
 
     ``key`` is the name of the mapping in errors; ``model_of`` returns the settings model of a section, None where it is
     unknown. Raises ValueError for an unknown label, a cycle, and a section whose ``name`` differs from its base's.
@@ -61,7 +61,8 @@ def _written_out(key: str, sections: Mapping[str, Any], chain: tuple[str, ...], 
         return section
     like = section["like"]
     if not isinstance(like, str) or like not in sections:
-        near = difflib.get_close_matches(str(like), [other for other in sections if other != label], n=1, cutoff=0.0)
+        others = [str(other) for other in sections if other != label]
+        near = difflib.get_close_matches(str(like), others, n=1, cutoff=0.0)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{key}.{label}.like is {like!r}, which is not a label of {key}{hint}")
     if like in chain:
@@ -81,8 +82,8 @@ def _written_out(key: str, sections: Mapping[str, Any], chain: tuple[str, ...], 
 
 def merged(model: Model, base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``base`` with the values of ``given``. A value replaces the base's, except that two sections (a field of
-    ``model`` that is a settings model itself) of one ``kind`` are merged in the same way. A mapping that is one value, such
-    as ``levels`` or ``content_experts``, is replaced as a whole, and so is a list."""
+    ``model`` that is a settings model itself) of one ``kind`` are merged in the same way. A mapping that is one value,
+    such as ``levels`` or ``content_experts``, is replaced as a whole, and so is a list."""
     fields = model.model_fields if model else {}
     return {**base, **{name: _merged_value(fields.get(name), base.get(name), value) for name, value in given.items()}}
 
@@ -98,17 +99,17 @@ def _merged_value(field: FieldInfo | None, old: Any, new: Any) -> Any:
 
 
 def filled(section: Any, content: Sequence[str]) -> Any:
-    """Return a tokenizer section with the default's name where it has none, all of ``content`` where it does not say what
-    it reads, and its method's own defaults in the sections that it gives in part."""
+    """Return a tokenizer section with the default's name where it has none, all of ``content`` where it does not say
+    what it reads, and its method's own defaults in the sections that it gives in part."""
     if not isinstance(section, Mapping):
         return section
-    section = _named(section)
+    section = {"name": _DEFAULT, **section}
     model = _tokenizer(section)
     if model is None:
         return section
-    fields = model.model_fields
+    defaults = {name: field.default for name, field in model.model_fields.items()}
     section = {**model.reading(content), **section}
-    return {name: _completed(fields[name].default, value) if name in fields else value for name, value in section.items()}
+    return {name: _completed(defaults.get(name), value) for name, value in section.items()}
 
 
 def _always(model: Model) -> ModelOf:
@@ -116,9 +117,8 @@ def _always(model: Model) -> ModelOf:
 
 
 def _named(section: Any) -> Any:
-    if not isinstance(section, Mapping) or "like" in section:
-        return section
-    return {"name": _DEFAULT, **section}
+    """A tokenizer section with the default's name, where it has neither a name nor a base from which it takes one."""
+    return {"name": _DEFAULT, **section} if isinstance(section, Mapping) and "like" not in section else section
 
 
 def _tokenizer(section: Mapping[str, Any]) -> type[TokenizerSettings] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,7 +18,8 @@ from adasid.tokenizers.settings import Adaptive, Hamr, TokenizerSettings
 
 
 def render_base() -> str:
-    """The text of ``conf/base.yaml``: every key with its default and one comment; optional sections and the other tokenizers are commented out."""
+    """The text of ``conf/base.yaml``: every key with its default and one comment; optional sections and the other
+    tokenizers are commented out."""
     lines = ["# Every key with its default. Generated from adasid/config by `make conf`; a run's own file names only what differs."]
     _render(Config, Config(), 0, lines, "")
     usual = Config().tokenizer
@@ -35,8 +37,8 @@ def render_base() -> str:
 
 
 def render_tokenizers() -> str:
-    """Return the README's table of tokenizers, in Markdown: name, description with links to the papers, and what one with
-    default settings reads."""
+    """Return the README's table of tokenizers, in Markdown: name, description with links to the papers, and what one
+    with default settings reads."""
     lines = ["| name | what it is | reads, by default |", "|---|---|---|"]
     for model in TOKENIZERS:
         name = model.model_fields["name"]
@@ -44,6 +46,19 @@ def render_tokenizers() -> str:
         links = ", ".join(f"[{number}{version}](https://arxiv.org/abs/{number}{version})" for number, version in papers)
         lines.append(f"| `{name.default}` | {name.description}{f' ({links})' if links else ''} | {_reads(model())} |")
     return "\n".join(lines) + "\n"
+
+
+def write(root: Path) -> None:
+    """Write ``conf/base.yaml`` below ``root``, and the table of tokenizers into its README."""
+    (root / "conf" / "base.yaml").write_text(render_base(), encoding="utf-8")
+    readme = root / "README.md"
+    readme.write_text(with_tokenizers(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def with_tokenizers(readme: str) -> str:
+    """Return the README with its table of tokenizers as :func:`render_tokenizers` has it."""
+    start = readme.index("| name | what it is |")
+    return readme[:start] + render_tokenizers() + readme[readme.index("\n\n", start) + 1 :]
 
 
 def _reads(settings: TokenizerSettings) -> str:

@@ -160,7 +160,9 @@ class Categories(Section):
 
 class Compare(Section):
     tokenizers: dict[str, AnyTokenizer] = Field(
-        {}, description="label -> tokenizer section: what jobs/compare_tokenizers.py trains on the same features"
+        {},
+        description="label -> tokenizer section: what jobs/compare_tokenizers.py trains on the same features; "
+        "{like: LABEL, ...} is the section of that label with other values",
     )
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field((17,), description="seeds of each of them")
     more_seeds: dict[str, Annotated[tuple[int, ...], Field(strict=False)]] = Field({}, description="label -> further seeds")

@@ -115,6 +115,13 @@ def sample(shard: Shard, workers: Workers, items: int) -> Iterator[Batch]:
         yield shard.take(rows[start : start + 4096])
 
 
+def slots_of(numbers: Mapping[str, int], size: int, prefixes: Mapping[str, str] | None = None) -> list[Slot]:
+    """Return ``numbers[kind]`` slots of each kind, of ``size`` codes each. A slot's name is the prefix of its kind, by
+    default that of :func:`letters`, and its number within the kind."""
+    prefixes = prefixes or letters(tuple(numbers))
+    return [Slot(f"{prefixes[kind]}{i}", kind, size) for kind, number in numbers.items() for i in range(number)]
+
+
 def letters(kinds: Sequence[str]) -> dict[str, str]:
     """Short prefixes of slot names: for each kind the shortest start of its name that no other has."""
     return {m: next((m[:n] for n in range(1, len(m)) if not any(o != m and o.startswith(m[:n]) for o in kinds)), m) for m in kinds}

@@ -79,8 +79,8 @@ class Hamr(Section):
 
 
 class Adaptive(Section):
-    """Adaptive overlap regulation (AdaSID, arXiv 2604.23522): relaxation, load-adaptive strengthening, progress-adaptive
-    rebalancing."""
+    """Adaptive overlap regulation (AdaSID, arXiv 2604.23522): relaxation, load-adaptive strengthening,
+    progress-adaptive rebalancing."""
 
     kind: Literal["adaptive"] = Field(description="adaptive: AdaSID's repulsion")
     thresholds: Pair = Field(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adasid.errors import InputError
 from adasid.tables import PAD
-from adasid.tokenizers.base import Codes, Slot, Tokenizer, letters, sample
+from adasid.tokenizers.base import Codes, Tokenizer, sample, slots_of
 from adasid.tokenizers.inputs import Inputs
 from adasid.tokenizers.settings import SpacesSettings
 from adasid.training.shards import Batch, Shard
@@ -31,10 +31,8 @@ class Spaces(Tokenizer):
     def __init__(self, settings: SpacesSettings, widths: Mapping[str, int], letter: str) -> None:
         by_modality = isinstance(settings.levels, dict)
         levels = settings.levels if isinstance(settings.levels, dict) else {"shared": settings.levels}
-        names = letters(tuple(levels)) if by_modality else {"shared": letter}
-        size = settings.codebook_size
-        slots = [Slot(f"{names[kind]}{i}", kind, size) for kind, number in levels.items() for i in range(number)]
-        super().__init__(settings, widths, slots)
+        prefixes = None if by_modality else {"shared": letter}
+        super().__init__(settings, widths, slots_of(levels, settings.codebook_size, prefixes))
         self.levels, self.by_modality = levels, by_modality
         self.inputs = Inputs(self.widths)
 

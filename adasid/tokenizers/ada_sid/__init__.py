@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 class AdaSidSettings(AdcSidSettings):
-    """ADA-SID (arXiv 2510.25622 v1): behaviour aligned to text + image, item-specific sparsity, SIDs of variable length."""
+    """ADA-SID (arXiv 2510.25622 v1): behaviour aligned to text + image, item-specific sparsity, SIDs of variable
+    length."""
 
     name: Literal["ada-sid"] = Field(  # type: ignore[assignment]
         "ada-sid",
-        description="ADC-SID's first version: behaviour aligned to the sum of content, sparsity by item, inactive behaviour slots become PAD",
+        description="ADC-SID's first version: behaviour aligned to the sum of content; inactive slots become PAD",
     )
     behavior_experts: int = Field(5, ge=1, description="experts of the behaviour modality (N_b)")
     threshold: float = Field(0.0, ge=0, description="a behaviour slot whose weight is not above it becomes PAD")

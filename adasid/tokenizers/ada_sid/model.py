@@ -1,4 +1,5 @@
-"""ADA-SID (arXiv 2510.25622 v1 and v2), the first version of ADC-SID: another alignment, and SIDs of variable length (methods 1.5, 1.7, 1.10)."""
+"""ADA-SID (arXiv 2510.25622 v1 and v2), the first version of ADC-SID: another alignment, and SIDs of variable length
+(methods 1.5, 1.7, 1.10)."""
 
 from __future__ import annotations
 

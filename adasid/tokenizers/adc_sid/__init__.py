@@ -85,7 +85,7 @@ class AdcSidSettings(TrainedSettings):
     commitment: float = Field(
         1.0,
         ge=0,
-        description="weight of the commitment half of the codebook loss (0.25 is usual; latents then stray from their codewords)",
+        description="weight of the commitment half of the codebook loss (0.25 is usual; latents stray then)",
     )
     straight_through: Literal["slots", "sum"] = Field(
         "slots",
@@ -126,7 +126,6 @@ class AdcSidSettings(TrainedSettings):
     def _fits(self) -> AdcSidSettings:
         check_slots("content_experts", self.content_experts, behavior=False)
         if self.router.gate == "switch" and self.straight_through == "slots":
-            raise ValueError(
-                "tokenizer.router.gate is 'switch', whose slots close where gates learn by codewords: set tokenizer.straight_through: sum"
-            )
+            fault = "tokenizer.router.gate is 'switch', whose slots close where gates learn by codewords"
+            raise ValueError(f"{fault}: set tokenizer.straight_through: sum")
         return self

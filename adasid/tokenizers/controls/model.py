@@ -1,4 +1,5 @@
-"""Controls: codes that say nothing of the item, unique or random. What a method gains over them is what its codes mean."""
+"""Controls: codes that say nothing of the item, unique or random. What a method gains over them is what its codes
+mean."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adasid.errors import InputError
-from adasid.tokenizers.base import Codes, Slot, Tokenizer
+from adasid.tokenizers.base import Codes, Tokenizer, slots_of
 from adasid.tokenizers.controls import ItemIdSettings, RandomSidSettings
 from adasid.training.shards import Batch, Shard
 from adasid.training.workers import Workers
@@ -22,7 +23,7 @@ class _Control(Tokenizer):
     """Reads no vectors, so that it cannot decode any."""
 
     def __init__(self, settings: ItemIdSettings | RandomSidSettings, letter: str) -> None:
-        slots = [Slot(f"{letter}{i}", "shared", settings.codebook_size) for i in range(settings.levels)]
+        slots = slots_of({"shared": settings.levels}, settings.codebook_size, {"shared": letter})
         super().__init__(settings, {}, slots)
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
@@ -37,8 +38,9 @@ class _Control(Tokenizer):
 class ItemId(_Control):
     """The item's index in base K, its digits mixed without loss, in slots i0 to i{L-1}. ``widths`` is not read.
 
-    The index is a rank by popularity, so its leading digits alone would say how popular an item is. Two rounds of a Feistel network over the digits (each is
-    shifted by a hash of the others) make every digit even and keep the codes unique.
+    The index is a rank by popularity, so its leading digits alone would say how popular an item is. Two rounds of a
+    Feistel network over the digits (each is shifted by a hash of the others) make every digit even and keep the codes
+    unique.
     """
 
     settings: ItemIdSettings
@@ -58,8 +60,8 @@ class ItemId(_Control):
         s = self.settings
         if largest >= s.codebook_size**s.levels:
             raise InputError(
-                f"tokenizer item-id: item_index {largest} does not fit tokenizer.codebook_size {s.codebook_size} to the power of tokenizer.levels "
-                f"{s.levels} = {s.codebook_size**s.levels}: raise tokenizer.levels"
+                f"tokenizer item-id: item_index {largest} does not fit tokenizer.codebook_size {s.codebook_size} "
+                f"to the power of tokenizer.levels {s.levels} = {s.codebook_size**s.levels}: raise tokenizer.levels"
             )
 
     @torch.inference_mode()
@@ -102,7 +104,8 @@ def _whole(codes: Tensor) -> Codes:
 
 
 def _splitmix(seed: Tensor, index: Tensor) -> Tensor:
-    """Value ``index`` >= 0 of the splitmix64 stream of ``seed`` (Steele, Lea and Flood, OOPSLA 2014), in int64 that wraps around."""
+    """Value ``index`` >= 0 of the splitmix64 stream of ``seed`` (Steele, Lea and Flood, OOPSLA 2014), in int64 that
+    wraps around."""
     z = seed + (index + 1) * _signed(_GAMMA)
     for bits, factor in _MIX:
         z = (z ^ _shift(z, bits)) * _signed(factor)

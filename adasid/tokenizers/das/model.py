@@ -1,5 +1,6 @@
-"""DAS (arXiv 2508.10584), item side: RQ-VAE whose quantized vectors are aligned with behaviour and with those of co-engaged items
-(methods 6.5). Left out: the user side, the contrast with a user's state (w3), and the debiasing of pairs by their items' popularity."""
+"""DAS (arXiv 2508.10584), item side: RQ-VAE whose quantized vectors are aligned with behaviour and with those of
+co-engaged items (methods 6.5). Left out: the user side, the contrast with a user's state (w3), and the debiasing of
+pairs by their items' popularity."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""LETTER (arXiv 2405.07314): RQ-VAE with collaborative regularisation L_CF, diversity regularisation L_div, and a balanced
-assignment of the last level in training (methods 6.4). Codes of new items never depend on their batch: encoding takes the nearest code.
-A codeword's mate for L_div is drawn once an epoch (in LETTER's code, for every item).
+"""LETTER (arXiv 2405.07314): RQ-VAE with collaborative regularisation L_CF, diversity regularisation L_div, and a
+balanced assignment of the last level in training (methods 6.4). Codes of new items never depend on their batch:
+encoding takes the nearest code. A codeword's mate for L_div is drawn once an epoch (in LETTER's code, for every item).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from adasid.training.workers import Workers
 
 
 class Letter(RqVae):
-    """The collaborative vector is the item's scaled behaviour, brought to the code's width by a learned linear map (the paper trains
-    SASRec at that width)."""
+    """The collaborative vector is the item's scaled behaviour, brought to the code's width by a learned linear map (the
+    paper trains SASRec at that width)."""
 
     settings: LetterSettings
 
@@ -43,7 +43,8 @@ class Letter(RqVae):
             mates = (group[:, None] == group[None, :]).fill_diagonal_(False).double()
             alone = mates.sum(1) == 0
             mates[alone] = 1 - torch.eye(len(mates), dtype=mates.dtype, device=mates.device)[alone]
-            self.partner[level] = torch.multinomial(mates.cpu(), 1, generator=generator).flatten().to(self.partner.device)
+            drawn = torch.multinomial(mates.cpu(), 1, generator=generator).flatten()
+            self.partner[level] = drawn.to(self.partner.device)
 
     def balanced(self) -> tuple[float, int] | None:
         """Sinkhorn on the last level."""
@@ -71,7 +72,8 @@ class Letter(RqVae):
         return total, parts
 
     def _collaborative(self, z: Tensor, behavior: Tensor, batch: Batch, workers: Workers) -> Tensor:
-        """Softmax over the inner products of z_q with all workers' behaviour vectors; items without behaviour do not count."""
+        """Softmax over the inner products of z_q with all workers' behaviour vectors; items without behaviour do not
+        count."""
         there = batch.present[BEHAVIOR]
         everyone, valid = (
             workers.gather_with_gradient(self.project(behavior)),
@@ -83,7 +85,8 @@ class Letter(RqVae):
         return (nnf.cross_entropy(logits, own, reduction="none") * there).sum() / there.sum().clamp(min=1)
 
     def _diversity(self, p: Passed) -> Tensor:
-        """Each level: softmax over the other codewords, positive: the drawn mate of the item's own codeword; mean over levels."""
+        """Each level: softmax over the other codewords, positive: the drawn mate of the item's own codeword; mean over
+        levels."""
         losses = []
         for level, book in enumerate(self.tower("shared").codebooks.weight):
             code, residual, word = (

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class MmRqVaeSettings(RqVaePlusSettings):
-    """MM-RQ-VAE (MME-SID, arXiv 2509.02017): one RQ-VAE for each modality, distributions reconstructed, modalities aligned
-    with behaviour."""
+    """MM-RQ-VAE (MME-SID, arXiv 2509.02017): one RQ-VAE for each modality, distributions reconstructed, modalities
+    aligned with behaviour."""
 
     name: Literal["mm-rq-vae"] = Field(  # type: ignore[assignment]
         "mm-rq-vae", description="RQ-VAE++ with MMD reconstruction and aligned modalities"

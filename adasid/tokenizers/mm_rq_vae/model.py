@@ -1,5 +1,5 @@
-"""MM-RQ-VAE (MME-SID, arXiv 2509.02017): RQ-VAEs of all modalities that reconstruct the batch's distribution, with the quantized
-content aligned with the quantized behaviour (methods 6.6)."""
+"""MM-RQ-VAE (MME-SID, arXiv 2509.02017): RQ-VAEs of all modalities that reconstruct the batch's distribution, with the
+quantized content aligned with the quantized behaviour (methods 6.6)."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class OpqSettings(SpacesSettings):
-    """OPQ (Ge et al., CVPR 2013, as RPG uses it): principal components, a learned rotation, one k-means for each sub-space;
-    over the joint content, or for each modality."""
+    """OPQ (Ge et al., CVPR 2013, as RPG uses it): principal components, a learned rotation, one k-means for each
+    sub-space; over the joint content, or for each modality."""
 
     name: Literal["opq"] = Field(
         "opq",
@@ -54,7 +54,6 @@ class OpqSettings(SpacesSettings):
                     f"tokenizer.width {self.width} is not a multiple of tokenizer.levels {levels}: take {fix}",
                 )
         if self.engine == "faiss" and self.codebook_size & (self.codebook_size - 1):
-            raise ValueError(
-                f"tokenizer.engine is 'faiss' but tokenizer.codebook_size {self.codebook_size} is not a power of two: use engine: own",
-            )
+            size = f"tokenizer.codebook_size {self.codebook_size}"
+            raise ValueError(f"tokenizer.engine is 'faiss' but {size} is not a power of two: use engine: own")
         return self

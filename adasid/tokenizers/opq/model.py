@@ -1,4 +1,5 @@
-"""Optimised product quantization (Ge et al., CVPR 2013, as RPG uses it; methods 6.2) of the content, or of each modality."""
+"""Optimised product quantization (Ge et al., CVPR 2013, as RPG uses it; methods 6.2) of the content, or of each
+modality."""
 
 from __future__ import annotations
 
@@ -32,10 +33,8 @@ class SubSpaces(nn.Module):
         self.settings, self.levels = settings, levels
         width = min(settings.width, dimensions) // levels * levels
         if not width:
-            what = "the content" if kind == "shared" else repr(kind)
-            raise InputError(
-                f"tokenizer.levels is {levels}, but {what} has {dimensions} dimensions in all: lower it, or add a modality",
-            )
+            what = f"{'the content' if kind == 'shared' else repr(kind)} has {dimensions} dimensions in all"
+            raise InputError(f"tokenizer.levels is {levels}, but {what}: lower it, or add a modality")
         self.register_buffer("mean", torch.zeros(dimensions))
         self.register_buffer("basis", torch.zeros(dimensions, width))
         self.register_buffer("deviation", torch.ones(width))
@@ -55,7 +54,8 @@ class SubSpaces(nn.Module):
             self.get_buffer(name).copy_(value)
 
     def forward(self, x: Tensor, held: Held | None = None) -> tuple[Tensor, Tensor]:
-        """Codes [n, L] and the decoded vectors [n, D] of ``x`` [n, D] of float64, in which codes do not depend on the batch; ``held``: codes [n, L]."""
+        """Codes [n, L] and the decoded vectors [n, D] of ``x`` [n, D] of float64, in which codes do not depend on the
+        batch; ``held``: codes [n, L]."""
         components = Components(*(self.get_buffer(name).double() for name in Components._fields))
         quantizer = ProductQuantizer(*(self.get_buffer(name).double() for name in ProductQuantizer._fields))
         codes = quantizer.codes(components.project(x), held)

@@ -24,7 +24,8 @@ class Aligner(Section):
 
 
 class RqKmeansSettings(SpacesSettings):
-    """RQ-KMeans (OneRec, QARM): residual k-means without an encoder; plain, balanced, aligned, or one for each modality."""
+    """RQ-KMeans (OneRec, QARM): residual k-means without an encoder; plain, balanced, aligned, or one for each
+    modality."""
 
     name: Literal["rq-kmeans"] = Field(
         "rq-kmeans",
@@ -55,7 +56,6 @@ class RqKmeansSettings(SpacesSettings):
     @model_validator(mode="after")
     def _joint(self) -> RqKmeansSettings:
         if isinstance(self.levels, dict) and self.aligner:
-            raise ValueError(
-                "tokenizer.aligner encodes the joint content vector, but tokenizer.levels names modalities: give a number, or no aligner"
-            )
+            fault = "tokenizer.aligner encodes the joint content vector, but tokenizer.levels names modalities"
+            raise ValueError(f"{fault}: give a number, or no aligner")
         return self

@@ -1,4 +1,5 @@
-"""RQ-KMeans (OneRec, QARM; methods 6.3): residual k-means without an encoder; plain, balanced, aligned, or one for each modality."""
+"""RQ-KMeans (OneRec, QARM; methods 6.3): residual k-means without an encoder; plain, balanced, aligned, or one for each
+modality."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from adasid.training.workers import Workers
 
 
 class ResidualCentroids(nn.Module):
-    """``levels`` codebooks of ``size`` centroids, each of the residual that the one before leaves; ``centroids`` [L, K, d]."""
+    """``levels`` codebooks of ``size`` centroids, each of the residual that the one before leaves; ``centroids`` [L, K,
+    d]."""
 
     def __init__(self, levels: int, size: int, width: int) -> None:
         super().__init__()
@@ -28,7 +30,8 @@ class ResidualCentroids(nn.Module):
         self.centroids: Tensor
 
     def fit(self, x: Tensor, rounds: int, generator: torch.Generator, balanced: bool) -> None:
-        """k-means level by level on ``x`` [n, d], n >= 1. Residuals are of the nearest centroid, as in :meth:`forward`."""
+        """k-means level by level on ``x`` [n, d], n >= 1. Residuals are of the nearest centroid, as in
+        :meth:`forward`."""
         for level, words in enumerate(self.centroids):
             self.centroids[level] = kmeans(x, len(words), rounds, generator, balanced)
             x = x - words[nearest_euclidean(x, words)]

@@ -1,5 +1,6 @@
-"""RQ-VAE (TIGER, arXiv 2305.05065) and RQ-VAE++ (a baseline of arXiv 2510.25622 v1): residual quantization of an encoder's latent
-(methods 6.1, 6.7). QuaSID and AdaSID are RQ-VAEs with ``repulsion`` and ``contrast`` set (methods 4, 5)."""
+"""RQ-VAE (TIGER, arXiv 2305.05065) and RQ-VAE++ (a baseline of arXiv 2510.25622 v1): residual quantization of an
+encoder's latent (methods 6.1, 6.7). QuaSID and AdaSID are RQ-VAEs with ``repulsion`` and ``contrast`` set (methods 4,
+5)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from adasid.errors import InputError
 from adasid.experts import mlp
 from adasid.quantizers.residual import Residual, ResidualCodebooks, residual_loss
 from adasid.tables import PAD
-from adasid.tokenizers.base import Codes, Losses, Slot, letters, sample
+from adasid.tokenizers.base import Codes, Losses, sample, slots_of
 from adasid.tokenizers.rq_vae import RqVaePlusSettings, RqVaeSettings
 from adasid.tokenizers.settings import ResidualSettings
 from adasid.tokenizers.trained import TrainedTokenizer
@@ -33,7 +34,8 @@ class Tower(nn.Module):
 
 
 class Passed(NamedTuple):
-    """What a tower makes of a batch: ``z`` [B, d], ``quantized``, ``straight`` [B, d]: z in the gradient, z_q in value; ``there`` [B] bool."""
+    """What a tower makes of a batch: ``z`` [B, d], ``quantized``, ``straight`` [B, d]: z in the gradient, z_q in value;
+    ``there`` [B] bool."""
 
     z: Tensor
     quantized: Residual
@@ -54,12 +56,11 @@ class _Residual(TrainedTokenizer):
         plan: Mapping[str, tuple[tuple[str, ...], int]],
     ) -> None:
         """``plan``: name of a tower -> (modalities, levels); the name is the kind of its slots."""
-        names = letters(tuple(plan))
-        slots = [Slot(f"{names[kind]}{level}", kind, settings.codebook_size) for kind, (_, levels) in plan.items() for level in range(levels)]
-        super().__init__(settings, widths, slots)
-        self.towers = nn.ModuleDict(
-            {kind: Tower(settings, reads, sum(self.widths[m] for m in reads), levels) for kind, (reads, levels) in plan.items()}
-        )
+        numbers = {kind: levels for kind, (_, levels) in plan.items()}
+        super().__init__(settings, widths, slots_of(numbers, settings.codebook_size))
+        self.towers = nn.ModuleDict()
+        for kind, (reads, levels) in plan.items():
+            self.towers[kind] = Tower(settings, reads, sum(self.widths[m] for m in reads), levels)
         self._last: dict[str, Passed] = {}
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
@@ -165,7 +166,8 @@ class _Residual(TrainedTokenizer):
         return batch.richness.new_zeros(()), {}
 
     def reconstruction(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Squared error of each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the mean), absent ones left out."""
+        """Squared error of each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the
+        mean), absent ones left out."""
         decoded = self.decoded({kind: p.straight for kind, p in passed.items()})
         return torch.stack([(((y - x[m]) ** 2).mean(1) * batch.present[m]).mean() for m, y in decoded.items()]).sum()
 

@@ -100,7 +100,7 @@ def _merged_value(field: FieldInfo | None, old: Any, new: Any) -> Any:
 
 def filled(section: Any, content: Sequence[str]) -> Any:
     """Return a tokenizer section with the default's name where it has none, all of ``content`` where it does not say
-    what it reads, and its method's own defaults in the sections that it gives in part."""
+    what it reads, and its method's defaults in the sections that it gives in part."""
     if not isinstance(section, Mapping):
         return section
     section = {"name": _DEFAULT, **section}

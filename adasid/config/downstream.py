@@ -90,8 +90,7 @@ class Ranking(Section):
 class Evaluate(Section):
     tokenizers: Names = Field((), description="labels of compare.tokenizers whose SIDs are put to use")
     retrievers: dict[str, Retrieval] = Field(
-        {},
-        description="label -> retrieval section, or {like: LABEL, ...}: each on the SIDs of each tokenizer, unless evaluate.models says which",
+        {}, description="label -> retrieval section: each on the SIDs of each tokenizer, unless evaluate.models says which"
     )
     rankers: dict[str, Ranking] = Field({}, description="label -> ranking section: the same")
     controls: dict[str, Retrieval] = Field({}, description="label -> retrieval section with head item: on one token an item instead of SIDs (SASRec)")

@@ -89,7 +89,10 @@ class Material:
     @property
     def _controller(self) -> Row:
         trained = (self.tokenizer.facts.get("controller") or {}) if self.tokenizer else {}
-        return {**self.cfg.tokenizer.controller.model_dump(), **trained} if isinstance(self.cfg.tokenizer, AdcSidSettings) else {"enabled": False}
+        settings = self.cfg.tokenizer
+        if not isinstance(settings, AdcSidSettings):
+            return {"enabled": False}
+        return {**settings.controller.model_dump(), **trained}
 
 
 def last_stages(rows: Sequence[Row]) -> list[Row]:

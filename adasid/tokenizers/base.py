@@ -50,7 +50,7 @@ class Tokenizer(nn.Module, ABC):
     interchangeable = False
     """Whether slots of one kind could change places: experts and sub-spaces can, residual levels cannot."""
     settings: TokenizerSettings
-    """The section that it was built from; a subclass declares the type of its own."""
+    """The section that it was built from; a subclass narrows the type."""
     slots: tuple[Slot, ...]
     widths: dict[str, int]
     """The declared inputs: modality -> width. Nothing else is read."""

@@ -1,4 +1,4 @@
-"""Settings that several tokenizers share. Those of one method stand in its own package, beside its class.
+"""Settings that several tokenizers share. Those of one method are in its package, beside its class.
 
 Nothing here imports torch: :mod:`adasid.config` reads the settings of all tokenizers, also in processes without torch.
 """

@@ -57,4 +57,5 @@ class TrainedTokenizer(Tokenizer):
 
     def revival_due(self, step: int, progress: float) -> bool:
         """Whether dead codes are to be replaced after this step."""
-        return bool(self.quantizing) and step % self.settings.revival.every == 0 and progress <= self.settings.revival.until
+        revival = self.settings.revival
+        return bool(self.quantizing) and step % revival.every == 0 and progress <= revival.until

@@ -36,32 +36,32 @@ BASE = {
     ],
 )
 def test_a_section_is_its_base_with_other_values(given, written_out):
-    found = compared({"base": BASE, "other": {"like": "base", **given}})["other"]
-    assert config.digest(found) == config.digest(compared({"other": written_out})["other"])
-    assert found.model_dump() == compared({"other": written_out})["other"].model_dump()
+    result = compared({"base": BASE, "other": {"like": "base", **given}})["other"]
+    assert config.digest(result) == config.digest(compared({"other": written_out})["other"])
+    assert result.model_dump() == compared({"other": written_out})["other"].model_dump()
 
 
 def test_a_chain_in_any_order_and_the_defaults_of_the_method():
-    found = compared(
+    result = compared(
         {
             "c": {"like": "b", "router": {"hidden": 8}},
             "b": {"like": "a", "router": {"gate": "equal"}},
             "a": {"name": "ada-sid"},
         }
     )
-    assert list(found) == ["c", "b", "a"] and found["c"].name == "ada-sid"
-    assert (found["c"].router.gate, found["c"].router.hidden, found["c"].router.sparsity) == ("equal", 8, 0.4)
-    assert (found["b"].router.gate, found["b"].router.hidden) == ("equal", 64)
-    assert found["a"].router.gate == "dynamic"
+    assert list(result) == ["c", "b", "a"] and result["c"].name == "ada-sid"
+    assert (result["c"].router.gate, result["c"].router.hidden, result["c"].router.sparsity) == ("equal", 8, 0.4)
+    assert (result["b"].router.gate, result["b"].router.hidden) == ("equal", 64)
+    assert result["a"].router.gate == "dynamic"
 
 
 def test_a_base_without_a_name_is_the_default_tokenizer():
-    found = compared({"a": {"behavior_experts": 2}, "b": {"like": "a", "router": {"hidden": 8}}})
-    assert (found["b"].name, found["b"].behavior_experts, found["b"].router.hidden) == ("adc-sid", 2, 8)
+    result = compared({"a": {"behavior_experts": 2}, "b": {"like": "a", "router": {"hidden": 8}}})
+    assert (result["b"].name, result["b"].behavior_experts, result["b"].router.hidden) == ("adc-sid", 2, 8)
 
 
 def test_a_section_of_another_kind_and_a_null_replace():
-    found = compared(
+    result = compared(
         {
             "a": {"name": "quasid", "repulsion": {"full_margin": 0.7, "radius": 1}},
             "same kind": {"like": "a", "repulsion": {"kind": "hamr", "radius": 2}},
@@ -75,18 +75,18 @@ def test_a_section_of_another_kind_and_a_null_replace():
             "short": {"like": "aligned", "aligner": {"training": {"epochs": 5}}},
         }
     )
-    assert (found["same kind"].repulsion.full_margin, found["same kind"].repulsion.radius) == (0.7, 2)
-    assert found["no kind"] == found["same kind"]
-    assert (found["other kind"].repulsion.kind, found["other kind"].repulsion.margin) == ("adaptive", 1.5)
-    assert found["null"].repulsion is None and found["null"].contrast is None
-    assert (found["and back"].repulsion.full_margin, found["and back"].repulsion.radius) == (0.8, 3)
-    assert found["fewer"].levels == {"text": 3}
-    assert (found["short"].aligner.width, found["short"].aligner.training.epochs) == (8, 5)
-    assert found["short"].aligner.training.batch == 64
+    assert (result["same kind"].repulsion.full_margin, result["same kind"].repulsion.radius) == (0.7, 2)
+    assert result["no kind"] == result["same kind"]
+    assert (result["other kind"].repulsion.kind, result["other kind"].repulsion.margin) == ("adaptive", 1.5)
+    assert result["null"].repulsion is None and result["null"].contrast is None
+    assert (result["and back"].repulsion.full_margin, result["and back"].repulsion.radius) == (0.8, 3)
+    assert result["fewer"].levels == {"text": 3}
+    assert (result["short"].aligner.width, result["short"].aligner.training.epochs) == (8, 5)
+    assert result["short"].aligner.training.batch == 64
 
 
 def test_what_is_evaluated_derives_in_the_same_way():
-    found = config.build(
+    result = config.build(
         {
             "evaluate": {
                 "retrievers": {"a": {"dropout": 0.4}, "b": {"like": "a", "head": "parallel"}},
@@ -96,10 +96,10 @@ def test_what_is_evaluated_derives_in_the_same_way():
             }
         }
     ).evaluate
-    assert (found.retrievers["b"].head, found.retrievers["b"].dropout) == ("parallel", 0.4)
-    assert (found.rankers["y"].width, found.rankers["y"].hidden) == (16, (8,))
-    assert (found.controls["t"].width, found.controls["t"].heads) == (32, 2)
-    assert (found.ranking_controls["j"].lr, found.ranking_controls["j"].epochs) == (0.01, 3)
+    assert (result.retrievers["b"].head, result.retrievers["b"].dropout) == ("parallel", 0.4)
+    assert (result.rankers["y"].width, result.rankers["y"].hidden) == (16, (8,))
+    assert (result.controls["t"].width, result.controls["t"].heads) == (32, 2)
+    assert (result.ranking_controls["j"].lr, result.ranking_controls["j"].epochs) == (0.01, 3)
 
 
 def test_an_override_of_the_base_reaches_what_derives_from_it():

@@ -322,7 +322,8 @@ def test_the_fit_sees_a_sample_and_all_items_are_assigned():
 
 
 def test_opq_keeps_what_fits_and_refuses_too_many_slots():
-    assert Opq(config.OpqSettings(levels=6, width=96), {"text": 24, "visual": 16}).quantizers["shared"].get_buffer("basis").shape == (40, 36)
+    joint = Opq(config.OpqSettings(levels=6, width=96), {"text": 24, "visual": 16}).quantizers["shared"]
+    assert joint.get_buffer("basis").shape == (40, 36)
     each = Opq(config.OpqSettings(levels={"text": 2, "visual": 3}, width=12), {"text": 24, "visual": 10}).quantizers
     assert [each[m].get_buffer("basis").shape for m in ("text", "visual")] == [(24, 12), (10, 9)]
     with pytest.raises(InputError, match=r"tokenizer\.levels is 6, but the content has 5 dimensions"):
@@ -394,7 +395,8 @@ def test_random_codes_by_hand():
 def test_random_codes_are_uniform_independent_and_of_the_seed():
     def codes(seed):
         torch.manual_seed(seed)
-        return RandomSid(config.RandomSidSettings(codebook_size=32, levels=4), {}).encode(indices(np.arange(20_000))).codes.long()
+        tokenizer = RandomSid(config.RandomSidSettings(codebook_size=32, levels=4), {})
+        return tokenizer.encode(indices(np.arange(20_000))).codes.long()
 
     first = codes(1)
     expected = 20_000 / 32

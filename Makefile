@@ -33,8 +33,8 @@ drills: setup  ## kill the nightly job 30 times at all of its steps (about half 
 fuzz: setup  ## 200 random sources and configs through ingest and build_features (about 10 minutes); what breaks the contract is kept in fuzz-cases
 	@ADASID_FUZZ=200 ADASID_FUZZ_CASES=$(CURDIR)/fuzz-cases $(BIN)/python -m pytest -s tests/fuzz -k random
 
-conf: setup  ## write conf/base.yaml from adasid/config
-	@$(BIN)/python -c "from adasid import config; open('conf/base.yaml', 'w').write(config.render_base())"
+conf: setup  ## write conf/base.yaml and the README's table of tokenizers from adasid/config and adasid/tokenizers
+	@$(BIN)/python -c "from pathlib import Path; from adasid.config import render; render.write(Path())"
 
 clean:  ## remove runs and caches, keep .venv
 	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache spark-warehouse

@@ -3,43 +3,44 @@ shows them all and a test keeps the two equal. An unknown key, a wrong type or a
 :class:`~adasid.errors.ConfigError` that names the file, the key and the nearest valid key.
 """
 
-from adasid.config.base import Names, Section, Share, Sizes
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.nightly import Lease, Retokenize, Warm
-from adasid.config.parts import Adaptive, Contrast, Controller, Hamr, Repulsion, Revival, Router, Training
-from adasid.config.render import render_base
+from adasid.config.render import render_base, render_tokenizers
 from adasid.config.sources import AmazonSource, ArraysSource, Source, Synthetic, TablesSource
 from adasid.config.stages import Behavior, Categories, Compare, Features, Gates, Pairs, Ray, Sids, Spark, Tracking
-from adasid.config.tokenizers import (
-    TOKENIZERS,
-    AdaptiveSid,
-    AdaSid,
-    AdcSid,
-    Aligner,
-    AnyTokenizer,
-    Das,
-    Experts,
-    Fitted,
-    ItemId,
-    Letter,
-    MmRqVae,
-    Opq,
-    QuaSid,
-    RandomSid,
-    RqKmeans,
-    RqVae,
-    RqVaePlus,
-    TokenizerSettings,
-    Trained,
-)
 from adasid.config.whole import Config, build, digest, load
+from adasid.settings import Names, Section, Share, Sizes
+from adasid.tokenizers.ada_sid import AdaSidSettings
+from adasid.tokenizers.adaptive_sid import AdaptiveSidSettings
+from adasid.tokenizers.adc_sid import AdcSidSettings, Controller, Router
+from adasid.tokenizers.controls import ItemIdSettings, RandomSidSettings
+from adasid.tokenizers.das import DasSettings
+from adasid.tokenizers.letter import LetterSettings
+from adasid.tokenizers.mm_rq_vae import MmRqVaeSettings
+from adasid.tokenizers.opq import OpqSettings
+from adasid.tokenizers.quasid import QuaSidSettings
+from adasid.tokenizers.registry import TOKENIZERS, AnyTokenizer
+from adasid.tokenizers.rq_kmeans import Aligner, RqKmeansSettings
+from adasid.tokenizers.rq_vae import RqVaePlusSettings, RqVaeSettings
+from adasid.tokenizers.settings import (
+    Adaptive,
+    Contrast,
+    Experts,
+    FittedSettings,
+    Hamr,
+    Repulsion,
+    Revival,
+    TokenizerSettings,
+    TrainedSettings,
+    Training,
+)
 
 __all__ = [
     "TOKENIZERS",
-    "AdaSid",
+    "AdaSidSettings",
     "Adaptive",
-    "AdaptiveSid",
-    "AdcSid",
+    "AdaptiveSidSettings",
+    "AdcSidSettings",
     "Aligner",
     "AmazonSource",
     "AnyTokenizer",
@@ -50,22 +51,22 @@ __all__ = [
     "Config",
     "Contrast",
     "Controller",
-    "Das",
+    "DasSettings",
     "Evaluate",
     "Experts",
     "Features",
-    "Fitted",
+    "FittedSettings",
     "Gates",
     "Hamr",
-    "ItemId",
+    "ItemIdSettings",
     "Lease",
-    "Letter",
-    "MmRqVae",
+    "LetterSettings",
+    "MmRqVaeSettings",
     "Names",
-    "Opq",
+    "OpqSettings",
     "Pairs",
-    "QuaSid",
-    "RandomSid",
+    "QuaSidSettings",
+    "RandomSidSettings",
     "Ranking",
     "Ray",
     "Repulsion",
@@ -73,9 +74,9 @@ __all__ = [
     "Retrieval",
     "Revival",
     "Router",
-    "RqKmeans",
-    "RqVae",
-    "RqVaePlus",
+    "RqKmeansSettings",
+    "RqVaePlusSettings",
+    "RqVaeSettings",
     "Section",
     "Share",
     "Sids",
@@ -86,11 +87,12 @@ __all__ = [
     "TablesSource",
     "TokenizerSettings",
     "Tracking",
-    "Trained",
+    "TrainedSettings",
     "Training",
     "Warm",
     "build",
     "digest",
     "load",
     "render_base",
+    "render_tokenizers",
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from adasid.config.base import Section, Share
+from adasid.settings import Section, Share
 
 Policy = Literal["frozen", "warm", "refit"]
 Exports = Annotated[tuple[Literal["parquet", "array", "index", "prefixes", "changes"], ...], Field(strict=False)]

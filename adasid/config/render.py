@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from adasid.config import yaml12
-from adasid.config.parts import Adaptive, Hamr
-from adasid.config.tokenizers import TOKENIZERS
 from adasid.config.whole import Config, section_of
+from adasid.tables import BEHAVIOR
+from adasid.tokenizers.registry import TOKENIZERS
+from adasid.tokenizers.settings import Adaptive, Hamr, TokenizerSettings
 
 
 def render_base() -> str:
-    """The text of ``conf/base.yaml``: every key with its default and one comment; optional sections and the other tokenizers are commented out."""
+    """The text of ``conf/base.yaml``: every key with its default and one comment; optional sections and the other
+    tokenizers are commented out."""
     lines = ["# Every key with its default. Generated from adasid/config by `make conf`; a run's own file names only what differs."]
     _render(Config, Config(), 0, lines, "")
     usual = Config().tokenizer
@@ -23,13 +27,49 @@ def render_base() -> str:
         if model is not type(usual):
             values = model()
             shared = [name for name in model.model_fields if name != "name" and _same(usual, values, name)]
-            lines += ["", f"# tokenizer:  # {(model.__doc__ or '').splitlines()[0]}"]
+            lines += ["", f"# tokenizer:  # {_summary(model)}"]
             _render(model, values, 1, lines, "# ", shared)
             lines.append(f"#   # as above: {', '.join(shared)}")
     for kind, repulsion in (("hamr", Hamr(kind="hamr")), ("adaptive", Adaptive(kind="adaptive"))):
-        lines += ["", f"# tokenizer.repulsion of kind {kind}:  # {(repulsion.__doc__ or '').splitlines()[0]}"]
+        lines += ["", f"# tokenizer.repulsion of kind {kind}:  # {_summary(type(repulsion))}"]
         _render(type(repulsion), repulsion, 1, lines, "# ")
     return "\n".join(lines) + "\n"
+
+
+def render_tokenizers() -> str:
+    """Return the README's table of tokenizers, in Markdown: name, description with links to the papers, and what one
+    with default settings reads."""
+    lines = ["| name | what it is | reads, by default |", "|---|---|---|"]
+    for model in TOKENIZERS:
+        name = model.model_fields["name"]
+        papers = re.findall(r"arXiv (\d{4}\.\d{5})(?: (v\d))?", _summary(model))
+        links = ", ".join(f"[{number}{version}](https://arxiv.org/abs/{number}{version})" for number, version in papers)
+        lines.append(f"| `{name.default}` | {name.description}{f' ({links})' if links else ''} | {_reads(model())} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(root: Path) -> None:
+    """Write ``conf/base.yaml`` below ``root``, and the table of tokenizers into its README."""
+    (root / "conf" / "base.yaml").write_text(render_base(), encoding="utf-8")
+    readme = root / "README.md"
+    readme.write_text(with_tokenizers(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def with_tokenizers(readme: str) -> str:
+    """Return the README with its table of tokenizers as :func:`render_tokenizers` has it."""
+    start = readme.index("| name | what it is |")
+    return readme[:start] + render_tokenizers() + readme[readme.index("\n\n", start) + 1 :]
+
+
+def _reads(settings: TokenizerSettings) -> str:
+    inputs = set(settings.inputs)
+    kinds = {"content": inputs - {BEHAVIOR}, "behaviour": inputs & {BEHAVIOR}, "pairs": settings.pairs}
+    return ", ".join(kind for kind, read in kinds.items() if read) or "nothing"
+
+
+def _summary(model: type[BaseModel]) -> str:
+    """The first paragraph of the docstring, in one line."""
+    return " ".join((model.__doc__ or "").split("\n\n")[0].split())
 
 
 def _same(one: BaseModel, other: BaseModel, name: str) -> bool:

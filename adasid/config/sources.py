@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from adasid.config.base import Section, Share
+from adasid.settings import Section, Share
 
 
 class Synthetic(Section):

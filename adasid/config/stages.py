@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from adasid.config.base import Names, Section, Share
 from adasid.config.names import check_modalities
-from adasid.config.tokenizers import AnyTokenizer
+from adasid.settings import Names, Section, Share
+from adasid.tokenizers.registry import AnyTokenizer
 
 
 class Pairs(Section):
@@ -160,7 +160,9 @@ class Categories(Section):
 
 class Compare(Section):
     tokenizers: dict[str, AnyTokenizer] = Field(
-        {}, description="label -> tokenizer section: what jobs/compare_tokenizers.py trains on the same features"
+        {},
+        description="label -> tokenizer section: what jobs/compare_tokenizers.py trains on the same features; "
+        "{like: LABEL, ...} is the section of that label with other values",
     )
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field((17,), description="seeds of each of them")
     more_seeds: dict[str, Annotated[tuple[int, ...], Field(strict=False)]] = Field({}, description="label -> further seeds")

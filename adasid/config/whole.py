@@ -14,19 +14,20 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from adasid.config import yaml12
-from adasid.config.base import Section
+from adasid.config.derive import resolved
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.names import check_labels
 from adasid.config.nightly import Retokenize
 from adasid.config.sources import Source, Synthetic
 from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Tracking
-from adasid.config.tokenizers import TOKENIZERS, AdcSid, AnyTokenizer, TokenizerSettings
 from adasid.errors import ConfigError
+from adasid.settings import Section
 from adasid.tables import BEHAVIOR
+from adasid.tokenizers.adc_sid import AdcSidSettings
+from adasid.tokenizers.registry import BY_NAME, AnyTokenizer
 
 _SPECIAL = '#%?*:^|<>[]{}\\"`'
 """Characters of globs and URLs."""
-_BY_NAME = {model.model_fields["name"].default: model for model in TOKENIZERS}
 
 
 class Config(Section):
@@ -37,7 +38,7 @@ class Config(Section):
     source: Source = Field(Source(kind="synthetic", synthetic=Synthetic()), description="where items and interactions come from")
     features: Features = Field(Features(), description="validation, split and long-tail statistics (Spark)")
     behavior: Behavior = Field(Behavior(), description="behaviour embeddings (SASRec on Ray Train)")
-    tokenizer: AnyTokenizer = Field(AdcSid(), description="the tokenizer (Ray Train), chosen by its name")
+    tokenizer: AnyTokenizer = Field(AdcSidSettings(), description="the tokenizer (Ray Train), chosen by its name")
     sids: Sids = Field(Sids(), description="the semantic-ID table (Spark)")
     retokenize: Retokenize = Field(Retokenize(), description="the nightly job (jobs/retokenize.py)")
     spark: Spark = Field(Spark(), description="Spark session")
@@ -50,17 +51,12 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill(cls, data: Any) -> Any:
-        """A tokenizer section without a name is the default's; one that does not say what it reads reads all of features.content."""
+    def _resolve(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        features, compare = data.get("features", {}), data.get("compare", {})
+        features = data.get("features", {})
         content = features.get("content") if isinstance(features, Mapping) else None
-        content = list(content) if isinstance(content, list | tuple) else list(Features().content)
-        filled = {**data, "tokenizer": _filled(data.get("tokenizer", {}), content)}
-        if isinstance(compare, Mapping) and isinstance(compare.get("tokenizers"), Mapping):
-            filled["compare"] = {**compare, "tokenizers": {label: _filled(section, content) for label, section in compare["tokenizers"].items()}}
-        return filled
+        return resolved(data, list(content) if isinstance(content, list | tuple) else Features().content)
 
     @model_validator(mode="after")
     def _inputs(self) -> Config:
@@ -185,33 +181,8 @@ def _has_comment(text: str, value: Any) -> bool:
         return False
 
 
-def _filled(section: Any, content: list[str]) -> Any:
-    if isinstance(section, TokenizerSettings) or not isinstance(section, Mapping):
-        return section
-    filled = {"name": AdcSid.model_fields["name"].default, **section}
-    model = _BY_NAME.get(filled["name"])
-    fields = model.model_fields if model else {}
-    defaults: dict[str, Any] = {"content": content, "content_experts": dict.fromkeys(content, 1)}
-    if "levels" in fields and isinstance(fields["levels"].default, dict):
-        defaults["levels"] = dict.fromkeys([*content, BEHAVIOR], 2)
-    filled = {**{key: value for key, value in defaults.items() if key in fields}, **filled}
-    return {key: _merged(fields[key].default, value) if key in fields else value for key, value in filled.items()}
-
-
-def _merged(default: Any, given: Any) -> Any:
-    """A section that is given in part keeps the rest of this tokenizer's own default, unless it is of another kind."""
-    if (
-        not isinstance(default, BaseModel)
-        or not isinstance(given, Mapping)
-        or given.get("kind", getattr(default, "kind", None)) != getattr(default, "kind", None)
-    ):
-        return given
-    own = default.model_dump()
-    return {**own, **{key: _merged(getattr(default, key, None), value) for key, value in given.items()}}
-
-
 def _explain(origin: str, error: dict[str, Any]) -> str:
-    location = [str(part) for part in error["loc"] if part not in _BY_NAME]  # a union's tag is not a key
+    location = [str(part) for part in error["loc"] if part not in BY_NAME]  # a union's tag is not a key
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         siblings = _keys([str(part) for part in error["loc"][:-1]])
@@ -236,8 +207,8 @@ def _keys(location: list[str]) -> list[str]:
         if labelled:
             labelled = False
             continue
-        if part in _BY_NAME:
-            model = _BY_NAME[part]
+        if part in BY_NAME:
+            model = BY_NAME[part]
             continue
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adasid.config import AdcSid, Config
+from adasid.config import AdcSidSettings, Config
 from adasid.tables import BEHAVIOR
 
 Row = Mapping[str, Any]
@@ -84,12 +84,15 @@ class Material:
     @property
     def routed(self) -> bool:
         """Whether the tokenizer aligns by richness and weighs behaviour slots."""
-        return isinstance(self.cfg.tokenizer, AdcSid)
+        return isinstance(self.cfg.tokenizer, AdcSidSettings)
 
     @property
     def _controller(self) -> Row:
         trained = (self.tokenizer.facts.get("controller") or {}) if self.tokenizer else {}
-        return {**self.cfg.tokenizer.controller.model_dump(), **trained} if isinstance(self.cfg.tokenizer, AdcSid) else {"enabled": False}
+        settings = self.cfg.tokenizer
+        if not isinstance(settings, AdcSidSettings):
+            return {"enabled": False}
+        return {**settings.controller.model_dump(), **trained}
 
 
 def last_stages(rows: Sequence[Row]) -> list[Row]:

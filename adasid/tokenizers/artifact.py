@@ -17,41 +17,16 @@ from safetensors.torch import load, save
 
 from adasid import config
 from adasid.errors import InputError
-from adasid.tokenizers.ada_sid import AdaSid
-from adasid.tokenizers.adc_sid import AdcSid
 from adasid.tokenizers.base import Tokenizer
-from adasid.tokenizers.controls import ItemId, RandomSid
-from adasid.tokenizers.das import Das
-from adasid.tokenizers.letter import Letter
-from adasid.tokenizers.mm_rq_vae import MmRqVae
-from adasid.tokenizers.opq import Opq
 from adasid.tokenizers.relabel import Relabelled
-from adasid.tokenizers.rq_kmeans import RqKmeans
-from adasid.tokenizers.rq_vae import RqVae, RqVaePlus
 
 FORMAT = 2
-_CLASSES: dict[str, Any] = {
-    "adc-sid": AdcSid,
-    "ada-sid": AdaSid,
-    "quasid": RqVae,
-    "adasid": RqVae,
-    "rq-vae": RqVae,
-    "letter": Letter,
-    "das": Das,
-    "rq-vae++": RqVaePlus,
-    "mm-rq-vae": MmRqVae,
-    "rq-kmeans": RqKmeans,
-    "opq": Opq,
-    "item-id": ItemId,
-    "random": RandomSid,
-}
 _SETTINGS: TypeAdapter[config.TokenizerSettings] = TypeAdapter(config.AnyTokenizer)
 
 
 def build(settings: config.TokenizerSettings, widths: Mapping[str, int]) -> Tokenizer:
-    """The untrained tokenizer that ``settings.name`` names."""
-    tokenizer: Tokenizer = _CLASSES[settings.name](settings, widths)
-    return tokenizer
+    """Return the untrained tokenizer of ``settings``. ``widths``: modality -> width, of all its inputs."""
+    return settings.build(widths)
 
 
 def write(folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adasid.tables import PAD
+from adasid.tokenizers.settings import TokenizerSettings
 from adasid.training.shards import Batch, Shard
 from adasid.training.workers import Workers
 
@@ -48,9 +49,18 @@ class Tokenizer(nn.Module, ABC):
 
     interchangeable = False
     """Whether slots of one kind could change places: experts and sub-spaces can, residual levels cannot."""
+    settings: TokenizerSettings
+    """The section that it was built from; a subclass narrows the type."""
     slots: tuple[Slot, ...]
     widths: dict[str, int]
     """The declared inputs: modality -> width. Nothing else is read."""
+
+    def __init__(self, settings: TokenizerSettings, widths: Mapping[str, int], slots: Sequence[Slot]) -> None:
+        """``widths``: modality -> width, at least of ``settings.inputs``."""
+        super().__init__()
+        self.settings = settings
+        self.widths = {m: int(widths[m]) for m in settings.inputs}
+        self.slots = tuple(slots)
 
     @abstractmethod
     def prepare(self, shard: Shard, workers: Workers) -> None:
@@ -103,6 +113,13 @@ def sample(shard: Shard, workers: Workers, items: int) -> Iterator[Batch]:
     rows = np.unique(np.linspace(0, len(shard) - 1, min(share, len(shard))).round().astype(np.int64))
     for start in range(0, len(rows), 4096):
         yield shard.take(rows[start : start + 4096])
+
+
+def slots_of(numbers: Mapping[str, int], size: int, prefixes: Mapping[str, str] | None = None) -> list[Slot]:
+    """Return ``numbers[kind]`` slots of each kind, of ``size`` codes each. A slot's name is the prefix of its kind, by
+    default that of :func:`letters`, and its number within the kind."""
+    prefixes = prefixes or letters(tuple(numbers))
+    return [Slot(f"{prefixes[kind]}{i}", kind, size) for kind, number in numbers.items() for i in range(number)]
 
 
 def letters(kinds: Sequence[str]) -> dict[str, str]:

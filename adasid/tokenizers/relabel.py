@@ -26,8 +26,8 @@ class Relabelled(Tokenizer):
     """``inner`` with other names: slot l shows the inner slot ``order[l]``, whose code c is called ``names[l, c]``."""
 
     def __init__(self, inner: Tokenizer) -> None:
-        super().__init__()
-        self.inner, self.slots, self.widths = inner, inner.slots, inner.widths
+        super().__init__(inner.settings, inner.widths, inner.slots)
+        self.inner = inner
         self.register_buffer("order", torch.arange(len(self.slots)))
         self.register_buffer("names", torch.arange(max(slot.size for slot in self.slots)).repeat(len(self.slots), 1))
         self.order: Tensor

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from adasid import config
 from adasid.errors import InputError
 from adasid.tables import PAD
-from adasid.tokenizers.base import Codes, Slot, Tokenizer, letters, sample
+from adasid.tokenizers.base import Codes, Tokenizer, sample, slots_of
 from adasid.tokenizers.inputs import Inputs
+from adasid.tokenizers.settings import SpacesSettings
 from adasid.training.shards import Batch, Shard
 from adasid.training.workers import Workers
 
@@ -25,17 +25,16 @@ class Spaces(Tokenizer):
     ``levels`` by modality, t0, t1, v0, ... that are PAD where the item lacks the modality. Weights are 1 where there is a code.
     """
 
+    settings: SpacesSettings
     quantizers: nn.ModuleDict
 
-    def __init__(self, settings: config.RqKmeans | config.Opq, widths: Mapping[str, int], letter: str) -> None:
-        super().__init__()
-        self.chosen = settings
-        self.widths = {m: int(widths[m]) for m in settings.inputs}
+    def __init__(self, settings: SpacesSettings, widths: Mapping[str, int], letter: str) -> None:
+        by_modality = isinstance(settings.levels, dict)
+        levels = settings.levels if isinstance(settings.levels, dict) else {"shared": settings.levels}
+        prefixes = None if by_modality else {"shared": letter}
+        super().__init__(settings, widths, slots_of(levels, settings.codebook_size, prefixes))
+        self.levels, self.by_modality = levels, by_modality
         self.inputs = Inputs(self.widths)
-        self.by_modality = isinstance(settings.levels, dict)
-        self.levels = settings.levels if isinstance(settings.levels, dict) else {"shared": settings.levels}
-        names = letters(tuple(self.levels)) if self.by_modality else {"shared": letter}
-        self.slots = tuple(Slot(f"{names[kind]}{i}", kind, settings.codebook_size) for kind, number in self.levels.items() for i in range(number))
 
     @abstractmethod
     def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:
@@ -73,7 +72,7 @@ class Spaces(Tokenizer):
 
     @torch.no_grad()
     def _each(self, shard: Shard, workers: Workers, fit: Callable[[str, Tensor], None]) -> None:
-        s, rows = self.chosen, {kind: list[Tensor]() for kind in self.quantizers}
+        s, rows = self.settings, {kind: list[Tensor]() for kind in self.quantizers}
         for batch in sample(shard, workers, s.fit_samples):
             for kind, (x, there) in self._spaces(batch.to(self.inputs.get_buffer(f"mean_{s.inputs[0]}").device)).items():
                 rows[kind].append(x[there].float())

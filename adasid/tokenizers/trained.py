@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from adasid import config
 from adasid.losses.overlap import AdaptiveRepulsion, moved, pair_contrast, repulsion
 from adasid.tables import PAD
 from adasid.tokenizers.base import Slot, Tokenizer
 from adasid.tokenizers.inputs import Inputs
+from adasid.tokenizers.settings import TrainedSettings
 from adasid.training.shards import Batch
 from adasid.training.workers import Workers
 
@@ -19,11 +19,10 @@ from adasid.training.workers import Workers
 class TrainedTokenizer(Tokenizer):
     """Holds scaled ``inputs``, the ``overlap`` regulation and whether codebooks are in use yet (``quantizing``)."""
 
-    def __init__(self, settings: config.Trained, widths: Mapping[str, int], slots: Sequence[Slot]) -> None:
-        super().__init__()
-        self.trained = settings
-        self.slots = tuple(slots)
-        self.widths = {m: int(widths[m]) for m in settings.inputs}
+    settings: TrainedSettings
+
+    def __init__(self, settings: TrainedSettings, widths: Mapping[str, int], slots: Sequence[Slot]) -> None:
+        super().__init__(settings, widths, slots)
         self.inputs = Inputs(self.widths)
         self.overlap = repulsion(settings.repulsion, len(self.slots))
         self.register_buffer("quantizing", torch.tensor(False))
@@ -45,7 +44,7 @@ class TrainedTokenizer(Tokenizer):
 
     def contrasted(self, z: Tensor, batch: Batch, workers: Workers, progress: float) -> tuple[Tensor, dict[str, float]]:
         """InfoNCE of co-engaged pairs on [B, d] against all workers' rows, where the config asks for it."""
-        contrast = self.trained.contrast
+        contrast = self.settings.contrast
         if contrast is None or batch.paired is None:
             return z.new_zeros(()), {}
         everyone, index = workers.gather_with_gradient(z), workers.gather(batch.index)
@@ -58,4 +57,5 @@ class TrainedTokenizer(Tokenizer):
 
     def revival_due(self, step: int, progress: float) -> bool:
         """Whether dead codes are to be replaced after this step."""
-        return bool(self.quantizing) and step % self.trained.revival.every == 0 and progress <= self.trained.revival.until
+        revival = self.settings.revival
+        return bool(self.quantizing) and step % revival.every == 0 and progress <= revival.until

@@ -10,7 +10,7 @@ import numpy as np
 from pyspark.sql import functions as F
 
 from adasid import tables
-from adasid.config import Trained, digest
+from adasid.config import TrainedSettings, digest
 from adasid.tokenizers import artifact
 from adasid.tokenizers.relabel import Relabelled
 from adasid.training.checkpoint import write_json
@@ -56,7 +56,7 @@ def _trained(night: Night, folder: Path, start: Path | None, held: train.HeldCod
 def _held(night: Night, key: str) -> train.HeldCodes | None:
     """The published codes of today's items, where the tokenizer is one that can hold on to them."""
     slack = night.cfg.retokenize.refit_slack
-    if not slack or not isinstance(night.cfg.tokenizer, Trained):
+    if not slack or not isinstance(night.cfg.tokenizer, TrainedSettings):
         return None
     if not night.lake.fresh(key, "held_codes"):
         codes = night.features.select("item_id", "item_index").join(night.published.select("item_id", "codes"), "item_id")

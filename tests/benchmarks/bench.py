@@ -33,21 +33,21 @@ from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot, Tokenizer
-from adasid.tokenizers.rq_kmeans import ResidualCentroids
-from adasid.tokenizers.rq_vae import RqVae
+from adasid.tokenizers.rq_kmeans.model import ResidualCentroids
+from adasid.tokenizers.rq_vae.model import RqVae
 from adasid.training.shards import Batch, Shard
 from adasid.training.tokenizer import TokenizerTraining
 from adasid.training.workers import Workers
 
 WIDTHS = {"text": 1024, "visual": 512, BEHAVIOR: 64}
-SETTINGS = config.AdcSid(
+SETTINGS = config.AdcSidSettings(
     codebook_size=300,
     shared_experts=2,
     content_experts={"text": 2, "visual": 2},
     behavior_experts=4,
     training=config.Training(epochs=2, log_epochs=1, checkpoint_epochs=2),
 )
-RESIDUAL = config.RqVae(content=("text",))
+RESIDUAL = config.RqVaeSettings(content=("text",))
 ROUNDS = 7
 
 
@@ -124,7 +124,7 @@ def text_batch(size: int) -> Batch:
     return Batch({"text": x}, {"text": torch.ones(size, dtype=torch.bool)}, torch.rand(size), torch.arange(size))
 
 
-def rq_vae(settings: config.RqVae, batch: Batch) -> Tokenizer:
+def rq_vae(settings: config.RqVaeSettings, batch: Batch) -> Tokenizer:
     """RQ-VAE on text, its codebooks initialised as training does it, on the latents of ``batch``."""
     tokenizer = RqVae(settings, {"text": WIDTHS["text"]}).train()
     tower = tokenizer.tower("shared")
@@ -158,7 +158,7 @@ def repulsion(size: int = 4096) -> None:
     plain = rq_vae(RESIDUAL, batch)
     without = stepper(plain, lambda: plain.losses(batch, Workers(), 0.5).total)
     for kind in ("hamr", "adaptive"):
-        model = rq_vae(config.RqVae.model_validate({"content": ("text",), "repulsion": {"kind": kind}}), batch)
+        model = rq_vae(config.RqVaeSettings.model_validate({"content": ("text",), "repulsion": {"kind": kind}}), batch)
         step = stepper(model, lambda model=model: model.losses(batch, Workers(), 0.5).total)  # type: ignore[misc]
         shares = sorted(1 - seconds(without, 1.0) / seconds(step, 1.0) for _ in range(5))
         print(
@@ -197,7 +197,7 @@ def clusters(rows: int = 50_000, width: int = 128, k: int = 256, levels: int = 3
 
 def product(rows: int = 20_000, width: int = 96, parts: int = 6, k: int = 256) -> None:
     """Print the seconds of an OPQ fit with our default rounds, and with faiss' 50, and both errors."""
-    x, left, s = mixture(rows, width), {}, config.Opq()
+    x, left, s = mixture(rows, width), {}, config.OpqSettings()
 
     def error(found: ProductQuantizer) -> float:
         return float((x - found.decode(found.codes(x))).square().sum(1).mean())

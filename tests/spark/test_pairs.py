@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adasid import tables
-from adasid.config import Pairs, QuaSid
+from adasid.config import Pairs, QuaSidSettings
 from adasid.errors import InputError
 from pipelines import stage
 from pipelines.engines import tracking
@@ -106,7 +106,7 @@ def table(lake):
 
 def with_pairs(cfg, **settings):
     features = cfg.features.model_copy(update={"pairs": Pairs(**settings)})
-    return cfg.model_copy(update={"features": features, "tokenizer": QuaSid()})
+    return cfg.model_copy(update={"features": features, "tokenizer": QuaSidSettings()})
 
 
 def test_the_stage_writes_pairs_of_training_events_when_asked_and_again_when_something_changed(spark, tmp_path):

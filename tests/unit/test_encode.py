@@ -16,7 +16,7 @@ WIDTHS = {"text": 6, "behavior": 3}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    built = artifact.build(config.RqKmeans(levels={"text": 2, "behavior": 1}, codebook_size=5), WIDTHS)
+    built = artifact.build(config.RqKmeansSettings(levels={"text": 2, "behavior": 1}, codebook_size=5), WIDTHS)
     torch.manual_seed(0)
     for m in WIDTHS:
         built.quantizers[m].get_buffer("centroids").normal_()

@@ -15,9 +15,9 @@ from adasid.quantizers import product
 from adasid.quantizers.kmeans import balanced_assignment, kmeans, lloyd_round, nearest_euclidean, squared_distances
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.base import sample
-from adasid.tokenizers.controls import ItemId, RandomSid
-from adasid.tokenizers.opq import Opq
-from adasid.tokenizers.rq_kmeans import RqKmeans
+from adasid.tokenizers.controls.model import ItemId, RandomSid
+from adasid.tokenizers.opq.model import Opq
+from adasid.tokenizers.rq_kmeans.model import RqKmeans
 from adasid.training.shards import Batch
 from adasid.training.workers import Workers
 from tests.planted import catalogue, shard
@@ -208,15 +208,15 @@ def test_faiss_that_is_missing_is_named(monkeypatch):
 
 PLAIN = {"codebook_size": 8, "rounds": 20}
 FITTED = {
-    "plain": (RqKmeans, config.RqKmeans(levels=3, **PLAIN)),
-    "balanced": (RqKmeans, config.RqKmeans(levels=3, balanced=True, **PLAIN)),
-    "by modality": (RqKmeans, config.RqKmeans(levels={"text": 2, "visual": 1, BEHAVIOR: 2}, **PLAIN)),
-    "aligned": (RqKmeans, config.RqKmeans(levels=2, aligner=config.Aligner(width=8, hidden=(16,)), **PLAIN)),
-    "opq": (Opq, config.Opq(levels=3, width=12, **PLAIN)),
-    "opq by modality": (Opq, config.Opq(levels={"text": 2, "visual": 1, BEHAVIOR: 2}, width=12, **PLAIN)),
-    "opq K=100": (Opq, config.Opq(levels=3, width=12, codebook_size=100, rounds=5)),
-    "item-id": (ItemId, config.ItemId(codebook_size=9, levels=3)),
-    "random": (RandomSid, config.RandomSid(codebook_size=9, levels=3)),
+    "plain": (RqKmeans, config.RqKmeansSettings(levels=3, **PLAIN)),
+    "balanced": (RqKmeans, config.RqKmeansSettings(levels=3, balanced=True, **PLAIN)),
+    "by modality": (RqKmeans, config.RqKmeansSettings(levels={"text": 2, "visual": 1, BEHAVIOR: 2}, **PLAIN)),
+    "aligned": (RqKmeans, config.RqKmeansSettings(levels=2, aligner=config.Aligner(width=8, hidden=(16,)), **PLAIN)),
+    "opq": (Opq, config.OpqSettings(levels=3, width=12, **PLAIN)),
+    "opq by modality": (Opq, config.OpqSettings(levels={"text": 2, "visual": 1, BEHAVIOR: 2}, width=12, **PLAIN)),
+    "opq K=100": (Opq, config.OpqSettings(levels=3, width=12, codebook_size=100, rounds=5)),
+    "item-id": (ItemId, config.ItemIdSettings(codebook_size=9, levels=3)),
+    "random": (RandomSid, config.RandomSidSettings(codebook_size=9, levels=3)),
 }
 
 
@@ -284,7 +284,7 @@ def test_names_and_pads_by_modality():
         ("b0", BEHAVIOR),
         ("b1", BEHAVIOR),
     ]
-    alike = RqKmeans(config.RqKmeans(levels={"text": 1, "title": 1}), {"text": 3, "title": 4})
+    alike = RqKmeans(config.RqKmeansSettings(levels={"text": 1, "title": 1}), {"text": 3, "title": 4})
     assert [slot.name for slot in alike.slots] == ["te0", "ti0"]
     batch = everything(data)
     codes = tokenizer.encode(batch).codes
@@ -299,7 +299,7 @@ def test_residual_error_falls_from_level_to_level():
     errors = []
     for levels in (1, 2, 4):
         data = shard(table, CONTENT)
-        tokenizer = fitted(RqKmeans, config.RqKmeans(levels=levels, **PLAIN), data)
+        tokenizer = fitted(RqKmeans, config.RqKmeansSettings(levels=levels, **PLAIN), data)
         batch = everything(data)
         errors.append(float((tokenizer.reconstruct(batch)["text"] - batch.vectors["text"]).square().mean()))
     assert errors[1] < 0.97 * errors[0]
@@ -309,7 +309,7 @@ def test_residual_error_falls_from_level_to_level():
 def test_the_fit_sees_a_sample_and_all_items_are_assigned():
     table, cluster = catalogue()
     data = shard(table, CONTENT)
-    settings = config.RqKmeans(levels=2, fit_samples=100, **PLAIN)
+    settings = config.RqKmeansSettings(levels=2, fit_samples=100, **PLAIN)
     assert sum(len(batch) for batch in sample(data, Workers(), 100)) == 100
     tokenizer = fitted(RqKmeans, settings, data)
     codes = tokenizer.encode(everything(data)).codes
@@ -318,20 +318,21 @@ def test_the_fit_sees_a_sample_and_all_items_are_assigned():
     assert not torch.equal(tokenizer.quantizers["shared"].centroids, fitted(*FITTED["plain"], data).quantizers["shared"].centroids[:2])
     late = shard(table.slice(3), CONTENT)
     with pytest.raises(InputError, match=r"tokenizer\.fit_samples 1: none of these items has 'visual'"):
-        fitted(RqKmeans, config.RqKmeans(levels={"text": 1, "visual": 1}, fit_samples=1), late)
+        fitted(RqKmeans, config.RqKmeansSettings(levels={"text": 1, "visual": 1}, fit_samples=1), late)
 
 
 def test_opq_keeps_what_fits_and_refuses_too_many_slots():
-    assert Opq(config.Opq(levels=6, width=96), {"text": 24, "visual": 16}).quantizers["shared"].get_buffer("basis").shape == (40, 36)
-    each = Opq(config.Opq(levels={"text": 2, "visual": 3}, width=12), {"text": 24, "visual": 10}).quantizers
+    joint = Opq(config.OpqSettings(levels=6, width=96), {"text": 24, "visual": 16}).quantizers["shared"]
+    assert joint.get_buffer("basis").shape == (40, 36)
+    each = Opq(config.OpqSettings(levels={"text": 2, "visual": 3}, width=12), {"text": 24, "visual": 10}).quantizers
     assert [each[m].get_buffer("basis").shape for m in ("text", "visual")] == [(24, 12), (10, 9)]
     with pytest.raises(InputError, match=r"tokenizer\.levels is 6, but the content has 5 dimensions"):
-        Opq(config.Opq(levels=6, width=6, content=("text",)), {"text": 5})
+        Opq(config.OpqSettings(levels=6, width=6, content=("text",)), {"text": 5})
 
 
 def test_the_aligner_draws_co_engaged_items_together():
     table, cluster = catalogue()
-    settings = config.RqKmeans(levels=2, aligner=config.Aligner(width=8, hidden=(32,)), **PLAIN)
+    settings = config.RqKmeansSettings(levels=2, aligner=config.Aligner(width=8, hidden=(32,)), **PLAIN)
     data = shard(table, CONTENT, cluster=cluster)
     torch.manual_seed(5)
     tokenizer = RqKmeans(settings, data.widths)
@@ -348,21 +349,21 @@ def test_the_aligner_draws_co_engaged_items_together():
     tokenizer.fit(data, Workers(), generator())
     assert adjusted_rand_score(cluster, tokenizer.encode(everything(data)).codes[:, 0].numpy()) > 0.95
     with pytest.raises(NotImplementedError):
-        RqKmeans(config.RqKmeans(), data.widths).losses(everything(data), Workers(), 0.0)
+        RqKmeans(config.RqKmeansSettings(), data.widths).losses(everything(data), Workers(), 0.0)
 
 
 # controls
 
 
 def test_item_ids_are_unique_and_no_digit_says_how_popular_an_item_is():
-    tokenizer = ItemId(config.ItemId(codebook_size=7, levels=4), {})
+    tokenizer = ItemId(config.ItemIdSettings(codebook_size=7, levels=4), {})
     codes = tokenizer.encode(indices(np.arange(7**4))).codes
     assert len(torch.unique(codes, dim=0)) == 7**4 and codes.min() == 0 and codes.max() == 6
     torch.testing.assert_close(codes, tokenizer.encode(indices(np.arange(7**4))).codes)
     assert [slot.name for slot in tokenizer.slots] == ["i0", "i1", "i2", "i3"]
     with pytest.raises(InputError, match=r"item_index 2401 does not fit .* raise tokenizer\.levels"):
         tokenizer.encode(indices([2401]))
-    long = ItemId(config.ItemId(codebook_size=100, levels=12), {})  # 10^24 codes, more than an int64 counts
+    long = ItemId(config.ItemIdSettings(codebook_size=100, levels=12), {})  # 10^24 codes, more than an int64 counts
     few = long.encode(indices(np.arange(1000))).codes.numpy()
     assert len(np.unique(few, axis=0)) == 1000
     for digits in (codes.numpy(), few):  # the index is a rank by popularity
@@ -372,7 +373,7 @@ def test_item_ids_are_unique_and_no_digit_says_how_popular_an_item_is():
         assert all(count.max() < 3 * count.mean() + 10 for count in counts)
     table, _ = catalogue(items=300)
     with pytest.raises(InputError, match=r"item_index 299 does not fit"):
-        ItemId(config.ItemId(codebook_size=6, levels=3), {}).prepare(shard(table, ()), Workers())
+        ItemId(config.ItemIdSettings(codebook_size=6, levels=3), {}).prepare(shard(table, ()), Workers())
 
 
 def splitmix(seed, index):
@@ -384,7 +385,7 @@ def splitmix(seed, index):
 
 def test_random_codes_by_hand():
     assert splitmix(1234567, 0) == 6457827717110365317, "the reference generator's first value for this seed"
-    tokenizer = RandomSid(config.RandomSid(codebook_size=100, levels=3), {})
+    tokenizer = RandomSid(config.RandomSidSettings(codebook_size=100, levels=3), {})
     tokenizer.salt.fill_(-5)
     codes = tokenizer.encode(indices([0, 77, 10**9])).codes
     expected = [[(splitmix(splitmix(2**64 - 5, slot), index) >> 1) % 100 for slot in range(3)] for index in (0, 77, 10**9)]
@@ -394,7 +395,8 @@ def test_random_codes_by_hand():
 def test_random_codes_are_uniform_independent_and_of_the_seed():
     def codes(seed):
         torch.manual_seed(seed)
-        return RandomSid(config.RandomSid(codebook_size=32, levels=4), {}).encode(indices(np.arange(20_000))).codes.long()
+        tokenizer = RandomSid(config.RandomSidSettings(codebook_size=32, levels=4), {})
+        return tokenizer.encode(indices(np.arange(20_000))).codes.long()
 
     first = codes(1)
     expected = 20_000 / 32

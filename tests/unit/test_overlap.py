@@ -267,7 +267,7 @@ def test_the_weight_of_adaptive_repulsion_falls_with_progress():
     start, end = (call(module, z, codes, progress=t) for t in (0.0, 1.0))
     assert end[0].item() == pytest.approx(0.2 * start[0].item())
     assert (start[1]["repulsion_weight"], end[1]["repulsion_weight"]) == pytest.approx((1.0, 0.2))
-    assert config.AdaptiveSid().contrast.weight[0] == 0
+    assert config.AdaptiveSidSettings().contrast.weight[0] == 0
 
 
 def loop_contrast(z, index, paired, temperature, blocks, worker):

@@ -72,7 +72,7 @@ def long_tail(seed, items=1500):
 def test_the_gate_gives_rare_items_fewer_behaviour_slots():
     for seed in SEEDS:
         table, order = long_tail(seed)
-        tokenizer, batch = trained(config.AdcSid.model_validate(LONG_TAIL), table, seed)
+        tokenizer, batch = trained(config.AdcSidSettings.model_validate(LONG_TAIL), table, seed)
         slots = [index for index, slot in enumerate(tokenizer.slots) if slot.kind == BEHAVIOR]
         active = tokenizer.encode(batch).active[:, slots].sum(1).double().numpy()
         quarter = len(order) // 4
@@ -99,7 +99,7 @@ def repelled():
     }
     found = {}
     for name, repulsion in kinds.items():
-        settings = config.RqVae.model_validate(
+        settings = config.RqVaeSettings.model_validate(
             {
                 "content": ["text"],
                 "levels": 2,

@@ -48,7 +48,7 @@ def test_the_match_is_the_best_there_is():
 
 
 def test_a_renamed_tokenizer_decodes_as_before_and_survives_its_artifact(tmp_path):
-    settings = config.RqKmeans(levels={"text": 2}, codebook_size=5)
+    settings = config.RqKmeansSettings(levels={"text": 2}, codebook_size=5)
     tokenizer = artifact.build(settings, {"text": 6})
     torch.manual_seed(0)
     tokenizer.quantizers["text"].get_buffer("centroids").normal_()
@@ -76,7 +76,9 @@ def test_refining_goes_on_from_what_was_fitted(name):
 
     table, _ = catalogue()
     sections = {"rq-kmeans": {"levels": {"text": 2}}, "opq": {"levels": {"text": 2}, "width": 8}}
-    settings = {"rq-kmeans": config.RqKmeans, "opq": config.Opq}[name].model_validate({**sections[name], "codebook_size": 8, "rounds": 4})
+    settings = {"rq-kmeans": config.RqKmeansSettings, "opq": config.OpqSettings}[name].model_validate(
+        {**sections[name], "codebook_size": 8, "rounds": 4}
+    )
     data = shard(table, CONTENT)
     from adasid.training.workers import Workers
 

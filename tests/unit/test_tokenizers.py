@@ -1,4 +1,4 @@
-"""One behavioural suite for every tokenizer: to add one, add a line to TOKENIZERS."""
+"""One behavioural suite for every tokenizer: to add one, add a line to SECTIONS."""
 
 import json
 import tempfile
@@ -28,34 +28,44 @@ SMALL = {"codebook_size": 8, "revival": {"every": 20}, "training": TRAINING}
 MIXTURE = {**SMALL, "latent_width": 16, "projector_width": 32, "hidden": [48, 32], "decoder_hidden": [32, 48]}
 RESIDUAL = {**SMALL, "latent_width": 8, "hidden": [48, 32], "levels": 3}
 EACH = {"text": 2, "visual": 1, "behavior": 1}
-TOKENIZERS = {
-    "adc-sid": config.AdcSid.model_validate({**MIXTURE, "router": {"hidden": 16}}),
-    "adc-sid two experts": config.AdcSid.model_validate(
-        {**MIXTURE, "shared_experts": 2, "content_experts": {"text": 2, "visual": 2}, "router": {"hidden": 16}}
-    ),
-    "adc-sid without its parts": config.AdcSid.model_validate(
-        {**MIXTURE, "controller": {"enabled": False}, "alignment_weight": 0.0, "router": {"gate": "equal"}}
-    ),
-    "adc-sid switch": config.AdcSid.model_validate({**MIXTURE, "router": {"hidden": 16, "gate": "switch"}, "straight_through": "sum"}),
-    "ada-sid": config.AdaSid.model_validate({**MIXTURE, "behavior_experts": 4, "router": {"hidden": 16, "sparsity": 0.4, "item_weight": 0.1}}),
-    "rq-vae": config.RqVae.model_validate(RESIDUAL),
-    "quasid": config.QuaSid.model_validate(RESIDUAL),
-    "adasid": config.AdaptiveSid.model_validate(RESIDUAL),
-    "letter": config.Letter.model_validate({**RESIDUAL, "diversity_groups": 3}),
-    "das": config.Das.model_validate(RESIDUAL),
-    "rq-vae++": config.RqVaePlus.model_validate({**RESIDUAL, "levels": EACH}),
-    "mm-rq-vae": config.MmRqVae.model_validate({**RESIDUAL, "levels": EACH}),
-    "rq-kmeans": config.RqKmeans(codebook_size=8, levels=3),
-    "rq-kmeans balanced": config.RqKmeans(codebook_size=8, levels=3, balanced=True),
-    "rq-kmeans by modality": config.RqKmeans(codebook_size=8, levels=EACH),
-    "rq-kmeans aligned": config.RqKmeans.model_validate(
-        {"codebook_size": 8, "levels": 2, "aligner": {"width": 8, "hidden": [32], "training": {**TRAINING, "epochs": 40}}}
-    ),
-    "opq": config.Opq(codebook_size=8, levels=2, width=8),
-    "opq by modality": config.Opq(codebook_size=8, levels=EACH, width=8),
-    "item-id": config.ItemId(codebook_size=8),
-    "random": config.RandomSid(codebook_size=8, levels=3),
+SECTIONS = {
+    "adc-sid": {"name": "adc-sid", **MIXTURE, "router": {"hidden": 16}},
+    "adc-sid two experts": {
+        **{"name": "adc-sid", **MIXTURE, "router": {"hidden": 16}},
+        **{"shared_experts": 2, "content_experts": {"text": 2, "visual": 2}},
+    },
+    "adc-sid without its parts": {
+        **{"name": "adc-sid", **MIXTURE, "router": {"gate": "equal"}},
+        **{"controller": {"enabled": False}, "alignment_weight": 0.0},
+    },
+    "adc-sid switch": {
+        **{"name": "adc-sid", **MIXTURE, "router": {"hidden": 16, "gate": "switch"}},
+        "straight_through": "sum",
+    },
+    "ada-sid": {
+        **{"name": "ada-sid", **MIXTURE, "router": {"hidden": 16, "sparsity": 0.4, "item_weight": 0.1}},
+        "behavior_experts": 4,
+    },
+    "rq-vae": {"name": "rq-vae", **RESIDUAL},
+    "quasid": {"name": "quasid", **RESIDUAL},
+    "adasid": {"name": "adasid", **RESIDUAL},
+    "letter": {"name": "letter", **RESIDUAL, "diversity_groups": 3},
+    "das": {"name": "das", **RESIDUAL},
+    "rq-vae++": {"name": "rq-vae++", **RESIDUAL, "levels": EACH},
+    "mm-rq-vae": {"name": "mm-rq-vae", **RESIDUAL, "levels": EACH},
+    "rq-kmeans": {"name": "rq-kmeans", "codebook_size": 8, "levels": 3},
+    "rq-kmeans balanced": {"name": "rq-kmeans", "codebook_size": 8, "levels": 3, "balanced": True},
+    "rq-kmeans by modality": {"name": "rq-kmeans", "codebook_size": 8, "levels": EACH},
+    "rq-kmeans aligned": {
+        **{"name": "rq-kmeans", "codebook_size": 8, "levels": 2},
+        "aligner": {"width": 8, "hidden": [32], "training": {**TRAINING, "epochs": 40}},
+    },
+    "opq": {"name": "opq", "codebook_size": 8, "levels": 2, "width": 8},
+    "opq by modality": {"name": "opq", "codebook_size": 8, "levels": EACH, "width": 8},
+    "item-id": {"name": "item-id", "codebook_size": 8},
+    "random": {"name": "random", "codebook_size": 8, "levels": 3},
 }
+TOKENIZERS = {label: artifact.settings_of({"config": section}) for label, section in SECTIONS.items()}
 CONTROLS = ("item-id", "random")
 
 
@@ -82,6 +92,10 @@ def run_of(name):
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def trained(request):
     return run_of(request.param)
+
+
+def test_every_tokenizer_of_the_list_is_in_the_suite():
+    assert {settings.name for settings in TOKENIZERS.values()} == {model().name for model in config.TOKENIZERS}
 
 
 def everything(data):
@@ -167,7 +181,7 @@ def test_no_codebook_dies_and_training_lowers_the_loss(trained):
     if settings.epochs and "reconstruction" in rows[0]:
         warm = 0.9 if settings.name == "mm-rq-vae" else 0.6
         assert rows[-1]["reconstruction"] < warm * rows[0]["reconstruction"]
-        if isinstance(settings, config.AdcSid):
+        if isinstance(settings, config.AdcSidSettings):
             assert rows[-1]["codebook"] < rows[1]["codebook"] * 2
     elif settings.epochs:
         assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]

@@ -1,5 +1,5 @@
-"""MM-RQ-VAE (MME-SID, arXiv 2509.02017): RQ-VAEs of all modalities that reconstruct the batch's distribution, with the quantized
-content aligned with the quantized behaviour (methods 6.6)."""
+"""MM-RQ-VAE (MME-SID, arXiv 2509.02017): RQ-VAEs of all modalities that reconstruct the batch's distribution, with the
+quantized content aligned with the quantized behaviour (methods 6.6)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adasid import config
 from adasid.losses.alignment import info_nce
 from adasid.losses.mmd import mmd
 from adasid.tables import BEHAVIOR
-from adasid.tokenizers.rq_vae import Passed, RqVaePlus
+from adasid.tokenizers.mm_rq_vae import MmRqVaeSettings
+from adasid.tokenizers.rq_vae.model import Passed, RqVaePlus
 from adasid.training.shards import Batch
 from adasid.training.workers import Workers
 
@@ -20,31 +20,41 @@ from adasid.training.workers import Workers
 class MmRqVae(RqVaePlus):
     """Distributions are compared within this worker's part of a batch."""
 
-    def __init__(self, settings: config.MmRqVae, widths: Mapping[str, int]) -> None:
+    settings: MmRqVaeSettings
+
+    def __init__(self, settings: MmRqVaeSettings, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths)
-        self.mm = settings
 
     def reconstruction(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch) -> Tensor:
         """Sum over modalities of MMD(decoded, input), or of the squared error."""
-        if self.mm.reconstruction == "mse":
+        if self.settings.reconstruction == "mse":
             return super().reconstruction(passed, x, batch)
         decoded = self.decoded({kind: p.straight for kind, p in passed.items()})
         return torch.stack([mmd(y[batch.present[m]], x[m][batch.present[m]]) for m, y in decoded.items()]).sum()
 
-    def added(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
+    def added(
+        self,
+        passed: dict[str, Passed],
+        x: dict[str, Tensor],
+        batch: Batch,
+        workers: Workers,
+    ) -> tuple[Tensor, dict[str, float]]:
         """Each content modality's z_q against behaviour's, for the items that have both."""
         target, losses = passed[BEHAVIOR], [batch.richness.new_zeros(())]
-        everyone, valid = workers.gather_with_gradient(target.straight), workers.gather(target.there.to(torch.uint8)).bool()
+        everyone, valid = (
+            workers.gather_with_gradient(target.straight),
+            workers.gather(target.there.to(torch.uint8)).bool(),
+        )
         items = (batch.index, workers.gather(batch.index))
         own = torch.arange(len(batch), device=valid.device) + workers.rank * len(batch)
         for kind, p in passed.items():
             both = p.there & target.there
             if kind == BEHAVIOR:
                 continue
-            if self.mm.alignment == "contrastive":
-                each = info_nce(p.straight, everyone, own, self.mm.temperature, valid, items)
+            if self.settings.alignment == "contrastive":
+                each = info_nce(p.straight, everyone, own, self.settings.temperature, valid, items)
                 losses.append((each * both).sum() / both.sum().clamp(min=1))
             else:
                 losses.append(mmd(target.straight[both], p.straight[both]))
         loss = torch.stack(losses).sum()
-        return self.mm.alignment_weight * loss, {"alignment": float(loss.detach())}
+        return self.settings.alignment_weight * loss, {"alignment": float(loss.detach())}

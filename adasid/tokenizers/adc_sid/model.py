@@ -1,5 +1,6 @@
-"""ADC-SID (arXiv 2510.25622 v3): mixture of quantization with shared and modality-specific experts, alignment whose strength
-follows richness, and a dynamic behaviour gate. Equation numbers are the paper's; methods 1 says what is corrected and added.
+"""ADC-SID (arXiv 2510.25622 v3): mixture of quantization with shared and modality-specific experts, alignment whose
+strength follows richness, and a dynamic behaviour gate. Equation numbers are the paper's; methods 1 says what is
+corrected and added.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adasid import config
 from adasid.experts import Trunk, mlp
 from adasid.losses.alignment import alignment_weight, calibrated_beta, info_nce
 from adasid.losses.routing import SparsityController, item_sparsity_loss, sparsity_loss
 from adasid.quantizers.cosine import CosineCodebooks, Quantized, codebook_loss
 from adasid.quantizers.kmeans import Held
 from adasid.tables import BEHAVIOR, PAD
-from adasid.tokenizers.base import Codes, Losses, Slot, letters, sample
+from adasid.tokenizers.adc_sid import AdcSidSettings
+from adasid.tokenizers.base import Codes, Losses, sample, slots_of
 from adasid.tokenizers.trained import TrainedTokenizer
 from adasid.training.shards import Batch, Shard
 from adasid.training.workers import Workers
@@ -28,22 +29,24 @@ _BINS = 10_000
 class AdcSid(TrainedTokenizer):
     """``widths``: width of each content modality of ``settings.content_experts`` and of ``behavior``.
 
-    Slots: shared, content in config order, behaviour (methods 1.10). Shapes: B items, L slots, d latent width, h projector width.
+    Slots: shared, content in config order, behaviour (methods 1.10). Shapes: B items, L slots, d latent width, h
+    projector width.
     """
 
     interchangeable = True
+    settings: AdcSidSettings
 
-    def __init__(self, settings: config.AdcSid, widths: Mapping[str, int]) -> None:
-        s = self.settings = settings
+    def __init__(self, settings: AdcSidSettings, widths: Mapping[str, int]) -> None:
+        s = settings
         experts = {"shared": s.shared_experts, **s.content_experts, BEHAVIOR: s.behavior_experts}
-        names = letters(tuple(experts))
-        super().__init__(s, widths, [Slot(f"{names[kind]}{i}", kind, s.codebook_size) for kind, number in experts.items() for i in range(number)])
+        super().__init__(s, widths, slots_of(experts, s.codebook_size))
         self.modalities = s.inputs
         self.gated = s.router.gate != "equal"
         self.trunks = nn.ModuleDict()
         for m in self.modalities:
             gate = [(s.router.hidden, experts[m])] if (self.gated if m == BEHAVIOR else experts[m] > 1) else []
-            self.trunks[m] = Trunk(self.widths[m], experts[m], s.hidden, s.latent_width, [(s.projector_width, s.projector_width), *gate])
+            heads = [(s.projector_width, s.projector_width), *gate]
+            self.trunks[m] = Trunk(self.widths[m], experts[m], s.hidden, s.latent_width, heads)
         if self.gated:
             with torch.no_grad():
                 self.trunks[BEHAVIOR].get_parameter("heads.1.bias").fill_(1.0)  # the gate starts dense (ReMoE, stage I)
@@ -51,14 +54,18 @@ class AdcSid(TrainedTokenizer):
         self.codebooks = CosineCodebooks(len(self.slots), s.codebook_size, s.latent_width)
         self.decoder = mlp([s.latent_width, *s.decoder_hidden, sum(self.widths.values())])
         self.sparsity = SparsityController(s.router.lambda_start, s.router.lambda_step)
-        self.register_buffer("beta", torch.tensor(0.0 if s.controller.beta == "calibrated" else float(s.controller.beta), dtype=torch.float64))
+        self.register_buffer(
+            "beta",
+            torch.tensor(0.0 if s.controller.beta == "calibrated" else float(s.controller.beta), dtype=torch.float64),
+        )
         self.register_buffer("theta", torch.zeros((), dtype=torch.float64))
         self.beta: Tensor
         self.theta: Tensor
         self._last: tuple[Tensor, Tensor] | None = None
 
     def _experts(self, x: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Latents [L, B, d] (eqs 4, 6), gate weights [L, B] (eqs 12, 13, 22; 0 where the modality is absent), projections [B, h] (eq 2)."""
+        """Latents [L, B, d] (eqs 4, 6), gate weights [L, B] (eqs 12, 13, 22; 0 where the modality is absent),
+        projections [B, h] (eq 2)."""
         latents, weights, projections = {}, {}, {}
         for m in self.modalities:
             there = batch.present[m][:, None].to(x[m].dtype)
@@ -84,16 +91,21 @@ class AdcSid(TrainedTokenizer):
         return alignment_weight(richness, c.alpha, float(self.beta)) if c.enabled else torch.ones_like(richness)
 
     def _fuse(self, quantized: Quantized, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """z and z_q (eqs 10, 11) from unit-norm latents and codewords; [B, d] each. Under ``router.gate: switch`` an active behaviour slot counts 1,
-        and its weight learns, up to 1, as if it counted itself."""
+        """z and z_q (eqs 10, 11) from unit-norm latents and codewords; [B, d] each. Under ``router.gate: switch`` an
+        active behaviour slot counts 1, and its weight learns, up to 1, as if it counted itself."""
         if self.settings.router.gate == "switch":
             straight = weights.clamp(max=1)
-            weights = torch.where(self._content_slots()[:, None], weights, (weights > 0).to(weights.dtype) + straight - straight.detach())
+            weights = torch.where(
+                self._content_slots()[:, None],
+                weights,
+                (weights > 0).to(weights.dtype) + straight - straight.detach(),
+            )
         w = weights[:, :, None]
         return (w * quantized.latents).sum(0), (w * quantized.codewords).sum(0)
 
     def _straight_through(self, quantized: Quantized, weights: Tensor) -> Tensor:
-        """z_q [B, d], with a gradient that passes the quantization (eq 14) of each slot or of their sum; the latter lets gates learn by latents."""
+        """z_q [B, d], with a gradient that passes the quantization (eq 14) of each slot or of their sum; the latter
+        lets gates learn by latents."""
         codes, latents, codewords = quantized
         if self.settings.straight_through == "sum":
             z, z_q = self._fuse(quantized, weights)
@@ -102,7 +114,8 @@ class AdcSid(TrainedTokenizer):
 
     @torch.no_grad()
     def prepare(self, shard: Shard, workers: Workers) -> None:
-        """Scales of the inputs; theta (methods 1.7) and, if asked for, beta (methods 10 #14) from the richness of items with behaviour."""
+        """Scales of the inputs; theta (methods 1.7) and, if asked for, beta (methods 10 #14) from the richness of items
+        with behaviour."""
         self.inputs.fit(shard, workers)
         histogram = torch.zeros(_BINS + 1, dtype=torch.float64)
         for batch in shard.scan():
@@ -110,17 +123,21 @@ class AdcSid(TrainedTokenizer):
             histogram += torch.bincount((known * _BINS).round().long(), minlength=_BINS + 1)
         histogram = workers.sum(histogram.to(self.theta.device)).cpu()
         grid = torch.linspace(0, 1, _BINS + 1, dtype=torch.float64)
-        self.theta.fill_((self.settings.router.sparsity or 0.0) / max(1e-6, float((histogram * (1 - grid)).sum() / histogram.sum())))
+        self.theta.fill_(
+            (self.settings.router.sparsity or 0.0) / max(1e-6, float((histogram * (1 - grid)).sum() / histogram.sum())),
+        )
         c = self.settings.controller
         if c.beta == "calibrated":
-            quantile = grid[torch.searchsorted(histogram.cumsum(0), c.calibrated_share * histogram.sum()).clamp(max=_BINS)]
+            index = torch.searchsorted(histogram.cumsum(0), c.calibrated_share * histogram.sum())
+            quantile = grid[index.clamp(max=_BINS)]
             self.beta.fill_(calibrated_beta(float(quantile), c.alpha))
 
     @torch.no_grad()
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
-        found = [self._sample(part.to(self.theta.device)) for part in sample(shard, workers, self.settings.kmeans_samples)]
-        latents, active, held = (workers.gather_ragged(torch.cat(part)) for part in zip(*found))
+        parts = sample(shard, workers, self.settings.kmeans_samples)
+        found = zip(*(self._sample(part.to(self.theta.device)) for part in parts))
+        latents, active, held = (workers.gather_ragged(torch.cat(part)) for part in found)
         self.codebooks.initialise(latents.transpose(0, 1), active.T, self.settings.kmeans_rounds, generator, held.T)
         workers.broadcast(self.codebooks.weight.data)
         self.quantizing.fill_(True)
@@ -135,11 +152,12 @@ class AdcSid(TrainedTokenizer):
 
     def _present(self, batch: Batch) -> Tensor:
         """[L, B] bool: whether the item has the slot's modality."""
-        rows = [torch.ones_like(batch.richness, dtype=torch.bool) if slot.kind == "shared" else batch.present[slot.kind] for slot in self.slots]
-        return torch.stack(rows)
+        present = {"shared": torch.ones_like(batch.richness, dtype=torch.bool), **batch.present}
+        return torch.stack([present[slot.kind] for slot in self.slots])
 
     def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
-        """Total objective (methods 1.8): reconstruction + codebook + alignment + sparsity. Before ``start_quantizing``, without codebooks."""
+        """Total objective (methods 1.8): reconstruction + codebook + alignment + sparsity. Before ``start_quantizing``,
+        without codebooks."""
         s = self.settings
         x = self.inputs(batch)
         latents, weights, projections = self._experts(x, batch)
@@ -172,15 +190,19 @@ class AdcSid(TrainedTokenizer):
         return torch.tensor([slot.kind != BEHAVIOR for slot in self.slots], device=self.theta.device)
 
     def _reconstruction(self, decoded: Tensor, x: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Eq 14, each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the mean), absent ones left out."""
+        """Eq 14, each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the mean), absent
+        ones left out."""
         parts = self.inputs.split(decoded).items()
         return torch.stack([(((y - x[m]) ** 2).mean(1) * batch.present[m]).mean() for m, y in parts]).sum()
 
     def _alignment(self, h: dict[str, Tensor], batch: Batch, workers: Workers) -> Tensor:
-        """Eqs 18 to 21: content pairs both ways; each content modality (anchor) against behaviour, times the item's strength."""
+        """Eqs 18 to 21: content pairs both ways; each content modality (anchor) against behaviour, times the item's
+        strength."""
         strength = self._strength(batch.richness)
         one_way = self._contrast(h, {m: batch.present[m] for m in h}, batch.index, workers)
-        return torch.stack([*self._content_pairs(one_way), *(one_way(m, BEHAVIOR, strength) for m in self.settings.content)]).sum()
+        return torch.stack(
+            [*self._content_pairs(one_way), *(one_way(m, BEHAVIOR, strength) for m in self.settings.content)],
+        ).sum()
 
     def _content_pairs(self, one_way: Callable[[str, str, Tensor | float], Tensor]) -> list[Tensor]:
         content = self.settings.content
@@ -189,8 +211,8 @@ class AdcSid(TrainedTokenizer):
     def _contrast(
         self, h: dict[str, Tensor], there: dict[str, Tensor], index: Tensor, workers: Workers
     ) -> Callable[[str, str, Tensor | float], Tensor]:
-        """InfoNCE of anchor and target projections [B, h], times a weight. Negatives are the other items of the batch on all workers;
-        items that lack either side do not count."""
+        """InfoNCE of anchor and target projections [B, h], times a weight. Negatives are the other items of the batch
+        on all workers; items that lack either side do not count."""
         everyone = {m: workers.gather_with_gradient(value) for m, value in h.items()}
         valid = {m: workers.gather(value.to(torch.uint8)).bool() for m, value in there.items()}
         items = (index, workers.gather(index))
@@ -203,7 +225,8 @@ class AdcSid(TrainedTokenizer):
         return one_way
 
     def _routing(self, weights: Tensor, batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
-        """Methods 1.7, for items with behaviour: the loss, and the controller's move on the sparsity of all workers' items."""
+        """Methods 1.7, for items with behaviour: the loss, and the controller's move on the sparsity of all workers'
+        items."""
         router, there = self.settings.router, batch.present[BEHAVIOR]
         gates, richness = weights[there], batch.richness[there].double()
         scalars = torch.stack([(1 - richness).sum(), richness.new_tensor(float(len(gates)))])
@@ -230,18 +253,28 @@ class AdcSid(TrainedTokenizer):
         }
 
     @torch.no_grad()
-    def after_step(self, step: int, progress: float, workers: Workers, generator: torch.Generator) -> dict[nn.Parameter, Tensor]:
+    def after_step(
+        self,
+        step: int,
+        progress: float,
+        workers: Workers,
+        generator: torch.Generator,
+    ) -> dict[nn.Parameter, Tensor]:
         """Revive dead codes every ``revival.every`` steps, from the latents of all workers' last batch."""
         if self._last is None or not self.revival_due(step, progress):
             return {}
         latents, active = self._last
-        latents, active = workers.gather(latents.transpose(0, 1)).transpose(0, 1), workers.gather(active.T.to(torch.uint8)).T.bool()
+        latents, active = (
+            workers.gather(latents.transpose(0, 1)).transpose(0, 1),
+            workers.gather(active.T.to(torch.uint8)).T.bool(),
+        )
         dead = self.codebooks.revive(latents, active, self.settings.revival.min_share, generator)
         return {self.codebooks.weight: dead[:, :, None].expand_as(self.codebooks.weight)}
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
-        """Codes of all slots (PAD where the modality is absent); weights: 1, or R(e_b) for behaviour slots; active: weight > 0."""
+        """Codes of all slots (PAD where the modality is absent); weights: 1, or R(e_b) for behaviour slots; active:
+        weight > 0."""
         latents, weights, _ = self._experts(self.inputs(batch), batch)
         present = self._present(batch)
         codes = self.codebooks.codes(latents, self._held(batch)).masked_fill(~present, PAD)
@@ -261,4 +294,7 @@ class AdcSid(TrainedTokenizer):
     def facts(self) -> Mapping[str, Any]:
         """The controller as used, and theta of the sparsity target."""
         c = self.settings.controller
-        return {"controller": {"alpha": c.alpha, "beta": float(self.beta), "enabled": c.enabled}, "theta": float(self.theta)}
+        return {
+            "controller": {"alpha": c.alpha, "beta": float(self.beta), "enabled": c.enabled},
+            "theta": float(self.theta),
+        }

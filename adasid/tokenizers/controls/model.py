@@ -1,4 +1,5 @@
-"""Controls: codes that say nothing of the item, unique or random. What a method gains over them is what its codes mean."""
+"""Controls: codes that say nothing of the item, unique or random. What a method gains over them is what its codes
+mean."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adasid import config
 from adasid.errors import InputError
-from adasid.tokenizers.base import Codes, Slot, Tokenizer
+from adasid.tokenizers.base import Codes, Tokenizer, slots_of
+from adasid.tokenizers.controls import ItemIdSettings, RandomSidSettings
 from adasid.training.shards import Batch, Shard
 from adasid.training.workers import Workers
 
@@ -21,10 +22,9 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 class _Control(Tokenizer):
     """Reads no vectors, so that it cannot decode any."""
 
-    def __init__(self, letter: str, levels: int, size: int) -> None:
-        super().__init__()
-        self.widths = {}
-        self.slots = tuple(Slot(f"{letter}{i}", "shared", size) for i in range(levels))
+    def __init__(self, settings: ItemIdSettings | RandomSidSettings, letter: str) -> None:
+        slots = slots_of({"shared": settings.levels}, settings.codebook_size, {"shared": letter})
+        super().__init__(settings, {}, slots)
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
         """Nothing depends on the data."""
@@ -38,26 +38,30 @@ class _Control(Tokenizer):
 class ItemId(_Control):
     """The item's index in base K, its digits mixed without loss, in slots i0 to i{L-1}. ``widths`` is not read.
 
-    The index is a rank by popularity, so its leading digits alone would say how popular an item is. Two rounds of a Feistel network over the digits (each is
-    shifted by a hash of the others) make every digit even and keep the codes unique.
+    The index is a rank by popularity, so its leading digits alone would say how popular an item is. Two rounds of a
+    Feistel network over the digits (each is shifted by a hash of the others) make every digit even and keep the codes
+    unique.
     """
 
-    def __init__(self, settings: config.ItemId, widths: Mapping[str, int]) -> None:
-        super().__init__("i", settings.levels, settings.codebook_size)
-        self.settings = settings
+    settings: ItemIdSettings
+
+    def __init__(self, settings: ItemIdSettings, widths: Mapping[str, int]) -> None:
+        super().__init__(settings, "i")
         powers = [min(settings.codebook_size**place, 2**62) for place in reversed(range(settings.levels))]
         self.register_buffer("powers", torch.tensor(powers))
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
         """Raises InputError where the catalogue has more items than there are codes."""
-        self._check(int(workers.gather(torch.tensor([shard.item_index[-1]], device=self.get_buffer("powers").device)).max()))
+        self._check(
+            int(workers.gather(torch.tensor([shard.item_index[-1]], device=self.get_buffer("powers").device)).max()),
+        )
 
     def _check(self, largest: int) -> None:
         s = self.settings
         if largest >= s.codebook_size**s.levels:
             raise InputError(
-                f"tokenizer item-id: item_index {largest} does not fit tokenizer.codebook_size {s.codebook_size} to the power of tokenizer.levels "
-                f"{s.levels} = {s.codebook_size**s.levels}: raise tokenizer.levels"
+                f"tokenizer item-id: item_index {largest} does not fit tokenizer.codebook_size {s.codebook_size} "
+                f"to the power of tokenizer.levels {s.levels} = {s.codebook_size**s.levels}: raise tokenizer.levels"
             )
 
     @torch.inference_mode()
@@ -81,9 +85,10 @@ class RandomSid(_Control):
     The salt comes from torch's generator at construction, that is, from the run's seed.
     """
 
-    def __init__(self, settings: config.RandomSid, widths: Mapping[str, int]) -> None:
-        super().__init__("x", settings.levels, settings.codebook_size)
-        self.settings = settings
+    settings: RandomSidSettings
+
+    def __init__(self, settings: RandomSidSettings, widths: Mapping[str, int]) -> None:
+        super().__init__(settings, "x")
         self.register_buffer("salt", torch.randint(-(2**63), 2**63 - 1, ()))
 
     @torch.inference_mode()
@@ -99,7 +104,8 @@ def _whole(codes: Tensor) -> Codes:
 
 
 def _splitmix(seed: Tensor, index: Tensor) -> Tensor:
-    """Value ``index`` >= 0 of the splitmix64 stream of ``seed`` (Steele, Lea and Flood, OOPSLA 2014), in int64 that wraps around."""
+    """Value ``index`` >= 0 of the splitmix64 stream of ``seed`` (Steele, Lea and Flood, OOPSLA 2014), in int64 that
+    wraps around."""
     z = seed + (index + 1) * _signed(_GAMMA)
     for bits, factor in _MIX:
         z = (z ^ _shift(z, bits)) * _signed(factor)

@@ -1,5 +1,6 @@
-"""RQ-VAE (TIGER, arXiv 2305.05065) and RQ-VAE++ (a baseline of arXiv 2510.25622 v1): residual quantization of an encoder's latent
-(methods 6.1, 6.7). QuaSID and AdaSID are RQ-VAEs with ``repulsion`` and ``contrast`` set (methods 4, 5)."""
+"""RQ-VAE (TIGER, arXiv 2305.05065) and RQ-VAE++ (a baseline of arXiv 2510.25622 v1): residual quantization of an
+encoder's latent (methods 6.1, 6.7). QuaSID and AdaSID are RQ-VAEs with ``repulsion`` and ``contrast`` set (methods 4,
+5)."""
 
 from __future__ import annotations
 
@@ -9,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adasid import config
 from adasid.errors import InputError
 from adasid.experts import mlp
 from adasid.quantizers.residual import Residual, ResidualCodebooks, residual_loss
 from adasid.tables import PAD
-from adasid.tokenizers.base import Codes, Losses, Slot, letters, sample
+from adasid.tokenizers.base import Codes, Losses, sample, slots_of
+from adasid.tokenizers.rq_vae import RqVaePlusSettings, RqVaeSettings
+from adasid.tokenizers.settings import ResidualSettings
 from adasid.tokenizers.trained import TrainedTokenizer
 from adasid.training.shards import Batch, Shard
 from adasid.training.workers import Workers
@@ -23,7 +25,7 @@ from adasid.training.workers import Workers
 class Tower(nn.Module):
     """Encoder, residual codebooks and decoder of the modalities ``reads``, which it takes side by side."""
 
-    def __init__(self, settings: config.RqVae | config.RqVaePlus, reads: tuple[str, ...], width: int, levels: int) -> None:
+    def __init__(self, settings: ResidualSettings, reads: tuple[str, ...], width: int, levels: int) -> None:
         super().__init__()
         self.reads = reads
         self.encoder = mlp([width, *settings.hidden, settings.latent_width])
@@ -32,7 +34,8 @@ class Tower(nn.Module):
 
 
 class Passed(NamedTuple):
-    """What a tower makes of a batch: ``z`` [B, d], ``quantized``, ``straight`` [B, d]: z in the gradient, z_q in value; ``there`` [B] bool."""
+    """What a tower makes of a batch: ``z`` [B, d], ``quantized``, ``straight`` [B, d]: z in the gradient, z_q in value;
+    ``there`` [B] bool."""
 
     z: Tensor
     quantized: Residual
@@ -43,17 +46,21 @@ class Passed(NamedTuple):
 class _Residual(TrainedTokenizer):
     """One tower or several, each with its own levels."""
 
+    settings: ResidualSettings
     towers: nn.ModuleDict
 
-    def __init__(self, settings: config.RqVae | config.RqVaePlus, widths: Mapping[str, int], plan: Mapping[str, tuple[tuple[str, ...], int]]) -> None:
+    def __init__(
+        self,
+        settings: ResidualSettings,
+        widths: Mapping[str, int],
+        plan: Mapping[str, tuple[tuple[str, ...], int]],
+    ) -> None:
         """``plan``: name of a tower -> (modalities, levels); the name is the kind of its slots."""
-        names = letters(tuple(plan))
-        slots = [Slot(f"{names[kind]}{level}", kind, settings.codebook_size) for kind, (_, levels) in plan.items() for level in range(levels)]
-        super().__init__(settings, widths, slots)
-        self.settings = settings
-        self.towers = nn.ModuleDict(
-            {kind: Tower(settings, reads, sum(self.widths[m] for m in reads), levels) for kind, (reads, levels) in plan.items()}
-        )
+        numbers = {kind: levels for kind, (_, levels) in plan.items()}
+        super().__init__(settings, widths, slots_of(numbers, settings.codebook_size))
+        self.towers = nn.ModuleDict()
+        for kind, (reads, levels) in plan.items():
+            self.towers[kind] = Tower(settings, reads, sum(self.widths[m] for m in reads), levels)
         self._last: dict[str, Passed] = {}
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
@@ -66,7 +73,12 @@ class _Residual(TrainedTokenizer):
         assert isinstance(found, Tower)
         return found
 
-    def passed(self, x: dict[str, Tensor], batch: Batch, balanced: tuple[float, int] | None = None) -> dict[str, Passed]:
+    def passed(
+        self,
+        x: dict[str, Tensor],
+        batch: Batch,
+        balanced: tuple[float, int] | None = None,
+    ) -> dict[str, Passed]:
         """Every tower's latents and codes."""
         found, first = {}, 0
         for kind in self.towers:
@@ -131,7 +143,9 @@ class _Residual(TrainedTokenizer):
 
     def quantization(self, passed: dict[str, Passed]) -> Tensor:
         """L_rq of all towers."""
-        return torch.stack([residual_loss(p.quantized, p.there, self.settings.commitment) for p in passed.values()]).sum()
+        return torch.stack(
+            [residual_loss(p.quantized, p.there, self.settings.commitment) for p in passed.values()],
+        ).sum()
 
     def balanced(self) -> tuple[float, int] | None:
         """Sinkhorn assignment of the last level in training."""
@@ -141,12 +155,19 @@ class _Residual(TrainedTokenizer):
         """What co-engaged pairs are contrasted on: the latents before quantization."""
         return torch.cat([p.z for p in passed.values()], dim=1)
 
-    def added(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
+    def added(
+        self,
+        passed: dict[str, Passed],
+        x: dict[str, Tensor],
+        batch: Batch,
+        workers: Workers,
+    ) -> tuple[Tensor, dict[str, float]]:
         """Further losses of a method."""
         return batch.richness.new_zeros(()), {}
 
     def reconstruction(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Squared error of each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the mean), absent ones left out."""
+        """Squared error of each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the
+        mean), absent ones left out."""
         decoded = self.decoded({kind: p.straight for kind, p in passed.items()})
         return torch.stack([(((y - x[m]) ** 2).mean(1) * batch.present[m]).mean() for m, y in decoded.items()]).sum()
 
@@ -163,7 +184,13 @@ class _Residual(TrainedTokenizer):
         return torch.cat([p.quantized.codes.masked_fill(~p.there[:, None], PAD) for p in passed.values()], dim=1)
 
     @torch.no_grad()
-    def after_step(self, step: int, progress: float, workers: Workers, generator: torch.Generator) -> dict[nn.Parameter, Tensor]:
+    def after_step(
+        self,
+        step: int,
+        progress: float,
+        workers: Workers,
+        generator: torch.Generator,
+    ) -> dict[nn.Parameter, Tensor]:
         """Revive dead codes every ``revival.every`` steps, from the residuals of all workers' last batch."""
         if not self.revival_due(step, progress):
             return {}
@@ -193,12 +220,16 @@ class _Residual(TrainedTokenizer):
 class RqVae(_Residual):
     """One tower over all content modalities; every item gets a SID."""
 
-    def __init__(self, settings: config.RqVae, widths: Mapping[str, int]) -> None:
+    settings: RqVaeSettings
+
+    def __init__(self, settings: RqVaeSettings, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths, {"shared": (settings.content, settings.levels)})
 
 
 class RqVaePlus(_Residual):
     """A tower for each modality, behaviour among them."""
 
-    def __init__(self, settings: config.RqVaePlus, widths: Mapping[str, int]) -> None:
+    settings: RqVaePlusSettings
+
+    def __init__(self, settings: RqVaePlusSettings, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths, {m: ((m,), levels) for m, levels in settings.levels.items()})

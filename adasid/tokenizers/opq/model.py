@@ -1,4 +1,5 @@
-"""Optimised product quantization (Ge et al., CVPR 2013, as RPG uses it; methods 6.2) of the content, or of each modality."""
+"""Optimised product quantization (Ge et al., CVPR 2013, as RPG uses it; methods 6.2) of the content, or of each
+modality."""
 
 from __future__ import annotations
 
@@ -7,10 +8,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from adasid import config
 from adasid.errors import InputError
 from adasid.quantizers.kmeans import Held
-from adasid.quantizers.product import Components, ProductQuantizer, fit_opq, fit_opq_faiss, principal_components, refine_opq
+from adasid.quantizers.product import (
+    Components,
+    ProductQuantizer,
+    fit_opq,
+    fit_opq_faiss,
+    principal_components,
+    refine_opq,
+)
+from adasid.tokenizers.opq import OpqSettings
 from adasid.tokenizers.spaces import Spaces
 
 
@@ -20,13 +28,13 @@ class SubSpaces(nn.Module):
     Raises InputError where there are fewer dimensions than slots.
     """
 
-    def __init__(self, settings: config.Opq, kind: str, levels: int, dimensions: int) -> None:
+    def __init__(self, settings: OpqSettings, kind: str, levels: int, dimensions: int) -> None:
         super().__init__()
         self.settings, self.levels = settings, levels
         width = min(settings.width, dimensions) // levels * levels
         if not width:
-            what = "the content" if kind == "shared" else repr(kind)
-            raise InputError(f"tokenizer.levels is {levels}, but {what} has {dimensions} dimensions in all: lower it, or add a modality")
+            what = f"{'the content' if kind == 'shared' else repr(kind)} has {dimensions} dimensions in all"
+            raise InputError(f"tokenizer.levels is {levels}, but {what}: lower it, or add a modality")
         self.register_buffer("mean", torch.zeros(dimensions))
         self.register_buffer("basis", torch.zeros(dimensions, width))
         self.register_buffer("deviation", torch.ones(width))
@@ -46,7 +54,8 @@ class SubSpaces(nn.Module):
             self.get_buffer(name).copy_(value)
 
     def forward(self, x: Tensor, held: Held | None = None) -> tuple[Tensor, Tensor]:
-        """Codes [n, L] and the decoded vectors [n, D] of ``x`` [n, D] of float64, in which codes do not depend on the batch; ``held``: codes [n, L]."""
+        """Codes [n, L] and the decoded vectors [n, D] of ``x`` [n, D] of float64, in which codes do not depend on the
+        batch; ``held``: codes [n, L]."""
         components = Components(*(self.get_buffer(name).double() for name in Components._fields))
         quantizer = ProductQuantizer(*(self.get_buffer(name).double() for name in ProductQuantizer._fields))
         codes = quantizer.codes(components.project(x), held)
@@ -57,18 +66,20 @@ class Opq(Spaces):
     """Slots o0 to o{L-1}, or by modality."""
 
     interchangeable = True
+    settings: OpqSettings
 
-    def __init__(self, settings: config.Opq, widths: Mapping[str, int]) -> None:
+    def __init__(self, settings: OpqSettings, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths, "o")
-        self.quantizers = nn.ModuleDict({kind: SubSpaces(settings, kind, number, self.dimensions(kind)) for kind, number in self.levels.items()})
+        self.quantizers = nn.ModuleDict(
+            {kind: SubSpaces(settings, kind, number, self.dimensions(kind)) for kind, number in self.levels.items()},
+        )
 
     def refine_space(self, kind: str, x: Tensor, rounds: int) -> None:
         """Rounds of centroids and rotation; the components stay."""
         space = self.quantizers[kind]
         components = Components(*(space.get_buffer(name) for name in Components._fields))
         start = ProductQuantizer(*(space.get_buffer(name) for name in ProductQuantizer._fields))
-        assert isinstance(self.chosen, config.Opq)
-        found, _ = refine_opq(components.project(x), start, rounds, self.chosen.momentum)
+        found, _ = refine_opq(components.project(x), start, rounds, self.settings.momentum)
         for name, value in found._asdict().items():
             space.get_buffer(name).copy_(value)
 

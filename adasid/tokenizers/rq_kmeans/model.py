@@ -1,4 +1,5 @@
-"""RQ-KMeans (OneRec, QARM; methods 6.3): residual k-means without an encoder; plain, balanced, aligned, or one for each modality."""
+"""RQ-KMeans (OneRec, QARM; methods 6.3): residual k-means without an encoder; plain, balanced, aligned, or one for each
+modality."""
 
 from __future__ import annotations
 
@@ -9,18 +10,19 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adasid import config
 from adasid.experts import mlp
 from adasid.losses.overlap import pair_contrast
 from adasid.quantizers.kmeans import Held, kmeans, lloyd_round, nearest_euclidean
 from adasid.tokenizers.base import Losses
+from adasid.tokenizers.rq_kmeans import RqKmeansSettings
 from adasid.tokenizers.spaces import Spaces
 from adasid.training.shards import Batch
 from adasid.training.workers import Workers
 
 
 class ResidualCentroids(nn.Module):
-    """``levels`` codebooks of ``size`` centroids, each of the residual that the one before leaves; ``centroids`` [L, K, d]."""
+    """``levels`` codebooks of ``size`` centroids, each of the residual that the one before leaves; ``centroids`` [L, K,
+    d]."""
 
     def __init__(self, levels: int, size: int, width: int) -> None:
         super().__init__()
@@ -28,7 +30,8 @@ class ResidualCentroids(nn.Module):
         self.centroids: Tensor
 
     def fit(self, x: Tensor, rounds: int, generator: torch.Generator, balanced: bool) -> None:
-        """k-means level by level on ``x`` [n, d], n >= 1. Residuals are of the nearest centroid, as in :meth:`forward`."""
+        """k-means level by level on ``x`` [n, d], n >= 1. Residuals are of the nearest centroid, as in
+        :meth:`forward`."""
         for level, words in enumerate(self.centroids):
             self.centroids[level] = kmeans(x, len(words), rounds, generator, balanced)
             x = x - words[nearest_euclidean(x, words)]
@@ -45,12 +48,16 @@ class ResidualCentroids(nn.Module):
 class RqKmeans(Spaces):
     """Slots r0 to r{L-1}, or by modality."""
 
-    def __init__(self, settings: config.RqKmeans, widths: Mapping[str, int]) -> None:
+    settings: RqKmeansSettings
+
+    def __init__(self, settings: RqKmeansSettings, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths, "r")
-        s = self.settings = settings
+        s = settings
         self.encoder = mlp([self.dimensions("shared"), *s.aligner.hidden, s.aligner.width]) if s.aligner else None
         spaces = {kind: s.aligner.width if s.aligner else self.dimensions(kind) for kind in self.levels}
-        self.quantizers = nn.ModuleDict({kind: ResidualCentroids(number, s.codebook_size, spaces[kind]) for kind, number in self.levels.items()})
+        self.quantizers = nn.ModuleDict(
+            {kind: ResidualCentroids(number, s.codebook_size, spaces[kind]) for kind, number in self.levels.items()},
+        )
 
     def _spaces(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """The aligner's outputs are of unit norm: its loss reads their direction only."""
@@ -58,7 +65,10 @@ class RqKmeans(Spaces):
         if self.encoder is None:
             return found
         x, there = found["shared"]
-        x = nnf.normalize(functional_call(self.encoder, {name: p.double() for name, p in self.encoder.named_parameters()}, (x,)), dim=1)
+        x = nnf.normalize(
+            functional_call(self.encoder, {name: p.double() for name, p in self.encoder.named_parameters()}, (x,)),
+            dim=1,
+        )
         return {"shared": (x, there)}
 
     def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:

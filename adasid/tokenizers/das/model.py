@@ -1,5 +1,6 @@
-"""DAS (arXiv 2508.10584), item side: RQ-VAE whose quantized vectors are aligned with behaviour and with those of co-engaged items
-(methods 6.5). Left out: the user side, the contrast with a user's state (w3), and the debiasing of pairs by their items' popularity."""
+"""DAS (arXiv 2508.10584), item side: RQ-VAE whose quantized vectors are aligned with behaviour and with those of
+co-engaged items (methods 6.5). Left out: the user side, the contrast with a user's state (w3), and the debiasing of
+pairs by their items' popularity."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from adasid import config
 from adasid.losses.alignment import info_nce
 from adasid.tables import BEHAVIOR
-from adasid.tokenizers.rq_vae import Passed, RqVae
+from adasid.tokenizers.das import DasSettings
+from adasid.tokenizers.rq_vae.model import Passed, RqVae
 from adasid.training.shards import Batch
 from adasid.training.workers import Workers
 
@@ -19,21 +20,33 @@ from adasid.training.workers import Workers
 class Das(RqVae):
     """``InfoNCE(P q_i, e_b,i)`` and, by ``contrast``, ``InfoNCE(q_i, q_j)`` of co-engaged pairs."""
 
-    def __init__(self, settings: config.Das, widths: Mapping[str, int]) -> None:
+    settings: DasSettings
+
+    def __init__(self, settings: DasSettings, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths)
-        self.das = settings
         self.project = nn.Linear(settings.latent_width, self.widths[BEHAVIOR], bias=False)
 
-    def added(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
+    def added(
+        self,
+        passed: dict[str, Passed],
+        x: dict[str, Tensor],
+        batch: Batch,
+        workers: Workers,
+    ) -> tuple[Tensor, dict[str, float]]:
         """Quantized content against behaviour; items without behaviour do not count."""
         there = batch.present[BEHAVIOR]
         everyone, valid = workers.gather(x[BEHAVIOR]), workers.gather(there.to(torch.uint8)).bool()
         own = torch.arange(len(batch), device=there.device) + workers.rank * len(batch)
         each = info_nce(
-            self.project(passed["shared"].straight), everyone, own, self.das.temperature, valid, (batch.index, workers.gather(batch.index))
+            self.project(passed["shared"].straight),
+            everyone,
+            own,
+            self.settings.temperature,
+            valid,
+            (batch.index, workers.gather(batch.index)),
         )
         loss = (each * there).sum() / there.sum().clamp(min=1)
-        return self.das.behavior_weight * loss, {"alignment": float(loss.detach())}
+        return self.settings.behavior_weight * loss, {"alignment": float(loss.detach())}
 
     def paired_view(self, passed: dict[str, Passed]) -> Tensor:
         """Pairs are contrasted after quantization."""

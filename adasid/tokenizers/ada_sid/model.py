@@ -1,4 +1,5 @@
-"""ADA-SID (arXiv 2510.25622 v1 and v2), the first version of ADC-SID: another alignment, and SIDs of variable length (methods 1.5, 1.7, 1.10)."""
+"""ADA-SID (arXiv 2510.25622 v1 and v2), the first version of ADC-SID: another alignment, and SIDs of variable length
+(methods 1.5, 1.7, 1.10)."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adasid import config
 from adasid.tables import BEHAVIOR, PAD
-from adasid.tokenizers.adc_sid import AdcSid
+from adasid.tokenizers.ada_sid import AdaSidSettings
+from adasid.tokenizers.adc_sid.model import AdcSid
 from adasid.tokenizers.base import Codes
 from adasid.training.shards import Batch
 from adasid.training.workers import Workers
@@ -18,22 +19,30 @@ from adasid.training.workers import Workers
 class AdaSid(AdcSid):
     """Behaviour is aligned with the sum of the content projections; an inactive behaviour slot is PAD."""
 
-    def __init__(self, settings: config.AdaSid, widths: Mapping[str, int]) -> None:
+    settings: AdaSidSettings
+
+    def __init__(self, settings: AdaSidSettings, widths: Mapping[str, int]) -> None:
         super().__init__(settings, widths)
-        self.ada = settings
 
     def _alignment(self, h: dict[str, Tensor], batch: Batch, workers: Workers) -> Tensor:
         """Eqs 15 to 17: content pairs both ways; behaviour (anchor) against h_t + h_v, times the item's strength."""
         content = self.settings.content
         there = {m: batch.present[m] for m in h}
         joint = {**h, "content": torch.stack([h[m] for m in content]).sum(0)}
-        one_way = self._contrast(joint, {**there, "content": torch.stack([there[m] for m in content]).any(0)}, batch.index, workers)
-        return torch.stack([*self._content_pairs(one_way), one_way(BEHAVIOR, "content", self._strength(batch.richness))]).sum()
+        one_way = self._contrast(
+            joint,
+            {**there, "content": torch.stack([there[m] for m in content]).any(0)},
+            batch.index,
+            workers,
+        )
+        return torch.stack(
+            [*self._content_pairs(one_way), one_way(BEHAVIOR, "content", self._strength(batch.richness))],
+        ).sum()
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
         """As ADC-SID; a behaviour slot whose weight is not above ``threshold`` is PAD, with weight 0."""
         codes, weights, _ = super().encode(batch)
-        off = ~self._content_slots()[None, :] & (weights <= self.ada.threshold)
+        off = ~self._content_slots()[None, :] & (weights <= self.settings.threshold)
         weights = weights.masked_fill(off, 0.0)
         return Codes(codes.masked_fill(off, PAD), weights, weights > 0)

@@ -1,4 +1,5 @@
-"""What every section of the configuration shares."""
+"""The base of every settings model, and the types that they share. It imports no torch, and neither does any settings
+model."""
 
 from __future__ import annotations
 
@@ -12,4 +13,6 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
+    """A mapping of the configuration: frozen, of strict types, without unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

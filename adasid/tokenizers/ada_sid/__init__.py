@@ -1,0 +1,32 @@
+"""ADA-SID, the first version of ADC-SID: its settings; the class is in ``model``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from adasid.tokenizers.adc_sid import AdcSidSettings, Router
+
+if TYPE_CHECKING:
+    from adasid.tokenizers.base import Tokenizer
+
+
+class AdaSidSettings(AdcSidSettings):
+    """ADA-SID (arXiv 2510.25622 v1): behaviour aligned to text + image, item-specific sparsity, SIDs of variable
+    length."""
+
+    name: Literal["ada-sid"] = Field(  # type: ignore[assignment]
+        "ada-sid",
+        description="ADC-SID's first version: behaviour aligned to the sum of content; inactive slots become PAD",
+    )
+    behavior_experts: int = Field(5, ge=1, description="experts of the behaviour modality (N_b)")
+    threshold: float = Field(0.0, ge=0, description="a behaviour slot whose weight is not above it becomes PAD")
+    router: Router = Field(Router(sparsity=0.4, item_weight=0.1), description="dynamic behaviour gate")
+
+    def build(self, widths: Mapping[str, int]) -> Tokenizer:
+        """Return the untrained tokenizer."""
+        from adasid.tokenizers.ada_sid.model import AdaSid
+
+        return AdaSid(self, widths)

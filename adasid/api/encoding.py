@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class SemanticIds:
     @cached_property
     def tokens(self) -> NDArray[np.object_]:
         """Text tokens [n, L], such as ``<t0_17>`` and ``<b2_pad>``; made when they are first asked for."""
-        found: NDArray[np.object_] = token_names(self.slots)[np.arange(len(self.slots))[None, :], self.codes]
+        found: NDArray[np.object_] = _names(self.slots)[np.arange(len(self.slots))[None, :], self.codes]
         return found
 
 
@@ -110,7 +110,8 @@ class SidTokenizer:
         ``richness`` [n] in [0, 1] replaces what follows from the data. Only gated tokenizers (ADC-SID, ADA-SID) read
         it, for the weights of behaviour slots. Where it cannot be computed, a warning is given and the mean of the
         fitted items is taken (0.5 for an artifact of the pipeline; its table ``item_features`` has the column).
-        ``batch_size``: items encoded at a time.
+        ``batch_size``: items encoded at a time. A service that encodes single items is fastest with one thread,
+        ``torch.set_num_threads(1)``.
 
         Raises InputError for a missing modality, a wrong width, or a value that is not finite.
         """
@@ -172,6 +173,12 @@ class SidTokenizer:
             return torch.from_numpy(np.where(there, given, 0.0).astype(np.float32))
         assert self._scale is not None
         return torch.from_numpy(self._scale.richness(vector_norms(batch.vectors[BEHAVIOR].numpy()), there))
+
+
+@lru_cache(maxsize=8)
+def _names(slots: tuple[Slot, ...]) -> NDArray[np.object_]:
+    """:func:`token_names`, made once for a tokenizer."""
+    return token_names(slots)
 
 
 def check_richness(values: NDArray[Any], caller: str) -> NDArray[np.float32]:

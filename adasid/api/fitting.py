@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from adasid import config
 from adasid.api.encoding import SidTokenizer, check_richness
-from adasid.api.items import Data, Items, vector
+from adasid.api.items import CHUNK, Data, Items, vector
 from adasid.datasets.arrow import vectors
 from adasid.errors import ConfigError, InputError
 from adasid.metrics.richness import RichnessScale, fit_scale, vector_norms
@@ -31,8 +31,6 @@ from adasid.training.tokenizer import TokenizerTraining, summary
 from adasid.training.workers import Workers, settle
 
 _CALLER = "adasid.fit"
-_ROWS = 8192
-"""Rows that are converted at a time."""
 _SHOWN = ("loss", "reconstruction", "utilisation", "entropy", "seconds")
 
 
@@ -122,8 +120,9 @@ def settings_of(
     fields = {name: field.default for name, field in models[tokenizer].model_fields.items() if name != "name"}
     for key in given:
         if key not in fields:
-            nested = {inner: f"{name}={{{inner!r}: ...}}" for name, default in fields.items() for inner in _inner(default)}
-            known = {**nested, **{name: name for name in (*fields, *_keywords())}}
+            sections = ((name, inner) for name, default in fields.items() for inner in _inner(default))
+            known = {inner: f"{name}={{{inner!r}: ...}}" for name, inner in sections}
+            known |= {name: repr(name) for name in (*fields, *_keywords())}
             what = f"{tokenizer!r} has no setting {key!r}; did you mean {known[_nearest(key, known)]}?"
             raise ConfigError(f"{_CALLER}: {what}")
     features = {"features": {"content": list(content)}} if content else {}
@@ -175,10 +174,10 @@ def _richness(
         return np.zeros(items.n, np.float32), None
     norms, present = np.zeros(items.n, np.float32), np.zeros(items.n, bool)
     width = items.widths([BEHAVIOR], _CALLER)
-    for start in range(0, items.n, _ROWS):
-        batch = items.batch(start, start + _ROWS, width)
-        norms[start : start + _ROWS] = vector_norms(batch.vectors[BEHAVIOR].numpy())
-        present[start : start + _ROWS] = batch.present[BEHAVIOR].numpy()
+    for start in range(0, items.n, CHUNK):
+        batch = items.batch(start, start + CHUNK, width)
+        norms[start : start + CHUNK] = vector_norms(batch.vectors[BEHAVIOR].numpy())
+        present[start : start + CHUNK] = batch.present[BEHAVIOR].numpy()
     ids = items.extra.get("item_id")
     known = None if number is None else number[present].astype(np.int64)
     scale = fit_scale(norms[present], known, None if ids is None else ids[present])
@@ -187,7 +186,7 @@ def _richness(
     least = config.Features().proxy_min_spearman
     warnings.warn(
         f"{_CALLER}: Spearman(norm of behaviour, count) is {scale.spearman:.2f}, below {least:g}: the norm does not "
-        "measure how much is known about an item, so richness is min-max of log(1 + count); pass counts= to encode, too",
+        "measure how much is known about an item, so richness is min-max of log(1 + count); encode needs counts, too",
         UserWarning,
         stacklevel=3,
     )
@@ -203,8 +202,8 @@ def _reader(items: Items, modalities: Sequence[str], richness: NDArray[np.float3
         raise InputError(f"{_CALLER}: the column 'item_index' names an item twice; {fix}")
 
     def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        for start in range(0, items.n, _ROWS):
-            part = slice(start, min(start + _ROWS, items.n))
+        for start in range(0, items.n, CHUNK):
+            part = slice(start, min(start + CHUNK, items.n))
             asked = {m: width for m, width in widths.items() if m in columns}
             batch = items.batch(part.start, part.stop, asked)
             arrays = {m: vectors(batch.vectors[m].numpy(), batch.present[m].numpy()) for m in asked}

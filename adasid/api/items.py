@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from adasid.errors import InputError
 from adasid.training.shards import Batch
 
+CHUNK = 8192
+"""Rows that are converted at a time."""
 _EXTRA = ("item_id", "item_index", "interactions", "richness")
 """Columns of a table that are read where it has them, as ``item_features`` spells them."""
 
@@ -73,7 +75,8 @@ class Items:
         widths = {}
         for m in modalities:
             width = _width(self.columns[m])
-            if not width:
+            parts = range(0, self.n if width else 0, CHUNK)
+            if not any(self.batch(start, start + CHUNK, {m: width}).present[m].any() for start in parts):
                 raise InputError(f"{caller}: no item has the modality {m!r}; bring its vectors, or leave it out")
             widths[m] = width
         return widths
@@ -110,13 +113,7 @@ def _column(value: Any, name: str) -> Any:
     elif isinstance(value, pa.Array):
         found = pa.chunked_array([value])
     else:
-        try:
-            found = np.asarray(value)
-            if found.dtype == object:
-                found = pa.chunked_array([pa.array(list(value), pa.list_(pa.float32()), from_pandas=True)])
-        except (ValueError, TypeError, pa.ArrowInvalid) as error:
-            line = str(error).splitlines()[0]
-            raise InputError(f"{name} is not a matrix of numbers ({line}); pass an array [n, D]") from None
+        found = _array(value, name)
     if isinstance(found, pa.ChunkedArray):
         if not _is_list(found.type):
             raise InputError(f"{name} is a column of {found.type}; pass a column of lists of numbers")
@@ -126,6 +123,21 @@ def _column(value: Any, name: str) -> Any:
         fix = "of one item, pass x.reshape(1, -1)" if found.ndim == 1 else "pass numbers, [n, D]"
         raise InputError(f"{name} is {form}, not a matrix of one row for each item; {fix}")
     return found
+
+
+def _array(value: Any, name: str) -> Any:
+    """A NumPy matrix; of rows that differ in length, or of which some are None, an Arrow column."""
+    try:
+        found = np.asarray(value)
+        if found.dtype != object:
+            return found
+    except ValueError:  # NumPy refuses rows of several lengths
+        pass
+    try:
+        return pa.chunked_array([pa.array(list(value), pa.list_(pa.float32()), from_pandas=True)])
+    except (ValueError, TypeError, pa.ArrowInvalid) as error:
+        line = str(error).splitlines()[0]
+        raise InputError(f"{name} is not a matrix of numbers ({line}); pass an array [n, D]") from None
 
 
 def _table(data: Any, caller: str) -> pa.Table:

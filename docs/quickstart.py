@@ -13,11 +13,11 @@ import numpy as np
 
 import adasid
 
-# 1. The data: a catalogue of 3,000 items in 20 planted topics, with a text and a behaviour embedding each.
+# 1. The data: a catalogue of 2,000 items in 20 planted topics, with a text and a behaviour embedding each.
 #    Popularity follows Zipf's law. The more often an item was clicked, the longer and the cleaner is its behaviour
-#    vector. The last 300 items are new: nobody has clicked them, so their behaviour is a row of NaN.
+#    vector. The last 200 items are new: nobody has clicked them, so their behaviour is a row of NaN.
 rng = np.random.default_rng(0)
-items, topics, new = 3000, 20, 300
+items, topics, new = 2000, 20, 200
 topic = rng.integers(topics, size=items)
 counts = (2000 / np.arange(1, items + 1) ** 0.8).astype(int)
 counts[-new:] = 0
@@ -36,7 +36,7 @@ tokenizer = adasid.fit(
     codebook_size=32,
     hidden=[128, 64],
     decoder_hidden=[64, 128],
-    training={"epochs": 30, "batch": 256, "lr": 0.003},
+    training={"epochs": 25, "batch": 256, "lr": 0.003},
     progress=False,
 )
 print(tokenizer)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from adasid.api.items import Data, Items, vector
 from adasid.config import TokenizerSettings
@@ -95,8 +95,8 @@ class SidTokenizer:
         self,
         data: Data,
         *,
-        counts: Any | None = None,
-        richness: Any | None = None,
+        counts: ArrayLike | None = None,
+        richness: ArrayLike | None = None,
         batch_size: int = 1024,
     ) -> SemanticIds:
         """Encode items to semantic IDs. The result for an item depends on that item alone.
@@ -146,7 +146,7 @@ class SidTokenizer:
         """Whether richness is read."""
         return "router" in type(self.settings).model_fields
 
-    def _given(self, items: Items, counts: Any | None, richness: Any | None) -> NDArray[Any] | None:
+    def _given(self, items: Items, counts: ArrayLike | None, richness: ArrayLike | None) -> NDArray[Any] | None:
         """Richness [n] that does not follow from the vectors; None where each batch computes it from its norms."""
         if richness is None and counts is None:
             richness = items.extra.get("richness")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from adasid.api.encoding import SemanticIds
 from adasid.api.items import Data, Items
@@ -56,8 +56,8 @@ class CodeMetrics:
 
 
 def evaluate_codes(
-    codes: SemanticIds | Any,
-    vectors: Data | Any | None = None,
+    codes: SemanticIds | ArrayLike,
+    vectors: Data | ArrayLike | None = None,
     *,
     codebook_size: int | None = None,
     sample: int = 50_000,

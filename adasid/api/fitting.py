@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from adasid import config
 from adasid.api.encoding import SidTokenizer, check_richness
@@ -38,9 +38,9 @@ def fit(
     tokenizer: str,
     data: Data,
     *,
-    counts: Any | None = None,
-    richness: Any | None = None,
-    pairs: Any | None = None,
+    counts: ArrayLike | None = None,
+    richness: ArrayLike | None = None,
+    pairs: ArrayLike | None = None,
     seed: int = 17,
     progress: bool = True,
     device: str | None = None,
@@ -160,8 +160,8 @@ def _plain(value: Any) -> Any:
 
 def _richness(
     items: Items,
-    counts: Any | None,
-    richness: Any | None,
+    counts: ArrayLike | None,
+    richness: ArrayLike | None,
     settings: config.TokenizerSettings,
 ) -> tuple[NDArray[np.float32], RichnessScale | None]:
     """Richness [n], and the scale that it follows from: None where it is given, or not read."""
@@ -213,7 +213,7 @@ def _reader(items: Items, modalities: Sequence[str], richness: NDArray[np.float3
     return read
 
 
-def _pairs(pairs: Any | None, n: int, settings: config.TokenizerSettings) -> Pairs | None:
+def _pairs(pairs: ArrayLike | None, n: int, settings: config.TokenizerSettings) -> Pairs | None:
     """Co-engaged pairs as a shard reads them. Raises InputError where they are missing or wrong, ConfigError where
     they would have no effect."""
     name = settings.name

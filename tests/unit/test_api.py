@@ -36,6 +36,7 @@ FITS = {
     "item-id": {"codebook_size": 8},
     "random": {"codebook_size": 8},
 }
+ROWS = np.arange(400)[:, None]
 CODES = np.array([[0, 0], [0, 0], [1, 0], [PAD, 1]])
 
 
@@ -63,7 +64,8 @@ def pairs():
 
 def fitted(name, data, pairs, **changed):
     given = {"pairs": pairs} if name == "quasid" else {}
-    return adasid.fit(name, data, **{"richness": np.linspace(1, 0, 400), "progress": False, **given, **FITS[name], **changed})
+    given = {"richness": np.linspace(1, 0, 400), "progress": False, **given}
+    return adasid.fit(name, data, **{**given, **FITS[name], **changed})
 
 
 def rows_of(table):
@@ -248,8 +250,8 @@ def test_settings_may_be_numpy_numbers_and_parts_of_a_section(data):
         ({"text": np.full((400, 4), np.nan)}, "no item has the modality 'text'"),
         ({"text": [["a"]] * 400}, "text is "),
         ({"text": [[1.0], [1.0, 2.0]] * 200}, "text of row 1 has width 2, not 1"),
-        ({"text": np.where(np.arange(400)[:, None] == 9, [np.nan, 1], 1.0)}, "text of row 9 has a value that is not finite"),
-        ({"text": np.where(np.arange(400)[:, None] == 9, 1e300, np.ones((400, 2)))}, "text of row 9 has a value that is not finite"),
+        ({"text": np.where(ROWS == 9, [np.nan, 1], 1.0)}, "text of row 9 has a value that is not finite"),
+        ({"text": np.where(ROWS == 9, 1e300, np.ones((400, 2)))}, "text of row 9 has a value that is not finite"),
     ],
 )
 def test_data_that_cannot_be_read_are_refused(change, words, data):

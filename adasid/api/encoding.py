@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from adasid.api.items import Data, Items, vector
+from adasid.api.items import Data, Items, vector, whole_numbers
 from adasid.config import TokenizerSettings
 from adasid.errors import InputError
 from adasid.metrics.richness import RichnessScale, vector_norms
@@ -27,7 +27,7 @@ _UNKNOWN = 0.5
 """Richness of an item whose richness cannot be computed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SemanticIds:
     """Semantic IDs of n items in L slots.
 
@@ -51,8 +51,8 @@ class SemanticIds:
     @cached_property
     def tokens(self) -> NDArray[np.object_]:
         """Text tokens [n, L], such as ``<t0_17>`` and ``<b2_pad>``; made when they are first asked for."""
-        found: NDArray[np.object_] = _names(self.slots)[np.arange(len(self.slots))[None, :], self.codes]
-        return found
+        tokens: NDArray[np.object_] = _names(self.slots)[np.arange(len(self.slots))[None, :], self.codes]
+        return tokens
 
 
 class SidTokenizer:
@@ -128,8 +128,8 @@ class SidTokenizer:
             batch = items.batch(part.start, part.stop, widths)
             if self._gated:
                 batch = replace(batch, richness=self._richness(batch, None if given is None else given[part]))
-            found = self.tokenizer.encode(batch)
-            codes[part], weights[part], active[part] = (value.numpy() for value in found)
+            encoded = self.tokenizer.encode(batch)
+            codes[part], weights[part], active[part] = (value.numpy() for value in encoded)
         return SemanticIds(codes, weights, active, self.slots, items.extra.get("item_id"))
 
     def save(self, folder: str | Path) -> None:
@@ -156,8 +156,8 @@ class SidTokenizer:
         if self._scale is not None and self._scale.source == "norm":
             return None
         if self._scale is not None and counts is not None:
-            found = vector(counts, items.n, "counts", _CALLER)
-            return self._scale.richness(found, np.ones(items.n, bool))
+            number = whole_numbers(counts, items.n, "counts", _CALLER)
+            return self._scale.richness(number, np.ones(items.n, bool))
         if self._scale is not None:
             why = "richness follows training counts (the norm of behaviour does not); pass counts="
         else:
@@ -168,11 +168,11 @@ class SidTokenizer:
 
     def _richness(self, batch: Batch, given: NDArray[Any] | None) -> torch.Tensor:
         """Richness [b] of a batch: 0 without behaviour, else ``given`` [b], or from the norm."""
-        there = batch.present[BEHAVIOR].numpy()
+        present = batch.present[BEHAVIOR].numpy()
         if given is not None:
-            return torch.from_numpy(np.where(there, given, 0.0).astype(np.float32))
+            return torch.from_numpy(np.where(present, given, 0.0).astype(np.float32))
         assert self._scale is not None
-        return torch.from_numpy(self._scale.richness(vector_norms(batch.vectors[BEHAVIOR].numpy()), there))
+        return torch.from_numpy(self._scale.richness(vector_norms(batch.vectors[BEHAVIOR].numpy()), present))
 
 
 @lru_cache(maxsize=8)

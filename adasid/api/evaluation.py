@@ -100,19 +100,19 @@ def _codes(codes: Any, size: int | None) -> tuple[NDArray[np.int64], NDArray[np.
     if isinstance(codes, SemanticIds):
         if size is not None:
             raise InputError(f"{_CALLER}: codebook_size is {size}, but SemanticIds know theirs; leave it out")
-        found, active, sizes = codes.codes, codes.active, [slot.size for slot in codes.slots]
+        emitted, active, sizes = codes.codes, codes.active, [slot.size for slot in codes.slots]
     else:
-        found = np.asarray(codes.cpu() if isinstance(codes, torch.Tensor) else codes)
-        if found.ndim != 2 or found.dtype.kind not in "iu" or not found.shape[1]:
-            raise InputError(f"{_CALLER}: codes are {found.dtype} of shape {found.shape}; pass integers [n, L]")
-        least = int(found.max(initial=0)) + 1
-        if found.min(initial=0) < PAD or (size is not None and size < least):
-            span = f"{found.min(initial=0)} to {least - 1}"
+        emitted = np.asarray(codes.cpu() if isinstance(codes, torch.Tensor) else codes)
+        if emitted.ndim != 2 or emitted.dtype.kind not in "iu" or not emitted.shape[1]:
+            raise InputError(f"{_CALLER}: codes are {emitted.dtype} of shape {emitted.shape}; pass integers [n, L]")
+        least = int(emitted.max(initial=0)) + 1
+        if emitted.min(initial=0) < PAD or (size is not None and size < least):
+            span = f"{emitted.min(initial=0)} to {least - 1}"
             raise InputError(f"{_CALLER}: codes run from {span}; they must be {PAD} (PAD) or 0 to codebook_size - 1")
-        active, sizes = found != PAD, [size or least] * found.shape[1]
-    if not len(found):
+        active, sizes = emitted != PAD, [size or least] * emitted.shape[1]
+    if not len(emitted):
         raise InputError(f"{_CALLER}: codes have no rows; pass at least one item")
-    return found.astype(np.int64), active, sizes
+    return emitted.astype(np.int64), active, sizes
 
 
 def _probes(
@@ -144,7 +144,7 @@ def _probes(
         parts.append(nnf.normalize(joint, dim=1).numpy())
     unit, chosen = np.concatenate(parts), emitted[::step].astype(np.int32)
     asked = np.unique(np.linspace(0, len(unit) - 1, min(queries, len(unit))).round().astype(np.int64))
-    found = {f"readout_{m}": value for m, value in readout.unexplained().items()}
-    found["shared_cosine"] = shared_cosine(chosen, unit)
-    found["duplicates_kept"] = duplicates_kept(chosen, unit, asked, Compare().near_duplicate)
-    return {name: value if np.isfinite(value) else None for name, value in found.items()}
+    probes = {f"readout_{m}": value for m, value in readout.unexplained().items()}
+    probes["shared_cosine"] = shared_cosine(chosen, unit)
+    probes["duplicates_kept"] = duplicates_kept(chosen, unit, asked, Compare().near_duplicate)
+    return {name: value if np.isfinite(value) else None for name, value in probes.items()}

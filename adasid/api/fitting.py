@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adasid import config
 from adasid.api.encoding import SidTokenizer, check_richness
-from adasid.api.items import CHUNK, Data, Items, vector
+from adasid.api.items import CHUNK, Data, Items, vector, whole_numbers
 from adasid.datasets.arrow import vectors
 from adasid.errors import ConfigError, InputError
 from adasid.metrics.richness import RichnessScale, fit_scale, vector_norms
@@ -83,10 +83,10 @@ def fit(
         raise InputError(f"{_CALLER}: the data have no rows; pass at least one item")
     if threads < 1:
         raise ConfigError(f"{_CALLER}: threads is {threads}; it must be at least 1")
+    where = _device(device)
     linked = _pairs(pairs, items.n, chosen)
     values, scale = _richness(items, counts, richness, chosen)
     read, started = _reader(items, chosen.inputs, values), time.monotonic()
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory(prefix="adasid-fit-") as name, _deterministic(threads, where):
         folder, shard = Path(name), Shard(read, chosen.inputs, pairs=linked)
         torch.manual_seed(seed)
@@ -169,7 +169,7 @@ def _richness(
     if given is not None:
         return check_richness(vector(given, items.n, "richness", _CALLER), _CALLER), None
     counts = items.extra.get("interactions") if counts is None else counts
-    number = None if counts is None else vector(counts, items.n, "counts", _CALLER)
+    number = None if counts is None else whole_numbers(counts, items.n, "counts", _CALLER)
     if "router" not in type(settings).model_fields:
         return np.zeros(items.n, np.float32), None
     norms, present = np.zeros(items.n, np.float32), np.zeros(items.n, bool)
@@ -179,7 +179,7 @@ def _richness(
         norms[start : start + CHUNK] = vector_norms(batch.vectors[BEHAVIOR].numpy())
         present[start : start + CHUNK] = batch.present[BEHAVIOR].numpy()
     ids = items.extra.get("item_id")
-    known = None if number is None else number[present].astype(np.int64)
+    known = None if number is None else number[present]
     scale = fit_scale(norms[present], known, None if ids is None else ids[present])
     if scale.source == "norm" or number is None:
         return scale.richness(norms, present), scale
@@ -225,13 +225,13 @@ def _pairs(pairs: ArrayLike | None, n: int, settings: config.TokenizerSettings) 
     form = "pass pairs=, an array [p, 2] of row numbers of co-engaged items"
     if pairs is None:
         raise InputError(f"{_CALLER}: tokenizer {name!r} learns from co-engaged pairs, and pairs is None; {form}")
-    found = np.asarray(pairs)
-    if found.ndim != 2 or found.shape[1] != 2 or found.dtype.kind not in "iu" or not len(found):
-        raise InputError(f"{_CALLER}: pairs is {found.dtype} of shape {found.shape}; {form}")
-    if found.min() < 0 or found.max() >= n:
-        span = f"{found.min()} to {found.max()}"
+    rows = np.asarray(pairs)
+    if rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype.kind not in "iu" or not len(rows):
+        raise InputError(f"{_CALLER}: pairs is {rows.dtype} of shape {rows.shape}; {form}")
+    if rows.min() < 0 or rows.max() >= n:
+        span = f"{rows.min()} to {rows.max()}"
         raise InputError(f"{_CALLER}: pairs names rows {span}, but there are {n} items; {form}")
-    items, partners = found.astype(np.int64).T
+    items, partners = rows.astype(np.int64).T
     return Pairs(items, partners, lambda columns: [])
 
 
@@ -245,6 +245,20 @@ def _printer(settings: config.TokenizerSettings) -> Callable[[list[dict[str, flo
         print(f"{settings.name}: epoch {int(row['epoch'])}/{epochs}  {figures}", file=sys.stderr)
 
     return show
+
+
+def _device(name: str | None) -> torch.device:
+    """The device to train on. Raises ConfigError for one that there is not."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"{_CALLER}: device is {name!r}; it must be one that torch knows, such as 'cpu'") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"{_CALLER}: device is {name!r}, but torch sees {count} GPUs; leave device out, or set 'cpu'")
+    return device
 
 
 @contextmanager

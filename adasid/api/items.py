@@ -63,7 +63,7 @@ class Items:
         return Items(columns, extra, next(iter(sizes.values())))
 
     def check(self, modalities: Iterable[str], who: str) -> None:
-        """Raise InputError, naming ``who`` reads them, unless every modality is there."""
+        """Raise InputError, naming ``who`` reads them, unless the data have every modality."""
         for m in modalities:
             if m not in self.columns:
                 given = ", ".join(self.columns)
@@ -88,49 +88,58 @@ class Items:
         vectors, present = {}, {}
         for m, width in widths.items():
             values = torch.zeros(stop - start, width)  # torch's alignment: the same sums whatever the batch
-            there = _fill(values.numpy(), self.columns[m], m, start)
-            vectors[m], present[m] = values, torch.from_numpy(there)
+            given = _fill(values.numpy(), self.columns[m], m, start)
+            vectors[m], present[m] = values, torch.from_numpy(given)
         index = self.extra["item_index"][start:stop] if "item_index" in self.extra else np.arange(start, stop)
         return Batch(vectors, present, torch.zeros(stop - start), torch.from_numpy(np.array(index, np.int64)))
 
 
 def vector(values: Any, n: int, name: str, caller: str) -> NDArray[Any]:
     """A vector [n] of finite numbers that are not negative, from NumPy, torch, Arrow or pandas."""
-    found = np.asarray(_numpy(values) if isinstance(values, torch.Tensor) else values)
-    if found.shape != (n,) or found.dtype.kind not in "iufb":
-        form = f"{found.dtype} of shape {found.shape}"
+    array = np.asarray(_numpy(values) if isinstance(values, torch.Tensor) else values)
+    if array.shape != (n,) or array.dtype.kind not in "iufb":
+        form = f"{array.dtype} of shape {array.shape}"
         raise InputError(f"{caller}: {name} is {form}; pass one number for each of the {n} items")
-    bad = np.flatnonzero(~np.isfinite(found) | (found < 0))
+    bad = np.flatnonzero(~np.isfinite(array) | (array < 0))
     if len(bad):
-        raise InputError(f"{caller}: {name} of row {bad[0]} is {found[bad[0]]}; it must be finite and not negative")
-    return found
+        raise InputError(f"{caller}: {name} of row {bad[0]} is {array[bad[0]]}; it must be finite and not negative")
+    return array
+
+
+def whole_numbers(values: Any, n: int, name: str, caller: str) -> NDArray[np.int64]:
+    """:func:`vector` of whole numbers."""
+    array = vector(values, n, name, caller)
+    bad = np.flatnonzero(array != np.floor(array))
+    if len(bad):
+        raise InputError(f"{caller}: {name} of row {bad[0]} is {array[bad[0]]}; it must be a whole number")
+    return array.astype(np.int64)
 
 
 def _column(value: Any, name: str) -> Any:
     """A torch or NumPy matrix [n, D], or an Arrow column of lists."""
     if isinstance(value, torch.Tensor | pa.ChunkedArray):
-        found = value
+        matrix = value
     elif isinstance(value, pa.Array):
-        found = pa.chunked_array([value])
+        matrix = pa.chunked_array([value])
     else:
-        found = _array(value, name)
-    if isinstance(found, pa.ChunkedArray):
-        if not _is_list(found.type):
-            raise InputError(f"{name} is a column of {found.type}; pass a column of lists of numbers")
-        return found
-    if found.ndim != 2 or not found.shape[1] or (isinstance(found, np.ndarray) and found.dtype.kind not in "fiub"):
-        form = f"{found.dtype} of shape {tuple(found.shape)}"
-        fix = "of one item, pass x.reshape(1, -1)" if found.ndim == 1 else "pass numbers, [n, D]"
+        matrix = _array(value, name)
+    if isinstance(matrix, pa.ChunkedArray):
+        if not _is_list(matrix.type):
+            raise InputError(f"{name} is a column of {matrix.type}; pass a column of lists of numbers")
+        return matrix
+    if matrix.ndim != 2 or not matrix.shape[1] or (isinstance(matrix, np.ndarray) and matrix.dtype.kind not in "fiub"):
+        form = f"{matrix.dtype} of shape {tuple(matrix.shape)}"
+        fix = "of one item, pass x.reshape(1, -1)" if matrix.ndim == 1 else "pass numbers, [n, D]"
         raise InputError(f"{name} is {form}, not a matrix of one row for each item; {fix}")
-    return found
+    return matrix
 
 
 def _array(value: Any, name: str) -> Any:
     """A NumPy matrix; of rows that differ in length, or of which some are None, an Arrow column."""
     try:
-        found = np.asarray(value)
-        if found.dtype != object:
-            return found
+        matrix = np.asarray(value)
+        if matrix.dtype != object:
+            return matrix
     except ValueError:  # NumPy refuses rows of several lengths
         pass
     try:
@@ -162,8 +171,8 @@ def _holds_lists(series: Any) -> bool:
 
 def _plain(column: pa.ChunkedArray) -> NDArray[Any]:
     """A column of ids or numbers as NumPy."""
-    found: NDArray[Any] = column.to_numpy()
-    return found.astype(str) if found.dtype == object else found
+    array: NDArray[Any] = column.to_numpy()
+    return array.astype(str) if array.dtype == object else array
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -179,13 +188,13 @@ def _width(column: Any) -> int:
     if not isinstance(column, pa.ChunkedArray):
         return int(column.shape[1])
     lengths = pc.list_value_length(column).drop_null()
-    found = lengths.filter(pc.greater(lengths, 0)).slice(0, 1)
-    return int(found[0].as_py()) if len(found) else 0
+    first = lengths.filter(pc.greater(lengths, 0)).slice(0, 1)
+    return int(first[0].as_py()) if len(first) else 0
 
 
 def _numpy(values: torch.Tensor) -> NDArray[Any]:
-    found: NDArray[Any] = values.detach().to("cpu", torch.float32 if values.is_floating_point() else None).numpy()
-    return found
+    array: NDArray[Any] = values.detach().to("cpu", torch.float32 if values.is_floating_point() else None).numpy()
+    return array
 
 
 def _fill(target: NDArray[np.float32], column: Any, modality: str, start: int) -> NDArray[np.bool_]:
@@ -213,7 +222,7 @@ def _fill(target: NDArray[np.float32], column: Any, modality: str, start: int) -
         target[absent] = 0.0
         bad = np.flatnonzero(~(finite.all(axis=1) | absent))
         if len(bad):
-            fix = "mend it, or make the whole row NaN where the item lacks the modality"
+            fix = "correct it, or make the whole row NaN where the item lacks the modality"
             raise InputError(f"{modality} of row {start + bad[0]} has a value that is not finite; {fix}")
     return np.asarray(target.any(axis=1), bool)
 

@@ -48,11 +48,11 @@ def _download(uri: str) -> SidTokenizer:
     mlflow = _engine("mlflow.artifacts", f"{uri} is an MLflow URI")
     with tempfile.TemporaryDirectory(prefix="adasid-load-") as folder:
         try:
-            found = Path(mlflow.download_artifacts(artifact_uri=uri, dst_path=folder))
+            path = Path(mlflow.download_artifacts(artifact_uri=uri, dst_path=folder))
         except Exception as error:
             fix = "check the URI, and MLFLOW_TRACKING_URI"
             raise InputError(f"{_CALLER}: MLflow cannot download {uri} ({first_line(error)}); {fix}") from None
-        return SidTokenizer(*artifact.read(found))
+        return SidTokenizer(*artifact.read(path))
 
 
 def _live(run: Path) -> Path:
@@ -80,11 +80,11 @@ def _live(run: Path) -> Path:
 
 def _rows(delta: Any, table: Path, columns: list[str]) -> list[dict[str, Any]]:
     try:
-        found: list[dict[str, Any]] = delta.DeltaTable(str(table)).to_pyarrow_table(columns=columns).to_pylist()
+        rows: list[dict[str, Any]] = delta.DeltaTable(str(table)).to_pyarrow_table(columns=columns).to_pylist()
     except Exception as error:
         fix = "give an intact run's folder"
         raise InputError(f"{_CALLER}: table {table} cannot be read ({first_line(error)}); {fix}") from None
-    return found
+    return rows
 
 
 def _artifact(run: Path, digest: str, recorded: Path | None) -> Path:

@@ -43,23 +43,23 @@ def signatures(value):
     """Signatures of a function, or of a class with its public methods; properties by their type."""
     if not inspect.isclass(value):
         return str(inspect.signature(value))
-    found = {"": str(inspect.signature(value))}
+    result = {"": str(inspect.signature(value))}
     for name, member in vars(value).items():
         if name.startswith("_"):
             continue
         if inspect.isfunction(member):
-            found[name] = str(inspect.signature(member))
+            result[name] = str(inspect.signature(member))
         elif function := getattr(member, "fget", None) or getattr(member, "func", None):
-            found[name] = f"property -> {inspect.signature(function).return_annotation}"
-    return found
+            result[name] = f"property -> {inspect.signature(function).return_annotation}"
+    return result
 
 
 def test_names_and_signatures_are_frozen():
-    found = {name: signatures(getattr(adasid, name)) for name in adasid.__all__ if name != "errors"}
+    result = {name: signatures(getattr(adasid, name)) for name in adasid.__all__ if name != "errors"}
     kinds = {name: value for name, value in vars(adasid.errors).items() if inspect.isclass(value)}
-    found["errors"] = {name: kind.exit_code for name, kind in kinds.items()}
+    result["errors"] = {name: kind.exit_code for name, kind in kinds.items()}
     frozen = json.loads((Path(__file__).parent / "api.json").read_text())
-    assert found == frozen, "the public API changed: say so in the README and update tests/contracts/api.json on purpose"
+    assert result == frozen, "the public API changed: say so in the README, and update tests/contracts/api.json"
 
 
 def test_every_public_name_is_listed_and_documented():
@@ -84,15 +84,15 @@ def test_the_quickstart_runs_top_to_bottom(tmp_path):
 
 def closure(names):
     """Installed distributions that ``names`` need, with themselves."""
-    found, left = {}, list(names)
+    result, left = {}, list(names)
     while left:
         name = left.pop()
-        if name in found:
+        if name in result:
             continue
-        found[name] = importlib.metadata.distribution(name)
-        wanted = map(Requirement, found[name].requires or [])
+        result[name] = importlib.metadata.distribution(name)
+        wanted = map(Requirement, result[name].requires or [])
         left += [need.name.lower() for need in wanted if not need.marker or need.marker.evaluate({"extra": ""})]
-    return found.values()
+    return result.values()
 
 
 @pytest.fixture(scope="module")

@@ -142,8 +142,8 @@ def test_tables_frames_and_tensors_are_read_alike(table, data, pairs):
     frame = table.to_pandas()
     frame["note"] = [object()] * len(frame)
     for form in (table, table.to_batches()[0], fixed, frame, pd.DataFrame(frame)):
-        found = tokenizer.encode(form)
-        assert np.array_equal(found.codes, expected.codes) and np.array_equal(found.weights, expected.weights)
+        result = tokenizer.encode(form)
+        assert np.array_equal(result.codes, expected.codes) and np.array_equal(result.weights, expected.weights)
     assert list(tokenizer.encode(frame).item_ids[:2]) == ["i00000", "i00001"] and expected.item_ids is None
     richness = table["richness"].to_numpy()
     tensors = {m: torch.from_numpy(x).double().requires_grad_() for m, x in data.items()}
@@ -159,11 +159,11 @@ def test_a_row_of_nan_or_zeros_says_that_the_item_lacks_the_modality(data, pairs
     row = {m: np.repeat(x[:1], 3, axis=0) for m, x in data.items()}
     row["visual"][1] = np.nan
     row["visual"][2] = 0
-    found = tokenizer.encode(row, richness=np.ones(3))
-    slot = [slot.kind for slot in found.slots].index("visual")
-    assert (found.codes[:, slot] == PAD).tolist() == [False, True, True]
-    assert found.tokens[1, slot] == f"<{found.slots[slot].name}_pad>" and found.weights[1, slot] == 0
-    assert np.array_equal(found.codes[1], found.codes[2])
+    result = tokenizer.encode(row, richness=np.ones(3))
+    slot = [slot.kind for slot in result.slots].index("visual")
+    assert (result.codes[:, slot] == PAD).tolist() == [False, True, True]
+    assert result.tokens[1, slot] == f"<{result.slots[slot].name}_pad>" and result.weights[1, slot] == 0
+    assert np.array_equal(result.codes[1], result.codes[2])
 
 
 def test_richness_is_the_scaled_norm_and_follows_counts_where_the_norm_does_not():
@@ -194,7 +194,7 @@ def test_where_richness_follows_counts_encode_asks_for_them(table, data):
     with pytest.warns(UserWarning, match=r"Spearman\(norm of behaviour, count\) is -0\.\d+, below 0.2"):
         tokenizer = adasid.fit("adc-sid", data, counts=counts, progress=False, **MIXTURE)
     scale = RichnessScale(**tokenizer.manifest["richness"])
-    given = tokenizer.encode(data, counts=counts)
+    given = tokenizer.encode(data, counts=torch.from_numpy(counts.copy()))
     explicit = tokenizer.encode(data, richness=scale.richness(counts, ~np.isnan(data[BEHAVIOR]).any(1)))
     assert np.array_equal(given.weights, explicit.weights)
     with pytest.warns(UserWarning, match="pass counts="):
@@ -228,6 +228,9 @@ def test_the_library_is_quiet_where_asked_and_leaves_torch_as_it_was(data, capfd
         ("rq-vae", {"pairs": [[0, 1]]}, "does not learn from pairs with these settings; leave pairs out"),
         ("adc-sid", {"seed": -1}, "seed is -1"),
         ("adc-sid", {"threads": 0}, "threads is 0"),
+        ("adc-sid", {"device": "gpu"}, "device is 'gpu'; it must be one that torch knows"),
+        ("adc-sid", {"device": "cuda:99"}, "device is 'cuda:99', but torch sees"),
+        ("adc-sid", {"name": "x"}, "'adc-sid' has no setting 'name'"),
     ],
 )
 def test_wrong_names_and_settings_are_refused_with_the_nearest_one(name, settings, words, data):
@@ -271,6 +274,7 @@ def test_data_that_cannot_be_read_are_refused(change, words, data):
         (lambda d: adasid.fit("adc-sid", {}), "the data have no modality"),
         (lambda d: adasid.fit("adc-sid", d, counts=[1, 2]), "counts is int64 of shape (2,); pass one number for each"),
         (lambda d: adasid.fit("adc-sid", d, counts=np.full(400, -1)), "counts of row 0 is -1"),
+        (lambda d: adasid.fit("adc-sid", d, counts=np.full(400, 0.5)), "counts of row 0 is 0.5; it must be"),
         (lambda d: adasid.fit("adc-sid", d, richness=np.full(400, 2)), "richness of row 0 is 2"),
         (lambda d: adasid.fit("adc-sid", {m: x[:0] for m, x in d.items()}), "the data have no rows"),
         (lambda d: adasid.load("nowhere"), "nowhere is not a folder; give the folder of a saved tokenizer"),
@@ -312,16 +316,16 @@ def test_what_is_absent_is_named_by_the_package_that_brings_it(tmp_path):
 
 
 def test_code_metrics_by_hand():
-    found = adasid.evaluate_codes(CODES, codebook_size=2)
-    assert (found.items, found.distinct, found.largest_group) == (4, 3, 2)
-    assert (found.collision_items, found.collision_distinct) == (0.5, 0.25)
-    assert found.utilisation == (1.0, 1.0) and found.pad == (0.25, 0.0) and found.top1 == (2 / 3, 0.75)
-    assert found.entropy[1] == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
-    assert found.perplexity[0] == pytest.approx(math.exp(found.entropy[0]))
-    assert found.readout == {} and found.shared_cosine is None and found.duplicates_kept is None
+    result = adasid.evaluate_codes(CODES, codebook_size=2)
+    assert (result.items, result.distinct, result.largest_group) == (4, 3, 2)
+    assert (result.collision_items, result.collision_distinct) == (0.5, 0.25)
+    assert result.utilisation == (1.0, 1.0) and result.pad == (0.25, 0.0) and result.top1 == (2 / 3, 0.75)
+    assert result.entropy[1] == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert result.perplexity[0] == pytest.approx(math.exp(result.entropy[0]))
+    assert result.readout == {} and result.shared_cosine is None and result.duplicates_kept is None
     vectors = np.array([[1, 0], [1, 0.01], [0, 1], [1, 0]])
-    found = adasid.evaluate_codes(torch.from_numpy(CODES), vectors)
-    assert found.shared_cosine == pytest.approx(1, abs=1e-3) and found.duplicates_kept == pytest.approx(1 / 3)
+    result = adasid.evaluate_codes(torch.from_numpy(CODES), vectors)
+    assert result.shared_cosine == pytest.approx(1, abs=1e-3) and result.duplicates_kept == pytest.approx(1 / 3)
 
 
 def test_codes_that_follow_the_topic_read_its_vectors_out(data):

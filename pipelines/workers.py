@@ -31,12 +31,11 @@ from adasid.training.ranking import Events, RankingTraining
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from adasid.training.sequences import Histories
 from adasid.training.shards import Pairs, Shard
-from adasid.training.tokenizer import TokenizerTraining
+from adasid.training.tokenizer import TokenizerTraining, summary
 from adasid.training.workers import Workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 
-_QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target", "least_active")
 OUTCOME = "outcome.json"
 _SAMPLE = ["user_id", "position", "item_index", "label", "in_history", "split"]
 _PAIR = pa.schema([(name, pa.int64()) for name in ("item_index", "partner_index")])
@@ -84,11 +83,8 @@ def tokenizer(payload: dict[str, Any]) -> None:
     started = time.monotonic()
     rows = training.run(_report(payload, workers))
     if workers.rank == 0:
-        last = rows[-1]
-        metrics: dict[str, Any] = {name: last[name] for name in _QUALITY if name in last}
-        metrics["fvu"] = {m: last[f"fvu_{m}"] for m in tokenizer.widths if f"fvu_{m}" in last}
         facts = {
-            "metrics": metrics,
+            "metrics": summary(rows[-1], tokenizer.widths),
             "inputs": payload["read"],
             "seed": cfg.seed,
             "seconds": round(time.monotonic() - started, 1),

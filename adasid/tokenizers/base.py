@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adasid.tables import PAD
@@ -130,3 +131,12 @@ def letters(kinds: Sequence[str]) -> dict[str, str]:
 def token(slot: Slot, code: int) -> str:
     """The text token of a code in a slot: ``<t0_17>``, or ``<v0_pad>``."""
     return f"<{slot.name}_{'pad' if code == PAD else code}>"
+
+
+def token_names(slots: Sequence[Slot]) -> NDArray[np.object_]:
+    """Text tokens by slot and code, [L, K + 1], K being the largest codebook; the last column, index PAD, is PAD's."""
+    names = np.full((len(slots), max(slot.size for slot in slots) + 1), "", dtype=object)
+    for index, slot in enumerate(slots):
+        names[index, : slot.size] = [token(slot, code) for code in range(slot.size)]
+        names[index, PAD] = token(slot, PAD)
+    return names

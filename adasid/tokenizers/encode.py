@@ -21,7 +21,7 @@ from adasid import tables
 from adasid.quantizers.kmeans import Held
 from adasid.tables import PAD
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Tokenizer, token
+from adasid.tokenizers.base import Tokenizer, token_names
 from adasid.training.shards import Batch, batch_of
 
 ENCODED = pa.schema(
@@ -62,11 +62,7 @@ def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float = 0.0) 
         fault[~batch.vectors[m].isfinite().all(1).numpy()] = f"{m} is not finite"
     codes, weights, active = (part.numpy() for part in tokenizer.encode(batch))
     offsets = np.arange(0, codes.size + 1, codes.shape[1], dtype=np.int32)
-    names = np.full((len(tokenizer.slots), max(slot.size for slot in tokenizer.slots) + 1), "", dtype=object)
-    for index, slot in enumerate(tokenizer.slots):
-        names[index, : slot.size] = [token(slot, code) for code in range(slot.size)]
-        names[index, PAD] = token(slot, PAD)
-    tokens = names[np.arange(codes.shape[1])[None, :], codes]
+    tokens = token_names(tokenizer.slots)[np.arange(codes.shape[1])[None, :], codes]
     kinds = ((codes, pa.int32()), (weights, pa.float32()), (active, pa.bool_()), (tokens, pa.string()))
     lists = [pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind)) for values, kind in kinds]
     plain = [rows.column(name) for name in ("interactions", "stratum")]

@@ -7,7 +7,7 @@ last checkpoint and ends as it would have, bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,13 @@ from adasid.training.workers import Workers
 
 _NOTHING = config.Training()
 """Settings of the loop for a tokenizer that it only fits."""
+_QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target", "least_active")
+
+
+def summary(row: Mapping[str, float], modalities: Iterable[str]) -> dict[str, Any]:
+    """Select what the manifest keeps of the last logged row; ``fvu``: fraction of variance unexplained by modality."""
+    fvu = {m: row[f"fvu_{m}"] for m in modalities if f"fvu_{m}" in row}
+    return {**{name: row[name] for name in _QUALITY if name in row}, "fvu": fvu}
 
 
 class TokenizerTraining:

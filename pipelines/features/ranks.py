@@ -1,9 +1,9 @@
-"""A global rank, and exact quantiles on it, without ever moving a whole table to one task."""
+"""A global rank, and the values at some ranks, without ever moving a whole table to one task."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pyspark.sql import Column, DataFrame
@@ -35,14 +35,3 @@ def values_at(ranked: Ranked, column: str, ranks: Iterable[int]) -> dict[int, fl
     """rank -> value of ``column``, for a bounded number of ranks."""
     rows = ranked.frame.filter(F.col("rank").isin(sorted(set(ranks)))).select("rank", column).collect()
     return {row["rank"]: row[column] for row in rows}
-
-
-def places(percents: Sequence[float], size: int, first: int = 0) -> list[tuple[int, int, float]]:
-    """For each percent the two ranks among ``size`` rows from rank ``first`` between which it falls, and how far between them."""
-    at = [(size - 1) * percent / 100 for percent in percents]
-    return [(first + int(x), first + min(int(x) + 1, size - 1), x - int(x)) for x in at]
-
-
-def interpolate(values: dict[int, float], where: Iterable[tuple[int, int, float]], scale: Callable[[float], float] = float) -> list[float]:
-    """Quantiles, linear between two ranks as NumPy's; ``scale`` maps each value first."""
-    return [scale(values[low]) * (1 - share) + scale(values[high]) * share for low, high, share in where]

@@ -11,7 +11,8 @@ from pyspark.sql import functions as F
 
 from adasid.config import Features
 from adasid.errors import InputError
-from pipelines.features.ranks import Ranked, interpolate, places, rank_by, values_at
+from adasid.metrics.richness import quantile_ranks, quantiles, rank_correlation, unit
+from pipelines.features.ranks import Ranked, rank_by, values_at
 from pipelines.features.statistics import PERCENTS, curve, wide
 
 _BINS = 30
@@ -31,7 +32,7 @@ def measure(measured: DataFrame, features: Features) -> Richness:
         raise InputError("no item has a behaviour vector: train it again, or fill the column 'behavior' of table items")
     counts = _counts(ranked)
     spearman, least, most = _spearman(ranked, counts)
-    where = places((*features.norm_percentiles, *PERCENTS), ranked.size)
+    where = quantile_ranks((*features.norm_percentiles, *PERCENTS), ranked.size)
     values = values_at(ranked, "norm", (rank for first, second, _ in where for rank in (first, second)))
     if not math.isfinite(values[ranked.size - 1]):
         raise InputError(
@@ -40,20 +41,20 @@ def measure(measured: DataFrame, features: Features) -> Richness:
     if values[0] == values[ranked.size - 1]:
         spearman = 0.0  # all norms equal: their ranks rest on the ids alone
     source = "norm" if spearman >= features.proxy_min_spearman else "count"
-    low, high, *quantiles = interpolate(values, where)
+    low, high, *norms = quantiles(values.__getitem__, where)
     if source == "norm":
         column = _unit(F.col("norm"), low, high)
-        spread = interpolate({rank: _scaled(value, low, high) for rank, value in values.items()}, where[2:])
+        spread = quantiles(lambda rank: unit(values[rank], low, high), where[2:])
     else:
         first, last = math.log1p(least), math.log1p(most)
         column = _unit(F.log1p("interactions"), first, last)
         exact = counts.agg(F.percentile(F.log1p("interactions"), [percent / 100 for percent in PERCENTS], F.col("items")).alias("at")).first()
         assert exact is not None
-        spread = [_scaled(value, first, last) for value in exact["at"]]
+        spread = [unit(value, first, last) for value in exact["at"]]
     fields = {
         "norm_low": low,
         "norm_high": high,
-        "norm_quantiles": curve(PERCENTS, quantiles),
+        "norm_quantiles": curve(PERCENTS, norms),
         "norm_by_count": _by_count(ranked, counts, most),
         "spearman": spearman,
         "richness_source": source,
@@ -75,9 +76,7 @@ def _spearman(ranked: Ranked, counts: DataFrame) -> tuple[float, int, int]:
     bounds = F.min("interactions").alias("least"), F.max("interactions").alias("most")
     row = ranked.frame.join(F.broadcast(counts), "interactions").agg(F.sum(x * y).alias("xy"), F.sum(y * y).alias("yy"), *bounds).first()
     assert row is not None
-    centre = n * (n + 1) ** 2
-    variances = (4 * n * (n + 1) * (2 * n + 1) // 6 - centre) * (int(row["yy"]) - centre)
-    return (int(row["xy"]) - centre) / math.sqrt(variances) if variances else 0.0, row["least"], row["most"]
+    return rank_correlation(n, int(row["xy"]), int(row["yy"])), row["least"], row["most"]
 
 
 def _by_count(ranked: Ranked, counts: DataFrame, most: int) -> list[dict[str, float]]:
@@ -88,14 +87,14 @@ def _by_count(ranked: Ranked, counts: DataFrame, most: int) -> list[dict[str, fl
     binned = rank_by(ranked.frame.select("item_id", "norm", number), F.asc("bin"), F.asc("norm"), F.asc("item_id"))
     where, start = {}, 0
     for bin_, size in sorted(sizes.items()):
-        where[bin_] = places((10, 50, 90), size, start)
+        where[bin_] = quantile_ranks((10, 50, 90), size, start)
         start += size
     values = values_at(binned, "norm", (rank for at in where.values() for first, second, _ in at for rank in (first, second)))
     return [
         {
             "x": math.sqrt(edges[bin_] * (edges[bin_ + 1] - 1)),
             "items": sizes[bin_],
-            **dict(zip(("p10", "p50", "p90"), interpolate(values, at))),
+            **dict(zip(("p10", "p50", "p90"), quantiles(values.__getitem__, at))),
         }
         for bin_, at in where.items()
     ]
@@ -103,8 +102,3 @@ def _by_count(ranked: Ranked, counts: DataFrame, most: int) -> list[dict[str, fl
 
 def _unit(value: Column, low: float, high: float) -> Column:
     return F.least(F.greatest((value - low) / (high - low), F.lit(0.0)), F.lit(1.0)) if high > low else F.lit(0.5)
-
-
-def _scaled(value: float, low: float, high: float) -> float:
-    """Min-max scaling, clipped; 0.5 for all where there is no spread, so that nobody is called rich or poor."""
-    return min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5

@@ -1,7 +1,8 @@
-"""Speed and memory as ratios: encoding against this machine's own matrix-product peak, training and fitting against libraries that compute the
-same thing, what repulsion adds to a step, decoding, the share of an epoch spent waiting for data, and memory against the size of the catalogue.
+"""Speed and memory as ratios: encoding against this machine's own matrix-product peak, training and fitting against
+libraries that compute the same thing, what repulsion adds to a step, decoding, the share of an epoch spent waiting for
+data, and memory against the size of the catalogue; and the time to encode one item through the Python API.
 
-    python tests/benchmarks/bench.py [encoding residual repulsion clusters product decoding waiting memory]
+    python tests/benchmarks/bench.py [encoding single residual repulsion clusters product decoding waiting memory]
 
 Both sides of every ratio are measured in the same run, alternating, so that a slow or busy machine slows both.
 """
@@ -26,6 +27,7 @@ import torch.nn.functional as nnf
 from torch import nn
 from vector_quantize_pytorch import ResidualVQ
 
+import adasid
 from adasid import config
 from adasid.quantizers.product import ProductQuantizer, fit_opq, fit_opq_faiss
 from adasid.recommenders import retriever
@@ -87,6 +89,24 @@ def encoding() -> None:
     print(f"matrix-product peak      median {statistics.median(peaks) / 1e9:8.1f} GFLOP/s   ({min(peaks) / 1e9:.1f} to {max(peaks) / 1e9:.1f})")
     print(f"encoding                 median {statistics.median(rates):8.0f} items/s    ({min(rates):.0f} to {max(rates):.0f})")
     print(f"fraction of the peak     median {statistics.median(fractions):8.2f}            ({fractions[0]:.2f} to {fractions[-1]:.2f})   target 0.60")
+
+
+def single(items: int = 1000) -> None:
+    """Print the milliseconds to encode one item through the Python API, on one core."""
+    with TemporaryDirectory() as folder:
+        facts = {"richness": {"source": "norm", "low": 6.0, "high": 10.0, "spearman": None, "mean": 0.5}}
+        artifact.write(Path(folder), artifact.build(SETTINGS, WIDTHS), SETTINGS, facts)
+        tokenizer = adasid.load(folder)
+    vectors = {m: np.random.default_rng(0).standard_normal((items, width), np.float32) for m, width in WIDTHS.items()}
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    for row in range(items):
+        started = time.perf_counter()
+        tokenizer.encode({m: values[row : row + 1] for m, values in vectors.items()}).tokens  # noqa: B018
+        times.append(1e3 * (time.perf_counter() - started))
+    torch.set_num_threads(threads)
+    worst = sorted(times)[round(0.99 * items)]
+    print(f"one item, one core       median {statistics.median(times):8.2f} ms         (p99 {worst:.2f})   target 5")
 
 
 class Theirs(nn.Module):
@@ -285,7 +305,7 @@ def train(items: int) -> tuple[Shard, list[dict[str, float]]]:
         return shard, training.run()
 
 
-PARTS: tuple[Callable[[], None], ...] = (encoding, residual, repulsion, clusters, product, decoding, waiting, memory)
+PARTS: tuple[Callable[[], None], ...] = (encoding, single, residual, repulsion, clusters, product, decoding, waiting, memory)
 
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].isdigit():

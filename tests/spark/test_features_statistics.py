@@ -9,7 +9,9 @@ from scipy.stats import spearmanr
 
 from adasid.config import Features
 from adasid.errors import InputError
+from adasid.metrics.richness import fit_scale, vector_norms
 from pipelines.features import ranks, richness, statistics
+from pipelines.features.items import _length
 
 COUNTS = [40, 17, 17, 9, 5, 3, 3, 1, 1, 1, 0, 0]
 
@@ -128,3 +130,26 @@ def test_behaviour_that_cannot_be_measured_is_refused(spark):
         richness.measure(measured(spark, [], []), Features())
     with pytest.raises(InputError, match="norm of the behaviour vectors is nan"):
         richness.measure(measured(spark, [1.0, float("nan")], [1, 2]), Features())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_richness_without_spark_is_the_same_bit_for_bit(spark, sign):
+    rng = np.random.default_rng(3)
+    counts = rng.geometric(0.02, 700) - 1
+    vectors = (rng.normal(size=(700, 5)) * np.log1p(counts + 1)[:, None] ** sign).astype(np.float32)
+    vectors[40:60] = vectors[40]
+    items = [f"i{n}" for n in rng.permutation(700)]
+    norms = vector_norms(vectors)
+    rows = [(item, int(count), float(norm), row.tolist()) for item, count, norm, row in zip(items, counts, norms, vectors)]
+    frame = spark.createDataFrame(rows, "item_id string, interactions bigint, norm float, behavior array<float>")
+    assert frame.filter(_length("behavior") != F.col("norm")).count() == 0
+    found = richness.measure(frame.select("item_id", "interactions", "norm"), Features())
+    scale = fit_scale(norms, counts, np.array(items))
+    assert scale.source == found.fields["richness_source"] == ("norm" if sign == 1 else "count")
+    assert scale.spearman == found.fields["spearman"]
+    if scale.source == "norm":
+        assert (scale.low, scale.high) == (found.fields["norm_low"], found.fields["norm_high"])
+    column = found.column.cast("float").alias("richness")
+    theirs = {row["item_id"]: row["richness"] for row in frame.select("item_id", column).collect()}
+    ours = scale.richness(norms if sign == 1 else counts, np.ones(700, bool))
+    assert [theirs[item] for item in items] == ours.tolist()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from adasid.config import Config
-from pipelines import features, ingest, report, sids, stage, train
+from pipelines import features, ingest, migrate, report, sids, stage, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
@@ -65,6 +65,8 @@ def plan(cfg: Config, after: str = "") -> list[Step]:
     Raises InputError for a source that cannot be read.
     """
     lake = Run(cfg).lake
+    if migrate.current(lake) is not None:
+        migrate.check(lake)
     steps, coming = list[Step](), dict[str, tuple[str, str | None]]()
     declared = list(_declared(cfg, lake))
     first = next((at + 1 for at, make in enumerate(declared) if isinstance(make, Stage) and make.name == after), 0)

@@ -73,13 +73,14 @@ def entry(where: str, **arguments: Any) -> Callable[..., None]:
     return call
 
 
-def stage(name: str, function: Callable[[config.Config, Track], None]) -> Callable[[config.Config], None]:
-    """``function`` as the body of a job: inside the MLflow run of stage ``name``."""
+def stage(name: str, function: Callable[[config.Config, Track], None], migrates: bool = False) -> Callable[[config.Config], None]:
+    """``function`` as the body of a job: inside the MLflow run of stage ``name``; ``migrates``: also on a lake of an
+    older format."""
 
     def body(cfg: config.Config) -> None:
         from pipelines.engines.tracking import stage as tracked
 
-        with tracked(cfg, name) as track:
+        with tracked(cfg, name, migrates=migrates) as track:
             function(cfg, track)
 
     return body

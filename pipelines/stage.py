@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 from pydantic import BaseModel
 
 from adasid.config import Config, digest
-from adasid.training.checkpoint import write_json
+from adasid.files import write_json
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import Track
 from pipelines.run import Run

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from adasid import tables
 from adasid.config import Config
 from adasid.errors import InputError
+from adasid.files import write_json
 from adasid.report.words import DASH
 from adasid.tokenizers import artifact
-from adasid.training.checkpoint import Checkpoints, write_json
+from adasid.training.checkpoint import Checkpoints
 from pipelines import generations, scores, stage, staleness, workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from adasid import tables
 from adasid.config import Config, TokenizerSettings
 from adasid.errors import InputError
+from adasid.files import write_json, write_text
 from adasid.recommenders.tokens import ItemTokens
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
 from adasid.tokenizers.relabel import Relabelled
 from adasid.training.behavior import BehaviorData, BehaviorTraining
-from adasid.training.checkpoint import write_json, write_text
 from adasid.training.ranking import Events, RankingTraining
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from adasid.training.sequences import Histories

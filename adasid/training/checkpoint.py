@@ -70,18 +70,6 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """:func:`write_text` of JSON."""
-    write_text(path, json.dumps(data, indent=1))
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as named tensors (its hyperparameters come from the config)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adasid import config, errors
-from adasid.training.checkpoint import write_json
+from adasid.files import write_json
 from adasid.training.workers import settle
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "2147483648", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}

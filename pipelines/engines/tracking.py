@@ -23,7 +23,8 @@ from mlflow.tracking import MlflowClient
 
 from adasid.config import Config, yaml12
 from adasid.errors import InputError, first_line
-from adasid.training.checkpoint import write_json
+from adasid.files import write_json
+from pipelines import migrate
 from pipelines.engines.lake import Lake
 from pipelines.run import Run
 
@@ -90,9 +91,10 @@ class Track:
 
 
 def open_lake(cfg: Config) -> Lake:
-    """The run's lake, checked to be writable."""
+    """The run's lake, checked to be writable and of this version's format."""
     lake = Run(cfg).lake
     lake.writable()
+    migrate.check(lake)
     return lake
 
 
@@ -102,10 +104,11 @@ def new_pipeline(cfg: Config) -> None:
 
 
 @contextmanager
-def stage(cfg: Config, name: str, journal: bool = True) -> Iterator[Track]:
+def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) -> Iterator[Track]:
     """Open the MLflow run of a stage below the pipeline's parent run (made if there is none), close it with the right status, and
-    append its wall time and facts to ``stages.jsonl`` in the run's folder (not without ``journal``)."""
-    lake = open_lake(cfg)
+    append its wall time and facts to ``stages.jsonl`` in the run's folder (not without ``journal``). ``migrates``: the
+    lake may have an older format."""
+    lake = Run(cfg).lake if migrates else open_lake(cfg)
     uri = Run(cfg).tracking_uri
     try:
         client, parent, run_id = _start(cfg, name, uri)

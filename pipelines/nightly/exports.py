@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 
 from adasid.config import Config
 from adasid.errors import InputError
+from adasid.files import write_json
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.tables import SID_CHANGES
 from adasid.tokenizers.base import Slot
-from adasid.training.checkpoint import write_json
 from pipelines import generations
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake

@@ -11,9 +11,9 @@ from pyspark.sql import functions as F
 
 from adasid import tables
 from adasid.config import TrainedSettings, digest
+from adasid.files import write_json
 from adasid.tokenizers import artifact
 from adasid.tokenizers.relabel import Relabelled
-from adasid.training.checkpoint import write_json
 from pipelines import sids, train
 from pipelines.engines import spark as engine
 from pipelines.features import items, pairs

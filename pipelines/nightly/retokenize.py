@@ -16,8 +16,8 @@ from pyspark.sql import functions as F
 
 from adasid.config import Config, digest
 from adasid.errors import GateError, InputError
+from adasid.files import write_json
 from adasid.tables import SID_CHANGES, SIDS
-from adasid.training.checkpoint import write_json
 from pipelines import generations, sids, staleness
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import Track

@@ -12,6 +12,7 @@ from deltalake import DeltaTable
 from adasid.config import Config
 from adasid.errors import InputError
 from pipelines import generations, train
+from pipelines import migrate as formats
 from pipelines.engines.lake import properties
 from pipelines.engines.tracking import Track
 from pipelines.nightly import exports
@@ -28,6 +29,18 @@ def rollback(cfg: Config, track: Track, number: int | None, hold: bool = False) 
     exports.point(cfg, track.lake)
     train.register(cfg, track, Path(row["artifact"]), row["tokenizer"], "champion")
     track.facts.update({"generation": row["generation"], "items": row["items"], "run date": row["run_date"]})
+
+
+def migrate(cfg: Config, track: Track) -> None:
+    """Bring the lake up to this version's format. Raises InputError for a newer one."""
+    lake = track.lake
+    lake.writable()
+    with held(track, cfg.retokenize.lease):
+        done = formats.migrate(lake)
+    for line in done:
+        track.note(line)
+    track.status = "done" if done else "up to date"
+    track.facts["format"] = formats.FORMAT
 
 
 def maintain(cfg: Config, track: Track) -> None:

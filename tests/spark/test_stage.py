@@ -11,11 +11,13 @@ import pytest
 
 from adasid import tables
 from adasid.config import Config, build
+from adasid.errors import InputError
 from adasid.tokenizers import artifact
 from pipelines import chain, evaluate, ingest, report, sids, stage, train
 from pipelines.engines import tracking
 from pipelines.engines.lake import Lake
 from pipelines.features import events, items, pairs
+from pipelines.nightly import upkeep
 from pipelines.run import Run
 from tests.spark.test_features_run import catalogue, config, embed, prepare, run
 
@@ -107,10 +109,10 @@ def test_the_output_is_made_of_the_version_that_was_hashed(ready, step, table, s
     assert inputs and inputs.versions[table] == 0 and lake.version(table) == 1
     assert (lake.lineage(output)[table], lake.stamp(output)) == (0, inputs.hash)
     assert not stage.check_fresh(step, cfg, lake), "the next run must notice the commit"
-    rows = lake.read(output).num_rows
+    rows = sorted(map(str, lake.read(output).to_pylist()))
     with tracking.stage(cfg, step.name) as track:
         assert stage.run(step, cfg, track)
-    assert lake.read(output).num_rows != rows, "the rows were of the version that was committed meanwhile"
+    assert sorted(map(str, lake.read(output).to_pylist())) != rows, "the rows were of the version that was committed meanwhile"
 
 
 def test_a_tokenizer_is_trained_on_the_version_that_was_hashed(ready, monkeypatch):
@@ -159,13 +161,47 @@ def test_the_plan_says_what_runs_and_why(ready, capsys):
     core = cfg.model_copy(update={"features": cfg.features.model_copy(update={"k_core": 5})})
     assert {step.stage: step.why for step in plan_of(core, lake)}["features"] == "features.k_core 0 -> 5"
     changed(lake, "interactions", tables.INTERACTIONS, without_first_user)
-    assert {step.stage: step.why for step in plan_of(cfg, lake)}["features"] == "interactions is at version 1, was 0"
+    changed(lake, "items", tables.items(("text", "visual")), list)
+    why = "items is at version 1, was 0; interactions is at version 1, was 0"
+    assert {step.stage: step.why for step in plan_of(cfg, lake)}["features"] == why
     capsys.readouterr()
     run(cfg, "events")
-    assert "features runs: interactions is at version 1, was 0" in capsys.readouterr().err
+    assert f"features runs: {why}" in capsys.readouterr().err
 
 
 def plan_of(cfg, lake):
     """The plan without ingest, whose tables the test has written itself."""
     quasid = cfg.model_copy(update={"tokenizer": build({"tokenizer": {"name": "quasid"}}).tokenizer})
     return [step for step in chain.plan(quasid, after="ingest")]
+
+
+def as_format_1(lake):
+    """What the version before format 2 left of the same run."""
+    row = lake.read("richness_stats").to_pylist()[0] | lake.read("catalog_stats").to_pylist()[0]
+    old = pa.schema([pa.field("run", pa.string(), False), *list(tables.CATALOG_STATS)[1:], *list(tables.RICHNESS_STATS)[1:]])
+    row |= {"run": row["input_hash"]}
+    lake.write_rows("catalog_stats", old, [row], lake.stamp("item_features"))
+    rejected = lake.read("rejected_rows")
+    rejected = rejected.rename_columns(["run", *rejected.column_names[1:]])
+    lake.write("rejected_rows", rejected.schema, rejected.to_batches(), lake.stamp("rejected_rows"))
+    shutil.rmtree(lake.path("richness_stats"))
+    (Path(lake.root) / "format.json").unlink()
+
+
+def test_a_lake_of_the_version_before_is_refused_then_migrated(ready):
+    cfg, lake = ready
+    names = ("catalog_stats", "richness_stats", "rejected_rows")
+    before = {name: lake.read(name).to_pylist() for name in names}
+    as_format_1(lake)
+    with pytest.raises(InputError, match=r"has format 1, this version .* reads 2: run `python jobs/maintain.py .* --migrate`"):
+        run(cfg)
+    with tracking.stage(cfg, "migrate", migrates=True) as track:
+        upkeep.migrate(cfg, track)
+    assert {name: lake.read(name).to_pylist() for name in names} == before
+    assert stage.check_fresh(events.EVENTS, cfg, lake) and stage.check_fresh(items.ITEM_FEATURES, cfg, lake)
+    with tracking.stage(cfg, "migrate", migrates=True) as track:
+        upkeep.migrate(cfg, track)
+    assert track.status == "up to date"
+    (Path(lake.root) / "format.json").write_text('{"format": 3}')
+    with pytest.raises(InputError, match=r"has format 3, this version .* reads 2: it was written by a newer version"):
+        run(cfg)

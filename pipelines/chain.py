@@ -68,9 +68,9 @@ def plan(cfg: Config, after: str = "") -> list[Step]:
     if migrate.current(lake) is not None:
         migrate.check(lake)
     steps, coming = list[Step](), dict[str, tuple[str, str | None]]()
-    declared = list(_declared(cfg, lake))
-    first = next((at + 1 for at, make in enumerate(declared) if isinstance(make, Stage) and make.name == after), 0)
-    for make in declared[first:]:
+    stages = list(declared(cfg, lake))
+    first = next((at + 1 for at, make in enumerate(stages) if isinstance(make, Stage) and make.name == after), 0)
+    for make in stages[first:]:
         if isinstance(make, Step):
             steps.append(make)
             continue
@@ -96,7 +96,7 @@ def plan(cfg: Config, after: str = "") -> list[Step]:
     return steps
 
 
-def _declared(cfg: Config, lake: Lake) -> Iterator[Stage | Step]:
+def declared(cfg: Config, lake: Lake) -> Iterator[Stage | Step]:
     """The stages of :data:`STAGES` as they are declared; those that this config skips as steps."""
     yield ingest.INGEST
     yield events.EVENTS

@@ -45,14 +45,14 @@ class NightGates(Section):
 
 
 class Lease(Section):
-    seconds: float = Field(60.0, gt=0, description="a holder that has not renewed for so long is taken for dead")
-    wait: float = Field(90.0, ge=0, description="seconds to wait for another run to end, or for the lease of a dead one; 0: leave at once")
+    seconds: float = Field(60.0, gt=0, description="a lease that was not renewed for so long is void")
+    wait: float = Field(90.0, ge=0, description="seconds to wait for another run to end, or for the lease of a killed one; 0: leave at once")
 
 
 class Retokenize(Section):
     policy: Literal["frozen", "warm", "refit", "auto"] = Field(
         "frozen",
-        description="frozen: live codebooks; warm: go on training; refit: train anew and match the codes; auto: by drift, and frozen where "
+        description="frozen: live codebooks; warm: go on training; refit: train from scratch and match the codes; auto: by drift, and frozen where "
         "the table of the other fails a gate",
     )
     slack: float = Field(
@@ -72,12 +72,12 @@ class Retokenize(Section):
     small_night: int = Field(
         100_000,
         ge=0,
-        description="new, changed and removed items up to which a night that keeps its codebooks works without Spark; 0: never",
+        description="new, changed and removed items up to which a nightly run that keeps its codebooks works without Spark; 0: never",
     )
     small_table: int = Field(
         10_000_000,
         ge=0,
-        description="live items up to which a night may do without Spark: comparing and merging hold up to 800 bytes for each in memory",
+        description="live items up to which a nightly run may do without Spark: comparing and merging need up to 800 bytes of memory for each",
     )
     sample: int = Field(20_000, ge=100, description="items, always the same ones, on which drift is measured")
     exports: Exports = Field(

@@ -26,53 +26,53 @@ def render_base() -> str:
     for model in TOKENIZERS:
         if model is not type(usual):
             values = model()
-            shared = [name for name in model.model_fields if name != "name" and _same(usual, values, name)]
-            lines += ["", f"# tokenizer:  # {_summary(model)}"]
+            shared = [name for name in model.model_fields if name != "name" and same(usual, values, name)]
+            lines += ["", f"# tokenizer:  # {summary(model)}"]
             _render(model, values, 1, lines, "# ", shared)
             lines.append(f"#   # as above: {', '.join(shared)}")
     for kind, repulsion in (("hamr", Hamr(kind="hamr")), ("adaptive", Adaptive(kind="adaptive"))):
-        lines += ["", f"# tokenizer.repulsion of kind {kind}:  # {_summary(type(repulsion))}"]
+        lines += ["", f"# tokenizer.repulsion of kind {kind}:  # {summary(type(repulsion))}"]
         _render(type(repulsion), repulsion, 1, lines, "# ")
     return "\n".join(lines) + "\n"
 
 
 def render_tokenizers() -> str:
-    """Return the README's table of tokenizers, in Markdown: name, description with links to the papers, and what one
-    with default settings reads."""
-    lines = ["| name | what it is | reads, by default |", "|---|---|---|"]
+    """Return the table of tokenizers, in Markdown: name, description with links to the papers, and what one with
+    default settings reads. The links' targets follow the table."""
+    lines, targets = ["| name | what it is | reads, by default |", "|---|---|---|"], dict[str, None]()
     for model in TOKENIZERS:
         name = model.model_fields["name"]
-        papers = re.findall(r"arXiv (\d{4}\.\d{5})(?: (v\d))?", _summary(model))
-        links = ", ".join(f"[{number}{version}](https://arxiv.org/abs/{number}{version})" for number, version in papers)
-        lines.append(f"| `{name.default}` | {name.description}{f' ({links})' if links else ''} | {_reads(model())} |")
+        papers = re.findall(r"arXiv (\d{4}\.\d{5})(?: (v\d))?", summary(model))
+        links = ", ".join(f"[{number}{version}]" for number, version in papers)
+        targets |= dict.fromkeys(f"{number}{version}" for number, version in papers)
+        lines.append(f"| `{name.default}` | {name.description}{f' ({links})' if links else ''} | {reads(model())} |")
+    lines += ["", *(f"[{number}]: https://arxiv.org/abs/{number}" for number in targets)]
     return "\n".join(lines) + "\n"
 
 
 def write(root: Path) -> None:
-    """Write ``conf/base.yaml`` below ``root``, and the table of tokenizers into its README."""
+    """Write ``conf/base.yaml`` below ``root``."""
     (root / "conf" / "base.yaml").write_text(render_base(), encoding="utf-8")
-    readme = root / "README.md"
-    readme.write_text(with_tokenizers(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def with_tokenizers(readme: str) -> str:
-    """Return the README with its table of tokenizers as :func:`render_tokenizers` has it."""
-    start = readme.index("| name | what it is |")
-    return readme[:start] + render_tokenizers() + readme[readme.index("\n\n", start) + 1 :]
+def shown(value: object) -> str:
+    """Return a value as YAML in one line."""
+    plain = json.loads(json.dumps(value))
+    return yaml12.write(plain, default_flow_style=True, width=1000).strip().removesuffix("\n...").strip()
 
 
-def _reads(settings: TokenizerSettings) -> str:
+def reads(settings: TokenizerSettings) -> str:
     inputs = set(settings.inputs)
     kinds = {"content": inputs - {BEHAVIOR}, "behaviour": inputs & {BEHAVIOR}, "pairs": settings.pairs}
     return ", ".join(kind for kind, read in kinds.items() if read) or "nothing"
 
 
-def _summary(model: type[BaseModel]) -> str:
+def summary(model: type[BaseModel]) -> str:
     """The first paragraph of the docstring, in one line."""
     return " ".join((model.__doc__ or "").split("\n\n")[0].split())
 
 
-def _same(one: BaseModel, other: BaseModel, name: str) -> bool:
+def same(one: BaseModel, other: BaseModel, name: str) -> bool:
     a, b = type(one).model_fields.get(name), type(other).model_fields[name]
     return a is not None and a.description == b.description and getattr(one, name) == getattr(other, name)
 
@@ -89,7 +89,5 @@ def _render(model: type[BaseModel], values: BaseModel | None, depth: int, lines:
             lines.append(f"{hide}{pad}{name}:  # {field.description}")
             _render(inner, value, depth + 1, lines, hide)
         else:
-            plain = json.loads(json.dumps(value))
-            text = yaml12.write(plain, default_flow_style=True, width=1000).strip().removesuffix("\n...").strip()
-            shown = "<required>" if values is None and field.is_required() else text
-            lines.append(f"{mark}{pad}{name}: {shown}  # {field.description}")
+            text = "<required>" if values is None and field.is_required() else shown(value)
+            lines.append(f"{mark}{pad}{name}: {text}  # {field.description}")

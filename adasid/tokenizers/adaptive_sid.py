@@ -15,7 +15,7 @@ class AdaptiveSidSettings(RqVaeSettings):
 
     name: Literal["adasid"] = Field(  # type: ignore[assignment]
         "adasid",
-        description="RQ-VAE with repulsion regulated by similarity, load and progress, and co-engaged pairs",
+        description="RQ-VAE with adaptive repulsion and co-engaged pairs",
     )
     repulsion: Repulsion | None = Field(Adaptive(kind="adaptive"), description="repulsion of items whose SIDs overlap")
     contrast: Contrast | None = Field(

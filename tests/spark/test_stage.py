@@ -29,7 +29,7 @@ COUNTED = "item_stats", "interactions", "item_id"
 def declared(cfg: Config) -> list[stage.Stage]:
     lake = Run(cfg).lake
     own = [
-        *(step for step in chain._declared(cfg, lake) if isinstance(step, stage.Stage)),
+        *(step for step in chain.declared(cfg, lake) if isinstance(step, stage.Stage)),
         train.BEHAVIOR,
         pairs.ITEM_PAIRS,
         train.downstream_stage("retrieval", None),

@@ -19,7 +19,7 @@ class AdaSidSettings(AdcSidSettings):
 
     name: Literal["ada-sid"] = Field(  # type: ignore[assignment]
         "ada-sid",
-        description="ADC-SID's first version: behaviour aligned to the sum of content; inactive slots become PAD",
+        description="first version of ADC-SID; inactive slots become PAD",
     )
     behavior_experts: int = Field(5, ge=1, description="experts of the behaviour modality (N_b)")
     threshold: float = Field(0.0, ge=0, description="a behaviour slot whose weight is not above it becomes PAD")

@@ -69,7 +69,7 @@ class AdcSidSettings(TrainedSettings):
 
     name: Literal["adc-sid"] = Field(
         "adc-sid",
-        description="mixture of quantization, alignment by richness, weighted behaviour slots",
+        description="mixture of quantization, alignment by richness, weighted slots",
     )
     shared_experts: int = Field(1, ge=1, description="experts that read all modalities (N_s)")
     content_experts: Experts = Field(

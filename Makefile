@@ -1,6 +1,6 @@
 # One word a task. Everything runs in .venv; nothing outside the checkout is changed, except Java where there is none.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench drills fuzz conf clean
+.PHONY: help setup demo test lint bench drills fuzz conf docs clean
 
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -33,7 +33,10 @@ drills: setup  ## kill the nightly job 30 times at all of its steps (about half 
 fuzz: setup  ## 200 random sources and configs through ingest and build_features (about 10 minutes); what breaks the contract is kept in fuzz-cases
 	@ADASID_FUZZ=200 ADASID_FUZZ_CASES=$(CURDIR)/fuzz-cases $(BIN)/python -m pytest -s tests/fuzz -k random
 
-conf: setup  ## write conf/base.yaml and the README's table of tokenizers from adasid/config and adasid/tokenizers
+docs: setup  ## write the generated parts of docs from the stages and the settings
+	@PYTHONPATH=. $(BIN)/python docs/make.py
+
+conf: setup  ## write conf/base.yaml from adasid/config and adasid/tokenizers
 	@$(BIN)/python -c "from pathlib import Path; from adasid.config import render; render.write(Path())"
 
 clean:  ## remove runs and caches, keep .venv

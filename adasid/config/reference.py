@@ -51,7 +51,8 @@ def _tokenizers() -> Iterator[str]:
         name = model.model_fields["name"]
         shared = [key for key in model.model_fields if key != "name" and model is not TOKENIZERS[0] and same(usual, values, key)]
         yield from ("", f"### `tokenizer.name: {name.default}`", "")
-        yield from textwrap.wrap(f"{summary(model)} Reads by default: {reads(values)}.", _WIDTH)
+        text = summary(model).replace("``", "`")
+        yield from textwrap.wrap(f"{text} Reads by default: {reads(values)}.", _WIDTH)
         if own := list(_keys(model, values, "tokenizer", ("name", *shared))):
             yield from ("", *own)
         if shared:
@@ -95,10 +96,9 @@ def _kind(annotation: Any, bounds: str = "") -> str:
         return " or ".join(f"`{value}`" for value in parts)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys("`null`" if part is type(None) else _kind(part, bounds) for part in parts))
-    if origin is dict:
-        return f"mapping of {_kind(parts[0])} to {_kind(parts[1])}"
-    if origin is tuple:
-        return f"list of {_kind(parts[0])}"
+    if origin in (dict, tuple):
+        inner = " to ".join(_kind(part) for part in parts if part is not Ellipsis)
+        return f"mapping of {inner}" if origin is dict else f"list of {_kind(parts[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "tokenizer section" if annotation.__name__ == "TokenizerSettings" else "section"
     return _NAMES.get(annotation, "tokenizer section") + bounds

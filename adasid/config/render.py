@@ -62,17 +62,19 @@ def shown(value: object) -> str:
 
 
 def reads(settings: TokenizerSettings) -> str:
+    """Return what a tokenizer reads, in words: content, behaviour, pairs."""
     inputs = set(settings.inputs)
     kinds = {"content": inputs - {BEHAVIOR}, "behaviour": inputs & {BEHAVIOR}, "pairs": settings.pairs}
     return ", ".join(kind for kind, read in kinds.items() if read) or "nothing"
 
 
 def summary(model: type[BaseModel]) -> str:
-    """The first paragraph of the docstring, in one line."""
+    """Return the first paragraph of the docstring, in one line."""
     return " ".join((model.__doc__ or "").split("\n\n")[0].split())
 
 
 def same(one: BaseModel, other: BaseModel, name: str) -> bool:
+    """Whether a key has the same description and value in two sections."""
     a, b = type(one).model_fields.get(name), type(other).model_fields[name]
     return a is not None and a.description == b.description and getattr(one, name) == getattr(other, name)
 

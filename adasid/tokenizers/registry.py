@@ -1,5 +1,5 @@
 """The list of tokenizers. Everything that knows all of them is derived from it: the union of the config's sections,
-``conf/base.yaml``, and the README's table. It imports no torch. docs/extending.md shows how to add one.
+``conf/base.yaml`` and docs/configuration.md. It imports no torch. docs/extending.md shows how to add one.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class Contrast(Section):
 
 class TokenizerSettings(Section):
     """The settings of a tokenizer. The docstring's first paragraph says which method it is and names its paper as
-    ``arXiv 2510.25622 v3``: ``conf/base.yaml`` shows it, and the README's table links the paper."""
+    ``arXiv 2510.25622 v3``: ``conf/base.yaml`` and docs/configuration.md show it."""
 
     name: str = Field("", description="which tokenizer")
     codebook_size: int = Field(100, ge=2, description="codes in a codebook (K)")

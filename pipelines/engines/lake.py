@@ -98,9 +98,7 @@ class Lake:
         try:
             return DeltaTable(self.path(table), version=version)
         except TableNotFoundError:
-            raise InputError(
-                f"table {table} does not exist in {self.root}: run the stage that writes it first (see the README's list of stages)"
-            ) from None
+            raise InputError(f"table {table} does not exist in {self.root}: run the stage that writes it first (see docs/architecture.md)") from None
         except Exception as error:
             raise InputError(f"table {table} in {self.root} cannot be read at version {version}: {first_line(error)}") from None
 

@@ -116,7 +116,7 @@ def test_table_schemas_are_frozen():
     schemas |= {"items": tables.items(["text"]), "item_features": tables.item_features(["text"])}
     found = {name: [f"{field.name}: {field.type}{'' if field.nullable else ' not null'}" for field in schema] for name, schema in schemas.items()}
     frozen = json.loads((Path(__file__).parent / "schemas.json").read_text())
-    assert found == frozen, "a table's contract changed: say so in the README and update tests/contracts/schemas.json on purpose"
+    assert found == frozen, "a table's contract changed: say so in docs/data.md and update tests/contracts/schemas.json on purpose"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda path: path.stem)

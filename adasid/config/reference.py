@@ -3,6 +3,7 @@ default and its description."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 import types
 from collections.abc import Iterator
@@ -97,8 +98,8 @@ def _kind(annotation: Any, bounds: str = "") -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys("`null`" if part is type(None) else _kind(part, bounds) for part in parts))
     if origin in (dict, tuple):
-        inner = " to ".join(_kind(part) for part in parts if part is not Ellipsis)
-        return f"mapping of {inner}" if origin is dict else f"list of {_kind(parts[0])}"
+        inner = [re.sub("^(number|integer|text|section|tokenizer section)", r"\1s", _kind(part)) for part in parts]
+        return f"mapping of {inner[0]} to {inner[1]}" if origin is dict else f"list of {inner[0]}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "tokenizer section" if annotation.__name__ == "TokenizerSettings" else "section"
     return _NAMES.get(annotation, "tokenizer section") + bounds
@@ -113,4 +114,5 @@ def _limits(metadata: Any) -> str:
 
 def _sentence(text: str | None, capital: bool = True) -> str:
     text = (text or "").replace("<", "\\<")
+    capital = capital and "/" not in text.split(maxsplit=1)[0]
     return f"{text[0].upper() if capital else text[0]}{text[1:]}."

@@ -13,7 +13,8 @@ WEAK = 0.05
 
 
 def alignment_weight(richness: Tensor, alpha: float, beta: float) -> Tensor:
-    """``w = sigma(alpha x - beta) / sigma(alpha - beta)`` for richness x in [0, 1]: rises, and is 1 at x = 1 (ADC-SID eq 17)."""
+    """``w = sigma(alpha x - beta) / sigma(alpha - beta)`` for richness x in [0, 1]: rises, and is 1 at x = 1 (ADC-SID
+    eq 17)."""
     return torch.sigmoid(alpha * richness - beta) / (1 / (1 + math.exp(beta - alpha)))
 
 
@@ -41,9 +42,9 @@ def info_nce(
 ) -> Tensor:
     """Loss of each anchor: -log softmax of its positive among ``candidates`` by cosine / temperature.
 
-    ``anchors`` [B, d], ``candidates`` [C, d], ``positives`` [B]: index of the positive; ``valid`` [C] bool: candidates that exist;
-    ``items``: item of each anchor [B] and of each candidate [C], so that further rows of the anchor's item are no negatives -> [B].
-    """
+    ``anchors`` [B, d], ``candidates`` [C, d], ``positives`` [B]: index of the positive; ``valid`` [C] bool: candidates
+    that exist; ``items``: item of each anchor [B] and of each candidate [C], so that further rows of the anchor's item
+    are no negatives -> [B]."""
     logits = nnf.normalize(anchors, dim=1) @ nnf.normalize(candidates, dim=1).T / temperature
     if valid is not None:
         logits = logits.masked_fill(~valid[None, :], -1e4)

@@ -29,7 +29,8 @@ _TASK_LOGS = (
     "org.apache.spark.sql.execution.datasources.FileFormatWriter",
     "org.apache.spark.sql.delta.files.DeltaFileFormatWriter",
 )
-"""Loggers of the driver that print a task's stack trace before its error reaches the job, which prints one line and keeps the trace in a file."""
+"""Loggers of the driver that print a task's stack trace before its error reaches the job, which prints one line and
+keeps the trace in a file."""
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 
 
@@ -42,7 +43,11 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     builder = SparkSession.builder.appName(name)
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         quiet = f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
-        builder = builder.master(settings.master).config("spark.driver.memory", settings.driver_memory).config("spark.driver.extraJavaOptions", quiet)
+        builder = (
+            builder.master(settings.master)
+            .config("spark.driver.memory", settings.driver_memory)
+            .config("spark.driver.extraJavaOptions", quiet)
+        )
     defaults = {
         "spark.sql.extensions": _EXTENSION,
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
@@ -50,7 +55,8 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
         "spark.databricks.delta.snapshotPartitions": "2",
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
         "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
-        "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",  # a version that a generation needs stays readable
+        # a version that a generation needs stays readable
+        "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",  # compaction outside Spark wraps INT96 around
         "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
@@ -68,12 +74,17 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     try:
         spark = builder.getOrCreate()
     except Exception as error:
-        raise InputError(f"Spark did not start ({first_line(error)}); it needs Java 17 or newer on PATH or JAVA_HOME: run `make setup`") from None
+        raise InputError(
+            f"Spark did not start ({first_line(error)}); it needs Java 17 or newer on PATH or JAVA_HOME: run `make "
+            "setup`"
+        ) from None
     try:
-        spark._jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass(_EXTENSION)  # type: ignore[union-attr]
+        thread = spark._jvm.java.lang.Thread.currentThread()  # type: ignore[union-attr]
+        thread.getContextClassLoader().loadClass(_EXTENSION)
     except Exception:
         raise InputError(
-            f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or `make setup`"
+            f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or "
+            "`make setup`"
         ) from None
     log4j = spark._jvm.org.apache.logging.log4j  # type: ignore[union-attr]
     for logger in _TASK_LOGS:
@@ -111,9 +122,9 @@ def write(
     """Replace the table by ``frame``, cast to its schema, in one commit stamped with ``digest`` and the versions of
     ``sources``; returns the version.
 
-    ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's last. ``replace``: replace
-    only the rows that this condition holds for, which all of ``frame`` must satisfy. ``few``: into few large files, whatever the partitions, at the price of a shuffle.
-    """
+    ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's
+    last. ``replace``: replace only the rows that this condition holds for, which all of ``frame`` must satisfy.
+    ``few``: into few large files, whatever the partitions, at the price of a shuffle."""
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
     writer = frame.select(*columns).write.format("delta").mode("append" if append else "overwrite")
@@ -122,13 +133,18 @@ def write(
     if append:
         writer = writer.option("txnAppId", append[0]).option("txnVersion", append[1])
     else:
-        writer = writer.option("replaceWhere", replace) if replace and lake.exists(table) else writer.option("overwriteSchema", "true")
+        writer = (
+            writer.option("replaceWhere", replace)
+            if replace and lake.exists(table)
+            else writer.option("overwriteSchema", "true")
+        )
     writer.save(lake.target(table))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
 
 
 def escaped(path: str, key: str) -> str:
-    """``path`` as Hadoop takes it literally, and not as a pattern. Raises InputError for a local path with a colon, which Hadoop cannot parse."""
+    """``path`` as Hadoop takes it literally, and not as a pattern. Raises InputError for a local path with a colon,
+    which Hadoop cannot parse."""
     if "://" in path:
         return path
     if ":" in path:

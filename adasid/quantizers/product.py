@@ -1,4 +1,5 @@
-"""Optimised product quantization (Ge et al., CVPR 2013; methods 6.2): principal components, a rotation, one k-means for each sub-space."""
+"""Optimised product quantization (Ge et al., CVPR 2013; methods 6.2): principal components, a rotation, one k-means for
+each sub-space."""
 
 from __future__ import annotations
 
@@ -109,7 +110,7 @@ def fit_opq_faiss(x: Tensor, parts: int, k: int, rounds: int) -> ProductQuantize
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:
-    """The orthogonal R that brings x R nearest to y; [n, w] each -> [w, w]."""
+    """The orthogonal R that brings x R nearest to y (Schoenemann, Psychometrika 1966); [n, w] each -> [w, w]."""
     return orthogonal(x.T @ y)
 
 

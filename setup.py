@@ -1,4 +1,5 @@
-"""Two packages: ``adasid`` (torch, NumPy, Arrow) stands alone; ``pipelines`` needs the engines of the extra of that name."""
+"""Two packages: ``adasid`` (torch, NumPy, Arrow) stands alone; ``pipelines`` needs the engines of the extra of that
+name."""
 
 from setuptools import find_packages, setup
 
@@ -30,7 +31,15 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["adasid*", "pipelines*"]),
     package_data={"adasid.report": ["*.html"], "pipelines.engines": ["*.properties"]},
-    install_requires=["torch>=2.11", "numpy>=1.26", "pyarrow>=17", "pydantic>=2.7", "pyyaml>=6", "safetensors>=0.4", "scipy>=1.13"],
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "pyarrow>=17",
+        "pydantic>=2.7",
+        "pyyaml>=6",
+        "safetensors>=0.4",
+        "scipy>=1.13",
+    ],
     extras_require={
         "engines": ENGINES,
         "report": REPORT,

@@ -1,4 +1,5 @@
-"""Experts of one shape as one matrix product (the house's rule: grouped experts reach the processor's peak, a loop does not)."""
+"""Experts of one shape as one matrix product (the house's rule: grouped experts reach the processor's peak, a loop does
+not)."""
 
 from __future__ import annotations
 
@@ -26,10 +27,12 @@ class GroupedLinear(nn.Module):
 class Trunk(nn.Module):
     """All that reads one input: ``experts`` MLPs and any number of two-layer heads, their first layers one product.
 
-    ``forward``: [B, width] -> latents [experts, B, latent] and one [B, outputs] a head, in the order of ``heads`` = (hidden, outputs) pairs.
-    """
+    ``forward``: [B, width] -> latents [experts, B, latent] and one [B, outputs] a head, in the order of ``heads`` =
+    (hidden, outputs) pairs."""
 
-    def __init__(self, width: int, experts: int, hidden: Sequence[int], latent: int, heads: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self, width: int, experts: int, hidden: Sequence[int], latent: int, heads: Sequence[tuple[int, int]] = ()
+    ) -> None:
         super().__init__()
         self.experts, self.sizes = experts, [experts * hidden[0], *(size for size, _ in heads)]
         self.first = nn.Linear(width, sum(self.sizes))

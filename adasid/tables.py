@@ -1,8 +1,7 @@
 """Every table of the lake: its Arrow schema, its key and what a row means. Column names are spelled here only.
 
-``items``, ``item_features`` and ``behavior_embeddings`` hold embeddings as ``list<float>``; the content modalities of a run
-decide which columns there are, so those schemas are functions of the modality names.
-"""
+``items``, ``item_features`` and ``behavior_embeddings`` hold embeddings as ``list<float>``; the content modalities of a
+run decide which columns there are, so those schemas are functions of the modality names."""
 
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ BEHAVIOR = "behavior"
 STRATA = ("head", "mid", "tail", "cold")
 SPLITS = ("train", "validation", "test")
 RANKING_ONLY = "ranking"
-"""The split of an event that the ranking model trains on and retrieval holds out: no embedding, count or SID is made of it."""
+"""The split of an event that the ranking model trains on and retrieval holds out: no embedding, count or SID is made of
+it."""
 
 VECTOR = pa.list_(pa.float32())
 
@@ -40,9 +40,10 @@ INTERACTIONS = _schema(
     ("rating", pa.float32(), True),
     ("label", pa.float32(), True),
 )
-"""An event as the user brought it, unchecked. ``timestamp`` is text (a unix time, or ISO 8601) and is parsed with the checks; ``pos`` orders
-the events of a user where time does not. At least one of the two is set. ``label``: 1 for a positive event, 0 for a negative one (an impression
-without a click); ``rating``: how much the user liked it, on any scale."""
+"""An event as the user brought it, unchecked. ``timestamp`` is text (a unix time, or ISO 8601) and is parsed with the
+checks; ``pos`` orders the events of a user where time does not. At least one of the two is set. ``label``: 1 for a
+positive event, 0 for a negative one (an impression without a click); ``rating``: how much the user liked it, on any
+scale."""
 
 REJECTED_ROWS = _schema(
     ("input_hash", pa.string(), False),
@@ -61,7 +62,8 @@ TRUTH = _schema(
     ("expected_count", pa.float64(), False),
     ("behavior_noise", pa.float32(), False),
 )
-"""Key item_id. What the synthetic catalogue planted; ``behavior_noise`` is the norm of the noise on the planted behaviour."""
+"""Key item_id. What the synthetic catalogue planted; ``behavior_noise`` is the norm of the noise on the planted
+behaviour."""
 
 ITEM_STATS = _schema(
     ("item_id", pa.string(), False),
@@ -70,7 +72,8 @@ ITEM_STATS = _schema(
     ("users", pa.int64(), False),
     ("stratum", pa.string(), False),
 )
-"""Key item_id. Counts on the training part; ``item_index`` is the 0-based rank by (interactions desc, item_id): a dense index of all items."""
+"""Key item_id. Counts on the training part; ``item_index`` is the 0-based rank by (interactions desc, item_id): a dense
+index of all items."""
 
 USER_STATS = _schema(("user_id", pa.string(), False), ("interactions", pa.int64(), False), ("items", pa.int64(), False))
 """Key user_id. Counts on the training part."""
@@ -81,8 +84,9 @@ SEQUENCES = _schema(
     ("history", pa.list_(pa.int64()), False),
     ("target", pa.int64(), True),
 )
-"""Key user_id, split. ``history``: item_index in time order, oldest first. In ``train`` every event but the first is a target and
-``target`` is null; in ``validation`` and ``test`` ``target`` is the one held-out item that follows ``history``."""
+"""Key user_id, split. ``history``: item_index in time order, oldest first. In ``train`` every event but the first is a
+target and ``target`` is null; in ``validation`` and ``test`` ``target`` is the one held-out item that follows
+``history``."""
 
 RANKING_SAMPLES = _schema(
     ("user_id", pa.string(), False),
@@ -95,8 +99,10 @@ RANKING_SAMPLES = _schema(
     ("in_history", pa.bool_(), False),
     ("split", pa.string(), False),
 )
-"""Key user_id, position. A clean event; ``position`` is its 0-based place among all events of the user. The history of an event is those before it
-that are ``in_history`` (``features.histories``). ``label`` is null where only other events are rated. ``split`` is ranking's own (``features.ranking_split``): one of ``SPLITS``, ``train`` where no task holds the event out, or ``RANKING_ONLY``."""
+"""Key user_id, position. A clean event; ``position`` is its 0-based place among all events of the user. The history of
+an event is those before it that are ``in_history`` (``features.histories``). ``label`` is null where only other events
+are rated. ``split`` is ranking's own (``features.ranking_split``): one of ``SPLITS``, ``train`` where no task holds the
+event out, or ``RANKING_ONLY``."""
 
 RANKING_SCORES = _schema(
     ("user", pa.int64(), False),
@@ -104,7 +110,8 @@ RANKING_SCORES = _schema(
     ("label", pa.int32(), False),
     ("score", pa.float64(), False),
 )
-"""A test sample of a ranking model, in the shards that its workers leave in its folder where there are many; ``stratum``: of the item."""
+"""A test sample of a ranking model, in the shards that its workers leave in its folder where there are many;
+``stratum``: of the item."""
 
 ITEM_PAIRS = _schema(
     ("item_index", pa.int64(), False),
@@ -112,14 +119,16 @@ ITEM_PAIRS = _schema(
     ("score", pa.float64(), False),
     ("users", pa.int64(), False),
 )
-"""Key item_index, partner_index. A co-engaged partner of an item, among its best by (score desc, partner_index), from the training part;
-``users``: how many have both (swing: of the users compared). Written where ``features.pairs.method`` is not ``none``."""
+"""Key item_index, partner_index. A co-engaged partner of an item, among its best by (score desc, partner_index), from
+the training part; ``users``: how many have both (swing: of the users compared). Written where ``features.pairs.method``
+is not ``none``."""
 
-HELD_CODES = _schema(
+PREVIOUS_CODES = _schema(
     ("item_index", pa.int64(), False),
     ("codes", pa.list_(pa.int32()), False),
 )
-"""Key item_index. The published codes of today's items that have some: what a tokenizer that is trained anew for a night holds on to."""
+"""Key item_index. The published codes of today's items that have some: what a tokenizer that is trained anew for a
+night holds on to."""
 
 BEHAVIOR_EMBEDDINGS = _schema(
     ("item_id", pa.string(), False),
@@ -132,8 +141,9 @@ of items with training events."""
 
 
 def item_features(content: Iterable[str]) -> pa.Schema:
-    """Key item_id. What a tokenizer reads: embeddings by modality (null where an item has none; ``behavior`` is null for cold
-    items), ``norm`` of the behaviour embedding (null for cold), ``richness`` in [0, 1] (0 for cold), stratum, fingerprint of the vectors."""
+    """Key item_id. What a tokenizer reads: embeddings by modality (null where an item has none; ``behavior`` is null
+    for cold items), ``norm`` of the behaviour embedding (null for cold), ``richness`` in [0, 1] (0 for cold), stratum,
+    fingerprint of the vectors."""
     vectors = ((modality, VECTOR, True) for modality in (*content, BEHAVIOR))
     return _schema(
         ("item_id", pa.string(), False),
@@ -149,7 +159,15 @@ def item_features(content: Iterable[str]) -> pa.Schema:
 
 
 _CURVE = pa.list_(pa.struct([pa.field("x", pa.float64()), pa.field("y", pa.float64())]))
-_SPREAD = pa.list_(pa.struct([pa.field("x", pa.float64()), pa.field("items", pa.int64()), *(pa.field(f"p{q}", pa.float64()) for q in (10, 50, 90))]))
+_SPREAD = pa.list_(
+    pa.struct(
+        [
+            pa.field("x", pa.float64()),
+            pa.field("items", pa.int64()),
+            *(pa.field(f"p{q}", pa.float64()) for q in (10, 50, 90)),
+        ]
+    )
+)
 
 CATALOG_STATS = _schema(
     ("input_hash", pa.string(), False),
@@ -206,12 +224,18 @@ SIDS = _schema(
     ("tokenizer", pa.string(), False),
     ("generation", pa.int64(), False),
     ("fingerprint", pa.string(), False),
-    ("gauges", pa.list_(pa.struct([("modality", pa.string()), ("norm", pa.float64()), ("error", pa.float64())])), False),
+    (
+        "gauges",
+        pa.list_(pa.struct([("modality", pa.string()), ("norm", pa.float64()), ("error", pa.float64())])),
+        False,
+    ),
 )
-"""Key item_id. ``codes``: L codes in slot order (PAD where the item lacks the slot's modality); ``weights``: 1 for shared and content slots, the router's
-value for behaviour slots, 0 where inactive; ``collision_rank``: 0-based rank among the items of one SID, which an item has as long as it has the SID: after the items that had it before, and by (interactions desc,
-item_id) among those that got it together; ``tokenizer``: artifact digest;
-``gauges``: norm and squared quantization error of each of its vectors, for the items that drift is measured on (``retokenize.sample``), else empty."""
+"""Key item_id. ``codes``: L codes in slot order (PAD where the item lacks the slot's modality); ``weights``: 1 for
+shared and content slots, the router's value for behaviour slots, 0 where inactive; ``collision_rank``: 0-based rank
+among the items of one SID, which an item has as long as it has the SID: after the items that had it before, and by
+(interactions desc, item_id) among those that got it together; ``tokenizer``: artifact digest; ``gauges``: norm and
+squared quantization error of each of its vectors, for the items that drift is measured on (``retokenize.sample``), else
+empty."""
 
 SID_CHANGES = _schema(
     ("generation", pa.int64(), False),
@@ -220,8 +244,9 @@ SID_CHANGES = _schema(
     ("new_codes", pa.list_(pa.int32()), True),
     ("why", pa.string(), False),
 )
-"""Key generation, item_id. An item whose SID a generation changed, and why: ``new``, ``changed`` (its vectors did), ``removed``, or the policy
-(``warm``, ``refit``) that moved it. ``old_codes`` is null for a new item, ``new_codes`` for a removed one."""
+"""Key generation, item_id. An item whose SID a generation changed, and why: ``new``, ``changed`` (its vectors did),
+``removed``, or the policy (``warm``, ``refit``) that moved it. ``old_codes`` is null for a new item, ``new_codes`` for
+a removed one."""
 
 GENERATIONS = _schema(
     ("generation", pa.int64(), False),
@@ -239,9 +264,9 @@ GENERATIONS = _schema(
     ("drift", pa.string(), False),
     ("churn", pa.string(), False),
 )
-"""Key generation. What was published: the generation that was live then, the version of ``sids``, table versions read, the tokenizer's digest and
-folder, the night it is of (null outside the nightly job), how it was made (``full``, ``frozen``, ``warm``, ``refit``), gates passed, code metrics, drift
-and churn against the parent (JSON each)."""
+"""Key generation. What was published: the generation that was live then, the version of ``sids``, table versions read,
+the tokenizer's digest and folder, the night it is of (null outside the nightly job), how it was made (``full``,
+``frozen``, ``warm``, ``refit``), gates passed, code metrics, drift and churn against the parent (JSON each)."""
 
 LIVE = _schema(("generation", pa.int64(), False), ("sids_version", pa.int64(), False), ("hold", pa.bool_(), True))
 """One row: the generation that readers use. They read ``sids`` at its version. Moved in one commit, by publishing or by
@@ -249,4 +274,5 @@ a roll-back. ``hold``: while true, no other generation is published (null, and m
 false)."""
 
 LEASES = _schema(("holder", pa.string(), True), ("expires", pa.float64(), False), ("seconds", pa.float64(), False))
-"""One row: which process may publish, and until when (unix seconds), having been given it for how long. ``holder`` is null where nobody may."""
+"""One row: which process may publish, and until when (unix seconds), having been given it for how long. ``holder`` is
+null where nobody may."""

@@ -104,7 +104,11 @@ def settings(stage: Stage, cfg: config.Config, lake: Lake) -> tuple[str, ...]:
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "manifest.json", {"format": artifact.FORMAT, "digest": ""})
         known = cfg.model_copy(update={"sids": cfg.sids.model_copy(update={"artifact": folder})})
-        return tuple(stage.settings(known, lake)) if stage.name != "sids" else tuple(chain.sids.declare(known).settings(known, lake))
+        return (
+            tuple(stage.settings(known, lake))
+            if stage.name != "sids"
+            else tuple(chain.sids.declare(known).settings(known, lake))
+        )
 
 
 def tables(stages: list[Row]) -> str:
@@ -143,7 +147,9 @@ def mermaid(stages: list[Row]) -> str:
     lines = ["```mermaid", "graph TD"]
     for row in stages:
         lines.append(f'    {node(row.name)}_stage["{row.name} ({row.engine})"]')
-        lines += [f'    {node(name)}_table(["{name}"])' for name in (*row.writes, *(f"artifact {made}" for made in row.makes))]
+        lines += [
+            f'    {node(name)}_table(["{name}"])' for name in (*row.writes, *(f"artifact {made}" for made in row.makes))
+        ]
     for row in stages:
         stage = f"{node(row.name)}_stage"
         written = (*row.writes, *(f"artifact {name}" for name in row.makes))
@@ -168,7 +174,8 @@ def svg(stages: list[Row]) -> str:
     column = columns(made, last)
     width, height = LEFT + PITCH * (max(column.values()) + 1) + 12, TOP + HEIGHT * len(stages) + 8
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" font-family="Helvetica, Arial, sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"',
+        'font-family="Helvetica, Arial, sans-serif">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         *legend(),
     ]
@@ -180,7 +187,10 @@ def svg(stages: list[Row]) -> str:
         middle, colour = TOP + HEIGHT * at + 22, COLOURS[row.engine]
         parts += [dot(column[name], at, name, stages, made) for name in read[at]]
         parts += [box(10, middle - 20, BOX, 40, colour, colour)]
-        parts += [text(20, middle - 3, row.name, "#ffffff", 15, "bold"), text(20, middle + 13, JOBS[row.name], "#ffffff", 11)]
+        parts += [
+            text(20, middle - 3, row.name, "#ffffff", 15, "bold"),
+            text(20, middle + 13, JOBS[row.name], "#ffffff", 11),
+        ]
         for name in made[at]:
             if name in column:
                 x = LEFT + PITCH * column[name]
@@ -188,7 +198,12 @@ def svg(stages: list[Row]) -> str:
                 size = 10.5 if len(name) > 15 else 12.5
                 parts += [text(x + PITCH / 2, middle + 4, name, "#111111", size, anchor="middle")]
         if rest := [name for name in made[at] if name not in column]:
-            parts.append(note(middle + 31, f"writes {', '.join(rest)}, too" if len(made[at]) > len(rest) else f"writes the {rest[0]}"))
+            parts.append(
+                note(
+                    middle + 31,
+                    f"writes {', '.join(rest)}, too" if len(made[at]) > len(rest) else f"writes the {rest[0]}",
+                )
+            )
         elif not made[at]:
             parts.append(note(middle + 4, f"reads {', '.join(row.also)} where they exist"))
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -217,7 +232,8 @@ def crossing(at: int, row: Row, names: tuple[str, ...], column: dict[str, int]) 
 def line(number: int, start: int, end: int, colour: str) -> str:
     """The line of a table, from the stage that writes it to its last reader."""
     x = LEFT + PITCH * number + PITCH / 2
-    return f'<path d="M{x} {TOP + HEIGHT * start + 35}V{TOP + HEIGHT * end + 22}" stroke="{colour}" stroke-width="3" opacity="0.45"/>'
+    path = f"M{x} {TOP + HEIGHT * start + 35}V{TOP + HEIGHT * end + 22}"
+    return f'<path d="{path}" stroke="{colour}" stroke-width="3" opacity="0.45"/>'
 
 
 def dot(number: int, at: int, name: str, stages: list[Row], made: list[tuple[str, ...]]) -> str:
@@ -241,10 +257,13 @@ def legend() -> Iterator[str]:
 
 def box(x: float, y: float, width: float, height: float, fill: str, edge: str) -> str:
     """A rounded rectangle."""
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{fill}" stroke="{edge}" stroke-width="1.5"/>'
+    place = f'x="{x}" y="{y}" width="{width}" height="{height}"'
+    return f'<rect {place} rx="6" fill="{fill}" stroke="{edge}" stroke-width="1.5"/>'
 
 
-def text(x: float, y: float, content: str, colour: str, size: float, weight: str = "normal", anchor: str = "start") -> str:
+def text(
+    x: float, y: float, content: str, colour: str, size: float, weight: str = "normal", anchor: str = "start"
+) -> str:
     """A line of text whose baseline is at ``y``."""
     style = f'font-size="{size}" font-weight="{weight}" text-anchor="{anchor}"'
     return f'<text x="{x}" y="{y}" fill="{colour}" {style}>{escape(content)}</text>'
@@ -261,7 +280,12 @@ def replaced(document: str, part: str, content: str) -> str:
     start, end = f"<!-- {part}: written by docs/make.py -->\n", f"<!-- end of {part} -->"
     if start not in document or end not in document:
         raise ValueError(f"the document has no part {part!r}: add the lines {start.strip()} and {end}")
-    return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda match: f"{start}\n{content}\n\n{end}", document, flags=re.DOTALL)
+    return re.sub(
+        f"{re.escape(start)}.*?{re.escape(end)}",
+        lambda match: f"{start}\n{content}\n\n{end}",
+        document,
+        flags=re.DOTALL,
+    )
 
 
 def documents(read: Callable[[str], str]) -> dict[str, str]:

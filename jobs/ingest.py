@@ -1,4 +1,5 @@
-"""Read items and interactions from where the config says (synthetic, Parquet or Delta tables, arrays, Amazon files) into the lake.
+"""Read items and interactions from where the config says (synthetic, Parquet or Delta tables, arrays, Amazon files)
+into the lake.
 
 python jobs/ingest.py --config conf/demo.yaml
 spark-submit jobs/ingest.py --config conf/beauty.yaml

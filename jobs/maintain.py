@@ -1,14 +1,16 @@
-"""Compact the lake's tables and remove files that no kept generation, no model, and no run of the last retokenize.lineage_days needs.
+"""Compact the lake's tables and remove files that no kept generation, no model, and no run of the last
+retokenize.lineage_days needs.
 
-python jobs/maintain.py --config conf/beauty.yaml
-python jobs/maintain.py --config conf/beauty.yaml --migrate    # bring a lake of an older version of adasid up to date, and nothing else
-"""
+python jobs/maintain.py --config conf/beauty.yaml python jobs/maintain.py --config conf/beauty.yaml --migrate    # bring
+a lake of an older version of adasid up to date, and nothing else"""
 
 from pipelines import cli
 
 if __name__ == "__main__":
     parser = cli.parser(__doc__)
-    parser.add_argument("--migrate", action="store_true", help="bring a lake of an older version of adasid up to date, and nothing else")
+    parser.add_argument(
+        "--migrate", action="store_true", help="bring a lake of an older version of adasid up to date, and nothing else"
+    )
     arguments = parser.parse_args()
     what = "migrate" if arguments.migrate else "maintain"
     body = cli.stage(what, cli.entry(f"pipelines.nightly.upkeep:{what}"), migrates=arguments.migrate)

@@ -1,4 +1,5 @@
-"""The nightly job: give new and changed items their SIDs, measure drift and churn, and publish, or refuse and leave yesterday's table live.
+"""The nightly job: give new and changed items their SIDs, measure drift and churn, and publish, or refuse and leave
+yesterday's table live.
 
   spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22
   spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22 --dry-run
@@ -26,7 +27,11 @@ def day(text: str) -> date:
 if __name__ == "__main__":
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--run-date", required=True, type=day, metavar="DATE", help="the day whose table this is: YYYY-MM-DD, today or yesterday (UTC)"
+        "--run-date",
+        required=True,
+        type=day,
+        metavar="DATE",
+        help="the day whose table this is: YYYY-MM-DD, today or yesterday (UTC)",
     )
     parser.add_argument(
         "--dry-run",
@@ -35,4 +40,9 @@ if __name__ == "__main__":
     )
     arguments = parser.parse_args()
     run_date, dry = arguments.run_date, arguments.dry_run
-    cli.leave(cli.run(arguments, cli.stage("retokenize", cli.entry("pipelines.nightly.retokenize:run", run_date=run_date, dry=dry))))
+    cli.leave(
+        cli.run(
+            arguments,
+            cli.stage("retokenize", cli.entry("pipelines.nightly.retokenize:run", run_date=run_date, dry=dry)),
+        )
+    )

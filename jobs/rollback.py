@@ -18,4 +18,8 @@ if __name__ == "__main__":
     if arguments.release and arguments.hold:
         parser.error("--hold needs --to GENERATION, and cannot be used with --release")
     number, hold = arguments.to, arguments.hold
-    cli.leave(cli.run(arguments, cli.stage("rollback", cli.entry("pipelines.nightly.upkeep:rollback", number=number, hold=hold))))
+    cli.leave(
+        cli.run(
+            arguments, cli.stage("rollback", cli.entry("pipelines.nightly.upkeep:rollback", number=number, hold=hold))
+        )
+    )

@@ -8,5 +8,7 @@ ray job submit --working-dir . -- python jobs/train.py --config conf/beauty.yaml
 from pipelines import cli
 
 if __name__ == "__main__":
-    arguments = cli.choose(None, __doc__, ("--stage", ("tokenizer", "behavior", "retrieval", "ranking"), "what to train"))
+    arguments = cli.choose(
+        None, __doc__, ("--stage", ("tokenizer", "behavior", "retrieval", "ranking"), "what to train")
+    )
     cli.leave(cli.run(arguments, cli.stage(arguments.stage, cli.entry(f"pipelines.train:{arguments.stage}"))))

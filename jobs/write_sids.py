@@ -1,4 +1,5 @@
-"""Encode every item with the trained tokenizer and publish the semantic-ID table as a new generation, if it passes its gates.
+"""Encode every item with the trained tokenizer and publish the semantic-ID table as a new generation, if it passes its
+gates.
 
 spark-submit jobs/write_sids.py --config conf/beauty.yaml
 

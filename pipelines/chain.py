@@ -12,16 +12,16 @@ from adasid.config import Config
 from pipelines import features, ingest, migrate, report, sids, stage, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.features import events, items, pairs
 from pipelines.run import Run
 from pipelines.stage import Stage
 
-STAGES: tuple[tuple[str, Callable[[Config, Track], None]], ...] = (
+STAGES: tuple[tuple[str, Callable[[Config, StageContext], None]], ...] = (
     ("ingest", ingest.run),
-    ("features", lambda cfg, track: features.run(cfg, track, "events")),
+    ("features", lambda cfg, context: features.run(cfg, context, "events")),
     ("behavior", train.behavior),
-    ("item features", lambda cfg, track: features.run(cfg, track, "items")),
+    ("item features", lambda cfg, context: features.run(cfg, context, "items")),
     ("tokenizer", train.tokenizer),
     ("sids", sids.run),
     ("report", report.run),
@@ -35,8 +35,8 @@ def run(cfg: Config) -> None:
     tracking.new_pipeline(cfg)
     try:
         for name, function in STAGES:
-            with tracking.stage(cfg, name) as track:
-                function(cfg, track)
+            with tracking.stage(cfg, name) as context:
+                function(cfg, context)
             if name == "tokenizer":
                 cluster.shutdown()
     finally:
@@ -60,7 +60,8 @@ class Step(NamedTuple):
 
 
 def plan(cfg: Config, after: str = "") -> list[Step]:
-    """What :func:`run` would do, or its stages ``after`` one. A stage whose inputs an earlier one is about to replace counts as one that runs.
+    """What :func:`run` would do, or its stages ``after`` one. A stage whose inputs an earlier one is about to replace
+    counts as one that runs.
 
     Raises InputError for a source that cannot be read.
     """
@@ -75,12 +76,12 @@ def plan(cfg: Config, after: str = "") -> list[Step]:
             steps.append(make)
             continue
         known, own = stage.recorded(make, cfg), dict[str, str | None]()
-        before = known["stamps"] if known else {}
+        before = known["input_hashes"] if known else {}
         changed = [
             f"{name}, which {writer} {'makes' if name in make.uses else 'writes'}"
             for name in (*make.reads(cfg), *make.uses)
-            for writer, stamp in [coming.get(name, ("", None))]
-            if writer and (stamp is None or stamp != before.get(name))
+            for writer, input_hash in [coming.get(name, ("", None))]
+            if writer and (input_hash is None or input_hash != before.get(name))
         ]
         if changed:
             steps.append(Step(make.name, "runs", f"reads {' and '.join(changed)}"))
@@ -92,7 +93,7 @@ def plan(cfg: Config, after: str = "") -> list[Step]:
             else:
                 steps.append(Step(make.name, "runs", stage.reason(make, inputs, lake)))
                 own = dict.fromkeys(make.writes(cfg), inputs.hash) | dict.fromkeys(make.makes)
-        coming |= {name: (make.name, stamp) for name, stamp in own.items()}
+        coming |= {name: (make.name, input_hash) for name, input_hash in own.items()}
     return steps
 
 
@@ -121,7 +122,11 @@ def summary(cfg: Config, seconds: float) -> str:
         facts = "   ".join(f"{key}: {value}" for key, value in told.get(name, {}).items())
         lines.append(f"  {name:<14}{row['seconds']:>7.1f} s  {row['status']:<11} {facts}")
     run = Run(cfg)
-    lines += ["", f"  tables   {run.lake.path('<table>')}   (semantic IDs: {run.lake.path('sids')})", f"  report   {run.report()}/index.html"]
+    lines += [
+        "",
+        f"  tables   {run.lake.path('<table>')}   (semantic IDs: {run.lake.path('sids')})",
+        f"  report   {run.report()}/index.html",
+    ]
     lines += [
         f"  model    {run.artifacts}/tokenizer",
         f"  runs     {sys.executable.rsplit('/', 1)[0]}/mlflow ui --backend-store-uri {run.tracking_uri}",

@@ -19,15 +19,22 @@ from adasid import config
 from adasid.errors import AdasidError, first_line
 
 if TYPE_CHECKING:
-    from pipelines.engines.tracking import Track
+    from pipelines.engines.tracking import StageContext
 
-EPILOG = "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed, 5 another run is at work. Every key with its default: conf/base.yaml."
+EPILOG = (
+    "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed, 5 another "
+    "run is at work. Every key with its default: conf/base.yaml."
+)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The arguments that every job takes."""
-    parsed = argparse.ArgumentParser(description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parsed.add_argument("--config", required=True, metavar="FILE", help="YAML file; it names only what differs from the defaults")
+    parsed = argparse.ArgumentParser(
+        description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parsed.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file; it names only what differs from the defaults"
+    )
     parsed.add_argument(
         "--set",
         action="append",
@@ -73,15 +80,17 @@ def entry(where: str, **arguments: Any) -> Callable[..., None]:
     return call
 
 
-def stage(name: str, function: Callable[[config.Config, Track], None], migrates: bool = False) -> Callable[[config.Config], None]:
+def stage(
+    name: str, function: Callable[[config.Config, StageContext], None], migrates: bool = False
+) -> Callable[[config.Config], None]:
     """``function`` as the body of a job: inside the MLflow run of stage ``name``; ``migrates``: also on a lake of an
     older format."""
 
     def body(cfg: config.Config) -> None:
         from pipelines.engines.tracking import stage as tracked
 
-        with tracked(cfg, name, migrates=migrates) as track:
-            function(cfg, track)
+        with tracked(cfg, name, migrates=migrates) as context:
+            function(cfg, context)
 
     return body
 
@@ -116,14 +125,19 @@ def _keep_trace(log: Path | None) -> str:
 
 
 def _stand_at_home() -> None:
-    """In a Ray job the current folder is a throw-away copy: go to the project's own folder, so that relative paths mean the same there."""
+    """In a Ray job the current folder is a throw-away copy: go to the project's own folder, so that relative paths mean
+    the same there."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return
     home = os.environ.get("ADASID_HOME") or _editable_home()
     if home:
         os.chdir(home)
     else:
-        print("note: inside a Ray job relative paths lead into its temporary copy; set ADASID_HOME or an absolute runs_dir", file=sys.stderr)
+        print(
+            "note: inside a Ray job relative paths lead into its temporary copy; set ADASID_HOME or an absolute "
+            "runs_dir",
+            file=sys.stderr,
+        )
 
 
 def _editable_home() -> str | None:
@@ -137,7 +151,9 @@ def _editable_home() -> str | None:
     return None
 
 
-def choose(arguments: Sequence[str] | None, description: str, *options: tuple[str, Sequence[str], str]) -> argparse.Namespace:
+def choose(
+    arguments: Sequence[str] | None, description: str, *options: tuple[str, Sequence[str], str]
+) -> argparse.Namespace:
     """Parse the common arguments and further ``(flag, choices, help)``; the first choice is the default."""
     parsed = parser(description)
     for flag, choices, text in options:

@@ -1,4 +1,5 @@
-"""All tokenizers of ``compare`` on the same features: each trained, encoded by Spark, measured and probed alike; one table and one page.
+"""All tokenizers of ``compare`` on the same features: each trained, encoded by Spark, measured and probed alike; one
+table and one page.
 
 A cell is a tokenizer and a seed. Its result is kept as soon as it is there, so the command goes on where it stopped.
 """
@@ -32,7 +33,7 @@ from pipelines import report, sids, stage, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.features import pairs
 from pipelines.run import Run
 from pipelines.stage import Inputs
@@ -40,21 +41,23 @@ from pipelines.stage import Inputs
 Row = dict[str, Any]
 
 
-def run(cfg: Config, track: Track) -> None:
+def run(cfg: Config, context: StageContext) -> None:
     """Every cell that has no result yet, then the table in ``<run>/report/tokenizers``."""
     cells = [
-        (label, seed) for label in cfg.compare.tokenizers for seed in dict.fromkeys((*cfg.compare.seeds, *cfg.compare.more_seeds.get(label, ())))
+        (label, seed)
+        for label in cfg.compare.tokenizers
+        for seed in dict.fromkeys((*cfg.compare.seeds, *cfg.compare.more_seeds.get(label, ())))
     ]
     if not cells:
         raise InputError("compare.tokenizers is empty: name the tokenizers to compare (conf/demo.yaml shows how)")
     rows, spent, started = [], 0, time.monotonic()
-    kinds = _kinds(cfg, track.lake)
+    kinds = _kinds(cfg, context.lake)
     if any(settings.pairs for settings in cfg.compare.tokenizers.values()):
-        stage.run(pairs.ITEM_PAIRS, cfg, track)
+        stage.run(pairs.ITEM_PAIRS, cfg, context)
     try:
         for number, (label, seed) in enumerate(cells, 1):
             cell = cfg.model_copy(update={"tokenizer": cfg.compare.tokenizers[label], "seed": seed})
-            inputs = stage.resolve(train.tokenizer_stage("compare"), cell, track.lake)
+            inputs = stage.resolve(train.tokenizer_stage("compare"), cell, context.lake)
             folder = train.tokenizer_folder(inputs, "compare")
             result = folder / f"result-{digest(cfg.compare.model_dump(mode='json', include=_PROBES))}.json"
             if not result.exists():
@@ -64,19 +67,19 @@ def run(cfg: Config, track: Track) -> None:
                     write_json(result, row)
                 spent += 1
                 left = (time.monotonic() - started) / spent * (len(cells) - number) / 60
-                track.note(f"{number} of {len(cells)} done, at most about {left:.0f} min left")
+                context.note(f"{number} of {len(cells)} done, at most about {left:.0f} min left")
             rows.append({**json.loads(result.read_text(encoding="utf-8")), "label": label})
     finally:
         cluster.shutdown()
-    _write(cfg, track, rows)
+    _write(cfg, context, rows)
 
 
 _PROBES = {"sample", "queries", "neighbours", "near_duplicate", "categories"}
 
 
-def _measure(inputs: Inputs, track: Track, folder: Path, kinds: dict[str, int]) -> Row:
+def _measure(inputs: Inputs, context: StageContext, folder: Path, kinds: dict[str, int]) -> Row:
     cfg, lake, version = inputs.cfg, inputs.lake, inputs.versions["item_features"]
-    manifest = train.fit_tokenizer(cfg, track, "compare", inputs)
+    manifest = train.fit_tokenizer(cfg, context, "compare", inputs)
     spark = engine.session(cfg.spark)
     features = engine.read(spark, lake, "item_features", version)
     encoded = sids.encode(spark, features, folder / "model", manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
@@ -84,18 +87,30 @@ def _measure(inputs: Inputs, track: Track, folder: Path, kinds: dict[str, int]) 
         found = sids.measure(encoded, [Slot(**slot) for slot in manifest["slots"]])
     finally:
         encoded.unpersist()
-    row = {name: found[name] for name in ("items", "distinct", "collision_items", "collision_distinct", "largest_group", "sid_entropy")}
+    row = {
+        name: found[name]
+        for name in ("items", "distinct", "collision_items", "collision_distinct", "largest_group", "sid_entropy")
+    }
     for name in ("entropy", "utilisation", "perplexity"):
         if known := [value for value in found[name] if value is not None]:  # of the slots that some item fills
             row[name] = float(np.mean(known))
-    row |= {"length": len(manifest["slots"]), "parameters": manifest["parameters"], "seconds": manifest["seconds"], "method": manifest["tokenizer"]}
+    row |= {
+        "length": len(manifest["slots"]),
+        "parameters": manifest["parameters"],
+        "seconds": manifest["seconds"],
+        "method": manifest["tokenizer"],
+    }
     row |= {f"own_{m}": value for m, value in manifest["metrics"]["fvu"].items()}
-    return row | _probe(cfg, lake, version, folder / "model", kinds) | {"artifact": manifest["digest"], "mlflow_run": track.run_id}
+    return (
+        row
+        | _probe(cfg, lake, version, folder / "model", kinds)
+        | {"artifact": manifest["digest"], "mlflow_run": context.run_id}
+    )
 
 
 def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, int]) -> Row:
-    """Readout of every modality and agreement of neighbours, on a sample of the catalogue that is evenly spaced by popularity. An
-    inactive slot counts as PAD here (collisions and code use are of what is emitted)."""
+    """Readout of every modality and agreement of neighbours, on a sample of the catalogue that is evenly spaced by
+    popularity. An inactive slot counts as PAD here (collisions and code use are of what is emitted)."""
     tokenizer, _ = artifact.read(model)
     dataset = lake.open("item_features", version).to_pyarrow_dataset()
     items = dataset.count_rows()
@@ -103,15 +118,22 @@ def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, 
     modalities = (*cfg.features.content, BEHAVIOR)
     widths = find_widths(lambda columns: lake.batches("item_features", version, columns), modalities)
     probe, parts = Readout(len(tokenizer.slots), max(slot.size for slot in tokenizer.slots), widths), []
-    for rows in dataset.to_batches(columns=["item_id", "item_index", "richness", "stratum", *modalities], filter=chosen):
+    for rows in dataset.to_batches(
+        columns=["item_id", "item_index", "richness", "stratum", *modalities], filter=chosen
+    ):
         if not rows.num_rows:
             continue
         batch = batch_of(rows, widths)
         emitted, _, active = tokenizer.encode(batch_of(rows, tokenizer.widths))
         codes = emitted.masked_fill(~active, PAD)
         probe.add(codes, batch.index // step, batch.vectors, batch.present)
-        kind = np.array([kinds.get(item, -1) for item in rows.column("item_id").to_pylist()] if kinds else np.full(len(rows), -1), np.int64)
-        content = nnf.normalize(torch.cat([nnf.normalize(batch.vectors[m], dim=1) for m in cfg.features.content], 1), dim=1)
+        kind = np.array(
+            [kinds.get(item, -1) for item in rows.column("item_id").to_pylist()] if kinds else np.full(len(rows), -1),
+            np.int64,
+        )
+        content = nnf.normalize(
+            torch.cat([nnf.normalize(batch.vectors[m], dim=1) for m in cfg.features.content], 1), dim=1
+        )
         slots = active[:, [slot.kind == BEHAVIOR for slot in tokenizer.slots]].double().mean(1)
         stratum = rows.column("stratum").to_numpy(zero_copy_only=False)
         parts.append((codes.numpy(), kind, stratum, emitted.numpy(), content.numpy(), slots.numpy()))
@@ -125,7 +147,9 @@ def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, 
     if kinds:
         tail = np.flatnonzero(np.isin(stratum, ("tail", "cold")))
         found["agreement"] = agreement(codes_, kind_, everyone, cfg.compare.neighbours)
-        found["agreement_tail"] = agreement(codes_, kind_, tail[:: max(1, len(tail) // cfg.compare.queries)], cfg.compare.neighbours)
+        found["agreement_tail"] = agreement(
+            codes_, kind_, tail[:: max(1, len(tail) // cfg.compare.queries)], cfg.compare.neighbours
+        )
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
@@ -159,17 +183,22 @@ def _categories(source: Categories, wanted: pc.Expression) -> tuple[pa.ChunkedAr
         table = ds.dataset(source.file, format="parquet").to_table(columns=["item_id", source.column], filter=wanted)
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise InputError(
-            f"compare.categories {source.file}: cannot be read ({first_line(error)}); give a Parquet file with item_id and {source.column}"
+            f"compare.categories {source.file}: cannot be read ({first_line(error)}); give a Parquet file with item_id "
+            f"and {source.column}"
         ) from None
     column = table[source.column]
     if pa.types.is_list(column.type):
         column = pc.binary_join(pc.list_slice(column, 0, source.depth), "/")
-    return table["item_id"], pc.fill_null(column.combine_chunks().dictionary_encode().indices, -1).to_numpy().astype(np.int64)
+    return table["item_id"], pc.fill_null(column.combine_chunks().dictionary_encode().indices, -1).to_numpy().astype(
+        np.int64
+    )
 
 
-def _write(cfg: Config, track: Track, rows: list[Row]) -> None:
+def _write(cfg: Config, context: StageContext, rows: list[Row]) -> None:
     folder = Run(cfg).report("tokenizers")
     report.write(folder, comparison.build(cfg.name, rows), rows)
-    track.artifact(folder)
-    track.facts.update(cells=len(rows), tokenizers=len({row["label"] for row in rows}), page=str(folder / "index.html"))
+    context.artifact(folder)
+    context.facts.update(
+        cells=len(rows), tokenizers=len({row["label"] for row in rows}), page=str(folder / "index.html")
+    )
     print(comparison.text(rows))

@@ -1,7 +1,8 @@
-"""Tokenizers put to use: every retriever and ranker of ``evaluate`` on the SIDs of every tokenizer, seed by seed; one table and one page.
+"""Tokenizers put to use: every retriever and ranker of ``evaluate`` on the SIDs of every tokenizer, seed by seed; one
+table and one page.
 
-A cell is a tokenizer, a model and a seed. Its result is kept as soon as it is there, so the command goes on where it stopped.
-"""
+A cell is a tokenizer, a model and a seed. Its result is kept as soon as it is there, so the command goes on where it
+stopped."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from pipelines import report, sids, stage, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.features import pairs
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
@@ -42,8 +43,8 @@ _TOKENIZER = train.tokenizer_stage(_KIND)
 
 
 class Cell(NamedTuple):
-    """``model``: label of the retriever or ranker; ``config``: with the cell's seed, tokenizer and model; ``sids``: whether items are
-    represented by SIDs."""
+    """``model``: label of the retriever or ranker; ``config``: with the cell's seed, tokenizer and model; ``sids``:
+    whether items are represented by SIDs."""
 
     task: train.Task
     tokenizer: str
@@ -52,45 +53,58 @@ class Cell(NamedTuple):
     sids: bool
 
 
-def run(cfg: Config, track: Track, train_cells: bool = True) -> None:
-    """Every cell that has no result yet, then ``<run>/report/evaluation``. Without ``train_cells``: the report of those that are there."""
+def run(cfg: Config, context: StageContext, train_cells: bool = True) -> None:
+    """Every cell that has no result yet, then ``<run>/report/evaluation``. Without ``train_cells``: the report of those
+    that are there."""
     cells = _cells(cfg)
     if not cells:
-        raise InputError("evaluate names no tokenizer with a model, and no control: name what to evaluate (conf/demo.yaml shows how)")
+        raise InputError(
+            "evaluate names no tokenizer with a model, and no control: name what to evaluate (conf/demo.yaml shows how)"
+        )
     if train_cells:
         if any(cell.config.tokenizer.pairs for cell in cells if cell.sids):
-            stage.run(pairs.ITEM_PAIRS, cfg, track)
+            stage.run(pairs.ITEM_PAIRS, cfg, context)
         try:
-            results = _results(cfg, cells, track)
+            results = _results(cfg, cells, context)
         finally:
             cluster.shutdown()
     else:
-        results = {place: row for place, cell in enumerate(cells) if (row := _known(cell, track.lake)) is not None}
-    rows = [_popularity(cfg, track.lake)]
+        results = {place: row for place, cell in enumerate(cells) if (row := _known(cell, context.lake)) is not None}
+    rows = [_popularity(cfg, context.lake)]
     rows += [
-        {"task": cells[place].task, "tokenizer": cells[place].tokenizer, "model": cells[place].model, **results[place]} for place in sorted(results)
+        {"task": cells[place].task, "tokenizer": cells[place].tokenizer, "model": cells[place].model, **results[place]}
+        for place in sorted(results)
     ]
     folder = Run(cfg).report("evaluation")
-    report.write(folder, evaluation.build(cfg.name, rows, cfg.evaluate, len(cells) - len(results)), [flat(row) for row in rows])
-    track.artifact(folder)
-    track.facts.update(cells=len(results), missing=len(cells) - len(results), page=str(folder / "index.html"))
+    report.write(
+        folder, evaluation.build(cfg.name, rows, cfg.evaluate, len(cells) - len(results)), [flat(row) for row in rows]
+    )
+    context.artifact(folder)
+    context.facts.update(cells=len(results), missing=len(cells) - len(results), page=str(folder / "index.html"))
     print(evaluation.text(rows))
 
 
-def _results(cfg: Config, cells: list[Cell], track: Track) -> dict[int, Row]:
-    """The result of each cell by its place, ``evaluate.parallel`` of them in the making at a time. The first failure ends the command, once the others
-    that have begun are through."""
-    found: dict[int, Row] = {place: row for place, cell in enumerate(cells) if (row := _known(cell, track.lake)) is not None}
+def _results(cfg: Config, cells: list[Cell], context: StageContext) -> dict[int, Row]:
+    """The result of each cell by its place, ``evaluate.parallel`` of them in the making at a time. The first failure
+    ends the command, once the others that have begun are through."""
+    found: dict[int, Row] = {
+        place: row for place, cell in enumerate(cells) if (row := _known(cell, context.lake)) is not None
+    }
     todo = [place for place in range(len(cells)) if place not in found]
-    tokenizers = {(cell.tokenizer, cell.config.seed): Lock() for cell in cells}  # each is trained once, whoever needs it first
+    tokenizers = {
+        (cell.tokenizer, cell.config.seed): Lock() for cell in cells
+    }  # each is trained once, whoever needs it first
     started = time.monotonic()
     with ThreadPoolExecutor(cfg.evaluate.parallel) as pool:
-        running = {pool.submit(_result, cells[place], tokenizers[cells[place].tokenizer, cells[place].config.seed]): place for place in todo}
+        running = {
+            pool.submit(_result, cells[place], tokenizers[cells[place].tokenizer, cells[place].config.seed]): place
+            for place in todo
+        }
         try:
             for number, future in enumerate(as_completed(running), 1):
                 found[running[future]] = future.result()
                 left = (time.monotonic() - started) / number * (len(todo) - number) / 60
-                track.note(f"{len(cells) - len(todo) + number} of {len(cells)} done, about {left:.0f} min left")
+                context.note(f"{len(cells) - len(todo) + number} of {len(cells)} done, about {left:.0f} min left")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -98,12 +112,14 @@ def _results(cfg: Config, cells: list[Cell], track: Track) -> dict[int, Row]:
 
 
 def _result(cell: Cell, tokenizer: Lock) -> Row:
-    with tracking.stage(cell.config, f"evaluate {cell.tokenizer}, {cell.model}, seed {cell.config.seed}", journal=False) as track:
+    with tracking.stage(
+        cell.config, f"evaluate {cell.tokenizer}, {cell.model}, seed {cell.config.seed}", journal=False
+    ) as context:
         catalogue: train.Catalogue | None = None
         if cell.sids:
             with tokenizer:
-                catalogue = _catalogue(cell, track)
-        return _of(train.fit_downstream(cell.config, track, cell.task, catalogue), catalogue)
+                catalogue = _catalogue(cell, context)
+        return _of(train.fit_downstream(cell.config, context, cell.task, catalogue), catalogue)
 
 
 def _cells(cfg: Config) -> list[Cell]:
@@ -119,14 +135,24 @@ def _cells(cfg: Config) -> list[Cell]:
         everything = {model: seeds for _, model, _ in chosen}
         wanted = e.models.get(label, everything) if sids else everything
         return [
-            Cell(task, label, model if sids else "item ids", cfg.model_copy(update={"seed": seed, task: settings, **own}), sids)
+            Cell(
+                task,
+                label,
+                model if sids else "item ids",
+                cfg.model_copy(update={"seed": seed, task: settings, **own}),
+                sids,
+            )
             for seed in dict.fromkeys(seed for some in wanted.values() for seed in some)
             for task, model, settings in chosen
             if seed in wanted.get(model, ())
         ]
 
     few = [model for place, model in enumerate(models) if place == 0 or model[0] == "ranking"]
-    found = [cell for label in e.labels for cell in cells(label, models if label in (*e.tokenizers, *e.models) else few, True)]
+    found = [
+        cell
+        for label in e.labels
+        for cell in cells(label, models if label in (*e.tokenizers, *e.models) else few, True)
+    ]
     return found + [cell for control in controls for cell in cells(control[1], [control], False)]
 
 
@@ -134,7 +160,9 @@ def _known(cell: Cell, lake: Lake) -> Row | None:
     """The cell's result where it is there, without any training."""
     catalogue: train.Catalogue | None = None
     if cell.sids:
-        if cell.config.tokenizer.pairs and not (lake.exists(pairs.TABLE) and stage.check_fresh(pairs.ITEM_PAIRS, cell.config, lake)):
+        if cell.config.tokenizer.pairs and not (
+            lake.exists(pairs.TABLE) and stage.check_fresh(pairs.ITEM_PAIRS, cell.config, lake)
+        ):
             return None
         inputs = stage.resolve(_TOKENIZER, cell.config, lake)
         model = train.tokenizer_folder(inputs, _KIND) / "model"
@@ -156,23 +184,23 @@ def _of(result: Row, catalogue: train.Catalogue | None) -> Row:
     return {**result, "codes": " + ".join(f"{slots}×{size}" for size, slots in sizes.items())}
 
 
-def _catalogue(cell: Cell, track: Track) -> train.Catalogue:
+def _catalogue(cell: Cell, context: StageContext) -> train.Catalogue:
     """The SIDs of the cell's tokenizer, trained and written where they are not there yet."""
     cfg = cell.config
-    inputs = stage.resolve(_TOKENIZER, cfg, track.lake)
+    inputs = stage.resolve(_TOKENIZER, cfg, context.lake)
     model = train.tokenizer_folder(inputs, _KIND) / "model"
     if not (model / "manifest.json").exists():
         with tracking.stage(cfg, f"tokenizer {cell.tokenizer}, seed {cfg.seed}", journal=False) as inner:
             train.fit_tokenizer(cfg, inner, _KIND, inputs)
     manifest, table = artifact.read_manifest(model), _table(inputs)
-    stage.run(_trial_sids(table, model, manifest), cfg, track)
-    return {"table": table, "version": track.lake.version(table), "slots": manifest["slots"]}
+    stage.run(_trial_sids(table, model, manifest), cfg, context)
+    return {"table": table, "version": context.lake.version(table), "slots": manifest["slots"]}
 
 
 def _trial_sids(table: str, model: Path, manifest: dict[str, Any]) -> Stage:
     """The SIDs of a tokenizer that is compared, in a table of their own."""
 
-    def write(inputs: Inputs, track: Track) -> dict[str, int]:
+    def write(inputs: Inputs, context: StageContext) -> dict[str, int]:
         cfg, lake, spark = inputs.cfg, inputs.lake, engine.session(inputs.cfg.spark)
         features = engine.read(spark, lake, "item_features")
         encoded = sids.encode(spark, features, model, manifest, cfg.sids.batch)

@@ -1,9 +1,9 @@
 """Generations of the semantic-ID table: which one is live, publishing a new one, going back to an older one.
 
-A publication is a row of steps, each a commit: ``sids``, ``sid_changes``, ``generations``, then the pointer ``live``. A reader follows the
-pointer to a version of ``sids``, so it sees the old table or the new one. A publication that was cut off is taken up where it stopped by
-the next run of the same job on the same inputs, and has no effect if that never comes.
-"""
+A publication is a row of steps, each a commit: ``sids``, ``sid_changes``, ``generations``, then the pointer ``live``. A
+reader follows the pointer to a version of ``sids``, so it sees the old table or the new one. A publication that was cut
+off is taken up where it stopped by the next run of the same job on the same inputs, and has no effect if that never
+comes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deltalake.exceptions import CommitFailedError
 from adasid import tables
 from adasid.errors import BusyError, GateError, InputError
 from pipelines.engines.lake import Lake, committed, properties
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 
 Generation = dict[str, Any]
 _ROLLBACK = "rollback to"
@@ -76,7 +76,7 @@ def next_number(lake: Lake) -> int:
 
 
 def publish(
-    track: Track,
+    context: StageContext,
     key: str,
     facts: Mapping[str, Any],
     expected: int | None,
@@ -85,19 +85,24 @@ def publish(
     before_live: Callable[[Generation], None] = lambda row: None,
     allowed: Callable[[], None] = lambda: None,
 ) -> Generation:
-    """Publish what ``write_sids`` and ``write_changes`` (rows of ``sid_changes`` against the live generation) commit; returns the new generation.
+    """Publish what ``write_sids`` and ``write_changes`` (rows of ``sid_changes`` against the live generation) commit;
+    returns the new generation.
 
-    ``key``: digest of all that the rows follow from, with which they stamp their commits; steps whose commit carries it are not done again. ``facts``: the row of ``generations``
-    but for what is added here; its number is :func:`next_number`. ``expected``: the generation that was live when the work began. ``before_live``: what must be there when the
-    pointer moves. ``allowed``: raises where this process may not publish any more; asked before every commit.
+    ``key``: digest of all that the rows follow from, with which they stamp their commits; steps whose commit carries it
+    are not done again. ``facts``: the row of ``generations`` but for what is added here; its number is
+    :func:`next_number`. ``expected``: the generation that was live when the work began. ``before_live``: what must be
+    there when the pointer moves. ``allowed``: raises where this process may not publish any more; asked before every
+    commit.
 
     Raises GateError where the live generation is on hold.
     """
-    lake = track.lake
+    lake = context.lake
     check_hold(lake)
     parent = pointer(lake)
     if parent != expected:
-        raise BusyError(f"generation {parent} went live in {lake.root} while this run was at work on {expected}: run it again")
+        raise BusyError(
+            f"generation {parent} went live in {lake.root} while this run was at work on {expected}: run it again"
+        )
     before = snapshot(lake)
     if lake.fresh(key, "generations"):  # recorded, but cut off before it was live
         row = history(lake)[-1]
@@ -108,11 +113,14 @@ def publish(
             write_sids()
         version = lake.made("sids", key)
         if version is None:
-            raise BusyError(f"the rows of generation {number} cannot be found in {lake.path('sids')}: another run replaced them; run this one again")
+            raise BusyError(
+                f"the rows of generation {number} cannot be found in {lake.path('sids')}: another run replaced them; "
+                "run this one again"
+            )
         if write_changes is not None and parent is not None:
             allowed()
             write_changes()
-        row = {"parent": parent, "sids_version": version, "run": track.cfg.name, **facts}
+        row = {"parent": parent, "sids_version": version, "run": context.cfg.name, **facts}
         text = {name: json.dumps(row[name]) for name in _JSON}
         allowed()
         written = pa.Table.from_pylist([{**row, **text}], schema=tables.GENERATIONS)
@@ -121,14 +129,16 @@ def publish(
     before_live(row)
     allowed()
     _point(lake, before, row, key)
-    track.outputs({"sids": row["sids_version"], "generations": lake.version("generations"), "live": lake.version("live")})
+    context.outputs(
+        {"sids": row["sids_version"], "generations": lake.version("generations"), "live": lake.version("live")}
+    )
     return {**row, "live": True}
 
 
-def go_back(track: Track, number: int, hold: bool = False) -> Generation:
+def go_back(context: StageContext, number: int, hold: bool = False) -> Generation:
     """Make generation ``number`` live again, and put it on ``hold`` until :func:`release`; a hold that is there stays.
     Raises InputError where there is no such generation, or its rows are gone."""
-    lake, before = track.lake, snapshot(track.lake)
+    lake, before = context.lake, snapshot(context.lake)
     rows = {row["generation"]: row for row in history(lake)}
     if number not in rows:
         known = f"{min(rows)} to {max(rows)}" if rows else "none"
@@ -136,22 +146,24 @@ def go_back(track: Track, number: int, hold: bool = False) -> Generation:
     row = rows[number]
     gone = lake.missing("sids", row["sids_version"])
     if gone:
-        raise InputError(f"generation {number} cannot be read any more: {len(gone)} of its files were vacuumed; choose a later one")
+        raise InputError(
+            f"generation {number} cannot be read any more: {len(gone)} of its files were vacuumed; choose a later one"
+        )
     since = on_hold(lake)
     if row["live"] and (since or not hold):
-        track.status = "up to date"
+        context.status = "up to date"
     else:
         _point(lake, before, row, f"{_ROLLBACK} {number}", hold or since is not None)
     return row
 
 
-def release(track: Track) -> Generation:
+def release(context: StageContext) -> Generation:
     """End the hold of the live generation."""
-    row, before = live(track.lake), snapshot(track.lake)
-    if on_hold(track.lake):
-        _point(track.lake, before, row, f"release {row['generation']}")
+    row, before = live(context.lake), snapshot(context.lake)
+    if on_hold(context.lake):
+        _point(context.lake, before, row, f"release {row['generation']}")
     else:
-        track.status = "up to date"
+        context.status = "up to date"
     return row
 
 
@@ -164,10 +176,11 @@ def snapshot(lake: Lake) -> DeltaTable:
 def _point(lake: Lake, before: DeltaTable, row: Generation, key: str, hold: bool = False) -> None:
     """Move the pointer, unless somebody else has moved it since ``before`` was read."""
     state = {"generation": row["generation"], "sids_version": row["sids_version"], "hold": hold}
-    there, stamp = pa.Table.from_pylist([state], schema=tables.LIVE), properties(key, retries=0)
+    there, input_hash = pa.Table.from_pylist([state], schema=tables.LIVE), properties(key, retries=0)
     try:
-        write_deltalake(before, there, mode="overwrite", schema_mode="overwrite", commit_properties=stamp)
+        write_deltalake(before, there, mode="overwrite", schema_mode="overwrite", commit_properties=input_hash)
     except CommitFailedError:
         raise BusyError(
-            f"generation {row['generation']} is not live: another run moved the pointer of {lake.root} meanwhile; run this one again"
+            f"generation {row['generation']} is not live: another run moved the pointer of {lake.root} meanwhile; run "
+            "this one again"
         ) from None

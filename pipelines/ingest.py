@@ -1,4 +1,5 @@
-"""Stage ``ingest``: bring the source into the Delta tables ``items`` and ``interactions`` (and ``truth`` where it is known), unchecked."""
+"""Stage ``ingest``: bring the source into the Delta tables ``items`` and ``interactions`` (and ``truth`` where it is
+known), unchecked."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from adasid.errors import InputError
 from pipelines import stage
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.sources import amazon, parquet
 from pipelines.stage import Inputs, Stage
 
@@ -39,15 +40,15 @@ _CHUNK, _TASKS = 10_000, 256
 """Items made by one task, at least; tasks that make items, at most."""
 
 
-def run(cfg: Config, track: Track) -> None:
+def run(cfg: Config, context: StageContext) -> None:
     """Write ``items``, ``interactions`` and, for the synthetic source, ``truth``; unparsable lines of Amazon files go
     to ``rejected_rows``.
 
     Nothing is written where the tables already come from the same settings and the same source files (see
     ``_fingerprint``). Raises InputError for a missing or unreadable file, column or modality.
     """
-    if stage.run(INGEST, cfg, track) is None:
-        track.status = "up to date"
+    if stage.run(INGEST, cfg, context) is None:
+        context.status = "up to date"
 
 
 def _writes(cfg: Config) -> tuple[str, ...]:
@@ -64,7 +65,7 @@ def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
     }
 
 
-def _build(inputs: Inputs, track: Track) -> dict[str, int]:
+def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     cfg, lake, spark = inputs.cfg, inputs.lake, engine.session(inputs.cfg.spark)
     modalities, names = _modalities(cfg), _writes(cfg)
     newest = Lake(lake.root, {})
@@ -72,7 +73,7 @@ def _build(inputs: Inputs, track: Track) -> dict[str, int]:
     versions = dict[str, int]()
     try:
         with _reading(cfg):
-            for name, frame in _frames(spark, cfg, modalities, inputs, track.note).items():
+            for name, frame in _frames(spark, cfg, modalities, inputs, context.note).items():
                 schema = {
                     "items": tables.items(modalities),
                     "interactions": tables.INTERACTIONS,
@@ -81,9 +82,9 @@ def _build(inputs: Inputs, track: Track) -> dict[str, int]:
                 }[name]
                 append = (f"{name}:{inputs.hash}", 1) if name == "rejected_rows" else None
                 versions[name] = engine.write(frame, lake, name, schema, inputs.hash, append)
-                track.note(f"{name} written at version {versions[name]}")
+                context.note(f"{name} written at version {versions[name]}")
     except BaseException:
-        _undo(track, before, versions)
+        _undo(context, before, versions)
         raise
     counted = ("items", "interactions")
     facts = {name: lake.open(name, versions[name]).to_pyarrow_dataset().count_rows() for name in counted}
@@ -91,17 +92,17 @@ def _build(inputs: Inputs, track: Track) -> dict[str, int]:
         refused = engine.read(spark, lake, "rejected_rows", versions["rejected_rows"])
         refused = refused.filter(F.col("input_hash") == inputs.hash)
         facts["unparsable_lines"] = refused.agg(F.coalesce(F.sum("copies"), F.lit(0))).first()[0]  # type: ignore[index]
-    track.facts.update(facts)
-    track.metrics(facts)
+    context.facts.update(facts)
+    context.metrics(facts)
     return versions
 
 
-def _undo(track: Track, before: Mapping[str, int | None], written: Mapping[str, int]) -> None:
+def _undo(context: StageContext, before: Mapping[str, int | None], written: Mapping[str, int]) -> None:
     """Give tables that were replaced the rows back that they had, because another one could not be read."""
     for name in written:
         if name in before:
-            track.lake.restore(name, before[name])
-            track.note(f"{name} is as it was before: not all tables of the source could be read")
+            context.lake.restore(name, before[name])
+            context.note(f"{name} is as it was before: not all tables of the source could be read")
 
 
 def _modalities(cfg: Config) -> tuple[str, ...]:
@@ -116,13 +117,20 @@ def _modalities(cfg: Config) -> tuple[str, ...]:
     }[source.kind]
     for modality in wanted:
         if modality not in offered:
-            fix = "add it to source.arrays.embeddings" if source.kind == "arrays" else "bring your own with source.kind: arrays or tables"
+            fix = (
+                "add it to source.arrays.embeddings"
+                if source.kind == "arrays"
+                else "bring your own with source.kind: arrays or tables"
+            )
             use = (
                 "set behavior.source: sasrec"
                 if modality == tables.BEHAVIOR
                 else f"remove it from features.content ({', '.join(cfg.features.content)})"
             )
-            raise InputError(f"source.kind {source.kind!r} has no modality {modality!r} (it has: {', '.join(offered)}): {use}, or {fix}")
+            raise InputError(
+                f"source.kind {source.kind!r} has no modality {modality!r} (it has: {', '.join(offered)}): {use}, or "
+                f"{fix}"
+            )
     return wanted
 
 
@@ -131,25 +139,31 @@ def _inputs(cfg: Config) -> dict[str, tuple[str, str]]:
     source = cfg.source
     found: dict[str, tuple[str, str]] = {}
     if source.tables:
-        found = {f"source.tables.{name}": (getattr(source.tables, name), source.tables.format) for name in ("items", "interactions")}
+        found = {
+            f"source.tables.{name}": (getattr(source.tables, name), source.tables.format)
+            for name in ("items", "interactions")
+        }
     elif source.arrays:
         files = {"items": source.arrays.items, "interactions": source.arrays.interactions}
         files.update({f"embeddings.{modality}": source.arrays.embeddings[modality] for modality in _modalities(cfg)})
-        found = {f"source.arrays.{name}": (str(Path(source.arrays.folder) / file), "file") for name, file in files.items()}
+        found = {
+            f"source.arrays.{name}": (str(Path(source.arrays.folder) / file), "file") for name, file in files.items()
+        }
     elif source.amazon:
         found = {f"source.amazon.{name}": (getattr(source.amazon, name), "file") for name in ("reviews", "metadata")}
     return {key: (path if "://" in path else str(Path(path).absolute()), form) for key, (path, form) in found.items()}
 
 
 def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
-    """What changes with the content of a source: id and version of a Delta table, else each file's name, size and content (of a local file
-    of up to 256 MiB) or time of change. A copy with the same content is the same source."""
+    """What changes with the content of a source: id and version of a Delta table, else each file's name, size and
+    content (of a local file of up to 256 MiB) or time of change. A copy with the same content is the same source."""
     if form == "delta":
         try:
             table = DeltaTable(path)
         except Exception as error:
             raise InputError(
-                f"{key} {path}: not a Delta table ({engine.root_cause(error)}); correct the path, or set source.tables.format: parquet"
+                f"{key} {path}: not a Delta table ({engine.root_cause(error)}); correct the path, or set "
+                "source.tables.format: parquet"
             ) from None
         return [str(table.metadata().id), table.version()]
     root = parquet.local(path)
@@ -159,14 +173,22 @@ def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
     try:
         target = spark._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
         files, found = target.getFileSystem(spark._jsc.hadoopConfiguration()).listFiles(target, True), []
-        base = target.getFileSystem(spark._jsc.hadoopConfiguration()).makeQualified(target).getParent().toUri().toString()
+        base = (
+            target.getFileSystem(spark._jsc.hadoopConfiguration()).makeQualified(target).getParent().toUri().toString()
+        )
         while files.hasNext():
             file = files.next()
             name = file.getPath().toUri().toString().removeprefix(base)
             found.append([name, file.getLen(), file.getModificationTime()])
     except (Py4JJavaError, PySparkException) as error:
-        problem = "does not exist" if "FileNotFound" in engine.root_cause(error) else f"cannot be listed ({engine.root_cause(error)})"
-        raise InputError(f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)") from None
+        problem = (
+            "does not exist"
+            if "FileNotFound" in engine.root_cause(error)
+            else f"cannot be listed ({engine.root_cause(error)})"
+        )
+        raise InputError(
+            f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)"
+        ) from None
     return sorted(found)
 
 
@@ -178,7 +200,9 @@ def _local_files(key: str, path: str, root: Path) -> list[Any]:
         found.append([os.path.relpath(file, root.parent), stat.st_size, mark])
     if not found:
         problem = "has no file" if root.exists() else "does not exist"
-        raise InputError(f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)")
+        raise InputError(
+            f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)"
+        )
     return found
 
 
@@ -194,9 +218,19 @@ def _frames(
     if cfg.source.synthetic:
         params, make = cfg.source.synthetic, (cfg.source.synthetic, cfg.seed)
         return {
-            "items": _generate(spark, params.items, _chunk(params.items), partial(synthetic.items, *make, modalities), tables.items(modalities)),
-            "truth": _generate(spark, params.items, _chunk(params.items), partial(synthetic.truth, *make), tables.TRUTH),
-            "interactions": _generate(spark, params.users, params.chunk_users, partial(synthetic.interactions, *make), tables.INTERACTIONS),
+            "items": _generate(
+                spark,
+                params.items,
+                _chunk(params.items),
+                partial(synthetic.items, *make, modalities),
+                tables.items(modalities),
+            ),
+            "truth": _generate(
+                spark, params.items, _chunk(params.items), partial(synthetic.truth, *make), tables.TRUTH
+            ),
+            "interactions": _generate(
+                spark, params.users, params.chunk_users, partial(synthetic.interactions, *make), tables.INTERACTIONS
+            ),
         }
     if cfg.source.tables:
         return _from_tables(spark, cfg.source.tables, paths, modalities, prints, note)
@@ -210,10 +244,14 @@ def _chunk(rows: int) -> int:
     return max(_CHUNK, -(-rows // _TASKS))
 
 
-def _generate(spark: SparkSession, rows: int, chunk: int, make: Callable[[int, int], Iterator[pa.RecordBatch]], schema: pa.Schema) -> DataFrame:
+def _generate(
+    spark: SparkSession, rows: int, chunk: int, make: Callable[[int, int], Iterator[pa.RecordBatch]], schema: pa.Schema
+) -> DataFrame:
     """The rows that ``make(start, stop)`` yields for 0 to ``rows``, one Spark task a chunk."""
     chunks, start = -(-rows // chunk), F.col("id") * chunk
-    ranges = spark.range(0, chunks, 1, max(chunks, 1)).select(start.alias("start"), F.least(start + chunk, F.lit(rows)).alias("stop"))
+    ranges = spark.range(0, chunks, 1, max(chunks, 1)).select(
+        start.alias("start"), F.least(start + chunk, F.lit(rows)).alias("stop")
+    )
     return ranges.mapInArrow(partial(over_ranges, make), engine.struct(schema))
 
 
@@ -235,12 +273,20 @@ def _from_tables(
 
 
 def _from_arrays(
-    spark: SparkSession, source: ArraysSource, paths: dict[str, str], modalities: tuple[str, ...], note: Callable[[str], None]
+    spark: SparkSession,
+    source: ArraysSource,
+    paths: dict[str, str],
+    modalities: tuple[str, ...],
+    note: Callable[[str], None],
 ) -> dict[str, DataFrame]:
-    embeddings = {modality: str((Path(source.folder) / source.embeddings[modality]).absolute()) for modality in modalities}
+    embeddings = {
+        modality: str((Path(source.folder) / source.embeddings[modality]).absolute()) for modality in modalities
+    }
     rows = arrays.check(paths["items"], embeddings)
     return {
-        "items": _generate(spark, rows, _chunk(rows), partial(arrays.rows, paths["items"], embeddings), tables.items(modalities)),
+        "items": _generate(
+            spark, rows, _chunk(rows), partial(arrays.rows, paths["items"], embeddings), tables.items(modalities)
+        ),
         "interactions": parquet.scan(spark, "source.arrays.interactions", paths["interactions"], parquet.EVENTS, note),
     }
 
@@ -252,7 +298,8 @@ def _reading(cfg: Config) -> Iterator[None]:
         yield
     except (Py4JJavaError, PySparkException) as error:
         raise engine.input_error(error) or InputError(
-            f"source.{cfg.source.kind} could not be copied into the lake ({engine.root_cause(error)}); check the files it names"
+            f"source.{cfg.source.kind} could not be copied into the lake ({engine.root_cause(error)}); check the files "
+            "it names"
         ) from error
 
 

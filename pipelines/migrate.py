@@ -38,11 +38,13 @@ def check(lake: Lake) -> None:
         write_json(Path(lake.root) / _FILE, {"format": FORMAT})
     elif found < FORMAT:
         raise InputError(
-            f"lake {lake.root} has format {found}, this version of adasid reads {FORMAT}: run `python jobs/maintain.py --config FILE --migrate`"
+            f"lake {lake.root} has format {found}, this version of adasid reads {FORMAT}: run `python jobs/maintain.py "
+            "--config FILE --migrate`"
         )
     elif found > FORMAT:
         raise InputError(
-            f"lake {lake.root} has format {found}, this version of adasid reads {FORMAT}: it was written by a newer version; install that one"
+            f"lake {lake.root} has format {found}, this version of adasid reads {FORMAT}: it was written by a newer "
+            "version; install that one"
         )
 
 
@@ -63,17 +65,17 @@ def _from_1(lake: Lake) -> list[str]:
         row = _row(lake)
         mark = row["run"]
         if row["spearman"] is not None:
-            stamp, sources = lake.stamp("catalog_stats"), _sources(lake, "item_features")
-            written = {**row, "input_hash": stamp}
-            lake.write_rows("richness_stats", tables.RICHNESS_STATS, [written], str(stamp), sources)
+            input_hash, sources = lake.input_hash("catalog_stats"), _sources(lake, "item_features")
+            written = {**row, "input_hash": input_hash}
+            lake.write_rows("richness_stats", tables.RICHNESS_STATS, [written], str(input_hash), sources)
             done.append("richness_stats: written, with columns of catalog_stats")
         sources = _sources(lake, "item_stats")
         lake.write_rows("catalog_stats", tables.CATALOG_STATS, [{**row, "input_hash": mark}], mark, sources)
         done.append("catalog_stats: column run is input_hash")
     if lake.exists("rejected_rows") and "run" in lake.schema("rejected_rows").names:
-        stamp = str(lake.stamp("rejected_rows"))
+        input_hash = str(lake.input_hash("rejected_rows"))
         old = lake.open("rejected_rows").to_pyarrow_dataset()  # opened before the write, which cannot open a table
-        lake.write("rejected_rows", tables.REJECTED_ROWS, _renamed(old), stamp)
+        lake.write("rejected_rows", tables.REJECTED_ROWS, _renamed(old), input_hash)
         done.append("rejected_rows: column run is input_hash")
     return done
 

@@ -1,4 +1,5 @@
-"""The report of a run: reads the aggregates that the other stages left, draws, writes one HTML page and its figures. Cheap, so always rebuilt."""
+"""The report of a run: reads the aggregates that the other stages left, draws, writes one HTML page and its figures.
+Cheap, so always rebuilt."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from adasid.report import page, summary
 from adasid.report.material import Material, Training
 from pipelines import generations, stage, staleness
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.features.items import richness
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
@@ -24,32 +25,35 @@ from pipelines.stage import Inputs, Stage
 _SHOWN = ("catalog_stats", "generations", "live")
 
 
-def run(cfg: Config, track: Track) -> None:
+def run(cfg: Config, context: StageContext) -> None:
     """Write ``<run>/report/index.html`` and its PNG figures and log them. Raises InputError where no stage has left
     anything to report."""
-    stage.run(REPORT, cfg, track)
+    stage.run(REPORT, cfg, context)
 
 
-def _build(inputs: Inputs, track: Track) -> dict[str, int]:
+def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     cfg = inputs.cfg
     material = gather(cfg, inputs.lake)
     if material.empty:
-        raise InputError(f"run {cfg.name}: nothing to report in {cfg.run_dir}; run a stage first, for example build_features")
+        raise InputError(
+            f"run {cfg.name}: nothing to report in {cfg.run_dir}; run a stage first, for example build_features"
+        )
     for line in material.lags:
-        track.note(line)
+        context.note(line)
     if material.generation and material.generation["hold"]:
         generation = material.generation
-        track.facts["on hold"] = f"generation {generation['generation']}, since {generation['hold']}"
+        context.facts["on hold"] = f"generation {generation['generation']}, since {generation['hold']}"
     folder = Run(cfg).report()
     figures = write(folder, summary.build(material))
-    track.inputs(material.versions)
-    track.artifact(folder)
-    track.facts.update(page=str(folder / "index.html"), figures=figures)
+    context.inputs(material.versions)
+    context.artifact(folder)
+    context.facts.update(page=str(folder / "index.html"), figures=figures)
     return {}
 
 
 def write(folder: Path, content: page.Page, cells: Sequence[Mapping[str, Any]] = ()) -> int:
-    """The page as ``index.html`` with its PNG figures, whose number is returned, and the ``cells`` of a comparison as ``cells.csv``."""
+    """The page as ``index.html`` with its PNG figures, whose number is returned, and the ``cells`` of a comparison as
+    ``cells.csv``."""
     html, pictures = page.render(content)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in set(folder.glob("*.png")) - {folder / name for name in pictures}:
@@ -116,11 +120,19 @@ def _behavior(folder: Path) -> Training | None:
 
 def _tokenizer(folder: Path, digest: str | None) -> Training | None:
     """The training that made the artifact ``digest``, else the newest."""
-    found = [(path, _object(path)) for path in sorted(folder.glob("*/model/manifest.json"), key=lambda path: path.stat().st_mtime)]
+    found = [
+        (path, _object(path))
+        for path in sorted(folder.glob("*/model/manifest.json"), key=lambda path: path.stat().st_mtime)
+    ]
     if not found:
         return None
-    path, manifest = next((pair for pair in found if digest in {pair[1].get("digest"), pair[0].parents[1].name}), found[-1])
-    return Training(_rows(path.parents[1] / "metrics.jsonl"), {"folder": path.parents[1].name, "digest": path.parents[1].name, **manifest})
+    path, manifest = next(
+        (pair for pair in found if digest in {pair[1].get("digest"), pair[0].parents[1].name}), found[-1]
+    )
+    return Training(
+        _rows(path.parents[1] / "metrics.jsonl"),
+        {"folder": path.parents[1].name, "digest": path.parents[1].name, **manifest},
+    )
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -132,7 +144,8 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, none where there is no file. A last line that a killed job left half written is dropped."""
+    """Rows of a JSON-lines file, none where there is no file. A last line that a killed job left half written is
+    dropped."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
@@ -140,7 +153,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise InputError(f"{path}, line {number}: not valid JSON ({error}); remove the line or run the stage again") from None
+                raise InputError(
+                    f"{path}, line {number}: not valid JSON ({error}); remove the line or run the stage again"
+                ) from None
     return rows
 
 

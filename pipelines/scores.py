@@ -23,11 +23,12 @@ _OWN = "double(own) / nullif(2 * double(p) * double(n), 0)"
 
 
 def ranking_metrics(scores: DataFrame) -> dict[str, dict[str, Any]]:
-    """stratum, and ``all``, -> what ``adasid.metrics.ranking.ranking_metrics`` tells of its samples. ``scores``: ``tables.RANKING_SCORES``.
+    """stratum, and ``all``, -> what ``adasid.metrics.ranking.ranking_metrics`` tells of its samples. ``scores``:
+    ``tables.RANKING_SCORES``.
 
-    AUC counts for every positive the negatives below it, and half of those level with it. The intervals are not drawn: they are the normal ones of
-    the variance over users (for AUC: Obuchowski, Biometrics 53, 1997), which is what the bootstrap comes to with many users.
-    """
+    AUC counts for every positive the negatives below it, and half of those level with it. The intervals are not drawn:
+    they are the normal ones of the variance over users (for AUC: Obuchowski, Biometrics 53, 1997), which is what the
+    bootstrap comes to with many users."""
     rows = scores.select("user", "label", "score", F.explode(F.array(F.lit("all"), F.col("stratum"))).alias("part"))
     counts = (F.sum("label").cast("bigint").alias("p"), F.sum(1 - F.col("label")).cast("bigint").alias("n"))
     ties = rows.groupBy("part", "user", "score").agg(*counts).persist()
@@ -43,9 +44,14 @@ def ranking_metrics(scores: DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def _below(local: DataFrame) -> DataFrame:
-    """part, score, all_p, all_n (positives and negatives of this score), p_below, n_below (of lower scores): sums within range partitions, and those
-    of the partitions before."""
-    sums = local.groupBy("part", "_range").agg(F.sum("all_p").alias("p"), F.sum("all_n").alias("n")).orderBy("part", "_range").collect()
+    """part, score, all_p, all_n (positives and negatives of this score), p_below, n_below (of lower scores): sums
+    within range partitions, and those of the partitions before."""
+    sums = (
+        local.groupBy("part", "_range")
+        .agg(F.sum("all_p").alias("p"), F.sum("all_n").alias("n"))
+        .orderBy("part", "_range")
+        .collect()
+    )
     starts = []
     for part in sorted({row["part"] for row in sums}):
         ranges = [row for row in sums if row["part"] == part]
@@ -53,20 +59,30 @@ def _below(local: DataFrame) -> DataFrame:
         starts += [(part, row["_range"], p, n) for row, p, n in zip(ranges, *before)]
     offsets = local.sparkSession.createDataFrame(starts, "part string, _range int, _p bigint, _n bigint")
     lower = Window.partitionBy("part", "_range").orderBy("score").rowsBetween(Window.unboundedPreceding, -1)
-    below = ((F.coalesce(F.sum(f"all_{c}").over(lower), F.lit(0)) + F.col(f"_{c}")).cast("bigint").alias(f"{c}_below") for c in ("p", "n"))
+    below = (
+        (F.coalesce(F.sum(f"all_{c}").over(lower), F.lit(0)) + F.col(f"_{c}")).cast("bigint").alias(f"{c}_below")
+        for c in ("p", "n")
+    )
     return local.join(F.broadcast(offsets), ["part", "_range"]).select("part", "score", "all_p", "all_n", *below)
 
 
 def _users(ties: DataFrame, levels: DataFrame) -> DataFrame:
-    """part, user, p, n; ``own``: twice the pairs that the user's positives win against the user's negatives (a tie: once); ``wins``: against
-    everybody's negatives; ``behind``: twice the pairs that everybody's positives lose against the user's negatives (a tie: once)."""
+    """part, user, p, n; ``own``: twice the pairs that the user's positives win against the user's negatives (a tie:
+    once); ``wins``: against everybody's negatives; ``behind``: twice the pairs that everybody's positives lose against
+    the user's negatives (a tie: once)."""
     lower = Window.partitionBy("part", "user").orderBy("score").rowsBetween(Window.unboundedPreceding, -1)
-    placed = ties.select("*", F.coalesce(F.sum("n").over(lower), F.lit(0)).alias("own_below")).join(levels, ["part", "score"])
+    placed = ties.select("*", F.coalesce(F.sum("n").over(lower), F.lit(0)).alias("own_below")).join(
+        levels, ["part", "score"]
+    )
 
     def pairs(mine: str, below: str, level: str) -> Column:
         return F.sum(wide(F.col(mine)) * wide(2 * F.col(below) + F.col(level)))
 
-    won = (pairs("p", "own_below", "n").alias("own"), pairs("p", "n_below", "all_n").alias("wins"), pairs("n", "p_below", "all_p").alias("behind"))
+    won = (
+        pairs("p", "own_below", "n").alias("own"),
+        pairs("p", "n_below", "all_n").alias("wins"),
+        pairs("n", "p_below", "all_p").alias("behind"),
+    )
     return placed.groupBy("part", "user").agg(F.sum("p").alias("p"), F.sum("n").alias("n"), *won)
 
 
@@ -74,7 +90,9 @@ def _sums(users: DataFrame) -> DataFrame:
     """A row a part: users, p, n, wins; of the users with both classes: their number, samples, and AUC times samples."""
     both = [F.count_if(F.expr(_BOTH)).alias("both"), F.sum(F.expr(f"IF({_BOTH}, p + n, 0)")).alias("size")]
     gained = _exact(F.expr(f"coalesce((p + n) * {_OWN}, 0)")).alias("gained")
-    return users.groupBy("part").agg(F.count("*").alias("users"), *(F.sum(name).alias(name) for name in ("p", "n", "wins")), *both, gained)
+    return users.groupBy("part").agg(
+        F.count("*").alias("users"), *(F.sum(name).alias(name) for name in ("p", "n", "wins")), *both, gained
+    )
 
 
 def _total(row: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +111,9 @@ def _spread(users: DataFrame, totals: list[dict[str, Any]]) -> DataFrame:
     joined = users.join(F.broadcast(wholes.filter("t_auc IS NOT NULL")), "part")
     of_auc = "t_users * ((wins / (2D * t_n) - t_auc * p) / t_p + (n - behind / (2D * t_p) - t_auc * n) / t_n)"
     of_gauc = f"t_both * coalesce((p + n) * ({_OWN} - t_gauc), 0) / nullif(t_size, 0)"
-    return joined.groupBy("part").agg(*(_exact(F.pow(F.expr(text), 2)).alias(name) for name, text in (("auc", of_auc), ("gauc", of_gauc))))
+    return joined.groupBy("part").agg(
+        *(_exact(F.pow(F.expr(text), 2)).alias(name) for name, text in (("auc", of_auc), ("gauc", of_gauc)))
+    )
 
 
 def _figures(total: dict[str, Any], spread: dict[str, Any] | None) -> dict[str, Any]:
@@ -103,7 +123,10 @@ def _figures(total: dict[str, Any], spread: dict[str, Any] | None) -> dict[str, 
     for name, users in (("auc", "users"), ("gauc", "both")):
         if total[name] is not None:
             half = _NORMAL * sqrt(spread[name]) / total[users]
-            found |= {name: total[name], f"{name}_interval": [max(0.0, total[name] - half), min(1.0, total[name] + half)]}
+            found |= {
+                name: total[name],
+                f"{name}_interval": [max(0.0, total[name] - half), min(1.0, total[name] + half)],
+            }
     return found
 
 

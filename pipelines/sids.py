@@ -1,4 +1,5 @@
-"""The semantic-ID table: Arrow batches through the artifact on Spark, collisions ranked, gates, one Delta commit, one generation."""
+"""The semantic-ID table: Arrow batches through the artifact on Spark, collisions ranked, gates, one Delta commit, one
+generation."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ from adasid.tokenizers.encode import ENCODED, READ, encoder
 from pipelines import generations, stage, staleness
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.nightly import changes, drift, exports
-from pipelines.nightly.lease import Lease, held
+from pipelines.nightly.lease import Lease, leased
 from pipelines.stage import Inputs, Stage
 from pipelines.train import register, tokenizer_folder, tokenizer_stage
 
@@ -38,7 +39,7 @@ _FAULTS = 100
 """Kinds of faults that are looked at; there is one for each modality, and one for each wrong width."""
 
 
-def run(cfg: Config, track: Track) -> None:
+def run(cfg: Config, context: StageContext) -> None:
     """``item_features`` at its pinned version -> ``sids`` and a row of ``generations``.
 
     Raises GateError, with nothing published, when the table does not satisfy ``sids.gates``, or differs from the live
@@ -46,15 +47,15 @@ def run(cfg: Config, track: Track) -> None:
     InputError where ``item_features`` is not of the newest tables.
     """
     step = declare(cfg)
-    inputs = stage.resolve(step, cfg, track.lake)
-    staleness.check(track, inputs.versions["item_features"])
-    if stage.run(step, cfg, track, inputs) is None:
-        if not generations.history(track.lake)[-1]["live"]:
-            generations.check_hold(track.lake)
-        track.status = "up to date"
-    live = generations.live(track.lake)
-    exports.point(cfg, track.lake)
-    register(cfg, track, Path(live["artifact"]), live["tokenizer"], "champion")
+    inputs = stage.resolve(step, cfg, context.lake)
+    staleness.check(context, inputs.versions["item_features"])
+    if stage.run(step, cfg, context, inputs) is None:
+        if not generations.history(context.lake)[-1]["live"]:
+            generations.check_hold(context.lake)
+        context.status = "up to date"
+    live = generations.live(context.lake)
+    exports.point(cfg, context.lake)
+    register(cfg, context, Path(live["artifact"]), live["tokenizer"], "champion")
 
 
 def _artifact(cfg: Config, lake: Lake) -> Path:
@@ -64,9 +65,9 @@ def _artifact(cfg: Config, lake: Lake) -> Path:
     return tokenizer_folder(stage.resolve(tokenizer_stage(), cfg, lake)) / "model"
 
 
-def _body(inputs: Inputs, track: Track) -> dict[str, int]:
-    with held(track, inputs.cfg.retokenize.lease) as lease:
-        _publish(inputs, track, lease)
+def _body(inputs: Inputs, context: StageContext) -> dict[str, int]:
+    with leased(context, inputs.cfg.retokenize.lease) as lease:
+        _publish(inputs, context, lease)
     return {}
 
 
@@ -90,7 +91,7 @@ def declare(cfg: Config) -> Stage:
     )
 
 
-def _publish(inputs: Inputs, track: Track, lease: Lease) -> None:
+def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
     cfg, lake, read, key = inputs.cfg, inputs.lake, inputs.versions, inputs.hash
     folder = _artifact(cfg, lake)
     manifest = artifact.read_manifest(folder)
@@ -105,11 +106,12 @@ def _publish(inputs: Inputs, track: Track, lease: Lease) -> None:
         slots, broken = [Slot(**slot) for slot in manifest["slots"]], faults(encoded, manifest)
         metrics = measure(encoded, slots)
         gates = check_gates(metrics, cfg.sids.gates, items, encoded.select("item_id").distinct().count(), broken)
-        track.metrics({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
+        context.metrics({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
         failed = [gate for gate in gates if not gate["passed"]]
         if failed:
             raise GateError(
-                f"semantic IDs not published: {failures(failed)}. The live generation is unchanged; train a better tokenizer, or change sids.gates"
+                f"semantic IDs not published: {failures(failed)}. The live generation is unchanged; train a better "
+                "tokenizer, or change sids.gates"
             )
         before, number = generations.pointer(lake), generations.next_number(lake)
         live = generations.live(lake) if before else None
@@ -120,7 +122,7 @@ def _publish(inputs: Inputs, track: Track, lease: Lease) -> None:
             moves = changes.moved(old, encoded, "full", every=other)
             churn = changes.churn(moves, encoded, metrics, live["items"])
             churn["by_slot"] = {} if other else churn["by_slot"]
-            gates += _replacing(cfg, track, live, churn)
+            gates += _replacing(cfg, context, live, churn)
             moves = moves.withColumn("generation", F.lit(number))
         baseline = drift.measure(lake, encoded, one_of)
         facts = {
@@ -133,23 +135,33 @@ def _publish(inputs: Inputs, track: Track, lease: Lease) -> None:
             "items": metrics["items"],
             "gates": gates,
             "metrics": metrics,
-            "drift": {"baseline": baseline, "counts": baseline["counts"], "usage": drift.usage(live["metrics"], metrics) if live else {}},
+            "drift": {
+                "baseline": baseline,
+                "counts": baseline["counts"],
+                "usage": drift.usage(live["metrics"], metrics) if live else {},
+            },
             "churn": churn,
         }
         generation = generations.publish(
-            track,
+            context,
             key,
             facts,
             before,
-            partial(engine.write, ranked(encoded, manifest["digest"], number), lake, "sids", tables.SIDS, key, few=True),
-            None if moves is None else partial(engine.write, moves, lake, "sid_changes", tables.SID_CHANGES, key, replace=f"generation = {number}"),
+            partial(
+                engine.write, ranked(encoded, manifest["digest"], number), lake, "sids", tables.SIDS, key, few=True
+            ),
+            None
+            if moves is None
+            else partial(
+                engine.write, moves, lake, "sid_changes", tables.SID_CHANGES, key, replace=f"generation = {number}"
+            ),
             before_live=partial(exports.write, cfg, lake, slots),
             allowed=lease.check,
         )["generation"]
     finally:
         encoded.unpersist()
     entropy = [value for value in metrics["entropy"] if value is not None]  # of the slots that some item fills
-    track.facts.update(
+    context.facts.update(
         {
             "generation": generation,
             "items": metrics["items"],
@@ -162,7 +174,9 @@ def _publish(inputs: Inputs, track: Track, lease: Lease) -> None:
     )
 
 
-def _replacing(cfg: Config, track: Track, live: generations.Generation, churn: dict[str, Any]) -> list[dict[str, Any]]:
+def _replacing(
+    cfg: Config, context: StageContext, live: generations.Generation, churn: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The gates of a table that takes the place of ``live``. Raises GateError where one failed and ``sids.replace`` is
     false."""
     gates = changes.gates(cfg, churn)
@@ -174,22 +188,31 @@ def _replacing(cfg: Config, track: Track, live: generations.Generation, churn: d
         )
     for gate in failed:
         gate["overruled"] = "sids.replace"
-        track.note(f"overruled by sids.replace: {failures([gate])}")
-    track.facts.update({why: churn[why] for why in ("new", "changed", "removed")} | {"churn": f"{churn['churn']:.2%}"})
+        context.note(f"overruled by sids.replace: {failures([gate])}")
+    context.facts.update(
+        {why: churn[why] for why in ("new", "changed", "removed")} | {"churn": f"{churn['churn']:.2%}"}
+    )
     return gates
 
 
 def check_features(features: StructType, manifest: dict[str, Any]) -> None:
     """Raise InputError unless every column is there in its type, before any task starts. Further columns do no harm."""
-    expected = {field.name: field.dataType for field in engine.struct(tables.item_features([m for m in manifest["widths"] if m != BEHAVIOR]))}
+    expected = {
+        field.name: field.dataType
+        for field in engine.struct(tables.item_features([m for m in manifest["widths"] if m != BEHAVIOR]))
+    }
     for column in (*READ, *manifest["widths"]):
         if column not in features.fieldNames():
             who = f"the tokenizer {manifest['digest']}" if column in manifest["widths"] else "the table of semantic IDs"
-            raise InputError(f"{who} needs {column!r} but item_features has no such column: run jobs/build_features.py, or train on these features")
+            raise InputError(
+                f"{who} needs {column!r} but item_features has no such column: run jobs/build_features.py, or train on "
+                "these features"
+            )
         if features[column].dataType.simpleString() != expected[column].simpleString():
             kind = features[column].dataType.simpleString()
             raise InputError(
-                f"item_features.{column} is {kind}, it must be {expected[column].simpleString()}: cast it, or run jobs/build_features.py"
+                f"item_features.{column} is {kind}, it must be {expected[column].simpleString()}: cast it, or run "
+                "jobs/build_features.py"
             )
 
 
@@ -200,45 +223,62 @@ def encode(
     manifest: dict[str, Any],
     batch: int,
     one_of: int | None = None,
-    held: tuple[DataFrame, float] | None = None,
+    previous: tuple[DataFrame, float] | None = None,
 ) -> DataFrame:
-    """One row of :data:`ENCODED` for each row of ``features``; the weights travel as a broadcast of plain bytes. ``one_of``: as ``drift.every``
-    gives it; None: nothing is gauged; ``held``: published SIDs [item_id, codes] and the slack with which items keep them."""
+    """One row of :data:`ENCODED` for each row of ``features``; the weights travel as a broadcast of plain bytes.
+    ``one_of``: as ``drift.every`` gives it; None: nothing is gauged; ``previous``: published SIDs [item_id, codes] and
+    the slack with which items keep them."""
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
-    gauged = (F.lit(False) if one_of is None else drift.gauged(one_of)).alias("gauged")
+    sampled = (F.lit(False) if one_of is None else drift.in_sample(one_of)).alias("sampled")
     text = json.dumps(manifest)
-    rows, slack = features.select(*READ, *manifest["widths"], gauged), 0.0
-    if held:
-        published, slack = held
+    rows, slack = features.select(*READ, *manifest["widths"], sampled), 0.0
+    if previous:
+        published, slack = previous
         rows = rows.join(published.select("item_id", F.col("codes").alias("published")), "item_id", "left")
     return rows.mapInArrow(encoder(text, weights, batch, slack), engine.struct(ENCODED))
 
 
-def ranked(encoded: DataFrame, tokenizer: str, generation: int, kept: DataFrame | None = None, before: DataFrame | None = None) -> DataFrame:
-    """Add the collision rank among the items of one SID. An item that has the codes of its row in ``before`` [item_id, codes, collision_rank] has its rank, too;
-    the others come after those, and after the items of ``kept`` [codes, collision_rank] that have the SID; among themselves by (interactions desc, item_id)."""
+def ranked(
+    encoded: DataFrame, tokenizer: str, generation: int, kept: DataFrame | None = None, before: DataFrame | None = None
+) -> DataFrame:
+    """Add the collision rank among the items of one SID. An item that has the codes of its row in ``before`` [item_id,
+    codes, collision_rank] has its rank, too; the others come after those, and after the items of ``kept`` [codes,
+    collision_rank] that have the SID; among themselves by (interactions desc, item_id)."""
     own, first = F.lit(None).cast("int"), F.lit(0)
     if before is not None:
-        encoded = encoded.join(before.select("item_id", "codes", F.col("collision_rank").alias("_own")), ["item_id", "codes"], "left")
+        encoded = encoded.join(
+            before.select("item_id", "codes", F.col("collision_rank").alias("_own")), ["item_id", "codes"], "left"
+        )
         own = F.col("_own")
         first = F.coalesce(F.max(own).over(Window.partitionBy("codes")) + 1, first)
     if kept is not None:
         same = kept.join(encoded.select("codes").distinct(), "codes", "left_semi")
-        encoded = encoded.join(same.groupBy("codes").agg((F.max("collision_rank") + 1).alias("_first")), "codes", "left")
+        encoded = encoded.join(
+            same.groupBy("codes").agg((F.max("collision_rank") + 1).alias("_first")), "codes", "left"
+        )
         first = F.greatest(first, F.coalesce("_first", F.lit(0)))
-    new = F.row_number().over(Window.partitionBy("codes").orderBy(own.isNotNull(), F.desc("interactions"), "item_id")) - 1
+    new = (
+        F.row_number().over(Window.partitionBy("codes").orderBy(own.isNotNull(), F.desc("interactions"), "item_id")) - 1
+    )
     rank = F.coalesce(own, first + new).alias("collision_rank")
     return encoded.select("*", rank, F.lit(tokenizer).alias("tokenizer"), F.lit(generation).alias("generation"))
 
 
 def faults(encoded: DataFrame, manifest: dict[str, Any]) -> int:
-    """How many items have a NaN or an infinity in a vector. Raises InputError where a vector has not the width that the tokenizer was trained on."""
-    found = encoded.filter("fault IS NOT NULL").groupBy("fault").agg(F.count("*").alias("items"), F.min("item_id").alias("first")).orderBy("fault")
+    """How many items have a NaN or an infinity in a vector. Raises InputError where a vector has not the width that the
+    tokenizer was trained on."""
+    found = (
+        encoded.filter("fault IS NOT NULL")
+        .groupBy("fault")
+        .agg(F.count("*").alias("items"), F.min("item_id").alias("first"))
+        .orderBy("fault")
+    )
     rows = found.limit(_FAULTS).collect()
     for row in rows:
         if "width" in row["fault"]:
             raise InputError(
-                f"item_features.{row['fault']} as the tokenizer {manifest['digest']} was trained on (items: {row['items']}, first {row['first']!r}): "
+                f"item_features.{row['fault']} as the tokenizer {manifest['digest']} was trained on (items: "
+                f"{row['items']}, first {row['first']!r}): "
                 "train it on these features, or mend the embedding"
             )
     return sum(row["items"] for row in rows)
@@ -265,14 +305,18 @@ def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
         tally.active[place] = [row[f"a{i}"] for i in range(len(slots))]
         tally.slots_on[place] = [row[f"n{n}"] for n in range(len(behavior) + 1)]
     tail = F.col("stratum").isin("tail", "cold").cast("int")
-    of_size = encoded.groupBy("codes").agg(F.count("*").alias("size"), F.coalesce(F.sum(tail), F.lit(0)).alias("tail")).groupBy("size", "tail")
-    groups, rare, shared = Counter[int](), Counter[int](), 0
+    of_size = (
+        encoded.groupBy("codes")
+        .agg(F.count("*").alias("size"), F.coalesce(F.sum(tail), F.lit(0)).alias("tail"))
+        .groupBy("size", "tail")
+    )
+    groups, tail_only, shared = Counter[int](), Counter[int](), 0
     for row in of_size.agg(F.count("*").alias("number")).collect():  # as many rows as there are kinds of groups
         groups[row["size"]] += row["number"]
         if row["tail"]:
-            rare[row["tail"]] += row["number"]
+            tail_only[row["tail"]] += row["number"]
             shared += row["tail"] * row["number"] * (row["size"] > 1)
-    return replace(tally, groups=groups, rare=rare, shared=shared).metrics(slots)
+    return replace(tally, groups=groups, tail_only=tail_only, shared=shared).metrics(slots)
 
 
 def failures(failed: list[dict[str, Any]]) -> str:
@@ -282,17 +326,27 @@ def failures(failed: list[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
-def check_gates(metrics: dict[str, Any], gates: Gates, expected: int, distinct_items: int, broken: int) -> list[dict[str, Any]]:
+def check_gates(
+    metrics: dict[str, Any], gates: Gates, expected: int, distinct_items: int, broken: int
+) -> list[dict[str, Any]]:
     """What a table must satisfy: every item once, codebooks in use, collisions bounded."""
     checks = [
         ("coverage", metrics["items"] / max(1, expected), 1.0, metrics["items"] == expected > 0),
         ("duplicate items", metrics["items"] - distinct_items, 0.0, metrics["items"] == distinct_items),
         ("items with vectors that are not finite", broken, 0.0, not broken),
-        ("lowest utilisation", min(metrics["utilisation"]), gates.min_utilisation, min(metrics["utilisation"]) >= gates.min_utilisation),
+        (
+            "lowest utilisation",
+            min(metrics["utilisation"]),
+            gates.min_utilisation,
+            min(metrics["utilisation"]) >= gates.min_utilisation,
+        ),
         (
             *("collision rate", metrics["collision_items"], gates.max_collision),
             metrics["collision_items"] is not None and metrics["collision_items"] <= gates.max_collision,
         ),
         ("largest group", metrics["largest_group"], gates.max_group, metrics["largest_group"] <= gates.max_group),
     ]
-    return [{"gate": gate, "value": value, "threshold": threshold, "passed": bool(passed)} for gate, value, threshold, passed in checks]
+    return [
+        {"gate": gate, "value": value, "threshold": threshold, "passed": bool(passed)}
+        for gate, value, threshold, passed in checks
+    ]

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from adasid.config import Config, digest
 from adasid.files import write_json
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.run import Run
 
 _LONG = 60
@@ -27,12 +27,12 @@ _LONG = 60
 
 class Inputs(NamedTuple):
     """What one run of a stage depends on. ``cfg``: the config, with what the data decides; ``versions``: table ->
-    version; ``stamps``: table -> input hash of that version; ``settings``: dotted key -> value; ``hash``: the input
-    hash of all of them; ``lake``: pinned to ``versions``, and refusing what the stage does not declare."""
+    version; ``input_hashes``: table -> input hash of that version; ``settings``: dotted key -> value; ``hash``: the
+    input hash of all of them; ``lake``: pinned to ``versions``, and refusing what the stage does not declare."""
 
     cfg: Config
     versions: dict[str, int]
-    stamps: dict[str, str]
+    input_hashes: dict[str, str]
     settings: dict[str, object]
     hash: str
     lake: Lake
@@ -49,18 +49,18 @@ class Stage:
 
     ``name``: as users read it; ``reads`` and ``writes``: its tables; ``appends``: tables to which it adds rows in a
     transaction of its own, and which other stages may also add to; ``also``: tables that it reads where they exist and
-    that decide nothing, so that they are not hashed; ``uses`` and ``makes``: artifacts outside the lake, by name; ``settings``: dotted config key -> value of what
-    counts besides the tables; ``body``: does the work and returns the versions that it wrote. ``decide``: the config
-    with what the data decides, on the pinned lake; ``fresh``: whether the output of an input hash is there (default:
-    the latest version of each table in ``writes`` carries it); ``prefix``: first part of the input hash.
-    """
+    that decide nothing, so that they are not hashed; ``uses`` and ``makes``: artifacts outside the lake, by name;
+    ``settings``: dotted config key -> value of what counts besides the tables; ``body``: does the work and returns the
+    versions that it wrote. ``decide``: the config with what the data decides, on the pinned lake; ``fresh``: whether
+    the output of an input hash is there (default: the latest version of each table in ``writes`` carries it);
+    ``prefix``: first part of the input hash."""
 
     name: str
     engine: Literal["spark", "ray", "python"]
     reads: Callable[[Config], tuple[str, ...]]
     writes: Callable[[Config], tuple[str, ...]]
     settings: Callable[[Config, Lake], Mapping[str, object]]
-    body: Callable[[Inputs, Track], Mapping[str, int]]
+    body: Callable[[Inputs, StageContext], Mapping[str, int]]
     prefix: str
     appends: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
@@ -100,12 +100,14 @@ def resolve(stage: Stage, cfg: Config, lake: Lake) -> Inputs:
     versions = lake.versions(*stage.reads(cfg))
     writable = frozenset((*stage.writes(cfg), *stage.appends))
     also = lake.versions(*(table for table in stage.also if lake.exists(table)))
-    pinned = StageLake(lake.root, {**lake.pins, **also, **versions}, stage.name, frozenset({**also, **versions}), writable)
+    pinned = StageLake(
+        lake.root, {**lake.pins, **also, **versions}, stage.name, frozenset({**also, **versions}), writable
+    )
     decided = stage.decide(cfg, pinned)
-    stamps = lake.stamps(versions)
+    input_hashes = lake.input_hashes(versions)
     settings = dict(stage.settings(decided, pinned))
-    parts = (*settings.values(), stamps) if versions else settings.values()
-    return Inputs(decided, versions, stamps, settings, digest(stage.prefix, *parts), pinned)
+    parts = (*settings.values(), input_hashes) if versions else settings.values()
+    return Inputs(decided, versions, input_hashes, settings, digest(stage.prefix, *parts), pinned)
 
 
 def up_to_date(stage: Stage, inputs: Inputs, lake: Lake) -> bool:
@@ -120,38 +122,43 @@ def check_fresh(stage: Stage, cfg: Config, lake: Lake) -> bool:
     return up_to_date(stage, resolve(stage, cfg, lake), lake)
 
 
-def run(stage: Stage, cfg: Config, track: Track, inputs: Inputs | None = None) -> Inputs | None:
+def run(stage: Stage, cfg: Config, context: StageContext, inputs: Inputs | None = None) -> Inputs | None:
     """Run the stage unless its output is up to date; returns its inputs, or None where there was nothing to do.
 
     Notes why it runs, records the versions that were read and written in MLflow, and what the output was made of in
     the run's folder. Raises what the body raises.
     """
-    inputs = inputs or resolve(stage, cfg, track.lake)
-    track.inputs(inputs.versions)
-    if up_to_date(stage, inputs, track.lake):
+    inputs = inputs or resolve(stage, cfg, context.lake)
+    context.inputs(inputs.versions)
+    if up_to_date(stage, inputs, context.lake):
         return None
-    if track.journal:
-        track.note(f"{stage.name} runs: {reason(stage, inputs, track.lake)}")
-    with _only(track, inputs.lake):
-        written = stage.body(inputs, track)
-    track.outputs(written)
-    if not track.journal:  # a cell of a study: many share a stage
+    if context.journal:
+        context.note(f"{stage.name} runs: {reason(stage, inputs, context.lake)}")
+    with _only(context, inputs.lake):
+        written = stage.body(inputs, context)
+    context.outputs(written)
+    if not context.journal:  # a cell of a study: many share a stage
         return inputs
     path = Run(cfg).record(stage.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = {"hash": inputs.hash, "versions": inputs.versions, "stamps": inputs.stamps, "settings": flat(inputs.settings)}
+    made = {
+        "hash": inputs.hash,
+        "versions": inputs.versions,
+        "input_hashes": inputs.input_hashes,
+        "settings": flat(inputs.settings),
+    }
     write_json(path, made)
     return inputs
 
 
 @contextmanager
-def _only(track: Track, lake: Lake) -> Iterator[None]:
+def _only(context: StageContext, lake: Lake) -> Iterator[None]:
     """Let the body see the pinned lake alone."""
-    outer, track.lake = track.lake, lake
+    outer, context.lake = context.lake, lake
     try:
         yield
     finally:
-        track.lake = outer
+        context.lake = outer
 
 
 def reason(stage: Stage, inputs: Inputs, lake: Lake) -> str:
@@ -165,7 +172,7 @@ def reason(stage: Stage, inputs: Inputs, lake: Lake) -> str:
     found = [
         f"{table} is at version {version}, was {last['versions'].get(table, 'not read')}"
         for table, version in inputs.versions.items()
-        if last["stamps"].get(table) != inputs.stamps[table]
+        if last["input_hashes"].get(table) != inputs.input_hashes[table]
     ]
     old, new = last["settings"], json.loads(json.dumps(flat(inputs.settings), default=str))
     for key in dict.fromkeys((*old, *new)):

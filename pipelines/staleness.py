@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from adasid.errors import InputError
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 
 _FEATURES = "run jobs/build_features.py"
 _FIXES = {
@@ -57,10 +57,10 @@ def lags(lake: Lake, table: str, version: int | None = None, read: Mapping[str, 
 
 
 def unrecorded(lake: Lake) -> str | None:
-    """A sentence where ``behavior_embeddings`` are of a version of adasid that did not record what they were trained on: they may also hold
-    vectors of items that had no event, and know events of today's test."""
+    """A sentence where ``behavior_embeddings`` are of a version of adasid that did not record what they were trained
+    on: they may also hold vectors of items that had no event, and know events of today's test."""
     table = "behavior_embeddings"
-    if not lake.exists(table) or not lake.stamp(table) or lake.lineage(table, lake.version(table)):
+    if not lake.exists(table) or not lake.input_hash(table) or lake.lineage(table, lake.version(table)):
         return None
     return f"{table} version {lake.version(table)} does not say what it was trained on: {_FIXES[table]}"
 
@@ -80,15 +80,15 @@ def _newer(lag: Lag) -> str:
     return f"{lag.newest - lag.read} newer, since {lag.since:%Y-%m-%d %H:%M} UTC"
 
 
-def check(track: Track, version: int) -> None:
+def check(context: StageContext, version: int) -> None:
     """Note which tables below ``item_features`` at ``version`` lag. Raises InputError where new or changed items or
     events would be missed."""
-    found = lags(track.lake, "item_features", version)
+    found = lags(context.lake, "item_features", version)
     missed = [lag for lag in found if not lag.pinned and lag.source in _EVERY_RUN.get(lag.table, ())]
     if missed:
         lines = (line.removesuffix(f": {_FEATURES}") for line in sentences(missed))
         raise InputError(f"{'; '.join(lines)}: {_FEATURES}, then this job again")
-    for line in [*sentences(found), *filter(None, [unrecorded(track.lake)])]:
-        track.note(line)
+    for line in [*sentences(found), *filter(None, [unrecorded(context.lake)])]:
+        context.note(line)
     if found:
-        track.facts["lagging"] = ", ".join(dict.fromkeys(lag.table for lag in found))
+        context.facts["lagging"] = ", ".join(dict.fromkeys(lag.table for lag in found))

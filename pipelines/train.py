@@ -1,4 +1,5 @@
-"""Training stages: behaviour embeddings, then the tokenizer. The fit runs ``pipelines/workers.py`` on Ray Train; this is its driver."""
+"""Training stages: behaviour embeddings, then the tokenizer. The fit runs ``pipelines/workers.py`` on Ray Train; this
+is its driver."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import session
 from pipelines.engines.spark import versions as library_versions
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.features import items, pairs
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
@@ -41,13 +42,14 @@ Catalogue = dict[str, Any]
 """The SIDs that a downstream model reads: ``table``, ``version``, and ``slots`` of their tokenizer."""
 
 
-def behavior(cfg: Config, track: Track) -> None:
-    """``sequences`` and ``item_stats`` -> ``behavior_embeddings``: SASRec. Skipped where the items bring the embeddings."""
-    if skipped := behavior_skipped(cfg, track.lake):
-        track.status, text = skipped
-        track.note(text)
-    elif stage.run(BEHAVIOR, cfg, track) is None:
-        track.status = "up to date"
+def behavior(cfg: Config, context: StageContext) -> None:
+    """``sequences`` and ``item_stats`` -> ``behavior_embeddings``: SASRec. Skipped where the items bring the
+    embeddings."""
+    if skipped := behavior_skipped(cfg, context.lake):
+        context.status, text = skipped
+        context.note(text)
+    elif stage.run(BEHAVIOR, cfg, context) is None:
+        context.status = "up to date"
 
 
 def behavior_skipped(cfg: Config, lake: Lake) -> tuple[str, str] | None:
@@ -60,12 +62,12 @@ def behavior_skipped(cfg: Config, lake: Lake) -> tuple[str, str] | None:
     return None
 
 
-def _train_behavior(inputs: Inputs, track: Track) -> dict[str, int]:
+def _train_behavior(inputs: Inputs, context: StageContext) -> dict[str, int]:
     cfg, lake, read = inputs.cfg, inputs.lake, inputs.versions
-    _same_run(inputs.stamps)
+    _same_run(inputs.input_hashes)
     folder = Run(cfg).artifact("behavior", inputs.hash)
     shown = ("loss", "validation_ndcg@10", "validation_recall@10", "test_recall@10", "spearman", "seconds")
-    show = _progress(track, cfg.behavior.epochs, shown, folder)
+    show = _progress(context, cfg.behavior.epochs, shown, folder)
     cluster.fit(workers.behavior, _payload(cfg, lake, read, folder), cfg.ray, f"behavior-{inputs.hash}", folder, show)
     result = load_file(folder / "result.safetensors")
     stats = _items(lake, read["item_stats"], len(result["norms"]))
@@ -73,12 +75,12 @@ def _train_behavior(inputs: Inputs, track: Track) -> dict[str, int]:
     written = {name: lake.write(name, tables.BEHAVIOR_EMBEDDINGS, batches, inputs.hash, read)}
     Checkpoints(folder / "checkpoints").clear()
     summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    track.artifact(folder / "result.json")
+    context.artifact(folder / "result.json")
     if "note" in summary:
-        track.note(summary["note"])
+        context.note(summary["note"])
     figures = {"test R@10": summary["test"].get("recall@10"), "Spearman(norm, count)": summary["spearman"]}
-    track.facts.update({"best epoch": summary["best_epoch"]})
-    track.facts.update({name: DASH if value is None else round(value, 4) for name, value in figures.items()})
+    context.facts.update({"best epoch": summary["best_epoch"]})
+    context.facts.update({name: DASH if value is None else round(value, 4) for name, value in figures.items()})
     return written
 
 
@@ -97,26 +99,29 @@ BEHAVIOR = Stage(
 """Sequences -> behaviour embeddings (SASRec)."""
 
 
-def _same_run(stamps: Mapping[str, str]) -> None:
+def _same_run(input_hashes: Mapping[str, str]) -> None:
     """Raise InputError where tables of one stage are of different runs of it."""
-    if len(set(stamps.values())) > 1:
-        raise InputError(f"{' and '.join(stamps)} come from different runs of build_features (was one cut off?): run jobs/build_features.py again")
+    if len(set(input_hashes.values())) > 1:
+        raise InputError(
+            f"{' and '.join(input_hashes)} come from different runs of build_features (was one cut off?): run "
+            "jobs/build_features.py again"
+        )
 
 
-def tokenizer(cfg: Config, track: Track) -> None:
+def tokenizer(cfg: Config, context: StageContext) -> None:
     """``item_features`` -> the tokenizer's artifact in ``artifacts/tokenizer/<key>/model``, registered in MLflow as
     candidate."""
-    inputs = stage.resolve(tokenizer_stage(), cfg, track.lake)
-    staleness.check(track, inputs.versions["item_features"])
-    manifest = fit_tokenizer(cfg, track, inputs=inputs)
-    register(cfg, track, tokenizer_folder(inputs) / "model", manifest["digest"], "candidate")
+    inputs = stage.resolve(tokenizer_stage(), cfg, context.lake)
+    staleness.check(context, inputs.versions["item_features"])
+    manifest = fit_tokenizer(cfg, context, inputs=inputs)
+    register(cfg, context, tokenizer_folder(inputs) / "model", manifest["digest"], "candidate")
 
 
 def tokenizer_stage(kind: str = "tokenizer") -> Stage:
     """The training of ``cfg.tokenizer``, into a folder of ``artifacts/<kind>``."""
 
-    def train(inputs: Inputs, track: Track) -> dict[str, int]:
-        train_tokenizer(inputs.cfg, track, inputs.versions, tokenizer_folder(inputs, kind))
+    def train(inputs: Inputs, context: StageContext) -> dict[str, int]:
+        train_tokenizer(inputs.cfg, context, inputs.versions, tokenizer_folder(inputs, kind))
         return {}
 
     return Stage(
@@ -137,21 +142,24 @@ def tokenizer_folder(inputs: Inputs, kind: str = "tokenizer") -> Path:
     return Run(inputs.cfg).artifact(kind, inputs.hash)
 
 
-def fit_tokenizer(cfg: Config, track: Track, kind: str = "tokenizer", inputs: Inputs | None = None) -> dict[str, Any]:
+def fit_tokenizer(
+    cfg: Config, context: StageContext, kind: str = "tokenizer", inputs: Inputs | None = None
+) -> dict[str, Any]:
     """Train or fit ``cfg.tokenizer`` unless it is there; returns its manifest."""
     step = tokenizer_stage(kind)
-    inputs = inputs or stage.resolve(step, cfg, track.lake)
+    inputs = inputs or stage.resolve(step, cfg, context.lake)
     if cfg.tokenizer.pairs:
-        items.check(cfg, track.lake)
-        pairs.check(cfg, track.lake)
+        items.check(cfg, context.lake)
+        pairs.check(cfg, context.lake)
     model = tokenizer_folder(inputs, kind) / "model"
-    if stage.run(step, cfg, track, inputs) is None:
-        track.status = "up to date"
+    if stage.run(step, cfg, context, inputs) is None:
+        context.status = "up to date"
     return artifact.read_manifest(model)
 
 
-class HeldCodes(TypedDict):
-    """A ``version`` of ``held_codes``, the ``slots`` that they are of (kind and size of each), and the ``slack``."""
+class PreviousTable(TypedDict):
+    """A ``version`` of ``previous_codes``, the ``slots`` that they are of (kind and size of each), and the
+    ``slack``."""
 
     version: int
     slots: list[list[str | int]]
@@ -160,44 +168,52 @@ class HeldCodes(TypedDict):
 
 def train_tokenizer(
     cfg: Config,
-    track: Track,
+    context: StageContext,
     read: Mapping[str, int],
     folder: Path,
     start: Path | None = None,
-    held: HeldCodes | None = None,
+    previous: PreviousTable | None = None,
 ) -> dict[str, Any]:
     """Train or fit the tokenizer on the versions ``read`` into ``folder/model``; returns its manifest. ``start``:
-    continue from this artifact, as ``retokenize.warm`` says; ``held``: previous codes that training keeps."""
-    read = {**read, **({"held_codes": held["version"]} if held else {})}
+    continue from this artifact, as ``retokenize.warm`` says; ``previous``: previous codes that training keeps."""
+    read = {**read, **({"previous_codes": previous["version"]} if previous else {})}
     shown = ("loss", "reconstruction", "codebook", "alignment", "sparsity", "utilisation", "entropy", "seconds")
-    show = _progress(track, cfg.tokenizer.epochs.epochs if cfg.tokenizer.epochs else 1, shown, folder)
-    payload = {**_payload(cfg, track.lake, read, folder), "start": str(start) if start else None, "held": held}
+    show = _progress(context, cfg.tokenizer.epochs.epochs if cfg.tokenizer.epochs else 1, shown, folder)
+    payload = {
+        **_payload(cfg, context.lake, read, folder),
+        "start": str(start) if start else None,
+        "previous": previous,
+    }
     cluster.fit(workers.tokenizer, payload, cfg.ray, f"tokenizer-{folder.name}", folder, show)
     manifest = artifact.read_manifest(folder / "model")
     Checkpoints(folder / "checkpoints").clear()
     quality = manifest["metrics"]
     if quality.get("least_active", 1.0) < 0.001:
-        track.note(
-            "warning: the gate has switched a behaviour slot off for all items; it cannot come back: lower router.sparsity or router.item_weight"
+        context.note(
+            "warning: the gate has switched a behaviour slot off for all items; it cannot come back: lower "
+            "router.sparsity or router.item_weight"
         )
     facts = {"utilisation": round(quality["utilisation"], 4), "entropy": round(quality["entropy"], 3)}
-    track.facts.update({"tokenizer": manifest["digest"], **facts})
-    track.facts.update({f"FVU {m}": round(value, 3) for m, value in quality["fvu"].items()})
+    context.facts.update({"tokenizer": manifest["digest"], **facts})
+    context.facts.update({f"FVU {m}": round(value, 3) for m, value in quality["fvu"].items()})
     return manifest
 
 
-def retrieval(cfg: Config, track: Track) -> None:
+def retrieval(cfg: Config, context: StageContext) -> None:
     """``sequences`` and the live ``sids`` -> a retriever in ``artifacts/retrieval/<key>``, its metrics in MLflow."""
-    result = fit_downstream(cfg, track, "retrieval", _live(track.lake))
-    _told(track, result, ("recall@10", "ndcg@10", "recall@50"))
+    result = fit_downstream(cfg, context, "retrieval", _live(context.lake))
+    _told(context, result, ("recall@10", "ndcg@10", "recall@50"))
     if cfg.retrieval.repeatable and not result["repeats"]:
-        track.facts["hint"] = "no test user takes an item again; retrieval.repeatable: false leaves a user's items out of the lists"
+        context.facts["hint"] = (
+            "no test user takes an item again; retrieval.repeatable: false leaves a user's items out of the lists"
+        )
 
 
-def ranking(cfg: Config, track: Track) -> None:
-    """``ranking_samples`` and the live ``sids`` -> a click-through model in ``artifacts/ranking/<key>``, its metrics in MLflow."""
-    result = fit_downstream(cfg, track, "ranking", _live(track.lake))
-    _told(track, result, ("auc", "gauc"))
+def ranking(cfg: Config, context: StageContext) -> None:
+    """``ranking_samples`` and the live ``sids`` -> a click-through model in ``artifacts/ranking/<key>``, its metrics in
+    MLflow."""
+    result = fit_downstream(cfg, context, "ranking", _live(context.lake))
+    _told(context, result, ("auc", "gauc"))
 
 
 def _live(lake: Lake) -> Catalogue:
@@ -207,22 +223,25 @@ def _live(lake: Lake) -> Catalogue:
     return {"table": "sids", "version": generation["sids_version"], "slots": manifest["slots"]}
 
 
-def _told(track: Track, result: Mapping[str, Any], names: tuple[str, ...]) -> None:
+def _told(context: StageContext, result: Mapping[str, Any], names: tuple[str, ...]) -> None:
     if "note" in result:
-        track.note(result["note"])
-    track.facts.update(
-        {"best epoch": result["best_epoch"], **{f"test {name}": round(result["test"][name], 4) for name in names if name in result["test"]}}
+        context.note(result["note"])
+    context.facts.update(
+        {
+            "best epoch": result["best_epoch"],
+            **{f"test {name}": round(result["test"][name], 4) for name in names if name in result["test"]},
+        }
     )
-    track.facts.update({key: result[key] for key in ("labels", "split") if key in result})
+    context.facts.update({key: result[key] for key in ("labels", "split") if key in result})
 
 
-def fit_downstream(cfg: Config, track: Track, task: Task, catalogue: Catalogue | None) -> dict[str, Any]:
+def fit_downstream(cfg: Config, context: StageContext, task: Task, catalogue: Catalogue | None) -> dict[str, Any]:
     """Train ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``, or on one token an item, unless it is
     done; returns its result."""
     step = downstream_stage(task, catalogue)
-    inputs = resolve_downstream(cfg, track.lake, task, catalogue)
-    if stage.run(step, cfg, track, inputs) is None:
-        track.status = "up to date"
+    inputs = resolve_downstream(cfg, context.lake, task, catalogue)
+    if stage.run(step, cfg, context, inputs) is None:
+        context.status = "up to date"
     done = downstream_folder(inputs, task) / "result.json"
     return dict(json.loads(done.read_text(encoding="utf-8")))
 
@@ -237,8 +256,8 @@ def downstream_stage(task: Task, catalogue: Catalogue | None) -> Stage:
     """The training of ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``; None: on one token an item."""
     events = "sequences" if task == "retrieval" else "ranking_samples"
 
-    def train(inputs: Inputs, track: Track) -> dict[str, int]:
-        _train_downstream(inputs, track, task, events, catalogue)
+    def train(inputs: Inputs, context: StageContext) -> dict[str, int]:
+        _train_downstream(inputs, context, task, events, catalogue)
         return {}
 
     return Stage(
@@ -256,25 +275,39 @@ def downstream_stage(task: Task, catalogue: Catalogue | None) -> Stage:
     )
 
 
-def _train_downstream(inputs: Inputs, track: Track, task: Task, events: str, catalogue: Catalogue | None) -> None:
+def _train_downstream(
+    inputs: Inputs, context: StageContext, task: Task, events: str, catalogue: Catalogue | None
+) -> None:
     cfg, lake, outer = inputs.cfg, inputs.lake, Run(inputs.cfg).lake
     folder = downstream_folder(inputs, task)
-    _same_run({table: inputs.stamps[table] for table in (events, "item_stats")})
+    _same_run({table: inputs.input_hashes[table] for table in (events, "item_stats")})
     if task == "ranking" and "in_history" not in lake.schema("ranking_samples").names:
-        raise InputError("ranking_samples has no column 'in_history', so that it is of another version of adasid: run jobs/build_features.py again")
+        raise InputError(
+            "ranking_samples has no column 'in_history', so that it is of another version of adasid: run "
+            "jobs/build_features.py again"
+        )
     if catalogue:
         items.check(cfg, outer)
         items.check_split(cfg, outer)  # SIDs of another split could know its test events
     if not (folder / workers.OUTCOME).exists():
-        shown = ("loss", "validation_ndcg@10", "validation_recall@10", "validation_auc", "seconds", "validation_seconds")
+        shown = (
+            "loss",
+            "validation_ndcg@10",
+            "validation_recall@10",
+            "validation_auc",
+            "seconds",
+            "validation_seconds",
+        )
         payload = {**_payload(cfg, lake, inputs.versions, folder), "catalogue": catalogue}
-        show = _progress(track, getattr(cfg, task).epochs, shown, folder)
+        show = _progress(context, getattr(cfg, task).epochs, shown, folder)
         cluster.fit(getattr(workers, task), payload, cfg.ray, f"{task}-{folder.name}", folder, show)
     split = {"split": _ranking_split(cfg, lake)} if task == "ranking" else {}
-    result: dict[str, Any] = {**split, **_measured(cfg, folder), "mlflow_run": track.run_id}
-    figures = {f"{part}_{name}": value for part in ("test", "test_repeatable") for name, value in result.get(part, {}).items()}
-    track.metrics(figures)
-    track.artifact(folder / workers.OUTCOME)
+    result: dict[str, Any] = {**split, **_measured(cfg, folder), "mlflow_run": context.run_id}
+    figures = {
+        f"{part}_{name}": value for part in ("test", "test_repeatable") for name, value in result.get(part, {}).items()
+    }
+    context.metrics(figures)
+    context.artifact(folder / workers.OUTCOME)
     write_json(folder / "result.json", result)  # last: what is there has been tracked
     Checkpoints(folder / "checkpoints").clear()
 
@@ -313,19 +346,21 @@ def _payload(cfg: Config, lake: Lake, read: Mapping[str, int], folder: Path) -> 
     }
 
 
-def _progress(track: Track, epochs: int, shown: tuple[str, ...], folder: Path) -> Callable[[dict[str, float]], None]:
+def _progress(
+    context: StageContext, epochs: int, shown: tuple[str, ...], folder: Path
+) -> Callable[[dict[str, float]], None]:
     """Every epoch's metrics to MLflow (those of a run that is resumed at once), and one line on the screen."""
     earlier = cluster.rows(folder)
     for row in earlier:
-        track.metrics(row, int(row["epoch"]))
+        context.metrics(row, int(row["epoch"]))
     logged = {row["epoch"] for row in earlier}
 
     def show(row: dict[str, float]) -> None:
         if row["epoch"] not in logged:
             logged.add(row["epoch"])
-            track.metrics(row, int(row["epoch"]))
+            context.metrics(row, int(row["epoch"]))
         figures = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
-        track.note(f"epoch {int(row['epoch'])}/{epochs}  {figures}")
+        context.note(f"epoch {int(row['epoch'])}/{epochs}  {figures}")
 
     return show
 
@@ -343,17 +378,22 @@ def _embedding_batches(stats: pa.Table, result: Mapping[str, torch.Tensor]) -> I
     learned = pc.greater(stats["interactions"], 0).combine_chunks()
     for start in range(0, len(items), _CHUNK):
         part = result["embeddings"][start : start + _CHUNK].numpy()
-        vectors = pa.ListArray.from_arrays(np.arange(0, part.size + 1, width, dtype=np.int32), pa.array(part.reshape(-1)))
+        vectors = pa.ListArray.from_arrays(
+            np.arange(0, part.size + 1, width, dtype=np.int32), pa.array(part.reshape(-1))
+        )
         index, norms = np.arange(start, start + len(part)), result["norms"][start : start + _CHUNK].numpy()
         columns = [items.slice(start, len(part)), pa.array(index), vectors, pa.array(norms)]
         rows = pa.RecordBatch.from_arrays(columns, schema=tables.BEHAVIOR_EMBEDDINGS)
         yield rows.filter(learned.slice(start, len(part)))
 
 
-def register(cfg: Config, track: Track, folder: Path, tokenizer: str, alias: Literal["candidate", "champion"]) -> None:
-    """Let ``alias`` of the registered model point at the tokenizer (its digest), whose artifact in ``folder`` is logged unless it was: ``candidate`` is the one
-    trained last by jobs/train.py, ``champion`` that of the live semantic IDs."""
-    name, client = cfg.tracking.model or f"adasid-{cfg.name}", track.client
+def register(
+    cfg: Config, context: StageContext, folder: Path, tokenizer: str, alias: Literal["candidate", "champion"]
+) -> None:
+    """Let ``alias`` of the registered model point at the tokenizer (its digest), whose artifact in ``folder`` is logged
+    unless it was: ``candidate`` is the one trained last by jobs/train.py, ``champion`` that of the live semantic
+    IDs."""
+    name, client = cfg.tracking.model or f"adasid-{cfg.name}", context.client
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -363,11 +403,11 @@ def register(cfg: Config, track: Track, folder: Path, tokenizer: str, alias: Lit
     if known:
         version = known[0]
     elif (folder / "manifest.json").exists():
-        track.artifact(folder)
-        source = f"{client.get_run(track.run_id).info.artifact_uri}/{folder.name}"
+        context.artifact(folder)
+        source = f"{client.get_run(context.run_id).info.artifact_uri}/{folder.name}"
         tags = {"digest": tokenizer, "tokenizer": artifact.read_manifest(folder)["tokenizer"]}
-        version = client.create_model_version(name, source, track.run_id, tags=tags)
+        version = client.create_model_version(name, source, context.run_id, tags=tags)
     else:
-        track.note(f"tokenizer {tokenizer} is neither in MLflow nor in {folder}: {alias} stays")
+        context.note(f"tokenizer {tokenizer} is neither in MLflow nor in {folder}: {alias} stays")
         return
     client.set_registered_model_alias(name, alias, version.version)

@@ -1,4 +1,5 @@
-"""What every training worker runs: read its part of the tables, train with ``adasid/training``, leave the result in the fit's folder.
+"""What every training worker runs: read its part of the tables, train with ``adasid/training``, leave the result in the
+fit's folder.
 
 Imported by each worker process: neither MLflow nor Spark is.
 """
@@ -45,19 +46,32 @@ def behavior(payload: dict[str, Any]) -> None:
     """SASRec: ``result.safetensors`` (embeddings and norms of all items) and ``result.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read = payload["read"]
-    counts = lake.read("item_stats", read["item_stats"], ["item_index", "interactions"]).sort_by("item_index")["interactions"].to_numpy()
+    counts = (
+        lake.read("item_stats", read["item_stats"], ["item_index", "interactions"])
+        .sort_by("item_index")["interactions"]
+        .to_numpy()
+    )
     parts = _histories(lake, read, workers, cfg)
-    data = BehaviorData(parts["train"], parts["validation"], parts["test"], counts.astype(np.int64), f"sequences version {read['sequences']}")
+    data = BehaviorData(
+        parts["train"],
+        parts["validation"],
+        parts["test"],
+        counts.astype(np.int64),
+        f"sequences version {read['sequences']}",
+    )
     training = BehaviorTraining(cfg.behavior, data, folder, cfg.seed, workers, _device(cfg))
     result = training.run(_report(payload, workers))
     if workers.rank == 0:
-        save_file({"embeddings": result.embeddings.contiguous(), "norms": result.norms.contiguous()}, folder / "result.safetensors")
+        save_file(
+            {"embeddings": result.embeddings.contiguous(), "norms": result.norms.contiguous()},
+            folder / "result.safetensors",
+        )
         write_json(folder / "result.json", {**result.summary, "inputs": read})
 
 
 def tokenizer(payload: dict[str, Any]) -> None:
-    """The tokenizer: its artifact in ``model``. ``payload["start"]``: the artifact to go on from, under ``retokenize.warm``;
-    ``payload["held"]``: the published codes to hold on to."""
+    """The tokenizer: its artifact in ``model``. ``payload["start"]``: the artifact to go on from, under
+    ``retokenize.warm``; ``payload["held"]``: the published codes to hold on to."""
     cfg, workers, lake, folder = _opened(payload)
     version, started_from = payload["read"]["item_features"], None
     settings: TokenizerSettings = cfg.tokenizer
@@ -73,10 +87,14 @@ def tokenizer(payload: dict[str, Any]) -> None:
     )
     torch.manual_seed(cfg.seed)
     tokenizer = started_from.requires_grad_(True) if started_from else artifact.build(settings, shard.widths)
-    held = payload["held"]
-    if held and [[slot.kind, slot.size] for slot in tokenizer.slots] == held["slots"]:
+    previous = payload["previous"]
+    if previous and [[slot.kind, slot.size] for slot in tokenizer.slots] == previous["slots"]:
         theirs = None if settings.pairs else mine  # partners may be other workers' items
-        shard.hold(lake.batches("held_codes", held["version"], ["item_index", "codes"], theirs), len(tokenizer.slots), held["slack"])
+        shard.hold(
+            lake.batches("previous_codes", previous["version"], ["item_index", "codes"], theirs),
+            len(tokenizer.slots),
+            previous["slack"],
+        )
     inner = tokenizer.inner if isinstance(tokenizer, Relabelled) else tokenizer
     name, warm = f"item_features version {version}", cfg.retokenize.warm if started_from else None
     training = TokenizerTraining(inner, settings, shard, folder, cfg.seed, workers, name, _device(cfg), warm)
@@ -95,12 +113,15 @@ def tokenizer(payload: dict[str, Any]) -> None:
 
 
 def retrieval(payload: dict[str, Any]) -> None:
-    """A retriever on the SIDs of ``payload["catalogue"]`` (table, version and slots; None: one token an item): ``best.safetensors``, ``outcome.json``."""
+    """A retriever on the SIDs of ``payload["catalogue"]`` (table, version and slots; None: one token an item):
+    ``best.safetensors``, ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read, settings = payload["read"], cfg.retrieval
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
     parts = _histories(lake, read, workers, cfg)
-    data = RetrievalData(parts["train"], parts["validation"], parts["test"], counts, strata, f"sequences version {read['sequences']}")
+    data = RetrievalData(
+        parts["train"], parts["validation"], parts["test"], counts, strata, f"sequences version {read['sequences']}"
+    )
     training = RetrievalTraining(settings, catalogue, data, folder, cfg.seed, workers, _device(cfg))
     _finish(payload, workers, training.run(_report(payload, workers)))
 
@@ -112,7 +133,19 @@ def ranking(payload: dict[str, Any]) -> None:
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
     events = Events.from_batches(lake.batches("ranking_samples", version, _SAMPLE))
     name = f"ranking_samples version {version}"
-    training = RankingTraining(settings, catalogue, events, counts, strata, folder, cfg.seed, workers, name, _device(cfg), cfg.spark.scores_from)
+    training = RankingTraining(
+        settings,
+        catalogue,
+        events,
+        counts,
+        strata,
+        folder,
+        cfg.seed,
+        workers,
+        name,
+        _device(cfg),
+        cfg.spark.scores_from,
+    )
     _finish(payload, workers, training.run(_report(payload, workers)))
 
 
@@ -122,9 +155,11 @@ def _finish(payload: dict[str, Any], workers: Workers, result: dict[str, Any]) -
         write_json(Path(payload["folder"]) / OUTCOME, {**result, **facts})
 
 
-def _catalogue(lake: Lake, payload: dict[str, Any], pad: bool, weights: bool) -> tuple[ItemTokens, NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens, training counts and strata of all items, in the order of item_index. ``pad``: inactive slots are PAD; ``weights``: with the
-    tokenizer's. Raises InputError where the SIDs are of other items."""
+def _catalogue(
+    lake: Lake, payload: dict[str, Any], pad: bool, weights: bool
+) -> tuple[ItemTokens, NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens, training counts and strata of all items, in the order of item_index. ``pad``: inactive slots are PAD;
+    ``weights``: with the tokenizer's. Raises InputError where the SIDs are of other items."""
     stats = lake.read("item_stats", payload["read"]["item_stats"], ["item_id", "item_index", "interactions", "stratum"])
     stats = stats.sort_by("item_index").combine_chunks()
     counts = stats["interactions"].to_numpy().astype(np.int64)
@@ -136,12 +171,14 @@ def _catalogue(lake: Lake, payload: dict[str, Any], pad: bool, weights: bool) ->
     place = pc.index_in(stats["item_id"], rows["item_id"].combine_chunks())
     if place.null_count or len(rows) != len(stats):
         raise InputError(
-            f"{chosen['table']} version {chosen['version']} has {len(rows)} items, of which {len(stats) - place.null_count} are among the {len(stats)} of "
+            f"{chosen['table']} version {chosen['version']} has {len(rows)} items, of which "
+            f"{len(stats) - place.null_count} are among the {len(stats)} of "
             "item_stats: write the SIDs of these items (jobs/write_sids.py)"
         )
     rows = rows.take(place).combine_chunks()
     codes, factors, active = (
-        pc.list_flatten(rows[name]).to_numpy(zero_copy_only=False).reshape(len(rows), -1) for name in ("codes", "weights", "active")
+        pc.list_flatten(rows[name]).to_numpy(zero_copy_only=False).reshape(len(rows), -1)
+        for name in ("codes", "weights", "active")
     )
     codes = np.where(active, codes, tables.PAD) if pad else codes
     slots = [Slot(**slot) for slot in chosen["slots"]]
@@ -152,7 +189,8 @@ def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) 
     """This worker's users of each split."""
     columns = ["user_id", "history", "target"]
     found = {
-        split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split)) for split in tables.SPLITS
+        split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split))
+        for split in tables.SPLITS
     }
     if len(found["train"]) < workers.world:
         raise InputError(
@@ -164,15 +202,24 @@ def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) 
 
 def _pairs(lake: Lake, read: dict[str, int], mine: pc.Expression | None) -> Pairs:
     """Pairs whose first item is this worker's own, and the rows of their partners."""
-    table = pa.Table.from_batches((batch.cast(_PAIR) for batch in lake.batches("item_pairs", read["item_pairs"], _PAIR.names, mine)), _PAIR)
+    table = pa.Table.from_batches(
+        (batch.cast(_PAIR) for batch in lake.batches("item_pairs", read["item_pairs"], _PAIR.names, mine)), _PAIR
+    )
     items, partners = (table[name].to_numpy() for name in _PAIR.names)
     if not len(items):
         raise InputError(
-            f"item_pairs version {read['item_pairs']} has no pair for this worker: lower features.pairs.min_users, or bring more interactions"
+            f"item_pairs version {read['item_pairs']} has no pair for this worker: lower features.pairs.min_users, or "
+            "bring more interactions"
         )
     wanted = pc.field("item_index").isin(pa.array(np.unique(partners)))
     others = wanted if mine is None else wanted & ~mine
-    return Pairs(items, partners, lambda columns: lake.batches("item_features", read["item_features"], columns, others) if mine is not None else [])
+    return Pairs(
+        items,
+        partners,
+        lambda columns: (
+            lake.batches("item_features", read["item_features"], columns, others) if mine is not None else []
+        ),
+    )
 
 
 def _modulo(column: str, workers: Workers) -> pc.Expression:
@@ -182,7 +229,12 @@ def _modulo(column: str, workers: Workers) -> pc.Expression:
 
 
 def _opened(payload: dict[str, Any]) -> tuple[Config, Workers, Lake, Path]:
-    return Config.model_validate(payload["config"]), Workers.current(), Lake(payload["lake"], {}), Path(payload["folder"])
+    return (
+        Config.model_validate(payload["config"]),
+        Workers.current(),
+        Lake(payload["lake"], {}),
+        Path(payload["folder"]),
+    )
 
 
 def _report(payload: dict[str, Any], workers: Workers) -> Callable[[list[dict[str, float]]], None]:

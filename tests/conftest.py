@@ -1,4 +1,5 @@
-"""Fixtures that every test folder shares: one Spark session for the whole suite, small configs, the real data where present."""
+"""Fixtures that every test folder shares: one Spark session for the whole suite, small configs, the real data where
+present."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ import pytest
 
 from adasid.config import Config, build
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in two processes: more threads than cores only wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the suite runs in two processes: more threads than cores only wait for each other
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -15,7 +15,8 @@ from adasid.training.shards import Pairs, Shard
 def catalogue(
     items: int = 600, clusters: int = 8, text: int = 24, visual: int = 16, behavior: int = 12, seed: int = 0
 ) -> tuple[pa.Table, np.ndarray]:
-    """Rows like ``item_features`` (what a tokenizer reads of it) and the planted cluster of each item. Some items lack an image, the last tenth lack behaviour."""
+    """Rows like ``item_features`` (what a tokenizer reads of it) and the planted cluster of each item. Some items lack
+    an image, the last tenth lack behaviour."""
     rng = np.random.default_rng(seed)
     cluster = rng.integers(clusters, size=items)
     richness = np.linspace(1, 0, items).astype(np.float32)
@@ -27,10 +28,20 @@ def catalogue(
     columns["interactions"] = pa.array(np.maximum(0, 200 - np.arange(items)))
     columns["stratum"] = pa.array(np.where(np.arange(items) < items * 0.9, "mid", "cold"))
     columns["fingerprint"] = columns["item_id"]
-    for name, width, noise in (("text", text, 0.3), ("visual", visual, 0.3), (BEHAVIOR, behavior, 0.3 + 2 * (1 - richness[:, None]))):
+    for name, width, noise in (
+        ("text", text, 0.3),
+        ("visual", visual, 0.3),
+        (BEHAVIOR, behavior, 0.3 + 2 * (1 - richness[:, None])),
+    ):
         centres = rng.normal(size=(clusters, width))
         values = (centres[cluster] + noise * rng.normal(size=(items, width))).astype(np.float32)
-        absent = np.arange(items) % 10 == 3 if name == "visual" else np.arange(items) >= items * 0.9 if name == BEHAVIOR else np.zeros(items, bool)
+        absent = (
+            np.arange(items) % 10 == 3
+            if name == "visual"
+            else np.arange(items) >= items * 0.9
+            if name == BEHAVIOR
+            else np.zeros(items, bool)
+        )
         columns[name] = pa.array([None if gone else row for row, gone in zip(values, absent)], tables.VECTOR)
     return pa.table(columns), cluster
 
@@ -43,7 +54,10 @@ def shard(
     cluster: np.ndarray | None = None,
 ) -> Shard:
     """The part of worker ``rank``; with ``cluster``, three partners of its own cluster for each item."""
-    mine, others = np.arange(rank, table.num_rows, world), np.setdiff1d(np.arange(table.num_rows), np.arange(rank, table.num_rows, world))
+    mine, others = (
+        np.arange(rank, table.num_rows, world),
+        np.setdiff1d(np.arange(table.num_rows), np.arange(rank, table.num_rows, world)),
+    )
 
     def read(rows: np.ndarray) -> Callable[[list[str]], list[pa.RecordBatch]]:
         return lambda columns: table.take(rows).select(columns).to_batches(max_chunksize=97)

@@ -13,45 +13,68 @@ Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(stric
 
 class Retrieval(Section):
     head: Literal["item", "parallel", "autoregressive"] = Field(
-        "item", description="item: an item is the sum of its tokens; parallel: all tokens at once; autoregressive: one after the other, beam search"
+        "item",
+        description="item: an item is the sum of its tokens; parallel: all tokens at once; autoregressive: one after "
+        "the other, beam search",
     )
     width: int = Field(64, ge=2, description="width of tokens and states")
     blocks: int = Field(2, ge=1, description="transformer blocks of the encoder")
     decoder_blocks: int = Field(1, ge=1, description="transformer blocks of the autoregressive decoder")
     heads: int = Field(1, ge=1, description="attention heads")
-    feedforward: int = Field(1, ge=1, description="hidden width of the blocks' feed-forward layers, in widths (SASRec: 1)")
+    feedforward: int = Field(
+        1, ge=1, description="hidden width of the blocks' feed-forward layers, in widths (SASRec: 1)"
+    )
     max_length: int = Field(20, ge=1, description="events of history that the model sees")
     dropout: Share = Field(0.5, description="dropout on embeddings, attention and feed-forward")
     temperature: float = Field(0.07, gt=0, description="temperature of the token heads' cosine logits")
     repeatable: bool = Field(
         True,
-        description="whether items of a user's history may be recommended again; false, where nobody takes an item twice: lists leave out those of the "
+        description="whether items of a user's history may be recommended again; false, where nobody takes an item "
+        "twice: lists leave out those of the "
         "last features.max_length events",
     )
-    inactive: Literal["keep", "pad"] = Field("keep", description="an inactive slot's token: keep it, or pad: replace it by PAD")
-    weights: bool = Field(True, description="token heads: the tokenizer's weights of the target's behaviour tokens weigh their losses")
+    inactive: Literal["keep", "pad"] = Field(
+        "keep", description="an inactive slot's token: keep it, or pad: replace it by PAD"
+    )
+    weights: bool = Field(
+        True, description="token heads: the tokenizer's weights of the target's behaviour tokens weigh their losses"
+    )
     order: Literal["slots", "behavior"] = Field(
-        "slots", description="autoregressive: tokens are decoded in the order of the slots, or those of behaviour before all others"
+        "slots",
+        description="autoregressive: tokens are decoded in the order of the slots, or those of behaviour before all "
+        "others",
     )
     continuations: Literal["all", "valid"] = Field(
         "all",
-        description="autoregressive: a token's probability is among all tokens of its slot, or among the valid ones: those with which the prefix goes on "
+        description="autoregressive: a token's probability is among all tokens of its slot, or among the valid ones: "
+        "those with which the prefix goes on "
         "to an item; the probabilities of all SIDs then sum to 1",
     )
-    beam: int = Field(100, ge=100, description="autoregressive: prefixes kept at a time in the test; the deepest cut-off is 100")
+    beam: int = Field(
+        100, ge=100, description="autoregressive: prefixes kept at a time in the test; the deepest cut-off is 100"
+    )
     validation_beam: int = Field(20, ge=10, description="the same in validation, which looks at the first 10")
     epochs: int = Field(40, ge=1, description="upper bound of epochs")
     patience: int = Field(5, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     batch_users: int = Field(256, ge=2, description="users a step, all workers together")
     negatives: int = Field(
-        1024, ge=0, description="item head: in-batch negatives a step, drawn from the targets of all workers; 0: all items (small catalogues)"
+        1024,
+        ge=0,
+        description="item head: in-batch negatives a step, drawn from the targets of all workers; 0: all items (small "
+        "catalogues)",
     )
     table_lr: float = Field(0.05, gt=0, description="Adagrad learning rate of the token table")
     lr: float = Field(0.001, gt=0, description="Adam learning rate of everything else")
     average: float = Field(
-        0.998, ge=0, lt=1, description="decay, a step, of the moving average of the weights that is validated and tested; 0: the weights themselves"
+        0.998,
+        ge=0,
+        lt=1,
+        description="decay, a step, of the moving average of the weights that is validated and tested; 0: the weights "
+        "themselves",
     )
-    eval_users: int = Field(25_000, ge=1, description="users scored at each validation, at most; the test is of all users")
+    eval_users: int = Field(
+        25_000, ge=1, description="users scored at each validation, at most; the test is of all users"
+    )
 
     @model_validator(mode="after")
     def _heads(self) -> Retrieval:
@@ -62,12 +85,24 @@ class Retrieval(Section):
 
 class Ranking(Section):
     items: Literal["concat", "sum", "prefix"] = Field(
-        "concat", description="an item's vector: its tokens' embeddings side by side, their sum, or the sum over prefixes (residual SIDs)"
+        "concat",
+        description="an item's vector: its tokens' embeddings side by side, their sum, or the sum over prefixes "
+        "(residual SIDs)",
     )
     prefix_rows: int = Field(65_536, ge=1, description="prefix: rows of the table that prefixes are hashed into")
-    weights: bool = Field(True, description="the tokenizer's weights scale the tokens' embeddings, and those of behaviour tokens are features")
-    inactive: Literal["keep", "pad"] = Field("keep", description="an inactive slot's token: keep it, or pad: replace it by PAD")
-    width: int = Field(48, ge=1, description="width of users and items (concat: of all tokens together, rounded up to a multiple of their number)")
+    weights: bool = Field(
+        True,
+        description="the tokenizer's weights scale the tokens' embeddings, and those of behaviour tokens are features",
+    )
+    inactive: Literal["keep", "pad"] = Field(
+        "keep", description="an inactive slot's token: keep it, or pad: replace it by PAD"
+    )
+    width: int = Field(
+        48,
+        ge=1,
+        description="width of users and items (concat: of all tokens together, rounded up to a multiple of their "
+        "number)",
+    )
     hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = Field(
         (64, 64, 64), min_length=1, description="widths of the hidden layers"
     )
@@ -76,10 +111,13 @@ class Ranking(Section):
     max_length: int = Field(20, ge=1, description="latest events of the history whose mean is a feature")
     labels: Literal["auto", "ratings", "sampled"] = Field(
         "auto",
-        description="ratings: events are positive or negative by features.positive_rating; sampled: events against drawn items; auto: by the data",
+        description="ratings: events are positive or negative by features.positive_rating; sampled: events against "
+        "drawn items; auto: by the data",
     )
     negatives: int = Field(4, ge=1, description="sampled: items drawn for each event")
-    negative_power: float = Field(0.75, ge=0, description="sampled: an item is drawn in proportion to its training count to this power")
+    negative_power: float = Field(
+        0.75, ge=0, description="sampled: an item is drawn in proportion to its training count to this power"
+    )
     batch: int = Field(4096, ge=2, description="samples a step, all workers together")
     lr: float = Field(0.001, gt=0, description="Adam learning rate")
     weight_decay: float = Field(1e-6, ge=0, description="Adam weight decay")
@@ -90,16 +128,26 @@ class Ranking(Section):
 class Evaluate(Section):
     tokenizers: Names = Field((), description="labels of compare.tokenizers whose SIDs are put to use")
     retrievers: dict[str, Retrieval] = Field(
-        {}, description="label -> retrieval section: each on the SIDs of each tokenizer, unless evaluate.models says which"
+        {},
+        description="label -> retrieval section: each on the SIDs of each tokenizer, unless evaluate.models says which",
     )
     rankers: dict[str, Ranking] = Field({}, description="label -> ranking section: the same")
-    controls: dict[str, Retrieval] = Field({}, description="label -> retrieval section with head item: on one token an item instead of SIDs (SASRec)")
-    ranking_controls: dict[str, Ranking] = Field({}, description="label -> ranking section: on item ids instead of SIDs")
-    parallel: int = Field(1, ge=1, description="cells in the making at a time; more than one needs ray.workers of at least 1")
-    published: Literal["none", "beauty"] = Field("none", description="published results shown beside ours: those of this data set")
+    controls: dict[str, Retrieval] = Field(
+        {}, description="label -> retrieval section with head item: on one token an item instead of SIDs (SASRec)"
+    )
+    ranking_controls: dict[str, Ranking] = Field(
+        {}, description="label -> ranking section: on item ids instead of SIDs"
+    )
+    parallel: int = Field(
+        1, ge=1, description="cells in the making at a time; more than one needs ray.workers of at least 1"
+    )
+    published: Literal["none", "beauty"] = Field(
+        "none", description="published results shown beside ours: those of this data set"
+    )
     studies: dict[str, Names] = Field(
         {},
-        description="heading -> labels of compare.tokenizers, the first of which the others are compared with (ablations, other constants); those that "
+        description="heading -> labels of compare.tokenizers, the first of which the others are compared with "
+        "(ablations, other constants); those that "
         "evaluate.tokenizers and evaluate.models do not name get the first retriever and all rankers",
     )
     reference: str = Field("adc-sid", description="label of evaluate.tokenizers that the others are compared with")
@@ -107,7 +155,8 @@ class Evaluate(Section):
     more_seeds: dict[str, Seeds] = Field({}, description="label of a tokenizer or control -> further seeds")
     models: dict[str, dict[str, Seeds]] = Field(
         {},
-        description="label of a tokenizer -> label of a retriever or ranker -> seeds: only these cells, where not all models and seeds are wanted",
+        description="label of a tokenizer -> label of a retriever or ranker -> seeds: only these cells, where not all "
+        "models and seeds are wanted",
     )
 
     @property
@@ -134,18 +183,31 @@ class Evaluate(Section):
             if label not in self.labels:
                 raise ValueError(f"evaluate.models.{label}: no tokenizer of evaluate has such a label")
             if label in self.more_seeds:
-                raise ValueError(f"evaluate.models.{label} names its seeds, and so does evaluate.more_seeds: remove one")
+                raise ValueError(
+                    f"evaluate.models.{label} names its seeds, and so does evaluate.more_seeds: remove one"
+                )
             if not chosen or not all(chosen.values()):
-                raise ValueError(f"evaluate.models.{label}: name at least one model, each with at least one seed, or leave {label!r} out of evaluate")
+                raise ValueError(
+                    f"evaluate.models.{label}: name at least one model, each with at least one seed, or leave "
+                    f"{label!r} out of evaluate"
+                )
             for model in chosen:
                 if model not in (*self.retrievers, *self.rankers):
-                    raise ValueError(f"evaluate.models.{label}.{model}: no retriever or ranker of evaluate has such a label")
+                    raise ValueError(
+                        f"evaluate.models.{label}.{model}: no retriever or ranker of evaluate has such a label"
+                    )
         if self.tokenizers and self.reference not in self.tokenizers:
-            raise ValueError(f"evaluate.reference is {self.reference!r}, which evaluate.tokenizers does not name: add it there, or name another")
+            raise ValueError(
+                f"evaluate.reference is {self.reference!r}, which evaluate.tokenizers does not name: add it there, or "
+                "name another"
+            )
         for label in self.tokenizers:
             if self.tokenizers.count(label) > 1:
                 raise ValueError(f"evaluate.tokenizers names {label!r} twice: remove one")
         for label, settings in self.controls.items():
             if settings.head != "item":
-                raise ValueError(f"evaluate.controls.{label}.head is {settings.head!r}: one token an item has nothing to decode, use head: item")
+                raise ValueError(
+                    f"evaluate.controls.{label}.head is {settings.head!r}: one token an item has nothing to decode, "
+                    "use head: item"
+                )
         return self

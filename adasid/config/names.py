@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from adasid import tables
 
 _SCHEMAS = (tables.items(()), tables.item_features(()), tables.BEHAVIOR_EMBEDDINGS, tables.SIDS)
-_COLUMNS = {name for schema in _SCHEMAS for name in schema.names} | {"reason", "fault", "gauged", "published"}
+_COLUMNS = {name for schema in _SCHEMAS for name in schema.names} | {"reason", "fault", "sampled", "published"}
 """The last four stand beside the vectors while items are checked and encoded."""
 _ATTRIBUTES = """
-    add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches eval extra_repr
-    float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys load_state_dict modules mtia
+    add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches eval
+    extra_repr
+    float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys load_state_dict modules
+    mtia
     named_buffers named_children named_modules named_parameters parameters pop register_backward_hook register_buffer
     register_forward_hook register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
     register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter

@@ -20,7 +20,12 @@ from adasid.tokenizers.settings import Adaptive, Hamr
 
 _WIDTH = 120
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
-_SIGNS = {limits.Ge: ("ge", "at least"), limits.Gt: ("gt", "above"), limits.Le: ("le", "at most"), limits.Lt: ("lt", "below")}
+_SIGNS = {
+    limits.Ge: ("ge", "at least"),
+    limits.Gt: ("gt", "above"),
+    limits.Le: ("le", "at most"),
+    limits.Lt: ("lt", "below"),
+}
 
 
 def render_reference() -> str:
@@ -50,7 +55,11 @@ def _tokenizers() -> Iterator[str]:
     for model in TOKENIZERS:
         values = model()
         name = model.model_fields["name"]
-        shared = [key for key in model.model_fields if key != "name" and model is not TOKENIZERS[0] and same(usual, values, key)]
+        shared = [
+            key
+            for key in model.model_fields
+            if key != "name" and model is not TOKENIZERS[0] and same(usual, values, key)
+        ]
         yield from ("", f"### `tokenizer.name: {name.default}`", "")
         text = summary(model).replace("``", "`")
         yield from textwrap.wrap(f"{text} Reads by default: {reads(values)}.", _WIDTH)
@@ -85,7 +94,9 @@ def _entry(key: str, field: FieldInfo, value: object) -> list[str]:
     elif not isinstance(value, BaseModel):
         kind += f", default `{shown(value)}`"
     text = f"`{key}` ({kind}): {_sentence(field.description, capital=False)}"
-    return textwrap.wrap(text, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _kind(annotation: Any, bounds: str = "") -> str:
@@ -108,7 +119,12 @@ def _kind(annotation: Any, bounds: str = "") -> str:
 def _limits(metadata: Any) -> str:
     """Bounds of a number, such as `` of at least 1``."""
     flat = [part for group in metadata for part in (group.metadata if isinstance(group, FieldInfo) else (group,))]
-    words = [f"{word} {getattr(part, name):.10g}" for part in flat for kind, (name, word) in _SIGNS.items() if isinstance(part, kind)]
+    words = [
+        f"{word} {getattr(part, name):.10g}"
+        for part in flat
+        for kind, (name, word) in _SIGNS.items()
+        if isinstance(part, kind)
+    ]
     return f" {' and '.join(words)}" if words else ""
 
 

@@ -20,7 +20,10 @@ from adasid.tokenizers.settings import Adaptive, Hamr, TokenizerSettings
 def render_base() -> str:
     """The text of ``conf/base.yaml``: every key with its default and one comment; optional sections and the other
     tokenizers are commented out."""
-    lines = ["# Every key with its default. Generated from adasid/config by `make conf`; a run's own file names only what differs."]
+    lines = [
+        "# Every key with its default. Generated from adasid/config by `make conf`; a run's own file names only what "
+        "differs."
+    ]
     _render(Config, Config(), 0, lines, "")
     usual = Config().tokenizer
     for model in TOKENIZERS:
@@ -79,7 +82,14 @@ def same(one: BaseModel, other: BaseModel, name: str) -> bool:
     return a is not None and a.description == b.description and getattr(one, name) == getattr(other, name)
 
 
-def _render(model: type[BaseModel], values: BaseModel | None, depth: int, lines: list[str], mark: str, left_out: Sequence[str] = ()) -> None:
+def _render(
+    model: type[BaseModel],
+    values: BaseModel | None,
+    depth: int,
+    lines: list[str],
+    mark: str,
+    left_out: Sequence[str] = (),
+) -> None:
     for name, field in sorted(model.model_fields.items(), key=lambda pair: pair[0] != "name"):
         if name in left_out:
             continue

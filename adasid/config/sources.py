@@ -18,31 +18,44 @@ class Synthetic(Section):
     popularity_exponent: float = Field(0.9, ge=0.0, description="Zipf exponent of item popularity")
     text_width: int = Field(128, ge=2, description="width of the text embedding")
     visual_width: int = Field(64, ge=2, description="width of the visual embedding")
-    content_noise: float = Field(0.8, ge=0.0, description="norm of the noise on a content vector; the topic vector has norm 1")
-    near_duplicates: float = Field(0.0, ge=0.0, le=0.5, description="share of items whose content is nearly that of another item of their topic")
+    content_noise: float = Field(
+        0.8, ge=0.0, description="norm of the noise on a content vector; the topic vector has norm 1"
+    )
+    near_duplicates: float = Field(
+        0.0, ge=0.0, le=0.5, description="share of items whose content is nearly that of another item of their topic"
+    )
     missing_visual: Share = Field(0.05, description="share of items that have no visual embedding")
-    behavior_width: int = Field(0, ge=0, description="0: no behaviour is planted, SASRec learns it; else the width of a planted vector")
-    behavior_noise: float = Field(2.0, ge=0.0, description="planted behaviour = topic + noise of norm behavior_noise / sqrt(1 + count)")
+    behavior_width: int = Field(
+        0, ge=0, description="0: no behaviour is planted, SASRec learns it; else the width of a planted vector"
+    )
+    behavior_noise: float = Field(
+        2.0, ge=0.0, description="planted behaviour = topic + noise of norm behavior_noise / sqrt(1 + count)"
+    )
     chunk_users: int = Field(10_000, ge=1, description="users generated at a time by one Spark task")
 
     @model_validator(mode="after")
     def _activity(self) -> Synthetic:
         if self.interactions < 5 * self.users:
             raise ValueError(
-                f"source.synthetic.interactions {self.interactions} is less than 5 a user for {self.users} users: raise it, or lower users"
+                f"source.synthetic.interactions {self.interactions} is less than 5 a user for {self.users} users: "
+                "raise it, or lower users"
             )
         return self
 
 
 class TablesSource(Section):
     items: str = Field(description="path of the items table: item_id, one array column a modality, optional title")
-    interactions: str = Field(description="path of the interactions table: user_id, item_id, timestamp or pos, optional rating")
+    interactions: str = Field(
+        description="path of the interactions table: user_id, item_id, timestamp or pos, optional rating"
+    )
     format: Literal["parquet", "delta"] = Field("parquet", description="format of both tables")
 
 
 class ArraysSource(Section):
     folder: str = Field(description="folder that holds the files named below")
-    items: str = Field("items.parquet", description="rows of the arrays: Parquet with item_id, or a text file with one id a line")
+    items: str = Field(
+        "items.parquet", description="rows of the arrays: Parquet with item_id, or a text file with one id a line"
+    )
     interactions: str = Field("interactions.parquet", description="Parquet: user_id, item_id, timestamp and/or pos")
     embeddings: dict[str, str] = Field(description="modality -> .npy file, row i belongs to row i of items")
 
@@ -50,7 +63,9 @@ class ArraysSource(Section):
 class AmazonSource(Section):
     reviews: str = Field(description="reviews as downloaded (JSON lines, .gz or not)")
     metadata: str = Field(description="product metadata as downloaded (JSON lines, .gz or not)")
-    text_width: int = Field(128, ge=2, description="width of the text embedding learned from title, brand and categories (Word2Vec)")
+    text_width: int = Field(
+        128, ge=2, description="width of the text embedding learned from title, brand and categories (Word2Vec)"
+    )
     min_word_count: int = Field(5, ge=1, description="words rarer than this are ignored by Word2Vec")
 
 
@@ -75,7 +90,10 @@ class Source(Section):
         for kind in ("synthetic", "tables", "arrays", "amazon"):
             given = getattr(self, kind) is not None
             if given and kind != self.kind:
-                raise ValueError(f"source.{kind} is set but source.kind is {self.kind!r}: remove the section or set source.kind: {kind}")
+                raise ValueError(
+                    f"source.{kind} is set but source.kind is {self.kind!r}: remove the section or set source.kind: "
+                    f"{kind}"
+                )
             if not given and kind == self.kind:
                 raise ValueError(f"source.kind is {kind!r} but the section source.{kind} is missing: add it")
         return self

@@ -31,11 +31,17 @@ _SPECIAL = '#%?*:^|<>[]{}\\"`'
 
 
 class Config(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run: its outputs lie in <runs_dir>/<name>")
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the run: its outputs lie in <runs_dir>/<name>",
+    )
     seed: int = Field(17, ge=0, lt=2**31, description="the one seed")
     runs_dir: str = Field("runs", description="where runs are kept")
     pins: dict[str, int] = Field({}, description="table -> version to read instead of the latest")
-    source: Source = Field(Source(kind="synthetic", synthetic=Synthetic()), description="where items and interactions come from")
+    source: Source = Field(
+        Source(kind="synthetic", synthetic=Synthetic()), description="where items and interactions come from"
+    )
     features: Features = Field(Features(), description="validation, split and long-tail statistics (Spark)")
     behavior: Behavior = Field(Behavior(), description="behaviour embeddings (SASRec on Ray Train)")
     tokenizer: AnyTokenizer = Field(AdcSidSettings(), description="the tokenizer (Ray Train), chosen by its name")
@@ -60,11 +66,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _inputs(self) -> Config:
-        for key, settings in {"tokenizer": self.tokenizer, **{f"compare.tokenizers.{k}": v for k, v in self.compare.tokenizers.items()}}.items():
+        for key, settings in {
+            "tokenizer": self.tokenizer,
+            **{f"compare.tokenizers.{k}": v for k, v in self.compare.tokenizers.items()},
+        }.items():
             for modality in settings.inputs:
                 if modality not in (*self.features.content, BEHAVIOR):
                     raise ValueError(
-                        f"{key} ({settings.name}) reads {modality!r} but features.content is {list(self.features.content)}: "
+                        f"{key} ({settings.name}) reads {modality!r} but features.content is "
+                        f"{list(self.features.content)}: "
                         "add it there, or leave it out of the tokenizer"
                     )
         return self
@@ -79,7 +89,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _lengths(self) -> Config:
         if "://" in self.runs_dir:
-            raise ValueError(f"runs_dir is {self.runs_dir!r}: must be a folder that all machines share, mounted under one path")
+            raise ValueError(
+                f"runs_dir is {self.runs_dir!r}: must be a folder that all machines share, mounted under one path"
+            )
         place = str(Path(self.runs_dir).absolute())
         if odd := next((c for c in place if c in _SPECIAL or not c.isprintable()), None):
             raise ValueError(
@@ -88,7 +100,8 @@ class Config(Section):
             )
         if self.behavior.max_length > self.features.max_length:
             raise ValueError(
-                f"behavior.max_length {self.behavior.max_length} is longer than features.max_length {self.features.max_length}: "
+                f"behavior.max_length {self.behavior.max_length} is longer than features.max_length "
+                f"{self.features.max_length}: "
                 "the sequences are cut before the model sees them; lower the first or raise the second"
             )
         retrievers = {"retrieval": self.retrieval}
@@ -96,21 +109,34 @@ class Config(Section):
         retrievers |= {f"evaluate.controls.{k}": v for k, v in self.evaluate.controls.items()}
         for key, settings in retrievers.items():
             if settings.max_length > self.features.max_length:
-                raise ValueError(f"{key}.max_length {settings.max_length} is longer than features.max_length {self.features.max_length}: lower it")
+                raise ValueError(
+                    f"{key}.max_length {settings.max_length} is longer than features.max_length "
+                    f"{self.features.max_length}: lower it"
+                )
             if settings.repeatable != self.retrieval.repeatable:
                 raise ValueError(
-                    f"{key}.repeatable is {str(settings.repeatable).lower()} but retrieval.repeatable is not: lists are compared, so set it alike"
+                    f"{key}.repeatable is {str(settings.repeatable).lower()} but retrieval.repeatable is not: lists "
+                    "are compared, so set it alike"
                 )
         if self.evaluate.parallel > 1 and not self.ray.workers:
-            raise ValueError(f"evaluate.parallel is {self.evaluate.parallel} but ray.workers is 0, which trains in the job's one process: raise it")
+            raise ValueError(
+                f"evaluate.parallel is {self.evaluate.parallel} but ray.workers is 0, which trains in the job's one "
+                "process: raise it"
+            )
         for label in self.evaluate.labels:
             if label not in self.compare.tokenizers:
-                raise ValueError(f"evaluate names {label!r}, which is not a label of compare.tokenizers: add its section there")
+                raise ValueError(
+                    f"evaluate names {label!r}, which is not a label of compare.tokenizers: add its section there"
+                )
         if self.behavior.source == "column" and self.source.synthetic and not self.source.synthetic.behavior_width:
-            raise ValueError("behavior.source is 'column' but source.synthetic.behavior_width is 0: set the width, or behavior.source: sasrec")
+            raise ValueError(
+                "behavior.source is 'column' but source.synthetic.behavior_width is 0: set the width, or "
+                "behavior.source: sasrec"
+            )
         if self.behavior.source == "sasrec" and self.source.synthetic and self.source.synthetic.behavior_width:
             raise ValueError(
-                "source.synthetic.behavior_width plants a behaviour vector but behavior.source is 'sasrec': set behavior.source: column, or the width to 0"
+                "source.synthetic.behavior_width plants a behaviour vector but behavior.source is 'sasrec': set "
+                "behavior.source: column, or the width to 0"
             )
         return self
 
@@ -134,7 +160,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         data = yaml12.read(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing file, for example conf/demo.yaml") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give an existing file, for example conf/demo.yaml"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
     except yaml.YAMLError as error:
@@ -215,11 +243,19 @@ def _keys(location: list[str]) -> list[str]:
             if not isinstance(model, type):  # a label of compare.tokenizers: its tag follows
                 continue
             return []
-        model, labelled = section_of(field.annotation), get_origin(field.annotation) is dict and section_of(field.annotation) is not field.annotation
+        model, labelled = (
+            section_of(field.annotation),
+            get_origin(field.annotation) is dict and section_of(field.annotation) is not field.annotation,
+        )
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
 def section_of(annotation: Any) -> Any:
-    """The model class inside ``Model`` or ``Model | None``; the annotation itself where there is none, or more than one."""
-    found = [candidate for candidate in (annotation, *get_args(annotation)) if isinstance(candidate, type) and issubclass(candidate, BaseModel)]
+    """The model class inside ``Model`` or ``Model | None``; the annotation itself where there is none, or more than
+    one."""
+    found = [
+        candidate
+        for candidate in (annotation, *get_args(annotation))
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel)
+    ]
     return found[0] if len(found) == 1 else annotation

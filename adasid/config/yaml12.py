@@ -1,4 +1,5 @@
-"""YAML as its version 1.2 reads it (core schema): ``1e-3`` is a number, ``no`` a word, a date text; a key stands once."""
+"""YAML as its version 1.2 reads it (core schema): ``1e-3`` is a number, ``no`` a word, a date text; a key stands
+once."""
 
 from __future__ import annotations
 

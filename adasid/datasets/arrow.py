@@ -19,7 +19,9 @@ def vectors(values: NDArray[np.floating], present: NDArray[np.bool_] | None = No
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=VECTOR, mask=pa.array(~present))
 
 
-def over_ranges(make: Callable[[int, int], Iterator[pa.RecordBatch]], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def over_ranges(
+    make: Callable[[int, int], Iterator[pa.RecordBatch]], batches: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
     """``make(start, stop)`` for every row of ``batches``, whose columns are ``start`` and ``stop``."""
     for batch in batches:
         for start, stop in zip(batch["start"].to_pylist(), batch["stop"].to_pylist()):

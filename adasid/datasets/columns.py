@@ -1,8 +1,9 @@
-"""Columns of a source as the lake keeps them: ids and times as text, numbers, vectors of float32. Conversion is exact or refused.
+"""Columns of a source as the lake keeps them: ids and times as text, numbers, vectors of float32. Conversion is exact
+or refused.
 
-Every function takes one Arrow array and raises :class:`~adasid.errors.InputError` where its type, or a value, cannot be converted. The error
-says what the column is and how to store it; the caller adds the table, the file and the column (:func:`convert`).
-"""
+Every function takes one Arrow array and raises :class:`~adasid.errors.InputError` where its type, or a value, cannot be
+converted. The error says what the column is and how to store it; the caller adds the table, the file and the column
+(:func:`convert`)."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def decoded(values: pa.Array) -> pa.Array:
 
 
 def ids(values: pa.Array) -> pa.Array:
-    """Ids as text. Text and integers are exact; of floats, booleans and binary the text form would decide identity, so they are refused."""
+    """Ids as text. Text and integers are exact; of floats, booleans and binary the text form would decide identity, so
+    they are refused."""
     kind = values.type
     if _is_text(kind) or pt.is_integer(kind) or pt.is_null(kind) or (pt.is_decimal(kind) and kind.scale == 0):
         return pc.cast(values, pa.string())
@@ -48,7 +50,8 @@ def texts(values: pa.Array) -> pa.Array | None:
 
 
 def times(values: pa.Array) -> pa.Array:
-    """Times as text: numbers as written (their unit is read from their size later), timestamps and dates as ISO 8601 in UTC; NaN is null."""
+    """Times as text: numbers as written (their unit is read from their size later), timestamps and dates as ISO 8601 in
+    UTC; NaN is null."""
     kind = values.type
     if _is_text(kind) or pt.is_integer(kind) or pt.is_decimal(kind) or pt.is_null(kind):
         return pc.cast(values, pa.string())
@@ -63,7 +66,9 @@ def times(values: pa.Array) -> pa.Array:
         try:
             return pc.strftime(values.cast(pa.timestamp("us", tz="UTC")), format="%Y-%m-%dT%H:%M:%SZ")
         except pa.ArrowInvalid as error:
-            raise InputError(f"is {kind} with a value beyond the years of a timestamp in microseconds ({error})") from None
+            raise InputError(
+                f"is {kind} with a value beyond the years of a timestamp in microseconds ({error})"
+            ) from None
     raise InputError(f"is {kind}; must be a number (unix seconds or finer), text or a timestamp")
 
 
@@ -75,7 +80,9 @@ def positions(values: pa.Array) -> pa.Array:
         try:
             return pc.cast(numbers, pa.int64())
         except pa.ArrowInvalid as error:
-            raise InputError(f"is {kind} and has a value that is no whole number of 64 bits ({error}): store whole numbers") from None
+            raise InputError(
+                f"is {kind} and has a value that is no whole number of 64 bits ({error}): store whole numbers"
+            ) from None
     raise InputError(f"is {kind}; must be whole numbers")
 
 
@@ -89,9 +96,16 @@ def numbers(values: pa.Array) -> pa.Array:
 
 
 def vectors(values: pa.Array) -> pa.Array:
-    """Vectors as lists of float32, null where there is none. Doubles beyond float32 become infinite, which the checks refuse."""
+    """Vectors as lists of float32, null where there is none. Doubles beyond float32 become infinite, which the checks
+    refuse."""
     kind = values.type
-    lists = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind) or pt.is_list_view(kind) or pt.is_large_list_view(kind)
+    lists = (
+        pt.is_list(kind)
+        or pt.is_large_list(kind)
+        or pt.is_fixed_size_list(kind)
+        or pt.is_list_view(kind)
+        or pt.is_large_list_view(kind)
+    )
     if pt.is_null(kind):
         return pc.cast(values, VECTOR)
     inner = kind.value_type if lists else kind
@@ -103,8 +117,9 @@ def vectors(values: pa.Array) -> pa.Array:
 
 
 def convert(batch: pa.RecordBatch, schema: pa.Schema, where: str) -> pa.RecordBatch:
-    """The columns of ``batch`` that a table of the lake has (``tables.items`` or ``tables.INTERACTIONS``), as its ``schema`` says; a column that the batch
-    lacks is null. Raises InputError that begins with ``where`` and names the column."""
+    """The columns of ``batch`` that a table of the lake has (``tables.items`` or ``tables.INTERACTIONS``), as its
+    ``schema`` says; a column that the batch lacks is null. Raises InputError that begins with ``where`` and names the
+    column."""
     given = {name: decoded(batch.column(index)) for index, name in enumerate(batch.schema.names)}
     columns = []
     for field in schema:
@@ -146,13 +161,16 @@ def read_from(target: pa.Schema) -> set[str]:
 
 
 def problems(schema: pa.Schema, target: pa.Schema, where: str) -> None:
-    """Raise InputError where a column of a source's ``schema`` cannot be converted for ``target``, before any row is read."""
+    """Raise InputError where a column of a source's ``schema`` cannot be converted for ``target``, before any row is
+    read."""
     wanted = [name for name in schema.names if name in read_from(target)]
     for name in wanted:
         if schema.names.count(name) > 1:
             raise InputError(f"{where}: column {name!r} stands there twice; remove one")
     fields = [schema.field(name) for name in wanted]
-    convert(pa.RecordBatch.from_arrays([pa.nulls(0, _plain(field.type)) for field in fields], names=wanted), target, where)
+    convert(
+        pa.RecordBatch.from_arrays([pa.nulls(0, _plain(field.type)) for field in fields], names=wanted), target, where
+    )
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

@@ -1,4 +1,5 @@
-"""Rows of Parquet files as the lake keeps them. This runs in Spark's Python workers, which import nothing but Arrow for it."""
+"""Rows of Parquet files as the lake keeps them. This runs in Spark's Python workers, which import nothing but Arrow for
+it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _ROWS = 8192
 
 
 class DataFile(NamedTuple):
-    """``path`` of a Parquet file; ``partition``: columns that its folders name (Hive), as text, null for the default partition."""
+    """``path`` of a Parquet file; ``partition``: columns that its folders name (Hive), as text, null for the default
+    partition."""
 
     path: str
     partition: tuple[tuple[str, str | None], ...]

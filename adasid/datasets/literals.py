@@ -1,4 +1,5 @@
-"""Lines that are Python literals, as the Amazon metadata of 2014 has them: ``{'asin': 'B1', 'price': None, 'title': 'Caf\\xe9'}``."""
+"""Lines that are Python literals, as the Amazon metadata of 2014 has them: ``{'asin': 'B1', 'price': None, 'title':
+'Caf\\xe9'}``."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ import pyarrow as pa
 
 
 def parse(names: Sequence[str], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """For batches with a column ``line``: ``names`` as text, and ``broken``, the line where it is no dictionary. Text stays as it is, None is null, other values
-    are JSON. Only lines that are not JSON should come here: each is parsed by Python."""
+    """For batches with a column ``line``: ``names`` as text, and ``broken``, the line where it is no dictionary. Text
+    stays as it is, None is null, other values are JSON. Only lines that are not JSON should come here: each is parsed
+    by Python."""
     for batch in batches:
         lines = batch["line"].to_pylist()
         rows = [_fields(line, names) for line in lines]

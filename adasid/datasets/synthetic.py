@@ -1,10 +1,10 @@
 """The synthetic long-tail catalogue: items in topics, Zipf popularity, users who move through a few topics.
 
-Everything is drawn from Philox streams keyed by (seed, purpose, block of 1,024 items or users), so any range can be made
-anywhere and is the same whatever the chunks and workers. The only tables as long as the catalogue are four arrays of 4 to 8
-bytes an item, made once a process. An event of any user is item i with probability p_i exactly (interests are drawn by the
-popularity of topics, items within a topic by their own), hence the closed form of :meth:`Catalog.expected_count`.
-"""
+Everything is drawn from Philox streams keyed by (seed, purpose, block of 1,024 items or users), so any range can be
+made anywhere and is the same whatever the chunks and workers. The only tables as long as the catalogue are four arrays
+of 4 to 8 bytes an item, made once a process. An event of any user is item i with probability p_i exactly (interests are
+drawn by the popularity of topics, items within a topic by their own), hence the closed form of
+:meth:`Catalog.expected_count`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ INTERESTS = 3
 """Topics of a user, drawn by popularity with replacement; also the number of equally long phases of the history."""
 
 IN_PHASE, POPULAR = 0.8, 0.1
-"""Probability that an event is of the phase's topic (else of any interest); share of events drawn from the whole catalogue instead."""
+"""Probability that an event is of the phase's topic (else of any interest); share of events drawn from the whole
+catalogue instead."""
 
 MIN_LENGTH, SPREAD = 5, 1.0
 """Shortest history; sigma of the log-normal activity beyond it."""
@@ -39,7 +40,8 @@ APART = 0.2
 """Noise on a near-copy, on top of its original's, as a part of that."""
 
 BASE_TIME, STARTS, LONGEST_SPAN, DAY = 1_500_000_000, 730, 365, 86_400
-"""Histories start within ``STARTS`` days after 2017-07-14 and last about a day an event, at most ``LONGEST_SPAN`` days."""
+"""Histories start within ``STARTS`` days after 2017-07-14 and last about a day an event, at most ``LONGEST_SPAN``
+days."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Catalog:
 
     def generator(self, purpose: str, block: int = 0) -> np.random.Generator:
         """The stream of one purpose and block."""
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, zlib.crc32(purpose.encode()), block])))
+        return np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([self.seed, zlib.crc32(purpose.encode()), block]))
+        )
 
     @cached_property
     def rank(self) -> NDArray[np.int32]:
@@ -107,22 +111,32 @@ class Catalog:
         return np.concatenate([[0.0], self.cdf[np.maximum(self.bounds[1:] - 1, 0)] * (self.bounds[1:] > 0)])
 
     def pick(self, uniform: NDArray[np.float64], topic: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
-        """Items by popularity for numbers in [0, 1): in the whole catalogue, or within ``topic`` (same shape; -1: whole catalogue)."""
+        """Items by popularity for numbers in [0, 1): in the whole catalogue, or within ``topic`` (same shape; -1: whole
+        catalogue)."""
         topic = np.full(uniform.shape, -1, np.int32) if topic is None else topic
         everywhere = topic < 0
         low, high = np.where(everywhere, 0.0, self.edges[topic]), np.where(everywhere, 1.0, self.edges[topic + 1])
-        first, last = np.where(everywhere, 0, self.bounds[topic]), np.where(everywhere, self.params.items, self.bounds[topic + 1]) - 1
+        first, last = (
+            np.where(everywhere, 0, self.bounds[topic]),
+            np.where(everywhere, self.params.items, self.bounds[topic + 1]) - 1,
+        )
         place = np.clip(np.searchsorted(self.cdf, low + uniform * (high - low), side="right"), first, last)
         item: NDArray[np.int32] = self.order[place]
         return item
 
     def width(self, modality: str) -> int:
         """Width of a modality's vectors."""
-        return {"text": self.params.text_width, "visual": self.params.visual_width, tables.BEHAVIOR: self.params.behavior_width}[modality]
+        return {
+            "text": self.params.text_width,
+            "visual": self.params.visual_width,
+            tables.BEHAVIOR: self.params.behavior_width,
+        }[modality]
 
     def topic_vectors(self, modality: str) -> NDArray[np.float32]:
         """Unit vectors (topics, width)."""
-        return _unit(self.generator(f"{modality} topics").standard_normal((self.params.topics, self.width(modality)), np.float32))
+        return _unit(
+            self.generator(f"{modality} topics").standard_normal((self.params.topics, self.width(modality)), np.float32)
+        )
 
     def noise_norm(self, start: int, stop: int) -> NDArray[np.float64]:
         """Norm of the noise on the planted behaviour, before scaling (stop - start,); 0 where none is planted."""
@@ -139,9 +153,9 @@ def catalog(params: Synthetic, seed: int) -> Catalog:
 def items(params: Synthetic, seed: int, modalities: Sequence[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
     """Items ``start`` to ``stop`` as batches of ``tables.items(modalities)``.
 
-    Content is the topic's unit vector + Gaussian noise of norm ``content_noise`` (root mean square), a near-copy's that of its original and a little more; ``behavior`` is
-    log(1 + count) * (topic's unit vector + noise of norm ``behavior_noise / sqrt(1 + count)``), count being the expected one.
-    """
+    Content is the topic's unit vector + Gaussian noise of norm ``content_noise`` (root mean square), a near-copy's that
+    of its original and a little more; ``behavior`` is log(1 + count) * (topic's unit vector + noise of norm
+    ``behavior_noise / sqrt(1 + count)``), count being the expected one."""
     plan = catalog(params, seed)
     centres = {modality: plan.topic_vectors(modality) for modality in modalities}
     for block, first, last in _blocks(start, stop):
@@ -167,7 +181,8 @@ def truth(params: Synthetic, seed: int, start: int, stop: int) -> Iterator[pa.Re
 
 
 def interactions(params: Synthetic, seed: int, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    """Events of users ``start`` to ``stop`` in time order, as batches of ``tables.INTERACTIONS``; ``pos``, ``rating`` and ``label`` are null."""
+    """Events of users ``start`` to ``stop`` in time order, as batches of ``tables.INTERACTIONS``; ``pos``, ``rating``
+    and ``label`` are null."""
     plan = catalog(params, seed)
     for block, first, last in _blocks(start, stop):
         begin = block * BLOCK
@@ -183,7 +198,9 @@ def _blocks(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         yield block, max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
 
 
-def _vectors(plan: Catalog, modality: str, centre: NDArray[np.float32], block: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _vectors(
+    plan: Catalog, modality: str, centre: NDArray[np.float32], block: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     count, width = centre.shape
     noise = plan.generator(modality, block).standard_normal((count, width), np.float32)
     if modality == tables.BEHAVIOR:
@@ -207,7 +224,9 @@ def _events(plan: Catalog, block: int, users: int) -> tuple[NDArray[np.int64], N
     ends = np.cumsum(lengths)
     user = np.repeat(np.arange(users), lengths)
     place = np.arange(ends[-1]) - (ends - lengths)[user]
-    chosen = np.where(rng.random(len(user)) < IN_PHASE, place * INTERESTS // lengths[user], rng.integers(0, INTERESTS, len(user)))
+    chosen = np.where(
+        rng.random(len(user)) < IN_PHASE, place * INTERESTS // lengths[user], rng.integers(0, INTERESTS, len(user))
+    )
     topic = np.where(rng.random(len(user)) < POPULAR, np.int32(-1), interests[user, chosen])
     item = plan.pick(rng.random(len(user)), topic)
     gaps = rng.exponential(size=len(user))

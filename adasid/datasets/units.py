@@ -28,13 +28,21 @@ def explain(text: str, first_year: int, now: datetime) -> str:
                 with suppress(OverflowError):
                     moment = _EPOCH + timedelta(seconds=number * seconds)
                     if low <= moment <= now:
-                        return f"{example} is {moment:%Y-%m-%d} if it counts {unit}: multiply by {seconds} to have unix seconds"
+                        return (
+                            f"{example} is {moment:%Y-%m-%d} if it counts {unit}: multiply by {seconds} to have "
+                            "unix seconds"
+                        )
             with suppress(OverflowError):
                 moment = _EPOCH + timedelta(days=number - _SERIAL)
                 if low <= moment <= now:
-                    return f"{example} is {moment:%Y-%m-%d} if it is a spreadsheet's serial day: subtract {_SERIAL}, then multiply by 86400"
+                    return (
+                        f"{example} is {moment:%Y-%m-%d} if it is a spreadsheet's serial day: subtract {_SERIAL}, "
+                        "then multiply by 86400"
+                    )
     unknown = digits == "0" or text.startswith(("0000-", "0001-", "1900-01-01", "1970-01-01"))
     if unknown:
-        return f"{example} often stands for an unknown time: leave it empty and bring 'pos', or lower features.first_year"
+        return (
+            f"{example} often stands for an unknown time: leave it empty and bring 'pos', or lower features.first_year"
+        )
     accepted = "unix seconds, milliseconds, microseconds or nanoseconds, or ISO 8601"
     return f"{example}: give {accepted}, between features.first_year {first_year} and {now:%Y-%m-%d}"

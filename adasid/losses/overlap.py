@@ -1,10 +1,10 @@
-"""Regulation of SIDs that overlap: QuaSID's Hamming-guided repulsion (arXiv 2603.00632), AdaSID's adaptive one (arXiv 2604.23522),
-and the contrast of co-engaged pairs that both are trained with (methods 4 and 5).
+"""Regulation of SIDs that overlap: QuaSID's Hamming-guided repulsion (arXiv 2603.00632), AdaSID's adaptive one (arXiv
+2604.23522), and the contrast of co-engaged pairs that both are trained with (methods 4 and 5).
 
-``z`` [B, d]: latents before quantization; ``codes`` [B, L] int64; ``index`` [B]: item of a row; ``paired`` [B/2] bool: whether rows i and
-i + B/2 are a co-engaged pair, None where there are no such pairs. A slot with PAD on either side, or on both, never matches.
-The losses are sums over the pairs that overlap, a small part of all; no matrix is of size B x B.
-"""
+``z`` [B, d]: latents before quantization; ``codes`` [B, L] int64; ``index`` [B]: item of a row; ``paired`` [B/2] bool:
+whether rows i and i + B/2 are a co-engaged pair, None where there are no such pairs. A slot with PAD on either side, or
+on both, never matches. The losses are sums over the pairs that overlap, a small part of all; no matrix is of size B x
+B."""
 
 from __future__ import annotations
 
@@ -30,18 +30,21 @@ def repulsion(settings: config.Repulsion | None, slots: int) -> HammingRepulsion
     """The repulsion that the config asks for."""
     if settings is None:
         return None
-    return HammingRepulsion(settings, slots) if isinstance(settings, config.Hamr) else AdaptiveRepulsion(settings, slots)
+    return (
+        HammingRepulsion(settings, slots) if isinstance(settings, config.Hamr) else AdaptiveRepulsion(settings, slots)
+    )
 
 
 def moved(weight: tuple[float, float], window: tuple[float, float], progress: float) -> float:
-    """From the first weight to the second while progress runs through the window (AdaSID's rebalancing, methods 5.4)."""
+    """From the first weight to the second while progress runs through the window (AdaSID's rebalancing, methods
+    5.4)."""
     (first, last), (start, end) = weight, window
     return first + (last - first) * min(max((progress - start) / (end - start), 0.0), 1.0)
 
 
 class Overlaps(NamedTuple):
-    """The P pairs of rows i < j with a matching slot, each once: ``key`` [P] int64 is i * ``rows`` + j, ascending; ``pattern`` [P] int64: bit l
-    is set where slot l matches; ``matching`` [P] int64: matching slots (o_ij)."""
+    """The P pairs of rows i < j with a matching slot, each once: ``key`` [P] int64 is i * ``rows`` + j, ascending;
+    ``pattern`` [P] int64: bit l is set where slot l matches; ``matching`` [P] int64: matching slots (o_ij)."""
 
     rows: int
     key: Tensor
@@ -60,34 +63,48 @@ class Overlaps(NamedTuple):
 
     def where(self, chosen: Tensor) -> Overlaps:
         """Those that ``chosen`` [P] bool names."""
-        return self if chosen.all() else Overlaps(self.rows, self.key[chosen], self.pattern[chosen], self.matching[chosen])
+        return (
+            self if chosen.all() else Overlaps(self.rows, self.key[chosen], self.pattern[chosen], self.matching[chosen])
+        )
 
     @torch.no_grad()
     def cosines(self, unit: Tensor) -> Tensor:
-        """u_i . u_j of unit vectors [B, d] -> [P], without gradient. Blocks of the upper triangle of all products, each while it is in the cache."""
+        """u_i . u_j of unit vectors [B, d] -> [P], without gradient. Blocks of the upper triangle of all products, each
+        while it is in the cache."""
         found = [self.key.new_zeros(0).to(unit)]
         starts = list(range(0, self.rows, _BLOCK))
-        ends = torch.searchsorted(self.key, torch.tensor([(start + _BLOCK) * self.rows for start in starts], device=unit.device)).tolist()
+        ends = torch.searchsorted(
+            self.key, torch.tensor([(start + _BLOCK) * self.rows for start in starts], device=unit.device)
+        ).tolist()
         for start, begin, end in zip(starts, [0, *ends], ends):
             if end > begin:
                 products, key = unit[start : start + _BLOCK] @ unit[start:].T, self.key[begin:end]
                 # a block has no columns before its first row
-                found.append(products.view(-1)[key - start * (self.rows + 1) - (key.div(self.rows, rounding_mode="floor") - start) * start])
+                found.append(
+                    products.view(-1)[
+                        key - start * (self.rows + 1) - (key.div(self.rows, rounding_mode="floor") - start) * start
+                    ]
+                )
         return torch.cat(found)
 
     def push(self, unit: Tensor, weights: Tensor) -> Tensor:
         """``sum_p weights_p u_i . u_j``, with its gradient in ``unit``; ``weights`` [P] without."""
         some = self.where(weights != 0)
         pairs, weights = torch.stack([some.first, some.second]), weights[weights != 0].to(unit)
-        both = torch.sparse_coo_tensor(torch.cat([pairs, pairs.flip(0)], dim=1), weights.repeat(2), (self.rows, self.rows), check_invariants=False)
-        twice = (unit * (both @ unit.detach())).sum()  # each pair from either side: the gradient is right, the value twice the sum
+        both = torch.sparse_coo_tensor(
+            torch.cat([pairs, pairs.flip(0)], dim=1), weights.repeat(2), (self.rows, self.rows), check_invariants=False
+        )
+        twice = (
+            unit * (both @ unit.detach())
+        ).sum()  # each pair from either side: the gradient is right, the value twice the sum
         return twice - twice.detach() / 2
 
 
 @torch.no_grad()
 def overlaps(codes: Tensor, index: Tensor, paired: Tensor | None) -> Overlaps:
-    """Qualified pairs (QuaSID eq 8: of different items, and no constructed positive) that have the same code in a slot. Only pairs that match
-    are ever listed: each slot is sorted, and its runs of one code are paired out."""
+    """Qualified pairs (QuaSID eq 8, methods 4.2: of different items, and no constructed positive) that have the same
+    code in a slot. Only pairs that match are ever listed: each slot is sorted, and its runs of one code are paired
+    out."""
     size, keys, bits = len(codes), [], []
     for slot, column in enumerate(codes.T):
         order = column.argsort(stable=True)
@@ -108,11 +125,17 @@ def overlaps(codes: Tensor, index: Tensor, paired: Tensor | None) -> Overlaps:
 
 @torch.no_grad()
 def loads(found: Overlaps, codes: Tensor, by_code: bool) -> Tensor:
-    """c_ij of each pair [P] int64: ordered pairs of its kind. Two are of one kind where they match in the same slots (kappa, methods 5.3) and,
-    with ``by_code``, in the same codes, which are told apart by 64-bit hashes."""
+    """c_ij of each pair [P] int64: ordered pairs of its kind. Two are of one kind where they match in the same slots
+    (kappa, methods 5.3) and, with ``by_code``, in the same codes, which are told apart by 64-bit hashes."""
     key = found.pattern
     if by_code:
-        factors = torch.randint(-(2**62), 2**62, (codes.shape[1],), generator=torch.Generator().manual_seed(0)).to(codes.device) * 2 + 1
+        factors = (
+            torch.randint(-(2**62), 2**62, (codes.shape[1],), generator=torch.Generator().manual_seed(0)).to(
+                codes.device
+            )
+            * 2
+            + 1
+        )
         hashes = (factors * (codes + 1))[found.first]
         key = torch.stack([((key >> slot) & 1) * number for slot, number in enumerate(hashes.T)]).sum(0)
     _, kind, pairs = key.unique(return_inverse=True, return_counts=True)
@@ -121,41 +144,54 @@ def loads(found: Overlaps, codes: Tensor, by_code: bool) -> Tensor:
 
 
 class HammingRepulsion(nn.Module):
-    """QuaSID eqs 9 to 13: a hinge on the cosine distance of overlapping pairs, wider and heavier for a full overlap.
+    """QuaSID eqs 9 to 13: a hinge on the cosine distance of overlapping pairs, wider and heavier for a full overlap
+    (methods 4.3).
 
-    The Hamming distance is L - matching slots. An overlap has a matching slot. It is full where every slot in which either item has a
-    code matches (so two items that lack the same modality can overlap fully), else partial up to a distance of ``radius``.
-    """
+    The Hamming distance is L - matching slots. An overlap has a matching slot. It is full where every slot in which
+    either item has a code matches (so two items that lack the same modality can overlap fully), else partial up to a
+    distance of ``radius``."""
 
     def __init__(self, settings: config.Hamr, slots: int) -> None:
         super().__init__()
         self.settings = settings
         self.radius = settings.radius or max(1, round(slots / 3))
 
-    def forward(self, z: Tensor, codes: Tensor, index: Tensor, paired: Tensor | None, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """The weighted loss, and the number of full and partial overlaps (each pair once); ``progress`` has no effect."""
+    def forward(
+        self, z: Tensor, codes: Tensor, index: Tensor, paired: Tensor | None, progress: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The weighted loss, and the number of full and partial overlaps (each pair once); ``progress`` has no
+        effect."""
         s, slots, absent = self.settings, codes.shape[1], codes == PAD
         found, unit = overlaps(codes, index, paired), nnf.normalize(z, dim=1)
-        found = found.where((slots - found.matching <= self.radius) | (found.matching == slots - absent.sum(1)[found.first]))
+        found = found.where(
+            (slots - found.matching <= self.radius) | (found.matching == slots - absent.sum(1)[found.first])
+        )
         full = found.matching == slots - (absent[found.first] & absent[found.second]).sum(1)
         partial = ~full & (slots - found.matching <= self.radius)
         distance, loss = 1 - found.cosines(unit), z.new_zeros(())
-        for group, margin, weight in ((full, s.full_margin, s.full_weight), (partial, s.partial_margin, s.partial_weight)):
+        for group, margin, weight in (
+            (full, s.full_margin, s.full_weight),
+            (partial, s.partial_margin, s.partial_weight),
+        ):
             active = (group & (distance < margin)).to(z) * weight / group.sum().clamp(min=1)
             loss = loss + (margin - 1) * active.sum() + found.push(unit, active)
         return loss, {"full_overlaps": float(full.sum()), "partial_overlaps": float(partial.sum())}
 
 
 class AdaptiveRepulsion(nn.Module):
-    """AdaSID: overlaps of similar items are spared, crowded ones repelled harder, all of them less as training goes on (methods 5.1 to 5.5).
+    """AdaSID: overlaps of similar items are spared, crowded ones repelled harder, all of them less as training goes on
+    (methods 5.1 to 5.5).
 
-    The load at which strength is full is the mean, over the first ``CALIBRATED`` batches, of the quantile of a batch's loads.
-    """
+    The load at which strength is full is the mean, over the first ``CALIBRATED`` batches, of the quantile of a batch's
+    loads."""
 
     def __init__(self, settings: config.Adaptive, slots: int) -> None:
         super().__init__()
         if slots > 31:
-            raise ValueError(f"repulsion of kind 'adaptive' tells at most 31 slots apart, the tokenizer has {slots}: use fewer, or kind hamr")
+            raise ValueError(
+                f"repulsion of kind 'adaptive' tells at most 31 slots apart, the tokenizer has {slots}: use fewer, or "
+                "kind hamr"
+            )
         self.settings = settings
         self.register_buffer("thresholds", torch.linspace(*settings.thresholds, slots), persistent=False)
         self.register_buffer("full_load", torch.zeros((), dtype=torch.float64))
@@ -164,20 +200,26 @@ class AdaptiveRepulsion(nn.Module):
         self.full_load: Tensor
         self.batches: Tensor
 
-    def forward(self, z: Tensor, codes: Tensor, index: Tensor, paired: Tensor | None, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """The loss times its weight at ``progress``; the number of overlaps (each pair once), the share of them that is spared, their mean
-        strength, and the weight."""
+    def forward(
+        self, z: Tensor, codes: Tensor, index: Tensor, paired: Tensor | None, progress: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss times its weight at ``progress``; the number of overlaps (each pair once), the share of them that is
+        spared, their mean strength, and the weight."""
         s, weight, unit = self.settings, self.weight(progress), nnf.normalize(z, dim=1)
         found = overlaps(codes, index, paired)
         cosine, load = found.cosines(unit), loads(found, codes, s.load == "code")
         strength, spared = self._strength(load), cosine >= self.thresholds[found.matching - 1]
         active = (strength * (~spared & (cosine > 1 - s.margin))).to(z)
         loss = weight * ((s.margin - 1) * active.sum() + found.push(unit, active)) / max(1, len(spared))
-        shares = {"spared": float(spared.sum()) / max(1, len(spared)), "strength": float(strength.sum()) / max(1, len(spared))}
+        shares = {
+            "spared": float(spared.sum()) / max(1, len(spared)),
+            "strength": float(strength.sum()) / max(1, len(spared)),
+        }
         return loss, {"overlaps": float(len(spared)), **shares, "repulsion_weight": weight}
 
     def weight(self, progress: float) -> float:
-        """``lam_col``: from ``settings.weight[0]`` to ``[1]`` while progress runs through ``settings.progress`` (methods 5.4)."""
+        """``lam_col``: from ``settings.weight[0]`` to ``[1]`` while progress runs through ``settings.progress``
+        (methods 5.4)."""
         return moved(self.settings.weight, self.settings.progress, progress)
 
     @torch.no_grad()
@@ -200,13 +242,15 @@ class AdaptiveRepulsion(nn.Module):
         return (low + (high - low) * (load / self.full_load.clamp(min=1)).clamp(max=1) ** s.load_power).float()
 
 
-def pair_contrast(z: Tensor, index: Tensor, paired: Tensor, temperature: float, z_all: Tensor, index_all: Tensor, offset: int) -> Tensor:
-    """Symmetric InfoNCE of the pairs (i, i + B/2) by cosine, mean over this worker's pairs; 0 where there are none (methods 4.4).
+def pair_contrast(
+    z: Tensor, index: Tensor, paired: Tensor, temperature: float, z_all: Tensor, index_all: Tensor, offset: int
+) -> Tensor:
+    """Symmetric InfoNCE of the pairs (i, i + B/2) by cosine, mean over this worker's pairs; 0 where there are none
+    (methods 4.4).
 
-    ``z_all`` [W B, d], ``index_all`` [W B]: the rows of all workers, B of each; this worker's begin at ``offset``. The candidates of a first
-    row are all second rows, and the reverse. Left out as false negatives (methods 4.2) are other candidates of the positive's or the
-    anchor's item, and those whose own first (second) row is the anchor's item.
-    """
+    ``z_all`` [W B, d], ``index_all`` [W B]: the rows of all workers, B of each; this worker's begin at ``offset``. The
+    candidates of a first row are all second rows, and the reverse. Left out as false negatives (methods 4.2) are other
+    candidates of the positive's or the anchor's item, and those whose own first (second) row is the anchor's item."""
     half = len(paired)
     items, vectors = index_all.view(-1, 2, half), z_all.view(-1, 2, half, z_all.shape[1])
     rows = paired.nonzero().squeeze(1)
@@ -214,9 +258,14 @@ def pair_contrast(z: Tensor, index: Tensor, paired: Tensor, temperature: float, 
     total = z.new_zeros(())
     for side in (0, 1):
         candidates, anchor = items[:, 1 - side].reshape(-1), index[side * half + rows, None]
-        false = (candidates == candidates[positive, None]) | (candidates == anchor) | (items[:, side].reshape(-1) == anchor)
+        false = (
+            (candidates == candidates[positive, None]) | (candidates == anchor) | (items[:, side].reshape(-1) == anchor)
+        )
         false[torch.arange(len(rows), device=z.device), positive] = False
-        anchors, others = nnf.normalize(z[side * half + rows], dim=1), nnf.normalize(vectors[:, 1 - side].reshape(-1, z.shape[1]), dim=1)
+        anchors, others = (
+            nnf.normalize(z[side * half + rows], dim=1),
+            nnf.normalize(vectors[:, 1 - side].reshape(-1, z.shape[1]), dim=1),
+        )
         logits = (anchors @ others.T / temperature).masked_fill(false, -torch.inf)
         total = total + nnf.cross_entropy(logits, positive, reduction="sum")
     return total / (2 * max(1, len(rows)))

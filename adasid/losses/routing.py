@@ -11,7 +11,8 @@ SHARPNESS, LEVEL = 10.0, 0.05
 
 
 class SparsityController(nn.Module):
-    """Weight of the sparsity loss, moved once a step by the sign of (target - current sparsity). Its state is part of the checkpoint."""
+    """Weight of the sparsity loss, moved once a step by the sign of (target - current sparsity). Its state is part of
+    the checkpoint."""
 
     def __init__(self, start: float, step: float) -> None:
         super().__init__()
@@ -21,21 +22,23 @@ class SparsityController(nn.Module):
 
     @torch.no_grad()
     def update(self, current: float, target: float) -> None:
-        """``lambda <- lambda a^{sign(target - current)}``; equality counts as too sparse (as in ReMoE's code); clamped to 1e-10 .. 1e2."""
+        """``lambda <- lambda a^{sign(target - current)}`` (ReMoE eq 7); equality counts as too sparse (as in ReMoE's
+        code); clamped to 1e-10 .. 1e2."""
         self.weight.mul_(self.step if current < target else 1 / self.step).clamp_(*BOUNDS)
 
 
 def sparsity_loss(gates: Tensor, active_share: Tensor, target: float) -> Tensor:
-    """``mean over items of sum_j f_j R_j`` with ``f_j = active_share_j / (1 - target)`` (detached): L1 that weighs busy experts more.
+    """``mean over items of sum_j f_j R_j`` with ``f_j = active_share_j / (1 - target)`` (detached): L1 that weighs busy
+    experts more (ReMoE eqs 10 and 11).
 
-    ``gates`` [B, N_b] >= 0; ``active_share`` [N_b]: share of items, over all workers, with R_j > 0. f_j is 1 at balance on target.
-    """
+    ``gates`` [B, N_b] >= 0; ``active_share`` [N_b]: share of items, over all workers, with R_j > 0. f_j is 1 at balance
+    on target."""
     load = (active_share / (1 - target)).detach()
     return (gates * load).sum(1).mean() if len(gates) else gates.sum()
 
 
 def item_sparsity_loss(gates: Tensor, target: Tensor) -> Tensor:
-    """Hinge that asks every item for its own sparsity (methods 1.7): mean over items of
-    ``[mean_j sigma(SHARPNESS (R_j - LEVEL)) - (1 - target)]_+^2``. ``gates`` [B, N_b], ``target`` [B]: share of slots to be inactive."""
+    """Hinge that asks every item for its own sparsity (methods 1.7): mean over items of ``[mean_j sigma(SHARPNESS (R_j
+    - LEVEL)) - (1 - target)]_+^2``. ``gates`` [B, N_b], ``target`` [B]: share of slots to be inactive."""
     busy = torch.sigmoid(SHARPNESS * (gates - LEVEL)).mean(1)
     return (torch.relu(busy - (1 - target)) ** 2).mean() if len(gates) else gates.sum()

@@ -1,5 +1,5 @@
-"""What codes say about an item, measured alike for every tokenizer: how much of each modality can be read from them, and whether items
-that share codes are of one kind. PAD never counts as shared."""
+"""What codes say about an item, measured alike for every tokenizer: how much of each modality can be read from them,
+and whether items that share codes are of one kind (methods 8.10). PAD never counts as shared."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _CHUNK = 256
 
 
 class Readout:
-    """Linear readout of each modality from the codes: an embedding a code of each slot, fitted by least squares on four fifths of the
-    items, measured on the rest. A common target for methods that decode in different ways, or not at all (methods 8.1).
+    """Linear readout of each modality from the codes: an embedding a code of each slot, fitted by least squares on four
+    fifths of the items, measured on the rest. A common target for methods that decode in different ways, or not at all
+    (methods 8.1).
 
     Items stream through :meth:`add`; memory is (L (K+1))^2 + L (K+1) D.
     """
@@ -33,7 +34,8 @@ class Readout:
         self._items = {m: torch.zeros(2, dtype=torch.float64) for m in widths}
 
     def add(self, codes: Tensor, place: Tensor, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> None:
-        """``codes`` [B, L], ``place`` [B]: number of the item in the sample, ``vectors`` modality -> [B, D], ``present`` modality -> [B] bool."""
+        """``codes`` [B, L], ``place`` [B]: number of the item in the sample, ``vectors`` modality -> [B, D],
+        ``present`` modality -> [B] bool."""
         column = torch.where(codes == PAD, self.size, codes).long() + torch.arange(self.slots) * (self.size + 1)
         hot = torch.zeros(len(codes), self.slots * (self.size + 1)).scatter_(1, column, 1.0)
         for m in self._codes:
@@ -72,10 +74,9 @@ class Readout:
 def agreement(codes: NDArray[np.int32], kinds: NDArray[np.int64], queries: NDArray[np.int64], neighbours: int) -> float:
     """Mean share of an item's ``neighbours`` nearest items, by number of shared codes, that are of its kind.
 
-    ``codes`` [M, L], ``kinds`` [M] (negative: unknown, such items are left out), ``queries``: positions of the items asked about. Items
-    that share equally many codes share the last places evenly, so that the order of rows does not matter.
-    NaN where no item is asked about, or where it is the only one.
-    """
+    ``codes`` [M, L], ``kinds`` [M] (negative: unknown, such items are left out), ``queries``: positions of the items
+    asked about. Items that share equally many codes share the last places evenly, so that the order of rows does not
+    matter. NaN where no item is asked about, or where it is the only one."""
     known = kinds >= 0
     table, kind = torch.from_numpy(codes[known]), torch.from_numpy(kinds[known])
     place = np.cumsum(known) - 1
@@ -97,9 +98,11 @@ def agreement(codes: NDArray[np.int32], kinds: NDArray[np.int64], queries: NDArr
     return total / len(rows) if len(rows) else float("nan")
 
 
-def duplicates_kept(codes: NDArray[np.int32], vectors: NDArray[np.float32], queries: NDArray[np.int64], least: float) -> float:
-    """Share of near-duplicates that have one SID: of the pairs of an item of ``queries`` and another whose cosine is at least ``least``. NaN where
-    there are none. ``codes`` [M, L], ``vectors`` [M, D] of unit norm."""
+def duplicates_kept(
+    codes: NDArray[np.int32], vectors: NDArray[np.float32], queries: NDArray[np.int64], least: float
+) -> float:
+    """Share of near-duplicates that have one SID: of the pairs of an item of ``queries`` and another whose cosine is at
+    least ``least``. NaN where there are none. ``codes`` [M, L], ``vectors`` [M, D] of unit norm."""
     pairs, kept = 0, 0
     for part in np.array_split(queries, max(1, -(-len(queries) // _CHUNK))):
         row, other = np.nonzero(vectors[part] @ vectors.T >= least)
@@ -110,7 +113,8 @@ def duplicates_kept(codes: NDArray[np.int32], vectors: NDArray[np.float32], quer
 
 
 def shared_cosine(codes: NDArray[np.int32], vectors: NDArray[np.float32]) -> float:
-    """Mean cosine of the pairs of items that share all codes; NaN where no two do. ``codes`` [M, L], ``vectors`` [M, D] of unit norm.
+    """Mean cosine of the pairs of items that share all codes; NaN where no two do. ``codes`` [M, L], ``vectors`` [M, D]
+    of unit norm.
 
     The unit vectors of a group of n sum to S; its n (n - 1) ordered pairs have |S|^2 - n as the sum of their cosines.
     """

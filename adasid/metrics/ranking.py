@@ -1,4 +1,5 @@
-"""AUC over all samples and GAUC, its mean over users weighted by their samples (methods 8.8), with bootstrap intervals over users."""
+"""AUC over all samples and GAUC, its mean over users weighted by their samples (DIN, arXiv 1706.06978; methods 8.8),
+with bootstrap intervals over users."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ Floats = NDArray[np.float64]
 
 
 def auc(scores: Floats, labels: NDArray[np.int64], weights: Floats | None = None) -> float:
-    """Probability that a positive scores higher than a negative, equal scores counting half (Mann-Whitney); NaN with one class only.
-    ``scores``, ``labels`` (0 or 1) and ``weights`` [n]."""
+    """Probability that a positive scores higher than a negative, equal scores counting half (Mann-Whitney); NaN with
+    one class only. ``scores``, ``labels`` (0 or 1) and ``weights`` [n]."""
     return _auc(*_sorted(scores), labels, np.ones(len(scores)) if weights is None else weights)
 
 
@@ -51,8 +52,8 @@ def user_auc(users: NDArray[np.int64], scores: Floats, labels: NDArray[np.int64]
 def ranking_metrics(
     users: NDArray[np.int64], scores: Floats, labels: NDArray[np.int64], draws: int = 0, seed: int = 0
 ) -> dict[str, float | list[float]]:
-    """``auc``, ``gauc``, ``gauc_users`` (those with both classes), ``samples``; with ``draws`` the 95 % bootstrap intervals ``auc_interval`` and
-    ``gauc_interval`` over users. What one class alone does not define is left out."""
+    """``auc``, ``gauc``, ``gauc_users`` (those with both classes), ``samples``; with ``draws`` the 95 % bootstrap
+    intervals ``auc_interval`` and ``gauc_interval`` over users. What one class alone does not define is left out."""
     own, size = user_auc(users, scores, labels)
     found: dict[str, float | list[float]] = {"gauc_users": float(len(own)), "samples": float(len(scores))}
     if not 0 < labels.sum() < len(labels):

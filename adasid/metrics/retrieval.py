@@ -44,13 +44,15 @@ def target_ranks(scores: Tensor, targets: Tensor, places: Tensor | None = None) 
 
 
 def recall_ndcg(ranks: Tensor, cutoffs: Iterable[int] = CUTOFFS) -> dict[str, float]:
-    """``recall@N`` = mean of 1{rank <= N}; ``ndcg@N`` = mean of 1{rank <= N} / log2(rank + 1). ``ranks`` [B], 1-based."""
+    """``recall@N`` = mean of 1{rank <= N}; ``ndcg@N`` = mean of 1{rank <= N} / log2(rank + 1). ``ranks`` [B],
+    1-based."""
     return averages(rank_histogram(ranks, torch.zeros_like(ranks), 1).numpy()[0], gains(cutoffs))
 
 
 def rank_histogram(ranks: Tensor, kinds: Tensor, number: int) -> Tensor:
-    """Targets by kind and rank: [number, DEEPEST + 1] float64, column r holding rank r + 1 and the last one all beyond. It is all that the
-    metrics, their strata and their intervals need, and adds up over workers. ``ranks`` [B], ``kinds`` [B] in 0 to number - 1."""
+    """Targets by kind and rank: [number, DEEPEST + 1] float64, column r holding rank r + 1 and the last one all beyond.
+    It is all that the metrics, their strata and their intervals need, and adds up over workers. ``ranks`` [B],
+    ``kinds`` [B] in 0 to number - 1."""
     cell = (kinds.long() * (DEEPEST + 1) + (ranks.long() - 1).clamp(max=DEEPEST)).cpu()
     return torch.bincount(cell, minlength=number * (DEEPEST + 1)).double().view(number, DEEPEST + 1)
 
@@ -58,12 +60,17 @@ def rank_histogram(ranks: Tensor, kinds: Tensor, number: int) -> Tensor:
 def gains(cutoffs: Iterable[int] = CUTOFFS) -> Gains:
     """What a target of each column of :func:`rank_histogram` adds to each metric, [DEEPEST + 1]."""
     rank = np.arange(1, DEEPEST + 2)
-    return {f"{name}@{n}": (rank <= n) * gain for n in cutoffs for name, gain in (("recall", np.ones(len(rank))), ("ndcg", 1 / np.log2(rank + 1)))}
+    return {
+        f"{name}@{n}": (rank <= n) * gain
+        for n in cutoffs
+        for name, gain in (("recall", np.ones(len(rank))), ("ndcg", 1 / np.log2(rank + 1)))
+    }
 
 
 def shared_gains(sizes: NDArray[np.int64], cutoffs: Iterable[int] = CUTOFFS) -> Gains:
-    """The same, [S, DEEPEST + 1], of a target whose SID has ``sizes`` [S] items: column r holds the targets whose first item of the SID has rank
-    r + 1, and the gain is the mean over the places of the SID's items (methods 8.6: no credit for the order in which they happen to stand)."""
+    """The same, [S, DEEPEST + 1], of a target whose SID has ``sizes`` [S] items: column r holds the targets whose first
+    item of the SID has rank r + 1, and the gain is the mean over the places of the SID's items (methods 8.6: no credit
+    for the order in which they happen to stand)."""
     first = np.arange(DEEPEST + 1)
     last = np.minimum(first + sizes[:, None], DEEPEST + 1)
     sums = {name: np.concatenate([[0.0], gain.cumsum()]) for name, gain in gains(cutoffs).items()}
@@ -76,11 +83,18 @@ def averages(counts: NDArray[np.float64], of: Gains) -> dict[str, float]:
     return {name: float((counts * gain).sum() / users) for name, gain in of.items()} if users else {}
 
 
-def intervals(counts: NDArray[np.float64], of: Gains, draws: int, seed: int, level: float = 0.95) -> dict[str, tuple[float, float]]:
-    """Bootstrap intervals over users of the metrics of :func:`averages`: resampling users is drawing the cells of ``counts`` (the gains' shape)."""
+def intervals(
+    counts: NDArray[np.float64], of: Gains, draws: int, seed: int, level: float = 0.95
+) -> dict[str, tuple[float, float]]:
+    """Bootstrap intervals over users of the metrics of :func:`averages`: resampling users is drawing the cells of
+    ``counts`` (the gains' shape)."""
     users, there = int(counts.sum()), counts > 0
     if not users:
         return {}
     drawn = np.random.default_rng(seed).multinomial(users, counts[there] / users, size=draws)
     edges = ((1 - level) / 2, (1 + level) / 2)
-    return {name: (float(low), float(high)) for name, gain in of.items() for low, high in (np.quantile(drawn @ gain[there] / users, edges),)}
+    return {
+        name: (float(low), float(high))
+        for name, gain in of.items()
+        for low, high in (np.quantile(drawn @ gain[there] / users, edges),)
+    }

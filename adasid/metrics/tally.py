@@ -1,4 +1,5 @@
-"""What a table of semantic IDs is counted by. Counts add up, so those of a table follow from those of the table before and the rows that differ."""
+"""What a table of semantic IDs is counted by. Counts add up, so those of a table follow from those of the table before
+and the rows that differ."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ RARE = [place for place, stratum in enumerate(STRATA) if stratum in ("tail", "co
 
 @dataclass(frozen=True)
 class Tally:
-    """Of items in L slots of at most K codes and S strata: ``codes`` [L, K] items with each code, ``pad`` [L] with none; by stratum ``items`` and
-    ``events`` [S], the sum of ``weights`` [S, L], items whose slot is ``active`` [S, L], items with 0, 1, ... active behaviour slots, ``slots_on``
-    [S, B + 1]. ``groups``: size -> number of SIDs that so many items share; ``rare``: the same of their tail and cold items alone; ``shared``: tail and cold
-    items whose SID is not unique."""
+    """Of items in L slots of at most K codes and S strata: ``codes`` [L, K] items with each code, ``pad`` [L] with
+    none; by stratum ``items`` and ``events`` [S], the sum of ``weights`` [S, L], items whose slot is ``active`` [S, L],
+    items with 0, 1, ... active behaviour slots, ``slots_on`` [S, B + 1]. ``groups``: size -> number of SIDs that so
+    many items share; ``tail_only``: the same of their tail and cold items alone; ``shared``: tail and cold items whose
+    SID is not unique."""
 
     codes: NDArray[np.int64]
     pad: NDArray[np.int64]
@@ -32,7 +34,7 @@ class Tally:
     active: NDArray[np.int64]
     slots_on: NDArray[np.int64]
     groups: Mapping[int, int]
-    rare: Mapping[int, int]
+    tail_only: Mapping[int, int]
     shared: int
 
     @staticmethod
@@ -49,7 +51,7 @@ class Tally:
             active=by_stratum,
             slots_on=np.zeros((strata, behavior + 1), np.int64),
             groups={},
-            rare={},
+            tail_only={},
             shared=0,
         )
 
@@ -62,8 +64,9 @@ class Tally:
         strata: NDArray[np.int64],
         events: NDArray[np.int64],
     ) -> Tally:
-        """Of items [n] with ``codes``, ``weights`` and ``active`` [n, L], places ``strata`` [n] in ``tables.STRATA`` and training ``events`` [n]; but
-        for ``groups``, ``rare`` and ``shared``, which depend on all other items."""
+        """Of items [n] with ``codes``, ``weights`` and ``active`` [n, L], places ``strata`` [n] in ``tables.STRATA``
+        and training ``events`` [n]; but for ``groups``, ``tail_only`` and ``shared``, which depend on all other
+        items."""
         tally = Tally.none(slots)
         there = codes != PAD
         item, slot = np.nonzero(there)
@@ -90,19 +93,33 @@ class Tally:
                 tally.slots_on[place] = np.rint(items * np.array(metrics["active_count_by_stratum"][stratum]))
         pad = np.rint(metrics["items"] * np.array(metrics["pad"])).astype(np.int64)
         shared = round((metrics["collision_tail"] or 0) * int(tally.items[RARE].sum()))
-        groups, rare = ({size: number for size, number in metrics[name]} for name in ("group_sizes", "tail_group_sizes"))
-        return replace(tally, codes=np.array(metrics["codes"], np.int64), pad=pad, groups=groups, rare=rare, shared=shared)
+        groups, tail_only = (
+            {size: number for size, number in metrics[name]} for name in ("group_sizes", "tail_group_sizes")
+        )
+        return replace(
+            tally,
+            codes=np.array(metrics["codes"], np.int64),
+            pad=pad,
+            groups=groups,
+            tail_only=tail_only,
+            shared=shared,
+        )
 
-    def changed(self, before: Tally, after: Tally, groups: Mapping[int, int], rare: Mapping[int, int], shared: int) -> Tally:
-        """With the rows of ``after`` in place of those of ``before``; ``groups``, ``rare`` and ``shared`` as they are then."""
+    def changed(
+        self, before: Tally, after: Tally, groups: Mapping[int, int], tail_only: Mapping[int, int], shared: int
+    ) -> Tally:
+        """With the rows of ``after`` in place of those of ``before``; ``groups``, ``tail_only`` and ``shared`` as they
+        are then."""
         names = ("codes", "pad", "items", "events", "weights", "active", "slots_on")
         sums = {name: getattr(self, name) - getattr(before, name) + getattr(after, name) for name in names}
-        return Tally(**sums, groups=groups, rare=rare, shared=shared)
+        return Tally(**sums, groups=groups, tail_only=tail_only, shared=shared)
 
     def sound(self) -> bool:
         """Whether no count is negative."""
         counts = (self.codes, self.pad, self.items, self.events, self.active, self.slots_on)
-        return min([self.shared, *self.groups.values(), *self.rare.values()]) >= 0 and all((part >= 0).all() for part in counts)
+        return min([self.shared, *self.groups.values(), *self.tail_only.values()]) >= 0 and all(
+            (part >= 0).all() for part in counts
+        )
 
     def metrics(self, slots: Sequence[Slot]) -> dict[str, Any]:
         """Code metrics (methods 8.2 to 8.5) and router figures by stratum, as JSON data."""
@@ -110,7 +127,11 @@ class Tally:
         collisions = group_metrics(np.array(sizes, np.int64), np.array([self.groups[size] for size in sizes], np.int64))
         use = [code_use(row[: slot.size]) for row, slot in zip(self.codes, slots)]
         present = [(place, stratum) for place, stratum in enumerate(STRATA) if self.items[place]]
-        shares = {"weights_by_stratum": self.weights, "active_by_stratum": self.active, "active_count_by_stratum": self.slots_on}
+        shares = {
+            "weights_by_stratum": self.weights,
+            "active_by_stratum": self.active,
+            "active_count_by_stratum": self.slots_on,
+        }
         return {
             "slots": [slot.name for slot in slots],
             "codebook_size": slots[0].size,
@@ -119,10 +140,13 @@ class Tally:
             **{name: [getattr(u, name) for u in use] for name in ("entropy", "utilisation", "perplexity", "top1")},
             **collisions,
             "group_sizes": [[size, self.groups[size]] for size in sizes],
-            "tail_group_sizes": [[size, self.rare[size]] for size in sorted(self.rare)],
-            "largest_tail_group": max(self.rare, default=0),
+            "tail_group_sizes": [[size, self.tail_only[size]] for size in sorted(self.tail_only)],
+            "largest_tail_group": max(self.tail_only, default=0),
             "collision_tail": self.shared / tail if (tail := int(self.items[RARE].sum())) else None,
             "items_by_stratum": {stratum: int(self.items[place]) for place, stratum in present},
             "events_by_stratum": {stratum: int(self.events[place]) for place, stratum in present},
-            **{name: {stratum: (sums[place] / self.items[place]).tolist() for place, stratum in present} for name, sums in shares.items()},
+            **{
+                name: {stratum: (sums[place] / self.items[place]).tolist() for place, stratum in present}
+                for name, sums in shares.items()
+            },
         }

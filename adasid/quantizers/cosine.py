@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from adasid.quantizers.kmeans import Held, held_or_nearest, means_of, spherical_kmeans
+from adasid.quantizers.kmeans import PreviousCodes, means_of, previous_or_nearest, spherical_kmeans
 
 
 class Quantized(NamedTuple):
@@ -30,31 +30,35 @@ class CosineCodebooks(nn.Module):
         self.kept: Tensor | None = None
         """[L, K] bool: codes that are never replaced."""
 
-    def codes(self, latents: Tensor, held: Held | None = None) -> Tensor:
-        """argmax_j cos(latent, codeword_j). [L, B, d] -> [L, B] (the latent's length does not matter). ``held``: codes [L, B]; the squared distance
-        of unit vectors is 2 - 2 cos."""
+    def codes(self, latents: Tensor, previous: PreviousCodes | None = None) -> Tensor:
+        """argmax_j cos(latent, codeword_j). [L, B, d] -> [L, B] (the latent's length does not matter). ``previous``:
+        codes [L, B]; the squared distance of unit vectors is 2 - 2 cos."""
         words = nnf.normalize(self.weight, dim=2).transpose(1, 2)
-        if held is None:
+        if previous is None:
             return torch.bmm(latents, words).argmax(dim=2)
-        return held_or_nearest((2 - 2 * torch.bmm(nnf.normalize(latents, dim=2), words)).clamp(min=0), held)
+        return previous_or_nearest((2 - 2 * torch.bmm(nnf.normalize(latents, dim=2), words)).clamp(min=0), previous)
 
-    def forward(self, latents: Tensor, held: Held | None = None) -> Quantized:
+    def forward(self, latents: Tensor, previous: PreviousCodes | None = None) -> Quantized:
         """Quantize [L, B, d]."""
         unit, words = nnf.normalize(latents, dim=2), nnf.normalize(self.weight, dim=2)
         with torch.no_grad():
-            codes = self.codes(unit, held)
+            codes = self.codes(unit, previous)
         chosen = words.gather(1, codes[:, :, None].expand(-1, -1, words.shape[2]))
         return Quantized(codes, unit, chosen)
 
     @torch.no_grad()
-    def initialise(self, latents: Tensor, active: Tensor, rounds: int, generator: torch.Generator, held: Tensor | None = None) -> None:
-        """k-means on the active rows of each slot; a code that rows hold is their mean direction. ``latents`` [L, n, d], ``active`` [L, n] bool,
-        ``held`` [L, n]: codes (negative: none)."""
+    def initialise(
+        self, latents: Tensor, active: Tensor, rounds: int, generator: torch.Generator, previous: Tensor | None = None
+    ) -> None:
+        """k-means on the active rows of each slot; a code that rows hold is their mean direction. ``latents`` [L, n,
+        d], ``active`` [L, n] bool, ``previous`` [L, n]: codes (negative: none)."""
         for slot, (rows, keep) in enumerate(zip(latents, active)):
             if keep.any():
                 found = spherical_kmeans(rows[keep], self.weight.shape[1], rounds, generator)
-                if held is not None:
-                    found = nnf.normalize(means_of(nnf.normalize(rows[keep], dim=1), held[slot][keep], found), dim=1)
+                if previous is not None:
+                    found = nnf.normalize(
+                        means_of(nnf.normalize(rows[keep], dim=1), previous[slot][keep], found), dim=1
+                    )
                 self.weight[slot] = found
 
     @torch.no_grad()
@@ -66,9 +70,9 @@ class CosineCodebooks(nn.Module):
     def revive(self, latents: Tensor, active: Tensor, min_share: float, generator: torch.Generator) -> Tensor:
         """Replace codes used less than ``min_share`` of their fair share by random active latents of the batch.
 
-        ``used`` (usage since the last revival, over all workers), ``latents`` [L, B, d] and ``active`` [L, B] are the same on all
-        workers, so that all make the same choice. Returns the mask [L, K] of replaced codes; usage starts again from zero.
-        """
+        ``used`` (usage since the last revival, over all workers), ``latents`` [L, B, d] and ``active`` [L, B] are the
+        same on all workers, so that all make the same choice. Returns the mask [L, K] of replaced codes; usage starts
+        again from zero."""
         dead = self.used < min_share * self.used.mean(dim=1, keepdim=True)
         if self.kept is not None:
             dead &= ~self.kept
@@ -86,7 +90,7 @@ class CosineCodebooks(nn.Module):
 
 def codebook_loss(quantized: Quantized, active: Tensor, commitment: float) -> Tensor:
     """The loss that the papers leave out (methods 1.4), on unit vectors: sum over slots of the mean over the batch of
-    ``||sg(z) - q||^2 + commitment ||z - sg(q)||^2``, only where ``active`` [L, B]."""
+    ``||sg(z) - q||^2 + commitment ||z - sg(q)||^2`` (VQ-VAE, arXiv 1711.00937, eq 3), only where ``active`` [L, B]."""
     mask = active.to(quantized.latents.dtype)
     codebook = ((quantized.latents.detach() - quantized.codewords) ** 2).sum(2)
     commit = ((quantized.latents - quantized.codewords.detach()) ** 2).sum(2)

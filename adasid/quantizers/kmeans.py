@@ -1,4 +1,5 @@
-"""k-means: spherical for cosine codebooks (methods 9.3), Euclidean and balanced for residual and product quantization (methods 6.2, 6.3)."""
+"""k-means: spherical for cosine codebooks (methods 9.3), Euclidean and balanced (methods 9.6) for residual and product
+quantization (methods 6.2, 6.3)."""
 
 from __future__ import annotations
 
@@ -11,32 +12,35 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 _CHUNK = 4096
-"""Rows whose products with all centroids are made at a time, so that they are still in the cache when the best is looked for."""
+"""Rows whose products with all centroids are made at a time, so that they are still in the cache when the best is
+looked for."""
 _SEEDED, _SAMPLED = (16, 4096), (64, 16_384)
-"""Points that seeds are chosen among, and that the first three quarters of the rounds see, drawn at random: so many a cluster, and at least so many."""
+"""Points that seeds are chosen among, and that the first three quarters of the rounds see, drawn at random: so many a
+cluster, and at least so many."""
 
 
-class Held(NamedTuple):
-    """Codes that items have so far (negative: none), and the slack with which :func:`held_or_nearest` keeps them."""
+class PreviousCodes(NamedTuple):
+    """Codes that items have so far (negative: none), and the slack with which :func:`previous_or_nearest` keeps
+    them."""
 
     codes: Tensor
     slack: float
 
-    def of(self, slots: slice | int) -> Held:
+    def of(self, slots: slice | int) -> PreviousCodes:
         """Those of some slots, of codes [n, L]."""
-        return Held(self.codes[:, slots], self.slack)
+        return PreviousCodes(self.codes[:, slots], self.slack)
 
-    def at(self, progress: float) -> Held:
-        """In training of which a share ``progress`` is done: nearly forced at first, with the slack itself at the end."""
-        return Held(self.codes, self.slack / max(progress, 1e-6))
+    def at(self, progress: float) -> PreviousCodes:
+        """In training of which a share ``progress`` is done: nearly forced at first, with the slack itself at the
+        end."""
+        return PreviousCodes(self.codes, self.slack / max(progress, 1e-6))
 
 
 def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
     """``k`` unit centroids that maximise the mean cosine to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
 
-    Seeds by greedy k-means++ on squared chordal distance; an empty cluster restarts at the point that its centroid serves worst.
-    With fewer points than ``k`` the surplus centroids are points with a little noise.
-    """
+    Seeds by greedy k-means++ on squared chordal distance; an empty cluster restarts at the point that its centroid
+    serves worst. With fewer points than ``k`` the surplus centroids are points with a little noise."""
     x = nnf.normalize(x, dim=1)
     if len(x) < k:
         return nnf.normalize(_surplus(x, k, 0.05, generator), dim=1)
@@ -59,10 +63,9 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator, balanced: bool = False) -> Tensor:
     """``k`` centroids of small squared distance to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
 
-    Seeds by greedy k-means++, then rounds of Lloyd's algorithm: three quarters of them on a sample where there are many points for a cluster
-    (balanced clusters are those of all points), fewer where the assignment settles. With fewer points than ``k`` the surplus centroids
-    are points with a little noise.
-    """
+    Seeds by greedy k-means++, then rounds of Lloyd's algorithm: three quarters of them on a sample where there are many
+    points for a cluster (balanced clusters are those of all points), fewer where the assignment settles. With fewer
+    points than ``k`` the surplus centroids are points with a little noise."""
     if len(x) < k:
         return _surplus(x, k, 0.05 * float(x.square().mean().sqrt()), generator)
     centroids, first = _seed(x, k, generator, squared_distances), 3 * rounds // 4
@@ -75,9 +78,8 @@ def kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator, balanced:
 def lloyd_round(x: Tensor, centroids: Tensor, balanced: bool = False) -> tuple[Tensor, Tensor]:
     """Assignment of ``x`` [n, d] to ``centroids`` [k, d], and the means of the clusters: [k, d], [n].
 
-    ``balanced``: clusters of at most ceil(n / k) points, by :func:`balanced_assignment`. An empty cluster restarts at the point that is served worst.
-    Of more empty clusters than points the last ones stay.
-    """
+    ``balanced``: clusters of at most ceil(n / k) points, by :func:`balanced_assignment`. An empty cluster restarts at
+    the point that is served worst. Of more empty clusters than points the last ones stay."""
     k = len(centroids)
     if balanced:
         costs = squared_distances(x, centroids)
@@ -105,28 +107,32 @@ def _lloyd(x: Tensor, centroids: Tensor, rounds: int, balanced: bool = False) ->
     return centroids
 
 
-def nearest_euclidean(x: Tensor, centroids: Tensor, held: Held | None = None) -> Tensor:
-    """Index of the centroid at the smallest distance, the lowest of equals. ``x`` [n, d], ``centroids`` [k, d] -> [n]. ``held``: as in
-    :func:`held_or_nearest`; all distances are then held in memory.
+def nearest_euclidean(x: Tensor, centroids: Tensor, previous: PreviousCodes | None = None) -> Tensor:
+    """Index of the centroid at the smallest distance, the lowest of equals. ``x`` [n, d], ``centroids`` [k, d] -> [n].
+    ``previous``: as in :func:`previous_or_nearest`; all distances are then held in memory.
 
-    Distances are compared in float32: with float64 input the order of additions, which follows the batch's size, does not decide near ties.
-    """
-    return held_or_nearest(squared_distances(x, centroids).float(), held) if held else _lowest(x, centroids)[1]
+    Distances are compared in float32: with float64 input the order of additions, which follows the batch's size, does
+    not decide near ties."""
+    return (
+        previous_or_nearest(squared_distances(x, centroids).float(), previous) if previous else _lowest(x, centroids)[1]
+    )
 
 
-def held_or_nearest(distances: Tensor, held: Held | None) -> Tensor:
-    """Index of the smallest of ``distances`` [..., K], squared ones; but the code that is ``held`` (codes [...], negative: none; slack) where its
-    distance is at most 1 + slack times the smallest, so that small moves of a vector leave its code."""
+def previous_or_nearest(distances: Tensor, previous: PreviousCodes | None) -> Tensor:
+    """Index of the smallest of ``distances`` [..., K], squared ones; but the code that is ``previous`` (codes [...],
+    negative: none; slack) where its distance is at most 1 + slack times the smallest, so that small moves of a vector
+    leave its code (methods 9.8)."""
     least, code = distances.min(dim=-1)
-    if held is None:
+    if previous is None:
         return code
-    codes, slack = held
+    codes, slack = previous
     own = distances.gather(-1, codes.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return torch.where((codes >= 0) & (own <= (1 + slack) * least), codes, code)
 
 
 def means_of(x: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
-    """``centroids`` [k, d], but for each code that some rows of ``x`` [n, d] hold (``codes`` [n], negative: none) the mean of these rows."""
+    """``centroids`` [k, d], but for each code that some rows of ``x`` [n, d] hold (``codes`` [n], negative: none) the
+    mean of these rows."""
     there = codes >= 0
     counts, sums = _totals(x[there], codes[there], len(centroids))
     return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
@@ -140,28 +146,28 @@ def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
 def balanced_assignment(costs: Tensor, capacity: int) -> Tensor:
     """A cluster for each point, at most ``capacity`` points each, by deferred acceptance (Gale and Shapley, 1962).
 
-    Free points propose to the cheapest cluster that would still take them; a cluster keeps its cheapest ones. The result is stable:
-    no point and cluster would both rather have each other. ``costs`` [n, k] with k * capacity >= n -> [n].
-    """
+    Free points propose to the cheapest cluster that would still take them; a cluster keeps its cheapest ones. The
+    result is stable: no point and cluster would both rather have each other. ``costs`` [n, k] with k * capacity >= n ->
+    [n]."""
     n, k = costs.shape
-    held = torch.zeros(n, dtype=torch.int64, device=costs.device)
+    taken = torch.zeros(n, dtype=torch.int64, device=costs.device)
     limit = costs.new_full((k,), math.inf)
     free = torch.arange(n, device=costs.device)
     while len(free):
         offers = costs[free]
-        held[free] = offers.masked_fill(offers >= limit, math.inf).argmin(1)
-        asked = torch.zeros(k, dtype=torch.bool, device=costs.device).index_fill_(0, held[free], True)
-        rows = torch.nonzero(asked[held]).flatten()
-        price = costs[rows, held[rows]]
+        taken[free] = offers.masked_fill(offers >= limit, math.inf).argmin(1)
+        asked = torch.zeros(k, dtype=torch.bool, device=costs.device).index_fill_(0, taken[free], True)
+        rows = torch.nonzero(asked[taken]).flatten()
+        price = costs[rows, taken[rows]]
         order = price.argsort(stable=True)
-        order = order[held[rows[order]].argsort(stable=True)]
+        order = order[taken[rows[order]].argsort(stable=True)]
         rows, price = rows[order], price[order]
-        counts = torch.bincount(held[rows], minlength=k)
-        place = torch.arange(len(rows), device=costs.device) - (counts.cumsum(0) - counts)[held[rows]]
+        counts = torch.bincount(taken[rows], minlength=k)
+        place = torch.arange(len(rows), device=costs.device) - (counts.cumsum(0) - counts)[taken[rows]]
         last = place == capacity - 1
-        limit[held[rows[last]]] = price[last]
+        limit[taken[rows[last]]] = price[last]
         free = rows[place >= capacity]
-    return held
+    return taken
 
 
 def _lowest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,8 +189,8 @@ def _surplus(x: Tensor, k: int, scale: float, generator: torch.Generator) -> Ten
 
 
 def _seed(x: Tensor, k: int, generator: torch.Generator, distances: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Greedy k-means++: of a few candidates, drawn with probability proportional to their distance from the seeds so far, the best.
-    ``distances``: of points [n, d] from seeds [c, d] -> [n, c]."""
+    """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): of a few candidates, drawn with probability proportional
+    to their distance from the seeds so far, the best. ``distances``: of points [n, d] from seeds [c, d] -> [n, c]."""
     x = _sample(x, max(_SEEDED[0] * k, _SEEDED[1]), generator)
     trials = 2 + int(math.log(k))
     seeds = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]

@@ -1,4 +1,5 @@
-"""Optimised product quantization (Ge et al., CVPR 2013; methods 6.2): principal components, a rotation, one k-means for each sub-space."""
+"""Optimised product quantization (Ge et al., CVPR 2013; methods 6.2): principal components, a rotation, one k-means for
+each sub-space."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from adasid.errors import InputError
-from adasid.quantizers.kmeans import Held, kmeans, lloyd_round, nearest_euclidean
+from adasid.quantizers.kmeans import PreviousCodes, kmeans, lloyd_round, nearest_euclidean
 
 
 class Components(NamedTuple):
-    """``mean`` [D], ``basis`` [D, w] with orthonormal columns, ``deviation`` [w] that components are divided by (1: not whitened)."""
+    """``mean`` [D], ``basis`` [D, w] with orthonormal columns, ``deviation`` [w] that components are divided by (1: not
+    whitened)."""
 
     mean: Tensor
     basis: Tensor
@@ -35,11 +37,14 @@ class ProductQuantizer(NamedTuple):
     rotation: Tensor
     centroids: Tensor
 
-    def codes(self, x: Tensor, held: Held | None = None) -> Tensor:
-        """[n, w] -> [n, L]; ``held``: codes [n, L]."""
+    def codes(self, x: Tensor, previous: PreviousCodes | None = None) -> Tensor:
+        """[n, w] -> [n, L]; ``previous``: codes [n, L]."""
         parts = (x @ self.rotation).chunk(len(self.centroids), dim=1)
         pairs = enumerate(zip(parts, self.centroids))
-        return torch.stack([nearest_euclidean(part, words, held.of(slot) if held else None) for slot, (part, words) in pairs], dim=1)
+        return torch.stack(
+            [nearest_euclidean(part, words, previous.of(slot) if previous else None) for slot, (part, words) in pairs],
+            dim=1,
+        )
 
     def words(self, codes: Tensor) -> Tensor:
         """Codewords in the rotated space: [n, L] -> [n, w]."""
@@ -51,34 +56,46 @@ class ProductQuantizer(NamedTuple):
 
 
 def principal_components(x: Tensor, width: int, whiten: bool) -> Components:
-    """The ``width`` <= D components of ``x`` [n, D] of the largest variance, in falling order. One without variance is not whitened."""
+    """The ``width`` <= D components of ``x`` [n, D] of the largest variance, in falling order. One without variance is
+    not whitened."""
     mean = x.double().mean(0)
     centred = x - mean.to(x)
     variance, basis = torch.linalg.eigh((centred.T @ centred).double() / len(x))
     variance, basis = variance.flip(0)[:width], basis.flip(1)[:, :width]
-    deviation = torch.where(variance > 1e-7 * variance[0], variance.clamp(min=0).sqrt(), 1.0) if whiten else torch.ones_like(variance)
+    deviation = (
+        torch.where(variance > 1e-7 * variance[0], variance.clamp(min=0).sqrt(), 1.0)
+        if whiten
+        else torch.ones_like(variance)
+    )
     return Components(mean.to(x), basis.to(x), deviation.to(x))
 
 
-def fit_opq(x: Tensor, parts: int, k: int, rounds: int, momentum: float, generator: torch.Generator) -> tuple[ProductQuantizer, list[float]]:
-    """Alternate a round of k-means in each of ``parts`` sub-spaces of x R, from the centroids before, and R = U V^T of svd(x^T x_q) = U S V^T,
-    both for the same assignment. R goes on in the direction of its last step by ``momentum``, which takes far fewer rounds than R alone; where
-    that overshoots, the error rises and a round without momentum follows.
+def fit_opq(
+    x: Tensor, parts: int, k: int, rounds: int, momentum: float, generator: torch.Generator
+) -> tuple[ProductQuantizer, list[float]]:
+    """Alternate a round of k-means in each of ``parts`` sub-spaces of x R, from the centroids before, and R = U V^T of
+    svd(x^T x_q) = U S V^T, both for the same assignment. R goes on in the direction of its last step by ``momentum``,
+    which takes far fewer rounds than R alone; where that overshoots, the error rises and a round without momentum
+    follows.
 
-    ``x`` [n, w], w a multiple of ``parts``; R starts at random. Returns the quantizer and, before the step of R in each of ``rounds`` >= 1
-    rounds, the mean squared error of a row.
-    """
+    ``x`` [n, w], w a multiple of ``parts``; R starts at random. Returns the quantizer and, before the step of R in each
+    of ``rounds`` >= 1 rounds, the mean squared error of a row."""
     rotation = torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], generator=generator))[0].to(x)
     centroids = torch.stack([kmeans(space, k, 0, generator) for space in (x @ rotation).chunk(parts, dim=1)])
     return refine_opq(x, ProductQuantizer(rotation, centroids), rounds, momentum)
 
 
-def refine_opq(x: Tensor, start: ProductQuantizer, rounds: int, momentum: float) -> tuple[ProductQuantizer, list[float]]:
+def refine_opq(
+    x: Tensor, start: ProductQuantizer, rounds: int, momentum: float
+) -> tuple[ProductQuantizer, list[float]]:
     """The rounds of :func:`fit_opq` from ``start``."""
     rotation, centroids = start
     before, turned, errors = rotation, x @ rotation, list[float]()
     for last in reversed(range(rounds)):
-        found = [lloyd_round(space.contiguous(), words) for space, words in zip(turned.chunk(len(centroids), dim=1), centroids)]
+        found = [
+            lloyd_round(space.contiguous(), words)
+            for space, words in zip(turned.chunk(len(centroids), dim=1), centroids)
+        ]
         centroids = torch.stack([words for words, _ in found])
         decoded = torch.cat([nnf.embedding(codes, words) for words, codes in found], dim=1)
         errors.append(float((turned - decoded).square().sum(1).mean()))
@@ -94,9 +111,14 @@ def fit_opq_faiss(x: Tensor, parts: int, k: int, rounds: int) -> ProductQuantize
     try:
         faiss: Any = importlib.import_module("faiss")
     except ImportError:
-        raise InputError("tokenizer.engine is 'faiss', which is not installed: pip install faiss-cpu, or use tokenizer.engine: own") from None
+        raise InputError(
+            "tokenizer.engine is 'faiss', which is not installed: pip install faiss-cpu, or use tokenizer.engine: own"
+        ) from None
     if len(x) < k:
-        raise InputError(f"tokenizer.engine 'faiss' needs at least codebook_size {k} items and got {len(x)}: use tokenizer.engine: own")
+        raise InputError(
+            f"tokenizer.engine 'faiss' needs at least codebook_size {k} items and got {len(x)}: use tokenizer.engine: "
+            "own"
+        )
     width = x.shape[1]
     quantizer, turn = faiss.ProductQuantizer(width, parts, k.bit_length() - 1), faiss.OPQMatrix(width, parts)
     quantizer.cp.min_points_per_centroid = 1
@@ -109,7 +131,7 @@ def fit_opq_faiss(x: Tensor, parts: int, k: int, rounds: int) -> ProductQuantize
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:
-    """The orthogonal R that brings x R nearest to y; [n, w] each -> [w, w]."""
+    """The orthogonal R that brings x R nearest to y (Schoenemann, Psychometrika 1966); [n, w] each -> [w, w]."""
     return orthogonal(x.T @ y)
 
 

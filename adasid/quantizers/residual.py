@@ -1,4 +1,5 @@
-"""Residual codebooks: each level quantizes what the levels before it left (RQ-VAE, arXiv 2107.03312; methods 6.1)."""
+"""Residual codebooks: each level quantizes what the levels before it left (SoundStream, arXiv 2107.03312; TIGER, arXiv
+2305.05065; methods 6.1)."""
 
 from __future__ import annotations
 
@@ -8,11 +9,19 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from adasid.quantizers.kmeans import Held, held_or_nearest, kmeans, means_of, nearest_euclidean, squared_distances
+from adasid.quantizers.kmeans import (
+    PreviousCodes,
+    kmeans,
+    means_of,
+    nearest_euclidean,
+    previous_or_nearest,
+    squared_distances,
+)
 
 
 class Residual(NamedTuple):
-    """``codes`` [B, L]; ``quantized`` [B, d]: sum of the chosen codewords; ``residuals`` and ``codewords`` [L, B, d]: r_{l-1} and e_l."""
+    """``codes`` [B, L]; ``quantized`` [B, d]: sum of the chosen codewords; ``residuals`` and ``codewords`` [L, B, d]:
+    r_{l-1} and e_l."""
 
     codes: Tensor
     quantized: Tensor
@@ -31,15 +40,17 @@ class ResidualCodebooks(nn.Module):
         self.kept: Tensor | None = None
         """[L, K] bool: codes that are never replaced."""
 
-    def forward(self, z: Tensor, balanced: tuple[float, int] | None = None, held: Held | None = None) -> Residual:
-        """Quantize [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for training only, and where no
-        codes are held; ``held``: codes [B, L]."""
+    def forward(
+        self, z: Tensor, balanced: tuple[float, int] | None = None, previous: PreviousCodes | None = None
+    ) -> Residual:
+        """Quantize [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for training
+        only, and where no codes are held; ``previous``: codes [B, L]."""
         residual, codes, residuals, words = z, [], [], []
         for level, book in enumerate(self.weight):
             last = balanced is not None and level == len(self.weight) - 1
             with torch.no_grad():
-                if held:
-                    code = held_or_nearest(squared_distances(residual, book), held.of(level))
+                if previous:
+                    code = previous_or_nearest(squared_distances(residual, book), previous.of(level))
                 elif balanced and last:
                     code = sinkhorn(squared_distances(residual, book), *balanced).argmax(1)
                 else:
@@ -52,30 +63,35 @@ class ResidualCodebooks(nn.Module):
         return Residual(torch.stack(codes, 1), torch.stack(words).sum(0), torch.stack(residuals), torch.stack(words))
 
     @torch.no_grad()
-    def initialise(self, latents: Tensor, rounds: int, generator: torch.Generator, held: Tensor | None = None) -> None:
-        """k-means of each level on the residuals of the levels before; a code that rows hold is their mean. ``latents`` [n, d], ``held`` [n, L]: codes
-        (negative: none)."""
+    def initialise(
+        self, latents: Tensor, rounds: int, generator: torch.Generator, previous: Tensor | None = None
+    ) -> None:
+        """k-means of each level on the residuals of the levels before; a code that rows hold is their mean. ``latents``
+        [n, d], ``previous`` [n, L]: codes (negative: none)."""
         for level, book in enumerate(self.weight):
             book.copy_(kmeans(latents, len(book), rounds, generator))
-            if held is None:
+            if previous is None:
                 codes = nearest_euclidean(latents, book)
             else:
-                book.copy_(means_of(latents, held[:, level], book))
-                codes = torch.where(held[:, level] >= 0, held[:, level], nearest_euclidean(latents, book))
+                book.copy_(means_of(latents, previous[:, level], book))
+                codes = torch.where(previous[:, level] >= 0, previous[:, level], nearest_euclidean(latents, book))
             latents = latents - book[codes]
 
     @torch.no_grad()
     def count(self, codes: Tensor, there: Tensor) -> Tensor:
         """How often each code is assigned; ``codes`` [B, L], ``there`` [B] bool -> [L, K]."""
-        return torch.zeros_like(self.used).scatter_add_(1, codes.T, there.to(self.used.dtype).expand(codes.shape[1], -1))
+        return torch.zeros_like(self.used).scatter_add_(
+            1, codes.T, there.to(self.used.dtype).expand(codes.shape[1], -1)
+        )
 
     @torch.no_grad()
     def revive(self, residuals: Tensor, there: Tensor, min_share: float, generator: torch.Generator) -> Tensor:
-        """Replace codes used less than ``min_share`` of their fair share by random residuals of the batch at their level.
+        """Replace codes used less than ``min_share`` of their fair share by random residuals of the batch at their
+        level.
 
-        ``used`` (since the last revival, over all workers), ``residuals`` [L, B, d] and ``there`` [B] are the same on all workers, so
-        that all make the same choice. Returns the mask [L, K] of replaced codes; usage starts again from zero.
-        """
+        ``used`` (since the last revival, over all workers), ``residuals`` [L, B, d] and ``there`` [B] are the same on
+        all workers, so that all make the same choice. Returns the mask [L, K] of replaced codes; usage starts again
+        from zero."""
         dead = self.used < min_share * self.used.mean(dim=1, keepdim=True)
         if self.kept is not None:
             dead &= ~self.kept
@@ -91,7 +107,8 @@ class ResidualCodebooks(nn.Module):
 
 
 def residual_loss(quantized: Residual, there: Tensor, commitment: float) -> Tensor:
-    """L_rq: sum over levels of ``||sg(r_{l-1}) - e_l||^2 + commitment ||r_{l-1} - sg(e_l)||^2``, mean over dimensions and batch; ``there`` [B]."""
+    """L_rq (TIGER's L_rqvae; methods 6.1): sum over levels of ``||sg(r_{l-1}) - e_l||^2 + commitment ||r_{l-1} -
+    sg(e_l)||^2``, mean over dimensions and batch; ``there`` [B]."""
     codebook = ((quantized.residuals.detach() - quantized.codewords) ** 2).mean(2)
     commit = ((quantized.residuals - quantized.codewords.detach()) ** 2).mean(2)
     return ((codebook + commitment * commit) * there).mean(1).sum()
@@ -99,7 +116,8 @@ def residual_loss(quantized: Residual, there: Tensor, commitment: float) -> Tens
 
 @torch.no_grad()
 def sinkhorn(distance: Tensor, entropy: float, rounds: int) -> Tensor:
-    """Balanced soft assignment of a batch, [B, K]: distances centred to [-1, 1], then rows and columns normalised in turn (methods 9.7)."""
+    """Balanced soft assignment of a batch, [B, K]: distances centred to [-1, 1], then columns and rows normalised in
+    turn (Cuturi, arXiv 1306.0895; methods 9.7)."""
     d = distance.double()
     middle, spread = (d.max() + d.min()) / 2, (d.max() - d.min()).clamp(min=1e-12) / 2
     plan = torch.exp(-(d - middle) / spread / entropy)

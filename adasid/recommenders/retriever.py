@@ -1,9 +1,8 @@
 """Retrieval of items through their semantic IDs: one encoder, three heads (methods 7.1 to 7.4).
 
-``item``: an item is the sum of its tokens' embeddings, trained and scored as an item. ``parallel``: all tokens are predicted at once, an
-item's score is the sum of their log-probabilities (RPG). ``autoregressive``: tokens are decoded one after the other along the prefixes
-of the catalogue (TIGER, REG4Rec), so that every answer is an item.
-"""
+``item``: an item is the sum of its tokens' embeddings, trained and scored as an item. ``parallel``: all tokens are
+predicted at once, an item's score is the sum of their log-probabilities (RPG). ``autoregressive``: tokens are decoded
+one after the other along the prefixes of the catalogue (TIGER, REG4Rec), so that every answer is an item."""
 
 from __future__ import annotations
 
@@ -39,19 +38,22 @@ class Retriever(CausalEncoder, ABC):
         self.table = nn.Parameter(torch.randn(sum(catalogue.sizes), s.width) * 0.02)
 
     def vectors(self, items: Tensor) -> Tensor:
-        """Sum of the tokens' embeddings over sqrt(L), which has the variance of one token: [...] item_index -> [..., width]."""
+        """Sum of the tokens' embeddings over sqrt(L), which has the variance of one token: [...] item_index -> [...,
+        width]."""
         rows = self.catalogue.rows[items.reshape(-1)]
         return nnf.embedding_bag(rows, self.table, mode="sum").view(*items.shape, -1) / math.sqrt(rows.shape[1])
 
     def states(self, histories: Tensor) -> Tensor:
-        """State after each event of ``histories`` [B, T], padded at the end with -1 -> [B, T, width]. Each distinct item is embedded once."""
+        """State after each event of ``histories`` [B, T], padded at the end with -1 -> [B, T, width]. Each distinct
+        item is embedded once."""
         distinct, place = torch.unique(histories.clamp(min=0), return_inverse=True)
         rows: Tensor = self(nnf.embedding(place, self.vectors(distinct)))
         return rows
 
     def outputs(self, histories: Tensor, chosen: Tensor) -> Tensor:
-        """States after the ``chosen`` [B, T] events of ``histories`` [B, T], the first ones of each row, row by row -> [P, width]. Rows with like
-        numbers of them should stand together: they are worked on in parts, each as long as its longest."""
+        """States after the ``chosen`` [B, T] events of ``histories`` [B, T], the first ones of each row, row by row ->
+        [P, width]. Rows with like numbers of them should stand together: they are worked on in parts, each as long as
+        its longest."""
         distinct, place = torch.unique(histories.clamp(min=0), return_inverse=True)
         vectors, parts = self.vectors(distinct), list[Tensor]()
         longest = torch.stack([part.max() for part in chosen.sum(1).chunk(_PARTS)]).clamp(min=1).tolist()
@@ -61,18 +63,19 @@ class Retriever(CausalEncoder, ABC):
 
     @abstractmethod
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
-        """``states`` [P, width] and the item that follows each, ``targets`` [P]; ``negatives`` [N] item_index drawn from all targets (none: all
-        items), ``log_q`` [M] log-probability of drawing each item. A scalar."""
+        """``states`` [P, width] and the item that follows each, ``targets`` [P]; ``negatives`` [N] item_index drawn
+        from all targets (none: all items), ``log_q`` [M] log-probability of drawing each item. A scalar."""
 
     @abstractmethod
     def top(self, states: Tensor, number: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The ``number`` best items of each state [B, width] and their scores, [B, number], best first; -1 and -inf where there are no more.
-        ``seen`` [B, S]: items that are left out, padded with -1."""
+        """The ``number`` best items of each state [B, width] and their scores, [B, number], best first; -1 and -inf
+        where there are no more. ``seen`` [B, S]: items that are left out, padded with -1."""
 
     @abstractmethod
     def ranks(self, states: Tensor, targets: Tensor, beam: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """1-based rank of each row's target [B] among all items but the ``seen`` [B, S] (distinct, padded with -1), and among all; beyond all
-        cut-offs where it is one of them, or where the list of a head with a ``beam`` ends before it."""
+        """1-based rank of each row's target [B] among all items but the ``seen`` [B, S] (distinct, padded with -1), and
+        among all; beyond all cut-offs where it is one of them, or where the list of a head with a ``beam`` ends before
+        it."""
 
     def scores_a_user(self, beam: int) -> int:
         """Scores held for one user at a time."""
@@ -117,7 +120,9 @@ class _Scored(Retriever):
             best, found = together.gather(1, order), ids.gather(1, order)
         return found.masked_fill(best.isneginf(), -1), best
 
-    def ranks(self, states: Tensor, targets: Tensor, beam: int = 0, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def ranks(
+        self, states: Tensor, targets: Tensor, beam: int = 0, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Exact; equal scores rank by :attr:`places`."""
         scores, places = self.scores(states), self.places
         everywhere = target_ranks(scores, targets, places)
@@ -142,7 +147,8 @@ def _beyond(catalogue: ItemTokens) -> int:
 
 
 class ItemRetriever(_Scored):
-    """Score = state . vector; sampled softmax over items with logQ correction (methods 7.3, the item head), or the softmax over all SIDs."""
+    """Score = state . vector; sampled softmax over items with logQ correction (methods 7.3, the item head), or the
+    softmax over all SIDs."""
 
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
         super().__init__(settings, catalogue)
@@ -158,7 +164,9 @@ class ItemRetriever(_Scored):
         distinct, place = torch.unique(torch.cat([targets, negatives]), return_inverse=True)
         own, others = nnf.embedding(place, self.vectors(distinct)).split([len(targets), len(negatives)])
         group = self.catalogue.group
-        return sampled_softmax(states, own, others, log_q[targets], log_q[negatives], group[targets][:, None] == group[negatives][None, :])
+        return sampled_softmax(
+            states, own, others, log_q[targets], log_q[negatives], group[targets][:, None] == group[negatives][None, :]
+        )
 
     def scorer(self, states: Tensor) -> Tensor:
         """The states themselves."""
@@ -170,7 +178,8 @@ class ItemRetriever(_Scored):
 
 
 class ParallelRetriever(_Scored):
-    """A residual head for each slot, cosine logits; the score of an item is the sum of its tokens' log-probabilities (RPG; methods 7.3)."""
+    """A residual head for each slot, cosine logits; the score of an item is the sum of its tokens' log-probabilities
+    (RPG; methods 7.3)."""
 
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
         super().__init__(settings, catalogue)
@@ -197,7 +206,8 @@ class ParallelRetriever(_Scored):
 
 
 class AutoregressiveRetriever(Retriever):
-    """A causal decoder over slots that starts from the state, with cosine logits; beam search along the catalogue's prefixes."""
+    """A causal decoder over slots that starts from the state, with cosine logits; beam search along the catalogue's
+    prefixes."""
 
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
         super().__init__(settings, catalogue.behavior_first() if settings.order == "behavior" else catalogue)
@@ -216,7 +226,8 @@ class AutoregressiveRetriever(Retriever):
         return [torch.randperm(size, generator=random).to(self.table.device) for size in self.catalogue.sizes]
 
     def _decoded(self, states: Tensor, rows: Tensor) -> Tensor:
-        """Output of each slot after ``states`` [P, width] and the rows of the tokens before it [P, l] -> [P, l + 1, width], unit vectors."""
+        """Output of each slot after ``states`` [P, width] and the rows of the tokens before it [P, l] -> [P, l + 1,
+        width], unit vectors."""
         first = states[:, None] / math.sqrt(states.shape[1])
         out: Tensor = self.decoder(torch.cat([first, nnf.embedding(rows, self.table)], dim=1))
         return nnf.normalize(out, dim=2)
@@ -227,7 +238,8 @@ class AutoregressiveRetriever(Retriever):
         return words
 
     def _valid(self, logits: Tensor, level: int, nodes: Tensor) -> Tensor:
-        """``logits`` [n, size] of slot ``level``: with ``continuations: valid`` -inf where no item's prefix goes on so from ``nodes`` [n]."""
+        """``logits`` [n, size] of slot ``level``: with ``continuations: valid`` -inf where no item's prefix goes on so
+        from ``nodes`` [n]."""
         if self.settings.continuations == "all":
             return logits
         distinct, place = torch.unique(nodes, return_inverse=True)
@@ -246,9 +258,12 @@ class AutoregressiveRetriever(Retriever):
         ]
         return token_loss(logits, self.catalogue, self.omega, targets)
 
-    def top(self, states: Tensor, number: int, seen: Tensor | None = None, beam: int | None = None) -> tuple[Tensor, Tensor]:
-        """Beam search of ``beam`` (of the settings, if not given) prefixes at a time. Only prefixes of the catalogue are followed, so that every
-        answer is an item; items that share a SID follow each other by item_index. The beam is wider by the number of ``seen``."""
+    def top(
+        self, states: Tensor, number: int, seen: Tensor | None = None, beam: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Beam search of ``beam`` (of the settings, if not given) prefixes at a time. Only prefixes of the catalogue
+        are followed, so that every answer is an item; items that share a SID follow each other by item_index. The beam
+        is wider by the number of ``seen``."""
         prefixes, words, users = self.prefixes, self._words(), len(states)
         beam = (beam or self.settings.beam) + (0 if seen is None else seen.shape[1])
         nodes = torch.zeros(users, 1, dtype=torch.int64, device=states.device)
@@ -296,7 +311,9 @@ class AutoregressiveRetriever(Retriever):
     def _among(self, user: Tensor, items: Tensor, seen: Tensor) -> Tensor:
         """Whether ``items`` of the rows ``user`` are among those ``seen`` [B, S]."""
         first = torch.arange(len(seen), device=seen.device)[:, None] * len(self.catalogue.rows)
-        return torch.isin(user * len(self.catalogue.rows) + items, torch.where(seen >= 0, seen + first, -1)) & (items >= 0)
+        return torch.isin(user * len(self.catalogue.rows) + items, torch.where(seen >= 0, seen + first, -1)) & (
+            items >= 0
+        )
 
     def ranks(self, states: Tensor, targets: Tensor, beam: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Within the items of the beam: as many as it takes to see all items of a SID that begins in time."""
@@ -317,8 +334,8 @@ class AutoregressiveRetriever(Retriever):
 
 
 def token_loss(logits: list[Tensor], catalogue: ItemTokens, omega: Tensor, targets: Tensor) -> Tensor:
-    """``- sum_l omega_l log p(c_l) / sum_l omega_l`` over the slots of all targets (methods 7.2). ``logits``: for each slot
-    [P, size]; ``omega`` [M, L]."""
+    """``- sum_l omega_l log p(c_l) / sum_l omega_l`` over the slots of all targets (methods 7.2). ``logits``: for each
+    slot [P, size]; ``omega`` [M, L]."""
     rows, weights = catalogue.rows[targets], omega[targets]
     own = [rows[:, slot] - start for slot, start in enumerate(catalogue.starts)]
     total = torch.stack([nnf.cross_entropy(x, code, reduction="none") for x, code in zip(logits, own)], dim=1)
@@ -327,5 +344,9 @@ def token_loss(logits: list[Tensor], catalogue: ItemTokens, omega: Tensor, targe
 
 def build(settings: config.Retrieval, catalogue: ItemTokens) -> Retriever:
     """The retriever that ``settings.head`` names."""
-    kinds: dict[str, type[Retriever]] = {"item": ItemRetriever, "parallel": ParallelRetriever, "autoregressive": AutoregressiveRetriever}
+    kinds: dict[str, type[Retriever]] = {
+        "item": ItemRetriever,
+        "parallel": ParallelRetriever,
+        "autoregressive": AutoregressiveRetriever,
+    }
     return kinds[settings.head](settings, catalogue)

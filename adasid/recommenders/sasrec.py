@@ -15,21 +15,31 @@ from adasid.recommenders.encoder import CausalEncoder
 class SASRec(CausalEncoder):
     """The logit of an item is state . row.
 
-    The item table [M, width] is a plain tensor, outside ``parameters()``: a step reads and updates only the rows of its batch.
-    """
+    The item table [M, width] is a plain tensor, outside ``parameters()``: a step reads and updates only the rows of its
+    batch."""
 
-    def __init__(self, items: int, width: int, blocks: int, heads: int, max_length: int, dropout: float, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        items: int,
+        width: int,
+        blocks: int,
+        heads: int,
+        max_length: int,
+        dropout: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
         table = nn.init.normal_(torch.empty(items, width, device=device), std=0.02)
         super().__init__(width, blocks, heads, 1, max_length, dropout)
         self.table = table
 
 
-def sampled_softmax(states: Tensor, positives: Tensor, negatives: Tensor, positive_log_q: Tensor, negative_log_q: Tensor, same: Tensor) -> Tensor:
+def sampled_softmax(
+    states: Tensor, positives: Tensor, negatives: Tensor, positive_log_q: Tensor, negative_log_q: Tensor, same: Tensor
+) -> Tensor:
     """Mean sampled-softmax cross-entropy with logQ correction (Yi et al., RecSys 2019; methods 7.4).
 
-    ``states`` [P, d], ``positives`` [P, d], ``negatives`` [N, d]; ``*_log_q`` [P], [N]: log sampling probability of each item;
-    ``same`` [P, N]: True where a negative is the row's own positive (it is masked out).
-    """
+    ``states`` [P, d], ``positives`` [P, d], ``negatives`` [N, d]; ``*_log_q`` [P], [N]: log sampling probability of
+    each item; ``same`` [P, N]: True where a negative is the row's own positive (it is masked out)."""
     own = (states * positives).sum(1) - positive_log_q
     others = (states @ negatives.T - negative_log_q).masked_fill(same, -torch.inf)
     return (torch.logaddexp(own, others.logsumexp(1)) - own).mean()

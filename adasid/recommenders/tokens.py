@@ -1,4 +1,5 @@
-"""A catalogue's semantic IDs as rows of one token table, and as prefixes that decoding may walk along. Arrays only: no object per item."""
+"""A catalogue's semantic IDs as rows of one token table, and as prefixes that decoding may walk along. Arrays only: no
+object per item."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ _CLIP = 3.0
 @dataclass(frozen=True)
 class ItemTokens:
     """``rows`` [M, L] int64: row of an item's token in the table of all slots, where slot l has its codes and then PAD;
-    ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the tokenizer's weight of each token; ``behavior``: the behaviour slots;
-    ``group`` [M]: number of the item's SID among the distinct ones."""
+    ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the tokenizer's weight of each token; ``behavior``: the
+    behaviour slots; ``group`` [M]: number of the item's SID among the distinct ones."""
 
     rows: Tensor
     sizes: tuple[int, ...]
@@ -34,9 +35,13 @@ class ItemTokens:
 
     @staticmethod
     def of(codes: NDArray[np.int32], slots: Sequence[Slot], weights: NDArray[np.float32] | None = None) -> ItemTokens:
-        """``codes`` [M, L], PAD where a slot has none; ``weights`` [M, L], 1 if not given. Raises InputError where they are of other slots."""
+        """``codes`` [M, L], PAD where a slot has none; ``weights`` [M, L], 1 if not given. Raises InputError where they
+        are of other slots."""
         if codes.shape[1] != len(slots):
-            raise InputError(f"the SIDs have {codes.shape[1]} codes but the tokenizer has {len(slots)} slots: write them with this tokenizer")
+            raise InputError(
+                f"the SIDs have {codes.shape[1]} codes but the tokenizer has {len(slots)} slots: write them with this "
+                "tokenizer"
+            )
         sizes = tuple(slot.size + 1 for slot in slots)
         rows = np.where(codes == PAD, np.array(sizes) - 1, codes).astype(np.int64) + np.array(_starts(sizes))
         group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
@@ -51,11 +56,15 @@ class ItemTokens:
         return ItemTokens(index[:, None], (items,), torch.ones(items, 1), (), index)
 
     def loss_weights(self) -> Tensor:
-        """Weight of each token in a loss [M, L]: 1; of a behaviour token its own, brought to mean 1 over the catalogue, so that items of little
-        richness are damped, and clipped to 3. PAD has 1 (methods 7.2)."""
+        """Weight of each token in a loss [M, L]: 1; of a behaviour token its own, brought to mean 1 over the catalogue,
+        so that items of little richness are damped, and clipped to 3. PAD has 1 (methods 7.2)."""
         loss, slots = torch.ones_like(self.weights), list(self.behavior)
         if slots:
-            last = torch.tensor(self.starts, device=self.rows.device)[slots] + torch.tensor(self.sizes, device=self.rows.device)[slots] - 1
+            last = (
+                torch.tensor(self.starts, device=self.rows.device)[slots]
+                + torch.tensor(self.sizes, device=self.rows.device)[slots]
+                - 1
+            )
             own, there = self.weights[:, slots], self.rows[:, slots] != last
             mean = own[there].mean().clamp(min=1e-6) if there.any() else own.new_ones(())
             loss[:, slots] = torch.where(there, (own / mean).clamp(0, _CLIP), 1.0)
@@ -63,7 +72,9 @@ class ItemTokens:
 
     def to(self, device: torch.device | str) -> ItemTokens:
         """The same on another device."""
-        return ItemTokens(self.rows.to(device), self.sizes, self.weights.to(device), self.behavior, self.group.to(device))
+        return ItemTokens(
+            self.rows.to(device), self.sizes, self.weights.to(device), self.behavior, self.group.to(device)
+        )
 
     def behavior_first(self) -> ItemTokens:
         """The same with the behaviour slots before all others, whose rows in the table move with them."""
@@ -85,11 +96,12 @@ def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """The catalogue's SIDs as a trie of arrays. Level l has a node for each distinct prefix of l + 1 tokens, in lexicographic order.
+    """The catalogue's SIDs as a trie of arrays. Level l has a node for each distinct prefix of l + 1 tokens, in
+    lexicographic order.
 
-    ``token[l]`` [n_l]: token of a node's last slot, 0 to sizes[l] - 1; ``first[l]`` [n_l + 1]: first child of each node on level l + 1,
-    and on the last level the first place of its items in ``items`` [M] (item_index, lowest first within a SID).
-    """
+    ``token[l]`` [n_l]: token of a node's last slot, 0 to sizes[l] - 1; ``first[l]`` [n_l + 1]: first child of each node
+    on level l + 1, and on the last level the first place of its items in ``items`` [M] (item_index, lowest first within
+    a SID)."""
 
     token: tuple[Tensor, ...]
     first: tuple[Tensor, ...]
@@ -110,16 +122,21 @@ class Prefixes:
             places.append(np.flatnonzero(opens))
             token.append(torch.from_numpy(column[places[-1]].astype(np.int32)))
         deeper = [*places[1:], np.arange(len(local))]
-        first = [torch.from_numpy(np.append(np.searchsorted(below, here), len(below)).astype(np.int64)) for here, below in zip(places, deeper)]
+        first = [
+            torch.from_numpy(np.append(np.searchsorted(below, here), len(below)).astype(np.int64))
+            for here, below in zip(places, deeper)
+        ]
         return Prefixes(tuple(token), tuple(first), torch.from_numpy(order.astype(np.int64)))
 
     def to(self, device: torch.device | str) -> Prefixes:
         """The same on another device."""
-        return Prefixes(tuple(t.to(device) for t in self.token), tuple(f.to(device) for f in self.first), self.items.to(device))
+        return Prefixes(
+            tuple(t.to(device) for t in self.token), tuple(f.to(device) for f in self.first), self.items.to(device)
+        )
 
     def children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Children on ``level`` of ``nodes`` [n] of the level above (the root's, for level 0): the position in ``nodes`` of each child's
-        parent and the child's node, both [children]."""
+        """Children on ``level`` of ``nodes`` [n] of the level above (the root's, for level 0): the position in
+        ``nodes`` of each child's parent and the child's node, both [children]."""
         if level == 0:
             found = torch.arange(len(self.token[0]), device=nodes.device)
             return torch.arange(len(nodes), device=nodes.device).repeat_interleave(len(found)), found.repeat(len(nodes))

@@ -1,4 +1,5 @@
-"""The cells of an evaluation: results of one task by tokenizer and model, a row a seed; their means, gains and choices."""
+"""The cells of an evaluation: results of one task by tokenizer and model, a row a seed; their means, gains and
+choices."""
 
 from __future__ import annotations
 
@@ -34,15 +35,25 @@ def flat(row: Row) -> Row:
     cell = ("task", "tokenizer", "codes", "model", "seed", "labels", "split", "repeats")
     training = ("best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
     plain = {key: row.get(key) for key in (*cell, *training)}
-    plain |= {f"{part}_{key}": value for part in ("validation", "test_repeatable") for key, value in row.get(part, {}).items()}
-    return plain | {f"{s}_{key}": v for s, found in row["strata"].items() for key, v in found.items() if not isinstance(v, dict | list)}
+    plain |= {
+        f"{part}_{key}": value for part in ("validation", "test_repeatable") for key, value in row.get(part, {}).items()
+    }
+    return plain | {
+        f"{s}_{key}": v
+        for s, found in row["strata"].items()
+        for key, v in found.items()
+        if not isinstance(v, dict | list)
+    }
 
 
 def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "all") -> Gain | None:
-    """Relative gain of ``one`` over ``other`` in ``key``, the half width of its 95 % interval, the p value of the paired t test, and the
-    number of seeds that both have and where ``other`` is above 0. None without any; infinite width and p = 1 for one
-    seed."""
-    mine, theirs = ({row["seed"]: row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})} for group in (one, other))
+    """Relative gain of ``one`` over ``other`` in ``key``, the half width of its 95 % interval, the p value of the
+    paired t test, and the number of seeds that both have and where ``other`` is above 0. None without any; infinite
+    width and p = 1 for one seed."""
+    mine, theirs = (
+        {row["seed"]: row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})}
+        for group in (one, other)
+    )
     both = sorted(seed for seed in set(mine) & set(theirs) if theirs[seed] > 0)
     if not both:
         return None
@@ -66,7 +77,9 @@ def spread(group: Sequence[Row], key: str, stratum: str = "all") -> str:
     digits = 0 if key == "gauc_users" else 4
     if not values:
         return DASH
-    return number(float(np.mean(values)), digits) + (f" ± {number(float(np.std(values, ddof=1)), digits)}" if len(values) > 1 else "")
+    return number(float(np.mean(values)), digits) + (
+        f" ± {number(float(np.std(values, ddof=1)), digits)}" if len(values) > 1 else ""
+    )
 
 
 def codes_of(group: Sequence[Row]) -> str:
@@ -75,7 +88,8 @@ def codes_of(group: Sequence[Row]) -> str:
 
 
 def both(cells: Cells, task: str, label: str, other: str) -> tuple[list[Row], list[Row]]:
-    """The cells of ``label`` and of ``other``, each with its best of the models that both stand under, or of all where they share none."""
+    """The cells of ``label`` and of ``other``, each with its best of the models that both stand under, or of all where
+    they share none."""
     models = [{model for name, model in cells if name == one} for one in (label, other)]
     shared = models[0] & models[1] or models[0] | models[1]
     best = best_of({key: group for key, group in cells.items() if key[0] in (label, other) and key[1] in shared}, task)

@@ -1,4 +1,5 @@
-"""The page and the table of a comparison of tokenizers: mean and spread over seeds, every method by the same measures."""
+"""The page and the table of a comparison of tokenizers: mean and spread over seeds, every method by the same
+measures."""
 
 from __future__ import annotations
 
@@ -39,15 +40,25 @@ def build(name: str, rows: Sequence[Row]) -> Page:
     own = [(f"own_{m}", titles[m], lambda v: number(v, 3)) for m in modalities]
     kinds = [("agreement", "All items", share), ("agreement_tail", "Tail and cold", share)]
     active = [("active_head", "Head items", share), ("active_tail", "Tail items", share)]
-    gated = {label: group for label, group in groups.items() if any(row.get(key, 1.0) < 1 for row in group for key, _, _ in active)}
+    gated = {
+        label: group
+        for label, group in groups.items()
+        if any(row.get(key, 1.0) < 1 for row in group for key, _, _ in active)
+    }
     shared = [column for column in _SHARED if any(column[0] in row for row in rows)]
-    collided = {label: group for label, group in groups.items() if any("shared_cosine" in row or "duplicates_kept" in row for row in group)}
+    collided = {
+        label: group
+        for label, group in groups.items()
+        if any("shared_cosine" in row or "duplicates_kept" in row for row in group)
+    }
     sections = [
         Section(
             "probes",
             "What the codes say about an item",
-            lead="The same linear readout for every method: one vector a code, fitted on four fifths of the items, measured on the rest. "
-            "1 is no better than the mean. Neighbours are the items that share most codes. An inactive slot counts as empty here; code use and collisions below are of the codes as emitted.",
+            lead="The same linear readout for every method: one vector a code, fitted on four fifths of the items, "
+            "measured on the rest. "
+            "1 is no better than the mean. Neighbours are the items that share most codes. An inactive slot counts as "
+            "empty here; code use and collisions below are of the codes as emitted.",
             plots=[
                 Plot(
                     "readout",
@@ -70,22 +81,29 @@ def build(name: str, rows: Sequence[Row]) -> Page:
             ),
             tables=[
                 _table("Unexplained variance, linear readout", groups, readout),
-                *([_table("Neighbours of the same category", groups, kinds)] if any("agreement" in row for row in rows) else []),
+                *(
+                    [_table("Neighbours of the same category", groups, kinds)]
+                    if any("agreement" in row for row in rows)
+                    else []
+                ),
                 _table("Unexplained variance, the method's own decoder", groups, own),
             ],
         ),
         Section(
             "codes",
             "How the codes use their space",
-            lead="The cosine in a group is the mean of the content of items that share a whole SID: low where unlike items collide. "
+            lead="The cosine in a group is the mean of the content of items that share a whole SID: low where unlike "
+            "items collide. "
             "Near-duplicates are pairs of nearly the same content; together: the share of them with one SID.",
             plots=(
                 [
                     Plot(
                         "collisions",
                         bars("Which items share a SID", collided, [(k, t) for k, t, _ in shared]),
-                        "Bars of the mean cosine of items that share a SID, and of the share of near-duplicates that do, by method.",
-                        "Repulsion is meant to part unlike items; AdaSID's spares near-duplicates, QuaSID's parts them too.",
+                        "Bars of the mean cosine of items that share a SID, and of the share of near-duplicates that "
+                        "do, by method.",
+                        "Repulsion is meant to part unlike items; AdaSID's spares near-duplicates, QuaSID's parts them "
+                        "too.",
                     )
                 ]
                 if collided
@@ -97,7 +115,8 @@ def build(name: str, rows: Sequence[Row]) -> Page:
                         "active",
                         bars("Share of behaviour slots that are active", gated, [(k, t) for k, t, _ in active]),
                         "Bars of the share of active behaviour slots, head and tail items, by method.",
-                        "Where behaviour is noise, a gate is meant to switch it off: the tail's bar should be the shorter one.",
+                        "Where behaviour is noise, a gate is meant to switch it off: the tail's bar should be the "
+                        "shorter one.",
                     )
                 ]
                 if gated
@@ -113,7 +132,8 @@ def build(name: str, rows: Sequence[Row]) -> Page:
     ]
     seeds = sorted({len(group) for group in groups.values()})
     said = [
-        f"{plural(len(groups), 'tokenizer')} on the same {count(rows[0]['items'])} items; {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} {'seed' if seeds == [1] else 'seeds'} each. "
+        f"{plural(len(groups), 'tokenizer')} on the same {count(rows[0]['items'])} items; "
+        f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} {'seed' if seeds == [1] else 'seeds'} each. "
         "A figure after ± is the standard deviation over seeds."
     ]
     return Page(f"Tokenizers compared: {name}", said, [], [], sections, f"Comparison of run {name}.")
@@ -121,23 +141,39 @@ def build(name: str, rows: Sequence[Row]) -> Page:
 
 def text(rows: Sequence[Row]) -> str:
     """The table for a terminal: one line a method."""
-    columns = [*[(f"readout_{m}", f"FVU {m}", 3) for m in _modalities(rows)], ("entropy", "entropy", 3), ("utilisation", "used", 3)]
-    columns += [("collision_items", "not unique", 4), ("largest_group", "largest", 0), ("agreement", "agreement", 3), ("agreement_tail", "tail", 3)]
+    columns = [
+        *[(f"readout_{m}", f"FVU {m}", 3) for m in _modalities(rows)],
+        ("entropy", "entropy", 3),
+        ("utilisation", "used", 3),
+    ]
+    columns += [
+        ("collision_items", "not unique", 4),
+        ("largest_group", "largest", 0),
+        ("agreement", "agreement", 3),
+        ("agreement_tail", "tail", 3),
+    ]
     columns += [("seconds", "seconds", 0)]
     width = 2 + max(len(row["label"]) for row in rows)
     lines = ["", " " * width + "".join(f"{title:>16}" for _, title, _ in columns)]
     for label, group in grouped(rows).items():
-        lines.append(f"{label:<{width}}" + "".join(f"{_spread(group, key, lambda v, d=digits: number(v, d)):>16}" for key, _, digits in columns))
+        lines.append(
+            f"{label:<{width}}"
+            + "".join(f"{_spread(group, key, lambda v, d=digits: number(v, d)):>16}" for key, _, digits in columns)
+        )
     return "\n".join([*lines, ""])
 
 
 def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Cells of each method, in the order of the config."""
-    return {label: [row for row in rows if row["label"] == label] for label in dict.fromkeys(row["label"] for row in rows)}
+    return {
+        label: [row for row in rows if row["label"] == label] for label in dict.fromkeys(row["label"] for row in rows)
+    }
 
 
 def _modalities(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(key.removeprefix("readout_") for row in rows for key in row if key.startswith("readout_")))
+    return list(
+        dict.fromkeys(key.removeprefix("readout_") for row in rows for key in row if key.startswith("readout_"))
+    )
 
 
 def _spread(group: Sequence[Row], key: str, show: Any) -> str:
@@ -149,24 +185,41 @@ def _spread(group: Sequence[Row], key: str, show: Any) -> str:
 
 def _table(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str, Any]]) -> Table:
     rows = [(label, *(_spread(group, key, show) for key, _, show in columns)) for label, group in groups.items()]
-    return Table(title, ("Tokenizer", *(head for _, head, _ in columns)), [row for row in rows if set(row[1:]) != {DASH}])
+    return Table(
+        title, ("Tokenizer", *(head for _, head, _ in columns)), [row for row in rows if set(row[1:]) != {DASH}]
+    )
 
 
 @style.styled
 def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]], low: float = 0.0) -> Figure:
-    """Horizontal bars from ``low`` on, a group of them a method, one a column that it has; whiskers are the range over seeds."""
+    """Horizontal bars from ``low`` on, a group of them a method, one a column that it has; whiskers are the range over
+    seeds."""
     there = {
-        label: {key: values for key, _ in columns if (values := [row[key] for row in group if row.get(key) is not None])}
+        label: {
+            key: values for key, _ in columns if (values := [row[key] for row in group if row.get(key) is not None])
+        }
         for label, group in groups.items()
     }
-    tops = np.cumsum([0, *(len(found) + 1 for found in there.values())])  # a bar's height is 1, as is the gap between groups
+    tops = np.cumsum(
+        [0, *(len(found) + 1 for found in there.values())]
+    )  # a bar's height is 1, as is the gap between groups
     figure, (axes,) = style.canvas(title, 0.8 + 0.13 * int(tops[-1]))
     for place, (key, name) in enumerate(columns):
         own = [(top + list(found).index(key), found[key]) for top, found in zip(tops, there.values()) if key in found]
         middle = np.array([np.mean(values) for _, values in own])
-        whiskers = np.array([[m - min(values), max(values) - m] for m, (_, values) in zip(middle, own)]).reshape(-1, 2).T
+        whiskers = (
+            np.array([[m - min(values), max(values) - m] for m, (_, values) in zip(middle, own)]).reshape(-1, 2).T
+        )
         at = [top for top, _ in own]
-        axes.barh(at, np.minimum(middle, 1.5), 1, xerr=whiskers, label=name, color=style.PALETTE[place % len(style.PALETTE)], error_kw={"lw": 0.8})
+        axes.barh(
+            at,
+            np.minimum(middle, 1.5),
+            1,
+            xerr=whiskers,
+            label=name,
+            color=style.PALETTE[place % len(style.PALETTE)],
+            error_kw={"lw": 0.8},
+        )
     axes.set_yticks([top + (len(found) - 1) / 2 for top, found in zip(tops, there.values())], list(groups))
     axes.set_xlim(low, None)
     axes.invert_yaxis()

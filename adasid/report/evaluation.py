@@ -1,4 +1,5 @@
-"""The page and the table of an evaluation: what each tokenizer's SIDs are worth under each retriever, and how sure that is."""
+"""The page and the table of an evaluation: what each tokenizer's SIDs are worth under each retriever, and how sure that
+is."""
 
 from __future__ import annotations
 
@@ -22,14 +23,18 @@ _TESTED = {"retrieval": ("recall@50", "ndcg@50", "recall@10"), "ranking": ("auc"
 
 
 def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: int = 0) -> Page:
-    """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``codes`` (slots × codes a slot), ``model``, ``seed`` and the result of its training; ``missing``: cells without one."""
+    """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``codes`` (slots × codes a slot), ``model``, ``seed``
+    and the result of its training; ``missing``: cells without one."""
     everything = {task: of_task(rows, task) for task in _SHOWN}
     apart = set(settings.labels) - set(settings.tokenizers)
-    cells = {task: {key: group for key, group in own.items() if key[0] not in apart} for task, own in everything.items()}
+    cells = {
+        task: {key: group for key, group in own.items() if key[0] not in apart} for task, own in everything.items()
+    }
     seeds = sorted({len(group) for own in cells.values() for group in own.values()})
     span = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     said = [
-        f"{plural(sum(map(len, cells.values())), 'combination')} of items and model, {span} {'seed' if seeds == [1] else 'seeds'} each; "
+        f"{plural(sum(map(len, cells.values())), 'combination')} of items and model, {span} "
+        f"{'seed' if seeds == [1] else 'seeds'} each; "
         "a figure after ± is the standard deviation over seeds.",
     ]
     if missing:
@@ -41,9 +46,18 @@ def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: in
             said += _verdicts(cells[task], task, settings)
     if settings.published == "beauty":
         sections.append(_published(cells, everything, settings))
-        sections.append(Section("head_tail", "Head and tail, as claimed", lead=" ".join(_beside(claim, everything) for claim in published.HEAD_TAIL)))
+        sections.append(
+            Section(
+                "head_tail",
+                "Head and tail, as claimed",
+                lead=" ".join(_beside(claim, everything) for claim in published.HEAD_TAIL),
+            )
+        )
     claims = published.CLAIMS if settings.published == "beauty" else ()
-    sections += [_study(number_, title, labels, everything, claims) for number_, (title, labels) in enumerate(settings.studies.items(), 1)]
+    sections += [
+        _study(number_, title, labels, everything, claims)
+        for number_, (title, labels) in enumerate(settings.studies.items(), 1)
+    ]
     sections.append(Section("cost", "What it took", tables=[_cost(own) for own in everything.values() if own]))
     return Page(f"Semantic IDs put to use: {name}", said, [], [], sections, f"Evaluation of run {name}.")
 
@@ -53,19 +67,30 @@ def _retrieval(cells: Cells, settings: config.Evaluate) -> list[Section]:
         Section(
             "retrieval",
             "Retrieval",
-            lead=f"The held-out event of each user, ranked among all items{'' if settings.repeatable else ' but those of the history'}; one list, cut at "
-            "several depths. Items that share a SID stand in the order of their training counts; corrected: what a random order of them gives on "
+            lead="The held-out event of each user, ranked among all "
+            f"items{'' if settings.repeatable else ' but those of the history'}; one list, cut at "
+            "several depths. Items that share a SID stand in the order of their training counts; corrected: what a "
+            "random order of them gives on "
             "average. Epochs are chosen on validation, figures are of the test.",
             plots=[
-                Plot("recall", _bars("Recall@10 on the test users", cells, "recall@10"), "Bars of Recall@10.", "Whiskers are the range over seeds."),
+                Plot(
+                    "recall",
+                    _bars("Recall@10 on the test users", cells, "recall@10"),
+                    "Bars of Recall@10.",
+                    "Whiskers are the range over seeds.",
+                ),
                 Plot(
                     "strata",
                     _strata("Recall@50 by popularity of the target", cells, "retrieval", "recall@50"),
                     "Bars of Recall@50 by stratum.",
-                    "Head and tail: the most and least popular items by training count. Each tokenizer with the retriever that is best for it on validation.",
+                    "Head and tail: the most and least popular items by training count. Each tokenizer with the "
+                    "retriever that is best for it on validation.",
                 ),
             ],
-            tables=[_table("Test metrics", cells, "retrieval"), _strata_table("Recall@50 by popularity of the target", cells, "recall@50")],
+            tables=[
+                _table("Test metrics", cells, "retrieval"),
+                _strata_table("Recall@50 by popularity of the target", cells, "recall@50"),
+            ],
         ),
         _differences(cells, "retrieval", settings),
     ]
@@ -74,7 +99,8 @@ def _retrieval(cells: Cells, settings: config.Evaluate) -> list[Section]:
 def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
     found = sorted({row[key] for key in ("split", "labels") for group in cells.values() for row in group if key in row})
     told = {
-        "sampled": "Labels are sampled: each event against items drawn for it by popularity (seeded, in the test the same for all).",
+        "sampled": "Labels are sampled: each event against items drawn for it by popularity (seeded, in the test the "
+        "same for all).",
         "ratings": "Labels are the users' ratings.",
         "leave_one_out": "The test is each user's last event.",
         "global_time": "The test is all that happened after one moment.",
@@ -93,7 +119,10 @@ def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
                     "Samples whose item is of the stratum.",
                 )
             ],
-            tables=[_table("Test metrics", cells, "ranking"), _strata_table("AUC by popularity of the item", cells, "auc")],
+            tables=[
+                _table("Test metrics", cells, "ranking"),
+                _strata_table("AUC by popularity of the item", cells, "auc"),
+            ],
         ),
         _differences(cells, "ranking", settings),
     ]
@@ -112,7 +141,10 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def _table(title: str, cells: Cells, task: str) -> Table:
-    rows = [(tokenizer, codes_of(group), model, *(spread(group, key) for key in _SHOWN[task])) for (tokenizer, model), group in cells.items()]
+    rows = [
+        (tokenizer, codes_of(group), model, *(spread(group, key) for key in _SHOWN[task]))
+        for (tokenizer, model), group in cells.items()
+    ]
     return Table(title, ("Items as", "Codes", "Model", *map(measure, _SHOWN[task])), rows, words=3)
 
 
@@ -131,24 +163,36 @@ def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Section:
         if found[0]:
             rows.append((tokenizer, model, str(found[0][3]), *(gained(gain) for gain in found)))
     lead = (
-        f"Relative gain of {settings.reference} over each other tokenizer under the same model and the same seeds, with the 95 % interval of the "
-        "paired t distribution over seeds. A plus sign says that it is ahead; an interval that holds 0 says that nothing is shown."
+        f"Relative gain of {settings.reference} over each other tokenizer under the same model and the same seeds, "
+        "with the 95 % interval of the "
+        "paired t distribution over seeds. A plus sign says that it is ahead; an interval that holds 0 says that "
+        "nothing is shown."
     )
-    tables = [Table("Relative gain", ("Over", "Model", "Seeds", *map(measure, _TESTED[task])), rows, words=2)] if rows else []
+    tables = (
+        [Table("Relative gain", ("Over", "Model", "Seeds", *map(measure, _TESTED[task])), rows, words=2)]
+        if rows
+        else []
+    )
     title = f"{task.capitalize()} against {settings.reference}"
     return Section(
-        f"{task}_differences", title, lead=lead, tables=tables, missing="" if rows else "No other tokenizer shares a model and a seed with it."
+        f"{task}_differences",
+        title,
+        lead=lead,
+        tables=tables,
+        missing="" if rows else "No other tokenizer shares a model and a seed with it.",
     )
 
 
 def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
-    """For each model: where the reference stands against the best of the others, chosen on validation; those of other lengths or codebook sizes
-    apart."""
+    """For each model: where the reference stands against the best of the others, chosen on validation; those of other
+    lengths or codebook sizes apart."""
     said, key = [], _TESTED[task][0]
     for model in dict.fromkeys(key[1] for key in cells):
         own = cells.get((settings.reference, model), [])
         named = {
-            label: group for (label, its), group in cells.items() if its == model and label != settings.reference and label in settings.tokenizers
+            label: group
+            for (label, its), group in cells.items()
+            if its == model and label != settings.reference and label in settings.tokenizers
         }
         others = {label: group for label, group in named.items() if paired(own, group, key)}
         for alike in (True, False):
@@ -161,42 +205,70 @@ def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
                     size = f"{codes_of(others[best])}" + ("" if alike else f", not {codes_of(own)}")
                     among = f"the best other of {'the same' if alike else 'another'} size ({size})"
                 said.append(
-                    f"With the model {model}, {settings.reference} is {abs(gain):.1%} {'ahead of' if gain > 0 else 'behind'} {among}, "
+                    f"With the model {model}, {settings.reference} is {abs(gain):.1%} "
+                    f"{'ahead of' if gain > 0 else 'behind'} {among}, "
                     f"{best}, in {measure(key)} ({sure(found)})."
                 )
     return said
 
 
-def _study(place: int, title: str, labels: Sequence[str], everything: Mapping[str, Cells], claims: Sequence[published.Claim]) -> Section:
-    """Tokenizers against the first of them, under the same model; beside those of the ``claims`` that speak of two of them and of their base."""
+def _study(
+    place: int, title: str, labels: Sequence[str], everything: Mapping[str, Cells], claims: Sequence[published.Claim]
+) -> Section:
+    """Tokenizers against the first of them, under the same model; beside those of the ``claims`` that speak of two of
+    them and of their base."""
     tables, plots = list[Table](), list[Plot]()
     for task, cells in everything.items():
-        models = [model for label, model in cells if label == labels[0] and any((other, model) in cells for other in labels[1:])]
+        models = [
+            model
+            for label, model in cells
+            if label == labels[0] and any((other, model) in cells for other in labels[1:])
+        ]
         for model in dict.fromkeys(models):
             own = {label: cells[label, model] for label in labels if (label, model) in cells}
             rows = []
             for label, group in own.items():
-                gains = [DASH if label == labels[0] else gained(paired(group, own[labels[0]], key)) for key in _TESTED[task]]
-                rows.append((label, *(cell for key, gain in zip(_TESTED[task], gains) for cell in (spread(group, key), gain))))
+                gains = [
+                    DASH if label == labels[0] else gained(paired(group, own[labels[0]], key)) for key in _TESTED[task]
+                ]
+                rows.append(
+                    (label, *(cell for key, gain in zip(_TESTED[task], gains) for cell in (spread(group, key), gain)))
+                )
             heads = (head for key in _TESTED[task] for head in (measure(key), "change"))
             tables.append(Table(f"{task.capitalize()}, {model}", ("Tokenizer", *heads), rows))
             key = _TESTED[task][0]
             if seeds := set.intersection(*({row["seed"] for row in group} for group in own.values())):
-                groups = {label: [row["strata"]["all"] for row in group if row["seed"] in seeds] for label, group in own.items()}
+                groups = {
+                    label: [row["strata"]["all"] for row in group if row["seed"] in seeds]
+                    for label, group in own.items()
+                }
                 low = 0.9 * min(row[key] for group in groups.values() for row in group)
                 name = f"{measure(key)}, {model}"
                 figure = comparison.bars(name, groups, [(key, measure(key))], low)
-                plots.append(Plot(f"study{place}_{len(plots)}", figure, name, "The seeds that all have. The axis does not start at 0."))
-    lead = f"The change is against {labels[0]}, over the seeds that both have, with the 95 % interval of the paired t distribution where there are several."
+                plots.append(
+                    Plot(
+                        f"study{place}_{len(plots)}",
+                        figure,
+                        name,
+                        "The seeds that all have. The axis does not start at 0.",
+                    )
+                )
+    lead = (
+        f"The change is against {labels[0]}, over the seeds that both have, with the 95 % interval of the paired t "
+        "distribution where there are several."
+    )
     for claim in claims:
         order = {label: figures for label, figures in claim.order.items() if label in labels}
         if claim.base in order and len(order) > 2:
             lead += " " + _beside(claim._replace(order=order), everything)
-    return Section(f"study{place}", title, lead=lead, plots=plots, tables=tables, missing="" if tables else "Not evaluated.")
+    return Section(
+        f"study{place}", title, lead=lead, plots=plots, tables=tables, missing="" if tables else "Not evaluated."
+    )
 
 
 def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], settings: config.Evaluate) -> Section:
-    """Ours beside theirs, and what ours says to what the paper claims. ``everything``: ``cells`` and the studies' cells."""
+    """Ours beside theirs, and what ours says to what the paper claims. ``everything``: ``cells`` and the studies'
+    cells."""
     shown = {"retrieval": ("recall@50", "recall@100", "ndcg@50", "ndcg@100"), "ranking": ("auc", "gauc")}
 
     def beside(task: str) -> list[Table]:
@@ -204,12 +276,20 @@ def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], sett
         for label, theirs in ((label, figures) for label, figures in published.ADC_SID.items() if keys[0] in figures):
             group, own = both(everything[task], task, label, published.OURS)
             model = " / ".join(dict.fromkeys(rows_[0]["model"] for rows_ in (group, own) if rows_ and group)) or DASH
-            rows.append((label, model, *(text for key in keys for text in (number(theirs[key], 4), spread(group, key)))))
-            pairs = [(f"{published.ADC_SID[published.OURS][key] / theirs[key] - 1:+.2%}", gained(paired(own, group, key), 2)) for key in keys]
+            rows.append(
+                (label, model, *(text for key in keys for text in (number(theirs[key], 4), spread(group, key))))
+            )
+            pairs = [
+                (f"{published.ADC_SID[published.OURS][key] / theirs[key] - 1:+.2%}", gained(paired(own, group, key), 2))
+                for key in keys
+            ]
             gains += [(label, model, *(text for pair in pairs for text in pair))] if label != published.OURS else []
         heads = ("Tokenizer", "Model", *(head for key in keys for head in (f"{measure(key)}, paper", "ours")))
         title = f"ADC-SID, table 2, Amazon Beauty: {task}"
-        return [Table(title, heads, rows, words=2), Table(f"{title}, relative gain of adc-sid", ("Over", *heads[1:]), gains, words=2)]
+        return [
+            Table(title, heads, rows, words=2),
+            Table(f"{title}, relative gain of adc-sid", ("Over", *heads[1:]), gains, words=2),
+        ]
 
     keys = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
     protocol = [(label, *(number(theirs[key], 4) for key in keys)) for label, theirs in published.LEAVE_ONE_OUT.items()]
@@ -220,22 +300,38 @@ def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], sett
             again = [{**row, "strata": {"all": row["test_repeatable"]}} for row in group]
             ours.append((f"{label} (ours, history in the list)", *(spread(again, key) for key in keys)))
     lead = (
-        "The paper had images, another encoder, ratings, and an NDCG that no single-target protocol gives (its slopes are too steep): compare the "
-        "order, not the figures. Ours: each tokenizer's model that is best on validation, of those under which adc-sid stands too (item ids: their "
+        "The paper had images, another encoder, ratings, and an NDCG that no single-target protocol gives (its slopes "
+        "are too steep): compare the "
+        "order, not the figures. Ours: each tokenizer's model that is best on validation, of those under which adc-sid "
+        "stands too (item ids: their "
         "own); where adc-sid's own best of those is another, it is named second."
     )
     if not settings.repeatable:
-        lead += " Our lists leave out the items of the history, which published systems do not all do: below, ours stand both ways."
+        lead += (
+            " Our lists leave out the items of the history, which published systems do not all do: below, ours "
+            "stand both ways."
+        )
     codes = {label: codes_of(group) for own in everything.values() for (label, _), group in own.items()}
-    rivals = [label for label in (*settings.labels, *settings.ranking_controls) if label in codes and not label.startswith(published.OURS)]
+    rivals = [
+        label
+        for label in (*settings.labels, *settings.ranking_controls)
+        if label in codes and not label.startswith(published.OURS)
+    ]
     size = codes.get(published.OURS)
     for alike, those in ((True, f"of its size, {size}"), (False, "of another size, which the paper lacks, or of none")):
         if named := [label for label in rivals if (codes[label] == size) == alike]:
             order = published.ranks(published.TESTED, {published.OURS: 1, **dict.fromkeys(named, 0)})
-            lead += " " + _beside(published.TABLE_2._replace(order=order, says=f"{published.TABLE_2.says}, here those {those}"), everything)
+            lead += " " + _beside(
+                published.TABLE_2._replace(order=order, says=f"{published.TABLE_2.says}, here those {those}"),
+                everything,
+            )
     tables = [
         *(table for task in shown for table in beside(task)),
-        Table("Results under this protocol (last event of each user, all items ranked)", ("System", *map(measure, keys)), [*protocol, *ours]),
+        Table(
+            "Results under this protocol (last event of each user, all items ranked)",
+            ("System", *map(measure, keys)),
+            [*protocol, *ours],
+        ),
     ]
     return Section("published", "Beside published results", lead=lead, tables=tables)
 
@@ -243,7 +339,12 @@ def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], sett
 def _beside(claim: published.Claim, everything: Mapping[str, Cells]) -> str:
     """The sentence of ``claim`` with all that has been evaluated of it."""
     changes = []
-    for label, key in ((label, key) for label in claim.order for key in published.TESTED if label != claim.base and key in claim.order[label]):
+    for label, key in (
+        (label, key)
+        for label in claim.order
+        for key in published.TESTED
+        if label != claim.base and key in claim.order[label]
+    ):
         task = "ranking" if key in _SHOWN["ranking"] else "retrieval"
         found = paired(*both(everything[task], task, label, claim.base), key, claim.stratum)
         changes += [(label, key, found)] if found else []
@@ -255,12 +356,33 @@ def _cost(cells: Cells) -> Table:
     for (tokenizer, model), group in cells.items():
         if "epoch_seconds" not in group[0]:
             continue
-        parts = [[row["epoch_seconds"], *(row["parts"][part] for part in ("data", "forward", "backward"))] for row in group]
+        parts = [
+            [row["epoch_seconds"], *(row["parts"][part] for part in ("data", "forward", "backward"))] for row in group
+        ]
         epochs = number(float(np.mean([row["epochs"] for row in group])), 0)
         speed = [row["test_users_per_second"] for row in group if "test_users_per_second" in row]
         figures = (number(float(value), 1) for value in np.mean(parts, axis=0))
-        rows.append((tokenizer, model, count(group[0]["parameters"]), epochs, *figures, count(round(float(np.mean(speed)))) if speed else DASH))
-    heads = ("Items as", "Model", "Parameters", "Epochs", "Epoch, s", "Data, s", "Forward, s", "Backward, s", "Test users/s")
+        rows.append(
+            (
+                tokenizer,
+                model,
+                count(group[0]["parameters"]),
+                epochs,
+                *figures,
+                count(round(float(np.mean(speed)))) if speed else DASH,
+            )
+        )
+    heads = (
+        "Items as",
+        "Model",
+        "Parameters",
+        "Epochs",
+        "Epoch, s",
+        "Data, s",
+        "Forward, s",
+        "Backward, s",
+        "Test users/s",
+    )
     return Table("Cost", heads, rows, words=2)
 
 
@@ -276,5 +398,8 @@ def _strata(title: str, cells: Cells, task: str, key: str, low: float = 0.0) -> 
     """Bars by stratum, each tokenizer with its best model."""
     best = best_of(cells, task)
     there = [s for s in STRATA if any(key in row["strata"].get(s, {}) for group in best.values() for row in group)]
-    groups = {label: [{s: row["strata"][s][key] for s in there if key in row["strata"].get(s, {})} for row in group] for label, group in best.items()}
+    groups = {
+        label: [{s: row["strata"][s][key] for s in there if key in row["strata"].get(s, {})} for row in group]
+        for label, group in best.items()
+    }
     return comparison.bars(title, groups, [(s, s.capitalize()) for s in there], low)

@@ -1,4 +1,5 @@
-"""Every figure of the report: plain numbers in, a matplotlib ``Figure`` out, one shared look (:mod:`adasid.report.style`)."""
+"""Every figure of the report: plain numbers in, a matplotlib ``Figure`` out, one shared look
+(:mod:`adasid.report.style`)."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ def column(points: Iterable[Row], key: str) -> Array:
 
 
 def series(rows: Iterable[Row], key: str) -> tuple[Array, Array]:
-    """Epochs and values of one metric, skipping rows that lack it; a list of values (one a slot) counts by its mean. Of an epoch that a resumed
-    training logged twice the later row counts."""
+    """Epochs and values of one metric, skipping rows that lack it; a list of values (one a slot) counts by its mean. Of
+    an epoch that a resumed training logged twice the later row counts."""
     values: dict[float, float] = {}
     for row in rows:
         epoch, value = row.get("epoch"), row.get(key)
@@ -68,16 +69,24 @@ def sample(quantiles: Sequence[Row], size: int = 2000) -> Array:
 
 @styled
 def popularity(points: Sequence[Row], head: int | None = None) -> Figure:
-    """Training events of an item over its rank; items without any cannot stand on a log axis. ``head``: how many items are head."""
+    """Training events of an item over its rank; items without any cannot stand on a log axis. ``head``: how many items
+    are head."""
     figure, (axes,) = canvas("Popularity of items")
     rank, events = column(points, "x"), column(points, "y")
     if head:
         axes.axvspan(0.9, head + 0.5, color=PALE, alpha=0.45, lw=0)
-        axes.text(0.03, 0.05, f"head: top {words.plural(head, 'item')}", transform=axes.transAxes, color=INK, fontsize=SMALL)
+        axes.text(
+            0.03, 0.05, f"head: top {words.plural(head, 'item')}", transform=axes.transAxes, color=INK, fontsize=SMALL
+        )
     axes.plot(rank[events > 0], events[events > 0], color=BLUE)
     log(axes.xaxis)
     log(axes.yaxis)
-    axes.set(xlim=(0.9, rank.max(initial=1) * 1.15), ylim=(0.8, None), xlabel="rank of the item (1 = most events)", ylabel="training events")
+    axes.set(
+        xlim=(0.9, rank.max(initial=1) * 1.15),
+        ylim=(0.8, None),
+        xlabel="rank of the item (1 = most events)",
+        ylabel="training events",
+    )
     return figure
 
 
@@ -91,7 +100,9 @@ def lorenz(points: Sequence[Row], gini: float) -> Figure:
     axes.plot(items, events, color=BLUE)
     axes.text(0.05, 0.9, f"Gini {words.number(gini, 2)}", transform=axes.transAxes, fontweight="bold", va="top")
     axes.text(0.05, 0.8, "dashed: all items equal", transform=axes.transAxes, fontsize=SMALL, color=GREY, va="top")
-    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="share of items, least popular first", ylabel="share of training events")
+    axes.set(
+        xlim=(0, 1), ylim=(0, 1.01), xlabel="share of items, least popular first", ylabel="share of training events"
+    )
     percent(axes.xaxis)
     percent(axes.yaxis)
     return figure
@@ -102,7 +113,9 @@ def norm_by_count(spread: Sequence[Row], spearman: float | None) -> Figure:
     """Median and 10-90 % band of the behaviour norm within bins of the count."""
     figure, (axes,) = canvas("Behaviour norm over popularity")
     x = column(spread, "x")
-    axes.fill_between(x, column(spread, "p10"), column(spread, "p90"), color=BLUE, alpha=0.18, lw=0, label="10th to 90th percentile")
+    axes.fill_between(
+        x, column(spread, "p10"), column(spread, "p90"), color=BLUE, alpha=0.18, lw=0, label="10th to 90th percentile"
+    )
     axes.plot(x, column(spread, "p50"), color=BLUE, marker="o", ms=3.5, label="median")
     log(axes.xaxis)
     axes.set(xlabel="training events of the item", ylabel="norm of the embedding (L2)")
@@ -115,20 +128,37 @@ def norm_by_count(spread: Sequence[Row], spearman: float | None) -> Figure:
 def alignment(controller: tuple[float, float] | None, quantiles: Sequence[Row], flat: bool = False) -> Figure:
     """The alignment weight over richness, beside the papers' settings, above the distribution of richness.
 
-    ``controller``: (alpha, beta) of this run, None while unknown; ``flat``: the controller is off and every weight is 1.
-    """
+    ``controller``: (alpha, beta) of this run, None while unknown; ``flat``: the controller is off and every weight is
+    1."""
     figure, (above, below) = canvas("Alignment weight over richness", 4.1, (2.2, 1))
     x = np.linspace(0, 1, 401)
     if flat:
         above.plot(x, np.ones_like(x), color=BLUE, lw=2.4, label="this run: off, weight 1")
     elif controller:
         alpha, beta = controller
-        above.plot(x, alignment_weight(x, alpha, beta), color=BLUE, lw=2.4, label=f"this run: α {alpha:g}, β {beta:.3g}")
+        above.plot(
+            x, alignment_weight(x, alpha, beta), color=BLUE, lw=2.4, label=f"this run: α {alpha:g}, β {beta:.3g}"
+        )
     for (alpha, beta), dashes, colour in zip(PAPERS, DASHES[1:], (ORANGE, GREY, AMBER, INK)):
-        above.plot(x, alignment_weight(x, alpha, beta), color=colour, lw=1.2, ls=dashes, label=f"papers: α {alpha:g}, β {beta:g}")
+        above.plot(
+            x,
+            alignment_weight(x, alpha, beta),
+            color=colour,
+            lw=1.2,
+            ls=dashes,
+            label=f"papers: α {alpha:g}, β {beta:g}",
+        )
     above.set(ylabel="alignment weight w", ylim=(-0.02, 1.04), xlim=(0, 1))
     weights, edges = np.histogram(np.clip(sample(quantiles), 0, 1), bins=40, range=(0, 1))
-    below.bar(edges[:-1], weights / weights.sum(), width=np.diff(edges), align="edge", color=SKY, edgecolor="white", linewidth=0.4)
+    below.bar(
+        edges[:-1],
+        weights / weights.sum(),
+        width=np.diff(edges),
+        align="edge",
+        color=SKY,
+        edgecolor="white",
+        linewidth=0.4,
+    )
     below.set(xlabel="richness of an item (0 = least known)", ylabel="items")
     percent(below.yaxis)
     legend(figure, 2, above)
@@ -136,13 +166,17 @@ def alignment(controller: tuple[float, float] | None, quantiles: Sequence[Row], 
 
 
 @styled
-def by_stratum(values: Mapping[str, Sequence[float]], slots: Sequence[str], title: str, label: str, shares: bool = False) -> Figure:
+def by_stratum(
+    values: Mapping[str, Sequence[float]], slots: Sequence[str], title: str, label: str, shares: bool = False
+) -> Figure:
     """Grouped bars: one group a stratum, one bar a behaviour slot."""
     figure, (axes,) = canvas(title)
     width = 0.8 / max(1, len(slots))
     for index, slot in enumerate(slots):
         left = np.arange(len(values)) + (index - (len(slots) - 1) / 2) * width
-        axes.bar(left, [row[index] for row in values.values()], width * 0.92, color=PALETTE[index % len(PALETTE)], label=slot)
+        axes.bar(
+            left, [row[index] for row in values.values()], width * 0.92, color=PALETTE[index % len(PALETTE)], label=slot
+        )
     axes.set_xticks(range(len(values)), list(values))
     axes.set(xlabel="stratum of items by popularity", ylabel=label)
     axes.set_ylim(bottom=0)
@@ -163,7 +197,16 @@ def active_counts(values: Mapping[str, Sequence[float]]) -> Figure:
     places, left = np.arange(len(values)), np.zeros(len(values))
     for number in range(columns):
         widths = np.array([row[number] if number < len(row) else 0.0 for row in values.values()])
-        axes.barh(places, widths, left=left, height=0.68, color=shades[number], edgecolor="white", linewidth=0.8, label=str(number))
+        axes.barh(
+            places,
+            widths,
+            left=left,
+            height=0.68,
+            color=shades[number],
+            edgecolor="white",
+            linewidth=0.8,
+            label=str(number),
+        )
         left += widths
     axes.set_yticks(places, list(values))
     axes.invert_yaxis()
@@ -226,7 +269,10 @@ def groups(sizes: Sequence[Sequence[int]], by_distinct: float, by_items: float, 
     log(axes.yaxis)
     axes.set(xlim=(0.6, max(3.0, 1.3 * top)), ylim=(0.5, 3 * table[:, 1].max(initial=1)))
     axes.set(xlabel="items in the group (1 = unique ID)", ylabel="number of groups")
-    text = f"items with a shared ID {words.share(by_items)}\n(M − distinct) / M {words.share(by_distinct)}\nlargest group {words.plural(largest, 'item')}"
+    text = (
+        f"items with a shared ID {words.share(by_items)}\n(M − distinct) / M {words.share(by_distinct)}\nlargest "
+        f"group {words.plural(largest, 'item')}"
+    )
     axes.text(
         0.98,
         0.98,
@@ -290,9 +336,19 @@ def _lines(axes: Axes, rows: Sequence[Row], names: Mapping[str, str], positive: 
 
 @styled
 def losses(rows: Sequence[Row]) -> Figure:
-    """Total loss and its parts, on a log axis where they differ much; a part that stays below a thousandth of the largest value is left out."""
+    """Total loss and its parts, on a log axis where they differ much; a part that stays below a thousandth of the
+    largest value is left out."""
     figure, (axes,) = canvas("Tokenizer: losses")
-    parts = ("reconstruction", "codebook", "alignment", "routing", "repulsion", "contrast", "collaborative", "diversity")
+    parts = (
+        "reconstruction",
+        "codebook",
+        "alignment",
+        "routing",
+        "repulsion",
+        "contrast",
+        "collaborative",
+        "diversity",
+    )
     names = {"loss": "total", **{part: part for part in parts}}
     tops = {key: series(rows, key)[1].max(initial=0) for key in names}
     floor = max(tops.values()) / 1000
@@ -341,7 +397,9 @@ def code_use(rows: Sequence[Row], size: int | None) -> Figure:
     percent(above.yaxis)
     _lines(below, rows, {"entropy": "mean entropy"})
     if size:
-        below.axhline(math.log(size), color=ORANGE, lw=1.1, ls=DASHES[1], label=f"cap ln {size} = {math.log(size):.2f} nats")
+        below.axhline(
+            math.log(size), color=ORANGE, lw=1.1, ls=DASHES[1], label=f"cap ln {size} = {math.log(size):.2f} nats"
+        )
     below.set_ylabel("entropy (nats)")
     below.set_ylim(bottom=0)
     legend(figure, 2, below)

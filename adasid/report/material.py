@@ -22,9 +22,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Material:
-    """``catalog``: the row of ``catalog_stats``; ``generation``: a row of ``generations`` with its JSON columns parsed (``refused``: a newer one that is
-    not live); ``stages``: all rows of ``stages.jsonl``; ``versions``: tables that the report itself read;
-    ``lags``: sentences on tables that lag behind those that they were made of; ``created``: when, as text."""
+    """``catalog``: the row of ``catalog_stats``; ``generation``: a row of ``generations`` with its JSON columns parsed
+    (``refused``: a newer one that is not live); ``stages``: all rows of ``stages.jsonl``; ``versions``: tables that the
+    report itself read; ``lags``: sentences on tables that lag behind those that they were made of; ``created``: when,
+    as text."""
 
     cfg: Config
     catalog: Row | None = None
@@ -62,8 +63,11 @@ class Material:
 
     @property
     def behavior_slots(self) -> dict[int, str]:
-        """Index and name of the slots that the router switches: by the tokenizer's manifest where it is known, else by their name."""
-        kinds = {slot["name"]: slot["kind"] for slot in (self.tokenizer.facts.get("slots", ()) if self.tokenizer else ())}
+        """Index and name of the slots that the router switches: by the tokenizer's manifest where it is known, else by
+        their name."""
+        kinds = {
+            slot["name"]: slot["kind"] for slot in (self.tokenizer.facts.get("slots", ()) if self.tokenizer else ())
+        }
         return {
             index: name
             for index, name in enumerate(self.codes.get("slots", ()))

@@ -1,4 +1,5 @@
-"""The page of the nightly job: churn, drift and gates over the last generations, and the night that was refused, if the last one was."""
+"""The page of the nightly job: churn, drift and gates over the last generations, and the night that was refused, if the
+last one was."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ Row = dict[str, Any]
 
 
 def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row | None = None) -> Page:
-    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a nightly run that was not
-    published left; ``dry``: the row that a dry run would have added."""
+    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a nightly run that was
+    not published left; ``dry``: the row that a dry run would have added."""
     nights = [row for row in generations if row["churn"]]
     live = next((row for row in generations if row["live"]), None)
     warnings = []
@@ -32,14 +33,25 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
         warnings.append(f"Dry run of {dry['run_date']}, policy {dry['policy']}: nothing was published; {end}.")
     if live and live["drift"].get("asked"):
         warnings.append(
-            f"Generation {live['generation']} is frozen though its drift asked for {live['drift']['asked']}, whose table failed a gate: look at that night's run "
+            f"Generation {live['generation']} is frozen though its drift asked for {live['drift']['asked']}, whose "
+            "table failed a gate: look at that night's run "
             "in MLflow, then raise retokenize.gates for it, or train a new tokenizer."
         )
     shown = []
     if nights:
         shown = [
-            Plot("churn", churn(nights), "Share of items whose SID changed, by generation.", "What readers of the table had to follow."),
-            Plot("shared", shared(generations), "Share of items whose SID is not unique, by generation.", "Rare: tail and cold items."),
+            Plot(
+                "churn",
+                churn(nights),
+                "Share of items whose SID changed, by generation.",
+                "What readers of the table had to follow.",
+            ),
+            Plot(
+                "shared",
+                shared(generations),
+                "Share of items whose SID is not unique, by generation.",
+                "Rare: tail and cold items.",
+            ),
         ]
     errors = [row for row in generations if row["drift"].get("error_ratio")]
     drifts = (
@@ -57,13 +69,22 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
     used = [row for row in generations if row["drift"].get("usage")]
     if used:
         drifts.append(
-            Plot("usage", usage(used), "Divergence of the use of codes by generation.", "How differently codes are used than a generation before.")
+            Plot(
+                "usage",
+                usage(used),
+                "Divergence of the use of codes by generation.",
+                "How differently codes are used than a generation before.",
+            )
         )
     changed, missing = _changes(generations, dry), "" if generations else "Nothing published yet."
     sections = [
         Section("changes", "What changed", plots=shown, tables=[changed], missing=missing),
         Section(
-            "drift", "How far items have moved", plots=drifts, tables=[_drift(errors)] if errors else [], missing="" if drifts else "No night yet."
+            "drift",
+            "How far items have moved",
+            plots=drifts,
+            tables=[_drift(errors)] if errors else [],
+            missing="" if drifts else "No night yet.",
         ),
         Section(
             "gates",
@@ -87,9 +108,17 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
     if refused:
         worst = [(kind, ", ".join(items)) for kind, items in refused["worst"].items() if items]
         sections.append(
-            Section("refused", "The items that a refused night moved most", tables=[Table("Worst items", ("Kind", "Items"), worst, words=2)])
+            Section(
+                "refused",
+                "The items that a refused night moved most",
+                tables=[Table("Worst items", ("Kind", "Items"), worst, words=2)],
+            )
         )
-    headline = [("Live generation", count(live["generation"])), ("Items", count(live["items"])), ("Policy", live["policy"])] if live else []
+    headline = (
+        [("Live generation", count(live["generation"])), ("Items", count(live["items"])), ("Policy", live["policy"])]
+        if live
+        else []
+    )
     said = [f"The last {len(generations)} generations of {name}."] if generations else ["Nothing is published yet."]
     return Page(f"Nights of {name}", said, warnings, headline, sections, f"Nightly job of run {name}.")
 
@@ -113,7 +142,13 @@ def shared(generations: Sequence[Row]) -> Figure:
     """Items that share their SID with another: of all, and of the rare ones."""
     figure, (axes,) = style.canvas("Items whose SID is not unique", 2.6)
     for place, (key, label) in enumerate((("collision_items", "Of all items"), ("collision_tail", "Of rare items"))):
-        _line(axes, [row["generation"] for row in generations], [row["metrics"].get(key, np.nan) for row in generations], label, place)
+        _line(
+            axes,
+            [row["generation"] for row in generations],
+            [row["metrics"].get(key, np.nan) for row in generations],
+            label,
+            place,
+        )
     axes.set_ylim(0, None)
     style.percent(axes.yaxis)
     style.thousands(axes.xaxis)
@@ -129,7 +164,13 @@ def ratios(nights: Sequence[Row]) -> Figure:
     modalities = list(dict.fromkeys(m for row in nights for m in row["drift"]["error_ratio"]))
     for place, m in enumerate(modalities):
         at = [row["generation"] for row in nights]
-        _line(axes[0], at, [row["drift"]["error_ratio"].get(m, {}).get("all", np.nan) for row in nights], m.capitalize(), place)
+        _line(
+            axes[0],
+            at,
+            [row["drift"]["error_ratio"].get(m, {}).get("all", np.nan) for row in nights],
+            m.capitalize(),
+            place,
+        )
         _line(axes[1], at, [row["drift"]["norms"].get(m, np.nan) for row in nights], "", place)
     axes[0].axhline(1, color=style.GREY, lw=0.8)
     axes[0].set_ylabel("Error, ratio")
@@ -146,7 +187,13 @@ def usage(nights: Sequence[Row]) -> Figure:
     """Jensen-Shannon divergence of each slot's codes against the generation before."""
     figure, (axes,) = style.canvas("Use of codes against the generation before", 2.6)
     for place, slot in enumerate(nights[-1]["drift"]["usage"]):
-        _line(axes, [row["generation"] for row in nights], [row["drift"]["usage"].get(slot, np.nan) for row in nights], slot, place)
+        _line(
+            axes,
+            [row["generation"] for row in nights],
+            [row["drift"]["usage"].get(slot, np.nan) for row in nights],
+            slot,
+            place,
+        )
     axes.set_ylim(0, None)
     axes.set_ylabel("Divergence, bits")
     axes.set_xlabel("Generation")
@@ -157,7 +204,8 @@ def usage(nights: Sequence[Row]) -> Figure:
 
 @style.styled
 def gates(generations: Sequence[Row], refused: Row | None) -> Figure:
-    """Each gate (rows) in each generation (columns): the share of its allowance that was used; white where the generation had no such gate."""
+    """Each gate (rows) in each generation (columns): the share of its allowance that was used; white where the
+    generation had no such gate."""
     nights = [*generations, *([refused] if refused else [])]
     names = list(dict.fromkeys(gate["gate"] for row in reversed(nights) for gate in row["gates"]))
     used = np.full((len(names), len(nights)), np.nan)
@@ -171,7 +219,10 @@ def gates(generations: Sequence[Row], refused: Row | None) -> Figure:
     axes.grid(False)
     axes.set_yticks(range(len(names)), [name[:1].upper() + name[1:] for name in names], fontsize=style.SMALL - 1.5)
     places = np.unique(np.linspace(0, len(nights) - 1, min(5, len(nights))).round().astype(int))
-    axes.set_xticks(places, [str(nights[place].get("generation", "")) if place < len(generations) else "refused" for place in places])
+    axes.set_xticks(
+        places,
+        [str(nights[place].get("generation", "")) if place < len(generations) else "refused" for place in places],
+    )
     axes.set_xlabel("Generation")
     bar = figure.colorbar(shades, ax=axes, location="bottom", shrink=0.6, aspect=30)
     style.percent(bar.ax.xaxis)
@@ -179,8 +230,9 @@ def gates(generations: Sequence[Row], refused: Row | None) -> Figure:
 
 
 def allowance(gate: Mapping[str, Any]) -> float:
-    """The share of what a gate allows that a night used, from 0 to 1.25, above 1 where it failed: the value over the threshold, or the reverse where the
-    threshold is the least that passes. A gate that allows nothing (none of something, all items covered) is at 0 or 1.25."""
+    """The share of what a gate allows that a night used, from 0 to 1.25, above 1 where it failed: the value over the
+    threshold, or the reverse where the threshold is the least that passes. A gate that allows nothing (none of
+    something, all items covered) is at 0 or 1.25."""
     value, threshold, passed = float(gate["value"]), float(gate["threshold"]), gate["passed"]
     if not threshold or (passed and value == threshold == 1):
         return 0.0 if passed else 1.25
@@ -212,16 +264,33 @@ def _changes(generations: Sequence[Row], dry: Row | None) -> Table:
     rows = []
     for row in [*([{**dry, "live": False}] if dry else []), *reversed(generations)]:
         c: Mapping[str, Any] = row["churn"]
-        numbers = [count(c.get(key)) for key in ("new", "changed", "removed")] + [share(c.get(key), 2) for key in ("churn", "weighted")]
+        numbers = [count(c.get(key)) for key in ("new", "changed", "removed")] + [
+            share(c.get(key), 2) for key in ("churn", "weighted")
+        ]
         name = "dry run" if dry and row["generation"] == dry["generation"] else str(row["generation"])
         name += " (live, on hold)" if row.get("hold") else " (live)" if row["live"] else ""
-        rows.append((name, row["run_date"] or DASH, row["policy"], count(row["items"]), *numbers, share(c.get("by_stratum", {}).get("tail"), 2)))
+        rows.append(
+            (
+                name,
+                row["run_date"] or DASH,
+                row["policy"],
+                count(row["items"]),
+                *numbers,
+                share(c.get("by_stratum", {}).get("tail"), 2),
+            )
+        )
     return Table("Generations", columns, rows, words=3)
 
 
 def _drift(nights: Sequence[Row]) -> Table:
     modalities = list(nights[-1]["drift"]["error_ratio"])
-    columns = ("Generation", *(f"Error, {m}" for m in modalities), *(f"Norms, {m}" for m in modalities), "Cold", "Spearman")
+    columns = (
+        "Generation",
+        *(f"Error, {m}" for m in modalities),
+        *(f"Norms, {m}" for m in modalities),
+        "Cold",
+        "Spearman",
+    )
     rows = []
     for row in reversed(nights):
         d = row["drift"]

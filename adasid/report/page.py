@@ -15,7 +15,8 @@ from adasid.report import style
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its file name (no suffix), what it shows (for those who cannot see it) and one sentence on what to see."""
+    """A figure with its file name (no suffix), what it shows (for those who cannot see it) and one sentence on what to
+    see."""
 
     name: str
     figure: Figure
@@ -25,7 +26,8 @@ class Plot:
 
 @dataclass(frozen=True)
 class Table:
-    """``rows`` of finished text; the first ``words`` columns are text, the others figures. ``notes``: one small line under each row's first cell."""
+    """``rows`` of finished text; the first ``words`` columns are text, the others figures. ``notes``: one small line
+    under each row's first cell."""
 
     title: str
     columns: tuple[str, ...]
@@ -67,6 +69,8 @@ def render(page: Page) -> tuple[str, dict[str, bytes]]:
     """The HTML, and the PNG of each figure by file name; the HTML embeds the same bytes."""
     pictures = {plot.name: style.png(plot.figure) for plot in page.plots()}
     encoded = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     html = environment.get_template("page.html").render(page=page, pictures=encoded)
     return html, {f"{name}.png": data for name, data in pictures.items()}

@@ -1,9 +1,9 @@
 """Published results and claims, shown beside ours, never mixed with them.
 
-``ADC_SID``: arXiv 2510.25622 v3, table 2, Amazon Beauty with images, as printed; the row of item ids is of v1's table 2, v3 has none. Its slopes of
-NDCG are not those of single-target evaluation (methods 8.7), so only the order of the methods can be compared. ``LEAVE_ONE_OUT``: last item = test,
-full ranking over the items, as here. ``CLAIMS`` and ``HEAD_TAIL``: what the same paper says of the order, but for table 2 of its industrial data.
-"""
+``ADC_SID``: arXiv 2510.25622 v3, table 2, Amazon Beauty with images, as printed; the row of item ids is of v1's table
+2, v3 has none. Its slopes of NDCG are not those of single-target evaluation (methods 8.7), so only the order of the
+methods can be compared. ``LEAVE_ONE_OUT``: last item = test, full ranking over the items, as here. ``CLAIMS`` and
+``HEAD_TAIL``: what the same paper says of the order, but for table 2 of its industrial data."""
 
 from __future__ import annotations
 
@@ -20,13 +20,62 @@ TESTED = ("recall@50", "ndcg@50", "auc", "gauc")
 
 ADC_SID: Figures = {
     "item id": {"auc": 0.6455, "gauc": 0.5897},
-    "rq-vae": {"recall@50": 0.1213, "recall@100": 0.2398, "ndcg@50": 0.0803, "ndcg@100": 0.1304, "auc": 0.6446, "gauc": 0.5852},
-    "opq": {"recall@50": 0.1117, "recall@100": 0.2189, "ndcg@50": 0.0802, "ndcg@100": 0.1302, "auc": 0.6449, "gauc": 0.5898},
-    "rq-kmeans, aligned": {"recall@50": 0.1283, "recall@100": 0.2285, "ndcg@50": 0.0840, "ndcg@100": 0.1347, "auc": 0.6452, "gauc": 0.5909},
-    "letter": {"recall@50": 0.1513, "recall@100": 0.2492, "ndcg@50": 0.0937, "ndcg@100": 0.1453, "auc": 0.6444, "gauc": 0.5973},
-    "das": {"recall@50": 0.1503, "recall@100": 0.2403, "ndcg@50": 0.0933, "ndcg@100": 0.1445, "auc": 0.6466, "gauc": 0.5933},
-    "mm-rq-vae": {"recall@50": 0.1673, "recall@100": 0.2598, "ndcg@50": 0.0945, "ndcg@100": 0.1461, "auc": 0.6453, "gauc": 0.5991},
-    "adc-sid": {"recall@50": 0.1855, "recall@100": 0.2885, "ndcg@50": 0.0996, "ndcg@100": 0.1568, "auc": 0.6480, "gauc": 0.6125},
+    "rq-vae": {
+        "recall@50": 0.1213,
+        "recall@100": 0.2398,
+        "ndcg@50": 0.0803,
+        "ndcg@100": 0.1304,
+        "auc": 0.6446,
+        "gauc": 0.5852,
+    },
+    "opq": {
+        "recall@50": 0.1117,
+        "recall@100": 0.2189,
+        "ndcg@50": 0.0802,
+        "ndcg@100": 0.1302,
+        "auc": 0.6449,
+        "gauc": 0.5898,
+    },
+    "rq-kmeans, aligned": {
+        "recall@50": 0.1283,
+        "recall@100": 0.2285,
+        "ndcg@50": 0.0840,
+        "ndcg@100": 0.1347,
+        "auc": 0.6452,
+        "gauc": 0.5909,
+    },
+    "letter": {
+        "recall@50": 0.1513,
+        "recall@100": 0.2492,
+        "ndcg@50": 0.0937,
+        "ndcg@100": 0.1453,
+        "auc": 0.6444,
+        "gauc": 0.5973,
+    },
+    "das": {
+        "recall@50": 0.1503,
+        "recall@100": 0.2403,
+        "ndcg@50": 0.0933,
+        "ndcg@100": 0.1445,
+        "auc": 0.6466,
+        "gauc": 0.5933,
+    },
+    "mm-rq-vae": {
+        "recall@50": 0.1673,
+        "recall@100": 0.2598,
+        "ndcg@50": 0.0945,
+        "ndcg@100": 0.1461,
+        "auc": 0.6453,
+        "gauc": 0.5991,
+    },
+    "adc-sid": {
+        "recall@50": 0.1855,
+        "recall@100": 0.2885,
+        "ndcg@50": 0.0996,
+        "ndcg@100": 0.1568,
+        "auc": 0.6480,
+        "gauc": 0.6125,
+    },
 }
 
 LEAVE_ONE_OUT: Figures = {
@@ -39,7 +88,8 @@ LEAVE_ONE_OUT: Figures = {
 
 
 class Claim(NamedTuple):
-    """What ``source`` says of tokenizers against ``base``. ``order``: their figures as printed or, where only the order is told, ranks."""
+    """What ``source`` says of tokenizers against ``base``. ``order``: their figures as printed or, where only the order
+    is told, ranks."""
 
     source: str
     says: str
@@ -58,16 +108,26 @@ class Claim(NamedTuple):
                     outcomes["agrees" if alike else "contradicts it"].append((label, f"{measure(key)} {gained(found)}"))
                 else:
                     counts[outcome] += 1
-                    outcomes.setdefault(outcome, []).extend([] if alike else [(label, f"{measure(key)} {found[0]:+.1%}")])
+                    outcomes.setdefault(outcome, []).extend(
+                        [] if alike else [(label, f"{measure(key)} {found[0]:+.1%}")]
+                    )
         parts = []
         for outcome, entries in outcomes.items():
-            named = listed([f"{label} ({', '.join(t for own, t in entries if own == label)})" for label in dict(entries)])
+            named = listed(
+                [f"{label} ({', '.join(t for own, t in entries if own == label)})" for label in dict(entries)]
+            )
             if outcome in counts:
                 total = f"{outcome} in {plural(counts[outcome], 'comparison')}"
-                parts.append(total + (f", of which against the paper: {named}" if named else ", all of them as the paper has them"))
+                parts.append(
+                    total
+                    + (f", of which against the paper: {named}" if named else ", all of them as the paper has them")
+                )
             elif named:
                 parts.append(f"{outcome} in {named}")
-        return f"{self.source} claims that {self.says}; ours, as changes against {self.base}: {'; '.join(parts) or 'not evaluated yet'}."
+        return (
+            f"{self.source} claims that {self.says}; ours, as changes against {self.base}: "
+            f"{'; '.join(parts) or 'not evaluated yet'}."
+        )
 
 
 def ranks(keys: Sequence[str], places: dict[str, float]) -> Figures:
@@ -103,7 +163,15 @@ EXPERTS = Claim(
     "Figure 5 of ADC-SID (industrial data)",
     "more behaviour experts are better in both tasks",
     OURS,
-    ranks(TESTED, {"adc-sid, 1 behaviour expert": 1, "adc-sid, 2 behaviour experts": 2, OURS: 3, "adc-sid, 5 behaviour experts": 5}),
+    ranks(
+        TESTED,
+        {
+            "adc-sid, 1 behaviour expert": 1,
+            "adc-sid, 2 behaviour experts": 2,
+            OURS: 3,
+            "adc-sid, 5 behaviour experts": 5,
+        },
+    ),
 )
 CLAIMS = (TABLE_2, TABLE_3, TABLE_4, EXPERTS)
 

@@ -1,4 +1,5 @@
-"""One look for all figures: narrow single-column pictures that stay readable on a phone, and a palette that colour-blind readers can tell apart.
+"""One look for all figures: narrow single-column pictures that stay readable on a phone, and a palette that
+colour-blind readers can tell apart.
 
 Figures are plain ``Figure`` objects; nothing touches pyplot's global state.
 """
@@ -92,7 +93,8 @@ def legend(figure: Figure, columns: int = 2, axes: Axes | None = None) -> None:
 
 
 def log(axis: Axis) -> None:
-    """Make the axis of what is drawn so far logarithmic, named in plain figures: powers of ten, with 2 and 5 between them where the range is short."""
+    """Make the axis of what is drawn so far logarithmic, named in plain figures: powers of ten, with 2 and 5 between
+    them where the range is short."""
     steps = (1.0, 2.0, 5.0) if max(axis.get_data_interval()) < 100 * axis.get_minpos() else (1.0,)
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")  # type: ignore[attr-defined]
     axis.set_major_locator(LogLocator(10, steps, numticks=7))
@@ -117,7 +119,9 @@ def percent(axis: Axis) -> None:
 def thousands(axis: Axis, bins: int = 5) -> None:
     """Whole-number ticks with thousands separators."""
     axis.set_major_locator(MaxNLocator(bins, integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value - round(value)) < 1e-6 else ""))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value - round(value)) < 1e-6 else "")
+    )
 
 
 def png(figure: Figure) -> bytes:

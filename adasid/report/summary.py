@@ -26,20 +26,30 @@ def summary(material: Material) -> list[str]:
     said, stats, codes = [], material.catalog, material.codes
     if stats:
         said.append(
-            f"The catalogue holds {plural(stats['items'], 'item')}, {plural(stats['users'], 'user')} and {plural(stats['interactions'], 'event')}. "
-            f"Its {plural(stats['strata'].get('head', 0), 'most popular item')} take {share(stats['head_interactions'])} of the training events (Gini {number(stats['gini'], 2)})."
+            f"The catalogue holds {plural(stats['items'], 'item')}, {plural(stats['users'], 'user')} and "
+            f"{plural(stats['interactions'], 'event')}. "
+            f"Its {plural(stats['strata'].get('head', 0), 'most popular item')} take "
+            f"{share(stats['head_interactions'])} of the training events (Gini {number(stats['gini'], 2)})."
         )
         if known(stats.get("spearman")):
+            by_norm = stats["richness_source"] == "norm"
+            source = "norm of its behaviour embedding" if by_norm else "number of its events"
             said.append(
-                f"How much is known about an item is measured by the {'norm of its behaviour embedding' if stats['richness_source'] == 'norm' else 'number of its events'}; "
+                f"How much is known about an item is measured by the {source}; "
                 f"norm and count have a rank correlation of {number(stats['spearman'], 2)}."
             )
     if codes and material.generation:
-        name = f"{'Generation' if material.published else 'The unpublished generation'} {material.generation['generation']}"
+        name = (
+            f"{'Generation' if material.published else 'The unpublished generation'} "
+            f"{material.generation['generation']}"
+        )
         said.append(
-            f"{name} gives {plural(codes['items'], 'item')} {plural(codes['distinct'], 'distinct ID')} of {plural(len(codes['slots']), 'code')}; "
-            f"{share(codes['collision_items'])} of the items share theirs, and no ID is carried by more than {count(codes['largest_group'])}. "
-            f"{share(sum(codes['utilisation']) / len(codes['utilisation']), 2)} of the {len(codes['slots'])} × {codes['codebook_size']} codes are in use."
+            f"{name} gives {plural(codes['items'], 'item')} {plural(codes['distinct'], 'distinct ID')} of "
+            f"{plural(len(codes['slots']), 'code')}; "
+            f"{share(codes['collision_items'])} of the items share theirs, and no ID is carried by more than "
+            f"{count(codes['largest_group'])}. "
+            f"{share(sum(codes['utilisation']) / len(codes['utilisation']), 2)} of the {len(codes['slots'])} × "
+            f"{codes['codebook_size']} codes are in use."
         )
     elif stats:
         said.append("No semantic IDs are published yet.")
@@ -49,7 +59,11 @@ def summary(material: Material) -> list[str]:
 def headline(material: Material) -> list[tuple[str, str]]:
     """The few figures that stand in large type."""
     stats, codes = material.catalog, material.codes
-    numbers = [("Items", count(stats["items"])), ("Users", count(stats["users"])), ("Events", count(stats["interactions"]))] if stats else []
+    numbers = (
+        [("Items", count(stats["items"])), ("Users", count(stats["users"])), ("Events", count(stats["interactions"]))]
+        if stats
+        else []
+    )
     if codes:
         numbers += [
             ("Distinct IDs", count(codes["distinct"])),
@@ -73,21 +87,32 @@ def warnings(material: Material) -> list[str]:
     if material.generation and material.generation.get("hold"):
         said.append(nights.on_hold(material.generation))
     if material.refused:
-        said.append(f"Generation {material.refused['generation']} is newer but not live; the page shows the one that is.")
+        said.append(
+            f"Generation {material.refused['generation']} is newer but not live; the page shows the one that is."
+        )
     if material.generation and not material.published:
         said.append("No generation is live: the codes shown were refused.")
-    unused = [f"{slot} ({share(used)})" for slot, used in zip(codes.get("slots", ()), codes.get("utilisation", ())) if used < 1]
+    unused = [
+        f"{slot} ({share(used)})"
+        for slot, used in zip(codes.get("slots", ()), codes.get("utilisation", ()))
+        if used < 1
+    ]
     if unused:
         said.append(f"Not all codes are in use in {'slot' if len(unused) == 1 else 'slots'} {listed(unused)}.")
     if stats and stats.get("richness_source") == "count":
         said.append(
-            f"Richness fell back to the count: Spearman(norm, count) is {number(stats['spearman'], 2)}, below {material.cfg.features.proxy_min_spearman:g}, "
+            f"Richness fell back to the count: Spearman(norm, count) is {number(stats['spearman'], 2)}, below "
+            f"{material.cfg.features.proxy_min_spearman:g}, "
             "so the norm says little about how well an item is known."
         )
     rejected = {reason: rows for reason, rows in (stats["rejected"] if stats else {}).items() if rows}
     if rejected:
-        reasons = ", ".join(f"{reason} {count(rows)}" for reason, rows in sorted(rejected.items(), key=lambda pair: -pair[1]))
-        said.append(f"{plural(sum(rejected.values()), 'input row')} rejected ({reasons}); table rejected_rows keeps them whole.")
+        reasons = ", ".join(
+            f"{reason} {count(rows)}" for reason, rows in sorted(rejected.items(), key=lambda pair: -pair[1])
+        )
+        said.append(
+            f"{plural(sum(rejected.values()), 'input row')} rejected ({reasons}); table rejected_rows keeps them whole."
+        )
     if not material.same_tokenizer:
         said.append("The training curves belong to another tokenizer than the one that wrote the generation shown.")
     return said

@@ -1,7 +1,7 @@
 """A trained tokenizer as files: ``weights.safetensors`` and ``manifest.json``, loadable with torch alone.
 
-The manifest is written last and holds the digest of the weights: a folder without it, or with other weights, is not an artifact.
-"""
+The manifest is written last and holds the digest of the weights: a folder without it, or with other weights, is not an
+artifact."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ def build(settings: config.TokenizerSettings, widths: Mapping[str, int]) -> Toke
     return settings.build(widths)
 
 
-def write(folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the artifact; returns its manifest. ``facts``: what else the manifest should hold (inputs, seed, versions, metrics)."""
+def write(
+    folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the artifact; returns its manifest. ``facts``: what else the manifest should hold (inputs, seed, versions,
+    metrics)."""
     manifest = {
         "format": FORMAT,
         "tokenizer": settings.name,
@@ -48,7 +51,11 @@ def rewrite(folder: Path, tokenizer: Tokenizer, manifest: Mapping[str, Any]) -> 
     """Write the artifact with another's ``manifest``, but for what its weights decide."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()})
-    manifest = {**manifest, "digest": hashlib.sha256(weights).hexdigest()[:16], "relabelled": isinstance(tokenizer, Relabelled)}
+    manifest = {
+        **manifest,
+        "digest": hashlib.sha256(weights).hexdigest()[:16],
+        "relabelled": isinstance(tokenizer, Relabelled),
+    }
     for name, content in (("weights.safetensors", weights), ("manifest.json", json.dumps(manifest, indent=1).encode())):
         draft = folder / f".{name}.{os.getpid()}"
         draft.write_bytes(content)
@@ -61,11 +68,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
     except OSError:
-        raise InputError(f"artifact {folder}: no manifest.json; train a tokenizer first (jobs/train.py --stage tokenizer)") from None
+        raise InputError(
+            f"artifact {folder}: no manifest.json; train a tokenizer first (jobs/train.py --stage tokenizer)"
+        ) from None
     except ValueError:
         raise InputError(f"artifact {folder}/manifest.json: not valid JSON; train the tokenizer again") from None
     if manifest.get("format") != FORMAT:
-        raise InputError(f"artifact {folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; train the tokenizer again")
+        raise InputError(
+            f"artifact {folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; train the tokenizer "
+            "again"
+        )
     return manifest
 
 
@@ -85,15 +97,20 @@ def read(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def decode(manifest: Mapping[str, Any], weights: bytes) -> Tokenizer:
-    """The tokenizer from a manifest and the bytes of its weights. Raises InputError where they do not belong together."""
+    """The tokenizer from a manifest and the bytes of its weights. Raises InputError where they do not belong
+    together."""
     if hashlib.sha256(weights).hexdigest()[:16] != manifest["digest"]:
-        raise InputError(f"artifact {manifest['digest']}: the weights are damaged or belong to another manifest; train the tokenizer again")
+        raise InputError(
+            f"artifact {manifest['digest']}: the weights are damaged or belong to another manifest; train the "
+            "tokenizer again"
+        )
     try:
         tokenizer = build(settings_of(manifest), manifest["widths"])
         tokenizer = Relabelled(tokenizer) if manifest.get("relabelled") else tokenizer
         tokenizer.load_state_dict(load(weights))
     except (ValidationError, RuntimeError, KeyError) as error:
         raise InputError(
-            f"artifact {manifest['digest']}: weights and config do not fit ({str(error).splitlines()[0]}); train the tokenizer again"
+            f"artifact {manifest['digest']}: weights and config do not fit ({str(error).splitlines()[0]}); train the "
+            "tokenizer again"
         ) from None
     return tokenizer.eval().requires_grad_(False)

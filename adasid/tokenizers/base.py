@@ -1,4 +1,5 @@
-"""The contract of every tokenizer. The loop, the artifact, the Spark encoder, the metrics and the report know only this."""
+"""The contract of every tokenizer. The loop, the artifact, the Spark encoder, the metrics and the report know only
+this."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from adasid.training.workers import Workers
 
 
 class Slot(NamedTuple):
-    """One position of a SID. ``kind``: shared, behavior, or the content modality's name; ``size``: codes in its codebook."""
+    """One position of a SID. ``kind``: shared, behavior, or the content modality's name; ``size``: codes in its
+    codebook."""
 
     name: str
     kind: str
@@ -26,7 +28,8 @@ class Slot(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """``codes`` [B, L] int32 (PAD where the item lacks the slot's modality), ``weights`` [B, L] float32, ``active`` [B, L] bool."""
+    """``codes`` [B, L] int32 (PAD where the item lacks the slot's modality), ``weights`` [B, L] float32, ``active`` [B,
+    L] bool."""
 
     codes: Tensor
     weights: Tensor
@@ -41,12 +44,11 @@ class Losses(NamedTuple):
 
 
 class Tokenizer(nn.Module, ABC):
-    """Everything that ``encode`` needs is in ``state_dict``; ``encode`` of an item depends on that item only (in float32, up to rounding:
-    a batch of a few rows may resolve a near tie otherwise).
+    """Everything that ``encode`` needs is in ``state_dict``; ``encode`` of an item depends on that item only (in
+    float32, up to rounding: a batch of a few rows may resolve a near tie otherwise).
 
-    The loop calls, in this order: ``prepare``; for a tokenizer with epochs (``settings.epochs``), ``start_epoch``, then ``losses`` and
-    ``after_step`` for every batch, with ``start_quantizing`` after the warm-up; ``fit`` at the end.
-    """
+    The loop calls, in this order: ``prepare``; for a tokenizer with epochs (``settings.epochs``), ``start_epoch``, then
+    ``losses`` and ``after_step`` for every batch, with ``start_quantizing`` after the warm-up; ``fit`` at the end."""
 
     interchangeable = False
     """Whether slots of one kind could change places: experts and sub-spaces can, residual levels cannot."""
@@ -87,20 +89,23 @@ class Tokenizer(nn.Module, ABC):
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """Initialise the codebooks from the encoder's outputs, equal on all workers."""
 
-    def keep_codes(self, held: Tensor) -> None:
-        """Codes that training never replaces as dead: ``held`` [L, K] bool."""
+    def keep_codes(self, previous: Tensor) -> None:
+        """Codes that training never replaces as dead: ``previous`` [L, K] bool."""
 
     def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
         """The losses of this worker's part of a batch; ``progress``: share of training that is done."""
         raise NotImplementedError(f"{type(self).__name__} is not trained by gradients")
 
-    def after_step(self, step: int, progress: float, workers: Workers, generator: torch.Generator) -> dict[nn.Parameter, Tensor]:
-        """Maintenance after an optimiser step, the same on all workers. Returns, by parameter, masks of entries that were replaced:
-        the loop clears the optimiser's state there."""
+    def after_step(
+        self, step: int, progress: float, workers: Workers, generator: torch.Generator
+    ) -> dict[nn.Parameter, Tensor]:
+        """Maintenance after an optimiser step, the same on all workers. Returns, by parameter, masks of entries that
+        were replaced: the loop clears the optimiser's state there."""
         return {}
 
     def facts(self) -> Mapping[str, Any]:
-        """What a reader of the artifact wants to know besides the config (for example the calibrated controller), as JSON data."""
+        """What a reader of the artifact wants to know besides the config (for example the calibrated controller), as
+        JSON data."""
         return {}
 
     def no_decay(self) -> set[nn.Parameter]:
@@ -109,7 +114,8 @@ class Tokenizer(nn.Module, ABC):
 
 
 def sample(shard: Shard, workers: Workers, items: int) -> Iterator[Batch]:
-    """This worker's part of a fixed sample of ``items`` items of all workers, evenly spaced, some thousands at a time."""
+    """This worker's part of a fixed sample of ``items`` items of all workers, evenly spaced, some thousands at a
+    time."""
     share = -(-items // workers.world)
     rows = np.unique(np.linspace(0, len(shard) - 1, min(share, len(shard))).round().astype(np.int64))
     for start in range(0, len(rows), 4096):
@@ -125,7 +131,10 @@ def slots_of(numbers: Mapping[str, int], size: int, prefixes: Mapping[str, str] 
 
 def letters(kinds: Sequence[str]) -> dict[str, str]:
     """Short prefixes of slot names: for each kind the shortest start of its name that no other has."""
-    return {m: next((m[:n] for n in range(1, len(m)) if not any(o != m and o.startswith(m[:n]) for o in kinds)), m) for m in kinds}
+    return {
+        m: next((m[:n] for n in range(1, len(m)) if not any(o != m and o.startswith(m[:n]) for o in kinds)), m)
+        for m in kinds
+    }
 
 
 def token(slot: Slot, code: int) -> str:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from adasid import tables
-from adasid.quantizers.kmeans import Held
+from adasid.quantizers.kmeans import PreviousCodes
 from adasid.tables import PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Tokenizer, token_names
@@ -26,16 +26,22 @@ from adasid.training.shards import Batch, batch_of
 
 ENCODED = pa.schema(
     [tables.SIDS.field(name) for name in ("item_id", "codes", "weights", "active", "tokens", "fingerprint", "gauges")]
-    + [pa.field("interactions", pa.int64(), False), pa.field("stratum", pa.string(), False), pa.field("fault", pa.string())]
+    + [
+        pa.field("interactions", pa.int64(), False),
+        pa.field("stratum", pa.string(), False),
+        pa.field("fault", pa.string()),
+    ]
 )
 """``fault``: what is wrong with a vector of the item; null where nothing is."""
 READ = ("item_id", "item_index", "interactions", "stratum", "fingerprint", "richness")
-"""What is read of an item beside its vectors and ``gauged``: whether it is to be gauged."""
+"""What is read of an item beside its vectors and ``sampled``: whether it is to be gauged."""
 
 
-def encoder(manifest: str, weights: Any, size: int, slack: float = 0.0) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """The body of ``mapInArrow``. ``manifest``: JSON text; ``weights.value``: bytes (a Spark broadcast); ``size``: rows encoded at a time;
-    ``slack``: see :func:`encode_rows`."""
+def encoder(
+    manifest: str, weights: Any, size: int, slack: float = 0.0
+) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """The body of ``mapInArrow``. ``manifest``: JSON text; ``weights.value``: bytes (a Spark broadcast); ``size``: rows
+    encoded at a time; ``slack``: see :func:`encode_rows`."""
 
     def encode_partition(parts: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         tokenizer = loaded(manifest, weights.value)
@@ -48,14 +54,15 @@ def encoder(manifest: str, weights: Any, size: int, slack: float = 0.0) -> Calla
 
 @lru_cache(maxsize=2)
 def loaded(manifest: str, weights: bytes) -> Tokenizer:
-    """The tokenizer of a manifest (JSON text) and its weights, built once a process; Spark reuses Python workers between tasks."""
+    """The tokenizer of a manifest (JSON text) and its weights, built once a process; Spark reuses Python workers
+    between tasks."""
     torch.set_num_threads(1)
     return artifact.decode(json.loads(manifest), weights)
 
 
 def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float = 0.0) -> pa.RecordBatch:
-    """Encode Arrow rows of ``item_features`` to rows of :data:`ENCODED`. Where they have a column ``published``, the codes that an item has so far
-    (null: none), these are kept as ``slack`` allows."""
+    """Encode Arrow rows of ``item_features`` to rows of :data:`ENCODED`. Where they have a column ``published``, the
+    codes that an item has so far (null: none), these are kept as ``slack`` allows."""
     rows, fault = _narrowed(rows, tokenizer.widths)
     batch = _batch(tokenizer, rows, slack)
     for m in tokenizer.widths:
@@ -66,7 +73,14 @@ def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float = 0.0) 
     kinds = ((codes, pa.int32()), (weights, pa.float32()), (active, pa.bool_()), (tokens, pa.string()))
     lists = [pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind)) for values, kind in kinds]
     plain = [rows.column(name) for name in ("interactions", "stratum")]
-    columns = [rows.column("item_id"), *lists, rows.column("fingerprint"), _gauges(tokenizer, rows, slack), *plain, pa.array(fault, pa.string())]
+    columns = [
+        rows.column("item_id"),
+        *lists,
+        rows.column("fingerprint"),
+        _gauges(tokenizer, rows, slack),
+        *plain,
+        pa.array(fault, pa.string()),
+    ]
     return pa.RecordBatch.from_arrays(columns, schema=ENCODED)
 
 
@@ -91,22 +105,24 @@ def _batch(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> Batch:
     column, codes = rows.column("published"), np.full((rows.num_rows, length), PAD, np.int64)
     there = pc.equal(pc.list_value_length(column), length).fill_null(False)
     codes[there.to_numpy(zero_copy_only=False)] = column.filter(there).flatten().to_numpy().reshape(-1, length)
-    return replace(batch, held=Held(torch.from_numpy(codes), slack))
+    return replace(batch, previous=PreviousCodes(torch.from_numpy(codes), slack))
 
 
 def _gauges(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> pa.ListArray:
     """Norm and squared error of the vectors of those rows that are to be gauged."""
-    names, gauged = list(tokenizer.widths), rows.column("gauged").to_numpy(zero_copy_only=False).astype(bool)
+    names, sampled = list(tokenizer.widths), rows.column("sampled").to_numpy(zero_copy_only=False).astype(bool)
     there = np.zeros((rows.num_rows, len(names)), bool)
     norms, errors = np.zeros(there.shape), np.full(there.shape, np.nan)
-    if gauged.any():
-        batch = _batch(tokenizer, rows.filter(pa.array(gauged)), slack)
+    if sampled.any():
+        batch = _batch(tokenizer, rows.filter(pa.array(sampled)), slack)
         decoded = tokenizer.reconstruct(batch)
         for i, m in enumerate(names):
-            there[gauged, i] = batch.present[m].numpy()
-            norms[gauged, i] = np.round(batch.vectors[m].double().norm(dim=1).numpy(), 5)  # so that unit vectors share a bin
+            there[sampled, i] = batch.present[m].numpy()
+            norms[sampled, i] = np.round(
+                batch.vectors[m].double().norm(dim=1).numpy(), 5
+            )  # so that unit vectors share a bin
             if m in decoded:
-                errors[gauged, i] = (decoded[m] - batch.vectors[m]).square().sum(1).double().numpy()
+                errors[sampled, i] = (decoded[m] - batch.vectors[m]).square().sum(1).double().numpy()
     offsets = np.concatenate([[0], np.cumsum(there.sum(1))]).astype(np.int32)
     modality = pa.array(np.tile(np.array(names, object), (rows.num_rows, 1))[there], pa.string())
     error = pa.array(errors[there], pa.float64(), mask=np.isnan(errors[there]))

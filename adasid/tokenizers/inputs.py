@@ -12,7 +12,8 @@ from adasid.training.workers import Workers
 
 
 class Inputs(nn.Module):
-    """Centres each modality and gives it unit mean variance a dimension (one scalar a modality, so that norms keep their order).
+    """Centres each modality and gives it unit mean variance a dimension (one scalar a modality, so that norms keep
+    their order).
 
     ``widths``: modality -> width D. An absent modality is the zero vector, the mean of the scaled inputs.
     """

@@ -1,8 +1,8 @@
-"""A tokenizer trained anew whose codes keep the meaning that published ones have: its slots and codes are renamed, nothing else.
+"""A tokenizer trained anew whose codes keep the meaning that published ones have: its slots and codes are renamed,
+nothing else.
 
-Training from scratch numbers the clusters anew and, where slots are interchangeable, the slots too. Both are undone by the assignment of new
-names to old ones under which most items keep their codes.
-"""
+Training from scratch numbers the clusters anew and, where slots are interchangeable, the slots too. Both are undone by
+the assignment of new names to old ones under which most items keep their codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from adasid.quantizers.kmeans import Held
+from adasid.quantizers.kmeans import PreviousCodes
 from adasid.tables import PAD
 from adasid.tokenizers.base import Codes, Slot, Tokenizer
 from adasid.training.shards import Batch, Shard
@@ -39,11 +39,11 @@ class Relabelled(Tokenizer):
 
     def _inner(self, batch: Batch) -> Batch:
         """``batch`` with the held codes under their inner names."""
-        if batch.held is None:
+        if batch.previous is None:
             return batch
-        codes, slots = batch.held.codes, torch.arange(len(self.slots), device=batch.held.codes.device)
+        codes, slots = batch.previous.codes, torch.arange(len(self.slots), device=batch.previous.codes.device)
         found = torch.where(codes < 0, codes, self.names.argsort(dim=1)[slots, codes.clamp(min=0)])
-        return replace(batch, held=Held(found[:, self.order.argsort()], batch.held.slack))
+        return replace(batch, previous=PreviousCodes(found[:, self.order.argsort()], batch.previous.slack))
 
     def encode(self, batch: Batch) -> Codes:
         """The inner one's, renamed."""
@@ -57,7 +57,8 @@ class Relabelled(Tokenizer):
         return self.inner.reconstruct(self._inner(batch))
 
     def rename(self, published: NDArray[np.int32], found: NDArray[np.int32]) -> None:
-        """Choose the names under which most of ``found`` [n, L], the inner codes of some items, are ``published`` [n, L], theirs so far."""
+        """Choose the names under which most of ``found`` [n, L], the inner codes of some items, are ``published`` [n,
+        L], theirs so far."""
         order, names = match(published, found, self.slots, self.inner.interchangeable)
         self.order.copy_(torch.from_numpy(order))
         self.names.copy_(torch.from_numpy(names))
@@ -66,8 +67,9 @@ class Relabelled(Tokenizer):
 def match(
     published: NDArray[np.int32], found: NDArray[np.int32], slots: Sequence[Slot], interchangeable: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """``order`` [L] and ``names`` [L, K] of :class:`Relabelled`: optimal assignments (Kuhn, 1955) of codes within each pair of slots of one kind
-    and size, then, where they are ``interchangeable``, of slots, by the number of items that agree. PAD stays PAD."""
+    """``order`` [L] and ``names`` [L, K] of :class:`Relabelled`: optimal assignments (Kuhn, 1955) of codes within each
+    pair of slots of one kind and size, then, where they are ``interchangeable``, of slots, by the number of items that
+    agree. PAD stays PAD."""
     length, size = len(slots), max(slot.size for slot in slots)
     order, names = np.arange(length), np.tile(np.arange(size), (length, 1))
     for kind in dict.fromkeys((slot.kind, slot.size) for slot in slots):
@@ -81,7 +83,9 @@ def match(
                 ties = np.eye(kind[1], dtype=np.int64)  # a code that nobody tells of keeps its name
                 rows, columns = linear_sum_assignment(counts * (kind[1] + 1) + ties, maximize=True)
                 kept[i, j], given[i, j] = counts[rows, columns].sum(), columns
-        for i, j in zip(*linear_sum_assignment(kept, maximize=True)) if interchangeable else ((i, i) for i in range(len(own))):
+        for i, j in (
+            zip(*linear_sum_assignment(kept, maximize=True)) if interchangeable else ((i, i) for i in range(len(own)))
+        ):
             order[own[i]] = own[j]
             names[own[i], : kind[1]] = given[i, j]
     return order, names

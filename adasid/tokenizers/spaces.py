@@ -18,12 +18,12 @@ from adasid.training.workers import Workers
 
 
 class Spaces(Tokenizer):
-    """``widths``: width of each modality of ``settings.inputs``; a subclass adds ``quantizers``, one for each kind in ``levels``, from vectors
-    [n, d] of float64 to codes [n, L] and decoded vectors [n, d].
+    """``widths``: width of each modality of ``settings.inputs``; a subclass adds ``quantizers``, one for each kind in
+    ``levels``, from vectors [n, d] of float64 to codes [n, L] and decoded vectors [n, d].
 
-    Slots: L over the joint content, named by ``letter``, where an absent modality counts as its mean and every item has all codes; or, with
-    ``levels`` by modality, t0, t1, v0, ... that are PAD where the item lacks the modality. Weights are 1 where there is a code.
-    """
+    Slots: L over the joint content, named by ``letter``, where an absent modality counts as its mean and every item has
+    all codes; or, with ``levels`` by modality, t0, t1, v0, ... that are PAD where the item lacks the modality. Weights
+    are 1 where there is a code."""
 
     settings: SpacesSettings
     quantizers: nn.ModuleDict
@@ -49,7 +49,8 @@ class Spaces(Tokenizer):
         return torch.cat(list(self.inputs(batch).values()), dim=1)
 
     def _spaces(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """What is quantized, by kind of slot: vectors [B, d], in float64 so that codes do not depend on the batch, and which items have them [B]."""
+        """What is quantized, by kind of slot: vectors [B, d], in float64 so that codes do not depend on the batch, and
+        which items have them [B]."""
         if self.by_modality:
             return {m: (x.double(), batch.present[m]) for m, x in self.inputs(batch).items()}
         return {"shared": (self._joint(batch).double(), torch.ones_like(batch.index, dtype=torch.bool))}
@@ -74,12 +75,17 @@ class Spaces(Tokenizer):
     def _each(self, shard: Shard, workers: Workers, fit: Callable[[str, Tensor], None]) -> None:
         s, rows = self.settings, {kind: list[Tensor]() for kind in self.quantizers}
         for batch in sample(shard, workers, s.fit_samples):
-            for kind, (x, there) in self._spaces(batch.to(self.inputs.get_buffer(f"mean_{s.inputs[0]}").device)).items():
+            for kind, (x, there) in self._spaces(
+                batch.to(self.inputs.get_buffer(f"mean_{s.inputs[0]}").device)
+            ).items():
                 rows[kind].append(x[there].float())
         for kind, quantizer in self.quantizers.items():
             x = workers.gather_ragged(torch.cat(rows.pop(kind)))
             if not len(x):
-                raise InputError(f"tokenizer.fit_samples {s.fit_samples}: none of these items has {kind!r}; raise it, or leave the modality out")
+                raise InputError(
+                    f"tokenizer.fit_samples {s.fit_samples}: none of these items has {kind!r}; raise it, or leave the "
+                    "modality out"
+                )
             fit(kind, x)
             for buffer in quantizer.buffers():
                 workers.broadcast(buffer)
@@ -89,15 +95,17 @@ class Spaces(Tokenizer):
         found, first = {}, 0
         for kind, (x, there) in self._spaces(batch).items():
             length = sum(slot.kind == kind for slot in self.slots)
-            held = batch.held.of(slice(first, first + length)) if batch.held else None
-            found[kind] = (*self.quantizers[kind](x, held), there)
+            previous = batch.previous.of(slice(first, first + length)) if batch.previous else None
+            found[kind] = (*self.quantizers[kind](x, previous), there)
             first += length
         return found
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
         """The codes of each quantizer."""
-        codes = torch.cat([codes.masked_fill(~there[:, None], PAD) for codes, _, there in self._quantized(batch).values()], dim=1).int()
+        codes = torch.cat(
+            [codes.masked_fill(~there[:, None], PAD) for codes, _, there in self._quantized(batch).values()], dim=1
+        ).int()
         return Codes(codes, (codes != PAD).float(), codes != PAD)
 
     @torch.inference_mode()

@@ -1,4 +1,5 @@
-"""What the tokenizers that are trained by gradients share: the losses that any of them takes by config, and the revival of dead codes."""
+"""What the tokenizers that are trained by gradients share: the losses that any of them takes by config, and the revival
+of dead codes."""
 
 from __future__ import annotations
 
@@ -28,13 +29,19 @@ class TrainedTokenizer(Tokenizer):
         self.register_buffer("quantizing", torch.tensor(False))
         self.quantizing: Tensor
 
-    def held_codes(self, batch: Batch) -> Tensor:
+    def previous_codes(self, batch: Batch) -> Tensor:
         """Codes [B, L] that the items have so far, PAD where they have none."""
-        return batch.held.codes if batch.held else torch.full((len(batch), len(self.slots)), PAD, device=batch.index.device)
+        return (
+            batch.previous.codes
+            if batch.previous
+            else torch.full((len(batch), len(self.slots)), PAD, device=batch.index.device)
+        )
 
-    def repelled(self, z: Tensor, codes: Tensor, batch: Batch, workers: Workers, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """Repulsion of overlapping SIDs among this worker's rows, where the config asks for it. ``z`` [B, d]: latents before
-        quantization; ``codes`` [B, L]."""
+    def repelled(
+        self, z: Tensor, codes: Tensor, batch: Batch, workers: Workers, progress: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Repulsion of overlapping SIDs among this worker's rows, where the config asks for it. ``z`` [B, d]: latents
+        before quantization; ``codes`` [B, L]."""
         if self.overlap is None or not self.quantizing:
             return z.new_zeros(()), {}
         loss, figures = self.overlap(z, codes, batch.index, batch.paired, progress)
@@ -48,7 +55,9 @@ class TrainedTokenizer(Tokenizer):
         if contrast is None or batch.paired is None:
             return z.new_zeros(()), {}
         everyone, index = workers.gather_with_gradient(z), workers.gather(batch.index)
-        loss = pair_contrast(z, batch.index, batch.paired, contrast.temperature, everyone, index, workers.rank * len(batch))
+        loss = pair_contrast(
+            z, batch.index, batch.paired, contrast.temperature, everyone, index, workers.rank * len(batch)
+        )
         return moved(contrast.weight, contrast.progress, progress) * loss, {"contrast": float(loss.detach())}
 
     def no_decay(self) -> set[nn.Parameter]:

@@ -1,7 +1,7 @@
 """Training of the behaviour embeddings: SASRec with in-batch sampled softmax and lazy Adagrad (methods 7.4).
 
-Plain torch; the workers are passed in. A run that is killed resumes at the last complete epoch and ends as it would have.
-"""
+Plain torch; the workers are passed in. A run that is killed resumes at the last complete epoch and ends as it would
+have."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ _SCORES = 1 << 26
 
 @dataclass
 class BehaviorData:
-    """What one worker trains on. ``train`` and the held-out splits hold this worker's users; ``counts`` [M]: training events of every item."""
+    """What one worker trains on. ``train`` and the held-out splits hold this worker's users; ``counts`` [M]: training
+    events of every item."""
 
     train: Histories
     validation: Histories
@@ -47,7 +48,8 @@ class BehaviorData:
 
 @dataclass
 class BehaviorResult:
-    """``embeddings`` [M, width] of the best validation epoch; ``norms`` [M] of the checkpoint that measures richness; ``summary``: JSON."""
+    """``embeddings`` [M, width] of the best validation epoch; ``norms`` [M] of the checkpoint that measures richness;
+    ``summary``: JSON."""
 
     embeddings: Tensor
     norms: Tensor
@@ -58,7 +60,13 @@ class BehaviorTraining:
     """One training run of SASRec on one worker; all workers hold the same model."""
 
     def __init__(
-        self, settings: config.Behavior, data: BehaviorData, folder: Path, seed: int, workers: Workers, device: torch.device | str = "cpu"
+        self,
+        settings: config.Behavior,
+        data: BehaviorData,
+        folder: Path,
+        seed: int,
+        workers: Workers,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.settings, self.data, self.folder, self.seed, self.workers, self.device = (
             settings,
@@ -70,11 +78,15 @@ class BehaviorTraining:
         )
         torch.manual_seed(seed)
         s = settings
-        self.model = SASRec(len(data.counts), s.width, s.blocks, s.heads, s.max_length, s.dropout, self.device).to(self.device)
+        self.model = SASRec(len(data.counts), s.width, s.blocks, s.heads, s.max_length, s.dropout, self.device).to(
+            self.device
+        )
         self.table = torch.nn.Parameter(self.model.table, requires_grad=True)
         self.dense = torch.optim.Adam(self.model.parameters(), lr=s.lr, betas=(0.9, 0.98))
         self.lazy = torch.optim.Adagrad([self.table], lr=s.table_lr)
-        self.log_q = torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(self.device)
+        self.log_q = (
+            torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(self.device)
+        )
         self.checkpoints = Checkpoints(folder / "checkpoints")
 
     def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> BehaviorResult:
@@ -114,7 +126,9 @@ class BehaviorTraining:
         self.model.train()
         total = torch.zeros(2, device=self.device)
         s = self.settings
-        for step, events in enumerate(epochs(self.data.train, s.batch_users, s.max_length + 1, self.seed, epoch, self.workers, self.device)):
+        for step, events in enumerate(
+            epochs(self.data.train, s.batch_users, s.max_length + 1, self.seed, epoch, self.workers, self.device)
+        ):
             total += torch.tensor([self._step(events, epoch, step), 1.0], device=self.device)
         total = self.workers.sum(total)
         return float(total[0] / total[1])
@@ -127,12 +141,18 @@ class BehaviorTraining:
         generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + step) % 2**63)
         pool = self.workers.gather_ragged(positive)
         negative = pool[torch.randint(len(pool), (self.settings.negatives,), generator=generator).to(self.device)]
-        distinct, place = torch.unique(torch.cat([inputs.clamp(min=0).reshape(-1), positive, negative]), return_inverse=True)
+        distinct, place = torch.unique(
+            torch.cat([inputs.clamp(min=0).reshape(-1), positive, negative]), return_inverse=True
+        )
         rows = self.table.detach()[distinct].requires_grad_()
-        vectors = nnf.embedding(place, rows)  # its gradient is summed in a fixed order; plain indexing adds atomically, in any order
+        vectors = nnf.embedding(
+            place, rows
+        )  # its gradient is summed in a fixed order; plain indexing adds atomically, in any order
         history, own, others = vectors.split([inputs.numel(), len(positive), len(negative)])
         states = self.model(history.view(*inputs.shape, -1))[valid]
-        loss = sampled_softmax(states, own, others, self.log_q[positive], self.log_q[negative], positive[:, None] == negative[None, :])
+        loss = sampled_softmax(
+            states, own, others, self.log_q[positive], self.log_q[negative], positive[:, None] == negative[None, :]
+        )
         if not self.workers.agree(bool(torch.isfinite(loss)), self.device):
             where = f"epoch {epoch}, step {step} (this worker: {loss.item()}), input {self.data.version}"
             raise TrainingError(f"behaviour: loss is not finite at {where}; lower behavior.lr or behavior.table_lr")
@@ -146,7 +166,9 @@ class BehaviorTraining:
     def _update_table(self, ids: Tensor, gradient: Tensor | None) -> None:
         assert gradient is not None
         ids, gradient = self.workers.gather_ragged(ids), self.workers.gather_ragged(gradient)
-        self.table.grad = torch.sparse_coo_tensor(ids[None], gradient / self.workers.world, self.table.shape, check_invariants=False).coalesce()
+        self.table.grad = torch.sparse_coo_tensor(
+            ids[None], gradient / self.workers.world, self.table.shape, check_invariants=False
+        ).coalesce()
         self.lazy.step()
         self.table.grad = None
 

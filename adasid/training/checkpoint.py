@@ -26,7 +26,11 @@ class Checkpoint:
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names start with ``prefix.``, without it."""
-        return {name.removeprefix(prefix + "."): tensor for name, tensor in self.tensors.items() if name.startswith(prefix + ".")}
+        return {
+            name.removeprefix(prefix + "."): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix + ".")
+        }
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,10 @@ class Checkpoints:
         target, draft = self.folder / f"step-{step:09d}", self.folder / f".draft-{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft / "tensors.safetensors")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            draft / "tensors.safetensors",
+        )
         (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
@@ -49,17 +56,22 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self, workers: Workers) -> Checkpoint | None:
-        """The newest complete checkpoint that rank 0 sees, the same on all workers, or None. Raises InputError for one that cannot be read."""
+        """The newest complete checkpoint that rank 0 sees, the same on all workers, or None. Raises InputError for one
+        that cannot be read."""
         complete = self._complete()
         step = int(workers.broadcast(torch.tensor([int(complete[-1].name.removeprefix("step-")) if complete else -1])))
         if step < 0:
             return None
         folder = self.folder / f"step-{step:09d}"
         try:
-            return Checkpoint(load_file(folder / "tensors.safetensors"), json.loads((folder / "state.json").read_text(encoding="utf-8")))
+            return Checkpoint(
+                load_file(folder / "tensors.safetensors"),
+                json.loads((folder / "state.json").read_text(encoding="utf-8")),
+            )
         except Exception as error:
             raise InputError(
-                f"checkpoint {folder}: cannot be read ({str(error).splitlines()[0]}); remove that folder to resume from the one before"
+                f"checkpoint {folder}: cannot be read ({str(error).splitlines()[0]}); remove that folder to resume "
+                "from the one before"
             ) from None
 
     def clear(self) -> None:
@@ -73,7 +85,11 @@ class Checkpoints:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as named tensors (its hyperparameters come from the config)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {f"{i}.{name}": torch.as_tensor(value) for i, p in enumerate(parameters) for name, value in optimizer.state.get(p, {}).items()}
+    return {
+        f"{i}.{name}": torch.as_tensor(value)
+        for i, p in enumerate(parameters)
+        for name, value in optimizer.state.get(p, {}).items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -1,4 +1,5 @@
-"""The loop that downstream models share: epochs until the validation stops improving, the best model kept, resumable after a kill."""
+"""The loop that downstream models share: epochs until the validation stops improving, the best model kept, resumable
+after a kill."""
 
 from __future__ import annotations
 
@@ -32,8 +33,9 @@ def unchosen(name: str, key: str) -> dict[str, str]:
 
 
 class EpochTraining(ABC):
-    """``watched``: the metric of a row whose highest value is best; ``name`` stands in errors, ``version`` names the input there; ``average``:
-    decay, a step, of the moving average of the weights that is validated, kept and tested (0: the weights themselves).
+    """``watched``: the metric of a row whose highest value is best; ``name`` stands in errors, ``version`` names the
+    input there; ``average``: decay, a step, of the moving average of the weights that is validated, kept and tested (0:
+    the weights themselves).
 
     All workers hold the same model and call the same methods.
     """
@@ -77,8 +79,8 @@ class EpochTraining(ABC):
         """Raise InputError, on all workers, where the data cannot be trained on, validated or tested."""
 
     def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> dict[str, Any]:
-        """Train, then test the best epoch's model. Returns JSON data, the same on all workers. ``report`` gets all rows of metrics so far
-        after each epoch, on every worker."""
+        """Train, then test the best epoch's model. Returns JSON data, the same on all workers. ``report`` gets all rows
+        of metrics so far after each epoch, on every worker."""
         self.check()
         first, rows = self._resume()
         for number in range(first, self.epochs + 1):
@@ -89,7 +91,10 @@ class EpochTraining(ABC):
             self._clock, self._spent = time.monotonic(), dict.fromkeys(self._spent, 0.0)
             row = {"epoch": float(number), "loss": self.train_epoch(number), "seconds": sum(self._spent.values())}
             if not self.workers.agree(all(bool(p.isfinite().all()) for p in self.model.parameters()), self.device):
-                raise TrainingError(f"{self.name}: parameters are not finite after epoch {number}, input {self.version}; lower the learning rates")
+                raise TrainingError(
+                    f"{self.name}: parameters are not finite after epoch {number}, input {self.version}; lower the "
+                    "learning rates"
+                )
             row |= {f"{part}_seconds": value for part, value in self._spent.items()}
             started = time.monotonic()
             self.model.eval()
@@ -128,11 +133,13 @@ class EpochTraining(ABC):
         self._clock = now
 
     def step(self, loss: torch.Tensor, number: int, step: int) -> None:
-        """Backward, gradients averaged over workers, one step of each optimiser. Raises TrainingError, on all workers, for a loss that is not
-        finite on one of them."""
+        """Backward, gradients averaged over workers, one step of each optimiser. Raises TrainingError, on all workers,
+        for a loss that is not finite on one of them."""
         if not self.workers.agree(bool(torch.isfinite(loss)), self.device):
             where = f"epoch {number}, step {step} (this worker: {loss.item()}), input {self.version}"
-            raise TrainingError(f"{self.name}: loss is not finite at {where}; lower the learning rates of the {self.name} section")
+            raise TrainingError(
+                f"{self.name}: loss is not finite at {where}; lower the learning rates of the {self.name} section"
+            )
         self.lap("forward")
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -174,13 +181,17 @@ class EpochTraining(ABC):
         if self.workers.rank == 0 and best(rows, self.watched) in (None, len(rows) - 1):
             self.folder.mkdir(parents=True, exist_ok=True)
             draft = self.folder / "best.draft"
-            save_file({name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}, draft)
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}, draft
+            )
             draft.replace(self.folder / "best.safetensors")
 
     def _keep(self, number: int, rows: list[dict[str, float]]) -> None:
         """The checkpoint, which makes the epoch count; rank 0 writes, all wait."""
         if self.workers.rank == 0:
-            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {f"average.{k}": v for k, v in self.averaged.items()}
+            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {
+                f"average.{k}": v for k, v in self.averaged.items()
+            }
             for name, optimizer in self.optimizers.items():
                 tensors |= {f"{name}.{k}": v for k, v in optimizer_tensors(optimizer).items()}
             self.checkpoints.save(number, tensors, {"epoch": number, "steps": self.steps, "rows": rows})

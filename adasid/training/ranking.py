@@ -30,9 +30,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Events:
-    """All users' events, by user and time: ``users`` [n] (a dense number, in the order of user_id), ``items``, ``labels`` (0, 1, or -1 for none) and
-    ``splits`` (place in ``tables.SPLITS``; ``RANKING_ONLY`` counts as train), all [n]. Items of the events that are in histories are ``visited`` [v], in the
-    same order; each event comes after the first ``before`` [n] of them, and those of its user begin at ``first`` [n]."""
+    """All users' events, by user and time: ``users`` [n] (a dense number, in the order of user_id), ``items``,
+    ``labels`` (0, 1, or -1 for none) and ``splits`` (place in ``tables.SPLITS``; ``RANKING_ONLY`` counts as train), all
+    [n]. Items of the events that are in histories are ``visited`` [v], in the same order; each event comes after the
+    first ``before`` [n] of them, and those of its user begin at ``first`` [n]."""
 
     users: Ints
     items: Ints
@@ -45,7 +46,11 @@ class Events:
     @staticmethod
     def from_batches(batches: Iterable[pa.RecordBatch]) -> Events:
         """From batches with the columns user_id, position, item_index, label, in_history and split."""
-        table = pa.Table.from_batches(list(batches)).sort_by([("user_id", "ascending"), ("position", "ascending")]).combine_chunks()
+        table = (
+            pa.Table.from_batches(list(batches))
+            .sort_by([("user_id", "ascending"), ("position", "ascending")])
+            .combine_chunks()
+        )
         names = table["user_id"].combine_chunks()
         opens = np.ones(len(names), bool)
         opens[1:] = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
@@ -66,8 +71,9 @@ class Events:
 
 
 class RankingTraining(EpochTraining):
-    """One training run on one worker; validation AUC chooses the epoch. ``events``: of all users, of which this worker takes every
-    ``world``-th; ``counts``, ``strata`` [M] as for retrieval; ``shards_from``: test samples, all workers', from which on scores are written."""
+    """One training run on one worker; validation AUC chooses the epoch. ``events``: of all users, of which this worker
+    takes every ``world``-th; ``counts``, ``strata`` [M] as for retrieval; ``shards_from``: test samples, all workers',
+    from which on scores are written."""
 
     watched = "validation_auc"
     name = "ranking"
@@ -92,7 +98,16 @@ class RankingTraining(EpochTraining):
         torch.manual_seed(seed)
         model = PPNet(settings, catalogue.to(device), int(events.users.max(initial=-1)) + 1).to(device)
         optimizers = {"adam": torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)}
-        super().__init__(model, optimizers, (settings.epochs, settings.patience), folder, seed, workers, torch.device(device), version)
+        super().__init__(
+            model,
+            optimizers,
+            (settings.epochs, settings.patience),
+            folder,
+            seed,
+            workers,
+            torch.device(device),
+            version,
+        )
         self.labels = self._labels()
         popularity = np.maximum(counts, 0).astype(np.float64) ** settings.negative_power * (counts > 0)
         self.cdf = np.cumsum(popularity) / max(popularity.sum(), 1e-12)
@@ -104,28 +119,39 @@ class RankingTraining(EpochTraining):
         for split in SPLITS:
             mine, drawn = self.events.labels[self.parts[split]], 0 if split == "train" else self.drawn[split].size
             if not self.workers.agree(bool(len(mine)) or split != "train", self.device):
-                raise InputError(f"ranking: {self.version} has no training sample for one of {self.workers.world} workers: lower ray.workers")
-            classes = self.workers.sum(torch.tensor([int(mine.sum()), int((mine == 0).sum()) + drawn], device=self.device)).tolist()
+                raise InputError(
+                    f"ranking: {self.version} has no training sample for one of {self.workers.world} workers: lower "
+                    "ray.workers"
+                )
+            classes = self.workers.sum(
+                torch.tensor([int(mine.sum()), int((mine == 0).sum()) + drawn], device=self.device)
+            ).tolist()
             if split != "train" and not all(classes):
                 raise InputError(
-                    f"ranking: split {split!r} of {self.version} has {classes[0]} positive and {classes[1]} negative samples: needs both"
+                    f"ranking: split {split!r} of {self.version} has {classes[0]} positive and {classes[1]} negative "
+                    "samples: needs both"
                 )
 
     def _labels(self) -> str:
         """``ratings`` or ``sampled``."""
         negatives = bool((self.events.labels == 0).any())
         if self.settings.labels == "ratings" and not negatives:
-            raise InputError(f"ranking.labels is 'ratings' but {self.version} has no negative event: set ranking.labels: sampled, or bring ratings")
+            raise InputError(
+                f"ranking.labels is 'ratings' but {self.version} has no negative event: set ranking.labels: sampled, "
+                "or bring ratings"
+            )
         return self.settings.labels if self.settings.labels != "auto" else ("ratings" if negatives else "sampled")
 
     def _part(self, place: int) -> Ints:
-        """This worker's events of a split that are samples: those with a history and a label; of sampled labels the positive ones."""
+        """This worker's events of a split that are samples: those with a history and a label; of sampled labels the
+        positive ones."""
         e = self.events
         chosen = (e.splits == place) & (e.users % self.workers.world == self.workers.rank) & (e.before > e.first)
         return np.flatnonzero(chosen & (e.labels == 1 if self.labels == "sampled" else e.labels >= 0))
 
     def _negatives(self, split: str) -> Ints:
-        """Drawn items of every held-out event of this worker [n, negatives]: the same for every seed, model and number of workers."""
+        """Drawn items of every held-out event of this worker [n, negatives]: the same for every seed, model and number
+        of workers."""
         if self.labels == "ratings":
             return np.zeros((len(self.parts[split]), 0), np.int64)
         place = np.flatnonzero(self.events.splits == SPLITS.index(split))
@@ -155,13 +181,20 @@ class RankingTraining(EpochTraining):
         return float(total[0] / total[1])
 
     def _batch(self, events: Ints, drawn: Ints) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """(users, histories, items) and labels of ``events`` and of the items ``drawn`` [B, n] for them: event by event, its own item first;
-        histories are of events."""
+        """(users, histories, items) and labels of ``events`` and of the items ``drawn`` [B, n] for them: event by
+        event, its own item first; histories are of events."""
         times = 1 + drawn.shape[1]
         items = np.concatenate([self.events.items[events][:, None], drawn], axis=1).reshape(-1)
         labels = np.concatenate([self.events.labels[events][:, None], np.zeros_like(drawn)], axis=1).reshape(-1)
-        arrays = (np.repeat(self.events.users[events], times), self.events.histories(events, self.settings.max_length), items, labels)
-        users, histories, items_, labels_ = (torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays)
+        arrays = (
+            np.repeat(self.events.users[events], times),
+            self.events.histories(events, self.settings.max_length),
+            items,
+            labels,
+        )
+        users, histories, items_, labels_ = (
+            torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays
+        )
         return (users, histories, items_), labels_.float()
 
     def _scored(self, split: str) -> Iterator[Tensor]:
@@ -170,7 +203,10 @@ class RankingTraining(EpochTraining):
         for rows in np.array_split(np.arange(len(events)), max(1, len(events) // 2048)):
             if len(rows):
                 (users, histories, items), labels = self._batch(events[rows], drawn[rows])
-                yield torch.stack([users.double(), items.double(), labels.double(), self.model(users, histories, items).double()], dim=1)
+                yield torch.stack(
+                    [users.double(), items.double(), labels.double(), self.model(users, histories, items).double()],
+                    dim=1,
+                )
 
     @torch.inference_mode()
     def _samples(self, split: str) -> tuple[Ints, Ints, Ints, NDArray[np.float64]]:
@@ -183,7 +219,8 @@ class RankingTraining(EpochTraining):
 
     @torch.inference_mode()
     def _shards(self, split: str) -> list[str]:
-        """Leave this worker's samples in a file of ``scores``, some at a time; the names of all workers' files once they are whole."""
+        """Leave this worker's samples in a file of ``scores``, some at a time; the names of all workers' files once
+        they are whole."""
         folder, world = self.folder / "scores", self.workers.world
         names = [f"{rank}-of-{world}.parquet" for rank in range(world)]
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +228,12 @@ class RankingTraining(EpochTraining):
             for rows in self._scored(split):
                 users, items, labels, scores = rows.cpu().numpy().T
                 strata = pa.array(STRATA).take(pa.array(self.strata[items.astype(np.int64)]))
-                columns = [pa.array(users.astype(np.int64)), strata, pa.array(labels.astype(np.int32)), pa.array(scores)]
+                columns = [
+                    pa.array(users.astype(np.int64)),
+                    strata,
+                    pa.array(labels.astype(np.int32)),
+                    pa.array(scores),
+                ]
                 file.write_batch(pa.record_batch(columns, schema=RANKING_SCORES))
         self.workers.agree(True, self.device)
         return names
@@ -202,7 +244,8 @@ class RankingTraining(EpochTraining):
         return {"auc": auc(scores, labels)}
 
     def test(self) -> dict[str, Any]:
-        """AUC and GAUC of all test samples, and of those whose item is of a stratum; of many samples ``scores`` instead: the files that hold them."""
+        """AUC and GAUC of all test samples, and of those whose item is of a stratum; of many samples ``scores``
+        instead: the files that hold them."""
         mine = torch.tensor(len(self.parts["test"]) + self.drawn["test"].size, device=self.device)
         if self.shards_from is not None and int(self.workers.sum(mine)) >= self.shards_from:
             return {"labels": self.labels, "scores": self._shards("test")}
@@ -212,4 +255,8 @@ class RankingTraining(EpochTraining):
             own = self.strata[items] == place
             if own.any():
                 strata[stratum] = ranking_metrics(users[own], scores[own], labels[own], _DRAWS, self.seed)
-        return {"labels": self.labels, "test": {key: strata["all"][key] for key in ("auc", "gauc") if key in strata["all"]}, "strata": strata}
+        return {
+            "labels": self.labels,
+            "test": {key: strata["all"][key] for key in ("auc", "gauc") if key in strata["all"]},
+            "strata": strata,
+        }

@@ -30,8 +30,8 @@ _DRAWS = 1000
 
 @dataclass
 class RetrievalData:
-    """What one worker trains and scores on: its users' histories; ``counts`` [M]: training events of every item; ``strata`` [M]: place of
-    every item's stratum in ``tables.STRATA``; ``version`` names the input in errors."""
+    """What one worker trains and scores on: its users' histories; ``counts`` [M]: training events of every item;
+    ``strata`` [M]: place of every item's stratum in ``tables.STRATA``; ``version`` names the input in errors."""
 
     train: Histories
     validation: Histories
@@ -43,9 +43,9 @@ class RetrievalData:
 
 @dataclass
 class Ranked:
-    """Targets by stratum and rank, ``targets`` [strata, ranks], and by rank in a list that leaves nothing out, ``everywhere`` [ranks]; by stratum, size
-    of the SID and rank of its first item, ``groups`` [strata, S, ranks] (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: items in
-    the list that share a SID, rising."""
+    """Targets by stratum and rank, ``targets`` [strata, ranks], and by rank in a list that leaves nothing out,
+    ``everywhere`` [ranks]; by stratum, size of the SID and rank of its first item, ``groups`` [strata, S, ranks]
+    (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: items in the list that share a SID, rising."""
 
     targets: Tensor
     everywhere: Tensor
@@ -54,11 +54,17 @@ class Ranked:
 
     @staticmethod
     def of(ranks: Tensor, everywhere: Tensor, firsts: Tensor, kinds: Tensor, size: Tensor) -> Ranked:
-        """Targets [B] with their ranks, the rank of the first item of their SID, their stratum, and the size of their SID."""
+        """Targets [B] with their ranks, the rank of the first item of their SID, their stratum, and the size of their
+        SID."""
         sizes, place = torch.unique(size, return_inverse=True)
         groups = rank_histogram(firsts, kinds * len(sizes) + place, len(STRATA) * len(sizes))
         total = rank_histogram(everywhere, torch.zeros_like(everywhere), 1)[0]
-        return Ranked(rank_histogram(ranks, kinds, len(STRATA)), total, groups.view(len(STRATA), len(sizes), DEEPEST + 1), sizes.cpu())
+        return Ranked(
+            rank_histogram(ranks, kinds, len(STRATA)),
+            total,
+            groups.view(len(STRATA), len(sizes), DEEPEST + 1),
+            sizes.cpu(),
+        )
 
     def over(self, sizes: Tensor) -> Ranked:
         """The same with room for all of ``sizes``, rising, which its own are among."""
@@ -104,7 +110,9 @@ class RetrievalTraining(EpochTraining):
             "table": torch.optim.Adagrad([model.table], lr=settings.table_lr),
         }
         limits = (settings.epochs, settings.patience)
-        super().__init__(model, optimizers, limits, folder, seed, workers, torch.device(device), data.version, settings.average)
+        super().__init__(
+            model, optimizers, limits, folder, seed, workers, torch.device(device), data.version, settings.average
+        )
         self.log_q = torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(device)
 
     def check(self) -> None:
@@ -112,12 +120,17 @@ class RetrievalTraining(EpochTraining):
         users = [len(self.data.train), len(self.data.validation), len(self.data.test)]
         for split, total in zip(SPLITS, self.workers.sum(torch.tensor(users, device=self.device)).tolist()):
             if not total:
-                raise InputError(f"retrieval: {self.version} has no user in split {split!r}: bring more events, or change features.split")
+                raise InputError(
+                    f"retrieval: {self.version} has no user in split {split!r}: bring more events, or change "
+                    "features.split"
+                )
 
     def train_epoch(self, number: int) -> float:
         """One pass over the users."""
         total, length = torch.zeros(2, device=self.device), self.settings.max_length + 1
-        for step, events in enumerate(epoch(self.data.train, self.settings.batch_users, length, self.seed, number, self.workers, self.device)):
+        for step, events in enumerate(
+            epoch(self.data.train, self.settings.batch_users, length, self.seed, number, self.workers, self.device)
+        ):
             ids = torch.from_numpy(events).to(self.device)
             generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + number) * 1_000_003 + step) % 2**63)
             self.lap("data")
@@ -142,8 +155,8 @@ class RetrievalTraining(EpochTraining):
         return averages(found.targets.numpy(), gains())
 
     def test(self) -> dict[str, Any]:
-        """Recall and NDCG of all users, by stratum of the target; ``test_repeatable``: where lists leave nothing out; ``repeats``: share of targets
-        that stand in the history."""
+        """Recall and NDCG of all users, by stratum of the target; ``test_repeatable``: where lists leave nothing out;
+        ``repeats``: share of targets that stand in the history."""
         started = time.monotonic()
         found = self._ranked(self.data.test, self.settings.beam)
         seconds = time.monotonic() - started
@@ -151,7 +164,8 @@ class RetrievalTraining(EpochTraining):
             "test": averages(found.targets.numpy(), gains()),
             "test_repeatable": averages(found.everywhere.numpy(), gains()),
             "strata": by_stratum(found, self.seed),
-            "repeats": float(self.workers.sum(torch.tensor(self.data.test.repeats(), device=self.device))) / max(1.0, float(found.targets.sum())),
+            "repeats": float(self.workers.sum(torch.tensor(self.data.test.repeats(), device=self.device)))
+            / max(1.0, float(found.targets.sum())),
             "test_users_per_second": float(found.targets.sum()) / max(seconds, 1e-9),
         }
 
@@ -165,26 +179,41 @@ class RetrievalTraining(EpochTraining):
         place[order] = runs(sizes)[1]
         found = Ranked.none()
         for part, states, targets in self._states(histories, mine, beam):
-            seen = None if self.settings.repeatable else distinct(torch.from_numpy(histories.last(part)).to(self.device))
-            (ranks, everywhere), before, size = self.model.ranks(states, targets, beam, seen), place[targets], sizes[group[targets]]
+            seen = (
+                None if self.settings.repeatable else distinct(torch.from_numpy(histories.last(part)).to(self.device))
+            )
+            (ranks, everywhere), before, size = (
+                self.model.ranks(states, targets, beam, seen),
+                place[targets],
+                sizes[group[targets]],
+            )
             if seen is not None:  # what a list leaves out takes no place in it
                 mates = (seen >= 0) & (group[seen] == group[targets][:, None]) & (seen != targets[:, None])
                 before, size = before - (mates & (seen < targets[:, None])).sum(1), size - mates.sum(1)
             found += Ranked.of(ranks, everywhere, ranks - before, strata[targets], size)
         sizes = torch.unique(self.workers.gather_ragged(found.sizes.to(self.device)))
         found = found.over(sizes.cpu())
-        targets, everywhere, groups = (self.workers.sum(part.to(self.device)).cpu() for part in (found.targets, found.everywhere, found.groups))
+        targets, everywhere, groups = (
+            self.workers.sum(part.to(self.device)).cpu() for part in (found.targets, found.everywhere, found.groups)
+        )
         return Ranked(targets, everywhere, groups, found.sizes)
 
-    def _states(self, histories: Histories, users: NDArray[np.int64], beam: int) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
-        """``users``, some at a time, those of short histories first, with the state after their history and their target."""
+    def _states(
+        self, histories: Histories, users: NDArray[np.int64], beam: int
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+        """``users``, some at a time, those of short histories first, with the state after their history and their
+        target."""
         chunk = max(1, min(256, _SCORES // self.model.scores_a_user(beam)))
         users = users[np.diff(histories.starts)[users].argsort(kind="stable")]
         for part in np.array_split(users, max(1, -(-len(users) // chunk))):
             if len(part):
                 ids = torch.from_numpy(histories.last(part, self.settings.max_length)).to(self.device)
                 last = (ids >= 0).sum(1) - 1
-                yield part, self.model.states(ids)[torch.arange(len(part)), last], torch.from_numpy(histories.targets[part]).to(self.device)
+                yield (
+                    part,
+                    self.model.states(ids)[torch.arange(len(part)), last],
+                    torch.from_numpy(histories.targets[part]).to(self.device),
+                )
 
 
 def distinct(items: Tensor) -> Tensor:
@@ -195,8 +224,9 @@ def distinct(items: Tensor) -> Tensor:
 
 
 def by_stratum(found: Ranked, seed: int) -> dict[str, dict[str, Any]]:
-    """Metrics of all targets and of each stratum that has some: ``corrected_*`` is what a random order of the items that share a SID would give
-    on average (methods 8.6); ``intervals`` are 95 % bootstrap intervals over users, of both."""
+    """Metrics of all targets and of each stratum that has some: ``corrected_*`` is what a random order of the items
+    that share a SID would give on average (methods 8.6); ``intervals`` are 95 % bootstrap intervals over users, of
+    both."""
     metrics, targets, groups = dict[str, dict[str, Any]](), found.targets.numpy(), found.groups.numpy()
     plain, shared = gains(), shared_gains(found.sizes.numpy())
     for name, rows in {"all": slice(None), **{stratum: slice(i, i + 1) for i, stratum in enumerate(STRATA)}}.items():

@@ -14,8 +14,8 @@ from adasid.training.workers import Workers
 
 
 class Histories(NamedTuple):
-    """``items`` [total] item_index of all histories one after another; history u is ``items[starts[u]:starts[u + 1]]``, oldest
-    first; ``targets`` [users]: the held-out item, or -1 in the training split."""
+    """``items`` [total] item_index of all histories one after another; history u is ``items[starts[u]:starts[u + 1]]``,
+    oldest first; ``targets`` [users]: the held-out item, or -1 in the training split."""
 
     items: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -58,7 +58,8 @@ class Histories(NamedTuple):
         return int((hits[self.starts[1:]] > hits[self.starts[:-1]]).sum())
 
     def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
-        """The last ``length`` items at most (all, if not given) of each user: [B, longest of them], padded at the end with -1."""
+        """The last ``length`` items at most (all, if not given) of each user: [B, longest of them], padded at the end
+        with -1."""
         ends = self.starts[users + 1]
         counts = np.minimum(ends - self.starts[users], len(self.items) if length is None else length)
         width = int(counts.max(initial=1))
@@ -71,10 +72,13 @@ class Histories(NamedTuple):
 def epoch(
     histories: Histories, users: int, length: int, seed: int, number: int, workers: Workers, device: torch.device
 ) -> Iterator[NDArray[np.int64]]:
-    """The batches of epoch ``number``: this worker's share of ``users`` users a step, shuffled, their last ``length`` items
-    (see :meth:`Histories.last`). All workers make equally many steps; one with fewer users sees some of them again."""
+    """The batches of epoch ``number``: this worker's share of ``users`` users a step, shuffled, their last ``length``
+    items (see :meth:`Histories.last`). All workers make equally many steps; one with fewer users sees some of them
+    again."""
     share = max(1, users // workers.world)
     largest = int(workers.gather(torch.tensor([len(histories)], device=device)).max())
-    order = np.resize(np.random.default_rng([seed, number, workers.rank]).permutation(len(histories)), -(-largest // share) * share)
+    order = np.resize(
+        np.random.default_rng([seed, number, workers.rank]).permutation(len(histories)), -(-largest // share) * share
+    )
     for start in range(0, len(order), share):
         yield histories.last(order[start : start + share], length)

@@ -1,4 +1,5 @@
-"""One worker's part of the catalogue, read once and shuffled by index: in memory, or memory-mapped where it is large."""
+"""One worker's part of the catalogue, read once and shuffled by index: in memory, or memory-mapped where it is
+large."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid.errors import InputError
-from adasid.quantizers.kmeans import Held
+from adasid.quantizers.kmeans import PreviousCodes
 from adasid.tables import PAD
 
 _IN_MEMORY = 4 << 30
@@ -21,29 +22,32 @@ _IN_MEMORY = 4 << 30
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for a tokenizer. ``vectors``: modality -> [B, D] float32, zero where absent; ``present``: modality -> [B] bool;
-    ``richness`` [B] in [0, 1]; ``index`` [B] int64: the item's index in the catalogue. In a batch of pairs row i and row i + B/2 are
-    co-engaged items where ``paired`` [B/2] is true, and one item twice where it is not. ``held``: codes [B, L] int64 that the items have so far (PAD: none), and
-    the slack with which they are kept (``adasid.quantizers.kmeans.held_or_nearest``)."""
+    """Rows for a tokenizer. ``vectors``: modality -> [B, D] float32, zero where absent; ``present``: modality -> [B]
+    bool; ``richness`` [B] in [0, 1]; ``index`` [B] int64: the item's index in the catalogue. In a batch of pairs row i
+    and row i + B/2 are co-engaged items where ``paired`` [B/2] is true, and one item twice where it is not.
+    ``previous``: codes [B, L] int64 that the items have so far (PAD: none), and the slack with which they are kept
+    (``adasid.quantizers.kmeans.previous_or_nearest``)."""
 
     vectors: dict[str, Tensor]
     present: dict[str, Tensor]
     richness: Tensor
     index: Tensor
     paired: Tensor | None = None
-    held: Held | None = None
+    previous: PreviousCodes | None = None
 
     def __len__(self) -> int:
         return len(self.richness)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        vectors, present = ({name: value.to(device) for name, value in part.items()} for part in (self.vectors, self.present))
-        paired, held = (
-            None if self.paired is None else self.paired.to(device),
-            None if self.held is None else Held(self.held.codes.to(device), self.held.slack),
+        vectors, present = (
+            {name: value.to(device) for name, value in part.items()} for part in (self.vectors, self.present)
         )
-        return Batch(vectors, present, self.richness.to(device), self.index.to(device), paired, held)
+        paired, previous = (
+            None if self.paired is None else self.paired.to(device),
+            None if self.previous is None else PreviousCodes(self.previous.codes.to(device), self.previous.slack),
+        )
+        return Batch(vectors, present, self.richness.to(device), self.index.to(device), paired, previous)
 
 
 def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:
@@ -52,12 +56,18 @@ def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:
     for modality, width in widths.items():
         if modality not in rows.schema.names:
             raise InputError(
-                f"item_features has no column {modality!r} (it has {', '.join(rows.schema.names)}); name another modality or add the embedding"
+                f"item_features has no column {modality!r} (it has {', '.join(rows.schema.names)}); name another "
+                "modality or add the embedding"
             )
         values, there = _matrix(rows.column(modality), modality, width)
         vectors[modality], present[modality] = torch.from_numpy(values), torch.from_numpy(there)
     richness = rows.column("richness").to_numpy(zero_copy_only=False).astype(np.float32)
-    return Batch(vectors, present, torch.from_numpy(richness), torch.from_numpy(rows.column("item_index").to_numpy().astype(np.int64)))
+    return Batch(
+        vectors,
+        present,
+        torch.from_numpy(richness),
+        torch.from_numpy(rows.column("item_index").to_numpy().astype(np.int64)),
+    )
 
 
 def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -66,7 +76,8 @@ def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np
     if len(lengths) and (lengths != width).any():
         other = int(lengths[lengths != width][0])
         raise InputError(
-            f"item_features.{modality} holds a vector of width {other}, expected {width}: retrain the tokenizer on these features, or mend the embedding"
+            f"item_features.{modality} holds a vector of width {other}, expected {width}: retrain the tokenizer on "
+            "these features, or mend the embedding"
         )
     values = torch.zeros(len(column), width).numpy()  # torch's alignment: the same sums whatever the batch
     values[there] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
@@ -78,8 +89,8 @@ Read = Callable[[list[str]], Iterable[pa.RecordBatch]]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Co-engaged pairs of a worker's items. ``items`` and ``partners`` [pairs]: item indices; ``read(columns)`` streams the rows of
-    ``item_features`` of those partners that are not the worker's own."""
+    """Co-engaged pairs of a worker's items. ``items`` and ``partners`` [pairs]: item indices; ``read(columns)`` streams
+    the rows of ``item_features`` of those partners that are not the worker's own."""
 
     items: NDArray[np.int64]
     partners: NDArray[np.int64]
@@ -89,21 +100,30 @@ class Pairs:
 class Shard:
     """One worker's items of the catalogue, and the partners that they are trained together with.
 
-    ``widths``: modality -> width; ``item_index`` [rows], ascending. ``len`` and :meth:`scan` are of the worker's own items.
-    """
+    ``widths``: modality -> width; ``item_index`` [rows], ascending. ``len`` and :meth:`scan` are of the worker's own
+    items."""
 
     def __init__(
-        self, read: Read, modalities: Iterable[str], in_memory: int = _IN_MEMORY, pairs: Pairs | None = None, everyone: Read | None = None
+        self,
+        read: Read,
+        modalities: Iterable[str],
+        in_memory: int = _IN_MEMORY,
+        pairs: Pairs | None = None,
+        everyone: Read | None = None,
     ) -> None:
-        """``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches, in any order, and is called several times;
-        ``everyone``: the rows of all workers, of which only the first ones are read, to learn the widths.
+        """``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches, in any order, and is
+        called several times; ``everyone``: the rows of all workers, of which only the first ones are read, to learn the
+        widths.
 
         Raises InputError for an empty catalogue, a modality that no item has, or two widths of one modality.
         """
         modalities = tuple(modalities)
         parts = [rows.column("item_index").to_numpy() for rows in read(["item_index"]) if rows.num_rows]
         if not parts:
-            raise InputError("item_features has no rows for this worker: use fewer workers, or run build_features on a larger catalogue")
+            raise InputError(
+                "item_features has no rows for this worker: use fewer workers, or run build_features on a larger "
+                "catalogue"
+            )
         self.item_index = np.sort(np.concatenate(parts))
         partners = np.setdiff1d(pairs.partners, self.item_index) if pairs else np.zeros(0, np.int64)
         self._rows = np.concatenate([self.item_index, partners])
@@ -111,7 +131,7 @@ class Shard:
         self._present = {m: np.zeros(len(self._rows), bool) for m in modalities}
         self._richness = np.zeros(len(self._rows), np.float32)
         self._loaded = np.zeros(len(self._rows), bool)
-        self._held: tuple[NDArray[np.int32], float] | None = None
+        self._previous: tuple[NDArray[np.int32], float] | None = None
         self.widths = find_widths(everyone or read, modalities)
         self._allocate(in_memory)
         self._load(read, modalities, self.item_index, 0)
@@ -123,35 +143,56 @@ class Shard:
         return len(self.item_index)
 
     def hold(self, read: Iterable[pa.RecordBatch], length: int, slack: float) -> None:
-        """From now on batches hold the codes that items have so far: ``read`` streams (item_index, codes) of any items, ``length`` codes each."""
+        """From now on batches hold the codes that items have so far: ``read`` streams (item_index, codes) of any items,
+        ``length`` codes each."""
         codes, sorter = np.full((len(self._rows), length), PAD, np.int32), np.argsort(self._rows, kind="stable")
         for rows in read:
-            index, own = rows.column("item_index").to_numpy(), rows.column("codes").flatten().to_numpy().reshape(-1, length)
+            index, own = (
+                rows.column("item_index").to_numpy(),
+                rows.column("codes").flatten().to_numpy().reshape(-1, length),
+            )
             mine = np.isin(index, self._rows)
             codes[sorter[np.searchsorted(self._rows, index[mine], sorter=sorter)]] = own[mine]
-        self._held = codes, slack
+        self._previous = codes, slack
 
-    def held(self, size: int) -> Tensor | None:
+    def previous(self, size: int) -> Tensor | None:
         """[L, size] int64: how many own items hold each code; None where nothing is held."""
-        if self._held is None:
+        if self._previous is None:
             return None
-        codes = torch.from_numpy(self._held[0][: len(self)].T.astype(np.int64))
-        return torch.zeros(len(codes), size, dtype=torch.int64).scatter_add_(1, codes.clamp(min=0), (codes != PAD).long())
+        codes = torch.from_numpy(self._previous[0][: len(self)].T.astype(np.int64))
+        return torch.zeros(len(codes), size, dtype=torch.int64).scatter_add_(
+            1, codes.clamp(min=0), (codes != PAD).long()
+        )
 
     def take(self, rows: NDArray[np.int64]) -> Batch:
         """The batch of the given positions in this shard."""
         where = torch.from_numpy(rows)
         vectors = {m: torch.from_numpy(values).index_select(0, where) for m, values in self._vectors.items()}
         present = {m: torch.from_numpy(values[rows]) for m, values in self._present.items()}
-        held = Held(torch.from_numpy(self._held[0][rows]).long(), self._held[1]) if self._held else None
-        return Batch(vectors, present, torch.from_numpy(self._richness[rows]), torch.from_numpy(self._rows[rows]), held=held)
+        previous = (
+            PreviousCodes(torch.from_numpy(self._previous[0][rows]).long(), self._previous[1])
+            if self._previous
+            else None
+        )
+        return Batch(
+            vectors,
+            present,
+            torch.from_numpy(self._richness[rows]),
+            torch.from_numpy(self._rows[rows]),
+            previous=previous,
+        )
 
     def take_pairs(self, rows: NDArray[np.int64], random: np.random.Generator) -> Batch:
-        """The batch of the given positions, followed by one partner of each, drawn evenly; an item without partners is its own."""
+        """The batch of the given positions, followed by one partner of each, drawn evenly; an item without partners is
+        its own."""
         first, last = self._offsets[rows], self._offsets[rows + 1]
         paired = last > first
         drawn = first + (random.random(len(rows)) * (last - first)).astype(np.int64)
-        partner = np.where(paired, self._partner[np.minimum(drawn, max(0, len(self._partner) - 1))] if len(self._partner) else rows, rows)
+        partner = np.where(
+            paired,
+            self._partner[np.minimum(drawn, max(0, len(self._partner) - 1))] if len(self._partner) else rows,
+            rows,
+        )
         return replace(self.take(np.concatenate([rows, partner])), paired=torch.from_numpy(paired))
 
     def scan(self, size: int = 4096) -> Iterator[Batch]:
@@ -183,7 +224,9 @@ class Shard:
         large = len(self._rows) * sum(self.widths.values()) * 4 > in_memory
         for m, width in self.widths.items():
             if large:
-                with tempfile.TemporaryFile(prefix="adasid-shard-") as file:  # has no name: gone when this process is, however it ends
+                with tempfile.TemporaryFile(
+                    prefix="adasid-shard-"
+                ) as file:  # has no name: gone when this process is, however it ends
                     self._vectors[m] = np.memmap(file, np.float32, "w+", shape=(len(self._rows), width))
             else:
                 self._vectors[m] = np.zeros((len(self._rows), width), np.float32)
@@ -199,5 +242,8 @@ def find_widths(read: Read, modalities: Iterable[str]) -> dict[str, int]:
                 widths[modality] = int(lengths[0].as_py())
                 break
         else:
-            raise InputError(f"item_features.{modality}: no item has this modality; leave it out of the tokenizer, or bring the embeddings")
+            raise InputError(
+                f"item_features.{modality}: no item has this modality; leave it out of the tokenizer, or bring the "
+                "embeddings"
+            )
     return widths

@@ -1,8 +1,7 @@
 """The loop that trains any tokenizer. Plain torch; the workers are passed in.
 
-Data order, initialisation and revival depend on (seed, epoch or step, rank) alone, so that a run that is killed resumes at its
-last checkpoint and ends as it would have, bit for bit.
-"""
+Data order, initialisation and revival depend on (seed, epoch or step, rank) alone, so that a run that is killed resumes
+at its last checkpoint and ends as it would have, bit for bit."""
 
 from __future__ import annotations
 
@@ -37,8 +36,8 @@ def summary(row: Mapping[str, float], modalities: Iterable[str]) -> dict[str, An
 
 
 class TokenizerTraining:
-    """One training run, or one fit, on one worker; all workers hold the same tokenizer. ``data_version`` names the input in errors;
-    ``warm``: the tokenizer is trained already and goes on from there."""
+    """One training run, or one fit, on one worker; all workers hold the same tokenizer. ``data_version`` names the
+    input in errors; ``warm``: the tokenizer is trained already and goes on from there."""
 
     def __init__(
         self,
@@ -52,7 +51,12 @@ class TokenizerTraining:
         device: torch.device | str = "cpu",
         warm: config.Warm | None = None,
     ) -> None:
-        self.tokenizer, self.settings, self.shard, self.seed = tokenizer.to(device), settings.epochs or _NOTHING, shard, seed
+        self.tokenizer, self.settings, self.shard, self.seed = (
+            tokenizer.to(device),
+            settings.epochs or _NOTHING,
+            shard,
+            seed,
+        )
         self.epochs, self.pairs, self.warm = settings.epochs.epochs if settings.epochs else 0, settings.pairs, warm
         if warm:
             limits = {"lr": warm.lr, "epochs": warm.epochs, "warmup_epochs": 0}
@@ -62,16 +66,21 @@ class TokenizerTraining:
         plain = tokenizer.no_decay()
         decayed = [p for p in tokenizer.parameters() if p not in plain]
         kept = [p for p in tokenizer.parameters() if p in plain]
-        groups = [{"params": decayed, "weight_decay": self.settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": self.settings.weight_decay},
+            {"params": kept, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, fused=True) if self.epochs else None
         rows = max(1, self.settings.batch // workers.world)
         largest = int(workers.gather(torch.tensor([len(shard)], device=self.device)).max())
         self.steps = -(-largest // rows)
-        self.share = max(1, rows // 2) if self.pairs else rows  # a batch of pairs is half partners: as many steps and rows an epoch as without
+        self.share = (
+            max(1, rows // 2) if self.pairs else rows
+        )  # a batch of pairs is half partners: as many steps and rows an epoch as without
         self.waited = 0.0
-        held = shard.held(max(slot.size for slot in tokenizer.slots))
-        if held is not None:
-            tokenizer.keep_codes(workers.sum(held.to(self.device)) > 0)
+        previous = shard.previous(max(slot.size for slot in tokenizer.slots))
+        if previous is not None:
+            tokenizer.keep_codes(workers.sum(previous.to(self.device)) > 0)
 
     def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> list[dict[str, float]]:
         """Train all epochs, then fit; returns the logged rows. ``report`` gets all rows so far, on every worker."""
@@ -134,21 +143,31 @@ class TokenizerTraining:
             for name, value in self._step((epoch - 1) * self.steps + index, batch, epoch).items():
                 sums[name] = sums.get(name, 0.0) + value
         seconds = time.monotonic() - started
-        means = self.workers.sum(torch.tensor([*sums.values(), waited / seconds], dtype=torch.float64, device=self.device)) / self.workers.world
+        means = (
+            self.workers.sum(torch.tensor([*sums.values(), waited / seconds], dtype=torch.float64, device=self.device))
+            / self.workers.world
+        )
         row = {name: float(value) / self.steps for name, value in zip(sums, means)}
-        return {"epoch": float(epoch), "step": float(epoch * self.steps), **row, "wait_share": float(means[-1]), "seconds": seconds}
+        return {
+            "epoch": float(epoch),
+            "step": float(epoch * self.steps),
+            **row,
+            "wait_share": float(means[-1]),
+            "seconds": seconds,
+        }
 
     def _step(self, step: int, batch: Any, epoch: int) -> dict[str, float]:
         assert self.optimizer is not None
         total = self.steps * self.epochs
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * 0.5 * (1 + np.cos(np.pi * step / total))
-        if batch.held:
-            batch = replace(batch, held=batch.held.at(step / total))
+        if batch.previous:
+            batch = replace(batch, previous=batch.previous.at(step / total))
         losses = self.tokenizer.losses(batch, self.workers, step / total)
         if not self.workers.agree(bool(torch.isfinite(losses.total)), self.device):
             raise TrainingError(
-                f"tokenizer: loss is not finite at step {step} (epoch {epoch}), input {self.data_version}, on this worker {losses.parts}; "
+                f"tokenizer: loss is not finite at step {step} (epoch {epoch}), input {self.data_version}, on this "
+                f"worker {losses.parts}; "
                 "lower tokenizer.training.lr, or look at the features"
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -169,20 +188,25 @@ class TokenizerTraining:
 
     @torch.no_grad()
     def quality(self) -> dict[str, float]:
-        """Over all workers' items: fraction of variance unexplained by modality (methods 8.1), mean utilisation and entropy of the codebooks."""
+        """Over all workers' items: fraction of variance unexplained by modality (methods 8.1), mean utilisation and
+        entropy of the codebooks."""
         self.tokenizer.eval()
         tokenizer, slots = self.tokenizer, self.tokenizer.slots
         used = torch.zeros(len(slots), max(slot.size for slot in slots), dtype=torch.float64, device=self.device)
-        errors = {m: torch.zeros(width + 3, dtype=torch.float64, device=self.device) for m, width in tokenizer.widths.items()}
+        errors = {
+            m: torch.zeros(width + 3, dtype=torch.float64, device=self.device) for m, width in tokenizer.widths.items()
+        }
         for part in self.shard.scan():
-            batch = replace(part, held=None).to(self.device)
+            batch = replace(part, previous=None).to(self.device)
             codes = tokenizer.encode(batch).codes.long()
             used.scatter_add_(1, codes.T.clamp(min=0), (codes.T != PAD).double())
             for m, decoded in tokenizer.reconstruct(batch).items():
                 there = batch.present[m][:, None]
                 x = batch.vectors[m] * there
                 error = (((decoded - x) * there) ** 2).sum().double()
-                errors[m] += torch.cat([x.double().sum(0), torch.stack([(x**2).sum().double(), error, there.sum().double()])])
+                errors[m] += torch.cat(
+                    [x.double().sum(0), torch.stack([(x**2).sum().double(), error, there.sum().double()])]
+                )
         row = {}
         for m, width in tokenizer.widths.items():
             total = self.workers.sum(errors[m])

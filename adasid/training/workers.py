@@ -1,4 +1,5 @@
-"""What data-parallel training needs of its workers: a thin layer over ``torch.distributed`` that is the identity for one worker.
+"""What data-parallel training needs of its workers: a thin layer over ``torch.distributed`` that is the identity for
+one worker.
 
 Whoever starts the processes (Ray Train, torchrun, a test) initialises the process group; this module starts nothing.
 """
@@ -19,7 +20,8 @@ def settle(threads: int) -> None:
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - a property that mypy does not see; it costs time
+    # a property that mypy does not see; it costs time
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
 class _Gather(torch.autograd.Function):
@@ -47,7 +49,11 @@ class Workers:
     @staticmethod
     def current() -> Workers:
         """From the initialised process group; one worker where there is none."""
-        return Workers(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else Workers()
+        return (
+            Workers(dist.get_rank(), dist.get_world_size())
+            if dist.is_available() and dist.is_initialized()
+            else Workers()
+        )
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum over workers, a new tensor."""

@@ -1,4 +1,5 @@
-"""The night in one Spark application: the jobs, in order, in one process; the first that fails ends it with its exit code.
+"""The night in one Spark application: the jobs, in order, in one process; the first that fails ends it with its exit
+code.
 
   spark-submit infra/kubernetes/night.py --config conf/cluster.yaml --run-date today
 
@@ -14,7 +15,9 @@ JOBS = Path(__file__).resolve().parents[2] / "jobs"
 NIGHT = ("ingest", "build_features", "retokenize", "maintain")
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--run-date", required=True, metavar="DATE", help="as in jobs/retokenize.py")
     own, shared = parser.parse_known_args()
     for name in NIGHT:

@@ -17,8 +17,13 @@ from adasid import config, errors
 from adasid.files import write_json
 from adasid.training.workers import settle
 
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "2147483648", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
-"""glibc keeps large buffers instead of giving them back to the kernel every step (1.4 times faster training on CPUs)."""
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "2147483648",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+"""glibc keeps large buffers instead of giving them back to the kernel every step (1.4 times faster training on
+CPUs)."""
 
 METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"
@@ -33,11 +38,11 @@ def fit(
     folder: Path,
     show: Callable[[dict[str, float]], None],
 ) -> None:
-    """Run ``function(payload)`` on ``settings.workers`` Ray Train workers with a torch process group, or in this process for 0.
+    """Run ``function(payload)`` on ``settings.workers`` Ray Train workers with a torch process group, or in this
+    process for 0.
 
-    A worker that dies is replaced (the function resumes from its checkpoint in ``folder``). ``show`` gets each new row of
-    the ``metrics.jsonl`` that the function writes there. Raises the workers' own AdasidError, or TrainingError.
-    """
+    A worker that dies is replaced (the function resumes from its checkpoint in ``folder``). ``show`` gets each new row
+    of the ``metrics.jsonl`` that the function writes there. Raises the workers' own AdasidError, or TrainingError."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _FAILURE).unlink(missing_ok=True)
     with _watch(folder, show):
@@ -48,7 +53,9 @@ def fit(
             _fit_on_ray(function, payload, settings, name, folder)
 
 
-def _fit_on_ray(function: Callable[[dict[str, Any]], None], payload: dict[str, Any], settings: config.Ray, name: str, folder: Path) -> None:
+def _fit_on_ray(
+    function: Callable[[dict[str, Any]], None], payload: dict[str, Any], settings: config.Ray, name: str, folder: Path
+) -> None:
     import ray
     from ray.exceptions import AuthenticationError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -58,12 +65,14 @@ def _fit_on_ray(function: Callable[[dict[str, Any]], None], payload: dict[str, A
         _join(settings)
     except AuthenticationError as error:
         raise errors.InputError(
-            f"Ray refused the connection ({errors.first_line(error)}): export RAY_AUTH_MODE=token, as where the cluster was started"
+            f"Ray refused the connection ({errors.first_line(error)}): export RAY_AUTH_MODE=token, as where the "
+            "cluster was started"
         ) from None
     except OSError as error:  # ConnectionError, and a time-out
         where = settings.address or os.environ.get("RAY_ADDRESS")
         raise errors.InputError(
-            f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave ray.address null"
+            f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave "
+            "ray.address null"
         ) from None
     there = ray.cluster_resources()
     gpus = int(there.get("GPU", 0)) if settings.gpus == "auto" else 0
@@ -73,11 +82,15 @@ def _fit_on_ray(function: Callable[[dict[str, Any]], None], payload: dict[str, A
     if there.get("CPU", 0) < workers * settings.cpus_per_worker:
         need = workers * settings.cpus_per_worker
         print(
-            f"note: waiting for {need:g} CPUs, the Ray cluster has {there.get('CPU', 0):g}; lower ray.workers or ray.cpus_per_worker", file=sys.stderr
+            f"note: waiting for {need:g} CPUs, the Ray cluster has {there.get('CPU', 0):g}; lower ray.workers or "
+            "ray.cpus_per_worker",
+            file=sys.stderr,
         )
     resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpus else {})}
     scaling = ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources)
-    run = RunConfig(name=name, storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=settings.max_failures))
+    run = RunConfig(
+        name=name, storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=settings.max_failures)
+    )
     call = {"function": function, "payload": payload, "folder": str(folder), "threads": _threads(settings)}
     trainer = TorchTrainer(_guarded, train_loop_config=call, scaling_config=scaling, run_config=run)
     try:
@@ -85,7 +98,8 @@ def _fit_on_ray(function: Callable[[dict[str, Any]], None], payload: dict[str, A
     except Exception as error:
         _raise_failure(folder)
         raise errors.TrainingError(
-            f"{name}: the workers failed ({_first_line(error)}); run the command again to resume from the last checkpoint"
+            f"{name}: the workers failed ({_first_line(error)}); run the command again to resume from the last "
+            "checkpoint"
         ) from error
     _raise_failure(folder, ("TrainingError",))  # any other was mended by a later try
 
@@ -98,7 +112,8 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 @contextmanager
 def _watch(folder: Path, show: Callable[[dict[str, float]], None]) -> Iterator[None]:
-    """Call ``show`` with each row of metrics that appears (also where another machine writes it); its error is raised at the end."""
+    """Call ``show`` with each row of metrics that appears (also where another machine writes it); its error is raised
+    at the end."""
     stop = threading.Event()
     failed: list[Exception] = []
 
@@ -152,7 +167,11 @@ def _connect(settings: config.Ray) -> None:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     if address and address.startswith("http"):  # where jobs are submitted, not where a driver joins
         address = "auto"
-    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {
+        "runtime_env": {"env_vars": environment},
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+    }
     if address:
         host, _, port = address.rpartition(":")
         if host and port.isdigit():  # Ray itself would try for five minutes without a word
@@ -170,7 +189,9 @@ def _guarded(call: dict[str, Any]) -> None:
         call["function"](call["payload"])
     except errors.AdasidError as error:
         write_json(Path(call["folder"]) / _FAILURE, {"kind": type(error).__name__, "message": str(error)})
-        if not isinstance(error, errors.TrainingError):  # a TrainingError is raised by all workers together: nothing to retry, nobody waits
+        if not isinstance(
+            error, errors.TrainingError
+        ):  # a TrainingError is raised by all workers together: nothing to retry, nobody waits
             raise
 
 

@@ -1,7 +1,8 @@
-"""Fetch Delta's two jars once, through Spark's own resolver (so that a user's mirror settings hold), into Spark's jar folder.
+"""Fetch Delta's two jars once, through Spark's own resolver (so that a user's mirror settings hold), into Spark's jar
+folder.
 
-Usage: ``python -m pipelines.engines.jars``. delta-spark's own helper would bring 33 jars, a second Hadoop client among them.
-"""
+Usage: ``python -m pipelines.engines.jars``. delta-spark's own helper would bring 33 jars, a second Hadoop client among
+them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ from pyspark.sql import SparkSession
 from pipelines.engines.spark import JARS, jar_folder
 
 PACKAGES = "io.delta:delta-spark_4.2_2.13:4.4.0,io.delta:delta-storage:4.4.0"
-EXCLUDES = "org.apache.hadoop:*,org.apache.parquet:*,org.antlr:*,org.apache.spark:*,com.fasterxml.jackson.core:*,org.slf4j:*,org.scala-lang:*,io.unitycatalog:*"
+EXCLUDES = (
+    "org.apache.hadoop:*,org.apache.parquet:*,org.antlr:*,org.apache.spark:*,"
+    "com.fasterxml.jackson.core:*,org.slf4j:*,org.scala-lang:*,io.unitycatalog:*"
+)
 
 
 def main() -> int:
@@ -25,11 +29,16 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as ivy:
         try:
-            builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").config("spark.jars.ivy", ivy)
+            builder = (
+                SparkSession.builder.master("local[1]")
+                .config("spark.ui.enabled", "false")
+                .config("spark.jars.ivy", ivy)
+            )
             builder.config("spark.jars.packages", PACKAGES).config("spark.jars.excludes", EXCLUDES).getOrCreate().stop()
         except Exception as error:
             print(
-                f"Delta's jars could not be resolved ({str(error).splitlines()[0]}); put {' and '.join(JARS)} into {folder}",
+                f"Delta's jars could not be resolved ({str(error).splitlines()[0]}); put {' and '.join(JARS)} into "
+                f"{folder}",
                 file=sys.stderr,
             )
             return 1

@@ -89,7 +89,8 @@ class Lake:
             probe.unlink()
         except OSError as error:
             raise InputError(
-                f"lake {self.root}: not writable ({error.strerror}); choose another with --set runs_dir=PATH, or mend its permissions"
+                f"lake {self.root}: not writable ({error.strerror}); choose another with --set runs_dir=PATH, or mend "
+                "its permissions"
             ) from None
 
     def open(self, table: str, version: int | None = None) -> DeltaTable:
@@ -98,9 +99,14 @@ class Lake:
         try:
             return DeltaTable(self.path(table), version=version)
         except TableNotFoundError:
-            raise InputError(f"table {table} does not exist in {self.root}: run the stage that writes it first (see docs/architecture.md)") from None
+            raise InputError(
+                f"table {table} does not exist in {self.root}: run the stage that writes it first "
+                "(see docs/architecture.md)"
+            ) from None
         except Exception as error:
-            raise InputError(f"table {table} in {self.root} cannot be read at version {version}: {first_line(error)}") from None
+            raise InputError(
+                f"table {table} in {self.root} cannot be read at version {version}: {first_line(error)}"
+            ) from None
 
     def version(self, table: str) -> int:
         """The version that a reader gets: the pin, else the latest."""
@@ -114,8 +120,9 @@ class Lake:
         """Columns of the table at a version."""
         return pa.schema(self.open(table, version).schema().to_arrow())
 
-    def stamp(self, table: str, version: int | None = None) -> str | None:
-        """The input digest of the commit that made ``version`` (default: the latest); None for no table or no digest."""
+    def input_hash(self, table: str, version: int | None = None) -> str | None:
+        """The input digest of the commit that made ``version`` (default: the latest); None for no table or no
+        digest."""
         return _digest(self._commit(table, version))
 
     def lineage(self, table: str, version: int | None = None) -> dict[str, int]:
@@ -160,16 +167,24 @@ class Lake:
             if entry.get("operation") in _WRITES:
                 yield entry
 
-    def stamps(self, versions: Mapping[str, int]) -> dict[str, str]:
-        """What the given versions were made from; the path and version themselves for a table that carries no digest."""
-        return {table: self.stamp(table, version) or f"{self.path(table)}@{version}" for table, version in versions.items()}
+    def input_hashes(self, versions: Mapping[str, int]) -> dict[str, str]:
+        """What the given versions were made from; the path and version themselves for a table that carries no
+        digest."""
+        return {
+            table: self.input_hash(table, version) or f"{self.path(table)}@{version}"
+            for table, version in versions.items()
+        }
 
     def fresh(self, digest: str, *tables: str) -> bool:
         """Whether the latest commit of each table was made from inputs with this digest."""
-        return all(self.stamp(table) == digest for table in tables)
+        return all(self.input_hash(table) == digest for table in tables)
 
     def batches(
-        self, table: str, version: int | None = None, columns: list[str] | None = None, filter: ds.Expression | None = None
+        self,
+        table: str,
+        version: int | None = None,
+        columns: list[str] | None = None,
+        filter: ds.Expression | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """Stream the rows of one version as Arrow batches."""
         dataset = self.open(table, version).to_pyarrow_dataset()
@@ -190,8 +205,10 @@ class Lake:
         """Replace a table in one commit stamped with ``digest`` and the versions of ``sources``; returns the new
         version."""
         reader = pa.RecordBatchReader.from_batches(schema, batches)
-        stamp = properties(digest, sources=sources)
-        write_deltalake(self.target(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=stamp)
+        input_hash = properties(digest, sources=sources)
+        write_deltalake(
+            self.target(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=input_hash
+        )
         return DeltaTable(self.path(table)).version()
 
     def write_rows(
@@ -209,31 +226,50 @@ class Lake:
     def put(self, table: str, rows: pa.Table, where: str, digest: str) -> None:
         """Replace the rows that ``where`` holds for by ``rows``, in one commit stamped with ``digest``."""
         there = DeltaTable(self.target(table)) if self.exists(table) else self.target(table)
-        write_deltalake(there, rows, mode="overwrite", predicate=where if self.exists(table) else None, commit_properties=properties(digest))
+        write_deltalake(
+            there,
+            rows,
+            mode="overwrite",
+            predicate=where if self.exists(table) else None,
+            commit_properties=properties(digest),
+        )
 
     def restore(self, table: str, version: int | None) -> None:
-        """Give a table the rows and the digest of ``version`` back, as a new version; None: it was not there, and its folder is removed."""
+        """Give a table the rows and the digest of ``version`` back, as a new version; None: it was not there, and its
+        folder is removed."""
         if version is None:
             shutil.rmtree(self.path(table), ignore_errors=True)
         else:
-            DeltaTable(self.path(table)).restore(version, commit_properties=properties(self.stamp(table, version)))
+            DeltaTable(self.path(table)).restore(version, commit_properties=properties(self.input_hash(table, version)))
 
     def change(self, table: str, version: int, rows: pa.Table, gone: pa.Array, digest: str) -> None:
-        """Replace the rows of the items in ``rows`` (each once), add those of items that are new, and remove those of the items ``gone``, in one commit
-        after ``version``, stamped with ``digest``: columnar, without Spark, so that a small change of a large table is cheap. Raises BusyError where
-        somebody else has written since."""
+        """Replace the rows of the items in ``rows`` (each once), add those of items that are new, and remove those of
+        the items ``gone``, in one commit after ``version``, stamped with ``digest``: columnar, without Spark, so that a
+        small change of a large table is cheap. Raises BusyError where somebody else has written since."""
         rows = rows.append_column("_gone", pa.array(np.zeros(rows.num_rows, bool)))
-        leaving = pa.table({"item_id": gone, "_gone": np.ones(len(gone), bool)}).cast(pa.schema([("item_id", pa.string()), ("_gone", pa.bool_())]))
+        leaving = pa.table({"item_id": gone, "_gone": np.ones(len(gone), bool)}).cast(
+            pa.schema([("item_id", pa.string()), ("_gone", pa.bool_())])
+        )
         source = pa.concat_tables([rows.cast(_nullable(rows.schema)), leaving], promote_options="default")
         values = {name: f"s.{name}" for name in rows.column_names if name != "_gone"}
         merge = DeltaTable(self.path(table), version=version).merge(
-            source, "t.item_id = s.item_id", source_alias="s", target_alias="t", commit_properties=properties(digest, retries=0)
+            source,
+            "t.item_id = s.item_id",
+            source_alias="s",
+            target_alias="t",
+            commit_properties=properties(digest, retries=0),
         )
-        merge = merge.when_matched_delete("s._gone").when_matched_update(values).when_not_matched_insert(values, "NOT s._gone")
+        merge = (
+            merge.when_matched_delete("s._gone")
+            .when_matched_update(values)
+            .when_not_matched_insert(values, "NOT s._gone")
+        )
         try:
             merge.execute()
         except CommitFailedError:
-            raise BusyError(f"{table}: another run wrote to {self.path(table)} after version {version}; run this one again") from None
+            raise BusyError(
+                f"{table}: another run wrote to {self.path(table)} after version {version}; run this one again"
+            ) from None
 
 
 def committed(commit: Mapping[str, Any]) -> datetime:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyspark
 from py4j.protocol import Py4JJavaError
+from pyspark import SparkConf, SparkContext
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from adasid import config
-from adasid.errors import InputError, first_line
+from adasid.errors import InputError
 from pipelines.engines.lake import Lake, stamped
 
 JARS = ("delta-spark_4.2_2.13-4.4.0.jar", "delta-storage-4.4.0.jar")
@@ -29,56 +31,101 @@ _TASK_LOGS = (
     "org.apache.spark.sql.execution.datasources.FileFormatWriter",
     "org.apache.spark.sql.delta.files.DeltaFileFormatWriter",
 )
-"""Loggers of the driver that print a task's stack trace before its error reaches the job, which prints one line and keeps the trace in a file."""
+"""Loggers of the driver that print a task's stack trace before its error reaches the job, which prints one line and
+keeps the trace in a file."""
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 
 
-def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
-    """Get or start a session with Delta. Under spark-submit its master and memory win over the config's.
+_DEFAULTS = {
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+    "spark.log.level": "ERROR",
+}
+"""Settings that `spark-submit --conf` and spark-defaults.conf may replace."""
+_REQUIRED = {
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
+    # a version that a generation needs stays readable
+    "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",  # compaction outside Spark wraps INT96 around
+    "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
+    "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
+    "spark.sql.parquet.int96RebaseModeInRead": "CORRECTED",
+    "spark.sql.legacy.parquet.nanosAsLong": "true",  # 19 digits are nanoseconds
+    "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # 00001 is not 1
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+}
+"""Settings without which values would be read or written wrongly: nothing replaces them but ``spark.conf``."""
 
-    Raises InputError with the fix where Java or the Delta jars are missing.
+
+def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
+    """Get or start a session with Delta.
+
+    Under spark-submit its master and memory win over the config's, and what `--conf` and spark-defaults.conf set wins
+    over :data:`_DEFAULTS`. Raises InputError with the cause and the fix where Spark does not start, or where Java or
+    Delta's jars are missing.
     """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = SparkSession.builder.appName(name)
+    start = SparkConf(loadDefaults=False)
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
-        quiet = f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
-        builder = builder.master(settings.master).config("spark.driver.memory", settings.driver_memory).config("spark.driver.extraJavaOptions", quiet)
-    defaults = {
-        "spark.sql.extensions": _EXTENSION,
-        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
-        "spark.sql.shuffle.partitions": str(settings.shuffle_partitions),
-        "spark.databricks.delta.snapshotPartitions": "2",
-        "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
-        "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
-        "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",  # a version that a generation needs stays readable
-        "spark.sql.session.timeZone": "UTC",
-        "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",  # compaction outside Spark wraps INT96 around
-        "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
-        "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
-        "spark.sql.parquet.int96RebaseModeInRead": "CORRECTED",
-        "spark.sql.legacy.parquet.nanosAsLong": "true",  # 19 digits are nanoseconds
-        "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # 00001 is not 1
-        "spark.sql.execution.arrow.pyspark.enabled": "true",
-        "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": "false",
-        "spark.log.level": "ERROR",
-    }
-    for key, value in {**defaults, **settings.conf}.items():
-        builder = builder.config(key, value)
+        for key, value in _launch(settings).items():
+            start.set(key, value)
     try:
+        SparkContext._ensure_initialized(conf=start)
+        builder = SparkSession.builder.appName(name)
+        for key, value in chosen(settings, dict(SparkConf().getAll()), dict(start.getAll())).items():
+            builder = builder.config(key, value)
         spark = builder.getOrCreate()
     except Exception as error:
-        raise InputError(f"Spark did not start ({first_line(error)}); it needs Java 17 or newer on PATH or JAVA_HOME: run `make setup`") from None
+        raise InputError(f"Spark did not start ({root_cause(error)}): {_start_fix(error)}") from None
     try:
-        spark._jvm.java.lang.Thread.currentThread().getContextClassLoader().loadClass(_EXTENSION)  # type: ignore[union-attr]
+        thread = spark._jvm.java.lang.Thread.currentThread()  # type: ignore[union-attr]
+        thread.getContextClassLoader().loadClass(_EXTENSION)
     except Exception:
         raise InputError(
-            f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or `make setup`"
+            f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or "
+            "`make setup`"
         ) from None
     log4j = spark._jvm.org.apache.logging.log4j  # type: ignore[union-attr]
     for logger in _TASK_LOGS:
         log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)
     return spark
+
+
+def _launch(settings: config.Spark) -> dict[str, str]:
+    """Settings that the JVM must have when it starts."""
+    options = f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
+    own = settings.conf.get("spark.driver.extraJavaOptions")
+    return {
+        "spark.master": settings.master,
+        "spark.driver.memory": settings.driver_memory,
+        "spark.driver.extraJavaOptions": f"{options} {own}" if own else options,
+    }
+
+
+def chosen(settings: config.Spark, given: Mapping[str, str], launch: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Settings of a session. ``given``: those of spark-submit and spark-defaults.conf; ``launch``: those that the JVM
+    was started with."""
+    defaults = {"spark.sql.shuffle.partitions": str(settings.shuffle_partitions), **_DEFAULTS}
+    extensions = [part for part in given.get("spark.sql.extensions", "").split(",") if part and part != _EXTENSION]
+    return {
+        **{key: value for key, value in defaults.items() if key not in given},
+        "spark.sql.extensions": ",".join((_EXTENSION, *extensions)),
+        **_REQUIRED,
+        **{key: str(value) for key, value in settings.conf.items()},
+        **(launch or {}),
+    }
+
+
+def _start_fix(error: Exception) -> str:
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        return "it needs Java 17 or newer on PATH or JAVA_HOME: run `make setup`"
+    if "GATEWAY" in str(error):
+        return "the JVM says why above; check spark.master, spark.driver_memory and spark.conf, or run `make setup`"
+    return "check spark.master, spark.conf and what spark-submit and spark-defaults.conf set"
 
 
 def jar_folder() -> Path:
@@ -111,9 +158,9 @@ def write(
     """Replace the table by ``frame``, cast to its schema, in one commit stamped with ``digest`` and the versions of
     ``sources``; returns the version.
 
-    ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's last. ``replace``: replace
-    only the rows that this condition holds for, which all of ``frame`` must satisfy. ``few``: into few large files, whatever the partitions, at the price of a shuffle.
-    """
+    ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's
+    last. ``replace``: replace only the rows that this condition holds for, which all of ``frame`` must satisfy.
+    ``few``: into few large files, whatever the partitions, at the price of a shuffle."""
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
     writer = frame.select(*columns).write.format("delta").mode("append" if append else "overwrite")
@@ -122,13 +169,18 @@ def write(
     if append:
         writer = writer.option("txnAppId", append[0]).option("txnVersion", append[1])
     else:
-        writer = writer.option("replaceWhere", replace) if replace and lake.exists(table) else writer.option("overwriteSchema", "true")
+        writer = (
+            writer.option("replaceWhere", replace)
+            if replace and lake.exists(table)
+            else writer.option("overwriteSchema", "true")
+        )
     writer.save(lake.target(table))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
 
 
 def escaped(path: str, key: str) -> str:
-    """``path`` as Hadoop takes it literally, and not as a pattern. Raises InputError for a local path with a colon, which Hadoop cannot parse."""
+    """``path`` as Hadoop takes it literally, and not as a pattern. Raises InputError for a local path with a colon,
+    which Hadoop cannot parse."""
     if "://" in path:
         return path
     if ":" in path:

@@ -1,4 +1,5 @@
-"""MLflow: one parent run for a pipeline run, a child for each stage, with configuration, lineage, metrics and artifacts."""
+"""MLflow: one parent run for a pipeline run, a child for each stage, with configuration, lineage, metrics and
+artifacts."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from pipelines.run import Run
 
 
 @dataclass
-class Track:
+class StageContext:
     """The MLflow run of one stage. ``status`` is ``done`` or ``up to date``; ``journal``: whether its end
     is written to the run's journal; ``facts`` end up in the printed summary."""
 
@@ -69,11 +70,14 @@ class Track:
             self.client.set_tag(self.run_id, f"out.{table}", version)
 
     def lineage(self, days: int) -> Iterator[tuple[str, int]]:
-        """Tables and their versions that this pipeline's runs of the last ``days`` days read or wrote; runs deleted in MLflow do not count."""
+        """Tables and their versions that this pipeline's runs of the last ``days`` days read or wrote; runs deleted in
+        MLflow do not count."""
         since, page = int((time.time() - 86_400 * days) * 1000), None
         experiment = self.client.get_run(self.run_id).info.experiment_id
         while True:
-            runs = self.client.search_runs([experiment], f"tags.run = '{self.cfg.name}' and attributes.start_time >= {since}", page_token=page)
+            runs = self.client.search_runs(
+                [experiment], f"tags.run = '{self.cfg.name}' and attributes.start_time >= {since}", page_token=page
+            )
             for name, value in (tag for run in runs for tag in run.data.tags.items()):
                 if name.startswith(("in.", "out.")):
                     yield name.partition(".")[2], int(value)
@@ -104,10 +108,10 @@ def new_pipeline(cfg: Config) -> None:
 
 
 @contextmanager
-def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) -> Iterator[Track]:
-    """Open the MLflow run of a stage below the pipeline's parent run (made if there is none), close it with the right status, and
-    append its wall time and facts to ``stages.jsonl`` in the run's folder (not without ``journal``). ``migrates``: the
-    lake may have an older format."""
+def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) -> Iterator[StageContext]:
+    """Open the MLflow run of a stage below the pipeline's parent run (made if there is none), close it with the right
+    status, and append its wall time and facts to ``stages.jsonl`` in the run's folder (not without ``journal``).
+    ``migrates``: the lake may have an older format."""
     lake = Run(cfg).lake if migrates else open_lake(cfg)
     uri = Run(cfg).tracking_uri
     try:
@@ -116,29 +120,31 @@ def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) 
         raise
     except Exception as error:
         raise _unusable(uri, error) from None
-    track = Track(cfg, lake, name, client, run_id, journal=journal)
+    context = StageContext(cfg, lake, name, client, run_id, journal=journal)
     try:
-        yield track
+        yield context
     except BaseException as error:
-        with _best_effort(track, "the failure"):
+        with _best_effort(context, "the failure"):
             client.set_tag(run_id, "error", str(error)[:500])
             client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
             client.set_terminated(parent, "FAILED")
         if isinstance(error, MlflowException):
             raise _unusable(uri, error) from error
         raise
-    seconds = time.monotonic() - track.started
-    with _best_effort(track, "the end"):  # the stage is done, whatever becomes of MLflow
-        track.metrics({"wall_seconds": seconds})
-        client.set_tag(run_id, "status", track.status)
+    seconds = time.monotonic() - context.started
+    with _best_effort(context, "the end"):  # the stage is done, whatever becomes of MLflow
+        context.metrics({"wall_seconds": seconds})
+        client.set_tag(run_id, "status", context.status)
         client.set_terminated(run_id)
         client.set_terminated(parent)
-    row = {"stage": name, "status": track.status, "seconds": round(seconds, 1), "mlflow_run": run_id}
-    row["facts"] = track.facts
+    row = {"stage": name, "status": context.status, "seconds": round(seconds, 1), "mlflow_run": run_id}
+    row["facts"] = context.facts
     if journal:
         with Run(cfg).journal.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, default=str) + "\n")
-    track.note(f"{track.status} in {seconds:.1f} s" + "".join(f" | {key} {value}" for key, value in track.facts.items()))
+    context.note(
+        f"{context.status} in {seconds:.1f} s" + "".join(f" | {key} {value}" for key, value in context.facts.items())
+    )
 
 
 def _start(cfg: Config, name: str, uri: str) -> tuple[MlflowClient, str, str]:
@@ -187,12 +193,12 @@ def _unusable(uri: str, error: Exception) -> InputError:
 
 
 @contextmanager
-def _best_effort(track: Track, what: str) -> Iterator[None]:
+def _best_effort(context: StageContext, what: str) -> Iterator[None]:
     """MLflow's faults are noted: they replace neither an error nor a stage that is done."""
     try:
         yield
     except Exception as error:
-        track.note(f"MLflow has not recorded {what} of this stage ({_shown(first_line(error))})")
+        context.note(f"MLflow has not recorded {what} of this stage ({_shown(first_line(error))})")
 
 
 def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
@@ -213,7 +219,8 @@ def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
 
 
 def parameters(cfg: Config) -> dict[str, Any]:
-    """The config as flat keys and values; without the sections of comparisons, whose labels may be any text and which a cell's own config says."""
+    """The config as flat keys and values; without the sections of comparisons, whose labels may be any text and which a
+    cell's own config says."""
     sections = cfg.model_dump(mode="json", exclude={"compare", "evaluate"})
     flat = {key: value for section, values in sections.items() for key, value in _flatten(values, section).items()}
     return {re.sub(r"[^\w./ :-]", "_", key): value for key, value in flat.items()}  # the characters that MLflow takes

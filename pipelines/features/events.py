@@ -1,5 +1,5 @@
-"""The first part of the features stage: from raw items and interactions to item_stats, user_stats, sequences, ranking_samples, catalog_stats,
-and item_pairs where the tokenizer learns from them."""
+"""The first part of the features stage: from raw items and interactions to item_stats, user_stats, sequences,
+ranking_samples, catalog_stats, and item_pairs where the tokenizer learns from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adasid.config import Config, Features
 from adasid.errors import InputError
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.features import histories, labels, validate
 from pipelines.features.ranks import Ranked
 from pipelines.features.statistics import item_stats, popularity
@@ -23,15 +23,20 @@ from pipelines.stage import Inputs, Stage
 
 _READS = ("items", "interactions")
 _WRITES = ("item_stats", "user_stats", "ranking_samples", "sequences", "catalog_stats")
-_LATER = {"content", "norm_percentiles", "proxy_min_spearman", "pairs"}  # modalities(), settings of the second part, and of item_pairs
+_LATER = {
+    "content",
+    "norm_percentiles",
+    "proxy_min_spearman",
+    "pairs",
+}  # modalities(), settings of the second part, and of item_pairs
 _DROPPED = ("duplicates", "duplicate_items", "capped", "below_k_core", "tied", "outside_histories")
 """Counts of ``catalog_stats`` that are tracked."""
 _RANKING = {"ranking_split", "ranking_holdout"}
 
 
 class Checked(NamedTuple):
-    """Item ids that were accepted; interactions with ``time`` and ``reason``, partitioned by user; how many of them are good; refused rows by reason;
-    identical copies of items; items without each modality."""
+    """Item ids that were accepted; interactions with ``time`` and ``reason``, partitioned by user; how many of them are
+    good; refused rows by reason; identical copies of items; items without each modality."""
 
     items: DataFrame
     judged: DataFrame
@@ -66,9 +71,12 @@ def same_source(cfg: Config, lake: Lake) -> None:
     """Raise InputError where items and interactions are of two runs of ingest, and no pin asks for that."""
     if {"items", "interactions"} & set(cfg.pins):
         return
-    made = {lake.stamp(name, version) for name, version in lake.versions("items", "interactions").items()} - {None}
+    made = {lake.input_hash(name, version) for name, version in lake.versions("items", "interactions").items()} - {None}
     if len(made) > 1:
-        raise InputError("tables items and interactions come from different runs of ingest (was one cut off?): run jobs/ingest.py again")
+        raise InputError(
+            "tables items and interactions come from different runs of ingest (was one cut off?): run jobs/ingest.py "
+            "again"
+        )
 
 
 def _decided(cfg: Config, lake: Lake) -> Config:
@@ -110,23 +118,26 @@ def _any_row(lake: Lake, column: str, condition: pc.Expression) -> bool:
     return any(batch.num_rows for batch in lake.batches("interactions", None, [column], condition))
 
 
-def _build(inputs: Inputs, track: Track) -> dict[str, int]:
+def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     same_source(inputs.cfg, inputs.lake)
     spark = session(inputs.cfg.spark)
     try:
-        return _write(spark, inputs, track)
+        return _write(spark, inputs, context)
     finally:
         spark.catalog.clearCache()
 
 
-def _write(spark: SparkSession, inputs: Inputs, track: Track) -> dict[str, int]:
-    cfg, lake, mark, sources = inputs.cfg, inputs.lake, inputs.hash, inputs.versions
+def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[str, int]:
+    cfg, lake, input_hash, sources = inputs.cfg, inputs.lake, inputs.hash, inputs.versions
     features = cfg.features
-    if track.cfg.features.ranking_split == "auto" and features.ranking_split == "same" and _rated(features, lake):
-        track.note("interactions are rated, but not all have a timestamp: ranking is split as retrieval is (features.ranking_split)")
-    checked = check(spark, cfg, lake, mark, track.note)
-    track.note(f"checked the input: {sum(checked.rejected.values())} rows rejected")
-    clean = prepare(checked, features, track, cfg.seed)
+    if context.cfg.features.ranking_split == "auto" and features.ranking_split == "same" and _rated(features, lake):
+        context.note(
+            "interactions are rated, but not all have a timestamp: ranking is split as retrieval is "
+            "(features.ranking_split)"
+        )
+    checked = check(spark, cfg, lake, input_hash, context.note)
+    context.note(f"checked the input: {sum(checked.rejected.values())} rows rejected")
+    clean = prepare(checked, features, context, cfg.seed)
     train = clean.events.filter("split = 'train'")
     counts = train.groupBy("user_id", "item_id").agg(F.count("*").alias("events")).persist()
     stats = item_stats(checked.items, counts, features)
@@ -135,20 +146,25 @@ def _write(spark: SparkSession, inputs: Inputs, track: Track) -> dict[str, int]:
     samples = indexed.withColumn("split", F.col("ranking_split"))
     windows = histories.sequences(indexed, features.max_length)
     written = {
-        "item_stats": write(stats.frame, lake, "item_stats", tables.ITEM_STATS, mark, sources=sources),
-        "user_stats": write(users, lake, "user_stats", tables.USER_STATS, mark, sources=sources),
-        "ranking_samples": write(samples, lake, "ranking_samples", tables.RANKING_SAMPLES, mark, sources=sources),
-        "sequences": write(windows, lake, "sequences", tables.SEQUENCES, mark, sources=sources),
+        "item_stats": write(stats.frame, lake, "item_stats", tables.ITEM_STATS, input_hash, sources=sources),
+        "user_stats": write(users, lake, "user_stats", tables.USER_STATS, input_hash, sources=sources),
+        "ranking_samples": write(samples, lake, "ranking_samples", tables.RANKING_SAMPLES, input_hash, sources=sources),
+        "sequences": write(windows, lake, "sequences", tables.SEQUENCES, input_hash, sources=sources),
     }
-    row = _catalog_row(mark, checked, clean, stats, features)
-    written["catalog_stats"] = lake.write_rows("catalog_stats", tables.CATALOG_STATS, [row], mark, sources)
+    row = _catalog_row(input_hash, checked, clean, stats, features)
+    written["catalog_stats"] = lake.write_rows("catalog_stats", tables.CATALOG_STATS, [row], input_hash, sources)
     written["rejected_rows"] = lake.version("rejected_rows")
-    numbers = {key: row[key] for key in ("items", "users", "interactions", "train_interactions", "gini", "head_interactions", *_DROPPED)}
-    track.metrics({**numbers, "rejected": sum(checked.rejected.values()), **{f"items_{name}": n for name, n in row["strata"]}})
+    numbers = {
+        key: row[key]
+        for key in ("items", "users", "interactions", "train_interactions", "gini", "head_interactions", *_DROPPED)
+    }
+    context.metrics(
+        {**numbers, "rejected": sum(checked.rejected.values()), **{f"items_{name}": n for name, n in row["strata"]}}
+    )
     return written
 
 
-def check(spark: SparkSession, cfg: Config, lake: Lake, mark: str, note: Callable[[str], None]) -> Checked:
+def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: Callable[[str], None]) -> Checked:
     """Judge every input row. Refused rows are written before anything is raised about them."""
     features, used = cfg.features, modalities(cfg)
     items = read(spark, lake, "items")
@@ -156,28 +172,38 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, mark: str, note: Callabl
     widths = validate.widths(items, used)
     judged_items = validate.judge_items(items, widths)
     lacks = [validate.present(name).isNull().alias(f"_lacks_{i}") for i, name in enumerate(used)]
-    voids = [(F.col(name).isNotNull() & validate.present(name).isNull()).alias(f"_void_{i}") for i, name in enumerate(used)]
+    voids = [
+        (F.col(name).isNotNull() & validate.present(name).isNull()).alias(f"_void_{i}") for i, name in enumerate(used)
+    ]
     narrow = judged_items.select("item_id", "reason", *lacks, *voids).persist()
     counted = validate.reasons(narrow) | _unparsed(lake, "items")
     copies = counted.pop(validate.COPY, 0)
-    bad = validate.refused(judged_items, "items", items.columns, mark) if set(counted) - {None} else None
+    bad = validate.refused(judged_items, "items", items.columns, input_hash) if set(counted) - {None} else None
     try:
         validate.insist("items", counted, limit, widths)
         validate.insist_vectors(widths)
     except InputError:
-        _quarantine(spark, lake, mark, bad)
+        _quarantine(spark, lake, input_hash, bad)
         raise
     accepted, interactions = narrow.filter("reason IS NULL"), read(spark, lake, "interactions")
     judged = validate.judge_events(interactions, accepted, now, features.first_year).repartition("user_id").persist()
     counted_events = validate.reasons(judged) | _unparsed(lake, "interactions")
-    bad_events = validate.refused(judged, "interactions", interactions.columns, mark) if set(counted_events) - {None} else None
-    _quarantine(spark, lake, mark, bad, bad_events)
+    bad_events = (
+        validate.refused(judged, "interactions", interactions.columns, input_hash)
+        if set(counted_events) - {None}
+        else None
+    )
+    _quarantine(spark, lake, input_hash, bad, bad_events)
     advice = validate.advice(judged, counted_events, features.first_year, now)
     validate.insist("interactions", counted_events, limit, advice=advice)
     if advice:
         note(f"interactions: times that are refused, {advice}")
     unknown = judged.filter("reason = 'unknown_item'").select("item_id")
-    known = accepted.select("item_id").union(unknown.distinct()) if "unknown_item" in counted_events else accepted.select("item_id")
+    known = (
+        accepted.select("item_id").union(unknown.distinct())
+        if "unknown_item" in counted_events
+        else accepted.select("item_id")
+    )
     for table, ids in (("items", known), ("interactions", judged.filter("reason IS NULL").select("user_id"))):
         if alike := validate.alike(ids):
             note(f"{table}: {alike}; they count as different ids")
@@ -189,32 +215,40 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, mark: str, note: Callabl
 
 def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:
     """Lines of this source that ingest could not parse."""
-    stamp = lake.stamp(table, lake.version(table))
-    if not stamp or not lake.exists("rejected_rows"):
+    input_hash = lake.input_hash(table, lake.version(table))
+    if not input_hash or not lake.exists("rejected_rows"):
         return {}
-    mine = (pc.field("input_hash") == stamp) & (pc.field("table") == table)
-    copies = sum(pc.sum(batch["copies"]).as_py() or 0 for batch in lake.batches("rejected_rows", None, ["copies"], mine))
+    mine = (pc.field("input_hash") == input_hash) & (pc.field("table") == table)
+    copies = sum(
+        pc.sum(batch["copies"]).as_py() or 0 for batch in lake.batches("rejected_rows", None, ["copies"], mine)
+    )
     return {"unparsable_json": copies} if copies else {}
 
 
 def _missing(accepted: DataFrame, used: tuple[str, ...], note: Callable[[str], None]) -> dict[str, int]:
     """modality -> accepted items without it; a note counts empty and zero vectors."""
-    sums = [F.count_if(F.col(f"_{kind}_{i}")).alias(f"{kind}_{i}") for kind in ("lacks", "void") for i in range(len(used))]
+    sums = [
+        F.count_if(F.col(f"_{kind}_{i}")).alias(f"{kind}_{i}") for kind in ("lacks", "void") for i in range(len(used))
+    ]
     row = accepted.agg(*sums).first()
     assert row is not None
     for i, name in enumerate(used):
         if row[f"void_{i}"]:
-            note(f"items: {row[f'void_{i}']} have an empty or a zero vector in {name!r}: they count as items without it")
+            note(
+                f"items: {row[f'void_{i}']} have an empty or a zero vector in {name!r}: they count as items without it"
+            )
     return {name: row[f"lacks_{i}"] for i, name in enumerate(used)}
 
 
-def prepare(checked: Checked, features: Features, track: Track, seed: int) -> Clean:
-    """Label, de-duplicate, cap, apply the k-core, order and split the accepted events, without another exchange by user."""
+def prepare(checked: Checked, features: Features, context: StageContext, seed: int) -> Clean:
+    """Label, de-duplicate, cap, apply the k-core, order and split the accepted events, without another exchange by
+    user."""
     accepted = labels.labelled(checked.judged.filter("reason IS NULL"), features).select(*histories.EVENT)
     for key, other in (("split", "leave_one_out"), ("ranking_split", "same")):
         if getattr(features, key) == "global_time" and (timeless := accepted.filter("time IS NULL").count()):
             raise InputError(
-                f"features.{key} is 'global_time' but {timeless} events have no timestamp: add timestamps, or set features.{key}: {other}"
+                f"features.{key} is 'global_time' but {timeless} events have no timestamp: add timestamps, or set "
+                f"features.{key}: {other}"
             )
     events, left = histories.deduplicate(accepted, features.deduplicate), [checked.good]
     if heavy := _heavy(accepted, features.max_user_events):
@@ -227,20 +261,25 @@ def prepare(checked: Checked, features: Features, track: Track, seed: int) -> Cl
         if events.isEmpty():
             raise InputError(f"features.k_core {features.k_core} leaves no event of {before}: lower it, or set it to 0")
         if not fixed:
-            track.note(
-                f"the k-core was still shrinking after features.k_core_rounds {features.k_core_rounds}: raise it, or accept items and users below "
+            context.note(
+                f"the k-core was still shrinking after features.k_core_rounds {features.k_core_rounds}: raise it, or "
+                "accept items and users below "
                 f"{features.k_core} events"
             )
     ordered = histories.order(events, features, seed).persist()
     sums = [F.count_if(~F.col("in_history")).alias("outside_histories"), F.count_if("tied").alias("tied")]
     train = F.count_if(F.col("split") == "train").alias("train")
-    row = ordered.agg(F.count("*").alias("interactions"), F.count_if(F.col("position") == 0).alias("users"), train, *sums).first()
+    row = ordered.agg(
+        F.count("*").alias("interactions"), F.count_if(F.col("position") == 0).alias("users"), train, *sums
+    ).first()
     assert row is not None
     totals = row.asDict()
     if not totals.pop("train"):
         raise InputError(
-            f"no event is left to train on: of {totals['interactions']} events {totals['outside_histories']} are outside histories (features.histories "
-            f"{features.histories!r}) and the others are held out (features.split {features.split!r}, ranking_split {features.ranking_split!r}): lower "
+            f"no event is left to train on: of {totals['interactions']} events {totals['outside_histories']} are "
+            "outside histories (features.histories "
+            f"{features.histories!r}) and the others are held out (features.split {features.split!r}, ranking_split "
+            f"{features.ranking_split!r}): lower "
             "features.holdout and ranking_holdout, set features.ranking_split: same, or bring more events"
         )
     left.append(totals["interactions"])
@@ -249,7 +288,7 @@ def prepare(checked: Checked, features: Features, track: Track, seed: int) -> Cl
     counts["capped"] = lost[1] if heavy else 0
     counts["below_k_core"] = lost[-1] if features.k_core else 0
     if counts["capped"]:
-        track.note(f"{heavy}: the latest {features.max_user_events} of each are kept, {counts['capped']} dropped")
+        context.note(f"{heavy}: the latest {features.max_user_events} of each are kept, {counts['capped']} dropped")
     return Clean(ordered, counts)
 
 
@@ -260,12 +299,16 @@ def _heavy(events: DataFrame, most: int) -> str | None:
     if row is None or not row["users"]:
         return None
     first = row["first"]
-    return f"{row['users']} users have more than features.max_user_events {most} events (user {first['user_id']!r} has {first['n']})"
+    return (
+        f"{row['users']} users have more than features.max_user_events {most} events (user {first['user_id']!r} "
+        "has "
+        f"{first['n']})"
+    )
 
 
-def _catalog_row(mark: str, checked: Checked, clean: Clean, stats: Ranked, features: Features) -> dict[str, Any]:
+def _catalog_row(input_hash: str, checked: Checked, clean: Clean, stats: Ranked, features: Features) -> dict[str, Any]:
     return {
-        "input_hash": mark,
+        "input_hash": input_hash,
         **clean.counts,
         "duplicate_items": checked.duplicate_items,
         "missing": sorted(checked.missing.items()),
@@ -275,7 +318,7 @@ def _catalog_row(mark: str, checked: Checked, clean: Clean, stats: Ranked, featu
     }
 
 
-def _quarantine(spark: SparkSession, lake: Lake, mark: str, *bad: DataFrame | None) -> None:
+def _quarantine(spark: SparkSession, lake: Lake, input_hash: str, *bad: DataFrame | None) -> None:
     """Append refused rows; with none, make sure that the table is there."""
     frames = [frame for frame in bad if frame is not None]
     if not frames and lake.exists("rejected_rows"):
@@ -283,11 +326,13 @@ def _quarantine(spark: SparkSession, lake: Lake, mark: str, *bad: DataFrame | No
     frame = (
         frames[0]
         if frames
-        else spark.createDataFrame([], "input_hash string, table string, row_hash string, reason string, row string, copies bigint")
+        else spark.createDataFrame(
+            [], "input_hash string, table string, row_hash string, reason string, row string, copies bigint"
+        )
     )
     for other in frames[1:]:
         frame = frame.unionByName(other)
-    write(frame, lake, "rejected_rows", tables.REJECTED_ROWS, mark, append=(f"rejected_rows:{mark}", 1))
+    write(frame, lake, "rejected_rows", tables.REJECTED_ROWS, input_hash, append=(f"rejected_rows:{input_hash}", 1))
 
 
 EVENTS = Stage(

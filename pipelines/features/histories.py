@@ -1,5 +1,5 @@
-"""Clean events in order: de-duplication, k-core, position and split; and the sequences made of them. Everything here stays
-within the partitions of a frame that is hash-partitioned by user, except the k-core's join on items."""
+"""Clean events in order: de-duplication, k-core, position and split; and the sequences made of them. Everything here
+stays within the partitions of a frame that is hash-partitioned by user, except the k-core's join on items."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ EVENT = ("user_id", "item_id", "time", "pos", "rating", "label", "in_history")
 
 
 def chronological(seed: int) -> tuple[Column, ...]:
-    """The order of a user's events: time, then pos. Where both are equal a seeded hash decides: an order by id could be learned."""
+    """The order of a user's events: time, then pos. Where both are equal a seeded hash decides: an order by id could be
+    learned."""
     chance = F.xxhash64(F.lit(seed), "user_id", "time", "item_id")
     return F.col("time"), F.col("pos"), chance, F.col("item_id"), F.desc("label"), F.col("rating")
 
 
 def deduplicate(events: DataFrame, how: str) -> DataFrame:
-    """Keep the first of the events that ``features.deduplicate`` calls equal. Events without time differ by ``pos``. An impression is never equal
-    to a later visit of the same item, and gives way to a visit at the same time."""
+    """Keep the first of the events that ``features.deduplicate`` calls equal. Events without time differ by ``pos``. An
+    impression is never equal to a later visit of the same item, and gives way to a visit at the same time."""
     if how == "none":
         return events
     moment = [F.col("in_history")] if how == "pair" else [F.col("time"), F.when(F.col("time").isNull(), F.col("pos"))]
@@ -39,11 +40,15 @@ def cap(events: DataFrame, most: int, seed: int) -> DataFrame:
 
 
 def k_core(events: DataFrame, least: int, rounds: int) -> tuple[DataFrame, bool]:
-    """Drop users and items with fewer than ``least`` events until nothing changes; the second value tells whether that was
-    seen within ``rounds``. ``events`` should be cheap to read again (a checkpoint)."""
+    """Drop users and items with fewer than ``least`` events until nothing changes; the second value tells whether that
+    was seen within ``rounds``. ``events`` should be cheap to read again (a checkpoint)."""
     size = events.count()
     for _ in range(rounds):
-        users = events.select("*", F.count("*").over(Window.partitionBy("user_id")).alias("_n")).filter(F.col("_n") >= least).drop("_n")
+        users = (
+            events.select("*", F.count("*").over(Window.partitionBy("user_id")).alias("_n"))
+            .filter(F.col("_n") >= least)
+            .drop("_n")
+        )
         items = users.groupBy("item_id").count().filter(F.col("count") >= least)
         events = users.join(items, "item_id", "left_semi").select(*events.columns).localCheckpoint()
         before, size = size, events.count()
@@ -53,9 +58,10 @@ def k_core(events: DataFrame, least: int, rounds: int) -> tuple[DataFrame, bool]
 
 
 def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
-    """``events`` with ``position`` (0-based place among the user's events), ``place`` (the same among those ``in_history``), ``tied`` (whether another
-    event has the same time and pos), ``split`` and ``ranking_split``. Both say ``train`` of the events that neither holds out: what embeddings,
-    counts and SIDs are made of. ``split`` is null where only ranking reads an event; an event outside histories is split with the visit that follows."""
+    """``events`` with ``position`` (0-based place among the user's events), ``place`` (the same among those
+    ``in_history``), ``tied`` (whether another event has the same time and pos), ``split`` and ``ranking_split``. Both
+    say ``train`` of the events that neither holds out: what embeddings, counts and SIDs are made of. ``split`` is null
+    where only ranking reads an event; an event outside histories is split with the visit that follows."""
     own = Window.partitionBy("user_id")
     ordered = own.orderBy(*chronological(seed))
     visits = F.sum(F.col("in_history").cast("bigint"))
@@ -64,7 +70,9 @@ def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
     placed = events.select(
         "*",
         (F.row_number().over(ordered) - 1).cast("bigint").alias("position"),
-        (visits.over(ordered.rowsBetween(Window.unboundedPreceding, 0)) - F.col("in_history").cast("bigint")).alias("place"),
+        (visits.over(ordered.rowsBetween(Window.unboundedPreceding, 0)) - F.col("in_history").cast("bigint")).alias(
+            "place"
+        ),
         (same[0] | same[1]).alias("tied"),
     )
     columns = [*events.columns, "position", "place", "tied"]
@@ -78,7 +86,9 @@ def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
     split = F.coalesce(held_out, F.lit("train"))
     if features.ranking_split != "global_time":
         ranking = F.when(~F.col("in_history") & (split == "train"), RANKING_ONLY).otherwise(split)
-        return placed.select(*columns, F.when(F.col("in_history"), split).alias("split"), ranking.alias("ranking_split"))
+        return placed.select(
+            *columns, F.when(F.col("in_history"), split).alias("split"), ranking.alias("ranking_split")
+        )
     later = _by_time(events, features.ranking_holdout, "ranking_split", "ranking_holdout", "same")
     kept = F.when(F.col("in_history") & (held_out.isNotNull() | later.isNull()), split)
     ranking = F.coalesce(later, F.when(held_out.isNotNull() | ~F.col("in_history"), RANKING_ONLY), F.lit("train"))
@@ -86,13 +96,15 @@ def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
 
 
 def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key: str, other: str) -> Column:
-    """``validation`` and ``test`` of the events in the last two ``shares`` by time, null before; events of one time stay together, in the later part."""
+    """``validation`` and ``test`` of the events in the last two ``shares`` by time, null before; events of one time
+    stay together, in the later part."""
     ranked = rank_by(events.select(F.unix_micros("time").alias("at")), F.asc("at"))
     first, second = (max(ranked.size - max(round(share * ranked.size), 1), 0) for share in (sum(shares), shares[1]))
     times = values_at(ranked, "at", (0, first, second))
     if times[first] == times[0]:
         raise InputError(
-            f"features.{key} is 'global_time' but the last {sum(shares):g} of the {ranked.size} events begin at the first time there is: "
+            f"features.{key} is 'global_time' but the last {sum(shares):g} of the {ranked.size} events begin at the "
+            "first time there is: "
             f"no training part is left; lower features.{share_key}, or set features.{key}: {other}"
         )
     moment = F.unix_micros("time")
@@ -100,8 +112,11 @@ def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key
 
 
 def sequences(indexed: DataFrame, max_length: int) -> DataFrame:
-    """user_id, split, history, target of every user with something to learn or to predict. ``indexed`` has item_index, place, in_history, split."""
-    history = F.transform(F.array_sort(F.collect_list(F.struct("place", "item_index"))), lambda event: event["item_index"])
+    """user_id, split, history, target of every user with something to learn or to predict. ``indexed`` has item_index,
+    place, in_history, split."""
+    history = F.transform(
+        F.array_sort(F.collect_list(F.struct("place", "item_index"))), lambda event: event["item_index"]
+    )
 
     def first(split: str) -> Column:
         return F.min(F.when(F.col("split") == split, F.col("place"))).cast("int")
@@ -125,10 +140,23 @@ def sequences(indexed: DataFrame, max_length: int) -> DataFrame:
     rows = [
         F.when(
             F.col("train") >= 2,
-            F.struct(F.lit("train").alias("split"), last(max_length + 1, F.col("train")).alias("history"), nothing.alias("target")),
+            F.struct(
+                F.lit("train").alias("split"),
+                last(max_length + 1, F.col("train")).alias("history"),
+                nothing.alias("target"),
+            ),
         )
     ]
     for split in ("validation", "test"):
         at = F.col(split)
-        rows.append(F.when(at >= 1, F.struct(F.lit(split).alias("split"), last(max_length, at).alias("history"), F.get("items", at).alias("target"))))
+        rows.append(
+            F.when(
+                at >= 1,
+                F.struct(
+                    F.lit(split).alias("split"),
+                    last(max_length, at).alias("history"),
+                    F.get("items", at).alias("target"),
+                ),
+            )
+        )
     return users.select("user_id", F.inline(F.array_compact(F.array(*rows))))

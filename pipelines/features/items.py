@@ -14,7 +14,7 @@ from adasid.tables import BEHAVIOR
 from pipelines import stage, staleness
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.features import validate
 from pipelines.features.events import modalities
 from pipelines.features.richness import measure
@@ -42,9 +42,13 @@ def richness(lake: Lake) -> dict[str, Any] | None:
 
 
 def check(cfg: Config, lake: Lake) -> None:
-    """Raise InputError unless ``item_features`` was made of today's ``item_stats``, so that an item has one index in all tables."""
+    """Raise InputError unless ``item_features`` was made of today's ``item_stats``, so that an item has one index in
+    all tables."""
     if not stage.check_fresh(ITEM_FEATURES, cfg, lake):
-        raise InputError("item_features is of other items or settings than item_stats and this run's config: run jobs/build_features.py again")
+        raise InputError(
+            "item_features is of other items or settings than item_stats and this run's config: run "
+            "jobs/build_features.py again"
+        )
 
 
 def check_split(cfg: Config, lake: Lake) -> None:
@@ -71,50 +75,53 @@ def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
     }
 
 
-def _build(inputs: Inputs, track: Track) -> dict[str, int]:
+def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     spark = session(inputs.cfg.spark)
     try:
-        return _write(spark, inputs, track)
+        return _write(spark, inputs, context)
     finally:
         spark.catalog.clearCache()
 
 
-def _write(spark: SparkSession, inputs: Inputs, track: Track) -> dict[str, int]:
-    cfg, lake, mark, versions = inputs.cfg, inputs.lake, inputs.hash, inputs.versions
+def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[str, int]:
+    cfg, lake, input_hash, versions = inputs.cfg, inputs.lake, inputs.hash, inputs.versions
     joined = join(spark, cfg, lake)
     source = joined if cfg.behavior.source == "column" else _learned(spark, lake, read(spark, lake, "item_stats"))
     richness = measure(source.filter("norm IS NOT NULL"), cfg.features)
     if richness.fields["richness_source"] == "count":
-        track.note(
-            f"WARNING: Spearman(norm, count) is {richness.fields['spearman']:.2f}, below features.proxy_min_spearman {cfg.features.proxy_min_spearman:g}: "
+        context.note(
+            f"WARNING: Spearman(norm, count) is {richness.fields['spearman']:.2f}, below features.proxy_min_spearman "
+            f"{cfg.features.proxy_min_spearman:g}: "
             "the norm does not measure how much is known about an item, so richness is min-max of log(1 + count)"
         )
     features, schema = joined.select("*", richness.column.alias("richness")), tables.item_features(cfg.features.content)
-    written = {"item_features": write(features, lake, "item_features", schema, mark, sources=versions)}
+    written = {"item_features": write(features, lake, "item_features", schema, input_hash, sources=versions)}
     if cfg.behavior.source == "sasrec":
         made = read(spark, lake, "item_features", written["item_features"])
-        _note_missing(track, made.filter("interactions > 0 AND norm IS NULL").count(), made.count())
-    row = {"input_hash": mark, **richness.fields}
-    written["richness_stats"] = lake.write_rows("richness_stats", tables.RICHNESS_STATS, [row], mark, versions)
-    track.metrics({key: richness.fields[key] for key in ("spearman", "norm_low", "norm_high")})
+        _note_missing(context, made.filter("interactions > 0 AND norm IS NULL").count(), made.count())
+    row = {"input_hash": input_hash, **richness.fields}
+    written["richness_stats"] = lake.write_rows("richness_stats", tables.RICHNESS_STATS, [row], input_hash, versions)
+    context.metrics({key: richness.fields[key] for key in ("spearman", "norm_low", "norm_high")})
     return written
 
 
-def _note_missing(track: Track, without: int, items: int) -> None:
+def _note_missing(context: StageContext, without: int, items: int) -> None:
     """Note how many items have training events but no behaviour embedding."""
-    track.metrics({"items_without_embedding": without})
+    context.metrics({"items_without_embedding": without})
     if without:
-        track.facts["without behaviour embedding"] = without
+        context.facts["without behaviour embedding"] = without
         until = "they count as items without behaviour until the next training (jobs/train.py --stage behavior)"
-        track.note(f"{without} of {items} items have training events but no behaviour embedding: {until}")
+        context.note(f"{without} of {items} items have training events but no behaviour embedding: {until}")
 
 
 def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
-    """Every item of ``item_stats`` with its accepted row of ``items``, its behaviour vector and norm (null where it has none) and fingerprint.
-    One exchange by item_id for each table."""
+    """Every item of ``item_stats`` with its accepted row of ``items``, its behaviour vector and norm (null where it has
+    none) and fingerprint. One exchange by item_id for each table."""
     items, stats, content = read(spark, lake, "items"), read(spark, lake, "item_stats"), cfg.features.content
     judged, brought = validate.judge_items(items, validate.widths(items, modalities(cfg))), modalities(cfg)
-    accepted = judged.filter("reason IS NULL").select("item_id", "title", *(validate.present(name).alias(name) for name in brought))
+    accepted = judged.filter("reason IS NULL").select(
+        "item_id", "title", *(validate.present(name).alias(name) for name in brought)
+    )
     columns = ["item_id", "item_index", "interactions", "stratum", "title", *content]
     if cfg.behavior.source == "column":
         joined = stats.join(accepted, "item_id", "left").select(*columns, BEHAVIOR, _length(BEHAVIOR).alias("norm"))
@@ -126,14 +133,22 @@ def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
 
 
 def _learned(spark: SparkSession, lake: Lake, stats: DataFrame) -> DataFrame:
-    """``stats`` with the learned behaviour and norm; null for cold items, whose rows of the model's table never saw a gradient."""
-    learned = read(spark, lake, EMBEDDINGS).select("item_id", F.col(BEHAVIOR).alias("_vector"), F.col("norm").alias("_norm"))
-    warm = (F.when(F.col("interactions") > 0, F.col(f"_{name}")).alias(alias) for name, alias in (("vector", BEHAVIOR), ("norm", "norm")))
+    """``stats`` with the learned behaviour and norm; null for cold items, whose rows of the model's table never saw a
+    gradient."""
+    learned = read(spark, lake, EMBEDDINGS).select(
+        "item_id", F.col(BEHAVIOR).alias("_vector"), F.col("norm").alias("_norm")
+    )
+    warm = (
+        F.when(F.col("interactions") > 0, F.col(f"_{name}")).alias(alias)
+        for name, alias in (("vector", BEHAVIOR), ("norm", "norm"))
+    )
     return stats.join(learned, "item_id", "left").select(*stats.columns, *warm)
 
 
 def _length(vector: str) -> Column:
-    return F.sqrt(F.aggregate(F.col(vector).cast("array<double>"), F.lit(0.0), lambda total, x: total + x * x)).cast("float")
+    return F.sqrt(F.aggregate(F.col(vector).cast("array<double>"), F.lit(0.0), lambda total, x: total + x * x)).cast(
+        "float"
+    )
 
 
 ITEM_FEATURES = Stage(

@@ -10,24 +10,33 @@ from adasid.errors import InputError
 
 
 def labelled(events: DataFrame, features: Features) -> DataFrame:
-    """``events`` with ``label`` (1, 0, or null for an event that is neither labelled nor rated among others that are) and ``in_history``.
+    """``events`` with ``label`` (1, 0, or null for an event that is neither labelled nor rated among others that are)
+    and ``in_history``.
 
-    A label counts as it is; a rating is positive above ``features.positive_rating``; where nothing is labelled or rated, every event is positive. Raises
-    InputError where no event would be positive.
-    """
+    A label counts as it is; a rating is positive above ``features.positive_rating``; where nothing is labelled or
+    rated, every event is positive. Raises InputError where no event would be positive."""
     rated = F.when(F.col("label").isNull(), F.col("rating"))
-    sums = [F.count("label").alias("labels"), F.count(rated).alias("ratings"), F.max(rated).alias("highest"), F.sum("label").alias("positive")]
+    sums = [
+        F.count("label").alias("labels"),
+        F.count(rated).alias("ratings"),
+        F.max(rated).alias("highest"),
+        F.sum("label").alias("positive"),
+    ]
     found = events.agg(*sums).first()
     assert found is not None
     limit = features.positive_rating
     if found["ratings"] and found["highest"] <= limit:
         fix = "call the column 'label' if 1 means positive, or set" if found["highest"] <= 1 else "set"
         raise InputError(
-            f"table interactions: the highest rating is {found['highest']:g}, not above features.positive_rating {limit:g}, so no rated event is positive: "
+            f"table interactions: the highest rating is {found['highest']:g}, not above features.positive_rating "
+            f"{limit:g}, so no rated event is positive: "
             f"{fix} features.positive_rating below it"
         )
     if found["labels"] and not found["positive"] and not found["ratings"]:
-        raise InputError("table interactions: all labels are 0, so no event is positive: bring positive events, or leave the column out")
+        raise InputError(
+            "table interactions: all labels are 0, so no event is positive: bring positive events, or leave the column "
+            "out"
+        )
     unsaid = F.lit(None).cast("int") if found["labels"] or found["ratings"] else F.lit(1)
     given = F.when(F.col("label").isNotNull(), F.col("label").cast("int"))
     label = F.coalesce(given, (F.col("rating") > limit).cast("int"), unsaid)

@@ -1,9 +1,10 @@
-"""Co-engaged pairs of items from the training events (table ``item_pairs``), by co-occurrence or Swing (Yang et al., arXiv 2010.05525).
+"""Co-engaged pairs of items from the training events (table ``item_pairs``), by co-occurrence or Swing (Yang et al.,
+arXiv 2010.05525; methods 4.1).
 
-Work is bounded by the arrays that are paired: a user brings at most ``max_user_items`` items and, for Swing, an item at most
-``max_item_users`` users, so Swing forms at most items x max_item_users^2 / 2 pairs of users and from each of those at most
-max_user_items^2 / 2 pairs of items. Users are cut by a hash of their id, the same for every item: those of two items' users that
-are kept are mostly the same ones. No row holds more than one such array, and nothing is collected.
+Work is bounded by the arrays that are paired: a user brings at most ``max_user_items`` items and, for Swing, an item at
+most ``max_item_users`` users, so Swing forms at most items x max_item_users^2 / 2 pairs of users and from each of those
+at most max_user_items^2 / 2 pairs of items. Users are cut by a hash of their id, the same for every item: those of two
+items' users that are kept are mostly the same ones. No row holds more than one such array, and nothing is collected.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from adasid.errors import InputError
 from pipelines import stage
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.stage import Inputs, Stage
 
 TABLE = "item_pairs"
@@ -27,10 +28,13 @@ _SAMPLES = "ranking_samples"
 def check(cfg: Config, lake: Lake) -> None:
     """Raise InputError unless ``item_pairs`` was made of the newest events, with the config's settings."""
     if not stage.check_fresh(ITEM_PAIRS, cfg, lake):
-        raise InputError(f"table {TABLE} is not there, or of other events or settings than this run's: run jobs/build_features.py again")
+        raise InputError(
+            f"table {TABLE} is not there, or of other events or settings than this run's: run jobs/build_features.py "
+            "again"
+        )
 
 
-def _build(inputs: Inputs, track: Track) -> dict[str, int]:
+def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     cfg, lake = inputs.cfg, inputs.lake
     spark = session(cfg.spark)
     mined = mine(read(spark, lake, _SAMPLES).filter("split = 'train'"), cfg.features.pairs)
@@ -38,8 +42,8 @@ def _build(inputs: Inputs, track: Track) -> dict[str, int]:
     written = read(spark, lake, TABLE, version)
     pairs, paired = written.count(), written.select("item_index").distinct().count()
     share = paired / read(spark, lake, "item_stats").count()
-    track.metrics({"item_pairs": pairs, "paired_items": share})
-    track.facts.update({"pairs": pairs, "items with pairs": round(share, 3)})
+    context.metrics({"item_pairs": pairs, "paired_items": share})
+    context.facts.update({"pairs": pairs, "items with pairs": round(share, 3)})
     return {TABLE: version}
 
 
@@ -56,11 +60,19 @@ ITEM_PAIRS = Stage(
 
 
 def mine(events: DataFrame, settings: Pairs) -> DataFrame:
-    """item_index, partner_index, score, users: the best partners of every item. ``events``: user_id, item_index, position."""
+    """item_index, partner_index, score, users: the best partners of every item. ``events``: user_id, item_index,
+    position."""
     kept = histories(events, settings.max_user_items)
     scored = cooccurrence(kept) if settings.method == "cooccurrence" else swing(kept, settings)
     both = scored.filter(F.col("users") >= settings.min_users).select(
-        F.inline(F.array(*(F.struct(F.col(a).alias("item_index"), F.col(b).alias("partner_index"), "score", "users") for a, b in ("ab", "ba"))))
+        F.inline(
+            F.array(
+                *(
+                    F.struct(F.col(a).alias("item_index"), F.col(b).alias("partner_index"), "score", "users")
+                    for a, b in ("ab", "ba")
+                )
+            )
+        )
     )
     best = Window.partitionBy("item_index").orderBy(F.desc("score"), "partner_index")
     return both.select("*", F.row_number().over(best).alias("_n")).filter(F.col("_n") <= settings.per_item).drop("_n")
@@ -71,7 +83,11 @@ def histories(events: DataFrame, most: int) -> DataFrame:
     own = Window.partitionBy("user_id")
     last = events.groupBy("user_id", "item_index").agg(F.max("position").alias("last"))
     recent = last.select("*", F.row_number().over(own.orderBy(F.desc("last"))).alias("_n")).filter(F.col("_n") <= most)
-    return recent.select("user_id", "item_index", F.count("*").over(own).alias("_items")).filter("_items > 1").drop("_items")
+    return (
+        recent.select("user_id", "item_index", F.count("*").over(own).alias("_items"))
+        .filter("_items > 1")
+        .drop("_items")
+    )
 
 
 def cooccurrence(kept: DataFrame) -> DataFrame:
@@ -84,16 +100,22 @@ def cooccurrence(kept: DataFrame) -> DataFrame:
 def swing(kept: DataFrame, settings: Pairs) -> DataFrame:
     """a < b, score = sum over pairs of users u < v who have both of 1 / (alpha + |I_u and I_v|), users.
 
-    Everything, |I_u and I_v| too, is of the users that are kept for an item. Sums are decimal: they do not depend on the order of rows.
-    """
+    Everything, |I_u and I_v| too, is of the users that are kept for an item. Sums are decimal: they do not depend on
+    the order of rows."""
     chance = Window.partitionBy("item_index").orderBy(F.xxhash64("user_id"), "user_id")
     sampled = kept.select("*", F.row_number().over(chance).alias("_n")).filter(F.col("_n") <= settings.max_item_users)
     users = sampled.groupBy("item_index").agg(F.array_sort(F.collect_list("user_id")).alias("all"))
     common = _two_of(users, "item_index").groupBy("a", "b").agg(F.array_sort(F.collect_list("item_index")).alias("all"))
     weight = (1 / (F.lit(settings.alpha) + F.size("all"))).cast("decimal(18,18)")  # below a half: two items at least
     weighted = common.filter(F.size("all") > 1).select("all", weight.alias("weight"))
-    summed = _two_of(weighted, "weight").groupBy("a", "b").agg(F.sum("weight").cast("double").alias("score"), F.count("*").alias("n"))
-    return summed.select("a", "b", "score", F.round((1 + F.sqrt(1 + 8 * F.col("n"))) / 2).cast("bigint").alias("users"))  # n = users (users - 1) / 2
+    summed = (
+        _two_of(weighted, "weight")
+        .groupBy("a", "b")
+        .agg(F.sum("weight").cast("double").alias("score"), F.count("*").alias("n"))
+    )
+    return summed.select(
+        "a", "b", "score", F.round((1 + F.sqrt(1 + 8 * F.col("n"))) / 2).cast("bigint").alias("users")
+    )  # n = users (users - 1) / 2
 
 
 def _two_of(frame: DataFrame, *columns: str) -> DataFrame:

@@ -1,4 +1,5 @@
-"""How much is known about an item: its behaviour norm, scaled to [0, 1], or its training count where the norm does not follow it."""
+"""How much is known about an item: its behaviour norm, scaled to [0, 1], or its training count where the norm does not
+follow it."""
 
 from __future__ import annotations
 
@@ -19,14 +20,16 @@ _BINS = 30
 
 
 class Richness(NamedTuple):
-    """``column`` computes richness from ``norm`` and ``interactions`` (0 where there is no norm); ``fields`` belong into ``catalog_stats``."""
+    """``column`` computes richness from ``norm`` and ``interactions`` (0 where there is no norm); ``fields`` belong
+    into ``catalog_stats``."""
 
     column: Column
     fields: dict[str, Any]
 
 
 def measure(measured: DataFrame, features: Features) -> Richness:
-    """Statistics over ``measured``: item_id, interactions and norm of the items that have a behaviour vector. Raises InputError if there is none, or a norm that is not finite."""
+    """Statistics over ``measured``: item_id, interactions and norm of the items that have a behaviour vector. Raises
+    InputError if there is none, or a norm that is not finite."""
     ranked = rank_by(measured.select("item_id", "interactions", "norm"), F.asc("norm"), F.asc("item_id"))
     if not ranked.size:
         raise InputError("no item has a behaviour vector: train it again, or fill the column 'behavior' of table items")
@@ -36,7 +39,8 @@ def measure(measured: DataFrame, features: Features) -> Richness:
     values = values_at(ranked, "norm", (rank for first, second, _ in where for rank in (first, second)))
     if not math.isfinite(values[ranked.size - 1]):
         raise InputError(
-            f"a norm of the behaviour vectors is {values[ranked.size - 1]}, not a finite number: train them again, or mend the column 'behavior' of table items"
+            f"a norm of the behaviour vectors is {values[ranked.size - 1]}, not a finite number: train them again, or "
+            "mend the column 'behavior' of table items"
         )
     if values[0] == values[ranked.size - 1]:
         spearman = 0.0  # all norms equal: their ranks rest on the ids alone
@@ -48,7 +52,9 @@ def measure(measured: DataFrame, features: Features) -> Richness:
     else:
         first, last = math.log1p(least), math.log1p(most)
         column = _unit(F.log1p("interactions"), first, last)
-        exact = counts.agg(F.percentile(F.log1p("interactions"), [percent / 100 for percent in PERCENTS], F.col("items")).alias("at")).first()
+        exact = counts.agg(
+            F.percentile(F.log1p("interactions"), [percent / 100 for percent in PERCENTS], F.col("items")).alias("at")
+        ).first()
         assert exact is not None
         spread = [unit(value, first, last) for value in exact["at"]]
     fields = {
@@ -64,17 +70,23 @@ def measure(measured: DataFrame, features: Features) -> Richness:
 
 
 def _counts(ranked: Ranked) -> DataFrame:
-    """interactions, items with that count, and twice their average rank (an integer). One task sums it up: n events have at most sqrt(2 n) distinct counts."""
+    """interactions, items with that count, and twice their average rank (an integer). One task sums it up: n events
+    have at most sqrt(2 n) distinct counts."""
     grouped = ranked.frame.groupBy("interactions").agg(F.count("*").alias("items"))
     before = F.sum("items").over(Window.orderBy("interactions").rowsBetween(Window.unboundedPreceding, -1))
     return grouped.select("*", (2 * F.coalesce(before, F.lit(0)) + F.col("items") + 1).alias("twice")).persist()
 
 
 def _spearman(ranked: Ranked, counts: DataFrame) -> tuple[float, int, int]:
-    """Spearman(norm, count), 0 where all counts are equal, with the least and the largest count. Exact: sums of integers, on doubled ranks."""
+    """Spearman(norm, count), 0 where all counts are equal, with the least and the largest count. Exact: sums of
+    integers, on doubled ranks."""
     n, x, y = ranked.size, wide(2 * F.col("rank") + 2), wide(F.col("twice"))
     bounds = F.min("interactions").alias("least"), F.max("interactions").alias("most")
-    row = ranked.frame.join(F.broadcast(counts), "interactions").agg(F.sum(x * y).alias("xy"), F.sum(y * y).alias("yy"), *bounds).first()
+    row = (
+        ranked.frame.join(F.broadcast(counts), "interactions")
+        .agg(F.sum(x * y).alias("xy"), F.sum(y * y).alias("yy"), *bounds)
+        .first()
+    )
     assert row is not None
     return rank_correlation(n, int(row["xy"]), int(row["yy"])), row["least"], row["most"]
 
@@ -89,7 +101,9 @@ def _by_count(ranked: Ranked, counts: DataFrame, most: int) -> list[dict[str, fl
     for bin_, size in sorted(sizes.items()):
         where[bin_] = quantile_ranks((10, 50, 90), size, start)
         start += size
-    values = values_at(binned, "norm", (rank for at in where.values() for first, second, _ in at for rank in (first, second)))
+    values = values_at(
+        binned, "norm", (rank for at in where.values() for first, second, _ in at for rank in (first, second))
+    )
     return [
         {
             "x": math.sqrt(edges[bin_] * (edges[bin_ + 1] - 1)),

@@ -18,16 +18,27 @@ _RANKS = 100
 
 
 def item_stats(accepted: DataFrame, pairs: DataFrame, features: Features) -> Ranked:
-    """A row of ``item_stats`` for every accepted item; its rank is its index. ``pairs``: user_id, item_id and their training ``events``."""
+    """A row of ``item_stats`` for every accepted item; its rank is its index. ``pairs``: user_id, item_id and their
+    training ``events``."""
     counts = pairs.groupBy("item_id").agg(F.sum("events").alias("interactions"), F.count("*").alias("users"))
-    ranked = rank_by(accepted.join(counts, "item_id", "left").fillna(0, ["interactions", "users"]), F.desc("interactions"), F.asc("item_id"))
+    ranked = rank_by(
+        accepted.join(counts, "item_id", "left").fillna(0, ["interactions", "users"]),
+        F.desc("interactions"),
+        F.asc("item_id"),
+    )
     head, tail = round(features.head_share * ranked.size), ranked.size - round(features.tail_share * ranked.size)
-    stratum = F.when(F.col("interactions") == 0, "cold").when(F.col("rank") < head, "head").when(F.col("rank") >= tail, "tail").otherwise("mid")
+    stratum = (
+        F.when(F.col("interactions") == 0, "cold")
+        .when(F.col("rank") < head, "head")
+        .when(F.col("rank") >= tail, "tail")
+        .otherwise("mid")
+    )
     return Ranked(ranked.frame.select("*", F.col("rank").alias("item_index"), stratum.alias("stratum")), ranked.size)
 
 
 def popularity(stats: Ranked) -> dict[str, Any]:
-    """Fields of ``catalog_stats`` that follow from ``item_stats``, by one aggregate of 100 rows. All sums are of integers, hence exact.
+    """Fields of ``catalog_stats`` that follow from ``item_stats``, by one aggregate of 100 rows. All sums are of
+    integers, hence exact.
 
     Gini = 2 sum(i x_i) / (n sum(x)) - (n + 1) / n with x ascending and i from 1.
     """
@@ -36,8 +47,13 @@ def popularity(stats: Ranked) -> dict[str, Any]:
     head = F.sum(F.when(F.col("stratum") == "head", count).otherwise(0))
     sums = [F.sum(count).alias("all"), F.sum(wide(ascending) * wide(count)).alias("weighted"), head.alias("head")]
     sizes = [F.count_if(F.col("stratum") == name).alias(f"n_{name}") for name in STRATA]
-    rows = stats.frame.groupBy(F.expr(f"int((({n} - rank - 1) * 100) div {n})").alias("part")).agg(*sums, *sizes).collect()
-    whole = {key: sum(int(row[key]) for row in rows) for key in ("all", "weighted", "head", *(f"n_{name}" for name in STRATA))}
+    rows = (
+        stats.frame.groupBy(F.expr(f"int((({n} - rank - 1) * 100) div {n})").alias("part")).agg(*sums, *sizes).collect()
+    )
+    whole = {
+        key: sum(int(row[key]) for row in rows)
+        for key in ("all", "weighted", "head", *(f"n_{name}" for name in STRATA))
+    }
     part = {row["part"]: row["all"] for row in rows}
     reached = np.cumsum([0, *(part.get(i, 0) for i in range(100))])
     ranks = sorted({round(rank) for rank in np.geomspace(1, n, _RANKS)})

@@ -23,7 +23,8 @@ _INFINITY = float("inf")
 _LAST_SECOND = 253_402_300_799  # end of the year 9999
 _FIRST_SECOND = -62_135_596_800  # start of the year 1
 _UNITS = ((10**11, 10**6), (10**14, 10**3), (10**17, 1))
-"""Up to the first value a unix time counts in a unit of the second microseconds: seconds, milliseconds, microseconds; above, nanoseconds."""
+"""Up to the first value a unix time counts in a unit of the second microseconds: seconds, milliseconds, microseconds;
+above, nanoseconds."""
 _WIDTHS = 10
 """Widths of a modality that are looked at."""
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?$"
@@ -33,17 +34,26 @@ _BREAKS = r"[\p{Cc}\u2028\u2029]"
 
 
 def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
-    """How often each width occurs in a modality (the most frequent ones). Raises InputError for a modality without a column."""
+    """How often each width occurs in a modality (the most frequent ones). Raises InputError for a modality without a
+    column."""
     found: Widths = {}
     for modality in modalities:
         if modality not in items.columns:
             raise InputError(
-                f"table items has no column {modality!r} (it has {', '.join(items.columns)}): add it, or take {modality!r} out of the configuration "
+                f"table items has no column {modality!r} (it has {', '.join(items.columns)}): add it, or take "
+                f"{modality!r} out of the configuration "
                 "(features.content, behavior.source)"
             )
         found[modality] = []
     sizes = F.array(
-        *(F.struct(F.lit(m).alias("modality"), F.array_size(present(m)).alias("width"), present(m).isNotNull().alias("given")) for m in found)
+        *(
+            F.struct(
+                F.lit(m).alias("modality"),
+                F.array_size(present(m)).alias("width"),
+                present(m).isNotNull().alias("given"),
+            )
+            for m in found
+        )
     )
     counted = items.select(F.inline(sizes)).filter("given").groupBy("modality", "width").count()
     often = Window.partitionBy("modality").orderBy(F.desc("count"), "width")
@@ -55,28 +65,36 @@ def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
 
 def present(modality: str) -> Column:
     """The vector of a modality; null for an empty and for a zero vector, which say that the item lacks it."""
-    # built-ins run as generated code, ten times as fast as a lambda; the extremes leave out nulls, which are faults and not zeros
-    zero = (F.array_max(modality) == 0) & (F.array_min(modality) == 0) & (F.array_size(F.array_compact(modality)) == F.array_size(modality))
+    # built-ins run as generated code, ten times as fast as a lambda; the extremes leave out nulls, which are faults and
+    # not zeros
+    zero = (
+        (F.array_max(modality) == 0)
+        & (F.array_min(modality) == 0)
+        & (F.array_size(F.array_compact(modality)) == F.array_size(modality))
+    )
     return F.when((F.array_size(modality) > 0) & ~F.coalesce(zero, F.lit(False)), F.col(modality))
 
 
 def judge_items(items: DataFrame, widths: Widths) -> DataFrame:
-    """``items`` with ``reason``: null for the rows that are accepted, one for each item. Of several rows of an item a faultless one is kept,
-    the one with the smallest content hash; rows that equal it are copies. One exchange, by item_id."""
+    """``items`` with ``reason``: null for the rows that are accepted, one for each item. Of several rows of an item a
+    faultless one is kept, the one with the smallest content hash; rows that equal it are copies. One exchange, by
+    item_id."""
     kept = {modality: found[0][0] for modality, found in widths.items() if found}
     content = items.columns
     hashed = F.xxhash64(*content, *(F.col(name).isNull() for name in content))
     own = items.select("*", _vector_fault(kept).alias("_fault"), hashed.alias("_hash"))
     same = Window.partitionBy("item_id").orderBy(F.col("_fault").isNotNull(), "_hash")
     ranked = own.select("*", F.row_number().over(same).alias("_row"), F.rank().over(same).alias("_rank"))
-    duplicate = (F.col("_rank") > 1) | (F.col("_fault").isNull() & (F.col("_row") > 1))  # identical faulty rows share one reason
+    duplicate = (F.col("_rank") > 1) | (
+        F.col("_fault").isNull() & (F.col("_row") > 1)
+    )  # identical faulty rows share one reason
     why = F.when(F.col("_rank") > 1, "duplicate_item").otherwise(COPY)
     return ranked.select(*content, F.coalesce(_id_fault("item_id"), F.when(duplicate, why), "_fault").alias("reason"))
 
 
 def judge_events(interactions: DataFrame, accepted: DataFrame, now: datetime, first_year: int) -> DataFrame:
-    """``interactions`` with ``time`` and ``reason`` (null where accepted). ``accepted``: the item_id of every accepted item. An event before
-    ``first_year`` or after ``now`` has a time in another unit, or none."""
+    """``interactions`` with ``time`` and ``reason`` (null where accepted). ``accepted``: the item_id of every accepted
+    item. An event before ``first_year`` or after ``now`` has a time in another unit, or none."""
     known = interactions.join(accepted.select("item_id", F.lit(True).alias("_known")), "item_id", "left")
     text = F.nullif(F.trim("timestamp"), F.lit(""))
     timed = known.select(*interactions.columns, "_known", text.alias("_text"), parse_time(text).alias("time"))
@@ -95,15 +113,17 @@ def judge_events(interactions: DataFrame, accepted: DataFrame, now: datetime, fi
 
 
 def parse_time(text: Column) -> Column:
-    """Timestamp of a text. A number is a unix time, with or without a fraction, in seconds, milliseconds, microseconds or nanoseconds by its size;
-    anything else is ISO 8601 from the year on. Null where neither."""
+    """Timestamp of a text. A number is a unix time, with or without a fraction, in seconds, milliseconds, microseconds
+    or nanoseconds by its size; anything else is ISO 8601 from the year on. Null where neither."""
     number = F.when(text.rlike(_NUMBER), text.try_cast("decimal(38,9)"))
     micros = F.when(F.abs(number) > 9 * 10**18, None)  # beyond 64 bits
     for most, factor in _UNITS:
         micros = micros.when(F.abs(number) <= most, (number * factor).cast("bigint"))
     micros = micros.otherwise((number / 1000).cast("bigint"))
     inside = micros.between(_FIRST_SECOND * 10**6, _LAST_SECOND * 10**6)
-    return F.coalesce(F.when(inside, F.timestamp_micros(micros)), F.when(text.rlike(r"^\d{4}-"), F.try_to_timestamp(text)))
+    return F.coalesce(
+        F.when(inside, F.timestamp_micros(micros)), F.when(text.rlike(r"^\d{4}-"), F.try_to_timestamp(text))
+    )
 
 
 def clock(now: str | None) -> datetime:
@@ -113,7 +133,9 @@ def clock(now: str | None) -> datetime:
     try:
         moment = datetime.fromisoformat(now.replace("Z", "+00:00"))
     except ValueError:
-        raise ConfigError(f"features.now is {now!r}: must be an ISO time such as 2024-05-01T00:00:00, or null for the clock") from None
+        raise ConfigError(
+            f"features.now is {now!r}: must be an ISO time such as 2024-05-01T00:00:00, or null for the clock"
+        ) from None
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
@@ -124,10 +146,17 @@ def reasons(judged: DataFrame) -> dict[str | None, int]:
 
 def refused(judged: DataFrame, table: str, columns: list[str], run: str) -> DataFrame:
     """Rows of ``rejected_rows``: the refused rows of a judged table, whole as JSON, identical ones counted."""
-    rows = judged.filter(F.col("reason") != COPY).select("reason", F.to_json(F.struct(*columns), {"ignoreNullFields": "false"}).alias("row"))
+    rows = judged.filter(F.col("reason") != COPY).select(
+        "reason", F.to_json(F.struct(*columns), {"ignoreNullFields": "false"}).alias("row")
+    )
     counted = rows.groupBy("reason", "row").agg(F.count("*").alias("copies"))
     return counted.select(
-        F.lit(run).alias("input_hash"), F.lit(table).alias("table"), F.sha2("row", 256).alias("row_hash"), "reason", "row", "copies"
+        F.lit(run).alias("input_hash"),
+        F.lit(table).alias("table"),
+        F.sha2("row", 256).alias("row_hash"),
+        "reason",
+        "row",
+        "copies",
     )
 
 
@@ -136,13 +165,19 @@ def advice(judged: DataFrame, counted: Mapping[str | None, int], first_year: int
     kinds = sorted(_TIMES & {reason for reason in counted if reason})
     if not kinds:
         return ""
-    found = judged.filter(F.col("reason").isin(kinds)).groupBy("reason").agg(F.max(F.trim("timestamp")).alias("text")).collect()
+    found = (
+        judged.filter(F.col("reason").isin(kinds))
+        .groupBy("reason")
+        .agg(F.max(F.trim("timestamp")).alias("text"))
+        .collect()
+    )
     parts = {row["reason"]: units.explain(row["text"], first_year, now) for row in found}
     return "; ".join(f"{kind.removesuffix('_timestamp')}: {parts[kind]}" for kind in kinds)
 
 
 def alike(ids: DataFrame) -> str | None:
-    """Ids (the one column of ``ids``) that differ from another one in blanks at their ends or in Unicode's form (NFC) only, in words; None for none."""
+    """Ids (the one column of ``ids``) that differ from another one in blanks at their ends or in Unicode's form (NFC)
+    only, in words; None for none."""
     (name,) = ids.columns
     odd = ids.filter(F.col(name).rlike(r"[^\x21-\x7e]")).distinct()
     if odd.isEmpty():
@@ -150,13 +185,18 @@ def alike(ids: DataFrame) -> str | None:
     plain = odd.mapInArrow(columns.plain_ids, "id string, plain string").persist()
     others = ids.join(plain.select(F.col("plain").alias(name)).distinct(), name, "left_semi").distinct()
     every = plain.union(others.select(F.col(name).alias("id"), F.col(name).alias("plain"))).distinct()
-    groups = every.groupBy("plain").agg(F.countDistinct("id").alias("n"), F.min("id").alias("one"), F.max("id").alias("other")).filter("n > 1")
+    groups = (
+        every.groupBy("plain")
+        .agg(F.countDistinct("id").alias("n"), F.min("id").alias("one"), F.max("id").alias("other"))
+        .filter("n > 1")
+    )
     row = groups.agg(F.count("*").alias("groups"), F.min(F.struct("one", "other")).alias("first")).first()
     if row is None or not row["groups"]:
         return None
     first = row["first"]
     return (
-        f"{row['groups']} groups of {name} differ in blanks or Unicode form only (first: {first['one']!a} and {first['other']!a}): "
+        f"{row['groups']} groups of {name} differ in blanks or Unicode form only (first: {first['one']!a} and "
+        f"{first['other']!a}): "
         "trim and normalize them (NFC) in the source if they mean the same"
     )
 
@@ -166,37 +206,49 @@ def insist_vectors(widths: Widths) -> None:
     for modality, found in widths.items():
         if not found:
             raise InputError(
-                f"table items: no item has a vector in column {modality!r} (empty and zero vectors do not count): bring some, or take {modality!r} out of the "
+                f"table items: no item has a vector in column {modality!r} (empty and zero vectors do not count): "
+                f"bring some, or take {modality!r} out of the "
                 "configuration (features.content, behavior.source)"
             )
 
 
-def insist(table: str, counted: Mapping[str | None, int], limit: float, widths: Widths | None = None, advice: str = "") -> None:
-    """Raise InputError where more than ``limit`` of the rows were refused, those that ingest could not parse among them, or no row is left."""
+def insist(
+    table: str, counted: Mapping[str | None, int], limit: float, widths: Widths | None = None, advice: str = ""
+) -> None:
+    """Raise InputError where more than ``limit`` of the rows were refused, those that ingest could not parse among
+    them, or no row is left."""
     total, bad = sum(counted.values()), {reason: rows for reason, rows in counted.items() if reason}
     if not total:
         raise InputError(f"table {table} has no rows: check the source and import it again")
     listed = ", ".join(f"{reason}: {rows}" for reason, rows in sorted(bad.items()))
     if sum(bad.values()) / total > limit:
         raise InputError(
-            f"table {table}: {sum(bad.values())} of {total} rows rejected, more than features.max_rejected {limit:g} ({listed}); "
-            f"{_two_widths(widths or {})}{advice and advice + '; '}look at them in table rejected_rows, then mend the source, or raise features.max_rejected"
+            f"table {table}: {sum(bad.values())} of {total} rows rejected, more than features.max_rejected {limit:g} "
+            f"({listed}); "
+            f"{_two_widths(widths or {})}{advice and advice + '; '}look at them in table rejected_rows, then mend the "
+            "source, or raise features.max_rejected"
         )
     if not counted.get(None):
-        raise InputError(f"table {table}: none of its {total} rows was accepted ({listed}); look at them in table rejected_rows and mend the source")
+        raise InputError(
+            f"table {table}: none of its {total} rows was accepted ({listed}); look at them in table rejected_rows and "
+            "mend the source"
+        )
 
 
 def _two_widths(widths: Widths) -> str:
     mixed = {modality: found for modality, found in widths.items() if len(found) > 1}
     return "".join(
-        f"{modality!r} has vectors of width {' and '.join(f'{width} ({rows} rows)' for width, rows in found[:2])}: embed all items with one model; "
+        f"{modality!r} has vectors of width {' and '.join(f'{width} ({rows} rows)' for width, rows in found[:2])}: "
+        "embed all items with one model; "
         for modality, found in mixed.items()
     )
 
 
 def _id_fault(column: str) -> Column:
     faults = F.when(F.col(column).isNull(), f"null_{column}").when(~F.is_valid_utf8(column), f"not_utf8_{column}")
-    return faults.when(F.col(column).rlike(r"^[\s\p{Z}]*$"), f"empty_{column}").when(F.col(column).rlike(_BREAKS), f"control_character_{column}")
+    return faults.when(F.col(column).rlike(r"^[\s\p{Z}]*$"), f"empty_{column}").when(
+        F.col(column).rlike(_BREAKS), f"control_character_{column}"
+    )
 
 
 def _vector_fault(widths: Mapping[str, int]) -> Column:
@@ -205,7 +257,13 @@ def _vector_fault(widths: Mapping[str, int]) -> Column:
 
     def non_finite(name: str) -> Column:
         # array_contains is null where an element is null, and NaN is the greatest value
-        finite = ~F.array_contains(name, F.lit(_INFINITY).cast("float")) & (F.array_max(name) < _INFINITY) & (F.array_min(name) > -_INFINITY)
+        finite = (
+            ~F.array_contains(name, F.lit(_INFINITY).cast("float"))
+            & (F.array_max(name) < _INFINITY)
+            & (F.array_min(name) > -_INFINITY)
+        )
         return present(name).isNotNull() & ~F.coalesce(finite, F.lit(False))
 
-    return F.when(any_of(lambda name: F.array_size(present(name)) != widths[name]), "wrong_dimension").when(any_of(non_finite), "non_finite")
+    return F.when(any_of(lambda name: F.array_size(present(name)) != widths[name]), "wrong_dimension").when(
+        any_of(non_finite), "non_finite"
+    )

@@ -15,32 +15,53 @@ from adasid.config import Config
 from pipelines.engines.lake import Lake
 
 _GRADUAL = {"MERGE", "UPDATE", "DELETE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
-"""Operations whose change feed is as small as the change. An overwrite's is the whole table twice: then fingerprints are compared."""
+"""Operations whose change feed is as small as the change. An overwrite's is the whole table twice: then fingerprints
+are compared."""
 
 
-def detect(spark: SparkSession, lake: Lake, features: DataFrame, published: DataFrame, since: int, until: int) -> tuple[DataFrame, DataFrame, str]:
-    """Items whose vectors differ from those their live SID was made of: ``item_id`` and ``why`` (new, changed, removed); today's rows of those that
-    are there; and how they were found.
+def detect(
+    spark: SparkSession, lake: Lake, features: DataFrame, published: DataFrame, since: int, until: int
+) -> tuple[DataFrame, DataFrame, str]:
+    """Items whose vectors differ from those their live SID was made of: ``item_id`` and ``why`` (new, changed,
+    removed); today's rows of those that are there; and how they were found.
 
-    From the change feed of ``item_features`` since the version that the live generation read, where it is kept and tells of single rows, so
-    that no vector of another item is read; else, or where history is gone, by the fingerprints of ``features`` and ``published``.
-    """
+    From the change feed of ``item_features`` since the version that the live generation read, where it is kept and
+    tells of single rows, so that no vector of another item is read; else, or where history is gone, by the fingerprints
+    of ``features`` and ``published``."""
     feed, now = _fed(spark, lake, since, until) if followed(lake, since, until) else None, features
     if feed is not None:
         published = published.join(feed.select("item_id").distinct(), "item_id", "left_semi")
         now = _latest(feed).select(features.columns)
     rows, now = now, now.select("item_id", F.col("fingerprint").alias("_now"))
     then = published.select("item_id", F.col("fingerprint").alias("_then"))
-    why = F.when(F.col("_then").isNull(), "new").when(F.col("_now").isNull(), "removed").when(F.col("_now") != F.col("_then"), "changed")
-    found = now.join(then, "item_id", "full").select("item_id", why.alias("why")).filter("why IS NOT NULL").persist(StorageLevel.DISK_ONLY)
+    why = (
+        F.when(F.col("_then").isNull(), "new")
+        .when(F.col("_now").isNull(), "removed")
+        .when(F.col("_now") != F.col("_then"), "changed")
+    )
+    found = (
+        now.join(then, "item_id", "full")
+        .select("item_id", why.alias("why"))
+        .filter("why IS NOT NULL")
+        .persist(StorageLevel.DISK_ONLY)
+    )
     return found, rows.join(found, "item_id", "left_semi"), how(feed is not None)
 
 
 def _fed(spark: SparkSession, lake: Lake, since: int, until: int) -> DataFrame | None:
     """Rows of the change feed; None where its files are gone."""
-    feed = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", since + 1).option("endingVersion", until)
+    feed = (
+        spark.read.format("delta")
+        .option("readChangeFeed", "true")
+        .option("startingVersion", since + 1)
+        .option("endingVersion", until)
+    )
     try:
-        rows = feed.load(lake.path("item_features")).filter("_change_type <> 'update_preimage'").persist(StorageLevel.DISK_ONLY)
+        rows = (
+            feed.load(lake.path("item_features"))
+            .filter("_change_type <> 'update_preimage'")
+            .persist(StorageLevel.DISK_ONLY)
+        )
         rows.count()
     except (Py4JJavaError, PySparkException):
         return None
@@ -89,21 +110,31 @@ def moved(old: DataFrame, new: DataFrame, policy: str, every: bool = False) -> D
 def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
     """:func:`churned` of the rows ``moves`` of :func:`moved`. ``today``: the items [item_id, interactions, stratum]."""
     slots = len(metrics["slots"])
-    differ = [F.sum((~F.get("old_codes", F.lit(i)).eqNullSafe(F.get("new_codes", F.lit(i)))).cast("int")).alias(f"s{i}") for i in range(slots)]
+    differ = [
+        F.sum((~F.get("old_codes", F.lit(i)).eqNullSafe(F.get("new_codes", F.lit(i)))).cast("int")).alias(f"s{i}")
+        for i in range(slots)
+    ]
     placed = moves.join(today.select("item_id", "interactions", "stratum"), "item_id", "left")
-    kind = F.when(F.col("old_codes").isNull(), "new").when(F.col("new_codes").isNull(), "removed").otherwise("moved").alias("kind")
-    groups = placed.groupBy("stratum", kind).agg(F.count("*").alias("items"), F.sum("interactions").alias("events"), *differ)
+    kind = (
+        F.when(F.col("old_codes").isNull(), "new")
+        .when(F.col("new_codes").isNull(), "removed")
+        .otherwise("moved")
+        .alias("kind")
+    )
+    groups = placed.groupBy("stratum", kind).agg(
+        F.count("*").alias("items"), F.sum("interactions").alias("events"), *differ
+    )
     return churned([row.asDict() for row in groups.collect()], metrics, old_items)
 
 
 def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
     """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training
-    events; 1 where no live item is left. Slots and strata without such an item are left out. The gates' shares are of ``live`` items, or of the ``kept`` ones and their
-    ``events``.
+    events; 1 where no live item is left. Slots and strata without such an item are left out. The gates' shares are of
+    ``live`` items, or of the ``kept`` ones and their ``events``.
 
-    ``groups``: of the items whose SID changed, by ``stratum`` and ``kind`` (new, moved, removed): their number ``items``, their ``events``, and how
-    many differ in each slot, ``s0``, ``s1``, ...; ``metrics``: those of ``sids.measure`` of today's table.
-    """
+    ``groups``: of the items whose SID changed, by ``stratum`` and ``kind`` (new, moved, removed): their number
+    ``items``, their ``events``, and how many differ in each slot, ``s0``, ``s1``, ...; ``metrics``: those of
+    ``sids.measure`` of today's table."""
 
     def of(name: str, kind: str, stratum: str | None = None) -> int:
         return sum((row[name] or 0) for row in groups if row["kind"] == kind and stratum in (None, row["stratum"]))
@@ -123,7 +154,9 @@ def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: in
         "churn": share,
         "weighted": of("events", "moved") / known if kept and known else share,
         "by_slot": {name: of(f"s{i}", "moved") / kept for i, name in enumerate(metrics["slots"]) if kept},
-        "by_stratum": {s: of("items", "moved", s) / old for s, count in items.items() if (old := count - of("items", "new", s))},
+        "by_stratum": {
+            s: of("items", "moved", s) / old for s, count in items.items() if (old := count - of("items", "new", s))
+        },
     }
 
 

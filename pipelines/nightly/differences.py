@@ -16,10 +16,10 @@ from adasid import tables
 from adasid.errors import InputError
 from adasid.metrics.tally import RARE
 from adasid.tables import BEHAVIOR, SIDS, STRATA
-from pipelines.nightly.night import Night
+from pipelines.nightly.nightly_run import NightlyRun
 from pipelines.nightly.verdict import MEASURED
 
-_TOLD = ["fingerprint", "stratum", "interactions"]
+_COLUMNS_COMPARED = ["fingerprint", "stratum", "interactions"]
 """Columns of an item that decide whether it differs: that of its vectors first."""
 _ROWS = 4
 """Rows of the feed for each of ``retokenize.small_night`` items: an item that changed twice has four."""
@@ -29,7 +29,7 @@ Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
-class Unusual(Exception):
+class NeedsFullRun(Exception):
     """Something that only a look at the whole table can judge."""
 
 
@@ -48,15 +48,16 @@ class Side:
         """Of some."""
         return Side(self.stratum[chosen], self.events[chosen])
 
-    def rare(self) -> Mask:
+    def tail_only(self) -> Mask:
         """Which are tail or cold."""
         return np.isin(self.stratum, RARE)
 
 
 @dataclass(frozen=True)
 class Change:
-    """Items that differ, sorted by ``ids`` [n]: ``kind`` (new, changed, removed; same: only its counts differ); how it was ``before`` and is ``after``; its
-    live row of ``published`` (null for none). ``version``: of the feed, that made each item what it is; None where no feed told of them."""
+    """Items that differ, sorted by ``ids`` [n]: ``kind`` (new, changed, removed; same: only its counts differ); how it
+    was ``before`` and is ``after``; its live row of ``published`` (null for none). ``version``: of the feed, that made
+    each item what it is; None where no feed told of them."""
 
     ids: pa.Array
     kind: NDArray[np.str_]
@@ -71,9 +72,9 @@ class Change:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """Items [n] sorted by ``ids``, whether each ``was`` there and is there ``now``, and its columns ``_TOLD`` then and now; ``version`` as in
-    :class:`Change`."""
+class _Difference:
+    """Items [n] sorted by ``ids``, whether each ``was`` there and is there ``now``, and its columns
+    ``_COLUMNS_COMPARED`` then and now; ``version`` as in :class:`Change`."""
 
     ids: pa.Array
     was: Mask
@@ -83,65 +84,70 @@ class _Told:
     version: pa.Array | None = None
 
 
-def _fed(night: Night, since: int, columns: list[str], modalities: list[str]) -> Iterator[pa.RecordBatch]:
+def _fed(nightly: NightlyRun, since: int, columns: list[str], modalities: list[str]) -> Iterator[pa.RecordBatch]:
     """The change feed, some rows at a time, typed as ``tables`` types items with vectors of these ``modalities``."""
     schema = pa.schema([*_schema(columns, modalities), ("_change_type", pa.string()), ("_commit_version", pa.int64())])
-    feed = DeltaTable(night.lake.path("item_features")).load_cdf(since + 1, night.version, columns=schema.names)
+    feed = DeltaTable(nightly.lake.path("item_features")).load_cdf(since + 1, nightly.version, columns=schema.names)
     for part in pa.RecordBatchReader.from_stream(feed):
         yield part.select(schema.names).cast(schema)
 
 
-def read(night: Night, since: int, fed: bool) -> tuple[Change | None, bool]:
-    """How the items differ from those of version ``since``, None for not at all: as the change feed tells (``fed``, unless it is long, as where counts
-    of many items changed), else by comparing all of them; and whether the feed told it. Raises Unusual for more than ``retokenize.small_night`` items with other vectors, and where what
-    is told and the published rows do not fit together."""
-    most = night.cfg.retokenize.small_night
+def read(nightly: NightlyRun, since: int, fed: bool) -> tuple[Change | None, bool]:
+    """How the items differ from those of version ``since``, None for not at all: as the change feed tells (``fed``,
+    unless it is long, as where counts of many items changed), else by comparing all of them; and whether the feed told
+    it. Raises Unusual for more than ``retokenize.small_night`` items with other vectors, and where what is told and the
+    published rows do not fit together."""
+    most = nightly.cfg.retokenize.small_night
     try:
-        told = _by_feed(night, since, _ROWS * most) if fed else _by_comparison(night, since, most)
+        told = _by_feed(nightly, since, _ROWS * most) if fed else _by_comparison(nightly, since, most)
     except _Long:
-        told, fed = _by_comparison(night, since, most), False
+        told, fed = _by_comparison(nightly, since, most), False
     if told is None:
         return None, fed
     if told.ids.null_count or (told.last["fingerprint"].is_null().to_numpy() & told.now).any():
-        raise Unusual("items without an id or a fingerprint")
-    published = _published(night, told.ids)
+        raise NeedsFullRun("items without an id or a fingerprint")
+    published = _published(nightly, told.ids)
     if (published["codes"].is_valid().to_numpy() != told.was).any():
-        raise Unusual("item_features tells of items that are not those of the live SIDs")
+        raise NeedsFullRun("item_features tells of items that are not those of the live SIDs")
     same = pc.equal(told.last["fingerprint"], published["fingerprint"]).fill_null(False).to_numpy()
     was, now = told.was, told.now
     kind = np.select([was & now & same, was & now, now, was], ["same", "changed", "new", "removed"], "passing")
     if (differ := int((kind != "same").sum())) > most:
-        raise Unusual(f"{differ} items have other vectors, more than retokenize.small_night")
+        raise NeedsFullRun(f"{differ} items have other vectors, more than retokenize.small_night")
     sides = list[Side]()
     for there, side in ((was, told.first), (now, told.last)):
         stratum = pc.index_in(side["stratum"], pa.array(STRATA)).fill_null(-1).to_numpy()
         if (stratum[there] < 0).any():
-            raise Unusual("items without a stratum")
-        sides.append(Side(np.where(there, stratum, -1), np.where(there, side["interactions"].fill_null(0).to_numpy(), 0)))
+            raise NeedsFullRun("items without a stratum")
+        sides.append(
+            Side(np.where(there, stratum, -1), np.where(there, side["interactions"].fill_null(0).to_numpy(), 0))
+        )
     stays = kind != "passing"  # it came and went
     chosen = pa.array(stays)
     version = told.version.filter(chosen) if told.version is not None else None
-    return Change(told.ids.filter(chosen), kind[stays], sides[0].of(stays), sides[1].of(stays), published.filter(chosen), version), fed
+    return Change(
+        told.ids.filter(chosen), kind[stays], sides[0].of(stays), sides[1].of(stays), published.filter(chosen), version
+    ), fed
 
 
-def vectors(night: Night, since: int, change: Change, columns: list[str], modalities: list[str]) -> pa.Table:
-    """Today's ``columns`` and vectors of the items that are new or changed, in the order of ``change``. Raises Unusual where one is missing or twice
-    there."""
+def vectors(nightly: NightlyRun, since: int, change: Change, columns: list[str], modalities: list[str]) -> pa.Table:
+    """Today's ``columns`` and vectors of the items that are new or changed, in the order of ``change``. Raises Unusual
+    where one is missing or twice there."""
     chosen = pa.array(change.of("new", "changed"))
     ids, names, parts = change.ids.filter(chosen), [*columns, *modalities], list[pa.RecordBatch]()
     schema = _schema(names, modalities)
     if change.version is None:
-        found = night.lake.batches("item_features", night.version, names, pc.field("item_id").isin(ids))
+        found = nightly.lake.batches("item_features", nightly.version, names, pc.field("item_id").isin(ids))
         parts += [part.select(names).cast(schema) for part in found]
     else:
         version = change.version.filter(chosen)
-        for part in _fed(night, since, names, modalities):
+        for part in _fed(nightly, since, names, modalities):
             newest = pc.equal(part["_commit_version"], version.take(pc.index_in(part["item_id"], ids))).fill_null(False)
             parts.append(part.filter(pc.and_(newest, pc.is_in(part["_change_type"], LATE))).select(names))
     rows = pa.Table.from_batches(parts, schema)
     place = pc.index_in(ids, rows["item_id"].combine_chunks())
     if place.null_count or rows.num_rows != len(ids):
-        raise Unusual("the vectors of an item are missing, or twice there")
+        raise NeedsFullRun("the vectors of an item are missing, or twice there")
     return rows.take(place)
 
 
@@ -151,10 +157,10 @@ def _schema(columns: list[str], modalities: list[str]) -> pa.Schema:
     return pa.schema([schema.field(name).with_nullable(True) for name in columns])
 
 
-def _by_feed(night: Night, since: int, most: int) -> _Told | None:
+def _by_feed(nightly: NightlyRun, since: int, most: int) -> _Difference | None:
     """What the feed tells. Raises _Long where it has more rows than ``most``."""
     parts, rows = list[pa.RecordBatch](), 0
-    for part in _fed(night, since, ["item_id", *_TOLD], []):
+    for part in _fed(nightly, since, ["item_id", *_COLUMNS_COMPARED], []):
         parts.append(part)
         rows += part.num_rows
         if rows > most:
@@ -163,50 +169,64 @@ def _by_feed(night: Night, since: int, most: int) -> _Told | None:
         return None
     feed = pa.Table.from_batches(parts)
     feed = feed.append_column("_late", pc.is_in(feed["_change_type"], LATE))
-    feed = feed.sort_by([("item_id", "ascending"), ("_commit_version", "ascending"), ("_late", "ascending")]).combine_chunks()
+    feed = feed.sort_by(
+        [("item_id", "ascending"), ("_commit_version", "ascending"), ("_late", "ascending")]
+    ).combine_chunks()
     opens = np.append(True, pc.not_equal(feed["item_id"][1:], feed["item_id"][:-1]).to_numpy())
     first, last = (feed.filter(pa.array(chosen)) for chosen in (opens, np.append(opens[1:], True)))
     was, now = ~first["_late"].to_numpy(), last["_late"].to_numpy()
-    return _Told(first["item_id"].combine_chunks(), was, now, first, last, last["_commit_version"].combine_chunks())
+    return _Difference(
+        first["item_id"].combine_chunks(), was, now, first, last, last["_commit_version"].combine_chunks()
+    )
 
 
-def _by_comparison(night: Night, since: int, most: int) -> _Told | None:
-    """Every item whose row of ``item_features`` is not that which its live SID was made of. None where no vectors differ. Raises Unusual where those of more
-    items than ``most`` do, where an item has two rows or none, and where version ``since`` is gone."""
-    lake, live, today = night.lake, night.live, _schema(["item_id", *_TOLD], [])
+def _by_comparison(nightly: NightlyRun, since: int, most: int) -> _Difference | None:
+    """Every item whose row of ``item_features`` is not that which its live SID was made of. None where no vectors
+    differ. Raises Unusual where those of more items than ``most`` do, where an item has two rows or none, and where
+    version ``since`` is gone."""
+    lake, live, today = nightly.lake, nightly.live, _schema(["item_id", *_COLUMNS_COMPARED], [])
     try:
-        counts = _columns(lake.batches("item_features", since, ["item_id", *_TOLD[1:]]), _schema(["item_id", *_TOLD[1:]], []))
+        counts = _columns(
+            lake.batches("item_features", since, ["item_id", *_COLUMNS_COMPARED[1:]]),
+            _schema(["item_id", *_COLUMNS_COMPARED[1:]], []),
+        )
     except InputError as error:
-        raise Unusual(f"item_features has no version {since} any more") from error
-    then = _columns(lake.batches("sids", live["sids_version"], ["item_id", _TOLD[0]]), _schema(["item_id", _TOLD[0]], []))
-    now = _columns(lake.batches("item_features", night.version, today.names), today)
-    if any(side[name].null_count for side in (then, now) for name in ("item_id", _TOLD[0])):
-        raise Unusual("items without an id or a fingerprint")
+        raise NeedsFullRun(f"item_features has no version {since} any more") from error
+    then = _columns(
+        lake.batches("sids", live["sids_version"], ["item_id", _COLUMNS_COMPARED[0]]),
+        _schema(["item_id", _COLUMNS_COMPARED[0]], []),
+    )
+    now = _columns(lake.batches("item_features", nightly.version, today.names), today)
+    if any(side[name].null_count for side in (then, now) for name in ("item_id", _COLUMNS_COMPARED[0])):
+        raise NeedsFullRun("items without an id or a fingerprint")
     then = then.join(counts, "item_id", join_type="left outer")
     both = then.join(now, "item_id", join_type="full outer", left_suffix=" then", right_suffix=" now")
-    alike = [pc.equal(both[f"{name} then"], both[f"{name} now"]).fill_null(False) for name in _TOLD]
+    alike = [pc.equal(both[f"{name} then"], both[f"{name} now"]).fill_null(False) for name in _COLUMNS_COMPARED]
     differ = both.num_rows - pc.sum(alike[0]).as_py() if both.num_rows else 0
     if not differ:
         return None
     if differ > most:
-        raise Unusual(f"{differ} items have other vectors, more than retokenize.small_night")
+        raise NeedsFullRun(f"{differ} items have other vectors, more than retokenize.small_night")
     rows = both.filter(pc.invert(reduce(pc.and_, alike))).sort_by("item_id").combine_chunks()
     ids = rows["item_id"].combine_chunks()
     if pc.any(pc.equal(ids[1:], ids[:-1])).as_py():
-        raise Unusual("an item has two rows in item_features")
-    first, last = (rows.select([f"{name} {side}" for name in _TOLD]).rename_columns(_TOLD) for side in ("then", "now"))
-    was, now_there = (side[_TOLD[0]].is_valid().to_numpy() for side in (first, last))
-    return _Told(ids, was, now_there, first, last)
+        raise NeedsFullRun("an item has two rows in item_features")
+    first, last = (
+        rows.select([f"{name} {side}" for name in _COLUMNS_COMPARED]).rename_columns(_COLUMNS_COMPARED)
+        for side in ("then", "now")
+    )
+    was, now_there = (side[_COLUMNS_COMPARED[0]].is_valid().to_numpy() for side in (first, last))
+    return _Difference(ids, was, now_there, first, last)
 
 
 def _columns(parts: Iterator[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_batches([part.select(schema.names).cast(schema) for part in parts], schema)
 
 
-def _published(night: Night, ids: pa.Array) -> pa.Table:
+def _published(nightly: NightlyRun, ids: pa.Array) -> pa.Table:
     """The live rows of ``sids`` of these items, in their order."""
     names = ["item_id", "fingerprint", *MEASURED]
     schema = pa.schema([SIDS.field(name).with_nullable(True) for name in names])
-    parts = night.lake.batches("sids", night.live["sids_version"], names, pc.field("item_id").isin(ids))
+    parts = nightly.lake.batches("sids", nightly.live["sids_version"], names, pc.field("item_id").isin(ids))
     rows = _columns(parts, schema).combine_chunks()
     return rows.take(pc.index_in(ids, rows["item_id"].combine_chunks()))

@@ -1,4 +1,5 @@
-"""How far today's items are from those that the tokenizer knows: norms, quantization error, use of codes, the proxy of richness.
+"""How far today's items are from those that the tokenizer knows: norms, quantization error, use of codes, the proxy of
+richness.
 
 Norms and errors are those that encoding left in ``gauges``, so no vector is read again.
 """
@@ -20,7 +21,8 @@ from pipelines.features.items import richness
 
 Values = NDArray[np.float64]
 Counts = dict[str, dict[str, Any]]
-"""Of a modality, by stratum: ``bins``: items whose norm lies in each; ``error``: sum of squared errors; ``decoded``: vectors that have one."""
+"""Of a modality, by stratum: ``bins``: items whose norm lies in each; ``error``: sum of squared errors; ``decoded``:
+vectors that have one."""
 _BINS = 10
 
 
@@ -31,24 +33,26 @@ def every(items: int, sample: int) -> int:
 
 def sampled(features: DataFrame, one_of: int) -> DataFrame:
     """The items that are gauged: the same ones every night, by a hash of the id."""
-    return features if one_of == 1 else features.filter(gauged(one_of))
+    return features if one_of == 1 else features.filter(in_sample(one_of))
 
 
-def gauged(one_of: int) -> Column:
+def in_sample(one_of: int) -> Column:
     """Whether an item is gauged."""
     return F.pmod(F.crc32(F.col("item_id").cast("binary")), F.lit(one_of)) == 0
 
 
-def gauged_rows(item_ids: pa.Array, one_of: int) -> pa.Array:
-    """:func:`gauged` of a column."""
+def in_sample_rows(item_ids: pa.Array, one_of: int) -> pa.Array:
+    """:func:`sampled` of a column."""
     if one_of == 1:
         return pa.repeat(True, len(item_ids))
-    return pa.array(np.fromiter(map(zlib.crc32, item_ids.cast(pa.binary()).to_pylist()), np.int64, len(item_ids)) % one_of == 0)
+    return pa.array(
+        np.fromiter(map(zlib.crc32, item_ids.cast(pa.binary()).to_pylist()), np.int64, len(item_ids)) % one_of == 0
+    )
 
 
 def measure(lake: Lake, sids: DataFrame, one_of: int, edges: dict[str, list[float]] | None = None) -> dict[str, Any]:
-    """What is known of a day's items, from ``sids`` [stratum, gauges], as :func:`described` gives it; bins end at the deciles of norms, or at the
-    given ``edges``. ``one_of``: see :func:`every`."""
+    """What is known of a day's items, from ``sids`` [stratum, gauges], as :func:`described` gives it; bins end at the
+    deciles of norms, or at the given ``edges``. ``one_of``: see :func:`every`."""
     rows = sids.select("stratum", F.inline("gauges"))
     if edges is None:
         deciles = F.percentile_approx("norm", [i / _BINS for i in range(1, _BINS)], 1000).alias("edges")
@@ -61,7 +65,9 @@ def measure(lake: Lake, sids: DataFrame, one_of: int, edges: dict[str, list[floa
     counts = dict[str, Counts]()
     for row in rows.groupBy("modality", "stratum", bin).agg(*number).collect():
         if row["modality"] in edges and row["stratum"]:
-            own = counts.setdefault(row["modality"], {}).setdefault(row["stratum"], {"bins": [0] * _BINS, "error": 0.0, "decoded": 0})
+            own = counts.setdefault(row["modality"], {}).setdefault(
+                row["stratum"], {"bins": [0] * _BINS, "error": 0.0, "decoded": 0}
+            )
             own["bins"][row["bin"]] = row["items"]
             own["error"] += row["error"] or 0.0
             own["decoded"] += row["decoded"]
@@ -69,16 +75,24 @@ def measure(lake: Lake, sids: DataFrame, one_of: int, edges: dict[str, list[floa
 
 
 def counted(
-    modality: NDArray[np.object_], stratum: NDArray[np.object_], norm: Values, error: Values, edges: dict[str, list[float]]
+    modality: NDArray[np.object_],
+    stratum: NDArray[np.object_],
+    norm: Values,
+    error: Values,
+    edges: dict[str, list[float]],
 ) -> dict[str, Counts]:
-    """The counts of :func:`measure` from columns: of each vector that is gauged its modality, the stratum of its item, its norm, and its error
-    (NaN for none)."""
+    """The counts of :func:`measure` from columns: of each vector that is gauged its modality, the stratum of its item,
+    its norm, and its error (NaN for none)."""
     counts = dict[str, Counts]()
     for m, ends in edges.items():
         for s in sorted(set(stratum[modality == m])):
             own = (modality == m) & (stratum == s)
             bins = np.bincount(np.searchsorted(ends, norm[own], side="left"), minlength=_BINS).tolist()
-            counts.setdefault(m, {})[s] = {"bins": bins, "error": float(np.nansum(error[own])), "decoded": int(np.isfinite(error[own]).sum())}
+            counts.setdefault(m, {})[s] = {
+                "bins": bins,
+                "error": float(np.nansum(error[own])),
+                "decoded": int(np.isfinite(error[own]).sum()),
+            }
     return counts
 
 
@@ -96,8 +110,9 @@ def changed(known: dict[str, Counts], before: dict[str, Counts], after: dict[str
 
 
 def described(lake: Lake, counts: dict[str, Counts], one_of: int, edges: dict[str, list[float]]) -> dict[str, Any]:
-    """A day's items: of every input of the tokenizer the share whose norm lies in each bin, and the mean squared quantization error, by stratum
-    too (none for a method without a decoder); Spearman(norm, count); the ``counts`` themselves."""
+    """A day's items: of every input of the tokenizer the share whose norm lies in each bin, and the mean squared
+    quantization error, by stratum too (none for a method without a decoder); Spearman(norm, count); the ``counts``
+    themselves."""
     shares, error = dict[str, list[float]](), dict[str, dict[str, float]]()
     for m in edges:
         parts = counts.get(m, {})
@@ -108,22 +123,33 @@ def described(lake: Lake, counts: dict[str, Counts], one_of: int, edges: dict[st
         if sums["all"][1]:
             error[m] = {name: total / number for name, (total, number) in sums.items() if number}
     found = richness(lake)
-    return {"every": one_of, "edges": edges, "counts": counts, "shares": shares, "error": error, "spearman": found["spearman"] if found else None}
+    return {
+        "every": one_of,
+        "edges": edges,
+        "counts": counts,
+        "shares": shares,
+        "error": error,
+        "spearman": found["spearman"] if found else None,
+    }
 
 
 def against(baseline: dict[str, Any], day: dict[str, Any]) -> dict[str, Any]:
-    """Today's items (measured as ``day`` with the baseline's ``edges``) against those of ``baseline``: for each modality the stability index of its
-    norms, in the bins of the baseline's deciles, and the ratio of quantization errors, of all and by stratum."""
+    """Today's items (measured as ``day`` with the baseline's ``edges``) against those of ``baseline``: for each
+    modality the stability index of its norms, in the bins of the baseline's deciles, and the ratio of quantization
+    errors, of all and by stratum."""
     norms = _defined({m: stability_index(shares, day["shares"].get(m, ())) for m, shares in baseline["shares"].items()})
     ratios = {
-        m: {s: value / baseline["error"][m][s] for s, value in by_stratum.items() if baseline["error"].get(m, {}).get(s)}
+        m: {
+            s: value / baseline["error"][m][s] for s, value in by_stratum.items() if baseline["error"].get(m, {}).get(s)
+        }
         for m, by_stratum in day["error"].items()
     }
     return {"norms": norms, "error_ratio": ratios, "spearman": day["spearman"]}
 
 
 def usage(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
-    """Jensen-Shannon divergence in bits of the use of each slot's codes, from the code metrics of two generations; empty where slots differ."""
+    """Jensen-Shannon divergence in bits of the use of each slot's codes, from the code metrics of two generations;
+    empty where slots differ."""
     if before["slots"] != after["slots"]:
         return {}
     slots = zip(after["slots"], before["codes"], after["codes"])

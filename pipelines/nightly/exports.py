@@ -1,11 +1,11 @@
-"""Files for consumers that do not read Delta, in ``<run>/exports/<generation>``; written whole or not at all, before the generation is live.
+"""Files for consumers that do not read Delta, in ``<run>/exports/<generation>``; written whole or not at all, before
+the generation is live.
 
-Rows stand in the order of (item_index, item_id). ``sids`` (Parquet: item_id, codes, tokens) and ``items`` (Parquet: codes and the items that have
-them, by collision rank); ``codes.npy`` [items, L] int32, whose rows ``item_ids.txt`` names, an id a line;
-``index.json``, number of the row -> tokens, as LETTER,
-LC-Rec and Cornac read it; ``prefixes.safetensors``, the catalogue's prefixes (``adasid.recommenders.tokens.Prefixes``); ``changes`` (Parquet: the day's rows of ``sid_changes``).
-``<run>/exports/live.json`` names the live generation and its folder.
-"""
+Rows stand in the order of (item_index, item_id). ``sids`` (Parquet: item_id, codes, tokens) and ``items`` (Parquet:
+codes and the items that have them, by collision rank); ``codes.npy`` [items, L] int32, whose rows ``item_ids.txt``
+names, an id a line; ``index.json``, number of the row -> tokens, as LETTER, LC-Rec and Cornac read it;
+``prefixes.safetensors``, the catalogue's prefixes (``adasid.recommenders.tokens.Prefixes``); ``changes`` (Parquet: the
+day's rows of ``sid_changes``). ``<run>/exports/live.json`` names the live generation and its folder."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ def _table(cfg: Config, lake: Lake, slots: list[Slot], row: Generation, draft: P
     ordered = sids.repartitionByRange("item_index", "item_id").sortWithinPartitions("item_index", "item_id")
     ordered.drop("collision_rank", "item_index").write.parquet(str(draft / "sids"))
     if "parquet" in wanted:
-        members = F.transform(F.array_sort(F.collect_list(F.struct("collision_rank", "item_id"))), lambda x: x["item_id"])
+        members = F.transform(
+            F.array_sort(F.collect_list(F.struct("collision_rank", "item_id"))), lambda x: x["item_id"]
+        )
         sids.groupBy("codes").agg(members.alias("items")).write.parquet(str(draft / "items"))
     if wanted & {"array", "prefixes"}:
         _array(draft, row["items"], len(slots))
@@ -145,9 +147,16 @@ def _array(draft: Path, items: int, length: int) -> None:
     with (draft / "item_ids.txt").open("w", encoding="utf-8", newline="\n") as ids:
         for batch in _batches(draft):
             if batch.num_rows:
-                codes[start : start + batch.num_rows] = batch.column("codes").flatten().to_numpy().reshape(batch.num_rows, length)
+                codes[start : start + batch.num_rows] = (
+                    batch.column("codes").flatten().to_numpy().reshape(batch.num_rows, length)
+                )
                 start += batch.num_rows
-                ids.write(pc.binary_join(pa.ListArray.from_arrays([0, batch.num_rows], batch.column("item_id")), "\n")[0].as_py() + "\n")
+                ids.write(
+                    pc.binary_join(pa.ListArray.from_arrays([0, batch.num_rows], batch.column("item_id")), "\n")[
+                        0
+                    ].as_py()
+                    + "\n"
+                )
     if start != items:
         raise InputError(
             f"generation has {items} items but {start} of them are in item_features: exports would lose the others; "
@@ -166,7 +175,10 @@ def _index(draft: Path) -> None:
                 tokens = pc.binary_join(batch.column("tokens"), '", "')
                 keys = pc.cast(pa.array(np.arange(start, start + batch.num_rows)), pa.string())
                 entries = pc.binary_join_element_wise('"', keys, '": ["', tokens, '"]', "")
-                file.write((",\n" if start else "") + pc.binary_join(pa.ListArray.from_arrays([0, len(entries)], entries), ",\n")[0].as_py())
+                file.write(
+                    (",\n" if start else "")
+                    + pc.binary_join(pa.ListArray.from_arrays([0, len(entries)], entries), ",\n")[0].as_py()
+                )
                 start += batch.num_rows
         file.write("}\n")
 

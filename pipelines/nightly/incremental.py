@@ -1,9 +1,10 @@
-"""A night whose work is as large as its change: without Spark, where few items have other vectors and the codebooks stay.
+"""A night whose work is as large as its change: without Spark, where few items have other vectors and the codebooks
+stay.
 
-Vectors are encoded of the items that changed alone. Counts of the new table follow from those of the live generation and the rows that differ; of the
-published table the items and codes are scanned, and merged into. Whatever is out of the ordinary (a fault, a gate that fails, a version that is gone,
-drift that asks for training) is left to Spark, which looks at the whole table and says what is wrong.
-"""
+Vectors are encoded of the items that changed alone. Counts of the new table follow from those of the live generation
+and the rows that differ; of the published table the items and codes are scanned, and merged into. Whatever is out of
+the ordinary (a fault, a gate that fails, a version that is gone, drift that asks for training) is left to Spark, which
+looks at the whole table and says what is wrong."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ from adasid.tokenizers.base import Slot, Tokenizer
 from adasid.tokenizers.encode import ENCODED, READ, encode_rows
 from pipelines import generations
 from pipelines.nightly import changes, differences, drift, verdict
-from pipelines.nightly.differences import Change, Integers, Mask, Side, Unusual
-from pipelines.nightly.night import Night
-from pipelines.nightly.verdict import Found
+from pipelines.nightly.differences import Change, Integers, Mask, NeedsFullRun, Side
+from pipelines.nightly.nightly_run import NightlyRun
+from pipelines.nightly.verdict import Measurements
 
 _Sizes = dict[int, int]
 
@@ -38,8 +39,9 @@ _FILES = 64
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A night that may be published: the rows of ``sids`` and ``sid_changes`` that it writes, the items ``gone``, the ``version`` of ``sids`` that they
-    change, and the night's ``facts``; no rows where nothing changed. ``how`` that was found."""
+    """A night that may be published: the rows of ``sids`` and ``sid_changes`` that it writes, the items ``gone``, the
+    ``version`` of ``sids`` that they change, and the night's ``facts``; no rows where nothing changed. ``how`` that was
+    found."""
 
     how: str
     counts: Counter[str]
@@ -51,101 +53,111 @@ class _Prepared:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def publish(night: Night) -> bool:
-    """Publish the night, or find that nothing changed; False, with nothing done, where that is Spark's. Raises InputError where the night cannot be
-    written, BusyError where another run was faster."""
+def publish(nightly: NightlyRun) -> bool:
+    """Publish the night, or find that nothing changed; False, with nothing done, where that is Spark's. Raises
+    InputError where the night cannot be written, BusyError where another run was faster."""
     try:
-        made = _prepared(night)
-    except (Unusual, OSError, DeltaError, pa.ArrowException) as error:
+        made = _prepared(nightly)
+    except (NeedsFullRun, OSError, DeltaError, pa.ArrowException) as error:
         if str(error):
-            night.track.note(f"left to Spark: {first_line(error)}")
+            nightly.context.note(f"left to Spark: {first_line(error)}")
         return False
-    night.found(made.how, made.counts)
+    nightly.found(made.how, made.counts)
     rows, moves, facts = made.rows, made.moves, made.facts
     if rows is None or moves is None:
-        night.unchanged()
+        nightly.unchanged()
         return True
-    night.measured(facts)
-    night.track.note("policy frozen, without Spark")
-    stamp, where = night.stamp("frozen", facts["tokenizer"]), f"generation = {facts['generation']}"
+    nightly.measured(facts)
+    nightly.context.note("policy frozen, without Spark")
+    input_hash, where = nightly.input_hash("frozen", facts["tokenizer"]), f"generation = {facts['generation']}"
     try:
-        night.publish(
+        nightly.publish(
             facts,
             made.manifest,
-            stamp,
-            lambda: night.lake.change("sids", made.version, rows, made.gone, stamp),
-            lambda: night.lake.put("sid_changes", moves, where, stamp),
+            input_hash,
+            lambda: nightly.lake.change("sids", made.version, rows, made.gone, input_hash),
+            lambda: nightly.lake.put("sid_changes", moves, where, input_hash),
         )
     except (OSError, DeltaError, pa.ArrowException) as error:
         raise InputError(
-            f"night {night.day}: its table or its files cannot be written below {night.cfg.run_dir} ({first_line(error)}); generation "
-            f"{generations.pointer(night.lake)} stays live: mend the disk or the table, then run the night again"
+            f"night {nightly.day}: its table or its files cannot be written below {nightly.cfg.run_dir} "
+            f"({first_line(error)}); generation "
+            f"{generations.pointer(nightly.lake)} stays live: mend the disk or the table, then run the night again"
         ) from error
     return True
 
 
-def _prepared(night: Night) -> _Prepared:
+def _prepared(nightly: NightlyRun) -> _Prepared:
     """Raises Unusual, or what reading raises, where the night is not for this module."""
-    settings, live, since = night.cfg.retokenize, night.live, night.live["inputs"]["item_features"]
+    settings, live, since = nightly.cfg.retokenize, nightly.live, nightly.live["inputs"]["item_features"]
     if settings.policy not in {"frozen", "auto"} or not settings.small_night:
-        raise Unusual
+        raise NeedsFullRun
     if live["items"] > settings.small_table:
-        raise Unusual(f"{live['items']} items are more than retokenize.small_table")
+        raise NeedsFullRun(f"{live['items']} items are more than retokenize.small_table")
     if "counts" not in live["drift"] or "tail_group_sizes" not in live["metrics"]:
-        raise Unusual(f"generation {live['generation']} was published before its counts were kept")
-    version = _base(night)
-    tokenizer, manifest = night.champion()
+        raise NeedsFullRun(f"generation {live['generation']} was published before its counts were kept")
+    version = _base(nightly)
+    tokenizer, manifest = nightly.champion()
     torch.set_num_threads(1)  # as Spark's workers encode
-    fed = changes.followed(night.lake, since, night.version)
-    change, fed = differences.read(night, since, fed)
+    fed = changes.followed(nightly.lake, since, nightly.version)
+    change, fed = differences.read(nightly, since, fed)
     how = changes.how(fed)
-    counts = Counter({str(kind): int(n) for kind, n in zip(*np.unique(change.kind, return_counts=True))} if change else {})
+    counts = Counter(
+        {str(kind): int(n) for kind, n in zip(*np.unique(change.kind, return_counts=True))} if change else {}
+    )
     if change is None or set(counts) <= {"same"}:
         return _Prepared(how, counts)
-    encoded = _encoded(night, since, change, tokenizer)
-    ranks, found = _measured(night, change, encoded, night.slots(manifest))
-    measured = verdict.facts(night.cfg, live, night.version, found)
+    encoded = _encoded(nightly, since, change, tokenizer)
+    ranks, found = _measured(nightly, change, encoded, nightly.slots(manifest))
+    measured = verdict.facts(nightly.cfg, live, nightly.version, found)
     failed = [gate["gate"] for gate in measured["gates"] if not gate["passed"]]
     if failed:
-        raise Unusual(f"gate {failed[0]}")
-    if verdict.policy(night.cfg, found.drifted) != "frozen":
-        raise Unusual("drift asks for another tokenizer")
-    number = generations.next_number(night.lake)
+        raise NeedsFullRun(f"gate {failed[0]}")
+    if verdict.policy(nightly.cfg, found.drifted) != "frozen":
+        raise NeedsFullRun("drift asks for another tokenizer")
+    number = generations.next_number(nightly.lake)
     return _Prepared(
         how,
         counts,
         version,
         manifest,
-        rows=_with(encoded, generation=number, tokenizer=manifest["digest"], collision_rank=ranks).select(SIDS.names).cast(SIDS),
+        rows=_with(encoded, generation=number, tokenizer=manifest["digest"], collision_rank=ranks)
+        .select(SIDS.names)
+        .cast(SIDS),
         moves=_with(_moves(change, encoded), generation=number).select(SID_CHANGES.names).cast(SID_CHANGES),
         gone=change.ids.filter(pa.array(change.of("removed"))),
-        facts={"generation": number, "policy": "frozen", "run_date": night.day, **measured},
+        facts={"generation": number, "policy": "frozen", "run_date": nightly.day, **measured},
     )
 
 
-def _base(night: Night) -> int:
-    """The newest version of ``sids``, which must hold the live rows, or those of this very night, which was cut off. Raises Unusual."""
-    newest = DeltaTable(night.lake.path("sids"))
+def _base(nightly: NightlyRun) -> int:
+    """The newest version of ``sids``, which must hold the live rows, or those of this very night, which was cut off.
+    Raises Unusual."""
+    newest = DeltaTable(nightly.lake.path("sids"))
     files = newest.file_uris()
-    if not night.lake.fresh(night.stamp("frozen", night.live["tokenizer"]), "sids"):
-        if set(files) != set(night.lake.open("sids", night.live["sids_version"]).file_uris()):
-            raise Unusual("the newest rows of sids are not the live ones")
+    if not nightly.lake.fresh(nightly.input_hash("frozen", nightly.live["tokenizer"]), "sids"):
+        if set(files) != set(nightly.lake.open("sids", nightly.live["sids_version"]).file_uris()):
+            raise NeedsFullRun("the newest rows of sids are not the live ones")
         if len(files) > _FILES:
-            raise Unusual(f"sids has {len(files)} files, and is written anew")
+            raise NeedsFullRun(f"sids has {len(files)} files, and is written anew")
     return int(newest.version())
 
 
-def _encoded(night: Night, since: int, change: Change, tokenizer: Tokenizer) -> pa.Table:
-    """Rows of :data:`ENCODED` of the items that are new or changed, in their order, whose vectors are encoded in that order too: the parts in which
-    they are read decide nothing. Raises Unusual where one is missing or faulty."""
+def _encoded(nightly: NightlyRun, since: int, change: Change, tokenizer: Tokenizer) -> pa.Table:
+    """Rows of :data:`ENCODED` of the items that are new or changed, in their order, whose vectors are encoded in that
+    order too: the parts in which they are read decide nothing. Raises Unusual where one is missing or faulty."""
     chosen = pa.array(change.of("new", "changed"))
-    ids, held = change.ids.filter(chosen), change.published["codes"].combine_chunks().filter(chosen)
-    rows = differences.vectors(night, since, change, list(READ), list(tokenizer.widths))
-    rows = _with(rows, gauged=drift.gauged_rows(ids, night.live["drift"]["baseline"]["every"]), published=held).combine_chunks()
-    batches = rows.to_batches(max_chunksize=night.cfg.sids.batch)
-    made = pa.Table.from_batches([encode_rows(tokenizer, batch, night.cfg.retokenize.slack) for batch in batches], ENCODED).combine_chunks()
+    ids, previous = change.ids.filter(chosen), change.published["codes"].combine_chunks().filter(chosen)
+    rows = differences.vectors(nightly, since, change, list(READ), list(tokenizer.widths))
+    rows = _with(
+        rows, sampled=drift.in_sample_rows(ids, nightly.live["drift"]["baseline"]["every"]), published=previous
+    ).combine_chunks()
+    batches = rows.to_batches(max_chunksize=nightly.cfg.sids.batch)
+    made = pa.Table.from_batches(
+        [encode_rows(tokenizer, batch, nightly.cfg.retokenize.slack) for batch in batches], ENCODED
+    ).combine_chunks()
     if pc.any(made["fault"].is_valid()).as_py():
-        raise Unusual("vectors with faults")
+        raise NeedsFullRun("vectors with faults")
     return made
 
 
@@ -154,33 +166,42 @@ def _codes(rows: pa.Table | pa.RecordBatch, length: int) -> Integers:
     return np.asarray(pc.list_flatten(rows["codes"]).to_numpy().reshape(-1, length), np.int64)
 
 
-def _measured(night: Night, change: Change, encoded: pa.Table, slots: list[Slot]) -> tuple[pa.Array, Found]:
+def _measured(
+    nightly: NightlyRun, change: Change, encoded: pa.Table, slots: list[Slot]
+) -> tuple[pa.Array, Measurements]:
     """The collision ranks of the rows ``encoded``, and what is measured of the whole table with them."""
-    live, was, now, same = night.live, ~change.of("new"), change.of("new", "changed"), change.of("same")
+    live, was, now, same = nightly.live, ~change.of("new"), change.of("new", "changed"), change.of("same")
     base, length = live["drift"]["baseline"], len(slots)
     old, still = change.published.filter(pa.array(was)), change.published.filter(pa.array(same))
-    new = pa.concat_tables([encoded.select([*verdict.MEASURED]), still.select([*verdict.MEASURED])], promote_options="permissive")
+    new = pa.concat_tables(
+        [encoded.select([*verdict.MEASURED]), still.select([*verdict.MEASURED])], promote_options="permissive"
+    )
     before = change.before.of(was)
-    after = Side(*(np.concatenate([getattr(change.after.of(part), name) for part in (now, same)]) for name in ("stratum", "events")))
-    ranks, groups, rare, shared = _grouped(night, change, _codes(encoded, length), encoded)
+    after = Side(
+        *(
+            np.concatenate([getattr(change.after.of(part), name) for part in (now, same)])
+            for name in ("stratum", "events")
+        )
+    )
+    ranks, groups, tail_only, shared = _grouped(nightly, change, _codes(encoded, length), encoded)
     known = Tally.known(live["metrics"], slots)
     tallies = _tally(slots, old, before), _tally(slots, new, after)
-    tally = known.changed(*tallies, groups, rare, known.shared + shared)
+    tally = known.changed(*tallies, groups, tail_only, known.shared + shared)
     if not tally.sound():
-        raise Unusual("the counts of the live generation are not those of its rows")
+        raise NeedsFullRun("the counts of the live generation are not those of its rows")
     metrics = tally.metrics(slots)
-    gauged = [_gauged(rows["gauges"], side.stratum, base["edges"]) for rows, side in ((old, before), (new, after))]
-    counts = drift.changed(live["drift"]["counts"], *gauged)
-    drifted = drift.against(base, drift.described(night.lake, counts, base["every"], base["edges"]))
-    return ranks, Found(
-        folder=night.artifact,
+    sampled = [_sampled(rows["gauges"], side.stratum, base["edges"]) for rows, side in ((old, before), (new, after))]
+    counts = drift.changed(live["drift"]["counts"], *sampled)
+    drifted = drift.against(base, drift.described(nightly.lake, counts, base["every"], base["edges"]))
+    return ranks, Measurements(
+        folder=nightly.artifact,
         tokenizer=live["tokenizer"],
         metrics=metrics,
         churn=changes.churned(_churn_groups(change, encoded, length), metrics, live["items"]),
         baseline=base,
         counts=counts,
         drifted=drifted,
-        items=night.lake.open("item_features", night.version).count(),
+        items=nightly.lake.open("item_features", nightly.version).count(),
         error=verdict.largest_error(drifted),
         distinct=metrics["items"],
         known=metrics["items"],
@@ -190,10 +211,12 @@ def _measured(night: Night, change: Change, encoded: pa.Table, slots: list[Slot]
 
 def _tally(slots: list[Slot], rows: pa.Table, side: Side) -> Tally:
     weights, active = (pc.list_flatten(rows[name]).to_numpy().reshape(-1, len(slots)) for name in ("weights", "active"))
-    return Tally.of(slots, _codes(rows, len(slots)), weights.astype(np.float64), active.astype(bool), side.stratum, side.events)
+    return Tally.of(
+        slots, _codes(rows, len(slots)), weights.astype(np.float64), active.astype(bool), side.stratum, side.events
+    )
 
 
-def _gauged(gauges: pa.ChunkedArray, strata: Integers, edges: dict[str, list[float]]) -> dict[str, drift.Counts]:
+def _sampled(gauges: pa.ChunkedArray, strata: Integers, edges: dict[str, list[float]]) -> dict[str, drift.Counts]:
     """Counts of the norms and errors of rows, whose ``strata`` [n] are given."""
     gauges = gauges.combine_chunks()
     flat, row = gauges.flatten(), pc.list_parent_indices(gauges).to_numpy()
@@ -208,16 +231,19 @@ def _keys(codes: Integers) -> NDArray[np.uint64]:
     return keys
 
 
-def _grouped(night: Night, change: Change, codes: Integers, encoded: pa.Table) -> tuple[pa.Array, _Sizes, _Sizes, int]:
-    """Of the SIDs that gain, lose or recount an item: the collision ranks of the rows ``encoded`` with ``codes``, as in :func:`sids.ranked`; the sizes of all
-    groups then, of all their items and of the rare ones; and by how much the number of rare items in shared groups grows."""
-    live, length = night.live, codes.shape[1]
+def _grouped(
+    nightly: NightlyRun, change: Change, codes: Integers, encoded: pa.Table
+) -> tuple[pa.Array, _Sizes, _Sizes, int]:
+    """Of the SIDs that gain, lose or recount an item: the collision ranks of the rows ``encoded`` with ``codes``, as in
+    :func:`sids.ranked`; the sizes of all groups then, of all their items and of the rare ones; and by how much the
+    number of rare items in shared groups grows."""
+    live, length = nightly.live, codes.shape[1]
     leaving = _codes(change.published.filter(pa.array(~change.of("new"))), length)
     distinct = np.unique(np.concatenate([codes, leaving]), axis=0)
     order = _keys(distinct).argsort()
     distinct, keys = distinct[order], _keys(distinct)[order]
     if (keys[1:] == keys[:-1]).any():
-        raise Unusual("two SIDs have one key")
+        raise NeedsFullRun("two SIDs have one key")
 
     def group(rows: Integers) -> Integers:
         """Place of each row of codes in ``distinct``; -1 for none."""
@@ -225,27 +251,41 @@ def _grouped(night: Night, change: Change, codes: Integers, encoded: pa.Table) -
         return np.where((distinct[place] == rows).all(1), place, -1)
 
     ids, places, ranked = list[pa.Array](), list[Integers](), list[Integers]()
-    for part in night.lake.batches("sids", live["sids_version"], ["item_id", "codes", "collision_rank"]):
+    for part in nightly.lake.batches("sids", live["sids_version"], ["item_id", "codes", "collision_rank"]):
         place = group(_codes(part, length))
         there = place >= 0
         ids.append(part["item_id"].filter(pa.array(there)))
         places.append(place[there])
         ranked.append(part["collision_rank"].to_numpy()[there])
-    members, of_member, ranks = pa.chunked_array(ids, pa.string()).combine_chunks(), np.concatenate(places), np.concatenate(ranked)
-    before, after = _rare(night, change, members)
-    stays = ~pc.is_in(members, change.ids.filter(pa.array(change.of("changed", "removed")))).to_numpy(zero_copy_only=False)
-    own, rare = group(codes), change.after.of(change.of("new", "changed")).rare()
+    members, of_member, ranks = (
+        pa.chunked_array(ids, pa.string()).combine_chunks(),
+        np.concatenate(places),
+        np.concatenate(ranked),
+    )
+    before, after = _rare(nightly, change, members)
+    stays = ~pc.is_in(members, change.ids.filter(pa.array(change.of("changed", "removed")))).to_numpy(
+        zero_copy_only=False
+    )
+    own, tail_only = group(codes), change.after.of(change.of("new", "changed")).tail_only()
     n = len(keys)
-    size = np.bincount(of_member, minlength=n), np.bincount(of_member[stays], minlength=n) + np.bincount(own, minlength=n)
-    few = np.bincount(of_member, before, n), np.bincount(of_member[stays], after[stays], n) + np.bincount(own, rare, n)
-    groups, rares = (_resized(live["metrics"][name], *sides) for name, sides in (("group_sizes", size), ("tail_group_sizes", few)))
+    size = (
+        np.bincount(of_member, minlength=n),
+        np.bincount(of_member[stays], minlength=n) + np.bincount(own, minlength=n),
+    )
+    few = (
+        np.bincount(of_member, before, n),
+        np.bincount(of_member[stays], after[stays], n) + np.bincount(own, tail_only, n),
+    )
+    groups, rares = (
+        _resized(live["metrics"][name], *sides) for name, sides in (("group_sizes", size), ("tail_group_sizes", few))
+    )
     shared = few[1][size[1] > 1].sum() - few[0][size[0] > 1].sum()
     member = pc.index_in(encoded["item_id"].combine_chunks(), members).fill_null(-1).to_numpy()
-    held = np.where(np.append(of_member, -1)[member] == own, np.append(ranks, -1)[member], -1)
+    previous = np.where(np.append(of_member, -1)[member] == own, np.append(ranks, -1)[member], -1)
     first = np.zeros(n, np.int64)
     np.maximum.at(first, of_member[stays], ranks[stays] + 1)
-    np.maximum.at(first, own, held + 1)
-    return _ranks(own, first, held, encoded), groups, rares, int(shared)
+    np.maximum.at(first, own, previous + 1)
+    return _ranks(own, first, previous, encoded), groups, rares, int(shared)
 
 
 def _resized(known: list[list[int]], before: NDArray[Any], after: NDArray[Any]) -> _Sizes:
@@ -256,28 +296,45 @@ def _resized(known: list[list[int]], before: NDArray[Any], after: NDArray[Any]) 
     return {size: number for size, number in groups.items() if size and number}
 
 
-def _rare(night: Night, change: Change, members: pa.Array) -> tuple[Mask, Mask]:
+def _rare(nightly: NightlyRun, change: Change, members: pa.Array) -> tuple[Mask, Mask]:
     """Which of ``members`` are tail or cold, before and after."""
-    parts = night.lake.batches("item_features", night.version, ["item_id", "stratum"], pc.field("item_id").isin(members))
+    parts = nightly.lake.batches(
+        "item_features", nightly.version, ["item_id", "stratum"], pc.field("item_id").isin(members)
+    )
     schema = pa.schema([("item_id", pa.string()), ("stratum", pa.string())])
     rows = pa.Table.from_batches([part.cast(schema) for part in parts], schema)
-    known = pc.is_in(rows["stratum"].take(pc.index_in(members, rows["item_id"].combine_chunks())), pa.array([STRATA[place] for place in RARE]))
+    known = pc.is_in(
+        rows["stratum"].take(pc.index_in(members, rows["item_id"].combine_chunks())),
+        pa.array([STRATA[place] for place in RARE]),
+    )
     place = pc.index_in(members, change.ids).fill_null(-1).to_numpy()
     found = pc.is_in(members, rows["item_id"].combine_chunks()).to_numpy(zero_copy_only=False)
     if (~found & (place < 0)).any():
-        raise Unusual("a published item is not in item_features, and was not when it got its SID")
+        raise NeedsFullRun("a published item is not in item_features, and was not when it got its SID")
     now = known.to_numpy()
-    return np.where(place < 0, now, change.before.rare()[place]), now
+    return np.where(place < 0, now, change.before.tail_only()[place]), now
 
 
-def _ranks(own: Integers, first: Integers, held: Integers, encoded: pa.Table) -> pa.Array:
-    """Rank of each row in its group ``own`` [n]: ``held`` [n] where that is not -1; else by (events desc, item_id), from ``first`` of the group on."""
-    rows = pa.table({"group": own, "interactions": encoded["interactions"], "item_id": encoded["item_id"], "row": np.arange(len(own))})
-    rows = rows.filter(pa.array(held < 0)).sort_by([("group", "ascending"), ("interactions", "descending"), ("item_id", "ascending")])
+def _ranks(own: Integers, first: Integers, previous: Integers, encoded: pa.Table) -> pa.Array:
+    """Rank of each row in its group ``own`` [n]: ``previous`` [n] where that is not -1; else by (events desc, item_id),
+    from ``first`` of the group on."""
+    rows = pa.table(
+        {
+            "group": own,
+            "interactions": encoded["interactions"],
+            "item_id": encoded["item_id"],
+            "row": np.arange(len(own)),
+        }
+    )
+    rows = rows.filter(pa.array(previous < 0)).sort_by(
+        [("group", "ascending"), ("interactions", "descending"), ("item_id", "ascending")]
+    )
     groups = rows["group"].to_numpy()
     opens = np.flatnonzero(np.append(True, groups[1:] != groups[:-1])) if len(groups) else np.zeros(0, np.int64)
-    ranks = held.copy()
-    ranks[rows["row"].to_numpy()] = first[groups] + np.arange(len(groups)) - np.repeat(opens, np.diff(np.append(opens, len(groups))))
+    ranks = previous.copy()
+    ranks[rows["row"].to_numpy()] = (
+        first[groups] + np.arange(len(groups)) - np.repeat(opens, np.diff(np.append(opens, len(groups))))
+    )
     return pa.array(ranks, pa.int32())
 
 
@@ -291,8 +348,23 @@ def _churn_groups(change: Change, encoded: pa.Table, length: int) -> list[dict[s
     for place, stratum in enumerate(STRATA):
         own, came = moved & (today.stratum == place), change.of("new") & (change.after.stratum == place)
         slots = {f"s{i}": int(count) for i, count in enumerate(differ[own].sum(0))}
-        groups.append({"stratum": stratum, "kind": "moved", "items": int(own.sum()), "events": int(today.events[own].sum()), **slots})
-        groups.append({"stratum": stratum, "kind": "new", "items": int(came.sum()), "events": int(change.after.events[came].sum())})
+        groups.append(
+            {
+                "stratum": stratum,
+                "kind": "moved",
+                "items": int(own.sum()),
+                "events": int(today.events[own].sum()),
+                **slots,
+            }
+        )
+        groups.append(
+            {
+                "stratum": stratum,
+                "kind": "new",
+                "items": int(came.sum()),
+                "events": int(change.after.events[came].sum()),
+            }
+        )
     return groups
 
 
@@ -301,10 +373,18 @@ def _moves(change: Change, encoded: pa.Table) -> pa.Table:
     fresh, gone = (pa.array(change.of(*kinds)) for kinds in (("new", "changed"), ("removed",)))
     codes = change.published["codes"].combine_chunks()
     why = pa.array(change.kind.astype(object), pa.string())
-    came = {"item_id": change.ids.filter(fresh), "old_codes": codes.filter(fresh), "new_codes": encoded["codes"], "why": why.filter(fresh)}
+    came = {
+        "item_id": change.ids.filter(fresh),
+        "old_codes": codes.filter(fresh),
+        "new_codes": encoded["codes"],
+        "why": why.filter(fresh),
+    }
     left = {"item_id": change.ids.filter(gone), "old_codes": codes.filter(gone), "why": why.filter(gone)}
     rows = pa.concat_tables([pa.table(came), pa.table(left)], promote_options="permissive")
-    text = [pc.binary_join(pc.cast(rows[name], pa.list_(pa.string())), " ").fill_null("") for name in ("old_codes", "new_codes")]
+    text = [
+        pc.binary_join(pc.cast(rows[name], pa.list_(pa.string())), " ").fill_null("")
+        for name in ("old_codes", "new_codes")
+    ]
     return rows.filter(pc.not_equal(*text))
 
 

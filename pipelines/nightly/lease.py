@@ -1,8 +1,8 @@
 """One run at a time: a lease in the lake, taken and renewed by commits that succeed only on the version that was read.
 
-A holder renews it from a thread of its own. One that has died does not, and is taken for dead when its time is over; one that was only
-stopped finds the lease lost at its next :meth:`Lease.check`, which stands before every commit of a publication.
-"""
+A holder renews it from a thread of its own. One that has died does not, and is taken for dead when its time is over;
+one that was only stopped finds the lease lost at its next :meth:`Lease.check`, which stands before every commit of a
+publication."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deltalake.exceptions import CommitFailedError
 from adasid import config, tables
 from adasid.errors import BusyError, InputError
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 
 _TABLE = "leases"
 _POLL = 1.0
@@ -36,8 +36,8 @@ class Lease:
         self._lost, self._ended = threading.Event(), threading.Event()
 
     def take(self, wait: float, note: Callable[[str], None] = lambda text: None) -> None:
-        """Become the holder, waiting at most ``wait`` seconds for another one, after a ``note``. Raises BusyError where it stays,
-        InputError where the table is not ours."""
+        """Become the holder, waiting at most ``wait`` seconds for another one, after a ``note``. Raises BusyError where
+        it stays, InputError where the table is not ours."""
         with suppress(CommitFailedError):  # another one has just created it
             DeltaTable.create(self.lake.path(_TABLE), schema=tables.LEASES, mode="ignore")
         deadline, told = time.monotonic() + wait, ""
@@ -47,11 +47,21 @@ class Lease:
             if other is None and self._commit(table, self.holder, self.now() + self.seconds):
                 return
             if time.monotonic() >= deadline:
-                who = f"{other[0]}, for {other[1] - self.now():.0f} s more unless it renews" if other else "another run that was faster"
-                raise BusyError(f"the lease of {self.lake.root} is held by {who}: wait for it to end, or raise retokenize.lease.wait")
+                who = (
+                    f"{other[0]}, for {other[1] - self.now():.0f} s more unless it renews"
+                    if other
+                    else "another run that was faster"
+                )
+                raise BusyError(
+                    f"the lease of {self.lake.root} is held by {who}: wait for it to end, or raise "
+                    "retokenize.lease.wait"
+                )
             if other and other[0] != told:
                 told = other[0]
-                note(f"waiting at most {wait:.0f} s for the lease of {other[0]}, which ends in {other[1] - self.now():.0f} s unless it is renewed")
+                note(
+                    f"waiting at most {wait:.0f} s for the lease of {other[0]}, which ends in "
+                    f"{other[1] - self.now():.0f} s unless it is renewed"
+                )
             time.sleep(min(_POLL, max(0.0, deadline - time.monotonic())))
 
     def _table(self) -> DeltaTable:
@@ -59,15 +69,21 @@ class Lease:
         found = [field.name for field in table.schema().fields]
         if found != tables.LEASES.names:
             raise InputError(
-                f"{self.lake.path(_TABLE)} has columns {', '.join(found)}, expected {', '.join(tables.LEASES.names)}: it is of another version of adasid; "
+                f"{self.lake.path(_TABLE)} has columns {', '.join(found)}, expected {', '.join(tables.LEASES.names)}: "
+                "it is of another version of adasid; "
                 "remove it while no run is at work"
             )
         return table
 
     def _holder(self, table: DeltaTable) -> tuple[str, float] | None:
-        """Who holds it now. A lease that ends later than any could have been given is of a clock that has since jumped back, and void."""
+        """Who holds it now. A lease that ends later than any could have been given is of a clock that has since jumped
+        back, and void."""
         rows = table.to_pyarrow_table().to_pylist()
-        if not rows or rows[0]["holder"] in (None, self.holder) or not 0 < rows[0]["expires"] - self.now() <= 2 * rows[0]["seconds"]:
+        if (
+            not rows
+            or rows[0]["holder"] in (None, self.holder)
+            or not 0 < rows[0]["expires"] - self.now() <= 2 * rows[0]["seconds"]
+        ):
             return None
         return rows[0]["holder"], rows[0]["expires"]
 
@@ -86,7 +102,8 @@ class Lease:
         if self._lost.is_set() or not rows or rows[0]["holder"] != self.holder or rows[0]["expires"] <= self.now():
             now = rows[0]["holder"] if rows else None
             raise BusyError(
-                f"the lease of {self.lake.root} was lost (holder: {now}): this run could not renew it for longer than retokenize.lease.seconds; run it again"
+                f"the lease of {self.lake.root} was lost (holder: {now}): this run could not renew it for longer than "
+                "retokenize.lease.seconds; run it again"
             )
 
     def renew(self) -> None:
@@ -94,7 +111,11 @@ class Lease:
         try:
             table = DeltaTable(self.lake.path(_TABLE))
             rows = table.to_pyarrow_table().to_pylist()
-            kept = bool(rows) and rows[0]["holder"] == self.holder and self._commit(table, self.holder, self.now() + self.seconds)
+            kept = (
+                bool(rows)
+                and rows[0]["holder"] == self.holder
+                and self._commit(table, self.holder, self.now() + self.seconds)
+            )
         except Exception:
             kept = False
         if not kept:
@@ -113,10 +134,10 @@ class Lease:
 
 
 @contextmanager
-def held(track: Track, settings: config.Lease) -> Iterator[Lease]:
+def leased(context: StageContext, settings: config.Lease) -> Iterator[Lease]:
     """Take the lease, renew it meanwhile, give it back."""
-    lease = Lease(track.lake, settings.seconds)
-    lease.take(settings.wait, track.note)
+    lease = Lease(context.lake, settings.seconds)
+    lease.take(settings.wait, context.note)
     keeper = threading.Thread(target=lease._keep, daemon=True)
     keeper.start()
     try:

@@ -1,5 +1,5 @@
-"""New tokenizers for a night: the live one trained on, or one trained anew that holds on to the published codes, and whose codes and slots are then
-matched with them."""
+"""New tokenizers for a night: the live one trained on, or one trained anew that holds on to the published codes, and
+whose codes and slots are then matched with them."""
 
 from __future__ import annotations
 
@@ -18,67 +18,75 @@ from pipelines import sids, train
 from pipelines.engines import spark as engine
 from pipelines.features import items, pairs
 from pipelines.nightly import drift
-from pipelines.nightly.night import Night
+from pipelines.nightly.nightly_run import NightlyRun
 from pipelines.run import Run
 
 
-def fit(night: Night, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
-    """The artifact of policy ``warm`` or ``refit`` on today's features, and its manifest. ``live``: the artifact of the live SIDs."""
-    cfg, lake = night.cfg, night.lake
+def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
+    """The artifact of policy ``warm`` or ``refit`` on today's features, and its manifest. ``live``: the artifact of the
+    live SIDs."""
+    cfg, lake = nightly.cfg, nightly.lake
     settings = cfg.retokenize.warm if policy == "warm" else cfg.retokenize.refit_slack
-    made = lake.stamps({"item_features": night.version})
-    key = digest(policy, night.live["tokenizer"], night.live["generation"], cfg.tokenizer, settings, cfg.seed, made)
+    made = lake.input_hashes({"item_features": nightly.version})
+    key = digest(policy, nightly.live["tokenizer"], nightly.live["generation"], cfg.tokenizer, settings, cfg.seed, made)
     folder = Run(cfg).artifact("tokenizer", key)
     if policy == "warm":
-        return folder / "model", _trained(night, folder, live)
-    _trained(night, folder, None, _held(night, key))
+        return folder / "model", _trained(nightly, folder, live)
+    _trained(nightly, folder, None, _previous(nightly, key))
     matched = folder / "matched" / "model"
     if not (matched / "manifest.json").exists():
-        _match(night, folder / "model", matched)
+        _match(nightly, folder / "model", matched)
     return matched, artifact.read_manifest(matched)
 
 
-def _trained(night: Night, folder: Path, start: Path | None, held: train.HeldCodes | None = None) -> dict[str, Any]:
+def _trained(
+    nightly: NightlyRun, folder: Path, start: Path | None, previous: train.PreviousTable | None = None
+) -> dict[str, Any]:
     """The manifest of the tokenizer in ``folder``, trained on the features of this run unless it is there."""
-    cfg, track = night.cfg, night.track
+    cfg, context = nightly.cfg, nightly.context
     if (folder / "model" / "manifest.json").exists():
-        track.status = "up to date"
+        context.status = "up to date"
         return artifact.read_manifest(folder / "model")
-    read = {"item_features": night.version}
+    read = {"item_features": nightly.version}
     if cfg.tokenizer.pairs:
-        items.check(cfg, track.lake)
-        pairs.check(cfg, track.lake)
-        read |= track.lake.versions("item_pairs")
-    track.inputs(read)
-    return train.train_tokenizer(cfg, track, read, folder, start, held)
+        items.check(cfg, context.lake)
+        pairs.check(cfg, context.lake)
+        read |= context.lake.versions("item_pairs")
+    context.inputs(read)
+    return train.train_tokenizer(cfg, context, read, folder, start, previous)
 
 
-def _held(night: Night, key: str) -> train.HeldCodes | None:
+def _previous(nightly: NightlyRun, key: str) -> train.PreviousTable | None:
     """The published codes of today's items, where the tokenizer is one that can hold on to them."""
-    slack = night.cfg.retokenize.refit_slack
-    if not slack or not isinstance(night.cfg.tokenizer, TrainedSettings):
+    slack = nightly.cfg.retokenize.refit_slack
+    if not slack or not isinstance(nightly.cfg.tokenizer, TrainedSettings):
         return None
-    if not night.lake.fresh(key, "held_codes"):
-        codes = night.features.select("item_id", "item_index").join(night.published.select("item_id", "codes"), "item_id")
-        engine.write(codes, night.lake, "held_codes", tables.HELD_CODES, key)
-    slots = artifact.read_manifest(Path(night.live["artifact"]))["slots"]
+    if not nightly.lake.fresh(key, "previous_codes"):
+        codes = nightly.features.select("item_id", "item_index").join(
+            nightly.published.select("item_id", "codes"), "item_id"
+        )
+        engine.write(codes, nightly.lake, "previous_codes", tables.PREVIOUS_CODES, key)
+    slots = artifact.read_manifest(Path(nightly.live["artifact"]))["slots"]
     return {
-        "version": night.lake.version("held_codes"),
+        "version": nightly.lake.version("previous_codes"),
         "slots": [[slot["kind"], slot["size"]] for slot in slots],
         "slack": slack,
     }
 
 
-def _match(night: Night, anew: Path, matched: Path) -> None:
+def _match(nightly: NightlyRun, anew: Path, matched: Path) -> None:
     """Write the artifact in ``anew`` under the names that keep most published codes, on a sample."""
     tokenizer, manifest = artifact.read(anew)
-    old = night.published.select("item_id", F.col("codes").alias("_old"))
-    sample = drift.sampled(night.features, drift.every(night.live["items"], night.cfg.retokenize.sample))
-    encoded = sids.encode(night.spark, sample, anew, manifest, night.cfg.sids.batch).select("item_id", "codes")
+    old = nightly.published.select("item_id", F.col("codes").alias("_old"))
+    sample = drift.sampled(nightly.features, drift.every(nightly.live["items"], nightly.cfg.retokenize.sample))
+    encoded = sids.encode(nightly.spark, sample, anew, manifest, nightly.cfg.sids.batch).select("item_id", "codes")
     pairs = encoded.join(old, "item_id").select("_old", "codes").collect()  # at most retokenize.sample rows
     renamed = Relabelled(tokenizer)
-    same = [(slot["kind"], slot["size"]) for slot in artifact.read_manifest(Path(night.live["artifact"]))["slots"]]
+    same = [(slot["kind"], slot["size"]) for slot in artifact.read_manifest(Path(nightly.live["artifact"]))["slots"]]
     if pairs and same == [(slot["kind"], slot["size"]) for slot in manifest["slots"]]:
         renamed.rename(*(np.array([pair[name] for pair in pairs], np.int32) for name in ("_old", "codes")))
     artifact.rewrite(matched, renamed, manifest)
-    write_json(matched / "matched.json", {"names": renamed.names.tolist(), "order": renamed.order.tolist(), "to": night.live["tokenizer"]})
+    write_json(
+        matched / "matched.json",
+        {"names": renamed.names.tolist(), "order": renamed.order.tolist(), "to": nightly.live["tokenizer"]},
+    )

@@ -1,4 +1,5 @@
-"""A night: what changed since the live generation gets its SIDs under the config's policy, is measured, gated, and published or refused."""
+"""A night: what changed since the live generation gets its SIDs under the config's policy, is measured, gated, and
+published or refused."""
 
 from __future__ import annotations
 
@@ -20,27 +21,28 @@ from adasid.files import write_json
 from adasid.tables import SID_CHANGES, SIDS
 from pipelines import generations, sids, staleness
 from pipelines.engines import spark as engine
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.nightly import changes, drift, incremental, refit, verdict
-from pipelines.nightly.lease import held
-from pipelines.nightly.night import Night
-from pipelines.nightly.verdict import Found
+from pipelines.nightly.lease import leased
+from pipelines.nightly.nightly_run import NightlyRun
+from pipelines.nightly.verdict import Measurements
 
 _WORST = 10
 
 
-def run(cfg: Config, track: Track, run_date: date, dry: bool = False) -> None:
-    """Publish the night of ``run_date``, unless nothing changed. Raises BusyError while another run is at work, InputError for unusable input,
-    GateError where the new table is refused; the live generation then stays as it is. ``dry``: measure and judge alone,
-    under the lease too, as warm and refit write their tokenizers."""
-    lake, settings = track.lake, cfg.retokenize
-    with held(track, settings.lease) as lease:
+def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -> None:
+    """Publish the night of ``run_date``, unless nothing changed. Raises BusyError while another run is at work,
+    InputError for unusable input, GateError where the new table is refused; the live generation then stays as it is.
+    ``dry``: measure and judge alone, under the lease too, as warm and refit write their tokenizers."""
+    lake, settings = context.lake, cfg.retokenize
+    with leased(context, settings.lease) as lease:
         live, version = generations.live(lake), lake.version("item_features")
-        staleness.check(track, version)
+        staleness.check(context, version)
         day, before = run_date.isoformat(), live["run_date"]
         if before and day < before:
             raise InputError(
-                f"run date {day} is before {before}, which generation {live['generation']} was published for: give {before} or a later one"
+                f"run date {day} is before {before}, which generation {live['generation']} was published for: give "
+                f"{before} or a later one"
             )
         key = digest(
             "night",
@@ -51,88 +53,120 @@ def run(cfg: Config, track: Track, run_date: date, dry: bool = False) -> None:
             settings.auto,
             live["generation"],
             live["tokenizer"],
-            lake.stamps({"item_features": version}),
+            lake.input_hashes({"item_features": version}),
         )
-        track.inputs({"item_features": version, "sids": live["sids_version"]})
-        night = Night(cfg, track, lease, live, version, day, key, dry)
+        context.inputs({"item_features": version, "sids": live["sids_version"]})
+        nightly = NightlyRun(cfg, context, lease, live, version, day, key, dry)
         if version == live["inputs"]["item_features"] and (settings.policy in {"frozen", "auto"} or before == day):
-            night.unchanged()
+            nightly.unchanged()
             return
         try:
-            if not incremental.publish(night):
-                _publish(night)
+            if not incremental.publish(nightly):
+                _publish(nightly)
         except (Py4JJavaError, PySparkException, OSError) as error:
             raise InputError(
-                f"night {day}: item_features version {version} or sids version {live['sids_version']} cannot be worked on ({engine.root_cause(error)}); "
-                f"generation {generations.pointer(lake)} stays live: mend the table or the disk that it names, then run the night again"
+                f"night {day}: item_features version {version} or sids version {live['sids_version']} cannot be worked "
+                f"on ({engine.root_cause(error)}); "
+                f"generation {generations.pointer(lake)} stays live: mend the table or the disk that it names, then "
+                "run the night again"
             ) from error
 
 
-def _publish(night: Night) -> None:
+def _publish(nightly: NightlyRun) -> None:
     """Find what changed, encode it, measure, judge, publish: on Spark, for as many items as there are."""
-    cfg, live = night.cfg, night.live
-    folder, (_, manifest) = night.artifact, night.champion()
-    found, today, how = changes.detect(night.spark, night.lake, night.features, night.published, live["inputs"]["item_features"], night.version)
+    cfg, live = nightly.cfg, nightly.live
+    folder, (_, manifest) = nightly.artifact, nightly.champion()
+    found, today, how = changes.detect(
+        nightly.spark,
+        nightly.lake,
+        nightly.features,
+        nightly.published,
+        live["inputs"]["item_features"],
+        nightly.version,
+    )
     counts = {row["why"]: row["count"] for row in found.groupBy("why").count().collect()}
-    night.found(how, counts)
+    nightly.found(how, counts)
     if not counts and cfg.retokenize.policy in {"frozen", "auto"}:
-        night.unchanged()
+        nightly.unchanged()
         return
     try:
-        made = _frozen(night, folder, manifest, found, today)
+        made = _frozen(nightly, folder, manifest, found, today)
         drifted, policy = made.drifted, verdict.policy(cfg, made.drifted)
-        night.track.note(f"policy {policy}")
+        nightly.context.note(f"policy {policy}")
         if policy == "frozen":
-            _settle(night, made, policy, drifted)
+            _settle(nightly, made, policy, drifted)
             return
         made.free()
-        told = dict(night.track.facts)
+        told = dict(nightly.context.facts)
         try:
-            _settle(night, _anew(night, policy, folder), policy, drifted)
+            _settle(nightly, _retrained(nightly, policy, folder), policy, drifted)
         except GateError as refusal:
-            if cfg.retokenize.policy != "auto" or night.live["hold"]:
+            if cfg.retokenize.policy != "auto" or nightly.live["hold"]:
                 raise
-            night.track.note(f"{refusal}. Policy frozen instead")
-            night.track.facts = told  # what training said of the tokenizer that was refused
-            _settle(night, _frozen(night, folder, manifest, found, today), "frozen", {**drifted, "asked": policy})
+            nightly.context.note(f"{refusal}. Policy frozen instead")
+            nightly.context.facts = told  # what training said of the tokenizer that was refused
+            _settle(nightly, _frozen(nightly, folder, manifest, found, today), "frozen", {**drifted, "asked": policy})
     finally:
         found.unpersist()
 
 
-def _settle(night: Night, made: Made, policy: str, drifted: dict[str, Any]) -> None:
-    """Measure and judge the table ``made`` under ``policy``, and publish it. ``drifted``: today against the live tokenizer. Raises GateError."""
-    number, stamp = generations.next_number(night.lake), night.stamp(policy, made.manifest["digest"])
-    moves = changes.moved(made.touched, made.encoded, policy).withColumn("generation", F.lit(number)).persist(StorageLevel.DISK_ONLY)
+def _settle(nightly: NightlyRun, made: NewTable, policy: str, drifted: dict[str, Any]) -> None:
+    """Measure and judge the table ``made`` under ``policy``, and publish it. ``drifted``: today against the live
+    tokenizer. Raises GateError."""
+    number, input_hash = generations.next_number(nightly.lake), nightly.input_hash(policy, made.manifest["digest"])
+    moves = (
+        changes.moved(made.touched, made.encoded, policy)
+        .withColumn("generation", F.lit(number))
+        .persist(StorageLevel.DISK_ONLY)
+    )
     try:
-        measured = verdict.facts(night.cfg, night.live, night.version, _found(night, made, moves, drifted))
-        facts = {"generation": number, "policy": policy, "run_date": night.day, **measured}
-        night.measured(facts)
-        _judge(night, facts, moves, made.whole)
-        night.publish(
+        measured = verdict.facts(
+            nightly.cfg, nightly.live, nightly.version, _measurements(nightly, made, moves, drifted)
+        )
+        facts = {"generation": number, "policy": policy, "run_date": nightly.day, **measured}
+        nightly.measured(facts)
+        _judge(nightly, facts, moves, made.whole)
+        nightly.publish(
             facts,
             made.manifest,
-            stamp,
-            partial(engine.write, made.rows.select([field.name for field in SIDS]), night.lake, "sids", SIDS, stamp, few=True),
-            partial(engine.write, moves, night.lake, "sid_changes", SID_CHANGES, stamp, replace=f"generation = {number}"),
+            input_hash,
+            partial(
+                engine.write,
+                made.rows.select([field.name for field in SIDS]),
+                nightly.lake,
+                "sids",
+                SIDS,
+                input_hash,
+                few=True,
+            ),
+            partial(
+                engine.write,
+                moves,
+                nightly.lake,
+                "sid_changes",
+                SID_CHANGES,
+                input_hash,
+                replace=f"generation = {number}",
+            ),
         )
     finally:
         made.free()
         moves.unpersist()
 
 
-def _found(night: Night, made: Made, moves: DataFrame, drifted: dict[str, Any]) -> Found:
+def _measurements(nightly: NightlyRun, made: NewTable, moves: DataFrame, drifted: dict[str, Any]) -> Measurements:
     """What is measured of the new table. ``drifted``: today against the live tokenizer."""
-    metrics = sids.measure(made.whole, night.slots(made.manifest))
+    metrics = sids.measure(made.whole, nightly.slots(made.manifest))
     distinct, known = _counted(made.whole)
-    return Found(
+    return Measurements(
         folder=made.folder,
         tokenizer=made.manifest["digest"],
         metrics=metrics,
-        churn=changes.churn(moves, made.whole, metrics, night.live["items"]),
+        churn=changes.churn(moves, made.whole, metrics, nightly.live["items"]),
         baseline=made.baseline,
         counts=made.day["counts"],
         drifted=drifted,
-        items=night.features.count(),
+        items=nightly.features.count(),
         error=verdict.largest_error(made.drifted),
         distinct=distinct,
         known=known,
@@ -141,10 +175,11 @@ def _found(night: Night, made: Made, moves: DataFrame, drifted: dict[str, Any]) 
 
 
 @dataclass
-class Made:
-    """A night's ``rows`` of ``sids``, of which those ``encoded`` are new, by the artifact in ``folder``; ``whole``: what of all of them is measured
-    (:data:`verdict.MEASURED`); ``touched``: the published rows that do not stay; ``baseline``: the day that the tokenizer knows, as ``drift.measure`` gives it; ``day``: today in its bins; ``drifted``: today
-    against the live tokenizer's; ``broken``: items whose vectors are not finite."""
+class NewTable:
+    """A night's ``rows`` of ``sids``, of which those ``encoded`` are new, by the artifact in ``folder``; ``whole``:
+    what of all of them is measured (:data:`verdict.MEASURED`); ``touched``: the published rows that do not stay;
+    ``baseline``: the day that the tokenizer knows, as ``drift.measure`` gives it; ``day``: today in its bins;
+    ``drifted``: today against the live tokenizer's; ``broken``: items whose vectors are not finite."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -163,34 +198,43 @@ class Made:
         self.whole.unpersist()
 
 
-def _frozen(night: Night, folder: Path, manifest: dict[str, Any], found: DataFrame, today: DataFrame) -> Made:
-    """The live tokenizer's SIDs for the items in ``found``, whose rows are ``today``; the published ones for all others."""
-    known, lake = night.live["drift"]["baseline"], night.lake
-    touched = night.published.join(found, "item_id", "left_semi")
-    held = touched, night.cfg.retokenize.slack
-    encoded = sids.encode(night.spark, today, folder, manifest, night.cfg.sids.batch, known["every"], held).persist(StorageLevel.DISK_ONLY)
+def _frozen(
+    nightly: NightlyRun, folder: Path, manifest: dict[str, Any], found: DataFrame, today: DataFrame
+) -> NewTable:
+    """The live tokenizer's SIDs for the items in ``found``, whose rows are ``today``; the published ones for all
+    others."""
+    known, lake = nightly.live["drift"]["baseline"], nightly.lake
+    touched = nightly.published.join(found, "item_id", "left_semi")
+    previous = touched, nightly.cfg.retokenize.slack
+    encoded = sids.encode(
+        nightly.spark, today, folder, manifest, nightly.cfg.sids.batch, known["every"], previous
+    ).persist(StorageLevel.DISK_ONLY)
     broken = sids.faults(encoded, manifest)
-    kept = night.published.join(found, "item_id", "left_anti")
+    kept = nightly.published.join(found, "item_id", "left_anti")
     new = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), kept, touched)
-    placed = kept.select("item_id", *verdict.MEASURED).join(night.features.select("item_id", "interactions", "stratum"), "item_id", "left")
+    placed = kept.select("item_id", *verdict.MEASURED).join(
+        nightly.features.select("item_id", "interactions", "stratum"), "item_id", "left"
+    )
     whole = placed.unionByName(encoded.select(placed.columns)).persist()
     day = drift.measure(lake, whole, known["every"], known["edges"])
     rows = kept.unionByName(new.select(kept.columns))
-    return Made(folder, manifest, encoded, rows, whole, touched, known, day, drift.against(known, day), broken)
+    return NewTable(folder, manifest, encoded, rows, whole, touched, known, day, drift.against(known, day), broken)
 
 
-def _anew(night: Night, policy: str, live: Path) -> Made:
+def _retrained(nightly: NightlyRun, policy: str, live: Path) -> NewTable:
     """A new tokenizer, and its SIDs for all items. ``live``: the folder of the live tokenizer's artifact."""
-    cfg, lake = night.cfg, night.lake
-    folder, manifest = refit.fit(night, policy, live)
-    one_of = drift.every(night.features.count(), cfg.retokenize.sample)
-    held = night.published, cfg.retokenize.slack
-    encoded = sids.encode(night.spark, night.features, folder, manifest, cfg.sids.batch, one_of, held).persist(StorageLevel.DISK_ONLY)
+    cfg, lake = nightly.cfg, nightly.lake
+    folder, manifest = refit.fit(nightly, policy, live)
+    one_of = drift.every(nightly.features.count(), cfg.retokenize.sample)
+    previous = nightly.published, cfg.retokenize.slack
+    encoded = sids.encode(nightly.spark, nightly.features, folder, manifest, cfg.sids.batch, one_of, previous).persist(
+        StorageLevel.DISK_ONLY
+    )
     broken = sids.faults(encoded, manifest)
-    rows = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), before=night.published)
+    rows = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), before=nightly.published)
     baseline = drift.measure(lake, encoded, one_of)
-    drifted = drift.against(night.live["drift"]["baseline"], baseline)
-    return Made(folder, manifest, encoded, rows, encoded, night.published, baseline, baseline, drifted, broken)
+    drifted = drift.against(nightly.live["drift"]["baseline"], baseline)
+    return NewTable(folder, manifest, encoded, rows, encoded, nightly.published, baseline, baseline, drifted, broken)
 
 
 def _counted(whole: DataFrame) -> tuple[int, int]:
@@ -199,27 +243,39 @@ def _counted(whole: DataFrame) -> tuple[int, int]:
     return (int(row["distinct"]), int(row["known"])) if row else (0, 0)
 
 
-def _judge(night: Night, facts: dict[str, Any], moves: DataFrame, whole: DataFrame) -> None:
+def _judge(nightly: NightlyRun, facts: dict[str, Any], moves: DataFrame, whole: DataFrame) -> None:
     """Raise GateError where a gate failed, with the worst items; the refusal is kept for the report."""
     failed = [gate for gate in facts["gates"] if not gate["passed"]]
     if not failed:
         return
-    crowded = whole.groupBy("codes").agg(F.count("*").alias("n"), F.min("item_id").alias("item_id")).orderBy(F.desc("n"), "item_id").limit(_WORST)
-    churned = moves.filter("old_codes IS NOT NULL AND new_codes IS NOT NULL").join(whole.select("item_id", "interactions"), "item_id")
+    crowded = (
+        whole.groupBy("codes")
+        .agg(F.count("*").alias("n"), F.min("item_id").alias("item_id"))
+        .orderBy(F.desc("n"), "item_id")
+        .limit(_WORST)
+    )
+    churned = moves.filter("old_codes IS NOT NULL AND new_codes IS NOT NULL").join(
+        whole.select("item_id", "interactions"), "item_id"
+    )
     worst = {
-        "most moved, by events": [row["item_id"] for row in churned.orderBy(F.desc("interactions"), "item_id").limit(_WORST).collect()],
+        "most moved, by events": [
+            row["item_id"] for row in churned.orderBy(F.desc("interactions"), "item_id").limit(_WORST).collect()
+        ],
         "of the largest groups": [f"{row['item_id']} ({row['n']})" for row in crowded.collect()],
     }
-    night.track.client.log_dict(night.track.run_id, {"gates": facts["gates"], "worst": worst}, "refused.json")
-    if not night.dry:
+    nightly.context.client.log_dict(nightly.context.run_id, {"gates": facts["gates"], "worst": worst}, "refused.json")
+    if not nightly.dry:
         kept = {name: value for name, value in facts.items() if name not in {"metrics", "drift"}}
-        write_json(night.refused, {**kept, "worst": worst})
-        night.pages()
+        write_json(nightly.refused, {**kept, "worst": worst})
+        nightly.pages()
     text = sids.failures(failed)
     if facts["policy"] != "frozen" and all(gate["gate"].startswith("churn") for gate in failed):
-        text += f" (policy {facts['policy']}; to publish without moving SIDs: --set retokenize.policy=frozen; else raise retokenize.gates.max_churn)"
-    text = f"{'dry run: ' if night.dry else ''}night {facts['run_date']} not published: {text}"
+        text += (
+            f" (policy {facts['policy']}; to publish without moving SIDs: --set retokenize.policy=frozen; else "
+            "raise retokenize.gates.max_churn)"
+        )
+    text = f"{'dry run: ' if nightly.dry else ''}night {facts['run_date']} not published: {text}"
     raise GateError(
-        f"{text}. Generation {night.live['generation']} stays live; worst items: "
+        f"{text}. Generation {nightly.live['generation']} stays live; worst items: "
         + "; ".join(f"{name}: {', '.join(items[:3])}" for name, items in worst.items() if items)
     )

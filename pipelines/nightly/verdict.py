@@ -16,11 +16,12 @@ MEASURED = ("codes", "weights", "active", "gauges")
 
 
 @dataclass(frozen=True)
-class Found:
-    """Of a night's table: its ``tokenizer`` (digest) and the ``folder`` of its artifact; ``metrics`` (``sids.measure``) and ``churn``
-    (``changes.churn``); the ``counts`` of its norms and errors in the bins of ``baseline``, which the tokenizer knows; how far today has ``drifted`` from the live
-    one (``drift.against``), and the :func:`largest_error` of the table's own; ``distinct`` different items, of which ``known`` are among the ``items`` of today;
-    ``broken`` ones with vectors that are not finite."""
+class Measurements:
+    """Of a night's table: its ``tokenizer`` (digest) and the ``folder`` of its artifact; ``metrics`` (``sids.measure``)
+    and ``churn`` (``changes.churn``); the ``counts`` of its norms and errors in the bins of ``baseline``, which the
+    tokenizer knows; how far today has ``drifted`` from the live one (``drift.against``), and the :func:`largest_error`
+    of the table's own; ``distinct`` different items, of which ``known`` are among the ``items`` of today; ``broken``
+    ones with vectors that are not finite."""
 
     folder: Path
     tokenizer: str
@@ -36,7 +37,7 @@ class Found:
     broken: int
 
 
-def facts(cfg: Config, live: Generation, version: int, found: Found) -> dict[str, Any]:
+def facts(cfg: Config, live: Generation, version: int, found: Measurements) -> dict[str, Any]:
     """What the generation's row says of the table, gates and all. ``version``: of ``item_features``."""
     metrics, items = found.metrics, found.items
     usage = drift.usage(live["metrics"], metrics)
@@ -62,7 +63,11 @@ def policy(cfg: Config, drifted: dict[str, Any]) -> str:
     error = largest_error(drifted) or 1.0  # nothing to compare asks for nothing
     if error >= auto.refit_error:
         return "refit"
-    return "warm" if error >= auto.warm_error or max(drifted["norms"].values(), default=0.0) >= auto.warm_norms else "frozen"
+    return (
+        "warm"
+        if error >= auto.warm_error or max(drifted["norms"].values(), default=0.0) >= auto.warm_norms
+        else "frozen"
+    )
 
 
 def largest_error(drifted: dict[str, Any]) -> float | None:
@@ -70,10 +75,13 @@ def largest_error(drifted: dict[str, Any]) -> float | None:
     return max((ratio["all"] for ratio in drifted["error_ratio"].values() if "all" in ratio), default=None)
 
 
-def _gates(cfg: Config, found: Found) -> list[dict[str, Any]]:
+def _gates(cfg: Config, found: Measurements) -> list[dict[str, Any]]:
     limits, metrics = cfg.retokenize.gates, found.metrics
     values = {
-        "items without a SID, or SIDs without an item": (float(metrics["items"] - found.known + abs(found.items - found.known)), 0.0),
+        "items without a SID, or SIDs without an item": (
+            float(metrics["items"] - found.known + abs(found.items - found.known)),
+            0.0,
+        ),
         "collision rate, tail and cold": (metrics["collision_tail"], limits.max_tail_collision),
         "largest group of tail and cold items": (metrics["largest_tail_group"], limits.max_tail_group),
         "error against the tokenizer's data": (found.error, limits.max_error_ratio),
@@ -85,8 +93,14 @@ def tracked(facts: dict[str, Any]) -> dict[str, float]:
     """Of them, what MLflow draws over the nights."""
     drifted, churn = facts["drift"], facts["churn"]
     values = {name: value for name, value in facts["metrics"].items() if isinstance(value, (int, float))}
-    values |= {name: float(churn[name]) for name in ("new", "changed", "removed", "churn", "weighted")} | {"cold": drifted["cold"]}
-    groups = {"churn": churn["by_slot"] | churn["by_stratum"], "norm_index": drifted["norms"], "usage": drifted["usage"]}
+    values |= {name: float(churn[name]) for name in ("new", "changed", "removed", "churn", "weighted")} | {
+        "cold": drifted["cold"]
+    }
+    groups = {
+        "churn": churn["by_slot"] | churn["by_stratum"],
+        "norm_index": drifted["norms"],
+        "usage": drifted["usage"],
+    }
     groups |= {f"error_ratio_{m}": ratios for m, ratios in drifted["error_ratio"].items()}
     values |= {f"{group}_{name}": value for group, parts in groups.items() for name, value in parts.items()}
     return values if drifted["spearman"] is None else values | {"spearman": drifted["spearman"]}

@@ -1,9 +1,9 @@
 """Parquet files and Delta tables of a source, as the lake keeps them (``adasid.datasets.columns``).
 
-Files below a local or mounted path are read by Arrow inside Spark tasks, some row groups a task: every file by its own schema, so that a column that
-only some files have, or that changes its type, does no harm; names that Hadoop cannot parse, half floats and nanoseconds are read; an error names
-the file. Paths with a scheme (object storage, HDFS) and Delta tables are read by Spark.
-"""
+Files below a local or mounted path are read by Arrow inside Spark tasks, some row groups a task: every file by its own
+schema, so that a column that only some files have, or that changes its type, does no harm; names that Hadoop cannot
+parse, half floats and nanoseconds are read; an error names the file. Paths with a scheme (object storage, HDFS) and
+Delta tables are read by Spark."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 class Target(NamedTuple):
-    """The ``schema`` that rows get; columns that ``every`` file must have, and of which ``some`` file must (name -> fix); and columns of which
-    ``one_of`` must be there, to order events."""
+    """The ``schema`` that rows get; columns that ``every`` file must have, and of which ``some`` file must (name ->
+    fix); and columns of which ``one_of`` must be there, to order events."""
 
     schema: pa.Schema
     every: dict[str, str]
@@ -49,7 +49,9 @@ class Target(NamedTuple):
             if name not in names:
                 raise InputError(f"{where}: column {name!r} is missing {found}; {fix}")
         if self.one_of and not {*self.one_of} & {*names}:
-            raise InputError(f"{where}: columns 'timestamp' and 'pos' are missing {found}; add one of them to order the events")
+            raise InputError(
+                f"{where}: columns 'timestamp' and 'pos' are missing {found}; add one of them to order the events"
+            )
 
 
 def items(modalities: Sequence[str]) -> Target:
@@ -58,7 +60,12 @@ def items(modalities: Sequence[str]) -> Target:
     return Target(tables.items(modalities), {"item_id": "add the item's id"}, dict.fromkeys(modalities, fix))
 
 
-EVENTS = Target(tables.INTERACTIONS, {"user_id": "add the user's id", "item_id": "add the item's id"}, {}, ("timestamp", "pos", "order"))
+EVENTS = Target(
+    tables.INTERACTIONS,
+    {"user_id": "add the user's id", "item_id": "add the item's id"},
+    {},
+    ("timestamp", "pos", "order"),
+)
 
 
 class _Footer(NamedTuple):
@@ -74,7 +81,8 @@ def local(path: str) -> Path | None:
 
 
 def listed(root: Path) -> list[DataFile]:
-    """The file ``root``, or all files below the folder ``root``, sorted; names that begin with ``_`` or ``.`` are not data."""
+    """The file ``root``, or all files below the folder ``root``, sorted; names that begin with ``_`` or ``.`` are not
+    data."""
     if root.is_file():
         return [DataFile(str(root), ())]
     found = []
@@ -87,16 +95,20 @@ def listed(root: Path) -> list[DataFile]:
 
 
 def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callable[[str], None]) -> DataFrame:
-    """The rows of a Parquet file or folder. A column that only some files have is null in the others, after a ``note``. Raises InputError that
-    names ``key``, file and column."""
+    """The rows of a Parquet file or folder. A column that only some files have is null in the others, after a ``note``.
+    Raises InputError that names ``key``, file and column."""
     root = local(path)
     if root is None:
         return _by_spark(key, path, target, spark.read.option("mergeSchema", "true").format("parquet"), note)
     where, files = f"{key} {path}", listed(root)
     if (root / "_delta_log").is_dir():
-        raise InputError(f"{where}: is a Delta table, whose folder also has files of older versions: set source.tables.format: delta")
+        raise InputError(
+            f"{where}: is a Delta table, whose folder also has files of older versions: set source.tables.format: delta"
+        )
     if not files:
-        raise InputError(f"{where}: {'has no Parquet file' if root.exists() else 'does not exist'}; give an existing path")
+        raise InputError(
+            f"{where}: {'has no Parquet file' if root.exists() else 'does not exist'}; give an existing path"
+        )
     with ThreadPoolExecutor(_READERS) as pool:
         footers = list(pool.map(partial(_footer, key), files))
     _check(where, key, files, footers, target, note)
@@ -111,7 +123,9 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
     return rows
 
 
-def delta(spark: SparkSession, key: str, path: str, version: int, target: Target, note: Callable[[str], None]) -> DataFrame:
+def delta(
+    spark: SparkSession, key: str, path: str, version: int, target: Target, note: Callable[[str], None]
+) -> DataFrame:
     """The same of a Delta table at a version."""
     return _by_spark(key, path, target, spark.read.format("delta").option("versionAsOf", version), note)
 
@@ -126,11 +140,19 @@ def _footer(key: str, file: DataFile) -> _Footer:
     except (pa.ArrowException, OSError) as error:
         size = os.path.getsize(file.path) if os.path.exists(file.path) else 0
         raise InputError(
-            f"{key} {file.path}: not readable as parquet ({size} bytes: {first_line(error)}); correct the path or the format, or write the file again"
+            f"{key} {file.path}: not readable as parquet ({size} bytes: {first_line(error)}); correct the path or the "
+            "format, or write the file again"
         ) from None
 
 
-def _check(where: str, key: str, files: Sequence[DataFile], footers: Sequence[_Footer], target: Target, note: Callable[[str], None]) -> None:
+def _check(
+    where: str,
+    key: str,
+    files: Sequence[DataFile],
+    footers: Sequence[_Footer],
+    target: Target,
+    note: Callable[[str], None],
+) -> None:
     distinct = dict[pa.Schema, str]()
     for file, footer in zip(files, footers):
         distinct.setdefault(footer.schema, file.path)
@@ -138,13 +160,19 @@ def _check(where: str, key: str, files: Sequence[DataFile], footers: Sequence[_F
     for own, path in distinct.items():
         for name in target.every:
             if name not in own.names:
-                raise InputError(f"{key} {path}: column {name!r} is missing (found: {', '.join(own.names)}), which other files have; add it")
+                raise InputError(
+                    f"{key} {path}: column {name!r} is missing (found: {', '.join(own.names)}), which other files "
+                    "have; add it"
+                )
         columns.problems(own, target.schema, f"{key} {path}")
     known = [{*footer.schema.names} for footer in footers]
     for name in sorted(columns.read_from(target.schema) & set().union(*known)):
         without = [file.path for file, names in zip(files, known) if name not in names]
         if without:
-            note(f"{where}: column {name!r} is missing in {len(without)} of {len(files)} files (first: {without[0]}): null there")
+            note(
+                f"{where}: column {name!r} is missing in {len(without)} of {len(files)} files (first: {without[0]}): "
+                "null there"
+            )
     for own in distinct:
         _check_title(where, own, target, note)
 
@@ -157,7 +185,8 @@ def _check_title(where: str, schema: pa.Schema, target: Target, note: Callable[[
 
 
 def _fixed_size(footer: _Footer, target: Target) -> bool:
-    """Whether a column is a list of fixed size, which Arrow cannot read back from Parquet where a row is null. Spark can."""
+    """Whether a column is a list of fixed size, which Arrow cannot read back from Parquet where a row is null. Spark
+    can."""
     names = columns.read_from(target.schema)
     return any(pa.types.is_fixed_size_list(field.type) for field in footer.schema if field.name in names)
 
@@ -178,13 +207,22 @@ def _plan(files: Sequence[tuple[DataFile, _Footer]]) -> list[list[tuple[DataFile
     return plan
 
 
-def _by_spark(key: str, path: str, target: Target, reader: DataFrameReader, note: Callable[[str], None], files: list[str] | None = None) -> DataFrame:
+def _by_spark(
+    key: str,
+    path: str,
+    target: Target,
+    reader: DataFrameReader,
+    note: Callable[[str], None],
+    files: list[str] | None = None,
+) -> DataFrame:
     """By Spark's own reader: all of ``path``, or some ``files`` below it."""
     where = f"{key} {path}"
     try:
         frame = reader.load(path if files is None else files)
     except (Py4JJavaError, PySparkException) as error:
-        raise InputError(f"{where}: not readable ({engine.root_cause(error)}); correct the path or the format") from None
+        raise InputError(
+            f"{where}: not readable ({engine.root_cause(error)}); correct the path or the format"
+        ) from None
     if files is None:
         target.check(where, frame.columns)
     names = [name for name in frame.columns if name in columns.read_from(target.schema)]

@@ -76,7 +76,9 @@ def encoding() -> None:
     size = config.Sids().batch
     tokenizer = artifact.build(SETTINGS, WIDTHS).eval()
     vectors = {m: torch.randn(size, width) for m, width in WIDTHS.items()}
-    batch = Batch(vectors, {m: torch.ones(size, dtype=torch.bool) for m in WIDTHS}, torch.rand(size), torch.arange(size))
+    batch = Batch(
+        vectors, {m: torch.ones(size, dtype=torch.bool) for m in WIDTHS}, torch.rand(size), torch.arange(size)
+    )
     flops = products(tokenizer, batch)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     out = torch.empty(2048, 2048)
@@ -85,10 +87,22 @@ def encoding() -> None:
         peaks.append(2 * 2048**3 / seconds(lambda: torch.mm(a, b, out=out)))
         rates.append(size / seconds(lambda: tokenizer.encode(batch)))
     fractions = sorted(rate * flops / peak for rate, peak in zip(rates, peaks))
-    print(f"threads {torch.get_num_threads()}   batch {size}   {flops / 1e6:.2f} MFLOP an item   {len(tokenizer.slots)} experts")
-    print(f"matrix-product peak      median {statistics.median(peaks) / 1e9:8.1f} GFLOP/s   ({min(peaks) / 1e9:.1f} to {max(peaks) / 1e9:.1f})")
-    print(f"encoding                 median {statistics.median(rates):8.0f} items/s    ({min(rates):.0f} to {max(rates):.0f})")
-    print(f"fraction of the peak     median {statistics.median(fractions):8.2f}            ({fractions[0]:.2f} to {fractions[-1]:.2f})   target 0.60")
+    print(
+        f"threads {torch.get_num_threads()}   batch {size}   {flops / 1e6:.2f} MFLOP an item   {len(tokenizer.slots)} "
+        "experts"
+    )
+    print(
+        f"matrix-product peak      median {statistics.median(peaks) / 1e9:8.1f} GFLOP/s   ({min(peaks) / 1e9:.1f} to "
+        f"{max(peaks) / 1e9:.1f})"
+    )
+    print(
+        f"encoding                 median {statistics.median(rates):8.0f} items/s    ({min(rates):.0f} to "
+        f"{max(rates):.0f})"
+    )
+    print(
+        f"fraction of the peak     median {statistics.median(fractions):8.2f}            ({fractions[0]:.2f} to "
+        f"{fractions[-1]:.2f})   target 0.60"
+    )
 
 
 def single(items: int = 1000) -> None:
@@ -116,7 +130,10 @@ class Theirs(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.quantizer = ResidualVQ(
-            dim=RESIDUAL.latent_width, num_quantizers=RESIDUAL.levels, codebook_size=RESIDUAL.codebook_size, commitment_weight=RESIDUAL.commitment
+            dim=RESIDUAL.latent_width,
+            num_quantizers=RESIDUAL.levels,
+            codebook_size=RESIDUAL.codebook_size,
+            commitment_weight=RESIDUAL.commitment,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -148,7 +165,9 @@ def rq_vae(settings: config.RqVaeSettings, batch: Batch) -> Tokenizer:
     """RQ-VAE on text, its codebooks initialised as training does it, on the latents of ``batch``."""
     tokenizer = RqVae(settings, {"text": WIDTHS["text"]}).train()
     tower = tokenizer.tower("shared")
-    tower.codebooks.initialise(tower.encoder(batch.vectors["text"]).detach(), settings.kmeans_rounds, torch.Generator().manual_seed(0))
+    tower.codebooks.initialise(
+        tower.encoder(batch.vectors["text"]).detach(), settings.kmeans_rounds, torch.Generator().manual_seed(0)
+    )
     tokenizer.quantizing.fill_(True)
     return tokenizer
 
@@ -158,18 +177,24 @@ def show(ours: str, theirs: str, times: list[tuple[float, float]], target: str) 
     ratios = sorted(mine / other for mine, other in times)
     print(f"{ours:<25}median {1e3 * statistics.median(t[0] for t in times):8.1f} ms")
     print(f"{theirs:<25}median {1e3 * statistics.median(t[1] for t in times):8.1f} ms")
-    print(f"{'ratio':<25}median {statistics.median(ratios):8.2f}            ({ratios[0]:.2f} to {ratios[-1]:.2f})   target {target}")
+    print(
+        f"{'ratio':<25}median {statistics.median(ratios):8.2f}            ({ratios[0]:.2f} to {ratios[-1]:.2f})   "
+        f"target {target}"
+    )
 
 
 def residual() -> None:
-    """Print the seconds of a training step of RQ-VAE and of the same model with vector-quantize-pytorch's ResidualVQ."""
+    """Print the seconds of a training step of RQ-VAE and of the same model with vector-quantize-pytorch's
+    ResidualVQ."""
     batch = text_batch(RESIDUAL.training.batch)
     ours = rq_vae(RESIDUAL, batch)
     tower = copy.deepcopy(ours.get_submodule("towers.shared"))
     theirs = Theirs(tower.get_submodule("encoder"), tower.get_submodule("decoder")).train()
     mine = stepper(ours, lambda: ours.losses(batch, Workers(), 0.5).total)
     other = stepper(theirs, lambda: theirs(batch.vectors["text"]))
-    show("RQ-VAE training step", "with ResidualVQ", [(seconds(mine), seconds(other)) for _ in range(ROUNDS)], "at most 1")
+    show(
+        "RQ-VAE training step", "with ResidualVQ", [(seconds(mine), seconds(other)) for _ in range(ROUNDS)], "at most 1"
+    )
 
 
 def repulsion(size: int = 4096) -> None:
@@ -182,7 +207,8 @@ def repulsion(size: int = 4096) -> None:
         step = stepper(model, lambda model=model: model.losses(batch, Workers(), 0.5).total)  # type: ignore[misc]
         shares = sorted(1 - seconds(without, 1.0) / seconds(step, 1.0) for _ in range(5))
         print(
-            f"share of a step, {kind:<9}median {statistics.median(shares):8.2f}            ({shares[0]:.2f} to {shares[-1]:.2f})   target at most 0.30"
+            f"share of a step, {kind:<9}median {statistics.median(shares):8.2f}            ({shares[0]:.2f} to "
+            f"{shares[-1]:.2f})   target at most 0.30"
         )
 
 
@@ -190,7 +216,9 @@ def mixture(rows: int, width: int) -> torch.Tensor:
     """Vectors around 500 centres."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(500, width, generator=generator)
-    return centres[torch.randint(500, (rows,), generator=generator)] + 0.7 * torch.randn(rows, width, generator=generator)
+    return centres[torch.randint(500, (rows,), generator=generator)] + 0.7 * torch.randn(
+        rows, width, generator=generator
+    )
 
 
 def clusters(rows: int = 50_000, width: int = 128, k: int = 256, levels: int = 3, rounds: int = 20) -> None:
@@ -211,7 +239,12 @@ def clusters(rows: int = 50_000, width: int = 128, k: int = 256, levels: int = 3
             residual -= found.centroids[found.index.search(residual, 1)[1][:, 0]]
         left["faiss"] = float((residual**2).sum(1).mean())
 
-    show("RQ-KMeans fit and encode", "faiss.Kmeans by level", [(seconds(ours), seconds(theirs)) for _ in range(5)], "at most 1")
+    show(
+        "RQ-KMeans fit and encode",
+        "faiss.Kmeans by level",
+        [(seconds(ours), seconds(theirs)) for _ in range(5)],
+        "at most 1",
+    )
     print(f"squared error            ours {left['ours']:.2f}   faiss {left['faiss']:.2f}")
 
 
@@ -228,7 +261,9 @@ def product(rows: int = 20_000, width: int = 96, parts: int = 6, k: int = 256) -
     def theirs() -> None:
         left["faiss"] = error(fit_opq_faiss(x, parts, k, 50))
 
-    show("OPQ fit, K=256", "faiss OPQMatrix and PQ", [(seconds(ours), seconds(theirs)) for _ in range(3)], "at most 0.33")
+    show(
+        "OPQ fit, K=256", "faiss OPQMatrix and PQ", [(seconds(ours), seconds(theirs)) for _ in range(3)], "at most 0.33"
+    )
     print(f"squared error            ours {left['ours']:.2f}   faiss {left['faiss']:.2f}")
 
 
@@ -236,7 +271,9 @@ def memory() -> None:
     """Print the peak memory of a training process beyond its shard, for a catalogue and for one four times as large."""
     beyond = []
     for items in (10_000, 40_000):
-        found = subprocess.run([sys.executable, __file__, str(items)], capture_output=True, text=True, check=True).stdout.split()
+        found = subprocess.run(
+            [sys.executable, __file__, str(items)], capture_output=True, text=True, check=True
+        ).stdout.split()
         beyond.append((int(found[-2]) - int(found[-1])) / 2**20)
     print(f"memory beyond the shard  {beyond[0]:10.0f} MiB for 10,000 items, {beyond[1]:.0f} MiB for 40,000")
 
@@ -248,7 +285,8 @@ def catalogue(items: int, slots: int = 6, size: int = 256) -> ItemTokens:
 
 
 def decoding(users: int = 4096) -> None:
-    """Print users/s of exact parallel scoring, and of constrained beam search over a million items in a process of its own."""
+    """Print users/s of exact parallel scoring, and of constrained beam search over a million items in a process of its
+    own."""
     exact = retriever.build(config.Retrieval(head="parallel"), catalogue(12_101, size=100)).eval()
     states = torch.randn(users, exact.settings.width)
     with torch.inference_mode():
@@ -275,7 +313,10 @@ def beam(items: int = 1_000_000, users: int = 128) -> None:
         found, _ = model.top(states[:32], 100)
     valid = torch.isin((local[found.reshape(-1)] * place).sum(1), (local * place).sum(1)).double()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
-    print(f"beam search              {rate:15.1f} users/s    {items:,} items, beam 100, {valid.mean():.0%} of {len(valid)} answers are items")
+    print(
+        f"beam search              {rate:15.1f} users/s    {items:,} items, beam 100, {valid.mean():.0%} of "
+        f"{len(valid)} answers are items"
+    )
     print(f"prefixes                 {built:15.1f} s          peak memory above the imports {peak:.0f} MiB")
 
 
@@ -283,7 +324,10 @@ def waiting(items: int = 20_000) -> None:
     """Print the share of an epoch that a worker waits for its batches."""
     shard, rows = train(items)
     last = rows[-1]
-    print(f"training                 {len(shard) / last['seconds']:15.0f} items/s    {last['seconds']:.1f} s an epoch of {items} items")
+    print(
+        f"training                 {len(shard) / last['seconds']:15.0f} items/s    {last['seconds']:.1f} s an epoch of "
+        f"{items} items"
+    )
     print(f"waiting for data         {last['wait_share']:15.2%}                            target at most 5 %")
 
 
@@ -301,11 +345,23 @@ def train(items: int) -> tuple[Shard, list[dict[str, float]]]:
 
     shard = Shard(read, tuple(WIDTHS))
     with TemporaryDirectory() as folder:
-        training = TokenizerTraining(artifact.build(SETTINGS, shard.widths), SETTINGS, shard, Path(folder), 0, Workers(), "bench")
+        training = TokenizerTraining(
+            artifact.build(SETTINGS, shard.widths), SETTINGS, shard, Path(folder), 0, Workers(), "bench"
+        )
         return shard, training.run()
 
 
-PARTS: tuple[Callable[[], None], ...] = (encoding, single, residual, repulsion, clusters, product, decoding, waiting, memory)
+PARTS: tuple[Callable[[], None], ...] = (
+    encoding,
+    single,
+    residual,
+    repulsion,
+    clusters,
+    product,
+    decoding,
+    waiting,
+    memory,
+)
 
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].isdigit():

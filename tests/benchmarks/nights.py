@@ -1,13 +1,13 @@
-"""What nights cost and what they keep, on a copy of a run that has published a generation.
+"""What nightly runs cost and what they keep, on a copy of a run that has published a generation.
 
-    python tests/benchmarks/nights.py stability --config conf/beauty.yaml    # SIDs kept after 2 % embedding noise, under each policy
-    python tests/benchmarks/nights.py recall    --config conf/beauty.yaml    # what a retriever of the day before makes of those SIDs
-    python tests/benchmarks/nights.py days      --config conf/demo.yaml      # thirty days: 1 % new, 2 % changed, 0.2 % removed a day
-    python tests/benchmarks/nights.py replay    --config conf/beauty.yaml    # the last thirty weeks of the data, each a night
-    python tests/benchmarks/nights.py cost      --config conf/beauty.yaml    # 1,000,000 items: nights of 1 % against encoding all
+    python tests/benchmarks/nights.py stability --config conf/beauty.yaml
 
-Each row is printed and kept, as it comes, in ``<run>/nights-<part>.jsonl``; a part that was cut off goes on. Nights in a row are drawn beside it.
-"""
+Parts: ``stability``: SIDs kept after 2 % embedding noise, under each policy; ``recall``: what a retriever of the day
+before makes of those SIDs; ``days``: thirty days of 1 % new, 2 % changed, 0.2 % removed items; ``replay``: the last
+thirty weeks of the data, each a nightly run; ``cost``: 1,000,000 items, nightly runs of 1 % against encoding all.
+
+Each row is printed and kept, as it comes, in ``<run>/nights-<part>.jsonl``; a part that was cut off goes on. Nights in
+a row are drawn beside it."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def copied(path: str, folder: Path, *overrides: str) -> tuple[Config, Lake]:
 def night(cfg: Config, day: date) -> float:
     """Seconds of a night in this process."""
     started = time.perf_counter()
-    with tracking.stage(cfg, "retokenize", journal=False) as track:
-        retokenize.run(cfg, track, day)
+    with tracking.stage(cfg, "retokenize", journal=False) as context:
+        retokenize.run(cfg, context, day)
     return time.perf_counter() - started
 
 
@@ -101,16 +101,36 @@ def published(lake: Lake) -> tuple[list[str], NDArray[np.int32], dict[str, float
     for gauges in rows["gauges"].to_pylist():
         for gauge in gauges:
             errors.setdefault(gauge["modality"], []).append(gauge["error"])
-    return rows["item_id"].to_pylist(), np.array(rows["codes"].to_pylist(), np.int32), {m: float(np.mean(values)) for m, values in errors.items()}
+    return (
+        rows["item_id"].to_pylist(),
+        np.array(rows["codes"].to_pylist(), np.int32),
+        {m: float(np.mean(values)) for m, values in errors.items()},
+    )
 
 
 def stability(path: str, log: Path) -> None:
     """Share of SIDs, and of codes, that stay when every vector moves by noise of 2 % of its norm."""
     done = {json.loads(line)["policy"] for line in log.read_text().splitlines()} if log.exists() else set()
 
-    def keep(policy: str, before: dict[str, list[int]], items: list[str], codes: NDArray[np.int32], error: dict[str, float], seconds: float) -> None:
+    def keep(
+        policy: str,
+        before: dict[str, list[int]],
+        items: list[str],
+        codes: NDArray[np.int32],
+        error: dict[str, float],
+        seconds: float,
+    ) -> None:
         same = np.array([before[item] for item in items]) == codes
-        tell(log, {"policy": policy, "kept": float(same.all(1).mean()), "codes": float(same.mean()), "error": error, "seconds": round(seconds, 1)})
+        tell(
+            log,
+            {
+                "policy": policy,
+                "kept": float(same.all(1).mean()),
+                "codes": float(same.mean()),
+                "error": error,
+                "seconds": round(seconds, 1),
+            },
+        )
 
     training = load(path).tokenizer.epochs
     in_full = [f"retokenize.warm.epochs={training.epochs}", f"retokenize.warm.lr={training.lr}"] if training else []
@@ -118,14 +138,19 @@ def stability(path: str, log: Path) -> None:
         if policy in done:
             continue
         scratch = folder_of(log, policy)
-        cfg, lake = copied(path, scratch, f"retokenize.policy={'frozen' if policy == 'cold' else policy.split(',')[0]}", *overrides)
+        cfg, lake = copied(
+            path, scratch, f"retokenize.policy={'frozen' if policy == 'cold' else policy.split(',')[0]}", *overrides
+        )
         live = generations.live(lake)
-        before = {row["item_id"]: row["codes"] for row in lake.read("sids", live["sids_version"], ["item_id", "codes"]).to_pylist()}
+        before = {
+            row["item_id"]: row["codes"]
+            for row in lake.read("sids", live["sids_version"], ["item_id", "codes"]).to_pylist()
+        }
         put(lake, noisy(lake.read("item_features"), 1, 0.02), "noise")
         if policy == "cold":
             other, started = cfg.model_copy(update={"seed": cfg.seed + 1}), time.perf_counter()
-            with tracking.stage(other, "cold", journal=False) as track:
-                train.train_tokenizer(other, track, lake.versions("item_features"), scratch / "cold")
+            with tracking.stage(other, "cold", journal=False) as context:
+                train.train_tokenizer(other, context, lake.versions("item_features"), scratch / "cold")
             keep("cold", before, *encoded(lake, scratch / "cold" / "model"), time.perf_counter() - started)
             continue
         seconds = night(cfg, date(2026, 1, 1))
@@ -137,18 +162,21 @@ def stability(path: str, log: Path) -> None:
 
 
 def recall(path: str, log: Path) -> None:
-    """Test metrics of the config's retriever, trained on the live SIDs, when it is served the SIDs that :func:`stability` left under each policy."""
+    """Test metrics of the config's retriever, trained on the live SIDs, when it is served the SIDs that
+    :func:`stability` left under each policy."""
     log.unlink(missing_ok=True)
     cfg = load(path)
-    with tracking.stage(cfg, "retrieval", journal=False) as track:
-        train.retrieval(cfg, track)
-        lake, live = track.lake, generations.live(track.lake)
+    with tracking.stage(cfg, "retrieval", journal=False) as context:
+        train.retrieval(cfg, context)
+        lake, live = context.lake, generations.live(context.lake)
         slots = artifact.read_manifest(Path(live["artifact"]))["slots"]
         source = {"table": "sids", "version": live["sids_version"], "slots": slots}
         folder = train.downstream_folder(train.resolve_downstream(cfg, lake, "retrieval", source), "retrieval")
     read = lake.versions("sequences", "item_stats")
     parts, settings = workers._histories(lake, read, Workers(), cfg), cfg.retrieval
-    known, counts, strata = workers._catalogue(lake, {"read": read, "catalogue": source}, settings.inactive == "pad", settings.weights)
+    known, counts, strata = workers._catalogue(
+        lake, {"read": read, "catalogue": source}, settings.inactive == "pad", settings.weights
+    )
     ids = lake.read("item_stats", read["item_stats"], ["item_id", "item_index"]).sort_by("item_index")["item_id"]
 
     def score(policy: str, catalogue: ItemTokens) -> None:
@@ -157,7 +185,14 @@ def recall(path: str, log: Path) -> None:
         training.model.load_state_dict(load_file(folder / "best.safetensors"))
         training.model.eval()
         same = float((catalogue.rows == known.rows).double().mean())
-        tell(log, {"policy": policy, "codes": same, **{name: training.test()["test"][name] for name in ("recall@10", "ndcg@10", "recall@50")}})
+        tell(
+            log,
+            {
+                "policy": policy,
+                "codes": same,
+                **{name: training.test()["test"][name] for name in ("recall@10", "ndcg@10", "recall@50")},
+            },
+        )
 
     score("live", known)
     for policy in POLICIES:
@@ -181,7 +216,10 @@ def told(lake: Lake, day: int, seconds: float) -> dict[str, Any]:
     row: dict[str, Any] = {"day": day, "seconds": round(seconds, 1), "items": live["items"]}
     row |= {name: live["metrics"][name] for name in ("collision_items", "largest_group")}
     row |= {name: live["churn"][name] for name in ("new", "changed", "removed", "churn", "weighted")}
-    row |= {"error": {m: ratio["all"] for m, ratio in live["drift"]["error_ratio"].items()}, "norms": live["drift"]["norms"]}
+    row |= {
+        "error": {m: ratio["all"] for m, ratio in live["drift"]["error_ratio"].items()},
+        "norms": live["drift"]["norms"],
+    }
     return row | {"cold": live["drift"]["cold"]}
 
 
@@ -219,14 +257,23 @@ def days(path: str, log: Path, number: int = 30) -> None:
     lake = tracking.open_lake(cfg)
     for day in range(start + 1, number + 1):
         table = next_day(lake.read("item_features"), seed=day, new=0.01, changed=0.02, removed=0.002)
-        drifted = np.round(table["interactions"].to_numpy() * np.random.default_rng(day).lognormal(0, 0.1, table.num_rows)).astype(np.int64)
-        put(lake, table.set_column(table.column_names.index("interactions"), table.schema.field("interactions"), pa.array(drifted)), f"day {day}")
+        drifted = np.round(
+            table["interactions"].to_numpy() * np.random.default_rng(day).lognormal(0, 0.1, table.num_rows)
+        ).astype(np.int64)
+        put(
+            lake,
+            table.set_column(
+                table.column_names.index("interactions"), table.schema.field("interactions"), pa.array(drifted)
+            ),
+            f"day {day}",
+        )
         tell(log, told(lake, day, night(cfg, date(2026, 1, 1) + timedelta(days=day))))
 
 
 def replay(path: str, log: Path, number: int = 30) -> None:
-    """The last ``number`` weeks of a data set with times: each night sees the items and counts up to its week. The tokenizer is trained on the items
-    before the first; an item that came later has no behaviour until the next tenth week, as if SASRec were trained then."""
+    """The last ``number`` weeks of a data set with times: each night sees the items and counts up to its week. The
+    tokenizer is trained on the items before the first; an item that came later has no behaviour until the next tenth
+    week, as if SASRec were trained then."""
     scratch, base = log.parent / "nights-replay", load(path)
     shutil.rmtree(scratch, ignore_errors=True)
     log.unlink(missing_ok=True)
@@ -239,12 +286,15 @@ def replay(path: str, log: Path, number: int = 30) -> None:
     np.minimum.at(first, item, time_)
 
     def week(number_: int, known: int) -> pa.Table:
-        """Items seen until a week's end, with their counts; behaviour of those that came until the end of week ``known``."""
+        """Items seen until a week's end, with their counts; behaviour of those that came until the end of week
+        ``known``."""
         end, learned = (time_.max() - 7 * (number - w) for w in (number_, known))
         counts = np.bincount(item[time_ <= end], minlength=whole.num_rows)
         there = first <= end
         late = pa.array(first > learned)
-        part = whole.set_column(whole.column_names.index("interactions"), whole.schema.field("interactions"), pa.array(counts))
+        part = whole.set_column(
+            whole.column_names.index("interactions"), whole.schema.field("interactions"), pa.array(counts)
+        )
         for name, value in {"behavior": None, "norm": None, "richness": 0.0, "stratum": "cold"}.items():
             column = part[name].combine_chunks()
             places = pa.array(np.arange(part.num_rows), mask=late.to_numpy(zero_copy_only=False))
@@ -254,16 +304,20 @@ def replay(path: str, log: Path, number: int = 30) -> None:
         part = part.set_column(part.column_names.index("fingerprint"), whole.schema.field("fingerprint"), prints)
         part = part.filter(pa.array(there)).sort_by([("interactions", "descending"), ("item_id", "ascending")])
         place = part.column_names.index("item_index")
-        return part.set_column(place, whole.schema.field("item_index"), pa.array(np.arange(part.num_rows))).cast(whole.schema)
+        return part.set_column(place, whole.schema.field("item_index"), pa.array(np.arange(part.num_rows))).cast(
+            whole.schema
+        )
 
     put(lake, week(0, 0), "week 0")
     for name in ("sids", "generations", "live"):
         shutil.rmtree(Path(lake.path(name)))
-    with tracking.stage(cfg, "tokenizer", journal=False) as track:
-        train.train_tokenizer(cfg, track, lake.versions("item_features"), scratch / "tokenizer")
-    cfg = load(path, [f"runs_dir={scratch}", *OPEN, "sids.gates.max_group=1000000", f"sids.artifact={scratch}/tokenizer/model"])
-    with tracking.stage(cfg, "sids", journal=False) as track:
-        sids.run(cfg, track)
+    with tracking.stage(cfg, "tokenizer", journal=False) as context:
+        train.train_tokenizer(cfg, context, lake.versions("item_features"), scratch / "tokenizer")
+    cfg = load(
+        path, [f"runs_dir={scratch}", *OPEN, "sids.gates.max_group=1000000", f"sids.artifact={scratch}/tokenizer/model"]
+    )
+    with tracking.stage(cfg, "sids", journal=False) as context:
+        sids.run(cfg, context)
     for at in range(1, number + 1):
         put(lake, week(at, at // 10 * 10), f"week {at}")
         tell(log, told(lake, at, night(cfg, date(2026, 1, 1) + timedelta(weeks=at))))
@@ -283,19 +337,23 @@ def many(table: pa.Table, items: int) -> Iterator[pa.RecordBatch]:
             elif pa.types.is_list(column.type):
                 values = column.flatten().to_numpy()
                 step = np.float32(0.5 * np.sqrt(np.mean(values**2))) * rng.standard_normal(len(values), np.float32)
-                column = pa.ListArray.from_arrays(column.offsets, pa.array(values + step), type=column.type, mask=column.is_null())
+                column = pa.ListArray.from_arrays(
+                    column.offsets, pa.array(values + step), type=column.type, mask=column.is_null()
+                )
             part = part.set_column(part.column_names.index(name), part.schema.field(name), column)
         yield from part.to_batches()
 
 
 def work() -> float:
     """Processor seconds so far, of this process and of Spark's."""
-    return sum(sum(process.cpu_times()[:4]) for process in (psutil.Process(), *psutil.Process().children(recursive=True)))
+    return sum(
+        sum(process.cpu_times()[:4]) for process in (psutil.Process(), *psutil.Process().children(recursive=True))
+    )
 
 
 def cost(path: str, log: Path, items: int = 1_000_000, share: float = 0.01) -> None:
-    """Encoding of ``items`` items, then nights on which a ``share`` of them changed, and none; the exports' part is told apart. The session and the
-    first use of Spark are not counted."""
+    """Encoding of ``items`` items, then nights on which a ``share`` of them changed, and none; the exports' part is
+    told apart. The session and the first use of Spark are not counted."""
     scratch = log.parent / "nights"
     cfg, lake = copied(path, scratch, "retokenize.exports=[]")
     table, live = lake.read("item_features"), generations.live(lake)
@@ -313,24 +371,39 @@ def cost(path: str, log: Path, items: int = 1_000_000, share: float = 0.01) -> N
             "sids.gates.max_collision=1.0",
         ],
     )
-    everything = cfg.model_copy(update={"retokenize": load(path).retokenize.model_copy(update={"gates": cfg.retokenize.gates})})
+    everything = cfg.model_copy(
+        update={"retokenize": load(path).retokenize.model_copy(update={"gates": cfg.retokenize.gates})}
+    )
     spark = engine.session(cfg.spark)
     engine.read(spark, lake, "catalog_stats").collect()
-    target, days = f"delta.`{lake.path('item_features')}`", iter(date(2026, 1, 1) + timedelta(days=day) for day in range(9))
+    target, days = (
+        f"delta.`{lake.path('item_features')}`",
+        iter(date(2026, 1, 1) + timedelta(days=day) for day in range(9)),
+    )
 
     def change(number: int) -> None:
-        vectors = ", ".join(f"{m} = transform({m}, x -> x * {1 + number / 100})" for m in VECTORS if m in table.column_names)
+        vectors = ", ".join(
+            f"{m} = transform({m}, x -> x * {1 + number / 100})" for m in VECTORS if m in table.column_names
+        )
         rows = f"pmod(xxhash64(item_id), {round(1 / share)}) = {number}"
         spark.sql(f"UPDATE {target} SET {vectors}, fingerprint = concat(fingerprint, '{number}') WHERE {rows}")
 
     def timed(name: str, run: Callable[[], Any]) -> None:
         before, started = work(), time.perf_counter()
         run()
-        tell(log, {"what": name, "items": items, "seconds": round(time.perf_counter() - started, 1), "work": round(work() - before, 1)})
+        tell(
+            log,
+            {
+                "what": name,
+                "items": items,
+                "seconds": round(time.perf_counter() - started, 1),
+                "work": round(work() - before, 1),
+            },
+        )
 
     def full() -> None:
-        with tracking.stage(cfg, "sids", journal=False) as track:
-            sids.run(cfg, track)
+        with tracking.stage(cfg, "sids", journal=False) as context:
+            sids.run(cfg, context)
 
     timed("full encoding", full)
     change(1)  # rewrites the files that hold the rows, as an update without a change feed does
@@ -353,7 +426,9 @@ if __name__ == "__main__":
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
     kept = load(arguments.config).run_dir.resolve() / f"nights-{arguments.part}.jsonl"
-    {"stability": stability, "recall": recall, "days": days, "replay": replay, "cost": cost}[arguments.part](arguments.config, kept)
+    {"stability": stability, "recall": recall, "days": days, "replay": replay, "cost": cost}[arguments.part](
+        arguments.config, kept
+    )
     if arguments.part in {"days", "replay"}:
         picture = kept.with_suffix(".png")
         picture.write_bytes(style.png(drawn([json.loads(line) for line in kept.read_text().splitlines()])))

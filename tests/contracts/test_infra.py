@@ -1,4 +1,5 @@
-"""How the jobs are scheduled and shipped: every path, flag, key, tag, version and variable that infra/ names is one that exists."""
+"""How the jobs are scheduled and shipped: every path, flag, key, tag, version and variable that infra/ names is one
+that exists."""
 
 import ast
 import importlib.util
@@ -17,7 +18,11 @@ from adasid.config import load
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
-FILES = [path for path in sorted(INFRA.rglob("*")) if path.is_file() and "__pycache__" not in path.parts and path.name != "setup.sh"]
+FILES = [
+    path
+    for path in sorted(INFRA.rglob("*"))
+    if path.is_file() and "__pycache__" not in path.parts and path.name != "setup.sh"
+]
 SETUP = (ROOT / "setup.py").read_text()
 NIGHT = yaml.safe_load_all((INFRA / "kubernetes" / "nightly.yaml").read_text())
 SPARK, RAY = NIGHT
@@ -45,7 +50,9 @@ def test_what_is_named_exists(path):
 
 def test_versions_are_those_that_are_installed():
     assert f'"pyspark=={SPARK["spec"]["template"]["sparkVersion"]}"' in SETUP
-    assert f'"ray[default,data,train]=={".".join(RAY["spec"]["rayClusterSpec"]["rayVersion"].split(".")[:2])}.*"' in SETUP
+    assert (
+        f'"ray[default,data,train]=={".".join(RAY["spec"]["rayClusterSpec"]["rayVersion"].split(".")[:2])}.*"' in SETUP
+    )
     mlflow = re.search(r'"(mlflow[^"]+)"', (INFRA / "images" / "mlflow.Dockerfile").read_text()).group(1)
     assert f'"{mlflow}"' in SETUP
 
@@ -55,7 +62,9 @@ def test_kubernetes_runs_the_doors_with_flags_that_they_have():
     door = template["mainApplicationFile"].removeprefix("local:///opt/adasid/")
     assert f"COPY {door} {door}\n" in (INFRA / "images" / "spark.Dockerfile").read_text()
     for job in [door, *(f"jobs/{name}.py" for name in STEPS)]:
-        shown = subprocess.run([sys.executable, job, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            [sys.executable, job, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
         for flag in {"--run-date"} if job == door else set(template["arguments"][::2]) - {"--run-date"}:
             assert flag in shown, (job, flag)
     assert SPARK["spec"]["concurrencyPolicy"] == "Forbid"
@@ -64,11 +73,14 @@ def test_kubernetes_runs_the_doors_with_flags_that_they_have():
     assert all(mount["name"] in names for mounts in pods for mount in mounts)
     assert any(template["arguments"][1].startswith(mount["mountPath"]) for mount in pods[0])
     group = RAY["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    assert {mount["name"] for mount in group["containers"][0]["volumeMounts"]} == {volume["name"] for volume in group["volumes"]}
+    assert {mount["name"] for mount in group["containers"][0]["volumeMounts"]} == {
+        volume["name"] for volume in group["volumes"]
+    }
     words = RAY["spec"]["entrypoint"].split()
     assert (
         words[1] == "jobs/train.py"
-        and words[-1] in subprocess.run([sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+        and words[-1]
+        in subprocess.run([sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True).stdout
     )
 
 
@@ -89,7 +101,9 @@ def test_kubernetes_runs_the_chain_in_order_and_stops_where_a_job_fails(tmp_path
     assert code == 0 and [Path(words[0]).stem for words in ran] == STEPS
     date = template["arguments"].index("--run-date")
     shared = [*template["arguments"][:date], *template["arguments"][date + 2 :]]
-    assert [words[1:] for words in ran] == [[*shared, *(["--run-date", "today"] if name == "retokenize" else [])] for name in STEPS]
+    assert [words[1:] for words in ran] == [
+        [*shared, *(["--run-date", "today"] if name == "retokenize" else [])] for name in STEPS
+    ]
     (tmp_path / "jobs" / "retokenize.py").write_text("import sys\nsys.exit(4)\n")
     code, ran = night()
     assert code == 4 and [Path(words[0]).stem for words in ran] == ["ingest", "build_features"]
@@ -97,17 +111,25 @@ def test_kubernetes_runs_the_chain_in_order_and_stops_where_a_job_fails(tmp_path
 
 def test_every_part_of_a_ray_cluster_has_the_token():
     spec = RAY["spec"]
-    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}  # KubeRay sets mode and token in head, workers and submitter
+    assert spec["rayClusterSpec"]["authOptions"] == {
+        "mode": "token"
+    }  # KubeRay sets mode and token in head, workers and submitter
     assert spec["submissionMode"] == "K8sJobMode" and "submitterPodTemplate" not in spec
     assert "RAY_AUTH_MODE=token" in (INFRA / "images" / "ray.Dockerfile").read_text()
-    assert COMPOSE["services"]["ray"]["command"][-1].startswith("ray get-auth-token --generate > /dev/null && exec ray start --head")
+    assert COMPOSE["services"]["ray"]["command"][-1].startswith(
+        "ray get-auth-token --generate > /dev/null && exec ray start --head"
+    )
 
 
 def test_jobs_log_to_a_server_that_answers_them():
     server, ray = COMPOSE["services"]["mlflow"], COMPOSE["services"]["ray"]
-    (typed,) = re.findall(r"#   docker compose -f infra/compose.yaml exec ray python (.*)", (INFRA / "compose.yaml").read_text())
+    (typed,) = re.findall(
+        r"#   docker compose -f infra/compose.yaml exec ray python (.*)", (INFRA / "compose.yaml").read_text()
+    )
     words = typed.split()
-    found = load(ROOT / words[words.index("--config") + 1], [value for flag, value in zip(words, words[1:]) if flag == "--set"])
+    found = load(
+        ROOT / words[words.index("--config") + 1], [value for flag, value in zip(words, words[1:]) if flag == "--set"]
+    )
     assert (
         (ROOT / words[0]).exists()
         and found.tracking.uri == "http://mlflow:5000"
@@ -125,11 +147,17 @@ def test_jobs_log_to_a_server_that_answers_them():
 
 def test_the_dag_runs_the_chain_in_order():
     path = INFRA / "airflow" / "adasid_nightly.py"
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "job"]
+    calls = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "job"
+    ]
     jobs = [call.args[0].value for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset))]
     assert jobs == STEPS
     (night,) = [call for call in calls if call.args[0].value == "retokenize"]
-    assert {word.arg: getattr(word.value, "value", None) for word in night.keywords}["retries"] == 0  # a refused night stays refused
+    assert {word.arg: getattr(word.value, "value", None) for word in night.keywords}[
+        "retries"
+    ] == 0  # a refused night stays refused
     if importlib.util.find_spec("airflow"):
         found = subprocess.run([sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
@@ -139,14 +167,20 @@ def test_the_timer_starts_the_same_chain():
     script = (INFRA / "systemd" / "nightly.sh").read_text()
     assert re.findall(r"jobs/([a-z_]+)\.py", script) == STEPS
     subprocess.run(["bash", "-n", str(INFRA / "systemd" / "nightly.sh")], check=True)
-    bare = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"], "ADASID_CONFIG": "conf/none.yaml"}  # what a service starts with
+    bare = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": os.environ["HOME"],
+        "ADASID_CONFIG": "conf/none.yaml",
+    }  # what a service starts with
     found = subprocess.run([str(INFRA / "systemd" / "nightly.sh")], env=bare, cwd="/", capture_output=True, text=True)
     assert found.returncode == 2 and "error: conf/none.yaml: cannot be read" in found.stdout, found.stderr
     service = (INFRA / "systemd" / "adasid-nightly.service").read_text()
     assert "RestartPreventExitStatus=2 3 4 5" in service and "ExecStart=/opt/adasid/infra/systemd/nightly.sh" in service
     if shutil.which("systemd-analyze"):
         found = subprocess.run(
-            ["systemd-analyze", "verify", "--man=no", str(INFRA / "systemd" / "adasid-nightly.timer")], capture_output=True, text=True
+            ["systemd-analyze", "verify", "--man=no", str(INFRA / "systemd" / "adasid-nightly.timer")],
+            capture_output=True,
+            text=True,
         )
         assert "Unknown" not in found.stderr and "Failed to parse" not in found.stderr, found.stderr
 
@@ -176,7 +210,10 @@ def started(*words, **variables):
 def test_a_driver_pod_runs_the_job_and_any_other_command_runs_as_it_stands(tmp_path):
     assert started("echo", "as it stands").stdout == "as it stands\n"
     job = tmp_path / "job.py"
-    job.write_text("import sys\nfrom pyspark import SparkContext\nprint(sys.argv[1], SparkContext().getConf().get('spark.driver.bindAddress'))\n")
+    job.write_text(
+        "import sys\nfrom pyspark import SparkContext\nprint(sys.argv[1], "
+        "SparkContext().getConf().get('spark.driver.bindAddress'))\n"
+    )
     found = started("driver", "--master", "local[1]", str(job), "argument", SPARK_DRIVER_BIND_ADDRESS="127.0.0.1")
     assert found.returncode == 0 and "argument 127.0.0.1" in found.stdout, found.stderr
     assert "SPARK_DRIVER_BIND_ADDRESS: is set by" in started("driver").stderr

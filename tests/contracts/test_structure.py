@@ -40,7 +40,12 @@ def imported(path):
 
 @pytest.mark.parametrize(("room", "forbidden"), [("adasid", {"pipelines", "jobs", *ENGINES}), ("pipelines", {"jobs"})])
 def test_imports_run_one_way(room, forbidden):
-    bad = [(path.name, name) for path in (ROOT / room).rglob("*.py") for name in imported(path) if name.split(".")[0] in forbidden]
+    bad = [
+        (path.name, name)
+        for path in (ROOT / room).rglob("*.py")
+        for name in imported(path)
+        if name.split(".")[0] in forbidden
+    ]
     assert not bad
 
 
@@ -62,7 +67,8 @@ def test_a_job_is_a_thin_door_with_help(job):
     for word in (
         "--config FILE",
         "--set KEY=VALUE",
-        "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed, 5 another run is at work",
+        "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed, 5 another run "
+        "is at work",
     ):
         assert word in " ".join(shown.split())
     assert {p.stem for p in (ROOT / "jobs").glob("*.py")} == set(JOBS)
@@ -73,7 +79,11 @@ def test_a_job_is_a_thin_door_with_help(job):
     [
         ([], 2, "--config"),
         (["--config", "conf/absent.yaml"], 2, "conf/absent.yaml: cannot be read"),
-        (["--config", "conf/demo.yaml", "--set", "tokenizer.codebok_size=1"], 2, "did you mean 'tokenizer.codebook_size'"),
+        (
+            ["--config", "conf/demo.yaml", "--set", "tokenizer.codebok_size=1"],
+            2,
+            "did you mean 'tokenizer.codebook_size'",
+        ),
         (["--config", "conf/demo.yaml", "--set", "runs_dir=/proc/none"], 3, "not writable"),
         (["--config", "conf/demo.yaml", "--set", "runs_dir={tmp}"], 3, "item_features does not exist"),
     ],
@@ -87,7 +97,9 @@ def test_exit_codes_and_one_line_errors(arguments, code, words, tmp_path):
 
 
 def test_nothing_is_loaded_that_could_run_code():
-    code = "\n".join(path.read_text() for room in ("adasid", "pipelines", "jobs") for path in (ROOT / room).rglob("*.py"))
+    code = "\n".join(
+        path.read_text() for room in ("adasid", "pipelines", "jobs") for path in (ROOT / room).rglob("*.py")
+    )
     for word in ("yaml.load(", "import pickle", "pickle.load", "allow_pickle=True", "torch.load("):
         assert word not in code
 
@@ -102,7 +114,7 @@ def test_table_schemas_are_frozen():
         "SEQUENCES",
         "RANKING_SAMPLES",
         "ITEM_PAIRS",
-        "HELD_CODES",
+        "PREVIOUS_CODES",
         "BEHAVIOR_EMBEDDINGS",
         "CATALOG_STATS",
         "RICHNESS_STATS",
@@ -114,9 +126,14 @@ def test_table_schemas_are_frozen():
     )
     schemas = {name.lower(): getattr(tables, name) for name in names}
     schemas |= {"items": tables.items(["text"]), "item_features": tables.item_features(["text"])}
-    found = {name: [f"{field.name}: {field.type}{'' if field.nullable else ' not null'}" for field in schema] for name, schema in schemas.items()}
+    found = {
+        name: [f"{field.name}: {field.type}{'' if field.nullable else ' not null'}" for field in schema]
+        for name, schema in schemas.items()
+    }
     frozen = json.loads((Path(__file__).parent / "schemas.json").read_text())
-    assert found == frozen, "a table's contract changed: say so in docs/data.md and update tests/contracts/schemas.json on purpose"
+    assert found == frozen, (
+        "a table's contract changed: say so in docs/data.md and update tests/contracts/schemas.json on purpose"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda path: path.stem)

@@ -11,7 +11,9 @@ from tests.end_to_end.running import config_file, lake_of
 VECTORS = ("text", "visual", "behavior")
 
 
-def next_day(table: pa.Table, seed: int, new: float = 0.02, changed: float = 0.02, removed: float = 0.01, noise: float = 0.3) -> pa.Table:
+def next_day(
+    table: pa.Table, seed: int, new: float = 0.02, changed: float = 0.02, removed: float = 0.01, noise: float = 0.3
+) -> pa.Table:
     """Some items leave, some get other vectors, and some come that are near others; fingerprints follow the vectors."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(table.num_rows)
@@ -21,12 +23,16 @@ def next_day(table: pa.Table, seed: int, new: float = 0.02, changed: float = 0.0
     moved = _noisy(table.take(pa.array(np.sort(other))), rng, noise, f"c{seed}-")
     fresh = _noisy(table.take(pa.array(np.sort(copied))), rng, noise, f"n{seed}-")
     fresh = fresh.set_column(
-        fresh.column_names.index("item_id"), fresh.schema.field("item_id"), pa.array([f"new{seed}-{i:05d}" for i in range(len(copied))])
+        fresh.column_names.index("item_id"),
+        fresh.schema.field("item_id"),
+        pa.array([f"new{seed}-{i:05d}" for i in range(len(copied))]),
     )
     still = table.take(pa.array(np.setdiff1d(kept, other)))
     whole = pa.concat_tables([still, moved, fresh]).sort_by([("interactions", "descending"), ("item_id", "ascending")])
     index = whole.schema.field("item_index")
-    return whole.set_column(whole.column_names.index("item_index"), index, pa.array(np.arange(whole.num_rows))).cast(table.schema)
+    return whole.set_column(whole.column_names.index("item_index"), index, pa.array(np.arange(whole.num_rows))).cast(
+        table.schema
+    )
 
 
 def noisy(table: pa.Table, seed: int, share: float) -> pa.Table:
@@ -41,7 +47,9 @@ def _noisy(table: pa.Table, rng: np.random.Generator, share: float, mark: str) -
         if len(there):
             x = np.stack([np.asarray(row) for row in column.drop_null().to_pylist()]).astype(np.float32)
             step = rng.standard_normal(x.shape)
-            x = x + share * np.linalg.norm(x, axis=1, keepdims=True) * step / np.linalg.norm(step, axis=1, keepdims=True)
+            x = x + share * np.linalg.norm(x, axis=1, keepdims=True) * step / np.linalg.norm(
+                step, axis=1, keepdims=True
+            )
             rows = [None] * table.num_rows
             for place, row in zip(there, x.astype(np.float32)):
                 rows[place] = row
@@ -65,13 +73,26 @@ def merge(spark, lake, today, update="t.fingerprint <> s.fingerprint"):
     """Today's ``item_features`` as single rows of the change feed."""
     spark.createDataFrame(today.to_pandas()).createOrReplaceTempView("today")
     spark.sql(
-        f"MERGE INTO delta.`{lake.path('item_features')}` t USING today s ON t.item_id = s.item_id WHEN MATCHED AND {update} THEN UPDATE SET * "
+        f"MERGE INTO delta.`{lake.path('item_features')}` t USING today s ON t.item_id = s.item_id WHEN MATCHED AND "
+        f"{update} THEN UPDATE SET * "
         "WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE"
     )
 
 
 def by_item(
-    lake, version=None, columns=("item_id", "codes", "weights", "active", "tokens", "collision_rank", "tokenizer", "generation", "fingerprint")
+    lake,
+    version=None,
+    columns=(
+        "item_id",
+        "codes",
+        "weights",
+        "active",
+        "tokens",
+        "collision_rank",
+        "tokenizer",
+        "generation",
+        "fingerprint",
+    ),
 ):
     """A version of ``sids``, by item."""
     return lake.read("sids", version, list(columns)).sort_by("item_id").combine_chunks()
@@ -95,5 +116,5 @@ def copied(shop, folder, **changes):
     place = rows.column_names.index("artifact")
     moved = pa.array([str(folder) + row.removeprefix(str(shop)) for row in rows["artifact"].to_pylist()])
     rows = rows.set_column(place, rows.schema.field("artifact"), moved)
-    lake.write("generations", rows.schema, rows.to_batches(), lake.stamp("generations"))
+    lake.write("generations", rows.schema, rows.to_batches(), lake.input_hash("generations"))
     return path, lake

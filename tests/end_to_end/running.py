@@ -16,7 +16,15 @@ ROOT = Path(__file__).parents[2]
 ITEMS = 600
 SMALL = {
     "source": {
-        "synthetic": {"items": ITEMS, "users": 400, "interactions": 6000, "topics": 8, "text_width": 16, "visual_width": 12, "chunk_users": 200}
+        "synthetic": {
+            "items": ITEMS,
+            "users": 400,
+            "interactions": 6000,
+            "topics": 8,
+            "text_width": 16,
+            "visual_width": 12,
+            "chunk_users": 200,
+        }
     },
     "features": {"pairs": {"method": "cooccurrence", "min_users": 1}},
     "behavior": {"width": 16, "blocks": 1, "epochs": 3, "batch_users": 64, "negatives": 128, "early_epochs": 3},
@@ -52,20 +60,32 @@ TABLES = (
 
 
 def config_file(folder, name, workers=0, **changes):
-    data = {**SMALL, "name": name, "runs_dir": str(folder / "runs"), "ray": {**SMALL["ray"], "workers": workers}, **changes}
+    data = {
+        **SMALL,
+        "name": name,
+        "runs_dir": str(folder / "runs"),
+        "ray": {**SMALL["ray"], "workers": workers},
+        **changes,
+    }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(data))
     return path
 
 
 def job(name, path, *arguments):
-    return subprocess.run([sys.executable, f"jobs/{name}.py", "--config", path, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=540)
+    return subprocess.run(
+        [sys.executable, f"jobs/{name}.py", "--config", path, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
 
 
 def run_stage(cfg, name):
     """A stage in this process, in the Spark session that is there."""
-    with chain.tracking.stage(cfg, name) as track:
-        dict(chain.STAGES)[name](cfg, track)
+    with chain.tracking.stage(cfg, name) as context:
+        dict(chain.STAGES)[name](cfg, context)
 
 
 def lake_of(folder, name):
@@ -73,12 +93,21 @@ def lake_of(folder, name):
 
 
 def sids(lake):
-    return lake.read("sids", columns=["item_id", "codes", "weights", "active", "tokens", "collision_rank"]).sort_by("item_id")
+    return lake.read("sids", columns=["item_id", "codes", "weights", "active", "tokens", "collision_rank"]).sort_by(
+        "item_id"
+    )
 
 
 def killed(arguments, ready, deadline=240):
-    """Start a job, SIGKILL it with all its processes as soon as ``ready()``; returns whether it was still running then."""
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    """Start a job, SIGKILL it with all its processes as soon as ``ready()``; returns whether it was still running
+    then."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     end = time.monotonic() + deadline
     while not ready() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)

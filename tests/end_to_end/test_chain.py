@@ -40,7 +40,11 @@ def test_every_table_is_there_and_every_item_has_one_sid(on_ray, folder):
     exports = load(on_ray[0]).run_dir / "exports" / "1"
     codes = dict(zip((exports / "item_ids.txt").read_text().split(), np.load(exports / "codes.npy").tolist()))
     assert codes == dict(zip(table["item_id"].to_pylist(), table["codes"].to_pylist()))
-    strata = dict(zip(*(lake.read("item_features", columns=["item_id", "stratum"])[c].to_pylist() for c in ("item_id", "stratum"))))
+    strata = dict(
+        zip(
+            *(lake.read("item_features", columns=["item_id", "stratum"])[c].to_pylist() for c in ("item_id", "stratum"))
+        )
+    )
     for row in table.to_pylist():
         assert len(row["codes"]) == len(row["weights"]) == len(row["active"]) == len(row["tokens"]) == 6
         assert row["active"] == [weight > 0 for weight in row["weights"]]
@@ -51,10 +55,19 @@ def test_every_table_is_there_and_every_item_has_one_sid(on_ray, folder):
 
 def test_collision_ranks_follow_count_then_id(on_ray, folder):
     lake = lake_of(folder, "ray")
-    counts = dict(zip(*(lake.read("item_stats", columns=["item_id", "interactions"])[c].to_pylist() for c in ("item_id", "interactions"))))
+    counts = dict(
+        zip(
+            *(
+                lake.read("item_stats", columns=["item_id", "interactions"])[c].to_pylist()
+                for c in ("item_id", "interactions")
+            )
+        )
+    )
     groups = {}
     for row in sids(lake).to_pylist():
-        groups.setdefault(tuple(row["codes"]), []).append((row["collision_rank"], -counts[row["item_id"]], row["item_id"]))
+        groups.setdefault(tuple(row["codes"]), []).append(
+            (row["collision_rank"], -counts[row["item_id"]], row["item_id"])
+        )
     assert any(len(group) > 1 for group in groups.values())
     for group in groups.values():
         by_rank = sorted(group)
@@ -83,7 +96,9 @@ def test_summary_report_and_tracking(on_ray, folder):
     client = MlflowClient(f"sqlite:///{cfg.run_dir.resolve()}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("adasid").experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    children = {run.data.tags["stage"]: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    children = {
+        run.data.tags["stage"]: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
     assert set(children) == {name for name, _ in chain.STAGES}
     assert all(run.info.status == "FINISHED" for run in runs)
     assert parent.data.params["tokenizer.codebook_size"] == "16"
@@ -92,7 +107,10 @@ def test_summary_report_and_tracking(on_ray, folder):
     assert len(client.get_metric_history(tokenizer.info.run_id, "reconstruction")) == 4
     version = client.get_model_version_by_alias("adasid-ray", "candidate")
     assert version.run_id == tokenizer.info.run_id
-    assert {f.path for f in client.list_artifacts(tokenizer.info.run_id, "model")} == {"model/manifest.json", "model/weights.safetensors"}
+    assert {f.path for f in client.list_artifacts(tokenizer.info.run_id, "model")} == {
+        "model/manifest.json",
+        "model/weights.safetensors",
+    }
 
 
 def test_a_second_run_changes_nothing(on_ray, folder):
@@ -108,23 +126,33 @@ def test_a_second_run_changes_nothing(on_ray, folder):
 @pytest.mark.skipif(not shutil.which("airflow"), reason="Airflow is not on the PATH")
 def test_airflow_runs_the_night(on_ray, folder, tmp_path):
     path, _ = on_ray
-    own = {"AIRFLOW_HOME": str(tmp_path), "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "infra" / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
+    own = {
+        "AIRFLOW_HOME": str(tmp_path),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "infra" / "airflow"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+    }
     night = {"ADASID_HOME": str(ROOT), "ADASID_CONFIG": str(path), "ADASID_DRIVER_MEMORY": "2g"}
-    environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}} | own | night
+    environment = (
+        {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}} | own | night
+    )
     for words in (["db", "migrate"], ["dags", "test", "adasid_nightly", "2026-01-05"]):
         found = subprocess.run(["airflow", *words], env=environment, capture_output=True, text=True, timeout=540)
         assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     told = found.stdout + found.stderr
-    assert "[DAG TEST] running task <TaskInstance: adasid_nightly.maintain" in told and "state=success" in told, told[-3000:]
+    assert "[DAG TEST] running task <TaskInstance: adasid_nightly.maintain" in told and "state=success" in told, told[
+        -3000:
+    ]
     assert "no item is new, changed or removed since generation 1" in told
 
 
 def test_one_worker_and_two_give_the_same_quality(on_ray, folder, tmp_path):
     path, _ = on_ray
-    with chain.tracking.stage(load(path, ["ray.workers=0"]), "tokenizer", journal=False) as track:
-        one = train.fit_tokenizer(track.cfg, track, "one_worker")["metrics"]
-    two = artifact.read_manifest(next((folder / "runs" / "ray" / "artifacts" / "tokenizer").iterdir()) / "model")["metrics"]
-    assert track.status == "done"
+    with chain.tracking.stage(load(path, ["ray.workers=0"]), "tokenizer", journal=False) as context:
+        one = train.fit_tokenizer(context.cfg, context, "one_worker")["metrics"]
+    two = artifact.read_manifest(next((folder / "runs" / "ray" / "artifacts" / "tokenizer").iterdir()) / "model")[
+        "metrics"
+    ]
+    assert context.status == "done"
     for name in ("entropy", "utilisation"):
         assert one[name] == pytest.approx(two[name], rel=0.08)
     for modality in ("text", "visual", "behavior"):

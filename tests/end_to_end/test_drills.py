@@ -1,7 +1,8 @@
-"""Failure drills of the nightly job, with real processes: killed at any step, started twice, fed with broken tables; yesterday's table stays live.
+"""Failure drills of the nightly job, with real processes: killed at any step, started twice, fed with broken tables;
+yesterday's table stays live.
 
-``ADASID_DRILLS`` sets how many kills there are (`make drills` takes 30); each result is kept below ``ADASID_DRILLS_LOG`` as it comes.
-"""
+``ADASID_DRILLS`` sets how many kills there are (`make drills` takes 30); each result is kept below
+``ADASID_DRILLS_LOG`` as it comes."""
 
 import json
 import os
@@ -26,7 +27,10 @@ from tests.end_to_end.running import ROOT, job
 
 KILLS = int(os.environ.get("ADASID_DRILLS", "2"))
 DAY = "2026-02-02"
-OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_error_ratio": 100.0}, "lease": {"seconds": 6.0, "wait": 60.0}}
+OPEN = {
+    "gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_error_ratio": 100.0},
+    "lease": {"seconds": 6.0, "wait": 60.0},
+}
 SPARK = {**OPEN, "small_night": 0}
 WARM, REFIT = ({**OPEN, "policy": policy, "warm": {"epochs": 6}} for policy in ("warm", "refit"))
 STEPS = ("leases", "training", "sids", "sid_changes", "generations", "exports", "live")
@@ -107,7 +111,8 @@ KINDS = (
     (("evening", WARM, "undisturbed_warm"), ("evening", REFIT, "undisturbed_refit")),
     (("evening", OPEN, "undisturbed_small"),),
 )
-"""What is killed in turn: nights of Spark, by feed, that train (warm and refit in turn), and by comparison. Where each starts, its settings, how it ends."""
+"""What is killed in turn: nights of Spark, by feed, that train (warm and refit in turn), and by comparison. Where each
+starts, its settings, how it ends."""
 
 
 def reached(step, lake, run, before):
@@ -134,7 +139,9 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
     rng = np.random.default_rng(number)
     steps = STEPS if settings in (WARM, REFIT) else [step for step in STEPS if step != "training"]
     step = steps[turn % len(steps)] if number % 5 else None  # every fifth at a random time
-    had = 0 if step in {None, "training"} else commits(lake, step) + (step == "leases")  # the first commit of the lease creates its table
+    had = (
+        0 if step in {None, "training"} else commits(lake, step) + (step == "leases")
+    )  # the first commit of the lease creates its table
     pause = rng.uniform(0, seconds if step is None else 0.5)
     process = subprocess.Popen(
         [sys.executable, "jobs/retokenize.py", "--config", path, "--run-date", DAY],
@@ -144,7 +151,12 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
         start_new_session=True,
     )
     limit = time.monotonic() + 240
-    while step and not reached(step, lake, load(path).run_dir, had) and process.poll() is None and time.monotonic() < limit:
+    while (
+        step
+        and not reached(step, lake, load(path).run_dir, had)
+        and process.poll() is None
+        and time.monotonic() < limit
+    ):
         time.sleep(0.005)
     time.sleep(pause)
     alive = process.poll() is None
@@ -158,7 +170,9 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
     after = by_item(lake, generations.live(lake)["sids_version"])
     assert after.equals(expected)
     assert [row["generation"] for row in generations.history(lake)] == [1, 2]
-    assert len(lake.read("sid_changes")) == generations.live(lake)["churn"]["changed"] + 18  # 12 new and 6 removed: none twice
+    assert (
+        len(lake.read("sid_changes")) == generations.live(lake)["churn"]["changed"] + 18
+    )  # 12 new and 6 removed: none twice
     if log := os.environ.get("ADASID_DRILLS_LOG"):
         row = {
             "number": number,
@@ -180,7 +194,10 @@ def test_of_two_nights_started_together_one_publishes(on_spark, undisturbed):
     def start(name, wait):
         found[name] = night(path, "--set", f"retokenize.lease.wait={wait}", "--set", "retokenize.lease.seconds=60")
 
-    threads = [threading.Thread(target=start, args=(name, wait)) for name, wait in (("leaves", 0), ("waits", 200), ("waits too", 200))]
+    threads = [
+        threading.Thread(target=start, args=(name, wait))
+        for name, wait in (("leaves", 0), ("waits", 200), ("waits too", 200))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -196,7 +213,9 @@ def test_of_two_nights_started_together_one_publishes(on_spark, undisturbed):
 def here(path, capsys):
     """A night in this process: exit code and last line."""
     arguments = cli.choose(["--config", str(path)], "retokenize")
-    code = cli.run(arguments, cli.stage("retokenize", lambda cfg, track: retokenize.run(cfg, track, date.fromisoformat(DAY))))
+    code = cli.run(
+        arguments, cli.stage("retokenize", lambda cfg, context: retokenize.run(cfg, context, date.fromisoformat(DAY)))
+    )
     return code, capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -241,7 +260,9 @@ def test_a_damaged_change_feed_is_gone_around(merged, tmp_path, undisturbed_smal
     assert by_item(lake, None, names).equals(undisturbed_small[0].select(names))
 
 
-def test_a_table_that_grew_a_column_is_no_trouble_and_one_that_changed_a_type_or_a_width_is_refused(on_spark, undisturbed, capsys):
+def test_a_table_that_grew_a_column_is_no_trouble_and_one_that_changed_a_type_or_a_width_is_refused(
+    on_spark, undisturbed, capsys
+):
     path, lake = on_spark
     table = lake.read("item_features")
     place = table.column_names.index("text")
@@ -249,7 +270,11 @@ def test_a_table_that_grew_a_column_is_no_trouble_and_one_that_changed_a_type_or
     put(lake, doubles, "doubles")
     refused(path, lake, capsys, ["item_features.text is array<double>, it must be array<float>"])
     wider = [[*row, 0.0] if row is not None else None for row in table["text"].to_pylist()]
-    put(lake, table.set_column(place, table.schema.field("text"), pa.array(wider, table.schema.field("text").type)), "wider")
+    put(
+        lake,
+        table.set_column(place, table.schema.field("text"), pa.array(wider, table.schema.field("text").type)),
+        "wider",
+    )
     refused(path, lake, capsys, ["item_features.text has width 17, not 16 as the tokenizer", "was trained on"])
     broken = [None if row is None else [float("nan"), *row[1:]] for row in table["text"].to_pylist()]
     prints = pa.array([f"nan{i}" for i in range(table.num_rows)])
@@ -273,18 +298,24 @@ def test_a_clock_that_jumped_back_does_not_lock_the_lake(lake):
 
 def test_a_night_after_the_clock_jumped_back_is_as_any_other(merged, tmp_path, undisturbed_small, capsys):
     path, lake = copied(merged, tmp_path / "night", retokenize=OPEN)
-    Lease(lake, OPEN["lease"]["seconds"], now=lambda: time.time() + 86_400).take(0)  # of a run that was killed a day ahead
+    Lease(lake, OPEN["lease"]["seconds"], now=lambda: time.time() + 86_400).take(
+        0
+    )  # of a run that was killed a day ahead
     assert here(path, capsys)[0] == 0
     assert by_item(lake, generations.live(lake)["sids_version"]).equals(undisturbed_small[0])
 
 
 @pytest.mark.skipif(KILLS < 3, reason="in `make drills` only")
-@pytest.mark.parametrize(("settings", "end"), [(SPARK, "undisturbed"), (OPEN, "undisturbed_small")], ids=["spark", "small"])
+@pytest.mark.parametrize(
+    ("settings", "end"), [(SPARK, "undisturbed"), (OPEN, "undisturbed_small")], ids=["spark", "small"]
+)
 def test_a_full_disk_ends_in_the_old_or_the_new_table(evening, settings, end, request, tmp_path):
     """On a small file system of its own, where one can be mounted, with next to nothing left."""
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(small)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(small)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     try:

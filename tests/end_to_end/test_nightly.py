@@ -24,7 +24,10 @@ from pipelines.nightly import exports, retokenize, upkeep
 from pipelines.run import Run
 from tests.end_to_end.nights import by_item, copied, follow, merge, next_day, noisy, put, rows_of, without
 
-OPEN = {"gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_tail_collision": 1.0, "max_error_ratio": 100.0}, "warm": {"epochs": 3}}
+OPEN = {
+    "gates": {"max_churn": 1.0, "max_weighted_churn": 1.0, "max_tail_collision": 1.0, "max_error_ratio": 100.0},
+    "warm": {"epochs": 3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +39,9 @@ def published(tmp_path_factory, shop):
 def night(path, day, *overrides):
     """A night in this process."""
     cfg = load(path, list(overrides))
-    with tracking.stage(cfg, "retokenize", journal=False) as track:
-        retokenize.run(cfg, track, date.fromisoformat(day))
-    return track
+    with tracking.stage(cfg, "retokenize", journal=False) as context:
+        retokenize.run(cfg, context, date.fromisoformat(day))
+    return context
 
 
 def test_a_day_without_changes_publishes_nothing(published):
@@ -63,16 +66,20 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
         merge(spark, lake, today)
     else:
         put(lake, today, "next day")
-    track = night(path, f"2026-01-0{day}")
+    context = night(path, f"2026-01-0{day}")
     row = generations.live(lake)
-    assert track.facts["found by"] == ("change feed" if feed else "fingerprints")
+    assert context.facts["found by"] == ("change feed" if feed else "fingerprints")
     assert max(row["drift"]["norms"].values()) < 0.1
     new = by_item(lake, row["sids_version"])
     assert row["run_date"] == f"2026-01-0{day}" and row["policy"] == "frozen" and row["parent"] == row["generation"] - 1
     before, after = rows_of(old), rows_of(new)
     prints = {r["item_id"]: r["fingerprint"] for r in today.select(["item_id", "fingerprint"]).to_pylist()}
     assert set(after) == set(prints)
-    touched = {item for item in set(before) | set(after) if item not in before or item not in after or before[item]["fingerprint"] != prints[item]}
+    touched = {
+        item
+        for item in set(before) | set(after)
+        if item not in before or item not in after or before[item]["fingerprint"] != prints[item]
+    }
     assert 0 < len(touched) < 60
     for item in set(after) - touched:
         assert after[item] == before[item], item
@@ -93,15 +100,27 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
     assert churn["churn"] == pytest.approx(len(moved) / len(both)) and churn["changed"] == len(moved)
     assert (churn["new"], churn["removed"]) == (len(set(after) - set(before)), len(set(before) - set(after)))
     for slot, name in enumerate(row["metrics"]["slots"]):
-        assert churn["by_slot"][name] == pytest.approx(sum(before[i]["codes"][slot] != after[i]["codes"][slot] for i in both) / len(both))
+        assert churn["by_slot"][name] == pytest.approx(
+            sum(before[i]["codes"][slot] != after[i]["codes"][slot] for i in both) / len(both)
+        )
     for group in {tuple(r["codes"]) for r in after.values()}:
         ranks = [r["collision_rank"] for r in after.values() if tuple(r["codes"]) == group]
         assert len(ranks) == len(set(ranks))
-    assert track.facts["generation"] == row["generation"]
-    run = track.client.get_run(track.run_id)
-    assert run.data.metrics["cold"] == pytest.approx(row["drift"]["cold"]) and run.data.metrics["churn_tail"] == churn["by_stratum"]["tail"]
-    assert run.data.metrics["largest_tail_group"] == row["metrics"]["largest_tail_group"] <= row["metrics"]["largest_group"]
-    assert json.loads(Path(track.client.download_artifacts(track.run_id, "gates.json")).read_text())["gates"] == row["gates"]
+    assert context.facts["generation"] == row["generation"]
+    run = context.client.get_run(context.run_id)
+    assert (
+        run.data.metrics["cold"] == pytest.approx(row["drift"]["cold"])
+        and run.data.metrics["churn_tail"] == churn["by_stratum"]["tail"]
+    )
+    assert (
+        run.data.metrics["largest_tail_group"]
+        == row["metrics"]["largest_tail_group"]
+        <= row["metrics"]["largest_group"]
+    )
+    assert (
+        json.loads(Path(context.client.download_artifacts(context.run_id, "gates.json")).read_text())["gates"]
+        == row["gates"]
+    )
     assert night(path, f"2026-01-0{day}").status == "up to date"
     check_exports(path, lake, row, after)
     assert pointed(path) == row["generation"]
@@ -109,7 +128,8 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
 
 @pytest.mark.parametrize("how", ["change feed", "fingerprints"])
 def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark, how):
-    """Two changes, one of them of counts and strata of items that keep their vectors; an item that comes and goes between two nights."""
+    """Two changes, one of them of counts and strata of items that keep their vectors; an item that comes and goes
+    between two nights."""
     small, whole = (copied(shop, tmp_path / name / "shop", retokenize=OPEN) for name in ("small", "whole"))
     for _, lake in (small, whole):
         if how == "change feed":
@@ -127,10 +147,17 @@ def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark
             step = step.set_column(place, step.schema.field(name), column)
         gone = without(next_day(step, seed=6), ["new5-00000"])
         if how == "change feed":
-            merge(spark, lake, gone, "(t.interactions <> s.interactions OR t.stratum <> s.stratum OR t.fingerprint <> s.fingerprint)")
+            merge(
+                spark,
+                lake,
+                gone,
+                "(t.interactions <> s.interactions OR t.stratum <> s.stratum OR t.fingerprint <> s.fingerprint)",
+            )
         else:
             put(lake, gone, "gone")
-    notes = [night(path, "2026-01-05", f"retokenize.small_night={limit}") for (path, _), limit in ((small, 1000), (whole, 0))]
+    notes = [
+        night(path, "2026-01-05", f"retokenize.small_night={limit}") for (path, _), limit in ((small, 1000), (whole, 0))
+    ]
     ours, theirs = (generations.live(lake) for _, lake in (small, whole))
     assert ours["generation"] == theirs["generation"] == 2
     assert notes[0].facts["found by"] == notes[1].facts["found by"] == how
@@ -161,7 +188,10 @@ def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark
     sizes = Counter(Counter(map(tuple, lake.read("sids")["codes"].to_pylist())).values())
     assert third["metrics"]["group_sizes"] == [[size, sizes[size]] for size in sorted(sizes)]
     # what it cannot judge, it leaves to Spark
-    spark.sql(f"UPDATE delta.`{lake.path('item_features')}` SET text = transform(text, x -> double('NaN')), fingerprint = 'n' WHERE item_index = 3")
+    spark.sql(
+        f"UPDATE delta.`{lake.path('item_features')}` SET text = transform(text, x -> double('NaN')), fingerprint = "
+        "'n' WHERE item_index = 3"
+    )
     with pytest.raises(GateError, match="items with vectors that are not finite is 1, allowed 0"):
         night(path, "2026-01-07")
     assert generations.live(lake)["generation"] == 3
@@ -172,7 +202,9 @@ def flat(value, name=""):
     if isinstance(value, dict):
         return {place: number for key, part in value.items() for place, number in flat(part, f"{name}.{key}").items()}
     if isinstance(value, list):
-        return {place: number for key, part in enumerate(value) for place, number in flat(part, f"{name}.{key}").items()}
+        return {
+            place: number for key, part in enumerate(value) for place, number in flat(part, f"{name}.{key}").items()
+        }
     return {f"{name}={value}": 0} if isinstance(value, str) else {name: value}
 
 
@@ -183,15 +215,21 @@ def check_exports(path, lake, row, sids):
     codes = np.load(folder / "codes.npy")
     ids = (folder / "item_ids.txt").read_text().split()
     assert [sids[item]["codes"] for item in ids] == codes.tolist() and len(ids) == len(sids)
-    assert json.loads((folder / "index.json").read_text()) == {str(place): sids[item]["tokens"] for place, item in enumerate(ids)}
+    assert json.loads((folder / "index.json").read_text()) == {
+        str(place): sids[item]["tokens"] for place, item in enumerate(ids)
+    }
     groups = {tuple(r["codes"]): r["items"] for r in pq.read_table(folder / "items").to_pylist()}
     assert sum(map(len, groups.values())) == len(sids)
     assert all(
-        [sids[item]["collision_rank"] for item in items] == sorted(sids[item]["collision_rank"] for item in items) for items in groups.values()
+        [sids[item]["collision_rank"] for item in items] == sorted(sids[item]["collision_rank"] for item in items)
+        for items in groups.values()
     )
     slots = [Slot(**slot) for slot in json.loads((folder / "manifest.json").read_text())["slots"]]
     ours, stored = Prefixes.of(ItemTokens.of(codes, slots)), load_file(folder / "prefixes.safetensors")
-    assert all((stored[f"token.{level}"] == tokens).all() for level, tokens in enumerate(ours.token)) and (stored["items"] == ours.items).all()
+    assert (
+        all((stored[f"token.{level}"] == tokens).all() for level, tokens in enumerate(ours.token))
+        and (stored["items"] == ours.items).all()
+    )
     moves = pq.read_table(folder / "changes").to_pylist()
     assert len(moves) == sum(r["generation"] == row["generation"] for r in lake.read("sid_changes").to_pylist())
 
@@ -206,7 +244,9 @@ def pointed(path):
 
 def test_a_date_before_the_last_one_is_refused(published):
     path, lake = published
-    with pytest.raises(InputError, match=r"run date 2025-12-31 is before 2026-01-0\d, which generation \d was published for"):
+    with pytest.raises(
+        InputError, match=r"run date 2025-12-31 is before 2026-01-0\d, which generation \d was published for"
+    ):
         night(path, "2025-12-31")
 
 
@@ -214,15 +254,17 @@ def test_a_failed_gate_keeps_yesterday_live(published):
     path, lake = published
     before = generations.live(lake), lake.versions("sids", "generations", "live")
     put(lake, noisy(lake.read("item_features"), 5, 0.5), "all changed")
-    line = r"night 2026-01-04 not published: churn is 0\.\d+ of \d+ items of both generations, allowed 0\.1\. Generation 3"
+    line = (
+        r"night 2026-01-04 not published: churn is 0\.\d+ of \d+ items of both generations, allowed 0\.1\. Generation 3"
+    )
     with pytest.raises(GateError, match=line):
         night(path, "2026-01-04", "retokenize.gates.max_churn=0.1")
     assert (generations.live(lake), lake.versions("sids", "generations", "live")) == before
     refused = json.loads((load(path).run_dir / "refused.json").read_text())
     assert [gate["gate"] for gate in refused["gates"] if not gate["passed"]] == ["churn"]
     assert len(refused["worst"]["most moved, by events"]) == 10
-    track = night(path, "2026-01-04")  # the same day, gates as in the file
-    assert track.facts["churn"] != "0.00%"
+    context = night(path, "2026-01-04")  # the same day, gates as in the file
+    assert context.facts["churn"] != "0.00%"
 
 
 @pytest.mark.parametrize("policy", ["frozen", "warm", "refit"])
@@ -276,14 +318,14 @@ def test_rollback_and_maintenance(published, monkeypatch):
     path, lake = published
     cfg = load(path)
     rows = generations.history(lake)
-    with tracking.stage(cfg, "rollback", journal=False) as track:
-        upkeep.rollback(cfg, track, 1)
+    with tracking.stage(cfg, "rollback", journal=False) as context:
+        upkeep.rollback(cfg, context, 1)
     assert generations.live(lake)["generation"] == pointed(path) == 1
     assert night(path, rows[-1]["run_date"]).status == "done"  # from the first generation on
     last = generations.live(lake)
     assert pointed(path) == last["generation"]
-    with tracking.stage(cfg, "rollback", journal=False) as track:
-        upkeep.rollback(cfg, track, 1)
+    with tracking.stage(cfg, "rollback", journal=False) as context:
+        upkeep.rollback(cfg, context, 1)
     again = night(path, last["run_date"])  # the same night does not undo the roll-back
     assert again.status == "up to date" and generations.live(lake)["generation"] == pointed(path) == 1
     assert generations.history(lake)[-1]["generation"] == last["generation"]
@@ -295,7 +337,10 @@ def test_rollback_and_maintenance(published, monkeypatch):
         put(lake, next_day(lake.read("item_features"), seed=77), "after the roll-back")
         cut.setattr(exports, "write", lambda *_: (_ for _ in ()).throw(OSError("no space")))
         night(path, last["run_date"])
-    assert generations.live(lake)["generation"] == 1 and generations.history(lake)[-1]["generation"] == last["generation"] + 1
+    assert (
+        generations.live(lake)["generation"] == 1
+        and generations.history(lake)[-1]["generation"] == last["generation"] + 1
+    )
     assert pointed(path) == 1
     assert night(path, last["run_date"]).status == "done"
     assert generations.live(lake)["generation"] == pointed(path) == last["generation"] + 1
@@ -303,17 +348,20 @@ def test_rollback_and_maintenance(published, monkeypatch):
     assert night(path, last["run_date"]).status == "up to date" and pointed(path) == last["generation"] + 1
     with (
         pytest.raises(InputError, match=r"generation 99 does not exist \(there are: 1 to \d+\)"),
-        tracking.stage(cfg, "rollback", journal=False) as track,
+        tracking.stage(cfg, "rollback", journal=False) as context,
     ):
-        upkeep.rollback(cfg, track, 99)
+        upkeep.rollback(cfg, context, 99)
     for days in (30, 0):  # first, all that was tracked stays
         assert not lake.missing("sids", rows[1]["sids_version"])
         cfg = load(path, ["retokenize.keep=2", "retokenize.grace_hours=0", f"retokenize.lineage_days={days}"])
-        with tracking.stage(cfg, "maintain", journal=False) as track:
-            upkeep.maintain(cfg, track)
+        with tracking.stage(cfg, "maintain", journal=False) as context:
+            upkeep.maintain(cfg, context)
     last = generations.history(lake)
     for row in last[-2:]:
         assert lake.read("sids", row["sids_version"]).num_rows == row["items"]
-    with pytest.raises(InputError, match="cannot be read any more"), tracking.stage(cfg, "rollback", journal=False) as track:
-        upkeep.rollback(cfg, track, last[1]["generation"])
+    with (
+        pytest.raises(InputError, match="cannot be read any more"),
+        tracking.stage(cfg, "rollback", journal=False) as context,
+    ):
+        upkeep.rollback(cfg, context, last[1]["generation"])
     assert lake.read("sids").schema.names == SIDS.names and isinstance(lake.read("live"), pa.Table)

@@ -23,19 +23,19 @@ PUBLISHED = ("sids", "sid_changes", "generations", "live")
 
 def stage(path, function, *overrides):
     """A stage in this process."""
-    with tracking.stage(load(path, list(overrides)), function.__module__) as track:
-        function(track.cfg, track)
-    return track
+    with tracking.stage(load(path, list(overrides)), function.__module__) as context:
+        function(context.cfg, context)
+    return context
 
 
 def night(path, *overrides, dry=False):
-    with tracking.stage(load(path, list(overrides)), "retokenize") as track:
-        retokenize.run(track.cfg, track, date(2026, 1, 5), dry)
-    return track
+    with tracking.stage(load(path, list(overrides)), "retokenize") as context:
+        retokenize.run(context.cfg, context, date(2026, 1, 5), dry)
+    return context
 
 
 def roll(path, number, hold=False):
-    return stage(path, lambda cfg, track: upkeep.rollback(cfg, track, number, hold))
+    return stage(path, lambda cfg, context: upkeep.rollback(cfg, context, number, hold))
 
 
 def state(lake):
@@ -53,8 +53,8 @@ def test_a_step_that_was_left_out_is_named_with_what_lags(shop, tmp_path, capsys
     assert night(path).status == "up to date"
     items.check_split(cfg, lake)
     rewrite(lake, "sequences", "tomorrow")  # as new events are, without new statistics
-    track = night(path)
-    assert (track.status, track.facts["lagging"]) == ("up to date", "behavior_embeddings")
+    context = night(path)
+    assert (context.status, context.facts["lagging"]) == ("up to date", "behavior_embeddings")
     line = "behavior_embeddings version 0 lags behind sequences (read at version 0, now 1: 1 newer, since 20"
     assert line in capsys.readouterr().err
     line = r"embeddings could know events of today's test: .*sequences .*: run jobs/train.py --stage behavior, then"
@@ -104,10 +104,10 @@ def test_a_replacement_is_gated_as_a_nightly_run_is_unless_it_is_on_purpose(shop
     with pytest.raises(GateError, match=line):
         stage(path, sids.run, *chosen)
     assert state(lake) == before
-    track = stage(path, sids.run, *chosen, "sids.replace=true")
+    context = stage(path, sids.run, *chosen, "sids.replace=true")
     row = generations.live(lake)
     assert (row["generation"], row["items"], lake.read("sid_changes").num_rows) == (2, ITEMS // 2, ITEMS)
-    assert (track.facts["removed"], track.facts["churn"]) == (ITEMS // 2, "100.00%")
+    assert (context.facts["removed"], context.facts["churn"]) == (ITEMS // 2, "100.00%")
     overruled = [gate["gate"] for gate in row["gates"] if gate.get("overruled") == "sids.replace"]
     assert overruled == ["churn", "churn, weighted by events"]
     assert stage(path, sids.run, *chosen).status == "up to date"
@@ -147,9 +147,9 @@ def test_a_dry_run_measures_and_judges_but_publishes_nothing(shop, tmp_path, cap
     path, lake = copied(shop, tmp_path / "shop")
     cfg, before = load(path), state(lake)
     put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
-    track = night(path, dry=True)
-    assert track.status == "dry run"
-    assert (track.facts["new"], track.facts["removed"], track.facts["policy"]) == (12, 6, "frozen")
+    context = night(path, dry=True)
+    assert context.status == "dry run"
+    assert (context.facts["new"], context.facts["removed"], context.facts["policy"]) == (12, 6, "frozen")
     said = capsys.readouterr().err
     for line in (f"passed: removed is 0.01 of {ITEMS} live items, allowed 0.1\n", "passed: largest group is "):
         assert line in said

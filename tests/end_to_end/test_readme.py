@@ -1,4 +1,5 @@
-"""The README's page for tables of one's own, typed as it stands there, on Delta tables with ratings. Training stays in the process; Ray has tests of its own."""
+"""The README's page for tables of one's own, typed as it stands there, on Delta tables with ratings. Training stays in
+the process; Ray has tests of its own."""
 
 import json
 import re
@@ -22,7 +23,13 @@ def tables(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("mine"), np.random.default_rng(5)
     topic, own = np.arange(ITEMS) % TOPICS, rng.integers(0, TOPICS, (USERS, 2))
     text = (np.eye(TOPICS)[topic] + rng.normal(0, 0.1, (ITEMS, TOPICS))).astype(np.float32)
-    items = pa.table({"item_id": [f"i{item:04}" for item in range(ITEMS)], "text": list(text), "title": [f"topic {t}" for t in topic]})
+    items = pa.table(
+        {
+            "item_id": [f"i{item:04}" for item in range(ITEMS)],
+            "text": list(text),
+            "title": [f"topic {t}" for t in topic],
+        }
+    )
     chosen = np.where(
         rng.random((USERS, EVENTS)) < 0.8,
         np.take_along_axis(own, rng.integers(0, 2, (USERS, EVENTS)), axis=1),
@@ -33,7 +40,9 @@ def tables(tmp_path_factory):
         {
             "user_id": np.repeat([f"u{user:04}" for user in range(USERS)], EVENTS),
             "item_id": [f"i{number:04}" for number in item.reshape(-1)],
-            "timestamp": (1_700_000_000 + 86_400 * np.tile(np.arange(EVENTS), USERS) + np.repeat(np.arange(USERS), EVENTS)).astype(np.int64),
+            "timestamp": (
+                1_700_000_000 + 86_400 * np.tile(np.arange(EVENTS), USERS) + np.repeat(np.arange(USERS), EVENTS)
+            ).astype(np.int64),
             "rating": np.where(chosen % 5 == 0, 2.0, 5.0).reshape(-1),
         }
     )

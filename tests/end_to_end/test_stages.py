@@ -34,13 +34,20 @@ def in_process(folder, spark):
 def test_the_same_seed_gives_the_same_sids(in_process, folder, spark):
     chain.run(load(config_file(folder, "again")))
     assert sids(lake_of(folder, "alone")).equals(sids(lake_of(folder, "again")))
-    assert lake_of(folder, "alone").stamp("sids") == lake_of(folder, "again").stamp("sids")
+    assert lake_of(folder, "alone").input_hash("sids") == lake_of(folder, "again").input_hash("sids")
 
 
 def test_a_failed_gate_publishes_nothing(in_process, folder, capsys):
     lake = lake_of(folder, "alone")
     before = lake.versions("sids", "generations")
-    arguments = ["--config", str(in_process), "--set", "sids.gates.max_group=1", "--set", "sids.gates.max_collision=0.0"]
+    arguments = [
+        "--config",
+        str(in_process),
+        "--set",
+        "sids.gates.max_group=1",
+        "--set",
+        "sids.gates.max_collision=0.0",
+    ]
     assert cli.run(cli.choose(arguments, "write_sids"), cli.stage("sids", sids_stage.run)) == 4
     told = capsys.readouterr().err
     assert "largest group is" in told
@@ -51,7 +58,9 @@ def test_a_failed_gate_publishes_nothing(in_process, folder, capsys):
 def test_an_artifact_from_other_features_is_refused(in_process, tmp_path):
     settings = load(in_process).tokenizer
     other = artifact.write(tmp_path, artifact.build(settings, {"text": 10, "visual": 12, "behavior": 16}), settings, {})
-    with pytest.raises(InputError, match=f"item_features.text has width 16, not 10 as the tokenizer {other['digest']} was trained on"):
+    with pytest.raises(
+        InputError, match=f"item_features.text has width 16, not 10 as the tokenizer {other['digest']} was trained on"
+    ):
         run_stage(load(in_process, [f"sids.artifact={tmp_path}"]), "sids")
 
 
@@ -67,15 +76,19 @@ def test_tokenizers_are_compared_and_a_second_run_trains_nothing(in_process, cap
     client = MlflowClient(f"sqlite:///{cfg.run_dir.resolve()}/mlflow.db")
 
     def cells():
-        with chain.tracking.stage(cfg, "compare") as track:
-            compare.run(cfg, track)
+        with chain.tracking.stage(cfg, "compare") as context:
+            compare.run(cfg, context)
         experiment = client.get_experiment_by_name("adasid").experiment_id
-        return sorted(run.info.run_name for run in client.search_runs([experiment]) if run.info.run_name.startswith("compare "))
+        return sorted(
+            run.info.run_name for run in client.search_runs([experiment]) if run.info.run_name.startswith("compare ")
+        )
 
     first = cells()
-    assert first == ["compare quasid, seed 17", "compare random, seed 17", "compare rq-kmeans, by modality, seed 17"] + [
-        f"compare rq-vae, seed {seed}" for seed in (17, 18)
-    ]
+    assert first == [
+        "compare quasid, seed 17",
+        "compare random, seed 17",
+        "compare rq-kmeans, by modality, seed 17",
+    ] + [f"compare rq-vae, seed {seed}" for seed in (17, 18)]
     printed = capsys.readouterr().out
     assert "FVU text" in printed
     assert "rq-kmeans, by modality" in printed
@@ -111,14 +124,19 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
         "more_seeds": {"sasrec": [18]},
         "published": "beauty",
     }
-    cfg = load(in_process, [f"compare.tokenizers={json.dumps(chosen)}", f"evaluate={json.dumps(evaluate)}", "retrieval.repeatable=false"])
+    cfg = load(
+        in_process,
+        [f"compare.tokenizers={json.dumps(chosen)}", f"evaluate={json.dumps(evaluate)}", "retrieval.repeatable=false"],
+    )
     client = MlflowClient(f"sqlite:///{cfg.run_dir.resolve()}/mlflow.db")
 
     def cells(cfg=cfg, train=True):
-        with chain.tracking.stage(cfg, "evaluate") as track:
-            pipeline.run(cfg, track, train)
+        with chain.tracking.stage(cfg, "evaluate") as context:
+            pipeline.run(cfg, context, train)
         experiment = client.get_experiment_by_name("adasid").experiment_id
-        return sorted(run.info.run_name for run in client.search_runs([experiment]) if run.info.run_name.startswith("evaluate "))
+        return sorted(
+            run.info.run_name for run in client.search_runs([experiment]) if run.info.run_name.startswith("evaluate ")
+        )
 
     first = cells()
     assert len(first) == 5 + 4 + 2 + 1
@@ -153,7 +171,9 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
     found = float(rows["popularity", "item ids", "17"]["all_recall@50"])
     assert ((worst < 50) & ~again).mean() <= found <= ((best < 50) & ~again).mean()
     page = (folder / "index.html").read_text()
-    assert {(row["labels"], row["split"]) for row in rows.values() if row["task"] == "ranking"} == {("sampled", "leave_one_out")}
+    assert {(row["labels"], row["split"]) for row in rows.values() if row["task"] == "ranking"} == {
+        ("sampled", "leave_one_out")
+    }
     assert all(0 < float(row["all_auc"]) < 1 for row in rows.values() if row["task"] == "ranking")
     assert page.count("data:image/png;base64") == 3
     assert "last event. Labels are sampled" in page
@@ -169,15 +189,15 @@ def test_semantic_ids_are_put_to_use_and_a_second_run_trains_nothing(in_process,
 def test_a_retriever_learns_from_the_live_table(in_process):
     small = "{width: 16, blocks: 1, epochs: 2, batch_users: 64, negatives: 128}"
     cfg = load(in_process, [f"retrieval={small}"])
-    with chain.tracking.stage(cfg, "retrieval") as track:
-        train.retrieval(cfg, track)
-        assert 0 <= track.facts["test recall@10"] <= 1
-    with chain.tracking.stage(cfg, "retrieval") as track:
-        train.retrieval(cfg, track)
-        assert track.status == "up to date"
-    with chain.tracking.stage(load(in_process, ["ranking={epochs: 1}"]), "ranking") as track:
-        train.ranking(track.cfg, track)
-        assert (track.facts["labels"], track.facts["split"]) == ("sampled", "leave_one_out")
+    with chain.tracking.stage(cfg, "retrieval") as context:
+        train.retrieval(cfg, context)
+        assert 0 <= context.facts["test recall@10"] <= 1
+    with chain.tracking.stage(cfg, "retrieval") as context:
+        train.retrieval(cfg, context)
+        assert context.status == "up to date"
+    with chain.tracking.stage(load(in_process, ["ranking={epochs: 1}"]), "ranking") as context:
+        train.ranking(context.cfg, context)
+        assert (context.facts["labels"], context.facts["split"]) == ("sampled", "leave_one_out")
 
 
 def test_a_trainer_killed_in_mid_run_resumes_and_ends_as_it_would_have(in_process, folder):
@@ -187,7 +207,10 @@ def test_a_trainer_killed_in_mid_run_resumes_and_ends_as_it_would_have(in_proces
     whole.rename(folder / "kept")
     try:
         checkpoints = whole / "checkpoints"
-        alive = killed(["jobs/train.py", "--config", str(in_process), "--stage", "tokenizer"], lambda: len(list(checkpoints.glob("step-*"))) >= 2)
+        alive = killed(
+            ["jobs/train.py", "--config", str(in_process), "--stage", "tokenizer"],
+            lambda: len(list(checkpoints.glob("step-*"))) >= 2,
+        )
         assert alive, "the job ended before it could be killed: make the training longer"
         assert not (whole / "model").exists()
         reached = max(int(p.name[5:]) for p in checkpoints.glob("step-*"))
@@ -209,11 +232,15 @@ def test_write_sids_killed_twice_and_run_again_loses_and_doubles_nothing(in_proc
     changes = ["sids.gates.max_group=900", f"sids.artifact={model}"]
     moments = (
         lambda: len(list(table.glob("*.parquet"))) > files,  # the first data file
-        lambda: (table / "_delta_log" / f"{version + 1:020d}.json").exists(),  # the table's commit, before the generation's
+        lambda: (
+            table / "_delta_log" / f"{version + 1:020d}.json"
+        ).exists(),  # the table's commit, before the generation's
     )
     for ready in moments:
         arguments = [argument for change in changes for argument in ("--set", change)]
-        assert killed(["jobs/write_sids.py", "--config", str(in_process), *arguments], ready), "the job ended before it could be killed"
+        assert killed(["jobs/write_sids.py", "--config", str(in_process), *arguments], ready), (
+            "the job ended before it could be killed"
+        )
         assert sids(lake).equals(expected), "readers see a whole table"
     for again, settings in enumerate((load(in_process, changes), load(in_process)), start=1):
         run_stage(settings, "sids")  # first what was cut off, then what was live before it: both are publications

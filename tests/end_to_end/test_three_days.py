@@ -21,7 +21,10 @@ from tests.end_to_end.running import ROOT, job, lake_of
 
 WIDTH, GROUPS, USERS = 12, 6, 60
 DAYS = ("2026-03-01", "2026-03-02", "2026-03-03")
-QUICK = {"spark.sql.codegen.wholeStage": "false", "spark.sql.adaptive.enabled": "false"}  # so few rows are not worth compiling
+QUICK = {
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.adaptive.enabled": "false",
+}  # so few rows are not worth compiling
 SETTINGS = {
     "features": {"content": ["text"]},
     "behavior": {"width": 8, "blocks": 1, "epochs": 1, "batch_users": 32, "negatives": 32},

@@ -26,7 +26,7 @@ from adasid import tables
 from adasid.config import Config
 from pipelines import cli, features, ingest
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from tests.fuzz.forms import BROKEN
 from tests.fuzz.strategies import Example
 
@@ -106,7 +106,7 @@ def run(example: Example, folder: Path, uri: str, screen: Screen) -> Outcome:
     assert not example.refused, f"ingest took {example.refused}"
     _rows_arrived(example, lake)
     part = "auto" if example.config["behavior"] else "events"
-    build = lambda cfg, track: features.run(cfg, track, part)  # noqa: E731
+    build = lambda cfg, context: features.run(cfg, context, part)  # noqa: E731
     code, line = _job(path, "features", build)
     outcome = Outcome(code, line, log=log + screen.take())
     expected = Expected(example)
@@ -149,7 +149,9 @@ def _prime(lake: Lake, folder: Path, example: Example) -> None:
         lake.write(name, schema, pa.Table.from_pylist([{"item_id": "before"}], schema).to_batches(), "before")
 
 
-def _job(path: Path, name: str, function: Callable[[Config, Track], None], last: bool = False) -> tuple[int, str]:
+def _job(
+    path: Path, name: str, function: Callable[[Config, StageContext], None], last: bool = False
+) -> tuple[int, str]:
     """Exit code, and the line that tells the user why (``last``: the last line, whatever it is)."""
     screen = io.StringIO()
     with contextlib.redirect_stderr(screen):
@@ -312,7 +314,7 @@ def _present(vector: list[Any] | None) -> bool:
 
 def _accounted(example: Example, expected: Expected, lake: Lake, outcome: Outcome) -> None:
     stats, row = lake.read("item_stats").to_pylist(), lake.read("catalog_stats").to_pylist()[0]
-    mine = {row["input_hash"], lake.stamp("items")}
+    mine = {row["input_hash"], lake.input_hash("items")}
     rejected = [bad for bad in lake.read("rejected_rows").to_pylist() if bad["input_hash"] in mine]
     for bad in rejected:
         json.loads(bad["row"])

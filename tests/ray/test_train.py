@@ -1,4 +1,5 @@
-"""Training through real Ray Train: two workers, a worker that dies, errors that come home. Few fits: each costs half a minute to start."""
+"""Training through real Ray Train: two workers, a worker that dies, errors that come home. Few fits: each costs half a
+minute to start."""
 
 import json
 import os
@@ -23,7 +24,8 @@ def stop_ray():
 
 
 def collectives(payload):
-    """On each worker: killed at the first try of rank 1; then every operation of Workers against its closed form; then an error of all."""
+    """On each worker: killed at the first try of rank 1; then every operation of Workers against its closed form; then
+    an error of all."""
     workers, folder = Workers.current(), Path(payload["folder"])
     r = workers.rank
     tries = folder / f"tries-{r}"
@@ -69,4 +71,6 @@ def test_collectives_and_a_worker_that_dies_once_and_an_expected_error_that_come
 def test_no_cluster_is_one_line_with_the_fix(tmp_path, monkeypatch):
     cluster.shutdown()
     with pytest.raises(errors.InputError, match="ray start --head"):
-        cluster.fit(collectives, {}, SETTINGS.model_copy(update={"address": "127.0.0.1:1"}), "none", tmp_path, lambda row: None)
+        cluster.fit(
+            collectives, {}, SETTINGS.model_copy(update={"address": "127.0.0.1:1"}), "none", tmp_path, lambda row: None
+        )

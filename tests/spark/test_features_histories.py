@@ -22,10 +22,12 @@ def at(second):
 
 
 def frame(spark, rows):
-    """rows: user, item, second or None, pos or None, rating or None; and, where given, the label, which 0 puts outside histories."""
+    """rows: user, item, second or None, pos or None, rating or None; and, where given, the label, which 0 puts outside
+    histories."""
     padded = [(*row, 1)[:6] for row in rows]
     return spark.createDataFrame(
-        [(user, item, at(second), pos, rating, label, label != 0) for user, item, second, pos, rating, label in padded], SCHEMA
+        [(user, item, at(second), pos, rating, label, label != 0) for user, item, second, pos, rating, label in padded],
+        SCHEMA,
     )
 
 
@@ -51,7 +53,11 @@ def test_deduplicate(spark, how, kept):
         ("u", "p", None, 3, None),
         ("u", "p", None, 4, None),
     ]
-    found = histories.deduplicate(frame(spark, rows), how).selectExpr("item_id", "coalesce(unix_seconds(time), pos) AS place").collect()
+    found = (
+        histories.deduplicate(frame(spark, rows), how)
+        .selectExpr("item_id", "coalesce(unix_seconds(time), pos) AS place")
+        .collect()
+    )
     assert sorted((row["item_id"], row["place"]) for row in found) == kept
 
 
@@ -69,7 +75,9 @@ def test_k_core_reaches_the_fixed_point_that_brute_force_finds(spark):
     events = sorted({(f"u{rng.integers(25)}", f"i{int(rng.zipf(1.6)) % 18}") for _ in range(110)})
     expected = brute_core(events, 3)
     assert 0 < len(expected) < len(events)
-    rows = frame(spark, [(user, item, second, None, None) for second, (user, item) in enumerate(events)]).localCheckpoint()
+    rows = frame(
+        spark, [(user, item, second, None, None) for second, (user, item) in enumerate(events)]
+    ).localCheckpoint()
     core, fixed = histories.k_core(rows, 3, 20)
     assert fixed
     assert sorted((row["user_id"], row["item_id"]) for row in core.collect()) == expected
@@ -96,7 +104,10 @@ def test_order_is_time_then_pos(spark):
 
 
 def test_ties_are_ordered_by_a_seeded_hash_and_counted(spark):
-    rows = [(f"u{user:02d}", f"i{item}", 5, None, None) for user in range(60) for item in range(4)] + [("v", "a", 1, 0, None), ("v", "b", 1, 1, None)]
+    rows = [(f"u{user:02d}", f"i{item}", 5, None, None) for user in range(60) for item in range(4)] + [
+        ("v", "a", 1, 0, None),
+        ("v", "b", 1, 1, None),
+    ]
 
     def orders(seed, partitions):
         placed = histories.order(frame(spark, rows).repartition(partitions, "item_id"), Features(), seed).collect()
@@ -110,7 +121,9 @@ def test_ties_are_ordered_by_a_seeded_hash_and_counted(spark):
     assert tied == {f"u{user:02d}" for user in range(60)}, "v has pos"
     assert users == orders(SEED, 2)[0] and users != orders(SEED + 1, 2)[0]
     first = Counter(items[0] for user, items in users.items() if user != "v")
-    assert all(abs(count - 15) < 5 * (60 * 0.25 * 0.75) ** 0.5 for count in first.values()) and len(first) == 4, first  # any item may come first
+    assert all(abs(count - 15) < 5 * (60 * 0.25 * 0.75) ** 0.5 for count in first.values()) and len(first) == 4, (
+        first
+    )  # any item may come first
 
 
 def test_impressions_are_in_no_history_and_are_split_with_the_visit_that_follows(spark):
@@ -130,7 +143,9 @@ def test_impressions_are_in_no_history_and_are_split_with_the_visit_that_follows
         "a": ("train", "train", 0), "x": (None, "ranking", 1), "b": ("train", "train", 1), "y": (None, "validation", 2),
         "c": ("validation", "validation", 2), "z": (None, "test", 3), "d": ("test", "test", 3), "w": (None, "test", 4),
     }  # fmt: skip
-    later = histories.order(frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.25, 0.25)), SEED)
+    later = histories.order(
+        frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.25, 0.25)), SEED
+    )
     by_time = {row["item_id"]: (row["split"], row["ranking_split"]) for row in later.collect()}
     assert by_time == {
         "a": ("train", "train"), "x": (None, "ranking"), "b": ("train", "train"), "y": (None, "ranking"),
@@ -143,10 +158,19 @@ def test_impressions_are_in_no_history_and_are_split_with_the_visit_that_follows
 
 
 def test_an_impression_does_not_hide_a_visit(spark):
-    rows = [("u", "a", 1, None, None, 0), ("u", "a", 1, None, None, 1), ("u", "a", 2, None, None, 1), ("v", "a", 1, None, None, 0)]
+    rows = [
+        ("u", "a", 1, None, None, 0),
+        ("u", "a", 1, None, None, 1),
+        ("u", "a", 2, None, None, 1),
+        ("v", "a", 1, None, None, 0),
+    ]
 
     def kept(how):
-        left = histories.deduplicate(frame(spark, rows), how).selectExpr("user_id", "unix_seconds(time) AS at", "label").collect()
+        left = (
+            histories.deduplicate(frame(spark, rows), how)
+            .selectExpr("user_id", "unix_seconds(time) AS at", "label")
+            .collect()
+        )
         return sorted(tuple(row) for row in left)
 
     assert kept("exact") == [("u", 1, 1), ("u", 2, 1), ("v", 1, 0)]
@@ -161,10 +185,13 @@ def test_the_latest_events_of_a_heavy_user_are_kept(spark):
 
 def test_leave_one_out_needs_three_events(spark):
     rows = [
-        (user, f"i{second}", second, None, None) for user, events in (("one", 1), ("two", 2), ("three", 3), ("four", 4)) for second in range(events)
+        (user, f"i{second}", second, None, None)
+        for user, events in (("one", 1), ("two", 2), ("three", 3), ("four", 4))
+        for second in range(events)
     ]
     splits = {
-        user: [split for (who, _), (_, split) in sorted(placed(spark, rows).items()) if who == user] for user in ("one", "two", "three", "four")
+        user: [split for (who, _), (_, split) in sorted(placed(spark, rows).items()) if who == user]
+        for user in ("one", "two", "three", "four")
     }
     assert splits == {
         "one": ["train"],
@@ -189,15 +216,24 @@ def test_global_time_cuts_by_time_and_keeps_ties_together(spark):
     }  # the cut falls within second 14, which stays whole
     with pytest.raises(InputError, match="no training part is left"):
         placed(spark, [("u", "a", 5, None, None), ("u", "b", 5, None, None)], split="global_time", holdout=0.1)
-    with pytest.raises(InputError, match=r"features.ranking_split is 'global_time' .* set features.ranking_split: same"):
+    with pytest.raises(
+        InputError, match=r"features.ranking_split is 'global_time' .* set features.ranking_split: same"
+    ):
         placed(spark, [("u", "a", 5, None, None), ("u", "b", 5, None, None)], ranking_split="global_time")
 
 
 def test_what_one_task_holds_out_is_training_for_neither(spark):
-    rows = [("u", f"i{second}", second, None, None) for second in range(6)] + [("v", f"i{second}", second, None, None) for second in range(4, 10)]
-    ordered = histories.order(frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.2, 0.2)), SEED)
+    rows = [("u", f"i{second}", second, None, None) for second in range(6)] + [
+        ("v", f"i{second}", second, None, None) for second in range(4, 10)
+    ]
+    ordered = histories.order(
+        frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.2, 0.2)), SEED
+    )
     found = {(row["user_id"], row["item_id"]): (row["split"], row["ranking_split"]) for row in ordered.collect()}
-    assert [found["u", f"i{second}"] for second in range(6)] == [("train", "train")] * 4 + [("validation", "ranking"), ("test", "validation")]
+    assert [found["u", f"i{second}"] for second in range(6)] == [("train", "train")] * 4 + [
+        ("validation", "ranking"),
+        ("test", "validation"),
+    ]
     assert [found["v", f"i{second}"] for second in range(4, 10)] == [
         ("train", "train"),
         (None, "validation"),
@@ -214,11 +250,21 @@ class Notes:
 
 
 def test_settings_that_the_data_cannot_meet(spark):
-    judged = frame(spark, [("u", "a", 1, None, None), ("u", "b", None, 2, None)]).drop("in_history").selectExpr("*", "CAST(NULL AS string) AS reason")
+    judged = (
+        frame(spark, [("u", "a", 1, None, None), ("u", "b", None, 2, None)])
+        .drop("in_history")
+        .selectExpr("*", "CAST(NULL AS string) AS reason")
+    )
     checked = events.Checked(judged, judged, 2, {}, *NOTHING)
     with pytest.raises(InputError, match=r"features.split is 'global_time' but 1 events have no timestamp"):
         events.prepare(checked, Features(split="global_time"), Notes(), SEED)
-    with pytest.raises(InputError, match=r"features.ranking_split is 'global_time' but 1 events have no timestamp: .* features.ranking_split: same"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"features.ranking_split is 'global_time' but 1 events have no timestamp: .* "
+            r"features.ranking_split: same"
+        ),
+    ):
         events.prepare(checked, Features(ranking_split="global_time"), Notes(), SEED)
     with pytest.raises(InputError, match=r"features.k_core 5 leaves no event of 2: lower it, or set it to 0"):
         events.prepare(checked, Features(k_core=5), Notes(), SEED)
@@ -228,14 +274,21 @@ def test_settings_that_the_data_cannot_meet(spark):
             .selectExpr("*", "CAST(NULL AS string) AS reason")
             .drop("in_history")
         )
-        events.prepare(events.Checked(twice, twice, 6, {}, *NOTHING), Features(k_core=2, k_core_rounds=1), Notes(), SEED)
+        events.prepare(
+            events.Checked(twice, twice, 6, {}, *NOTHING), Features(k_core=2, k_core_rounds=1), Notes(), SEED
+        )
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_named(spark):
     rows = [("u", f"i{second}", second, None, None, int(second > 7)) for second in range(10)]
     judged = frame(spark, rows).drop("in_history").selectExpr("*", "CAST(NULL AS string) AS reason")
-    with pytest.raises(InputError, match=r"no event is left to train on: of 10 events 8 are outside histories .* set features.ranking_split: same"):
-        events.prepare(events.Checked(judged, judged, 10, {}, *NOTHING), Features(ranking_split="global_time"), Notes(), SEED)
+    with pytest.raises(
+        InputError,
+        match=r"no event is left to train on: of 10 events 8 are outside histories .* set features.ranking_split: same",
+    ):
+        events.prepare(
+            events.Checked(judged, judged, 10, {}, *NOTHING), Features(ranking_split="global_time"), Notes(), SEED
+        )
 
 
 def test_sequences(spark):
@@ -253,7 +306,10 @@ def test_sequences(spark):
         *some("g", [test]),
     ]
     made = histories.sequences(
-        spark.createDataFrame(rows, "user_id string, item_index bigint, place bigint, split string, in_history boolean").repartition(2), 3
+        spark.createDataFrame(
+            rows, "user_id string, item_index bigint, place bigint, split string, in_history boolean"
+        ).repartition(2),
+        3,
     )
     found = {(row["user_id"], row["split"]): (row["history"], row["target"]) for row in made.collect()}
     assert found == {

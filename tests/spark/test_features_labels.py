@@ -25,7 +25,9 @@ def test_labels_ratings_and_neither(spark):
     assert labelled(spark, [(None, None)] * 2) == [(1, True)] * 2
     assert labelled(spark, [(2.0, None), (5.0, None), (None, None)]) == [(0, True), (1, True), (None, True)]
     assert labelled(spark, [(None, 0.0), (None, 1.0), (None, None)]) == [(0, False), (1, True), (None, True)]
-    assert labelled(spark, [(5.0, 0.0), (1.0, 1.0), (5.0, None)]) == [(0, False), (1, True), (1, True)], "a label counts before a rating"
+    assert labelled(spark, [(5.0, 0.0), (1.0, 1.0), (5.0, None)]) == [(0, False), (1, True), (1, True)], (
+        "a label counts before a rating"
+    )
 
 
 def test_a_key_decides_what_makes_histories(spark):
@@ -37,11 +39,19 @@ def test_a_key_decides_what_makes_histories(spark):
 
 def test_data_without_a_positive_event_is_refused(spark):
     with pytest.raises(
-        InputError, match=r"highest rating is 1, not above features.positive_rating 3, .*: call the column 'label' if 1 means positive"
+        InputError,
+        match=(
+            r"highest rating is 1, not above features.positive_rating 3, .*: call the column "
+            r"'label' if 1 means positive"
+        ),
     ):
         labelled(spark, [(0.0, None), (1.0, None)])
     with pytest.raises(
-        InputError, match=r"highest rating is 3, not above features.positive_rating 3, so no rated event is positive: set features.positive_r"
+        InputError,
+        match=(
+            r"highest rating is 3, not above features.positive_rating 3, so no rated event is "
+            r"positive: set features.positive_r"
+        ),
     ):
         labelled(spark, [(3.0, None), (1.0, None)])
     with pytest.raises(InputError, match=r"all labels are 0, so no event is positive"):
@@ -71,49 +81,81 @@ def test_lines_that_ingest_could_not_parse_count_in_the_limit(spark, lake):
         lake,
         "rejected_rows",
         tables.REJECTED_ROWS,
-        [{**line, "table": "items", "copies": 7}, {**line, "input_hash": "of before", "table": "interactions", "copies": 9}],
+        [
+            {**line, "table": "items", "copies": 7},
+            {**line, "input_hash": "of before", "table": "interactions", "copies": 9},
+        ],
     )
     notes = []
-    with pytest.raises(InputError, match=r"table items: 7 of 10 rows rejected, more than features.max_rejected 0.05 \(unparsable_json: 7\)"):
+    with pytest.raises(
+        InputError,
+        match=r"table items: 7 of 10 rows rejected, more than features.max_rejected 0.05 \(unparsable_json: 7\)",
+    ):
         events.check(spark, config(), lake, "m", notes.append)
     checked = events.check(spark, config(max_rejected=0.8), lake, "m", notes.append)
     assert checked.rejected == {"unparsable_json": 7}
 
 
 def test_what_is_odd_is_reported(spark, lake):
-    items = [*ITEMS, {"item_id": "d", "text": []}, {"item_id": "e", "text": [0.0, 0.0]}, {"item_id": "e", "text": [0.0, 0.0]}]
+    items = [
+        *ITEMS,
+        {"item_id": "d", "text": []},
+        {"item_id": "e", "text": [0.0, 0.0]},
+        {"item_id": "e", "text": [0.0, 0.0]},
+    ]
     items += [{"item_id": name, "text": GOOD} for name in ("caf\u00e9", "cafe\u0301", "a ")]
     write(lake, "items", tables.items(["text"]), items)
-    seen = [event("u", "a"), event("u ", "a"), event("v", "a", timestamp="20200913"), event("w", "a", timestamp="1600000000")]
+    seen = [
+        event("u", "a"),
+        event("u ", "a"),
+        event("v", "a", timestamp="20200913"),
+        event("w", "a", timestamp="1600000000"),
+    ]
     write(lake, "interactions", tables.INTERACTIONS, seen)
     notes = []
     checked = events.check(spark, config(max_rejected=0.3), lake, "m", notes.append)
-    assert (checked.good, checked.rejected, checked.duplicate_items, checked.missing) == (3, {"implausible_timestamp": 1}, 1, {"text": 2})
+    assert (checked.good, checked.rejected, checked.duplicate_items, checked.missing) == (
+        3,
+        {"implausible_timestamp": 1},
+        1,
+        {"text": 2},
+    )
     assert notes == [
-        "interactions: times that are refused, implausible: for example '20200913' reads as the date 2020-09-13: write dates as YYYY-MM-DD",
-        "items: 2 groups of item_id differ in blanks or Unicode form only (first: 'a' and 'a '): trim and normalize them (NFC) in the source if they mean "
+        "interactions: times that are refused, implausible: for example '20200913' reads as the date 2020-09-13: write "
+        "dates as YYYY-MM-DD",
+        "items: 2 groups of item_id differ in blanks or Unicode form only (first: 'a' and 'a '): trim and normalize "
+        "them (NFC) in the source if they mean "
         "the same; they count as different ids",
-        "interactions: 1 groups of user_id differ in blanks or Unicode form only (first: 'u' and 'u '): trim and normalize them (NFC) in the source if they mean "
+        "interactions: 1 groups of user_id differ in blanks or Unicode form only (first: 'u' and 'u '): trim and "
+        "normalize them (NFC) in the source if they mean "
         "the same; they count as different ids",
         "items: 2 have an empty or a zero vector in 'text': they count as items without it",
     ]
     with pytest.raises(
         InputError,
-        match=r"1 of 4 rows rejected.*implausible: for example '20200913' reads as the date 2020-09-13: write dates as YYYY-MM-DD; look at them",
+        match=(
+            r"1 of 4 rows rejected.*implausible: for example '20200913' reads as the date "
+            r"2020-09-13: write dates as YYYY-MM-DD; look at them"
+        ),
     ):
         events.check(spark, config(), lake, "n", notes.append)
 
 
 def test_a_modality_that_no_item_has_is_named(spark, lake):
     write(lake, "items", tables.items(["text"]), [{"item_id": "a", "text": []}, {"item_id": "b"}])
-    with pytest.raises(InputError, match=r"table items: no item has a vector in column 'text' \(empty and zero vectors do not count\): bring some"):
+    with pytest.raises(
+        InputError,
+        match=r"table items: no item has a vector in column 'text' \(empty and zero vectors do not count\): bring some",
+    ):
         events.check(spark, config(), lake, "m", print)
 
 
 def test_tables_of_two_runs_of_ingest_are_refused(lake):
     write(lake, "items", tables.items(["text"]), ITEMS, "today")
     write(lake, "interactions", tables.INTERACTIONS, [event("u", "a")], "yesterday")
-    with pytest.raises(InputError, match=r"items and interactions come from different runs of ingest .*: run jobs/ingest.py again"):
+    with pytest.raises(
+        InputError, match=r"items and interactions come from different runs of ingest .*: run jobs/ingest.py again"
+    ):
         events.same_source(config(), lake)
     events.same_source(config().model_copy(update={"pins": {"items": 0}}), lake)  # a pin is on purpose
 
@@ -124,12 +166,21 @@ def test_a_heavy_user_is_capped_before_anything_is_counted(spark, lake):
     write(lake, "interactions", tables.INTERACTIONS, seen)
     cfg, notes = config(max_user_events=5, k_core=2), []
 
-    class Track:
+    class StageContext:
         note = staticmethod(notes.append)
 
     checked = events.check(spark, cfg, lake, "m", notes.append)
-    clean = events.prepare(checked, cfg.features, Track(), cfg.seed)
+    clean = events.prepare(checked, cfg.features, StageContext(), cfg.seed)
     assert clean.counts == {
-        "interactions": 6, "users": 2, "outside_histories": 0, "tied": 0, "duplicates": 1, "capped": 45, "below_k_core": 1
-    }  # fmt: skip
-    assert notes == ["1 users have more than features.max_user_events 5 events (user 'bot' has 50): the latest 5 of each are kept, 45 dropped"]
+        "interactions": 6,
+        "users": 2,
+        "outside_histories": 0,
+        "tied": 0,
+        "duplicates": 1,
+        "capped": 45,
+        "below_k_core": 1,
+    }
+    assert notes == [
+        "1 users have more than features.max_user_events 5 events (user 'bot' has 50): the latest 5 of each are kept, "
+        "45 dropped"
+    ]

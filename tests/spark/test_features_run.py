@@ -1,4 +1,5 @@
-"""The whole stage on a small catalogue: against plain Python, twice, in another row order, and how often it shuffles."""
+"""The whole stage on a small catalogue: against plain Python, twice, in another row order, and how often it
+shuffles."""
 
 from __future__ import annotations
 
@@ -27,13 +28,17 @@ def catalogue():
     names = [f"i{i:02d}" for i in range(28)]
     vectors = rng.normal(size=(30, 7)).round(3)
     rows = [
-        (name, f"title {name}", vectors[i, :4].tolist(), None if i % 9 == 0 else vectors[i, 4:].tolist()) for i, name in enumerate([*names, *COLD])
+        (name, f"title {name}", vectors[i, :4].tolist(), None if i % 9 == 0 else vectors[i, 4:].tolist())
+        for i, name in enumerate([*names, *COLD])
     ]
     rows += [("", "no id", [1.0] * 4, None), rows[3]]
     seen = []
     for user in range(25):
         for step in range(int(rng.integers(1, 9))):
-            item, time = names[min(int(rng.zipf(1.4)) - 1, 27)], 1_500_000_000 + int(rng.integers(0, 40)) * 86_400 + step
+            item, time = (
+                names[min(int(rng.zipf(1.4)) - 1, 27)],
+                1_500_000_000 + int(rng.integers(0, 40)) * 86_400 + step,
+            )
             text = (str(time), str(time * 1000), np.datetime64(time, "s").astype(str))[step % 3]
             seen.append((f"u{user:02d}", item, text, None, [None, 2.0, 5.0][step % 3], None))
     return rows, [*seen, *seen[:5], ("u00", "nowhere", "1", None, None, None)]
@@ -54,15 +59,16 @@ def config(root, **sections):
 def prepare(spark, cfg, rows, seen, order=None):
     """Write both tables, ``order`` reversing and spreading the rows."""
     schema = tables.items((*MODALITIES, *(["behavior"] if len(rows[0]) == 5 else [])))
-    with tracking.stage(cfg, "ingest") as track:
+    with tracking.stage(cfg, "ingest") as context:
         for table, data, arrow in (("items", rows, schema), ("interactions", seen, tables.INTERACTIONS)):
             frame = spark.createDataFrame(data[::-1] if order else data, struct(arrow))
-            write(frame.repartition(order) if order else frame.coalesce(1), track.lake, table, arrow, "ingest")
-    return track.lake
+            write(frame.repartition(order) if order else frame.coalesce(1), context.lake, table, arrow, "ingest")
+    return context.lake
 
 
 def embed(lake, drop=0):
-    """Behaviour embeddings as the training stage writes them; the norm grows with the count, apart from noise that only depends on the id."""
+    """Behaviour embeddings as the training stage writes them; the norm grows with the count, apart from noise that only
+    depends on the id."""
     stats = lake.read("item_stats").to_pylist()[drop:]
     noise = {row["item_id"]: int(hashlib.sha256(row["item_id"].encode()).hexdigest()[:4], 16) / 2**16 for row in stats}
     rows = [
@@ -74,18 +80,26 @@ def embed(lake, drop=0):
         }
         for r in stats
     ]
-    lake.write("behavior_embeddings", tables.BEHAVIOR_EMBEDDINGS, pa.Table.from_pylist(rows, tables.BEHAVIOR_EMBEDDINGS).to_batches(), f"e{drop}")
+    lake.write(
+        "behavior_embeddings",
+        tables.BEHAVIOR_EMBEDDINGS,
+        pa.Table.from_pylist(rows, tables.BEHAVIOR_EMBEDDINGS).to_batches(),
+        f"e{drop}",
+    )
 
 
 def run(cfg, part="auto"):
-    with tracking.stage(cfg, "features") as track:
-        features.run(cfg, track, part)
-    return track
+    with tracking.stage(cfg, "features") as context:
+        features.run(cfg, context, part)
+    return context
 
 
 def content(lake, *names):
     """Table contents without regard to the order of rows, and without the run's digest."""
-    plain = {name: [{k: v for k, v in row.items() if k != "input_hash"} for row in lake.read(name).to_pylist()] for name in names}
+    plain = {
+        name: [{k: v for k, v in row.items() if k != "input_hash"} for row in lake.read(name).to_pylist()]
+        for name in names
+    }
     return {name: sorted(rows, key=str) for name, rows in plain.items()}
 
 
@@ -103,7 +117,11 @@ def expected_events():
     """Clean events by user in order, in plain Python."""
     users = defaultdict(list)
     for user, item, text, _, rating, _ in dict.fromkeys(row for row in catalogue()[1] if row[1] != "nowhere"):
-        time = int(np.datetime64(text).astype("datetime64[s]").astype(int)) if "T" in text else int(text) // (1000 if len(text) > 10 else 1)
+        time = (
+            int(np.datetime64(text).astype("datetime64[s]").astype(int))
+            if "T" in text
+            else int(text) // (1000 if len(text) > 10 else 1)
+        )
         users[user].append((time, item, -1.0 if rating is None else rating))
     for user, rows in users.items():
         first = {(time, item): (time, item, rating) for time, item, rating in sorted(rows, reverse=True)}
@@ -115,11 +133,13 @@ def test_tables_against_plain_python(done):
     _, lake, _ = done
     users = expected_events()
     training = {user: rows[: len(rows) - 2 if len(rows) >= 3 else len(rows)] for user, rows in users.items()}
-    counts = {row[0]: 0 for row in catalogue()[0] if row[0]} | Counter(item for rows in training.values() for _, item, _ in rows)
+    counts = {row[0]: 0 for row in catalogue()[0] if row[0]} | Counter(
+        item for rows in training.values() for _, item, _ in rows
+    )
     index = {item: i for i, item in enumerate(sorted(counts, key=lambda item: (-counts[item], item)))}
-    assert {row["item_id"]: (row["item_index"], row["interactions"]) for row in lake.read("item_stats").to_pylist()} == {
-        item: (index[item], counts[item]) for item in counts
-    }
+    assert {
+        row["item_id"]: (row["item_index"], row["interactions"]) for row in lake.read("item_stats").to_pylist()
+    } == {item: (index[item], counts[item]) for item in counts}
     assert {row["user_id"]: row["interactions"] for row in lake.read("user_stats").to_pylist()} == {
         user: len(rows) for user, rows in training.items()
     }
@@ -132,7 +152,9 @@ def test_tables_against_plain_python(done):
         for user, rows in users.items()
         for i, (time, item, rating) in enumerate(rows)
     }
-    sequences = {(row["user_id"], row["split"]): (row["history"], row["target"]) for row in lake.read("sequences").to_pylist()}
+    sequences = {
+        (row["user_id"], row["split"]): (row["history"], row["target"]) for row in lake.read("sequences").to_pylist()
+    }
     indexed = {user: [index[item] for _, item, _ in rows] for user, rows in users.items()}
     assert sequences == {
         **{(user, "train"): (indexed[user][: len(rows)], None) for user, rows in training.items() if len(rows) >= 2},
@@ -141,7 +163,10 @@ def test_tables_against_plain_python(done):
     }
     stats = lake.read("catalog_stats").to_pylist()[0]
     assert dict(stats["rejected"]) == {"empty_item_id": 1, "unknown_item": 1} and stats["duplicate_items"] == 1
-    assert dict(stats["missing"]) == {"text": 0, "visual": sum(row[3] is None for row in catalogue()[0] if row[0]) - (catalogue()[0][3][3] is None)}
+    assert dict(stats["missing"]) == {
+        "text": 0,
+        "visual": sum(row[3] is None for row in catalogue()[0] if row[0]) - (catalogue()[0][3][3] is None),
+    }
     assert [stats[name] for name in ("capped", "below_k_core", "tied", "outside_histories")] == [0] * 4
     assert stats["duplicates"] == len(catalogue()[1]) - 1 - stats["interactions"]
 
@@ -160,9 +185,14 @@ def test_rated_events_are_split_by_time_and_nothing_learns_from_what_a_task_hold
         return "test" if time >= test else "validation" if time >= validation else early
 
     samples = {(row["user_id"], row["position"]): row["split"] for row in lake.read("ranking_samples").to_pylist()}
-    assert samples == {(user, i): split(user, i, time) for user, rows in users.items() for i, (time, *_) in enumerate(rows)}
+    assert samples == {
+        (user, i): split(user, i, time) for user, rows in users.items() for i, (time, *_) in enumerate(rows)
+    }
     assert set(samples.values()) == {"train", "ranking", "validation", "test"}
-    training = {user: [item for i, (time, item, _) in enumerate(rows) if split(user, i, time) == "train"] for user, rows in users.items()}
+    training = {
+        user: [item for i, (time, item, _) in enumerate(rows) if split(user, i, time) == "train"]
+        for user, rows in users.items()
+    }
     stats = {row["item_id"]: row for row in lake.read("item_stats").to_pylist()}
     counts = Counter(item for rows in training.values() for item in rows)
     assert {item: row["interactions"] for item, row in stats.items() if row["interactions"]} == counts
@@ -170,7 +200,9 @@ def test_rated_events_are_split_by_time_and_nothing_learns_from_what_a_task_hold
         u: len(rows) for u, rows in training.items() if rows
     }
     indexed = {user: [stats[item]["item_index"] for _, item, _ in rows] for user, rows in users.items()}
-    sequences = {(row["user_id"], row["split"]): (row["history"], row["target"]) for row in lake.read("sequences").to_pylist()}
+    sequences = {
+        (row["user_id"], row["split"]): (row["history"], row["target"]) for row in lake.read("sequences").to_pylist()
+    }
     assert sequences == {
         **{(user, "train"): (indexed[user][: len(rows)], None) for user, rows in training.items() if len(rows) >= 2},
         **{(user, "validation"): (row[:-2], row[-2]) for user, row in indexed.items() if len(row) >= 3},
@@ -190,7 +222,12 @@ def test_every_item_has_a_row_of_features_also_the_cold(done):
         assert row["text"] == pytest.approx(given[item][2])
         assert (row["visual"] is None) == (given[item][3] is None)
         assert 0 <= row["richness"] <= 1
-        assert (row["behavior"] is None) == (row["norm"] is None) == (row["interactions"] == 0) == (row["stratum"] == "cold")
+        assert (
+            (row["behavior"] is None)
+            == (row["norm"] is None)
+            == (row["interactions"] == 0)
+            == (row["stratum"] == "cold")
+        )
     assert all(rows[item]["stratum"] == "cold" and rows[item]["richness"] == 0 for item in COLD)
     assert len({row["fingerprint"] for row in rows.values()}) == len(rows)
     stats = lake.read("catalog_stats").to_pylist()[0]
@@ -201,7 +238,7 @@ def test_every_item_has_a_row_of_features_also_the_cold(done):
 
 def test_a_second_run_writes_nothing(done):
     _, lake, tracks = done
-    assert [track.status for track in tracks] == ["done", "done", "up to date"]
+    assert [context.status for context in tracks] == ["done", "done", "up to date"]
     names = ("rejected_rows", "item_stats", "user_stats", "sequences", "ranking_samples", "item_features")
     assert lake.versions(*names) == dict.fromkeys(names, 0)
     assert lake.versions("catalog_stats", "richness_stats") == {"catalog_stats": 0, "richness_stats": 0}
@@ -209,12 +246,13 @@ def test_a_second_run_writes_nothing(done):
 
 
 def test_events_that_nobody_rated_are_split_as_ever(done):
-    """Without low ratings the keys of the ranking split do not count: tables and models of before these keys stay up to date."""
+    """Without low ratings the keys of the ranking split do not count: tables and models of before these keys stay up to
+    date."""
     cfg, lake, _ = done
     for changes in ({"ranking_holdout": (0.2, 0.2)}, {"ranking_split": "auto", "positive_rating": 1.0}):
         features = cfg.features.model_copy(update=changes)
         before = features.model_dump(mode="json", exclude=events._LATER | {"ranking_split", "ranking_holdout"})
-        mark = digest("events", before, cfg.seed, MODALITIES, lake.stamps(lake.versions("items", "interactions")))
+        mark = digest("events", before, cfg.seed, MODALITIES, lake.input_hashes(lake.versions("items", "interactions")))
         assert stage.resolve(events.EVENTS, cfg.model_copy(update={"features": features}), lake).hash == mark
     features = cfg.features.model_copy(update={"ranking_holdout": (0.2, 0.2)})
     assert stage.check_fresh(events.EVENTS, cfg.model_copy(update={"features": features}), lake)
@@ -230,14 +268,17 @@ def test_neither_row_order_nor_partitioning_changes_a_table(spark, done, tmp_pat
     cfg = config(tmp_path)
     lake = prepare(spark, cfg, *catalogue(), order=5)
     assert run(cfg).status == "done"
-    assert "item_features waits, table behavior_embeddings does not exist yet: run `python jobs/train.py --stage behavior`" in capsys.readouterr().err
+    assert (
+        "item_features waits, table behavior_embeddings does not exist yet: run `python jobs/train.py --stage behavior`"
+        in capsys.readouterr().err
+    )
     with pytest.raises(InputError, match="behavior_embeddings does not exist yet"):
         run(cfg, "items")
     missing = lake.read("item_stats").to_pylist()[0]
     assert missing["interactions"] > 0
     embed(lake, drop=1)
-    track = run(cfg)
-    assert (track.status, track.facts["without behaviour embedding"]) == ("done", 1)
+    context = run(cfg)
+    assert (context.status, context.facts["without behaviour embedding"]) == ("done", 1)
     assert "1 of 30 items have training events but no behaviour embedding" in capsys.readouterr().err
     found = {row["item_id"]: row for row in lake.read("item_features").to_pylist()}
     assert (found[missing["item_id"]]["behavior"], found[missing["item_id"]]["richness"], len(found)) == (None, 0.0, 30)
@@ -245,7 +286,16 @@ def test_neither_row_order_nor_partitioning_changes_a_table(spark, done, tmp_pat
     assert lake.lineage("item_stats") == lake.lineage("sequences") == lake.versions("items", "interactions")
     embed(lake)
     run(cfg, "items")
-    names = ("rejected_rows", "item_stats", "user_stats", "sequences", "ranking_samples", "item_features", "catalog_stats", "richness_stats")
+    names = (
+        "rejected_rows",
+        "item_stats",
+        "user_stats",
+        "sequences",
+        "ranking_samples",
+        "item_features",
+        "catalog_stats",
+        "richness_stats",
+    )
     other, here = content(lake, *names), content(done[1], *names)
     for name in names:
         assert other[name] == here[name], name
@@ -254,8 +304,12 @@ def test_neither_row_order_nor_partitioning_changes_a_table(spark, done, tmp_pat
 def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
     rows, seen = catalogue()
     vectors = {row[0]: None if row[0] == "i05" else [3.0, 4.0 * (i % 3)] for i, row in enumerate(rows)}
-    cfg = config(tmp_path, behavior={"source": "column"}, source={"kind": "synthetic", "synthetic": {"behavior_width": 2}})
-    cfg = cfg.model_copy(update={"features": cfg.features.model_copy(update={"proxy_min_spearman": 0.95, "ranking_split": "auto"})})
+    cfg = config(
+        tmp_path, behavior={"source": "column"}, source={"kind": "synthetic", "synthetic": {"behavior_width": 2}}
+    )
+    cfg = cfg.model_copy(
+        update={"features": cfg.features.model_copy(update={"proxy_min_spearman": 0.95, "ranking_split": "auto"})}
+    )
     lake = prepare(
         spark,
         cfg,
@@ -264,12 +318,19 @@ def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
     )
     run(cfg)
     told = capsys.readouterr().err
-    assert "richness is min-max of log(1 + count)" in told and "not all have a timestamp: ranking is split as retrieval is" in told
+    assert (
+        "richness is min-max of log(1 + count)" in told
+        and "not all have a timestamp: ranking is split as retrieval is" in told
+    )
     found = {row["item_id"]: row for row in lake.read("item_features").to_pylist()}
     assert {item: row["norm"] for item, row in found.items()} == {
         item: vector and pytest.approx(np.linalg.norm(vector)) for item, vector in vectors.items() if item
     }
-    assert (found["i05"]["richness"], found[COLD[0]]["behavior"], found[COLD[0]]["richness"]) == (0, vectors[COLD[0]], 0)
+    assert (found["i05"]["richness"], found[COLD[0]]["behavior"], found[COLD[0]]["richness"]) == (
+        0,
+        vectors[COLD[0]],
+        0,
+    )
     stats = lake.read("catalog_stats").to_pylist()[0]
     assert (stats["richness_source"], stats["ranking_split"]) == ("count", "leave_one_out")  # rated, but without a time
     samples = lake.read("ranking_samples").to_pylist()
@@ -279,7 +340,8 @@ def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
 
 
 def exchanges(spark, frame):
-    """Partitioning of every shuffle in the executed plan of ``frame``, those of the cached frames below it included, each once."""
+    """Partitioning of every shuffle in the executed plan of ``frame``, those of the cached frames below it included,
+    each once."""
     frame.collect()
     seen, found = set(), []
 
@@ -314,18 +376,22 @@ def test_shuffles_are_as_few_as_the_plan_needs(spark, done, broadcast):
     for key, value in limits.items():
         spark.conf.set(key, value)
     try:
-        with tracking.stage(cfg, "count") as track:
-            clean = events.prepare(events.check(spark, cfg, lake, "count", track.note), cfg.features, track, cfg.seed)
+        with tracking.stage(cfg, "count") as context:
+            clean = events.prepare(
+                events.check(spark, cfg, lake, "count", context.note), cfg.features, context, cfg.seed
+            )
             of_events = exchanges(spark, clean.events)
             spark.catalog.clearCache()
             of_items = exchanges(spark, items.join(spark, cfg, lake))
     finally:
         for key in limits:
             spark.conf.unset(key)
-    # Items by item_id (which duplicate is kept) and events by user_id (de-duplication and both windows share it). Where the
+    # Items by item_id (which duplicate is kept) and events by user_id (de-duplication and both windows share it). Where
+    # the
     # accepted ids are too many to broadcast, the events also go by item_id to meet them.
     assert sum("user_id" in where for where in of_events) == 1, of_events
     assert sum("item_id" in where for where in of_events) == (1 if broadcast else 2), of_events
-    # Each of items, item_stats and behavior_embeddings by item_id, the last two only where they are too big to broadcast.
+    # Each of items, item_stats and behavior_embeddings by item_id, the last two only where they are too big to
+    # broadcast.
     assert all("item_id" in where for where in of_items), of_items
     assert len(of_items) == (1 if broadcast else 3), of_items

@@ -25,13 +25,19 @@ def stats(spark):
         for user in (0, 1)
         if count > user
     ]
-    accepted = spark.createDataFrame([(f"i{item:02d}",) for item in reversed(range(len(COUNTS)))], "item_id string").repartition(3)
-    return statistics.item_stats(accepted, spark.createDataFrame(pairs, "user_id string, item_id string, events bigint"), Features())
+    accepted = spark.createDataFrame(
+        [(f"i{item:02d}",) for item in reversed(range(len(COUNTS)))], "item_id string"
+    ).repartition(3)
+    return statistics.item_stats(
+        accepted, spark.createDataFrame(pairs, "user_id string, item_id string, events bigint"), Features()
+    )
 
 
 def test_a_global_rank_is_dense_and_in_order_over_many_partitions(spark):
     values = np.random.default_rng(0).permutation(500) % 83
-    frame = spark.createDataFrame([(int(value), i) for i, value in enumerate(values)], "value int, id int").repartition(7)
+    frame = spark.createDataFrame([(int(value), i) for i, value in enumerate(values)], "value int, id int").repartition(
+        7
+    )
     ranked = ranks.rank_by(frame, F.desc("value"), F.asc("id"))
     found = [(row["value"], row["id"]) for row in sorted(ranked.frame.collect(), key=lambda row: row["rank"])]
     assert ranked.size == 500
@@ -53,13 +59,19 @@ def test_inequality_against_numpy(stats):
     ascending = np.sort(COUNTS)
     gini = np.abs(np.subtract.outer(ascending, ascending)).sum() / (2 * len(COUNTS) ** 2 * ascending.mean())
     assert found["gini"] == pytest.approx(gini, abs=1e-12)
-    assert (found["items"], found["train_interactions"], found["head_interactions"]) == (12, sum(COUNTS), pytest.approx(74 / sum(COUNTS)))
+    assert (found["items"], found["train_interactions"], found["head_interactions"]) == (
+        12,
+        sum(COUNTS),
+        pytest.approx(74 / sum(COUNTS)),
+    )
     assert dict(found["strata"]) == {"head": 3, "mid": 6, "tail": 1, "cold": 2}
     reached = np.concatenate([[0], np.cumsum(ascending)]) / ascending.sum()
     assert len(found["lorenz"]) == 101
     for point in found["lorenz"]:
         assert point["y"] == pytest.approx(reached[round(point["x"] * 12)])
-    assert [(point["x"], point["y"]) for point in found["popularity"]] == [(rank + 1, count) for rank, count in enumerate(COUNTS)]
+    assert [(point["x"], point["y"]) for point in found["popularity"]] == [
+        (rank + 1, count) for rank, count in enumerate(COUNTS)
+    ]
 
 
 def measured(spark, norms, counts):
@@ -89,7 +101,9 @@ def test_norms_and_richness_against_numpy_and_scipy(spark, sample):
     assert [fields["norm_low"], fields["norm_high"]] == pytest.approx(low_high)
     assert ys(fields["norm_quantiles"]) == pytest.approx(np.percentile(norms, range(101)))
     assert ys(fields["richness_quantiles"]) == pytest.approx(np.percentile(expected, range(101)), abs=1e-6)
-    rows = {row["item_id"]: row["richness"] for row in frame.select("item_id", found.column.alias("richness")).collect()}
+    rows = {
+        row["item_id"]: row["richness"] for row in frame.select("item_id", found.column.alias("richness")).collect()
+    }
     assert [rows[f"i{i:03d}"] for i in range(300)] == pytest.approx(expected, abs=1e-6)
     bins = fields["norm_by_count"]
     assert sum(point["items"] for point in bins) == 300
@@ -109,7 +123,9 @@ def test_where_the_norm_does_not_follow_the_count_richness_rests_on_the_count(sp
     assert found.fields["spearman"] == pytest.approx(spearmanr(norms, counts).statistic, abs=1e-12)
     assert found.fields["richness_source"] == "count"
     assert ys(found.fields["richness_quantiles"]) == pytest.approx(np.percentile(expected, range(101)))
-    rows = {row["item_id"]: row["richness"] for row in frame.select("item_id", found.column.alias("richness")).collect()}
+    rows = {
+        row["item_id"]: row["richness"] for row in frame.select("item_id", found.column.alias("richness")).collect()
+    }
     assert [rows[f"i{i:03d}"] for i in range(300)] == pytest.approx(expected)
 
 
@@ -140,7 +156,9 @@ def test_richness_without_spark_is_the_same_bit_for_bit(spark, sign):
     vectors[40:60] = vectors[40]
     items = [f"i{n}" for n in rng.permutation(700)]
     norms = vector_norms(vectors)
-    rows = [(item, int(count), float(norm), row.tolist()) for item, count, norm, row in zip(items, counts, norms, vectors)]
+    rows = [
+        (item, int(count), float(norm), row.tolist()) for item, count, norm, row in zip(items, counts, norms, vectors)
+    ]
     frame = spark.createDataFrame(rows, "item_id string, interactions bigint, norm float, behavior array<float>")
     assert frame.filter(_length("behavior") != F.col("norm")).count() == 0
     found = richness.measure(frame.select("item_id", "interactions", "norm"), Features())

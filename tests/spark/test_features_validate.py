@@ -154,12 +154,19 @@ def test_timestamps_are_seconds_milliseconds_or_iso(spark):
         "soon": None,
     }
     frame = spark.createDataFrame([(text,) for text in texts], "text string")
-    rows = {row["text"]: row["seconds"] for row in frame.select("text", validate.parse_time(frame["text"]).cast("double").alias("seconds")).collect()}
+    rows = {
+        row["text"]: row["seconds"]
+        for row in frame.select("text", validate.parse_time(frame["text"]).cast("double").alias("seconds")).collect()
+    }
     assert rows == pytest.approx(texts)
 
 
 def test_the_clock_can_be_set():
-    assert validate.clock("2020-01-01T00:00:00Z") == validate.clock("2020-01-01") == datetime(2020, 1, 1, tzinfo=timezone.utc)
+    assert (
+        validate.clock("2020-01-01T00:00:00Z")
+        == validate.clock("2020-01-01")
+        == datetime(2020, 1, 1, tzinfo=timezone.utc)
+    )
     assert abs(validate.clock(None) - datetime.now(timezone.utc)) < timedelta(minutes=1)
     with pytest.raises(ConfigError, match=r"features.now is 'soon'"):
         validate.clock("soon")
@@ -207,7 +214,10 @@ def test_refused_rows_are_kept_whole_once_a_run(spark, lake):
 def test_too_many_refused_rows_stop_the_stage_after_they_were_written(spark, lake):
     with pytest.raises(
         InputError,
-        match=r"table items: 2 of 4 rows rejected, more than features.max_rejected 0.05 \(non_finite: 2\); look at them in table rejected_rows",
+        match=(
+            r"table items: 2 of 4 rows rejected, more than features.max_rejected 0.05 "
+            r"\(non_finite: 2\); look at them in table rejected_rows"
+        ),
     ):
         events.check(spark, config(), lake, "two", NOTES.append)
     assert [row["table"] for row in lake.read("rejected_rows").to_pylist() if row["input_hash"] == "two"] == ["items"]
@@ -219,7 +229,10 @@ def test_two_widths_are_named_with_their_counts(spark):
     assert widths == {"text": [(3, 2), (2, 1)]}
     with pytest.raises(
         InputError,
-        match=r"table items: 1 of 4 rows rejected.*'text' has vectors of width 3 \(2 rows\) and 2 \(1 rows\): embed all items with one model",
+        match=(
+            r"table items: 1 of 4 rows rejected.*'text' has vectors of width 3 \(2 rows\) and "
+            r"2 \(1 rows\): embed all items with one model"
+        ),
     ):
         validate.insist("items", {None: 3, "wrong_dimension": 1}, 0.05, widths)
 
@@ -238,7 +251,10 @@ def test_a_configured_modality_needs_its_column(spark):
 
 @pytest.mark.parametrize(
     ("counted", "message"),
-    [({}, "table items has no rows"), ({"empty_item_id": 4}, r"table items: none of its 4 rows was accepted \(empty_item_id: 4\)")],
+    [
+        ({}, "table items has no rows"),
+        ({"empty_item_id": 4}, r"table items: none of its 4 rows was accepted \(empty_item_id: 4\)"),
+    ],
 )
 def test_nothing_to_work_on(counted, message):
     with pytest.raises(InputError, match=message):

@@ -27,13 +27,13 @@ TEXT = {"content": ["text"]}
 
 def ingested(cfg):
     """Run the stage; the closed track."""
-    with tracking.stage(cfg, "ingest") as track:
-        ingest.run(cfg, track)
-    return track
+    with tracking.stage(cfg, "ingest") as context:
+        ingest.run(cfg, context)
+    return context
 
 
-def rows(track, table: str, *order: str) -> list[dict]:
-    return track.lake.read(table).sort_by([(name, "ascending") for name in order]).to_pylist()
+def rows(context, table: str, *order: str) -> list[dict]:
+    return context.lake.read(table).sort_by([(name, "ascending") for name in order]).to_pylist()
 
 
 def parquet(path: Path, **columns) -> str:
@@ -48,9 +48,15 @@ EVENTS = {"user_id": ["a", "a"], "item_id": ["x", "y"], "timestamp": [1, 2]}
 
 
 def test_synthetic_is_the_catalogue_and_a_second_run_changes_nothing(make_config):
-    cfg = make_config(source={"synthetic": {"items": 11_000, "users": 2_000, "interactions": 20_000, "chunk_users": 700}})
+    cfg = make_config(
+        source={"synthetic": {"items": 11_000, "users": 2_000, "interactions": 20_000, "chunk_users": 700}}
+    )
     first = ingested(cfg)
-    assert first.status == "done" and first.facts["items"] == 11_000 and first.facts["interactions"] == first.lake.read("interactions").num_rows
+    assert (
+        first.status == "done"
+        and first.facts["items"] == 11_000
+        and first.facts["interactions"] == first.lake.read("interactions").num_rows
+    )
     assert first.lake.open("items").to_pyarrow_dataset().schema.names == ["item_id", "title", "text", "visual"]
     params = cfg.source.synthetic
     for name, made, key in (
@@ -91,7 +97,11 @@ def test_synthetic_does_not_know_other_modalities(make_config):
 
 
 def tables_config(make_config, items: str, interactions: str, form: str = "parquet", **sections):
-    return make_config(source={"kind": "tables", "tables": {"items": items, "interactions": interactions, "format": form}}, features=TEXT, **sections)
+    return make_config(
+        source={"kind": "tables", "tables": {"items": items, "interactions": interactions, "format": form}},
+        features=TEXT,
+        **sections,
+    )
 
 
 def test_parquet_tables_keep_raw_values(make_config, tmp_path):
@@ -102,15 +112,21 @@ def test_parquet_tables_keep_raw_values(make_config, tmp_path):
         title=["X", None, "Y"],
         extra=[1, 2, 3],
     )
-    events = parquet(tmp_path / "e.parquet", user_id=[1, None], item_id=["x", "zz"], timestamp=[-5, None], rating=[4.5, None])
-    track = ingested(tables_config(make_config, items, events))
-    assert track.lake.read("interactions").to_pylist() == [
+    events = parquet(
+        tmp_path / "e.parquet", user_id=[1, None], item_id=["x", "zz"], timestamp=[-5, None], rating=[4.5, None]
+    )
+    context = ingested(tables_config(make_config, items, events))
+    assert context.lake.read("interactions").to_pylist() == [
         {"user_id": "1", "item_id": "x", "timestamp": "-5", "pos": None, "rating": 4.5, "label": None},
         {"user_id": None, "item_id": "zz", "timestamp": None, "pos": None, "rating": None, "label": None},
     ]
-    found = track.lake.read("items")
-    assert found.column_names == ["item_id", "title", "text"] and found["text"].null_count == 1 and found["item_id"].null_count == 1
-    assert track.facts == {"items": 3, "interactions": 2}
+    found = context.lake.read("items")
+    assert (
+        found.column_names == ["item_id", "title", "text"]
+        and found["text"].null_count == 1
+        and found["item_id"].null_count == 1
+    )
+    assert context.facts == {"items": 3, "interactions": 2}
 
 
 @pytest.mark.parametrize(
@@ -123,27 +139,41 @@ def test_parquet_tables_keep_raw_values(make_config, tmp_path):
         (pa.array([18_518, None], pa.date32()), ["2020-09-13T00:00:00.000000Z", None]),
         (pa.array([Decimal("1600000000.50"), None]), ["1600000000.50", None]),
         (pa.array(["yesterday", "2020-01-01"]), ["yesterday", "2020-01-01"]),
-        (pa.array([datetime(2020, 1, 2, 3, 4, 5, 600), None], pa.timestamp("us")), ["2020-01-02T03:04:05.000600Z", None]),
-        (pa.array([datetime(2020, 1, 2, 3, tzinfo=timezone.utc)] * 2, pa.timestamp("us", tz="UTC")), ["2020-01-02T03:00:00.000000Z"] * 2),
+        (
+            pa.array([datetime(2020, 1, 2, 3, 4, 5, 600), None], pa.timestamp("us")),
+            ["2020-01-02T03:04:05.000600Z", None],
+        ),
+        (
+            pa.array([datetime(2020, 1, 2, 3, tzinfo=timezone.utc)] * 2, pa.timestamp("us", tz="UTC")),
+            ["2020-01-02T03:00:00.000000Z"] * 2,
+        ),
     ],
     ids=["ms", "seconds", "nan", "nanoseconds", "date", "decimal", "text", "naive", "utc"],
 )
 def test_timestamps_become_text(make_config, tmp_path, values, expected):
     items = parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]])
     events = parquet(tmp_path / "e.parquet", user_id=["a", "b"], item_id=["x", "x"], timestamp=values)
-    assert [row["timestamp"] for row in rows(ingested(tables_config(make_config, items, events)), "interactions", "user_id")] == expected
+    assert [
+        row["timestamp"] for row in rows(ingested(tables_config(make_config, items, events)), "interactions", "user_id")
+    ] == expected
 
 
 def test_delta_tables_follow_their_version(make_config, tmp_path):
     items, events = str(tmp_path / "i"), str(tmp_path / "e")
     write_deltalake(items, pa.table({"item_id": ["x"], "text": pa.array([[1.0]], tables.VECTOR), "behavior": [[2.0]]}))
-    write_deltalake(events, pa.table({"user_id": ["a"], "item_id": ["x"], "order": pa.array([3], pa.int32()), "label": [1]}))
+    write_deltalake(
+        events, pa.table({"user_id": ["a"], "item_id": ["x"], "order": pa.array([3], pa.int32()), "label": [1]})
+    )
     cfg = tables_config(make_config, items, events, "delta", behavior={"source": "column"})
     assert rows(ingested(cfg), "interactions", "user_id") == [
         {"user_id": "a", "item_id": "x", "timestamp": None, "pos": 3, "rating": None, "label": 1.0}
     ]
     assert ingested(cfg).status == "up to date"
-    write_deltalake(events, pa.table({"user_id": ["b"], "item_id": ["x"], "order": pa.array([0], pa.int32()), "label": [0]}), mode="append")
+    write_deltalake(
+        events,
+        pa.table({"user_id": ["b"], "item_id": ["x"], "order": pa.array([0], pa.int32()), "label": [0]}),
+        mode="append",
+    )
     assert ingested(cfg).facts["interactions"] == 2
 
 
@@ -162,7 +192,11 @@ def test_a_changed_file_is_read_again(make_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("items", "events", "message"),
     [
-        ({"id": ["x"], "text": [[1.0]]}, EVENTS, r"source.tables.items .*i.parquet: column 'item_id' is missing \(found: id, text\); add"),
+        (
+            {"id": ["x"], "text": [[1.0]]},
+            EVENTS,
+            r"source.tables.items .*i.parquet: column 'item_id' is missing \(found: id, text\); add",
+        ),
         ({"item_id": ["x"]}, EVENTS, r"column 'text' is missing \(found: item_id\); add it as an array of floats"),
         ({"item_id": ["x"], "text": ["1 2"]}, EVENTS, r"column 'text' is string; must be an array of floats"),
         (
@@ -170,17 +204,53 @@ def test_a_changed_file_is_read_again(make_config, tmp_path, monkeypatch):
             {"user_id": ["a"], "timestamp": [1]},
             r"source.tables.interactions .*column 'item_id' is missing \(found: user_id, timestamp\)",
         ),
-        ({"item_id": ["x"], "text": [[1.0]]}, {"user_id": ["a"], "item_id": ["x"]}, r"columns 'timestamp' and 'pos' are missing"),
-        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "pos": ["1", "2"]}, r"column 'pos' is string; must be whole numbers"),
-        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "timestamp": [[1], [2]]}, r"column 'timestamp' is list<.*int64>; must be a number"),
-        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "timestamp": pa.array([1, 2], pa.float32())}, r"'timestamp' is float, which cannot hold"),
-        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "pos": [0.5, 1.0]}, r"e.parquet: column 'pos' is double and has a value that is no whole"),
-        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "rating": ["5", "4"]}, r"column 'rating' is string; must be a number"),
-        ({"item_id": [1.5], "text": [[1.0]]}, EVENTS, r"column 'item_id' is double; an id must be text or an integer: cast it to integers"),
-        ({"item_id": [b"x"], "text": [[1.0]]}, EVENTS, r"column 'item_id' is binary; an id must be text or an integer: store it as text"),
+        (
+            {"item_id": ["x"], "text": [[1.0]]},
+            {"user_id": ["a"], "item_id": ["x"]},
+            r"columns 'timestamp' and 'pos' are missing",
+        ),
+        (
+            {"item_id": ["x"], "text": [[1.0]]},
+            {**EVENTS, "pos": ["1", "2"]},
+            r"column 'pos' is string; must be whole numbers",
+        ),
+        (
+            {"item_id": ["x"], "text": [[1.0]]},
+            {**EVENTS, "timestamp": [[1], [2]]},
+            r"column 'timestamp' is list<.*int64>; must be a number",
+        ),
+        (
+            {"item_id": ["x"], "text": [[1.0]]},
+            {**EVENTS, "timestamp": pa.array([1, 2], pa.float32())},
+            r"'timestamp' is float, which cannot hold",
+        ),
+        (
+            {"item_id": ["x"], "text": [[1.0]]},
+            {**EVENTS, "pos": [0.5, 1.0]},
+            r"e.parquet: column 'pos' is double and has a value that is no whole",
+        ),
+        (
+            {"item_id": ["x"], "text": [[1.0]]},
+            {**EVENTS, "rating": ["5", "4"]},
+            r"column 'rating' is string; must be a number",
+        ),
+        (
+            {"item_id": [1.5], "text": [[1.0]]},
+            EVENTS,
+            r"column 'item_id' is double; an id must be text or an integer: cast it to integers",
+        ),
+        (
+            {"item_id": [b"x"], "text": [[1.0]]},
+            EVENTS,
+            r"column 'item_id' is binary; an id must be text or an integer: store it as text",
+        ),
         ({"item_id": [True], "text": [[1.0]]}, EVENTS, r"column 'item_id' is bool; an id must be"),
         ({"item_id": [["x"]], "text": [[1.0]]}, EVENTS, r"column 'item_id' is list<.*>; an id must be"),
-        ({"item_id": ["x"], "text": [[1.0]]}, {**EVENTS, "user_id": [1.0, 2.0]}, r"interactions .*column 'user_id' is double; an id must be"),
+        (
+            {"item_id": ["x"], "text": [[1.0]]},
+            {**EVENTS, "user_id": [1.0, 2.0]},
+            r"interactions .*column 'user_id' is double; an id must be",
+        ),
     ],
     ids=[
         "item_id",
@@ -201,7 +271,9 @@ def test_a_changed_file_is_read_again(make_config, tmp_path, monkeypatch):
     ],
 )
 def test_table_errors_name_column_and_fix(make_config, tmp_path, items, events, message):
-    cfg = tables_config(make_config, parquet(tmp_path / "i.parquet", **items), parquet(tmp_path / "e.parquet", **events))
+    cfg = tables_config(
+        make_config, parquet(tmp_path / "i.parquet", **items), parquet(tmp_path / "e.parquet", **events)
+    )
     with pytest.raises(InputError, match=message) as caught:
         ingested(cfg)
     assert "\n" not in str(caught.value)
@@ -211,8 +283,16 @@ def test_missing_and_wrong_files_are_named(make_config, tmp_path):
     items = parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]])
     (tmp_path / "junk.parquet").write_text("not parquet at all")
     for events, form, message in (
-        (str(tmp_path / "none.parquet"), "parquet", r"source.tables.interactions .*none.parquet: does not exist; give an existing path"),
-        (str(tmp_path / "junk.parquet"), "parquet", r"source.tables.interactions .*junk.parquet: not readable as parquet"),
+        (
+            str(tmp_path / "none.parquet"),
+            "parquet",
+            r"source.tables.interactions .*none.parquet: does not exist; give an existing path",
+        ),
+        (
+            str(tmp_path / "junk.parquet"),
+            "parquet",
+            r"source.tables.interactions .*junk.parquet: not readable as parquet",
+        ),
         (items, "delta", r"source.tables.items .*i.parquet: not a Delta table .*format: parquet"),
     ):
         with pytest.raises(InputError, match=message) as caught:
@@ -237,8 +317,15 @@ def test_columns_that_only_some_files_have_are_null_in_the_others(make_config, t
     )
     (tmp_path / "events" / "_SUCCESS").touch()
     found = rows(ingested(tables_config(make_config, items, events)), "interactions", "user_id")
-    assert [(row["timestamp"], row["rating"]) for row in found] == [("1", None), ("2020-01-01", 4.0), ("1970-01-01T00:00:05.000000Z", 4.5)]
-    assert f"{events}: column 'rating' is missing in 1 of 3 files (first: {events}/day1.parquet): null there" in capsys.readouterr().err
+    assert [(row["timestamp"], row["rating"]) for row in found] == [
+        ("1", None),
+        ("2020-01-01", 4.0),
+        ("1970-01-01T00:00:05.000000Z", 4.5),
+    ]
+    assert (
+        f"{events}: column 'rating' is missing in 1 of 3 files (first: {events}/day1.parquet): null there"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_type_that_changes_from_file_to_file(make_config, tmp_path):
@@ -248,10 +335,15 @@ def test_a_type_that_changes_from_file_to_file(make_config, tmp_path):
     found = ingested(tables_config(make_config, items, folder_of(tmp_path / "good", **files))).lake.read("interactions")
     assert sorted(found["item_id"].to_pylist()) == ["007", "7", "7", "a"]
     bad = folder_of(tmp_path / "bad", **files, day3={**EVENTS, "item_id": [7.0, None]})
-    with pytest.raises(InputError, match=r"source.tables.interactions .*bad/day3.parquet: column 'item_id' is double; an id must be text"):
+    with pytest.raises(
+        InputError,
+        match=r"source.tables.interactions .*bad/day3.parquet: column 'item_id' is double; an id must be text",
+    ):
         ingested(tables_config(make_config, items, bad))
     missing = folder_of(tmp_path / "missing", **files, day4={"user_id": ["a"], "timestamp": [1]})
-    with pytest.raises(InputError, match=r"missing/day4.parquet: column 'item_id' is missing .* which other files have"):
+    with pytest.raises(
+        InputError, match=r"missing/day4.parquet: column 'item_id' is missing .* which other files have"
+    ):
         ingested(tables_config(make_config, items, missing))
 
 
@@ -265,13 +357,18 @@ def test_hive_partitions_keep_their_text(make_config, tmp_path):
     assert sorted(found["user_id"].to_pylist(), key=str) == ["001", "1", None, "a b"]
 
 
-@pytest.mark.parametrize("name", ["a b #1", "100%25", "items[v2]{x}", "2026-05-01T00:00:00", "caf\u00e9 \u65e5\u672c", "part=x"])
+@pytest.mark.parametrize(
+    "name", ["a b #1", "100%25", "items[v2]{x}", "2026-05-01T00:00:00", "caf\u00e9 \u65e5\u672c", "part=x"]
+)
 def test_files_may_have_any_name(make_config, tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
     items = parquet(folder / f"{name}.items.parquet", item_id=["x"], text=[[1.0]])
     parquet(folder / f"{name}.events.parquet", **EVENTS)
-    assert ingested(tables_config(make_config, items, str(folder / f"{name}.events.parquet"))).facts == {"items": 1, "interactions": 2}
+    assert ingested(tables_config(make_config, items, str(folder / f"{name}.events.parquet"))).facts == {
+        "items": 1,
+        "interactions": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -286,7 +383,9 @@ def test_files_may_have_any_name(make_config, tmp_path, name):
 )
 def test_vectors_of_every_kind_become_float32(make_config, tmp_path, vectors):
     items = parquet(tmp_path / "i.parquet", item_id=["x", "y", "z"], text=vectors)
-    found = rows(ingested(tables_config(make_config, items, parquet(tmp_path / "e.parquet", **EVENTS))), "items", "item_id")
+    found = rows(
+        ingested(tables_config(make_config, items, parquet(tmp_path / "e.parquet", **EVENTS))), "items", "item_id"
+    )
     assert [row["text"] for row in found] == [[1.0, 2.0], None, []]
 
 
@@ -307,19 +406,27 @@ def test_rows_whose_columns_are_all_in_the_names_of_folders(make_config, tmp_pat
     (tmp_path / "items" / "item_id=007").mkdir()
     pq.write_table(pa.table({"other": [1, 2]}), tmp_path / "items" / "item_id=007" / "b.parquet")
     found = ingested(tables_config(make_config, items, parquet(tmp_path / "e.parquet", **EVENTS)))
-    assert [(row["item_id"], row["text"]) for row in rows(found, "items", "item_id")] == [("007", None), ("007", None), ("x", [1.0])]
+    assert [(row["item_id"], row["text"]) for row in rows(found, "items", "item_id")] == [
+        ("007", None),
+        ("007", None),
+        ("x", [1.0]),
+    ]
 
 
 def test_labels_and_ratings_are_told_apart(make_config, tmp_path):
     items = parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]])
 
     def said(**columns):
-        table = ingested(tables_config(make_config, items, parquet(tmp_path / "e.parquet", **{**EVENTS, **columns}))).lake.read("interactions")
+        table = ingested(
+            tables_config(make_config, items, parquet(tmp_path / "e.parquet", **{**EVENTS, **columns}))
+        ).lake.read("interactions")
         return list(zip(table["rating"].to_pylist(), table["label"].to_pylist()))
 
     assert said(label=[1, 0]) == [(None, 1.0), (None, 0.0)]
     assert said(label=[True, None]) == [(None, 1.0), (None, None)]
-    assert said(rating=[True, False]) == [(None, 1.0), (None, 0.0)], "booleans are labels, whatever the column is called"
+    assert said(rating=[True, False]) == [(None, 1.0), (None, 0.0)], (
+        "booleans are labels, whatever the column is called"
+    )
     assert said(rating=[float("nan"), 4.5], label=[2, 1]) == [(None, 2.0), (4.5, 1.0)]
 
 
@@ -332,17 +439,20 @@ def test_a_title_that_is_no_text_is_left_out(make_config, tmp_path, capsys):
 
 def test_nothing_is_replaced_unless_every_table_can_be_read(make_config, tmp_path, monkeypatch):
     items, events = (
-        parquet(tmp_path / name, **columns) for name, columns in (("i.parquet", {"item_id": ["x"], "text": [[1.0]]}), ("e.parquet", EVENTS))
+        parquet(tmp_path / name, **columns)
+        for name, columns in (("i.parquet", {"item_id": ["x"], "text": [[1.0]]}), ("e.parquet", EVENTS))
     )
     cfg = tables_config(make_config, items, events)
-    track = ingested(cfg)
-    before = {name: (track.lake.read(name), track.lake.stamp(name)) for name in ("items", "interactions")}
+    context = ingested(cfg)
+    before = {name: (context.lake.read(name), context.lake.input_hash(name)) for name in ("items", "interactions")}
     parquet(tmp_path / "i.parquet", item_id=["x", "new"], text=[[1.0], [2.0]])
     parquet(tmp_path / "e.parquet", **{**EVENTS, "pos": [0.5, 1.0]})  # seen only where the rows are read
-    with pytest.raises(InputError, match=r"^source.tables.interactions .*e.parquet: column 'pos' is double and has a value"):
+    with pytest.raises(
+        InputError, match=r"^source.tables.interactions .*e.parquet: column 'pos' is double and has a value"
+    ):
         ingested(cfg)
     for name, (table, stamp) in before.items():
-        assert track.lake.read(name).equals(table) and track.lake.stamp(name) == stamp
+        assert context.lake.read(name).equals(table) and context.lake.input_hash(name) == stamp
     fresh = cfg.model_copy(update={"name": "first"})
     with pytest.raises(InputError, match="column 'pos'"):
         ingested(fresh)
@@ -368,22 +478,35 @@ def folder(tmp_path) -> Path:
 def arrays_config(make_config, folder, items="items.txt", content=("text",), **sections):
     source = {
         "kind": "arrays",
-        "arrays": {"folder": str(folder), "items": items, "embeddings": {"text": "text.npy", "behavior": "behavior.npy"}},
+        "arrays": {
+            "folder": str(folder),
+            "items": items,
+            "embeddings": {"text": "text.npy", "behavior": "behavior.npy"},
+        },
     }
     return make_config(source=source, features={"content": list(content)}, **sections)
 
 
 def test_arrays_beside_a_text_file(make_config, folder):
-    track = ingested(arrays_config(make_config, folder))
-    assert {row["item_id"]: row["text"] for row in rows(track, "items", "item_id")} == {"0007": [0, 1], 'x,"y"': [2, 3], "日本": [4, 5]}
-    assert rows(track, "interactions", "user_id") == [{"user_id": "a", "item_id": "7", "timestamp": None, "pos": 0, "rating": None, "label": None}]
+    context = ingested(arrays_config(make_config, folder))
+    assert {row["item_id"]: row["text"] for row in rows(context, "items", "item_id")} == {
+        "0007": [0, 1],
+        'x,"y"': [2, 3],
+        "日本": [4, 5],
+    }
+    assert rows(context, "interactions", "user_id") == [
+        {"user_id": "a", "item_id": "7", "timestamp": None, "pos": 0, "rating": None, "label": None}
+    ]
 
 
 def test_arrays_beside_a_table_in_many_tasks(make_config, folder, monkeypatch):
     monkeypatch.setattr(ingest, "_CHUNK", 2)
-    found = rows(ingested(arrays_config(make_config, folder, "items.parquet", behavior={"source": "column"})), "items", "item_id")
+    found = rows(
+        ingested(arrays_config(make_config, folder, "items.parquet", behavior={"source": "column"})), "items", "item_id"
+    )
     assert found == [
-        {"item_id": str(7 + i), "title": title, "text": [2.0 * i, 2.0 * i + 1], "behavior": [1.0] * 4} for i, title in enumerate(["a", None, "c"])
+        {"item_id": str(7 + i), "title": title, "text": [2.0 * i, 2.0 * i + 1], "behavior": [1.0] * 4}
+        for i, title in enumerate(["a", None, "c"])
     ]
 
 
@@ -393,9 +516,15 @@ def test_array_errors_name_file_and_key(make_config, folder):
             ingested(arrays_config(make_config, folder, **options))
         assert "\n" not in str(caught.value)
 
-    fails(r"'arrays' has no modality 'visual' \(it has: text, behavior\): .*add it to source.arrays.embeddings", content=("text", "visual"))
+    fails(
+        r"'arrays' has no modality 'visual' \(it has: text, behavior\): .*add it to source.arrays.embeddings",
+        content=("text", "visual"),
+    )
     fails(r"source.arrays.items .*none.txt: does not exist", items="none.txt")
-    fails(r"source.arrays.embeddings.text .*text.npy: 3 rows, but .*interactions.parquet has 1 items", items="interactions.parquet")
+    fails(
+        r"source.arrays.embeddings.text .*text.npy: 3 rows, but .*interactions.parquet has 1 items",
+        items="interactions.parquet",
+    )
     parquet(folder / "other.parquet", id=[1])
     fails(r"other.parquet: column 'item_id' is missing \(found: id\)", items="other.parquet")
     (folder / "bad.parquet").write_bytes(b"nothing")
@@ -403,7 +532,10 @@ def test_array_errors_name_file_and_key(make_config, folder):
     for value, message in (
         (np.ones((4, 2)), r"source.arrays.embeddings.text .*text.npy: 4 rows, but .*items.txt has 3 items"),
         (np.ones(3), r"text.npy: holds float64 of shape \(3,\); must be one float array"),
-        (np.array([[object()]] * 3), r"source.arrays.embeddings.text .*text.npy: not a readable .npy array \(Array can't be memory-mapped"),
+        (
+            np.array([[object()]] * 3),
+            r"source.arrays.embeddings.text .*text.npy: not a readable .npy array \(Array can't be memory-mapped",
+        ),
     ):
         np.save(folder / "text.npy", value, allow_pickle=True)
         fails(message)
@@ -411,7 +543,10 @@ def test_array_errors_name_file_and_key(make_config, folder):
     fails(r"source.arrays.embeddings.text .*text.npy: does not exist")
     parquet(folder / "floats.parquet", item_id=[1.0, 2.0, 3.0])
     np.save(folder / "text.npy", np.ones((3, 2), np.float16))
-    fails(r"source.arrays.items .*floats.parquet: column 'item_id' is double; an id must be text or an integer", items="floats.parquet")
+    fails(
+        r"source.arrays.items .*floats.parquet: column 'item_id' is double; an id must be text or an integer",
+        items="floats.parquet",
+    )
 
 
 @pytest.mark.parametrize(
@@ -421,19 +556,30 @@ def test_array_errors_name_file_and_key(make_config, folder):
 def test_real_arrays(make_config, real_data, name, items, modalities):
     embeddings = {modality: f"{modality}_embedding.npy" for modality in modalities}
     cfg = make_config(
-        source={"kind": "arrays", "arrays": {"folder": str(real_data / name), "items": items, "embeddings": embeddings}},
+        source={
+            "kind": "arrays",
+            "arrays": {"folder": str(real_data / name), "items": items, "embeddings": embeddings},
+        },
         features={"content": list(modalities)},
     )
-    track = ingested(cfg)
-    assert track.facts == {"beauty": {"items": 12_101, "interactions": 198_502}, "instruments": {"items": 6_250, "interactions": 136_226}}[name]
+    context = ingested(cfg)
+    assert (
+        context.facts
+        == {
+            "beauty": {"items": 12_101, "interactions": 198_502},
+            "instruments": {"items": 6_250, "interactions": 136_226},
+        }[name]
+    )
     path = real_data / name / items
     ids = path.read_text().split() if items.endswith("txt") else pq.read_table(path)["item_id"].to_pylist()
-    found = {row["item_id"]: row for row in track.lake.read("items").to_pylist()}
+    found = {row["item_id"]: row for row in context.lake.read("items").to_pylist()}
     assert set(found) == set(ids)
     for modality, width in modalities.items():
         array = np.load(real_data / name / embeddings[modality])
         for row in (0, 1, 9_999 % len(ids), len(ids) - 1):
-            assert array.shape[1] == width and np.array_equal(np.float32(found[ids[row]][modality]), array[row].astype(np.float32))
+            assert array.shape[1] == width and np.array_equal(
+                np.float32(found[ids[row]][modality]), array[row].astype(np.float32)
+            )
 
 
 # --- amazon ----------------------------------------------------------------------------------------------------------
@@ -443,8 +589,19 @@ REVIEWS = {
         {"reviewerID": "A1", "asin": "B1", "overall": 5.0, "unixReviewTime": 1252800000},
         {"reviewerID": "A2", "asin": "B2", "overall": 3.0, "unixReviewTime": 1252800001},
     ],
-    2018: [{"overall": 4.0, "verified": True, "reviewerID": "A1", "asin": "B1", "style": {"Size:": " L"}, "unixReviewTime": 1514764800}],
-    2023: [{"rating": 1.0, "asin": "V1", "parent_asin": "B1", "user_id": "AE1", "timestamp": 1588687728923, "images": []}],
+    2018: [
+        {
+            "overall": 4.0,
+            "verified": True,
+            "reviewerID": "A1",
+            "asin": "B1",
+            "style": {"Size:": " L"},
+            "unixReviewTime": 1514764800,
+        }
+    ],
+    2023: [
+        {"rating": 1.0, "asin": "V1", "parent_asin": "B1", "user_id": "AE1", "timestamp": 1588687728923, "images": []}
+    ],
 }
 PRODUCTS = {
     2014: [
@@ -474,25 +631,39 @@ def amazon_config(make_config, folder: Path, year: int, **options):
         path = folder / f"{name}.json{'' if year == 2023 else '.gz'}"
         path.write_bytes(text.encode() if year == 2023 else gzip.compress(text.encode()))
         paths[name] = str(path)
-    return make_config(source={"kind": "amazon", "amazon": {**paths, "text_width": 8, "min_word_count": 1, **options}}, features=TEXT)
+    return make_config(
+        source={"kind": "amazon", "amazon": {**paths, "text_width": 8, "min_word_count": 1, **options}}, features=TEXT
+    )
 
 
 @pytest.mark.parametrize("year", [2014, 2018, 2023])
 def test_amazon_releases(make_config, tmp_path, year):
     cfg = amazon_config(make_config, tmp_path, year)
-    track = ingested(cfg)
-    events, items = rows(track, "interactions", "user_id"), rows(track, "items", "item_id")
-    first = {2014: ("A1", "1252800000", 5.0), 2018: ("A1", "1514764800", 4.0), 2023: ("AE1", "1588687728923", 1.0)}[year]
-    assert events[0] == {"user_id": first[0], "item_id": "B1", "timestamp": first[1], "pos": None, "rating": first[2], "label": None}
+    context = ingested(cfg)
+    events, items = rows(context, "interactions", "user_id"), rows(context, "items", "item_id")
+    first = {2014: ("A1", "1252800000", 5.0), 2018: ("A1", "1514764800", 4.0), 2023: ("AE1", "1588687728923", 1.0)}[
+        year
+    ]
+    assert events[0] == {
+        "user_id": first[0],
+        "item_id": "B1",
+        "timestamp": first[1],
+        "pos": None,
+        "rating": first[2],
+        "label": None,
+    }
     assert [row["item_id"] for row in items] == [row.get("asin", row.get("parent_asin")) for row in PRODUCTS[year]]
     assert items[0]["title"] == PRODUCTS[year][0]["title"] and all(len(row["text"]) == 8 for row in items[:2])
     if year == 2014:
         assert items[2] == {"item_id": "B3", "title": None, "text": None}
-    assert track.facts == {"items": len(items), "interactions": len(events), "unparsable_lines": 2}
-    refused = rows(track, "rejected_rows", "table")
+    assert context.facts == {"items": len(items), "interactions": len(events), "unparsable_lines": 2}
+    refused = rows(context, "rejected_rows", "table")
     assert [row["table"] for row in refused] == ["interactions", "items"]
-    assert all((row["reason"], row["copies"], json.loads(row["row"])) == ("unparsable_json", 1, {"line": BROKEN}) for row in refused)
-    assert ingested(cfg).status == "up to date" and track.lake.version("rejected_rows") == 0
+    assert all(
+        (row["reason"], row["copies"], json.loads(row["row"])) == ("unparsable_json", 1, {"line": BROKEN})
+        for row in refused
+    )
+    assert ingested(cfg).status == "up to date" and context.lake.version("rejected_rows") == 0
 
 
 def test_amazon_vectors_repeat_with_the_seed(make_config, tmp_path):
@@ -513,7 +684,9 @@ def test_amazon_errors(make_config, tmp_path):
     with pytest.raises(InputError, match=r"source.amazon.reviews .*: no line has reviewerID or user_id"):
         ingested(make_config(source=swapped, features=TEXT))
     Path(cfg.source.amazon.reviews).write_bytes(gzip.compress(b"x" * 10_000)[:30])
-    with pytest.raises(InputError, match=r"source.amazon could not be copied into the lake \(.*reviews.json.gz\S*\); check the files") as caught:
+    with pytest.raises(
+        InputError, match=r"source.amazon could not be copied into the lake \(.*reviews.json.gz\S*\); check the files"
+    ) as caught:
         ingested(cfg)
     assert "\n" not in str(caught.value)
     Path(cfg.source.amazon.reviews).unlink()
@@ -522,9 +695,16 @@ def test_amazon_errors(make_config, tmp_path):
 
 
 def test_amazon_files_as_they_are(make_config, tmp_path):
-    """A byte-order mark, CRLF, gzip members, price and rank of any type, HTML in titles, Python literals beside JSON, copies word for word."""
+    """A byte-order mark, CRLF, gzip members, price and rank of any type, HTML in titles, Python literals beside JSON,
+    copies word for word."""
     products = [
-        {"asin": "B1", "title": "<b>Rose</b> soap &amp; oil", "price": "$6.50", "rank": ">#1 in Beauty", "category": ["Beauty"]},
+        {
+            "asin": "B1",
+            "title": "<b>Rose</b> soap &amp; oil",
+            "price": "$6.50",
+            "rank": ">#1 in Beauty",
+            "category": ["Beauty"],
+        },
         {"asin": "B2", "title": "Rose", "price": 6.5, "rank": [">#2"], "details": {"a": None}},
     ]
     literal = {
@@ -541,25 +721,39 @@ def test_amazon_files_as_they_are(make_config, tmp_path):
         json.dumps(products[1]),
         repr(literal).encode("ascii", "backslashreplace").decode(),
     ]
-    lines += ["{'asin': 'B4', 'title': __import__('os')}", "[1]", "{'asin': 'B5'", "{'asin': 'B6', 'category': {b'a': 1}}"]
+    lines += [
+        "{'asin': 'B4', 'title': __import__('os')}",
+        "[1]",
+        "{'asin': 'B5'",
+        "{'asin': 'B6', 'category': {b'a': 1}}",
+    ]
     lines.insert(4, r"{'asin': 'B7', 'title': '\ud800 rose', 'category': ['\ud800'], 'new': True}")
     half = len(lines) // 2
     members = ["\r\n".join(part) + "\r\n" for part in (lines[:half], lines[half:])]
     (tmp_path / "meta.json.gz").write_bytes(b"".join(gzip.compress(part.encode()) for part in members))
     (tmp_path / "reviews.json").write_text("".join(json.dumps(row) + "\n" for row in REVIEWS[2014]))
     paths = {"reviews": str(tmp_path / "reviews.json"), "metadata": str(tmp_path / "meta.json.gz")}
-    track = ingested(make_config(source={"kind": "amazon", "amazon": {**paths, "text_width": 4, "min_word_count": 1}}, features=TEXT))
-    found = rows(track, "items", "item_id")
+    context = ingested(
+        make_config(source={"kind": "amazon", "amazon": {**paths, "text_width": 4, "min_word_count": 1}}, features=TEXT)
+    )
+    found = rows(context, "items", "item_id")
     assert [(row["item_id"], row["title"]) for row in found] == [
-        ("B1", "<b>Rose</b> soap &amp; oil"), ("B2", "Rose"), ("B2", "Rose"), ("B3", "Caf\u00e9 \"X\" it's"), ("B7", "? rose"),
-    ]  # fmt: skip
+        ("B1", "<b>Rose</b> soap &amp; oil"),
+        ("B2", "Rose"),
+        ("B2", "Rose"),
+        ("B3", 'Caf\u00e9 "X" it\'s'),
+        ("B7", "? rose"),
+    ]
     assert found[1] == found[2] and all(row["text"] for row in found)
-    refused = {json.loads(row["row"])["line"] for row in rows(track, "rejected_rows", "row")}
-    assert refused == set(lines[5:]) and track.facts["unparsable_lines"] == 4
+    refused = {json.loads(row["row"])["line"] for row in rows(context, "rejected_rows", "row")}
+    assert refused == set(lines[5:]) and context.facts["unparsable_lines"] == 4
 
 
 def test_an_array_of_json_is_named(make_config, tmp_path):
     cfg = amazon_config(make_config, tmp_path, 2018)
     Path(cfg.source.amazon.metadata).write_bytes(gzip.compress(json.dumps(PRODUCTS[2018], indent=1).encode()))
-    with pytest.raises(InputError, match=r"source.amazon.metadata .*metadata.json.gz: is one JSON array; give one product or review a line"):
+    with pytest.raises(
+        InputError,
+        match=r"source.amazon.metadata .*metadata.json.gz: is one JSON array; give one product or review a line",
+    ):
         ingested(cfg)

@@ -22,7 +22,11 @@ SCHEMA = "user_id string, item_index bigint, position bigint"
 def history(users=40, items=14, seed=2):
     """user, item, position of events, popular items first; some users repeat an item, some have one only."""
     rng = np.random.default_rng(seed)
-    return [(f"u{user:02d}", min(int(rng.zipf(1.5)) - 1, items - 1), at) for user in range(users) for at in range(int(rng.integers(1, 9)))]
+    return [
+        (f"u{user:02d}", min(int(rng.zipf(1.5)) - 1, items - 1), at)
+        for user in range(users)
+        for at in range(int(rng.integers(1, 9)))
+    ]
 
 
 def brute(events, settings, chance):
@@ -32,14 +36,21 @@ def brute(events, settings, chance):
         last[user][item] = max(at, last[user].get(item, -1))
     has = {user: set(sorted(items, key=items.get)[-settings.max_user_items :]) for user, items in last.items()}
     has = {user: items for user, items in has.items() if len(items) > 1}
-    who = {item: sorted((u for u in has if item in has[u]), key=lambda u: (chance[u], u)) for item in set().union(*has.values())}
+    who = {
+        item: sorted((u for u in has if item in has[u]), key=lambda u: (chance[u], u))
+        for item in set().union(*has.values())
+    }
     if settings.method == "swing":
         who = {item: users[: settings.max_item_users] for item, users in who.items()}
         has = {user: {item for item in items if user in who[item]} for user, items in has.items()}
     found = {}
     for i, j in combinations(sorted(who), 2):
         users = sorted(set(who[i]) & set(who[j]))
-        score = sum(1 / (settings.alpha + len(has[u] & has[v])) for u, v in combinations(users, 2)) if settings.method == "swing" else len(users)
+        score = (
+            sum(1 / (settings.alpha + len(has[u] & has[v])) for u, v in combinations(users, 2))
+            if settings.method == "swing"
+            else len(users)
+        )
         if score and len(users) >= settings.min_users:
             found[i, j] = found[j, i] = (score, len(users))
     best = {}
@@ -55,7 +66,10 @@ def hashes(spark, events):
 
 
 def mined(frame, settings):
-    return {(row["item_index"], row["partner_index"]): (row["score"], row["users"]) for row in pairs.mine(frame, settings).collect()}
+    return {
+        (row["item_index"], row["partner_index"]): (row["score"], row["users"])
+        for row in pairs.mine(frame, settings).collect()
+    }
 
 
 @pytest.mark.parametrize(
@@ -80,7 +94,11 @@ def test_pairs_against_brute_force(spark, settings):
 
 def test_swing_by_hand(spark):
     """u and v share three items, w shares two of them with each: 1 / (1 + 3) and twice 1 / (1 + 2)."""
-    events = [(user, item, at) for user, items in (("u", (1, 2, 3)), ("v", (1, 2, 3)), ("w", (1, 2, 9))) for at, item in enumerate(items)]
+    events = [
+        (user, item, at)
+        for user, items in (("u", (1, 2, 3)), ("v", (1, 2, 3)), ("w", (1, 2, 9)))
+        for at, item in enumerate(items)
+    ]
     found = mined(spark.createDataFrame(events, SCHEMA), Pairs(method="swing"))
     assert found[1, 2] == found[2, 1] == (pytest.approx(1 / 4 + 2 / 3), 3)
     assert found[1, 3] == found[2, 3] == (pytest.approx(1 / 4), 2)
@@ -101,7 +119,10 @@ def test_only_the_latest_items_of_a_history_make_pairs(spark):
 
 
 def table(lake):
-    return {(row["item_index"], row["partner_index"]): (row["score"], row["users"]) for row in lake.read("item_pairs").to_pylist()}
+    return {
+        (row["item_index"], row["partner_index"]): (row["score"], row["users"])
+        for row in lake.read("item_pairs").to_pylist()
+    }
 
 
 def with_pairs(cfg, **settings):
@@ -125,13 +146,19 @@ def test_the_stage_writes_pairs_of_training_events_when_asked_and_again_when_som
     }
     samples = lake.read("ranking_samples").to_pylist()
     training, everything = (
-        brute([(row["user_id"], row["item_index"], row["position"]) for row in samples if row["split"] in splits], counting.features.pairs, chance)
+        brute(
+            [(row["user_id"], row["item_index"], row["position"]) for row in samples if row["split"] in splits],
+            counting.features.pairs,
+            chance,
+        )
         for splits in (["train"], ["train", "validation", "test"])
         for chance in [defaultdict(int)]
     )
     assert table(lake) == training != everything
     assert second.facts["pairs"] == len(training)
-    assert second.facts["items with pairs"] == round(len({item for item, _ in training}) / lake.read("item_stats").num_rows, 3)
+    assert second.facts["items with pairs"] == round(
+        len({item for item, _ in training}) / lake.read("item_stats").num_rows, 3
+    )
     assert second.client.get_run(second.run_id).data.metrics["item_pairs"] == len(training)
     before = table(lake)
     run(with_pairs(counting, method="cooccurrence", per_item=1), "events")
@@ -141,7 +168,7 @@ def test_the_stage_writes_pairs_of_training_events_when_asked_and_again_when_som
     lake.write("ranking_samples", tables.RANKING_SAMPLES, lake.read("ranking_samples").to_batches(), "other events")
     with pytest.raises(InputError, match="item_pairs is not there, or of other events"):
         pairs.check(counting, lake)
-    with tracking.stage(cfg, "pairs") as track:
-        assert stage.run(pairs.ITEM_PAIRS, counting, track)
+    with tracking.stage(cfg, "pairs") as context:
+        assert stage.run(pairs.ITEM_PAIRS, counting, context)
     pairs.check(counting, lake)
     assert (lake.version("item_pairs"), table(lake)) == (2, before)

@@ -1,4 +1,5 @@
-"""Spark's AUC and GAUC against those of one machine and scikit-learn's: ties, users of one class, users who count more than others."""
+"""Spark's AUC and GAUC against those of one machine and scikit-learn's: ties, users of one class, users who count more
+than others."""
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ SCHEMA = "user bigint, stratum string, label int, score double"
 
 
 def samples(clicked, n=4000, users=300, seed=3):
-    """Users with a few to dozens of samples, of which a third of the users click three times as many as the share ``clicked`` of the others; scores in 40 steps, so that most are tied, also across users and labels."""
+    """Users with a few to dozens of samples, of which a third of the users click three times as many as the share
+    ``clicked`` of the others; scores in 40 steps, so that most are tied, also across users and labels."""
     rng = np.random.default_rng(seed)
     user = (users * rng.random(n) ** 1.5).astype(np.int64)
     label = (rng.random(n) < clicked * (1 + 2 * (user % 3 == 0))).astype(np.int64)
@@ -38,7 +40,9 @@ def test_figures_are_those_of_one_machine_and_of_scikit_learn(spark, ranges, cli
     user, stratum, label, score = samples(clicked)
     frame = spark.createDataFrame(list(zip(*(column.tolist() for column in (user, stratum, label, score)))), SCHEMA)
     found = scores.ranking_metrics(frame.repartition(3))
-    assert found == scores.ranking_metrics(frame.orderBy("score").repartition(5)), "neither partitions nor order change a bit"
+    assert found == scores.ranking_metrics(frame.orderBy("score").repartition(5)), (
+        "neither partitions nor order change a bit"
+    )
     assert set(found) == {"all", "head", "mid", "tail", "cold"}
     for part, figures in found.items():
         own = np.full(len(user), True) if part == "all" else stratum == part
@@ -53,7 +57,11 @@ def test_figures_are_those_of_one_machine_and_of_scikit_learn(spark, ranges, cli
         if part == "cold":
             assert set(figures) == {"gauc_users", "samples"}
             continue
-        both = {u: own & (user == u) for u in np.unique(user[own]) if 0 < label[own & (user == u)].sum() < (own & (user == u)).sum()}
+        both = {
+            u: own & (user == u)
+            for u in np.unique(user[own])
+            if 0 < label[own & (user == u)].sum() < (own & (user == u)).sum()
+        }
         assert figures["auc"] == pytest.approx(roc_auc_score(label[own], score[own]))
         assert figures["gauc_users"] == len(both) < len(np.unique(user[own]))
         aucs = [roc_auc_score(label[rows], score[rows]) for rows in both.values()]

@@ -1,4 +1,5 @@
-"""Stages read what they hashed, whatever is committed meanwhile; they read and write only what they declare; a plan says why."""
+"""Stages read what they hashed, whatever is committed meanwhile; they read and write only what they declare; a plan
+says why."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ def meanwhile(monkeypatch, table, commit):
             commit()
         return found
 
-    monkeypatch.setattr(Lake, "stamps", stamps)
+    monkeypatch.setattr(Lake, "input_hashes", stamps)
 
 
 def changed(lake, table, schema, change):
@@ -104,23 +105,25 @@ def test_the_output_is_made_of_the_version_that_was_hashed(ready, step, table, s
     meanwhile(monkeypatch, table, lambda: changed(lake, table, schema, change))
     if step is events.EVENTS:  # one run of ingest writes both tables
         meanwhile(monkeypatch, "items", lambda: changed(lake, "items", tables.items(("text", "visual")), list))
-    with tracking.stage(cfg, step.name) as track:
-        inputs = stage.run(step, cfg, track)
+    with tracking.stage(cfg, step.name) as context:
+        inputs = stage.run(step, cfg, context)
     assert inputs and inputs.versions[table] == 0 and lake.version(table) == 1
-    assert (lake.lineage(output)[table], lake.stamp(output)) == (0, inputs.hash)
+    assert (lake.lineage(output)[table], lake.input_hash(output)) == (0, inputs.hash)
     assert not stage.check_fresh(step, cfg, lake), "the next run must notice the commit"
     rows = sorted(map(str, lake.read(output).to_pylist()))
-    with tracking.stage(cfg, step.name) as track:
-        assert stage.run(step, cfg, track)
-    assert sorted(map(str, lake.read(output).to_pylist())) != rows, "the rows were of the version that was committed meanwhile"
+    with tracking.stage(cfg, step.name) as context:
+        assert stage.run(step, cfg, context)
+    assert sorted(map(str, lake.read(output).to_pylist())) != rows, (
+        "the rows were of the version that was committed meanwhile"
+    )
 
 
 def test_a_tokenizer_is_trained_on_the_version_that_was_hashed(ready, monkeypatch):
     cfg, lake = ready
     schema = tables.item_features(("text", "visual"))
     meanwhile(monkeypatch, "item_features", lambda: changed(lake, "item_features", schema, lambda rows: rows[1:]))
-    with tracking.stage(cfg, "tokenizer") as track:
-        train.tokenizer(cfg, track)
+    with tracking.stage(cfg, "tokenizer") as context:
+        train.tokenizer(cfg, context)
     step = train.tokenizer_stage()
     pinned = stage.resolve(step, cfg, Lake(lake.root, {"item_features": 0}))
     manifest = artifact.read_manifest(train.tokenizer_folder(pinned) / "model")
@@ -145,7 +148,9 @@ def test_no_table_has_two_writers(kind, tmp_path):
     writers = Counter(table for step in declared(cfg) for table in step.writes(cfg))
     assert {table: number for table, number in writers.items() if number > 1} == {}
     assert {"items", "item_stats", "item_features", "richness_stats", "catalog_stats", "sids"} <= set(writers)
-    added = {table for step in (ingest.INGEST, events.EVENTS, report.REPORT, sids.declare(cfg)) for table in step.appends}
+    added = {
+        table for step in (ingest.INGEST, events.EVENTS, report.REPORT, sids.declare(cfg)) for table in step.appends
+    }
     assert added == {"rejected_rows"} and not added & set(writers)
 
 
@@ -178,12 +183,14 @@ def plan_of(cfg, lake):
 def as_format_1(lake):
     """What the version before format 2 left of the same run."""
     row = lake.read("richness_stats").to_pylist()[0] | lake.read("catalog_stats").to_pylist()[0]
-    old = pa.schema([pa.field("run", pa.string(), False), *list(tables.CATALOG_STATS)[1:], *list(tables.RICHNESS_STATS)[1:]])
+    old = pa.schema(
+        [pa.field("run", pa.string(), False), *list(tables.CATALOG_STATS)[1:], *list(tables.RICHNESS_STATS)[1:]]
+    )
     row |= {"run": row["input_hash"]}
-    lake.write_rows("catalog_stats", old, [row], lake.stamp("item_features"))
+    lake.write_rows("catalog_stats", old, [row], lake.input_hash("item_features"))
     rejected = lake.read("rejected_rows")
     rejected = rejected.rename_columns(["run", *rejected.column_names[1:]])
-    lake.write("rejected_rows", rejected.schema, rejected.to_batches(), lake.stamp("rejected_rows"))
+    lake.write("rejected_rows", rejected.schema, rejected.to_batches(), lake.input_hash("rejected_rows"))
     shutil.rmtree(lake.path("richness_stats"))
     (Path(lake.root) / "format.json").unlink()
 
@@ -193,15 +200,17 @@ def test_a_lake_of_the_version_before_is_refused_then_migrated(ready):
     names = ("catalog_stats", "richness_stats", "rejected_rows")
     before = {name: lake.read(name).to_pylist() for name in names}
     as_format_1(lake)
-    with pytest.raises(InputError, match=r"has format 1, this version .* reads 2: run `python jobs/maintain.py .* --migrate`"):
+    with pytest.raises(
+        InputError, match=r"has format 1, this version .* reads 2: run `python jobs/maintain.py .* --migrate`"
+    ):
         run(cfg)
-    with tracking.stage(cfg, "migrate", migrates=True) as track:
-        upkeep.migrate(cfg, track)
+    with tracking.stage(cfg, "migrate", migrates=True) as context:
+        upkeep.migrate(cfg, context)
     assert {name: lake.read(name).to_pylist() for name in names} == before
     assert stage.check_fresh(events.EVENTS, cfg, lake) and stage.check_fresh(items.ITEM_FEATURES, cfg, lake)
-    with tracking.stage(cfg, "migrate", migrates=True) as track:
-        upkeep.migrate(cfg, track)
-    assert track.status == "up to date"
+    with tracking.stage(cfg, "migrate", migrates=True) as context:
+        upkeep.migrate(cfg, context)
+    assert context.status == "up to date"
     (Path(lake.root) / "format.json").write_text('{"format": 3}')
     with pytest.raises(InputError, match=r"has format 3, this version .* reads 2: it was written by a newer version"):
         run(cfg)

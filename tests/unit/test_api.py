@@ -69,7 +69,7 @@ def fitted(name, data, pairs, **changed):
 
 
 def rows_of(table):
-    return table.append_column("gauged", pa.array(np.zeros(len(table), bool))).combine_chunks().to_batches()[0]
+    return table.append_column("sampled", pa.array(np.zeros(len(table), bool))).combine_chunks().to_batches()[0]
 
 
 @pytest.mark.parametrize("name", FITS)

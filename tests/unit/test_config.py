@@ -89,8 +89,14 @@ def test_digest_changes_with_any_part():
 def test_a_section_given_in_part_keeps_the_tokenizers_own_defaults():
     ada = config.build({"tokenizer": {"name": "ada-sid", "router": {"hidden": 32}}}).tokenizer
     assert (ada.router.hidden, ada.router.sparsity, ada.router.item_weight) == (32, 0.4, 0.1)
-    adasid = config.build({"tokenizer": {"name": "adasid", "contrast": {"temperature": 0.1}, "repulsion": {"margin": 1.5}}}).tokenizer
-    assert (adasid.contrast.weight, adasid.contrast.progress, adasid.contrast.temperature) == ((0.0, 0.1), (0.1, 0.9), 0.1)
+    adasid = config.build(
+        {"tokenizer": {"name": "adasid", "contrast": {"temperature": 0.1}, "repulsion": {"margin": 1.5}}}
+    ).tokenizer
+    assert (adasid.contrast.weight, adasid.contrast.progress, adasid.contrast.temperature) == (
+        (0.0, 0.1),
+        (0.1, 0.9),
+        0.1,
+    )
     assert (adasid.repulsion.kind, adasid.repulsion.margin) == ("adaptive", 1.5)
     other = config.build({"tokenizer": {"name": "adasid", "repulsion": {"kind": "hamr", "radius": 1}}}).tokenizer
     assert (other.repulsion.kind, other.repulsion.full_margin) == ("hamr", 0.8)
@@ -107,10 +113,16 @@ def test_a_section_given_in_part_keeps_the_tokenizers_own_defaults():
         ),
         ({"tokenizer": {"name": "opq", "width": 100}}, ["tokenizer.width 100 is not a multiple of tokenizer.levels 6"]),
         ({"tokenizer": {"name": "opq", "engine": "faiss"}}, ["codebook_size 100 is not a power of two"]),
-        ({"tokenizer": {"repulsion": {"kind": "adaptive", "margin": 0.5}}}, ["repulsion.margin 0.5 must be above 1 - 0.18"]),
+        (
+            {"tokenizer": {"repulsion": {"kind": "adaptive", "margin": 0.5}}},
+            ["repulsion.margin 0.5 must be above 1 - 0.18"],
+        ),
         ({"tokenizer": {"contrast": {"progress": [0.5, 0.5]}}}, ["contrast.progress (0.5, 0.5) must rise"]),
         ({"tokenizer": {"name": "mm-rq-vae", "levels": {"text": 2}}}, ["lacks 'behavior'"]),
-        ({"tokenizer": {"name": "rq-kmeans", "levels": {"text": 2}, "aligner": {}}}, ["tokenizer.aligner", "give a number"]),
+        (
+            {"tokenizer": {"name": "rq-kmeans", "levels": {"text": 2}, "aligner": {}}},
+            ["tokenizer.aligner", "give a number"],
+        ),
         ({"compare": {"tokenizers": {"a": {"name": "rq-vae"}}, "more_seeds": {"b": [1]}}}, ["compare.more_seeds.b"]),
     ],
 )
@@ -131,15 +143,30 @@ ONE = {"tokenizers": ["a"], "reference": "a"}
         ({"tokenizers": ["a", "a"], "reference": "a"}, "evaluate.tokenizers names 'a' twice"),
         ({"tokenizers": ["z"], "reference": "z"}, "evaluate names 'z', which is not a label of compare.tokenizers"),
         ({"controls": {"x": {"head": "parallel"}}}, "evaluate.controls.x.head is 'parallel'"),
-        ({"retrievers": {"x": {"beam": 5}}}, "evaluate.retrievers.x.beam is 5: input should be greater than or equal to 100"),
-        ({"retrievers": {"x": {"hed": "item"}}}, "unknown key 'evaluate.retrievers.x.hed'; did you mean 'evaluate.retrievers.x.head'"),
-        ({"retrievers": {"x": {"max_length": 60}}}, "evaluate.retrievers.x.max_length 60 is longer than features.max_length 50"),
+        (
+            {"retrievers": {"x": {"beam": 5}}},
+            "evaluate.retrievers.x.beam is 5: input should be greater than or equal to 100",
+        ),
+        (
+            {"retrievers": {"x": {"hed": "item"}}},
+            "unknown key 'evaluate.retrievers.x.hed'; did you mean 'evaluate.retrievers.x.head'",
+        ),
+        (
+            {"retrievers": {"x": {"max_length": 60}}},
+            "evaluate.retrievers.x.max_length 60 is longer than features.max_length 50",
+        ),
         ({"more_seeds": {"q": [1]}}, "evaluate.more_seeds.q: no tokenizer or control"),
         ({"models": {"q": {}}}, "evaluate.models.q: no tokenizer of evaluate"),
         ({**ONE, "models": {"a": {"x": [1]}}}, "evaluate.models.a.x: no retriever or ranker of evaluate"),
         ({**ONE, "models": {"a": {}}}, "evaluate.models.a: name at least one model, each with at least one seed"),
-        ({**ONE, "models": {"a": {"x": []}}}, "evaluate.models.a: name at least one model, each with at least one seed"),
-        ({**ONE, "models": {"a": {"x": [1]}}, "more_seeds": {"a": [1]}}, "evaluate.models.a names its seeds, and so does evaluate.more_seeds"),
+        (
+            {**ONE, "models": {"a": {"x": []}}},
+            "evaluate.models.a: name at least one model, each with at least one seed",
+        ),
+        (
+            {**ONE, "models": {"a": {"x": [1]}}, "more_seeds": {"a": [1]}},
+            "evaluate.models.a names its seeds, and so does evaluate.more_seeds",
+        ),
         ({"retrievers": {"x": {}}, "rankers": {"x": {}}}, "evaluate.retrievers and evaluate.rankers both name 'x'"),
     ],
 )

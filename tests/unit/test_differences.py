@@ -10,15 +10,22 @@ from deltalake import DeltaTable, write_deltalake
 
 from adasid.tables import SIDS
 from pipelines.nightly import changes, differences
-from pipelines.nightly.differences import Unusual
-from pipelines.nightly.night import Night
+from pipelines.nightly.differences import NeedsFullRun
+from pipelines.nightly.nightly_run import NightlyRun
 
-FEATURES = pa.schema([("item_id", pa.string()), ("fingerprint", pa.string()), ("stratum", pa.string()), ("interactions", pa.int64())])
+FEATURES = pa.schema(
+    [("item_id", pa.string()), ("fingerprint", pa.string()), ("stratum", pa.string()), ("interactions", pa.int64())]
+)
 FIRST = (("a", "1", "head", 9), ("b", "2", "mid", 5), ("c", "3", "tail", 1), ("d", "4", "tail", 1))
 
 
 def put(lake, *rows):
-    lake.write("item_features", FEATURES, pa.Table.from_pylist([dict(zip(FEATURES.names, row)) for row in rows], FEATURES).to_batches(), str(rows))
+    lake.write(
+        "item_features",
+        FEATURES,
+        pa.Table.from_pylist([dict(zip(FEATURES.names, row)) for row in rows], FEATURES).to_batches(),
+        str(rows),
+    )
 
 
 @pytest.fixture
@@ -34,12 +41,25 @@ def night(lake, make_config):
         "generation": 1,
         "gauges": [],
     }
-    lake.write("sids", SIDS, pa.Table.from_pylist([{**row, "item_id": r[0], "fingerprint": r[1]} for r in FIRST], SIDS).to_batches(), "sids")
+    lake.write(
+        "sids",
+        SIDS,
+        pa.Table.from_pylist([{**row, "item_id": r[0], "fingerprint": r[1]} for r in FIRST], SIDS).to_batches(),
+        "sids",
+    )
     put(lake, *FIRST)
 
     def made(most=10):
         cfg = make_config(retokenize={"small_night": most})
-        return Night(cfg, SimpleNamespace(lake=lake), None, {"sids_version": 0}, lake.version("item_features"), str(date(2026, 1, 2)), "key")
+        return NightlyRun(
+            cfg,
+            SimpleNamespace(lake=lake),
+            None,
+            {"sids_version": 0},
+            lake.version("item_features"),
+            str(date(2026, 1, 2)),
+            "key",
+        )
 
     return made
 
@@ -65,7 +85,7 @@ def test_counts_alone_change_no_sid(lake, night):
 
 def test_more_items_than_a_small_night_may_have(lake, night):
     put(lake, *((item, mark + "x", stratum, events) for item, mark, stratum, events in FIRST))
-    with pytest.raises(Unusual, match=r"4 items have other vectors, more than retokenize\.small_night"):
+    with pytest.raises(NeedsFullRun, match=r"4 items have other vectors, more than retokenize\.small_night"):
         found(night(3))
 
 
@@ -79,7 +99,7 @@ def test_a_table_that_was_built_anew_is_compared_with_the_published_rows(lake, n
 
 
 def test_a_version_that_is_gone_is_for_spark(lake, night):
-    with pytest.raises(Unusual, match="item_features has no version 7 any more"):
+    with pytest.raises(NeedsFullRun, match="item_features has no version 7 any more"):
         differences.read(night(), 7, False)
 
 
@@ -94,18 +114,21 @@ def test_a_version_that_is_gone_is_for_spark(lake, night):
 )
 def test_faulty_rows_are_for_spark(lake, night, row, why):
     put(lake, *FIRST[:2], ("c", "3x", "tail", 1), row, ("a", "1y", "head", 8) if why == "two rows" else FIRST[3])
-    with pytest.raises(Unusual, match=why):
+    with pytest.raises(NeedsFullRun, match=why):
         found(night())
 
 
 def test_a_long_change_feed_is_not_read(lake, night):
-    """Counts of all items change by updates of single rows: eight rows of the feed, and no other vectors but of one item."""
+    """Counts of all items change by updates of single rows: eight rows of the feed, and no other vectors but of one
+    item."""
     shutil.rmtree(lake.path("item_features"))
     rows = pa.Table.from_pylist([dict(zip(FEATURES.names, row)) for row in FIRST], FEATURES)
     write_deltalake(lake.path("item_features"), rows, configuration={"delta.enableChangeDataFeed": "true"})
     DeltaTable(lake.path("item_features")).update({"interactions": "interactions + 1"})
     DeltaTable(lake.path("item_features")).update({"fingerprint": "'3x'"}, predicate="item_id = 'c'")
     assert changes.followed(lake, 0, 2)
-    assert found(night(), fed=True) == found(night(1), fed=True) == {"a": "same", "b": "same", "c": "changed", "d": "same"}
+    assert (
+        found(night(), fed=True) == found(night(1), fed=True) == {"a": "same", "b": "same", "c": "changed", "d": "same"}
+    )
     assert [differences.read(night(most), 0, True)[1] for most in (10, 1)] == [True, False]
     assert differences.read(night(1), 1, True)[1], "one row of the feed alone"

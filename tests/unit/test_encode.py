@@ -25,15 +25,25 @@ def tokenizer():
 
 def rows(**changed):
     rng = np.random.default_rng(0)
-    columns = {m: [row.astype(np.float32).tolist() for row in rng.standard_normal((8, width))] for m, width in WIDTHS.items()}
+    columns = {
+        m: [row.astype(np.float32).tolist() for row in rng.standard_normal((8, width))] for m, width in WIDTHS.items()
+    }
     columns["behavior"][3] = None
     for m, places in changed.items():
         for place, row in places.items():
             columns[m][place] = row
     number = pa.array(np.arange(8))
-    plain = {"item_id": [f"i{i}" for i in range(8)], "item_index": number, "interactions": number, "stratum": ["tail"] * 8, "fingerprint": ["f"] * 8}
+    plain = {
+        "item_id": [f"i{i}" for i in range(8)],
+        "item_index": number,
+        "interactions": number,
+        "stratum": ["tail"] * 8,
+        "fingerprint": ["f"] * 8,
+    }
     vectors = {m: pa.array(values, pa.list_(pa.float32())) for m, values in columns.items()}
-    return pa.RecordBatch.from_pydict({**plain, "richness": np.zeros(8, np.float32), **vectors, "gauged": np.arange(8) % 2 == 1})
+    return pa.RecordBatch.from_pydict(
+        {**plain, "richness": np.zeros(8, np.float32), **vectors, "sampled": np.arange(8) % 2 == 1}
+    )
 
 
 def test_gauges_are_norms_and_squared_errors_of_the_items_that_are_to_be_gauged(tokenizer):
@@ -43,7 +53,9 @@ def test_gauges_are_norms_and_squared_errors_of_the_items_that_are_to_be_gauged(
     batch = batch_of(plain, WIDTHS)
     decoded = tokenizer.reconstruct(batch)
     for place, gauges in enumerate(found.column("gauges").to_pylist()):
-        assert [g["modality"] for g in gauges] == ([] if place % 2 == 0 else ["text"] if place == 3 else ["text", "behavior"])
+        assert [g["modality"] for g in gauges] == (
+            [] if place % 2 == 0 else ["text"] if place == 3 else ["text", "behavior"]
+        )
         for g in gauges:
             x, y = batch.vectors[g["modality"]][place], decoded[g["modality"]][place]
             assert g["norm"] == pytest.approx(x.norm().item(), abs=1e-5)

@@ -15,7 +15,19 @@ BEAUTY = Path(__file__).parents[2] / "conf" / "beauty.yaml"
 
 
 def cell(tokenizer, seed, recall, task="retrieval", model="item"):
-    keys = ("recall@5", "recall@10", "recall@50", "recall@100", "ndcg@5", "ndcg@10", "ndcg@50", "ndcg@100", "corrected_recall@10", "auc", "gauc")
+    keys = (
+        "recall@5",
+        "recall@10",
+        "recall@50",
+        "recall@100",
+        "ndcg@5",
+        "ndcg@10",
+        "ndcg@50",
+        "ndcg@100",
+        "corrected_recall@10",
+        "auc",
+        "gauc",
+    )
     figures = {**dict.fromkeys(keys, recall), "gauc_users": 10.0}
     return {
         "task": task,
@@ -51,7 +63,9 @@ def test_the_gain_is_paired_by_seed():
 def test_the_page_says_who_is_ahead_and_how_sure_that_is():
     settings = config.Evaluate(tokenizers=("ours", "theirs", "worse"), reference="ours")
     page = evaluation.build("test", rows(), settings)
-    assert "ours is 8.3% ahead of the best other tokenizer, theirs, in R@50 (beyond chance)." in page.summary[1].replace("With the model item, ", "")
+    assert "ours is 8.3% ahead of the best other tokenizer, theirs, in R@50 (beyond chance)." in page.summary[
+        1
+    ].replace("With the model item, ", "")
     table = next(section for section in page.sections if section.key == "retrieval_differences").tables[0]
     assert [row[:3] for row in table.rows] == [("theirs", "item", "3"), ("worse", "item", "1")]
     assert "theirs / item" in evaluation.text(rows())
@@ -59,9 +73,16 @@ def test_the_page_says_who_is_ahead_and_how_sure_that_is():
 
 
 def test_the_page_states_labels_and_split_of_ranking():
-    found = [{**cell("ours", 0, 0.6, "ranking", "ppnet"), **told} for told in ({}, {"labels": "ratings", "split": "global_time"})]
-    (section,) = (s for s in evaluation.build("test", found, config.Evaluate(reference="ours")).sections if s.key == "ranking")
-    assert section.lead.startswith("The test is all that happened after one moment. Labels are the users' ratings. Labels are sampled: ")
+    found = [
+        {**cell("ours", 0, 0.6, "ranking", "ppnet"), **told}
+        for told in ({}, {"labels": "ratings", "split": "global_time"})
+    ]
+    (section,) = (
+        s for s in evaluation.build("test", found, config.Evaluate(reference="ours")).sections if s.key == "ranking"
+    )
+    assert section.lead.startswith(
+        "The test is all that happened after one moment. Labels are the users' ratings. Labels are sampled: "
+    )
     assert cells.flat(found[1])["split"] == "global_time"
 
 
@@ -88,35 +109,73 @@ def seeds(tokenizer, value, steps=(0.0, 0.001, -0.001), **kind):
 
 
 def test_a_contradiction_with_the_paper_is_stated_where_it_is_beyond_chance():
-    found = [*seeds("adc-sid", 0.1), *seeds("quasid", 0.2), *seeds("opq", 0.05), cell("das", 0, 0.15), *seeds("rq-vae", 0.101, (-0.01, 0.01, 0.0))]
-    found = [{**row, "codes": "6×100"} for row in found] + [{**row, "codes": "32×256"} for row in seeds("opq, long", 0.3)]
-    lead = beside(found, studies={"Others": ("adc-sid", "quasid", "opq", "das", "rq-vae", "opq, long")})["published"].lead
-    mine, _, others = lead.partition("claims that adc-sid is ahead of all others, here those of its size, 6×100;")[2].partition("Table 2 of")
+    found = [
+        *seeds("adc-sid", 0.1),
+        *seeds("quasid", 0.2),
+        *seeds("opq", 0.05),
+        cell("das", 0, 0.15),
+        *seeds("rq-vae", 0.101, (-0.01, 0.01, 0.0)),
+    ]
+    found = [{**row, "codes": "6×100"} for row in found] + [
+        {**row, "codes": "32×256"} for row in seeds("opq, long", 0.3)
+    ]
+    lead = beside(found, studies={"Others": ("adc-sid", "quasid", "opq", "das", "rq-vae", "opq, long")})[
+        "published"
+    ].lead
+    mine, _, others = lead.partition("claims that adc-sid is ahead of all others, here those of its size, 6×100;")[
+        2
+    ].partition("Table 2 of")
     assert "agrees in opq (R@50 -50.0% ±" in mine
     assert "; contradicts it in quasid (R@50 +100.0% ±" in mine and "N@50 +100.0%" in mine
-    assert "one seed: not told from chance in 2 comparisons, of which against the paper: das (R@50 +50.0%, N@50 +50.0%)" in mine
+    assert (
+        "one seed: not told from chance in 2 comparisons, of which against the paper: das (R@50 +50.0%, N@50 +50.0%)"
+        in mine
+    )
     assert "within chance in 2 comparisons, of which against the paper: rq-vae (R@50" in mine
     assert "opq, long" not in mine
-    assert "here those of another size, which the paper lacks, or of none;" in others and "contradicts it in opq, long (R@50 +200.0%" in others
+    assert (
+        "here those of another size, which the paper lacks, or of none;" in others
+        and "contradicts it in opq, long (R@50 +200.0%" in others
+    )
     page = evaluation.build("test", found, config.Evaluate(tokenizers=("adc-sid", "das"), published="beauty"))
     assert any("das" in line and "(one seed: not told from chance)" in line for line in page.summary)
 
 
 def test_the_claim_holds_for_ranking_too():
-    found = [*seeds("adc-sid", 0.6, task="ranking", model="ppnet"), *seeds("quasid", 0.7, task="ranking", model="ppnet")]
+    found = [
+        *seeds("adc-sid", 0.6, task="ranking", model="ppnet"),
+        *seeds("quasid", 0.7, task="ranking", model="ppnet"),
+    ]
     lead = beside(found, studies={"Others": ("adc-sid", "quasid")})["published"].lead
     assert "contradicts it in quasid (AUC +16.7% ±" in lead and "GAUC +16.7% ±" in lead
 
 
 def test_table_2_has_item_ids_and_both_gains_under_the_model_that_both_have():
-    found = [cell("adc-sid", 1, 0.2), cell("adc-sid", 1, 0.4, model="wide"), cell("opq", 1, 0.1), cell("adc-sid", 1, 0.66, "ranking", "ppnet")]
+    found = [
+        cell("adc-sid", 1, 0.2),
+        cell("adc-sid", 1, 0.4, model="wide"),
+        cell("opq", 1, 0.1),
+        cell("adc-sid", 1, 0.66, "ranking", "ppnet"),
+    ]
     found += [cell("item id", 1, 0.6, "ranking", "item ids")]
-    retrieval, gains, ranking, ranking_gains, _ = beside(found, studies={"Others": ("adc-sid", "opq")})["published"].tables
+    retrieval, gains, ranking, ranking_gains, _ = beside(found, studies={"Others": ("adc-sid", "opq")})[
+        "published"
+    ].tables
     assert (retrieval.columns[:4], gains.columns[0]) == (("Tokenizer", "Model", "R@50, paper", "ours"), "Over")
     assert {row[0]: row[1:4] for row in retrieval.rows}["opq"] == ("item", "0.1117", "0.1000")
     assert {row[0]: row[1:4] for row in retrieval.rows}["adc-sid"] == ("wide", "0.1855", "0.4000")
-    assert {row[0]: row[1:4] for row in gains.rows}["opq"] == ("item", f"{0.1855 / 0.1117 - 1:+.2%}", "+100.00%")  # 0.2, not the wide 0.4
-    assert {row[0]: row[1:] for row in ranking.rows}["item id"] == ("item ids / ppnet", "0.6455", "0.6000", "0.5897", "0.6000")
+    assert {row[0]: row[1:4] for row in gains.rows}["opq"] == (
+        "item",
+        f"{0.1855 / 0.1117 - 1:+.2%}",
+        "+100.00%",
+    )  # 0.2, not the wide 0.4
+    assert {row[0]: row[1:] for row in ranking.rows}["item id"] == (
+        "item ids / ppnet",
+        "0.6455",
+        "0.6000",
+        "0.5897",
+        "0.6000",
+    )
     assert ranking_gains.rows[0] == (
         "item id",
         "item ids / ppnet",
@@ -134,17 +193,29 @@ def test_table_2_has_item_ids_and_both_gains_under_the_model_that_both_have():
         (
             "Without a part (table 3)",
             {"adc-sid": 0.2, "adc-sid, no controller": 0.1, "adc-sid, no alignment": 0.3},
-            ("Table 3 of", "against adc-sid: agrees in adc-sid, no controller (R@50 -50.0%", "contradicts it in adc-sid, no alignment (R@50 +50.0%"),
+            (
+                "Table 3 of",
+                "against adc-sid: agrees in adc-sid, no controller (R@50 -50.0%",
+                "contradicts it in adc-sid, no alignment (R@50 +50.0%",
+            ),
         ),
         (
             "Alpha and beta of the controller (table 4)",
             {"adc-sid": 0.9, "adc-sid, (10, 9)": 0.2, "adc-sid, (20, 7)": 0.1, "adc-sid, (20, 9)": 0.3},
-            ("Table 4 of", "against adc-sid, (10, 9): agrees in adc-sid, (20, 7) (R@50 -50.0%", "contradicts it in adc-sid, (20, 9) (R@50 +50.0%"),
+            (
+                "Table 4 of",
+                "against adc-sid, (10, 9): agrees in adc-sid, (20, 7) (R@50 -50.0%",
+                "contradicts it in adc-sid, (20, 9) (R@50 +50.0%",
+            ),
         ),
         (
             "Behaviour experts",
             {"adc-sid": 0.2, "adc-sid, 1 behaviour expert": 0.1, "adc-sid, 5 behaviour experts": 0.1},
-            ("Figure 5 of", "agrees in adc-sid, 1 behaviour expert (R@50 -50.0%", "contradicts it in adc-sid, 5 behaviour experts (R@50 -50.0%"),
+            (
+                "Figure 5 of",
+                "agrees in adc-sid, 1 behaviour expert (R@50 -50.0%",
+                "contradicts it in adc-sid, 5 behaviour experts (R@50 -50.0%",
+            ),
         ),
         (
             "Further baselines of table 2, and random SIDs",
@@ -168,14 +239,22 @@ def test_a_study_says_what_the_paper_claims_and_what_ours_says_to_it(title, valu
 
 
 def test_a_tie_in_the_paper_claims_nothing():
-    found = [row for label, value in {"adc-sid": 0.2, "adc-sid, no alignment": 0.1}.items() for row in seeds(label, value, task="ranking")]
+    found = [
+        row
+        for label, value in {"adc-sid": 0.2, "adc-sid, no alignment": 0.1}.items()
+        for row in seeds(label, value, task="ranking")
+    ]
     study = {"x": ("adc-sid", "adc-sid, no alignment", "adc-sid, no controller")}
     lead = beside(found, studies=study)["study1"].lead
     assert "agrees in adc-sid, no alignment (AUC -50.0%" in lead and "GAUC -50.0%" not in lead
 
 
 def test_head_and_tail_stand_against_the_claims():
-    found = [row for label, value in {"adc-sid": 0.6, "rq-vae": 0.5}.items() for row in seeds(label, value, task="ranking", model="ppnet")]
+    found = [
+        row
+        for label, value in {"adc-sid": 0.6, "rq-vae": 0.5}.items()
+        for row in seeds(label, value, task="ranking", model="ppnet")
+    ]
     found += seeds("item id", 0.4, task="ranking", model="item ids")
     for row in found:
         row["strata"]["tail"] = {"auc": 1 - row["strata"]["all"]["auc"]}
@@ -184,7 +263,10 @@ def test_head_and_tail_stand_against_the_claims():
     assert "on head items; ours, as changes against adc-sid: agrees in rq-vae (AUC -16.7%" in head
     assert "on tail items; ours, as changes against adc-sid: contradicts it in rq-vae (AUC +25.0%" in tail
     assert "on head items; ours, as changes against item id: contradicts it in rq-vae (AUC +25.0%" in ids_head
-    assert "on tail items; ours, as changes against item id: contradicts it in rq-vae (AUC -16.7%" in ids_tail and "adc-sid (AUC -33.3%" in ids_tail
+    assert (
+        "on tail items; ours, as changes against item id: contradicts it in rq-vae (AUC -16.7%" in ids_tail
+        and "adc-sid (AUC -33.3%" in ids_tail
+    )
 
 
 def test_the_config_of_beauty_evaluates_all_that_the_paper_compares():
@@ -194,34 +276,52 @@ def test_the_config_of_beauty_evaluates_all_that_the_paper_compares():
 
 
 def test_lists_without_the_history_stand_beside_published_ones_both_ways():
-    group = [{**cell("opq", 1, 0.2), "test_repeatable": dict.fromkeys(("recall@5", "ndcg@5", "recall@10", "ndcg@10"), 0.125)}]
+    group = [
+        {**cell("opq", 1, 0.2), "test_repeatable": dict.fromkeys(("recall@5", "ndcg@5", "recall@10", "ndcg@10"), 0.125)}
+    ]
     apart = config.Retrieval(repeatable=False)
-    page = evaluation.build("test", group, config.Evaluate(tokenizers=("opq",), reference="opq", published="beauty", retrievers={"item": apart}))
+    page = evaluation.build(
+        "test",
+        group,
+        config.Evaluate(tokenizers=("opq",), reference="opq", published="beauty", retrievers={"item": apart}),
+    )
     sections = {section.key: section for section in page.sections}
     assert "ranked among all items but those of the history" in sections["retrieval"].lead
     rows = {row[0]: row for row in sections["published"].tables[-1].rows}
     assert rows["opq (ours, history in the list)"][1] == "0.1250" != rows["opq (ours)"][1]
-    with pytest.raises(ConfigError, match=r"evaluate\.retrievers\.a\.repeatable is false but retrieval\.repeatable is not"):
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.retrievers\.a\.repeatable is false but retrieval\.repeatable is not"
+    ):
         config.build({"name": "t", "evaluate": {"retrievers": {"a": {"repeatable": False}}}})
 
 
 def test_both_tasks_stand_on_one_page():
     both = [*rows(), cell("ours", 0, 0.7, "ranking", "ppnet"), cell("theirs", 0, 0.6, "ranking", "ppnet")]
     page = evaluation.build("test", both, config.Evaluate(tokenizers=("ours", "theirs", "worse"), reference="ours"))
-    assert [section.key for section in page.sections] == ["retrieval", "retrieval_differences", "ranking", "ranking_differences", "cost"]
+    assert [section.key for section in page.sections] == [
+        "retrieval",
+        "retrieval_differences",
+        "ranking",
+        "ranking_differences",
+        "cost",
+    ]
     assert "ranking" in evaluation.text(both)
     assert cells.flat(both[-1])["all_auc"] == 0.6
 
 
 def test_a_study_compares_with_its_first_and_stays_out_of_the_main_tables():
-    settings = config.Evaluate(tokenizers=("ours", "theirs"), reference="ours", studies={"Without a part": ("ours", "worse")})
+    settings = config.Evaluate(
+        tokenizers=("ours", "theirs"), reference="ours", studies={"Without a part": ("ours", "worse")}
+    )
     page = evaluation.build("test", rows(), settings)
     sections = {section.key: section for section in page.sections}
     (table,) = sections["study1"].tables
     assert [row[0] for row in table.rows] == ["ours", "worse"] and table.rows[0][2] == "–"
     assert table.rows[1][2] == f"{0.05 / MINE[0] - 1:+.1%}"  # the one seed that both have
     (plot,) = sections["study1"].plots
-    assert [bar.get_width() for bar in plot.figure.axes[0].patches] == [MINE[0], 0.05], "bars of the seed that both have"
+    assert [bar.get_width() for bar in plot.figure.axes[0].patches] == [MINE[0], 0.05], (
+        "bars of the seed that both have"
+    )
     assert all("worse" not in row for row in sections["retrieval"].tables[0].rows)
     with pytest.raises(ValueError, match=r"evaluate.studies.x: name at least two"):
         config.Evaluate(studies={"x": ("a", "a")})
@@ -232,7 +332,11 @@ def test_bars_stand_at_their_label_where_a_tokenizer_lacks_models():
     axes = comparison.bars("t", groups, [("x", "X"), ("y", "Y")]).axes[0]
     found = sorted((bar.get_y() + bar.get_height() / 2, round(bar.get_width(), 6)) for bar in axes.patches)
     assert found == [(0, 0.2), (1, 0.2), (3, 0.4), (5, 0.5)]
-    assert [(tick, label.get_text()) for tick, label in zip(axes.get_yticks(), axes.get_yticklabels())] == [(0.5, "a"), (3, "b"), (5, "c")]
+    assert [(tick, label.get_text()) for tick, label in zip(axes.get_yticks(), axes.get_yticklabels())] == [
+        (0.5, "a"),
+        (3, "b"),
+        (5, "c"),
+    ]
 
 
 def test_cells_are_those_of_the_lists_and_seeds_unless_models_names_them():
@@ -264,9 +368,14 @@ def test_the_best_rival_is_one_that_shares_a_seed():
     found = [cell("ours", 1, 0.2), cell("near", 1, 0.1), cell("apart", 2, 0.9)]
     settings = config.Evaluate(tokenizers=("ours", "near", "apart"), reference="ours")
     page = evaluation.build("test", found, settings)
-    assert any("ours is 100.0% ahead of the best other tokenizer" in said and "near" in said for said in page.summary), page.summary
+    assert any(
+        "ours is 100.0% ahead of the best other tokenizer" in said and "near" in said for said in page.summary
+    ), page.summary
     alone = evaluation.build("test", [found[0], found[2]], settings)
-    assert "shares a model and a seed" in next(section for section in alone.sections if section.key == "retrieval_differences").missing
+    assert (
+        "shares a model and a seed"
+        in next(section for section in alone.sections if section.key == "retrieval_differences").missing
+    )
 
 
 def test_a_gain_over_nothing_is_no_gain_and_chooses_nothing():

@@ -1,4 +1,5 @@
-"""Tokenizers that are fitted, or need no data: residual k-means, OPQ and the controls, with the k-means and the rotation beneath them."""
+"""Tokenizers that are fitted, or need no data: residual k-means, OPQ and the controls, with the k-means and the
+rotation beneath them."""
 
 import sys
 
@@ -103,7 +104,9 @@ def test_ties_go_to_the_lowest_code_whatever_the_batch():
 
 
 def test_balanced_assignment_fills_no_cluster_above_its_share_and_is_stable():
-    skewed = torch.cat([0.1 * torch.randn(700, 4, generator=generator()), 3 * torch.randn(303, 4, generator=generator(1))])
+    skewed = torch.cat(
+        [0.1 * torch.randn(700, 4, generator=generator()), 3 * torch.randn(303, 4, generator=generator(1))]
+    )
     costs = squared_distances(skewed, kmeans(skewed, 20, 10, generator()))
     assert torch.bincount(costs.argmin(1)).max() > 100, "the nearest centroid alone is far from balanced"
     for capacity in (-(-1003 // 20), 80):
@@ -111,7 +114,9 @@ def test_balanced_assignment_fills_no_cluster_above_its_share_and_is_stable():
         sizes = torch.bincount(assigned, minlength=20)
         assert sizes.max() == capacity
         mine = costs.gather(1, assigned[:, None])
-        worst = torch.stack([costs[assigned == j, j].max() if (assigned == j).any() else torch.tensor(0.0) for j in range(20)])
+        worst = torch.stack(
+            [costs[assigned == j, j].max() if (assigned == j).any() else torch.tensor(0.0) for j in range(20)]
+        )
         would_rather = (costs < mine) & ((costs < worst) | (sizes < capacity))
         assert not would_rather.any()
     even = balanced_assignment(costs[:1000], 50)
@@ -123,10 +128,17 @@ def test_balanced_assignment_fills_no_cluster_above_its_share_and_is_stable():
 def test_balanced_kmeans_spreads_codes_more_evenly_than_the_plain_one():
     x, label = clusters(n=1200, k=6, noise=0.5)
     x[:800] = x[:800] * 0.05
-    sizes = {b: torch.bincount(nearest_euclidean(x, kmeans(x, 24, 20, generator(), b)), minlength=24) for b in (False, True)}
+    sizes = {
+        b: torch.bincount(nearest_euclidean(x, kmeans(x, 24, 20, generator(), b)), minlength=24) for b in (False, True)
+    }
     assert sizes[True].max() < 0.8 * sizes[False].max()
     even, _ = clusters(n=600, k=6, noise=0.05)
-    assert adjusted_rand_score(clusters(n=600, k=6)[1], nearest_euclidean(even, kmeans(even, 6, 20, generator(), True)).numpy()) > 0.9
+    assert (
+        adjusted_rand_score(
+            clusters(n=600, k=6)[1], nearest_euclidean(even, kmeans(even, 6, 20, generator(), True)).numpy()
+        )
+        > 0.9
+    )
 
 
 # product quantization
@@ -135,9 +147,9 @@ def test_balanced_kmeans_spreads_codes_more_evenly_than_the_plain_one():
 def correlated(n=1500, parts=4, width=3, seed=0):
     """Sub-spaces with clusters of their own, turned by a random rotation."""
     rng = np.random.default_rng(seed)
-    plain = np.concatenate([rng.normal(size=(8, width))[rng.integers(8, size=n)] for _ in range(parts)], 1) + 0.05 * rng.normal(
-        size=(n, parts * width)
-    )
+    plain = np.concatenate(
+        [rng.normal(size=(8, width))[rng.integers(8, size=n)] for _ in range(parts)], 1
+    ) + 0.05 * rng.normal(size=(n, parts * width))
     turn, _ = np.linalg.qr(rng.normal(size=(parts * width, parts * width)))
     return torch.tensor(plain @ turn, dtype=torch.float32)
 
@@ -176,7 +188,10 @@ def test_opq_beats_product_quantization_on_rotated_data():
 
 def test_momentum_reaches_the_error_of_many_more_rounds():
     x = clusters(n=2000, k=30, d=24, noise=1.0)[0]
-    plain, with_it = product.fit_opq(x, 4, 16, 40, 0.0, generator())[1], product.fit_opq(x, 4, 16, 20, 0.9, generator())[1]
+    plain, with_it = (
+        product.fit_opq(x, 4, 16, 40, 0.0, generator())[1],
+        product.fit_opq(x, 4, 16, 20, 0.9, generator())[1],
+    )
     assert with_it[-1] < plain[-1] < plain[20]
 
 
@@ -253,10 +268,16 @@ def test_reconstruction_has_the_inputs_scale(done):
     _, settings, tokenizer, data, _ = done
     batch = everything(data)
     decoded = tokenizer.reconstruct(batch)
-    assert set(decoded) == (set() if isinstance(tokenizer, ItemId | RandomSid) or getattr(settings, "aligner", None) else set(settings.inputs))
+    assert set(decoded) == (
+        set()
+        if isinstance(tokenizer, ItemId | RandomSid) or getattr(settings, "aligner", None)
+        else set(settings.inputs)
+    )
     for m, y in decoded.items():
         there = batch.present[m]
-        error = (y - batch.vectors[m])[there].square().sum() / (batch.vectors[m][there] - batch.vectors[m][there].mean(0)).square().sum()
+        error = (y - batch.vectors[m])[there].square().sum() / (
+            batch.vectors[m][there] - batch.vectors[m][there].mean(0)
+        ).square().sum()
         assert error < (0.75 if m == BEHAVIOR else 0.4), m
 
 
@@ -315,7 +336,9 @@ def test_the_fit_sees_a_sample_and_all_items_are_assigned():
     codes = tokenizer.encode(everything(data)).codes
     assert codes.shape == (600, 2)
     assert adjusted_rand_score(cluster, codes[:, 0].numpy()) > 0.9
-    assert not torch.equal(tokenizer.quantizers["shared"].centroids, fitted(*FITTED["plain"], data).quantizers["shared"].centroids[:2])
+    assert not torch.equal(
+        tokenizer.quantizers["shared"].centroids, fitted(*FITTED["plain"], data).quantizers["shared"].centroids[:2]
+    )
     late = shard(table.slice(3), CONTENT)
     with pytest.raises(InputError, match=r"tokenizer\.fit_samples 1: none of these items has 'visual'"):
         fitted(RqKmeans, config.RqKmeansSettings(levels={"text": 1, "visual": 1}, fit_samples=1), late)
@@ -388,7 +411,9 @@ def test_random_codes_by_hand():
     tokenizer = RandomSid(config.RandomSidSettings(codebook_size=100, levels=3), {})
     tokenizer.salt.fill_(-5)
     codes = tokenizer.encode(indices([0, 77, 10**9])).codes
-    expected = [[(splitmix(splitmix(2**64 - 5, slot), index) >> 1) % 100 for slot in range(3)] for index in (0, 77, 10**9)]
+    expected = [
+        [(splitmix(splitmix(2**64 - 5, slot), index) >> 1) % 100 for slot in range(3)] for index in (0, 77, 10**9)
+    ]
     assert codes.tolist() == expected
 
 

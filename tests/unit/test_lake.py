@@ -9,12 +9,18 @@ from pipelines.engines.lake import Lake, committed, properties
 from pipelines.staleness import lags
 
 SCHEMA = pa.schema(
-    [pa.field("item_id", pa.string(), False), pa.field("codes", pa.list_(pa.int32()), False), pa.field("generation", pa.int64(), False)]
+    [
+        pa.field("item_id", pa.string(), False),
+        pa.field("codes", pa.list_(pa.int32()), False),
+        pa.field("generation", pa.int64(), False),
+    ]
 )
 
 
 def rows(*items):
-    return pa.Table.from_pylist([{"item_id": item, "codes": codes, "generation": number} for item, codes, number in items], SCHEMA)
+    return pa.Table.from_pylist(
+        [{"item_id": item, "codes": codes, "generation": number} for item, codes, number in items], SCHEMA
+    )
 
 
 @pytest.fixture
@@ -43,16 +49,22 @@ def test_a_version_made_of_the_same_is_no_newer_one_and_maintenance_keeps_what_w
     sources = {"sids": 0}
     lake.write("changes", SCHEMA, rows(("a", [1, 2], 1)).to_batches(), "made", sources)
     assert lake.lineage("changes") == sources and lake.lineage("sids") == {}
-    stamp = properties(lake.stamp("sids"), sources=lake.lineage("sids"))
-    DeltaTable(lake.path("sids")).alter.set_table_properties({"delta.enableExpiredLogCleanup": "false"}, commit_properties=stamp)
+    stamp = properties(lake.input_hash("sids"), sources=lake.lineage("sids"))
+    DeltaTable(lake.path("sids")).alter.set_table_properties(
+        {"delta.enableExpiredLogCleanup": "false"}, commit_properties=stamp
+    )
     assert lake.version("sids") == 1 and not lags(lake, "changes")
     lake.change("sids", 1, rows(("b", [7, 8], 2)), pa.array([], pa.string()), "second")
     lake.change("sids", 2, rows(("b", [7, 9], 2)), pa.array([], pa.string()), "third")
-    stamp = properties(lake.stamp("changes"), sources=lake.lineage("changes"))
-    DeltaTable(lake.path("changes")).alter.set_table_properties({"delta.enableExpiredLogCleanup": "false"}, commit_properties=stamp)
+    stamp = properties(lake.input_hash("changes"), sources=lake.lineage("changes"))
+    DeltaTable(lake.path("changes")).alter.set_table_properties(
+        {"delta.enableExpiredLogCleanup": "false"}, commit_properties=stamp
+    )
     (lag,) = lags(lake, "changes")
     assert (lag.version, lag.source, lag.read, lag.newest, lag.pinned) == (1, "sids", 0, 3, False)
-    assert lag.since == committed(next(entry for entry in DeltaTable(lake.path("sids")).history() if entry["version"] == 2))
+    assert lag.since == committed(
+        next(entry for entry in DeltaTable(lake.path("sids")).history() if entry["version"] == 2)
+    )
     assert lags(Lake(lake.root, {"sids": 0}), "changes")[0].pinned
     lake.write("sids", SCHEMA, rows(("a", [1, 2], 1)).to_batches(), "first")
     assert not lags(lake, "changes")  # as it was
@@ -62,9 +74,9 @@ def test_maintenance_of_a_table_without_a_stamp_gives_it_none(lake):
     lake.write("theirs", SCHEMA, rows(("a", [1, 2], 1)).to_batches(), "ours")
     DeltaTable(lake.path("theirs")).delete("item_id = 'a'")
     for _ in range(2):
-        assert lake.stamp("theirs") is None
+        assert lake.input_hash("theirs") is None
         name = f"{lake.path('theirs')}@{lake.version('theirs')}"
-        assert lake.stamps(lake.versions("theirs")) == {"theirs": name}
+        assert lake.input_hashes(lake.versions("theirs")) == {"theirs": name}
         DeltaTable(lake.path("theirs")).alter.set_table_properties(
-            {"delta.enableExpiredLogCleanup": "false"}, commit_properties=properties(lake.stamp("theirs"))
+            {"delta.enableExpiredLogCleanup": "false"}, commit_properties=properties(lake.input_hash("theirs"))
         )

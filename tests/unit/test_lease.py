@@ -10,7 +10,7 @@ from deltalake import write_deltalake
 from adasid import config
 from adasid.errors import BusyError, InputError
 from pipelines.engines.tracking import stage
-from pipelines.nightly.lease import Lease, held
+from pipelines.nightly.lease import Lease, leased
 
 
 class Clock:
@@ -27,7 +27,10 @@ def test_a_second_one_leaves_with_a_message_and_a_dead_holders_lease_ends(lake):
     clock = Clock()
     first, second = Lease(lake, 30.0, clock), Lease(lake, 30.0, clock)
     first.take(0)
-    with pytest.raises(BusyError, match=rf"the lease of .* is held by {first.holder}, for 30 s more unless it renews: .*retokenize.lease.wait"):
+    with pytest.raises(
+        BusyError,
+        match=rf"the lease of .* is held by {first.holder}, for 30 s more unless it renews: .*retokenize.lease.wait",
+    ):
         second.take(0)
     first.check()
     clock.time += 29
@@ -70,13 +73,13 @@ def test_of_many_at_once_one_gets_it(lake):
 
 
 def test_it_is_renewed_while_held_and_given_back(make_config):
-    with stage(make_config(), "lease") as track:
-        with held(track, config.Lease(seconds=0.6, wait=0.0)) as lease:
+    with stage(make_config(), "lease") as context:
+        with leased(context, config.Lease(seconds=0.6, wait=0.0)) as lease:
             time.sleep(1.5)
             lease.check()
             with pytest.raises(BusyError):
-                Lease(track.lake, 0.6).take(0)
-        with held(track, config.Lease(seconds=60.0, wait=0.0)) as lease:
+                Lease(context.lake, 0.6).take(0)
+        with leased(context, config.Lease(seconds=60.0, wait=0.0)) as lease:
             lease.check()
 
 

@@ -34,7 +34,9 @@ def test_alignment_weight_rises_to_one():
 @pytest.mark.parametrize("quantile", [0.0, 0.2, 0.56, 0.65])
 def test_calibrated_beta_puts_the_quantile_at_the_weak_weight(quantile):
     beta = calibrated_beta(quantile, 10.0)
-    assert float(alignment_weight(torch.tensor(quantile, dtype=torch.float64), 10.0, beta)) == pytest.approx(0.05, abs=1e-6)
+    assert float(alignment_weight(torch.tensor(quantile, dtype=torch.float64), 10.0, beta)) == pytest.approx(
+        0.05, abs=1e-6
+    )
 
 
 def test_calibrated_beta_is_bounded_where_no_beta_can_reach_it():

@@ -134,7 +134,10 @@ def test_items_that_share_a_sid_get_the_credit_of_a_random_order():
     sizes, size, first = np.array([1, 3, 150]), rng.integers(0, 3, 60), rng.integers(1, 130, 60)
     counts = rank_histogram(torch.from_numpy(first), torch.from_numpy(size), 3).numpy()
     found = averages(counts, shared_gains(sizes))
-    orders = [np.mean([recall_ndcg(torch.tensor([f + place]))["ndcg@20"] for place in range(sizes[s])]) for f, s in zip(first, size)]
+    orders = [
+        np.mean([recall_ndcg(torch.tensor([f + place]))["ndcg@20"] for place in range(sizes[s])])
+        for f, s in zip(first, size)
+    ]
     assert found["corrected_ndcg@20"] == pytest.approx(np.mean(orders))
     credit = np.array([np.clip(20 - f + 1, 0, sizes[s]) / sizes[s] for f, s in zip(first, size)])
     assert found["corrected_recall@20"] == pytest.approx(credit.mean())

@@ -19,14 +19,20 @@ def test_all_attributes_of_modules_are_known():
 
 
 def test_what_stands_beside_the_vectors_is_known():
-    assert {*ENCODED.names, *READ, "gauged", "published"} <= names._COLUMNS
+    assert {*ENCODED.names, *READ, "sampled", "published"} <= names._COLUMNS
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        *(([name], f"{name!r} must be ASCII letters") for name in ("clip vit", "clip.vit", "1st", "a-b", "", "_x", "é", "a\n", "img(clip)")),
-        *(([name], f"{name!r} is a column of") for name in ("title", "Title", "norm", "item_id", "richness", "codes", "gauges")),
+        *(
+            ([name], f"{name!r} must be ASCII letters")
+            for name in ("clip vit", "clip.vit", "1st", "a-b", "", "_x", "é", "a\n", "img(clip)")
+        ),
+        *(
+            ([name], f"{name!r} is a column of")
+            for name in ("title", "Title", "norm", "item_id", "richness", "codes", "gauges")
+        ),
         *(([name], f"{name!r} is an attribute of") for name in ("items", "keys", "values", "type", "Float", "pop")),
         *(([name], f"{name!r} is not a content modality") for name in ("shared", "behavior", "Behavior")),
         (["text", "Text"], "'Text' is the name of another modality ('text'"),
@@ -37,7 +43,9 @@ def test_a_modality_that_a_table_or_a_module_cannot_take_is_named_with_the_fix(c
     with pytest.raises(ConfigError) as error:
         config.build({"features": {"content": content}, "tokenizer": {"name": "random"}})
     message = str(error.value)
-    assert words in message and "give the column another name in the source" in message and len(message.splitlines()) == 1
+    assert (
+        words in message and "give the column another name in the source" in message and len(message.splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize("content", [["text", "visual"], ["clip_vit_L14"], ["no", "on"], ["x"], ["item"]])

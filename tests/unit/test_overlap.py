@@ -112,7 +112,9 @@ def test_same_items_and_positives_are_not_repelled(make):
     z, codes = angles(0, 80, 5, 100), [[1, 2, 3]] * 4
     loss, figures = call(make(), z, codes, index=[4, 4, 4, 4])
     assert loss.item() == 0 and set(figures.values()) <= {0.0, 1.0} and next(iter(figures.values())) == 0
-    everything, some = (call(make(), z, codes, paired=torch.tensor(flags))[1] for flags in ([False, False], [True, True]))
+    everything, some = (
+        call(make(), z, codes, paired=torch.tensor(flags))[1] for flags in ([False, False], [True, True])
+    )
     assert (next(iter(everything.values())), next(iter(some.values()))) == (6, 4)
     pair = value(make(), angles(0, 75), codes[:2], paired=torch.tensor([True]))
     assert pair == 0 < value(make(), angles(0, 75), codes[:2])
@@ -138,7 +140,9 @@ def test_the_gradient_moves_both_sides_apart(make):
 
 def test_quasid_pushes_the_most_similar_pair_and_adasid_spares_it():
     codes = [[1, 2, 3], [1, 2, 3]]
-    loss_of = {make: [value(make(), angles(0, degrees), codes) for degrees in (10, 75, 85, 95)] for make in (hamr, adaptive)}
+    loss_of = {
+        make: [value(make(), angles(0, degrees), codes) for degrees in (10, 75, 85, 95)] for make in (hamr, adaptive)
+    }
     assert loss_of[hamr] == sorted(loss_of[hamr], reverse=True) and loss_of[hamr][0] > loss_of[hamr][1] > 0
     near, middle, far, opposite = loss_of[adaptive]
     assert near == opposite == 0 and middle > far > 0
@@ -165,7 +169,14 @@ def test_a_margin_that_never_acts_is_refused():
 def test_adaptive_by_hand():
     codes = [[1, 2, 3], [1, 2, 9], [1, 2, 8], [7, 2, 6]]  # slots 0, 1: 01, 02, 12 (load 6); slot 1: 03, 13, 23 (load 6)
     z = angles(0, 80, 160, 81)
-    hinges = [cos(80), 0, cos(80), cos(81), 0, cos(79)]  # 01, 02, 12, 03, 13 (spared), 23 (79 degrees: cosine 0.191 is above 0.18, spared)
+    hinges = [
+        cos(80),
+        0,
+        cos(80),
+        cos(81),
+        0,
+        cos(79),
+    ]  # 01, 02, 12, 03, 13 (spared), 23 (79 degrees: cosine 0.191 is above 0.18, spared)
     hinges[5] = 0
     loss, figures = call(adaptive(), z, codes)
     assert loss.item() == pytest.approx(2 * sum(hinges) / 6)
@@ -216,7 +227,10 @@ def test_losses_and_gradients_against_a_loop(make, block, monkeypatch):
     total, groups, unit = z.new_zeros(()), {}, nnf.normalize(z, dim=1)
     for i in range(30):
         for j in range(i + 1, 30):
-            matching, both = (sum(f(a, b) for a, b in zip(codes[i], codes[j])) for f in (lambda a, b: a == b != PAD, lambda a, b: a == b == PAD))
+            matching, both = (
+                sum(f(a, b) for a, b in zip(codes[i], codes[j]))
+                for f in (lambda a, b: a == b != PAD, lambda a, b: a == b == PAD)
+            )
             cosine = unit[i] @ unit[j]
             if matching and make is hamr:
                 kind = "full" if matching == 3 - both else "partial" if 3 - matching <= 1 else None
@@ -224,7 +238,9 @@ def test_losses_and_gradients_against_a_loop(make, block, monkeypatch):
                 groups.setdefault(kind, []).append(nnf.relu(margin - 1 + cosine))
             elif matching:
                 spared = cosine >= module.thresholds[matching - 1]
-                groups.setdefault("all", []).append(module.settings.load_gain[1] * ~spared * nnf.relu(module.settings.margin - 1 + cosine))
+                groups.setdefault("all", []).append(
+                    module.settings.load_gain[1] * ~spared * nnf.relu(module.settings.margin - 1 + cosine)
+                )
     for kind, weight in (("full", 0.2), ("partial", 0.1), ("all", module.weight(0.0) if make is adaptive else 0)):
         total = total + weight * torch.stack(groups.get(kind, [z.new_zeros(())])).mean()
     assert found.item() == pytest.approx(total.item()) and total.item() > 0
@@ -283,15 +299,20 @@ def loop_contrast(z, index, paired, temperature, blocks, worker):
                     same = items[candidate] in (index[other], index[own]) or items[anchor_side] == index[own]
                     if (w, c) == (worker, i) or not same:
                         terms.append(nnf.cosine_similarity(z[own], others[candidate], dim=0) / temperature)
-            losses.append(torch.logsumexp(torch.stack(terms), 0) - nnf.cosine_similarity(z[own], z[other], dim=0) / temperature)
+            losses.append(
+                torch.logsumexp(torch.stack(terms), 0) - nnf.cosine_similarity(z[own], z[other], dim=0) / temperature
+            )
     return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("worker", [0, 1])
 def test_pair_contrast_against_a_loop(worker):
     torch.manual_seed(0)
-    # item 3 is a partner twice, item 0 has partners twice, item 4 is its own partner, item 1 is an anchor here and a partner there
-    blocks = [(torch.randn(8, 5), torch.tensor(items)) for items in ([0, 1, 2, 4, 3, 3, 7, 4], [0, 5, 6, 8, 9, 1, 3, 8])]
+    # item 3 is a partner twice, item 0 has partners twice, item 4 is its own partner, item 1 is an anchor here and a
+    # partner there
+    blocks = [
+        (torch.randn(8, 5), torch.tensor(items)) for items in ([0, 1, 2, 4, 3, 3, 7, 4], [0, 5, 6, 8, 9, 1, 3, 8])
+    ]
     paired = [torch.tensor([True, True, True, False]), torch.tensor([True, True, True, False])]
     z, index = blocks[worker]
     z_all, index_all = (torch.cat(part) for part in zip(*blocks))
@@ -304,10 +325,16 @@ def test_pair_contrast_against_a_loop(worker):
 def test_pair_contrast_pulls_pairs_together_and_is_zero_without():
     torch.manual_seed(0)
     z = torch.randn(6, 4, requires_grad=True)
-    nothing = pair_contrast(z, torch.tensor([0, 1, 2] * 2), torch.zeros(3, dtype=torch.bool), 0.1, z, torch.tensor([0, 1, 2] * 2), 0)
+    nothing = pair_contrast(
+        z, torch.tensor([0, 1, 2] * 2), torch.zeros(3, dtype=torch.bool), 0.1, z, torch.tensor([0, 1, 2] * 2), 0
+    )
     nothing.backward()
     assert nothing.item() == 0 and (z.grad == 0).all()
-    index, paired, before = torch.arange(6), torch.tensor([True, False, False]), nnf.cosine_similarity(z[0], z[3], dim=0).item()
+    index, paired, before = (
+        torch.arange(6),
+        torch.tensor([True, False, False]),
+        nnf.cosine_similarity(z[0], z[3], dim=0).item(),
+    )
     pair_contrast(z, index, paired, 0.1, z, index, 0).backward()
     moved = (z - 0.05 * z.grad).detach()
     assert float(nnf.cosine_similarity(moved[0], moved[3], dim=0)) > before

@@ -1,4 +1,5 @@
-"""What the methods claim, where the truth is known. Figures in comments are of two seeds; the margins stated are smaller."""
+"""What the methods claim, where the truth is known. Figures in comments are of two seeds; the margins stated are
+smaller."""
 
 import tempfile
 from pathlib import Path
@@ -25,7 +26,9 @@ def trained(settings, table, seed):
     torch.manual_seed(seed)
     shard = Shard(lambda columns: table.select(columns).to_batches(), settings.inputs)
     with tempfile.TemporaryDirectory() as folder:
-        loop = TokenizerTraining(artifact.build(settings, shard.widths), settings, shard, Path(folder), seed, Workers(), "planted")
+        loop = TokenizerTraining(
+            artifact.build(settings, shard.widths), settings, shard, Path(folder), seed, Workers(), "planted"
+        )
         loop.run()
     return loop.tokenizer, shard.take(np.arange(len(shard)))
 
@@ -46,8 +49,9 @@ LONG_TAIL = {
 
 
 def long_tail(seed, items=1500):
-    """A synthetic catalogue whose behaviour is the topic for popular items and noise for rare ones; items by expected count, most
-    first. Richness is the documented fall-back, log(1 + count): with noise this strong the norm is larger for rare items."""
+    """A synthetic catalogue whose behaviour is the topic for popular items and noise for rare ones; items by expected
+    count, most first. Richness is the documented fall-back, log(1 + count): with noise this strong the norm is larger
+    for rare items."""
     params = config.Synthetic(
         items=items,
         users=items,
@@ -76,7 +80,9 @@ def test_the_gate_gives_rare_items_fewer_behaviour_slots():
         slots = [index for index, slot in enumerate(tokenizer.slots) if slot.kind == BEHAVIOR]
         active = tokenizer.encode(batch).active[:, slots].sum(1).double().numpy()
         quarter = len(order) // 4
-        assert active[order[:quarter]].mean() > active[order[-quarter:]].mean() + 0.08  # 2.14 against 1.99, 2.20 against 2.01
+        assert (
+            active[order[:quarter]].mean() > active[order[-quarter:]].mean() + 0.08
+        )  # 2.14 against 1.99, 2.20 against 2.01
 
 
 def near_duplicates(seed, kinds=40, each=10, width=32):
@@ -85,13 +91,18 @@ def near_duplicates(seed, kinds=40, each=10, width=32):
     kind = np.repeat(np.arange(kinds), each)
     x = rng.normal(size=(kinds, width))[kind] + 0.6 * rng.normal(size=(len(kind), width))
     x = np.concatenate([x, x[:100] + 0.3 * rng.normal(size=(100, width))]).astype(np.float32)
-    columns = {"item_index": np.arange(len(x)), "richness": np.zeros(len(x), np.float32), "text": pa.array(list(x), tables.VECTOR)}
+    columns = {
+        "item_index": np.arange(len(x)),
+        "richness": np.zeros(len(x), np.float32),
+        "text": pa.array(list(x), tables.VECTOR),
+    }
     return pa.table(columns), np.concatenate([kind, kind[:100]])
 
 
 @pytest.fixture(scope="module")
 def repelled():
-    """Repulsion -> share of near-duplicates that keep one SID; mean cosine of items of different kinds that share one. Means over seeds."""
+    """Repulsion -> share of near-duplicates that keep one SID; mean cosine of items of different kinds that share one.
+    Means over seeds."""
     kinds = {
         "none": None,
         "adasid": {"kind": "adaptive", "thresholds": [0.5, 0.9], "weight": [1.0, 1.0]},

@@ -76,7 +76,9 @@ def test_the_cosine_of_items_that_share_a_sid_is_the_mean_over_pairs():
 
 def test_near_duplicates_that_have_one_sid():
     vectors = np.array([[1, 0], [0.999, 0.0447], [0, 1], [0.0447, 0.999], [-1, 0]], np.float32)
-    codes = np.array([[1, 2], [1, 2], [1, 2], [1, 3], [1, 2]], np.int32)  # 0 and 1 are together, 2 and 3 are not, others are no duplicates
+    codes = np.array(
+        [[1, 2], [1, 2], [1, 2], [1, 3], [1, 2]], np.int32
+    )  # 0 and 1 are together, 2 and 3 are not, others are no duplicates
     assert duplicates_kept(codes, vectors, np.arange(5), 0.95) == 0.5
     assert duplicates_kept(codes, vectors, np.array([0, 4]), 0.95) == 1.0
     assert duplicates_kept(codes, vectors, np.array([2]), 0.95) == 0.0

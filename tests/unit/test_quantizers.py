@@ -7,7 +7,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from adasid.experts import GroupedLinear, Trunk
 from adasid.quantizers.cosine import CosineCodebooks, codebook_loss
-from adasid.quantizers.kmeans import Held, held_or_nearest, means_of, nearest, spherical_kmeans
+from adasid.quantizers.kmeans import PreviousCodes, means_of, nearest, previous_or_nearest, spherical_kmeans
 from adasid.quantizers.residual import ResidualCodebooks
 
 
@@ -94,7 +94,9 @@ def test_dead_codes_come_back_from_active_latents():
     assert dead.nonzero().tolist() == [[0, 3], [1, 1]]
     assert torch.equal(books.weight[0, :3], before[0, :3])
     assert torch.allclose(books.weight[1, 1], nnf.normalize(latents[1, 5], dim=0))
-    assert float((latents[0] / latents[0].norm(dim=1, keepdim=True) @ books.weight[0, 3].detach()).max()) == pytest.approx(1, abs=1e-5)
+    assert float(
+        (latents[0] / latents[0].norm(dim=1, keepdim=True) @ books.weight[0, 3].detach()).max()
+    ) == pytest.approx(1, abs=1e-5)
 
 
 def test_usage_counts_active_rows_only():
@@ -122,14 +124,17 @@ def test_grouped_experts_equal_a_loop_over_experts():
 def test_a_held_code_stays_while_it_is_nearly_the_nearest():
     distances = torch.tensor([[1.0, 1.4, 3.0], [2.0, 0.5, 0.7], [0.0, 0.1, 0.2]])
     held = torch.tensor([1, -1, 0])
-    assert held_or_nearest(distances, None).tolist() == [0, 1, 0]
-    assert held_or_nearest(distances, Held(held, 0.5)).tolist() == [1, 1, 0]
-    assert held_or_nearest(distances, Held(held, 0.3)).tolist() == [0, 1, 0]
-    assert held_or_nearest(distances, Held(torch.tensor([2, 2, 2]), 0.5)).tolist() == [0, 2, 0]
+    assert previous_or_nearest(distances, None).tolist() == [0, 1, 0]
+    assert previous_or_nearest(distances, PreviousCodes(held, 0.5)).tolist() == [1, 1, 0]
+    assert previous_or_nearest(distances, PreviousCodes(held, 0.3)).tolist() == [0, 1, 0]
+    assert previous_or_nearest(distances, PreviousCodes(torch.tensor([2, 2, 2]), 0.5)).tolist() == [0, 2, 0]
 
 
 def test_a_kept_code_is_not_replaced_however_rare():
-    latents, active = nnf.normalize(torch.randn(1, 50, 4, generator=generator()), dim=2), torch.ones(1, 50, dtype=torch.bool)
+    latents, active = (
+        nnf.normalize(torch.randn(1, 50, 4, generator=generator()), dim=2),
+        torch.ones(1, 50, dtype=torch.bool),
+    )
     for books, there in ((CosineCodebooks(1, 3, 4), active), (ResidualCodebooks(1, 3, 4), active[0])):
         books.used = torch.tensor([[98.0, 1.0, 1.0]])
         books.kept = torch.tensor([[False, True, False]])
@@ -142,12 +147,18 @@ def test_codebooks_that_start_from_held_codes_are_their_means():
     x, held = torch.tensor([[0.0, 0.0], [2.0, 0.0], [9.0, 9.0]]), torch.tensor([1, 1, -1])
     found = means_of(x, held, torch.full((3, 2), 5.0))
     assert found.tolist() == [[5, 5], [1, 0], [5, 5]]
-    assert Held(held, 0.5).at(1.0).slack == 0.5 and Held(held, 0.5).at(0.1).slack == 5 and Held(held, 0.5).at(0.0).slack > 1e5
+    assert (
+        PreviousCodes(held, 0.5).at(1.0).slack == 0.5
+        and PreviousCodes(held, 0.5).at(0.1).slack == 5
+        and PreviousCodes(held, 0.5).at(0.0).slack > 1e5
+    )
     books = ResidualCodebooks(2, 3, 2)
     codes = torch.tensor([[2, 0], [2, 1], [0, -1]])
     books.initialise(x, 5, torch.Generator().manual_seed(0), codes)
     torch.testing.assert_close(books.weight[0, 2], x[:2].mean(0))
     torch.testing.assert_close(books.weight[1, :2], x[:2] - x[:2].mean(0))
     cosine = CosineCodebooks(1, 3, 2)
-    cosine.initialise(x[None, 1:], torch.ones(1, 2, dtype=torch.bool), 5, torch.Generator().manual_seed(0), held[None, 1:])
+    cosine.initialise(
+        x[None, 1:], torch.ones(1, 2, dtype=torch.bool), 5, torch.Generator().manual_seed(0), held[None, 1:]
+    )
     torch.testing.assert_close(cosine.weight[0, 1], torch.tensor([1.0, 0.0]))

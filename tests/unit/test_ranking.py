@@ -1,4 +1,5 @@
-"""Click-through prediction over semantic IDs: metrics against scikit-learn, the network's parts, and training on clicks with a known rule."""
+"""Click-through prediction over semantic IDs: metrics against scikit-learn, the network's parts, and training on clicks
+with a known rule."""
 
 from pathlib import Path
 
@@ -33,7 +34,11 @@ def test_auc_is_scikit_learns_with_ties_and_weights():
 
 def test_gauc_is_the_mean_of_the_users_aucs_weighted_by_their_samples():
     rng = np.random.default_rng(1)
-    users, labels, scores = rng.integers(0, 40, 150), (rng.random(150) < 0.3).astype(np.int64), rng.integers(0, 9, 150).astype(float)
+    users, labels, scores = (
+        rng.integers(0, 40, 150),
+        (rng.random(150) < 0.3).astype(np.int64),
+        rng.integers(0, 9, 150).astype(float),
+    )
     own = {u: (users == u) for u in np.unique(users) if 0 < labels[users == u].sum() < (users == u).sum()}
     expected = {u: roc_auc_score(labels[rows], scores[rows]) for u, rows in own.items()}
     found, size = user_auc(users, scores, labels)
@@ -102,7 +107,9 @@ def test_items_of_one_sid_have_one_logit_and_the_history_counts():
     assert model(user, torch.full((4, 1), -1), torch.arange(4))[0] != logits[0]
     two = torch.tensor([[0, 2, -1], [3, -1, -1]])
     torch.testing.assert_close(
-        model(user, two, torch.arange(4)), model(user, two[[0, 0, 1, 1]], torch.arange(4)), msg="a history of two samples each"
+        model(user, two, torch.arange(4)),
+        model(user, two[[0, 0, 1, 1]], torch.arange(4)),
+        msg="a history of two samples each",
     )
 
 
@@ -117,12 +124,15 @@ def test_features_reach_the_gates_without_gradient():
 
 
 def events(labels=False, users=300, seed=0):
-    """Users of two kinds; a user of kind k clicks items of kind k nine times of ten. With ``labels`` all items are shown, and rated so."""
+    """Users of two kinds; a user of kind k clicks items of kind k nine times of ten. With ``labels`` all items are
+    shown, and rated so."""
     rng = np.random.default_rng(seed)
     kind = rng.integers(0, 2, users)
     liked = rng.random((users, 12)) < 0.9
     item_kind = (
-        np.where(rng.random((users, 12)) < 0.5, kind[:, None], 1 - kind[:, None]) if labels else np.where(liked, kind[:, None], 1 - kind[:, None])
+        np.where(rng.random((users, 12)) < 0.5, kind[:, None], 1 - kind[:, None])
+        if labels
+        else np.where(liked, kind[:, None], 1 - kind[:, None])
     )
     items = 2 * rng.integers(0, 20, (users, 12)) + item_kind
     label = ((item_kind == kind[:, None]) == liked).astype(int) if labels else np.ones_like(items)
@@ -144,9 +154,19 @@ def training(folder, table, epochs=6, workers=Workers(), **settings):
     found = Events.from_batches(table.to_batches())
     codes = np.stack([np.arange(40) // 10, np.arange(40) % 2], axis=1).astype(np.int32)
     counts = np.bincount(found.items[found.splits == 0], minlength=40)
-    chosen = config.Ranking.model_validate({"width": 8, "hidden": [16], "batch": 512, "lr": 0.01, "epochs": epochs, "dropout": 0.0, **settings})
+    chosen = config.Ranking.model_validate(
+        {"width": 8, "hidden": [16], "batch": 512, "lr": 0.01, "epochs": epochs, "dropout": 0.0, **settings}
+    )
     return RankingTraining(
-        chosen, ItemTokens.of(codes, SLOTS), found, counts, np.arange(40) // 20, Path(folder), 3, workers, "ranking_samples version 0"
+        chosen,
+        ItemTokens.of(codes, SLOTS),
+        found,
+        counts,
+        np.arange(40) // 20,
+        Path(folder),
+        3,
+        workers,
+        "ranking_samples version 0",
     )
 
 
@@ -158,18 +178,33 @@ def test_histories_hold_what_came_before():
     other = table.set_column(5, "split", pc.if_else(mine, RANKING_ONLY, table["split"]))
     np.testing.assert_array_equal(Events.from_batches(other.to_batches()).splits, found.splits)
     event = 5 * 12 + 4
-    assert found.histories(np.array([event, event - 4]), 3).tolist() == [found.items[event - 3 : event].tolist(), [-1, -1, -1]]
+    assert found.histories(np.array([event, event - 4]), 3).tolist() == [
+        found.items[event - 3 : event].tolist(),
+        [-1, -1, -1],
+    ]
 
 
 def test_impressions_and_unrated_events(tmp_path):
     """An impression is a sample and in no history; an event without a label is in histories and no sample."""
     rows = {"position": range(6), "item_index": [10, 11, 12, 13, 14, 15], "label": [1, 0, None, 1, 0, 1]}
-    seen = {"in_history": [True, False, True, True, False, True], "split": ["train"] * 3 + ["ranking", "validation", "test"]}
+    seen = {
+        "in_history": [True, False, True, True, False, True],
+        "split": ["train"] * 3 + ["ranking", "validation", "test"],
+    }
     found = Events.from_batches(pa.table({"user_id": ["u"] * 6, **rows, **seen}).to_batches())
-    assert [found.histories(np.array([e]), 2).tolist()[0] for e in range(6)] == [[-1], [10], [10], [10, 12], [12, 13], [12, 13]]
+    assert [found.histories(np.array([e]), 2).tolist()[0] for e in range(6)] == [
+        [-1],
+        [10],
+        [10],
+        [10, 12],
+        [12, 13],
+        [12, 13],
+    ]
     chosen = config.Ranking(width=8, hidden=(16,))
     catalogue = ItemTokens.of(np.zeros((40, 2), np.int32), SLOTS)
-    made = RankingTraining(chosen, catalogue, found, np.ones(40, np.int64), np.zeros(40, np.int64), tmp_path, 3, Workers(), "v")
+    made = RankingTraining(
+        chosen, catalogue, found, np.ones(40, np.int64), np.zeros(40, np.int64), tmp_path, 3, Workers(), "v"
+    )
     assert [made.parts[split].tolist() for split in SPLITS] == [[1, 3], [4], [5]]
 
 
@@ -186,7 +221,11 @@ def test_a_batch_is_event_by_event_with_its_history(tmp_path):
     chosen, drawn = np.array([4, 29]), np.array([[7, 8], [9, 10]])
     (users, histories, items), labels = made._batch(chosen, drawn)
     own = made.events.items[chosen]
-    assert users.tolist() == [0, 0, 0, 2, 2, 2] and items.tolist() == [own[0], 7, 8, own[1], 9, 10] and labels.tolist() == [1, 0, 0] * 2
+    assert (
+        users.tolist() == [0, 0, 0, 2, 2, 2]
+        and items.tolist() == [own[0], 7, 8, own[1], 9, 10]
+        and labels.tolist() == [1, 0, 0] * 2
+    )
     assert histories.tolist() == [[*made.events.items[:4].tolist(), -1], made.events.items[24:29].tolist()]
 
 
@@ -210,11 +249,15 @@ def test_a_killed_training_ends_as_it_would_have(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         training(tmp_path / "cut", events(), 3).run(kill)
     rest = training(tmp_path / "cut", events(), 3).run()
-    assert [rest[key] for key in ("best_epoch", "test", "strata")] == [whole[key] for key in ("best_epoch", "test", "strata")]
+    assert [rest[key] for key in ("best_epoch", "test", "strata")] == [
+        whole[key] for key in ("best_epoch", "test", "strata")
+    ]
 
 
 def test_ratings_are_asked_for_where_there_are_none(tmp_path):
-    with pytest.raises(InputError, match=r"ranking\.labels is 'ratings' but ranking_samples version 0 has no negative event"):
+    with pytest.raises(
+        InputError, match=r"ranking\.labels is 'ratings' but ranking_samples version 0 has no negative event"
+    ):
         training(tmp_path, events(), labels="ratings")
 
 
@@ -237,7 +280,9 @@ def test_a_split_of_one_class_is_named(tmp_path):
     table = events(labels=True)
     held_out = pc.equal(table["split"], "validation")
     table = table.set_column(3, "label", pc.if_else(held_out, pa.scalar(1, pa.int32()), table["label"]))
-    with pytest.raises(InputError, match=r"split 'validation' of ranking_samples version 0 has 300 positive and 0 negative samples"):
+    with pytest.raises(
+        InputError, match=r"split 'validation' of ranking_samples version 0 has 300 positive and 0 negative samples"
+    ):
         training(tmp_path, table).run()
 
 

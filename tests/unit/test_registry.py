@@ -39,8 +39,12 @@ def test_names_are_unique():
 
 
 def test_the_documents_show_the_list():
-    assert render.render_tokenizers() in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), "run `make docs`"
-    (listed,) = re.findall(r"^Tokenizers: (.*?) \(\[", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert render.render_tokenizers() in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), (
+        "run `make docs`"
+    )
+    (listed,) = re.findall(
+        r"^Tokenizers: (.*?) \(\[", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     assert re.findall(r"`(\S+)`", listed) == [model().name for model in config.TOKENIZERS]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adasid import config
-from adasid.quantizers.kmeans import Held
+from adasid.quantizers.kmeans import PreviousCodes
 from adasid.tables import PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot
@@ -30,7 +30,9 @@ def test_a_permutation_of_codes_and_slots_is_undone():
     published[:20, 1:] = PAD
     turned = np.array([rng.permutation(4) for _ in SLOTS])
     swapped = published[:, [0, 2, 1]]
-    found = np.where(swapped == PAD, PAD, np.take_along_axis(turned, np.maximum(swapped, 0).T, axis=1).T).astype(np.int32)
+    found = np.where(swapped == PAD, PAD, np.take_along_axis(turned, np.maximum(swapped, 0).T, axis=1).T).astype(
+        np.int32
+    )
     order, names = match(published, found, SLOTS, True)
     assert order.tolist() == [0, 2, 1]
     assert (renamed(found, order, names) == published).all()
@@ -42,7 +44,13 @@ def test_the_match_is_the_best_there_is():
     assert match(published, found, SLOTS, False)[0].tolist() == [0, 1, 2]  # residual levels keep their places
     order, names = match(published, found, SLOTS, True)
     kept = (renamed(found, order, names) == published).sum(0)
-    best = [[max((np.array(p)[found[:, new]] == published[:, old]).sum() for p in permutations(range(4))) for new in range(3)] for old in range(3)]
+    best = [
+        [
+            max((np.array(p)[found[:, new]] == published[:, old]).sum() for p in permutations(range(4)))
+            for new in range(3)
+        ]
+        for old in range(3)
+    ]
     assert kept[0] == best[0][0]
     assert kept[1:].sum() == max(best[1][1] + best[2][2], best[1][2] + best[2][1])
 
@@ -60,7 +68,7 @@ def test_a_renamed_tokenizer_decodes_as_before_and_survives_its_artifact(tmp_pat
     manifest = artifact.write(tmp_path / "plain", tokenizer, settings, {})
     shown = turned.encode(batch).codes
     held = torch.where(shown == PAD, PAD, (shown + 2) % 5).long()
-    assert torch.equal(turned.encode(replace(batch, held=Held(held, 1e9))).codes.long(), held)
+    assert torch.equal(turned.encode(replace(batch, previous=PreviousCodes(held, 1e9))).codes.long(), held)
     written = artifact.rewrite(tmp_path / "turned", turned, manifest)
     assert written["relabelled"] and not manifest["relabelled"] and written["digest"] != manifest["digest"]
     again, _ = artifact.read(tmp_path / "turned")
@@ -88,7 +96,9 @@ def test_refining_goes_on_from_what_was_fitted(name):
     batch = data.take(np.arange(len(data)))
 
     def error():
-        return float((tokenizer.reconstruct(batch)["text"] - batch.vectors["text"])[batch.present["text"]].square().sum(1).mean())
+        return float(
+            (tokenizer.reconstruct(batch)["text"] - batch.vectors["text"])[batch.present["text"]].square().sum(1).mean()
+        )
 
     before, codes = error(), tokenizer.encode(batch).codes
     tokenizer.refine(data, Workers(), 6, torch.Generator().manual_seed(1))

@@ -1,4 +1,5 @@
-"""The report: figures draw what they are given, the page is whole, self-contained and escaped, and missing parts leave a line.
+"""The report: figures draw what they are given, the page is whole, self-contained and escaped, and missing parts leave
+a line.
 
 The last tests write a real lake and a real MLflow store (no JVM, no Ray).
 """
@@ -23,7 +24,9 @@ from adasid.report.material import Material, Training
 from adasid.tables import CATALOG_STATS, GENERATIONS, ITEM_STATS, LIVE, RICHNESS_STATS
 
 ITEMS, K = 2_000, 50
-UNKNOWN = dict.fromkeys(("norm_low", "norm_high", "norm_quantiles", "norm_by_count", "spearman", "richness_source", "richness_quantiles"))
+UNKNOWN = dict.fromkeys(
+    ("norm_low", "norm_high", "norm_quantiles", "norm_by_count", "spearman", "richness_source", "richness_quantiles")
+)
 SLOTS = ["s0", "t0", "v0", "b0", "b1", "b2"]
 
 
@@ -33,33 +36,81 @@ def catalog(**changes: Any) -> dict[str, Any]:
     grid = np.linspace(0, 1, 101)
     bins = np.geomspace(1, 2_000, 12)
     row = {
-        "input_hash": "demo", "items": ITEMS, "users": 1_500, "interactions": 30_211, "train_interactions": 27_211, "duplicates": 12,
+        "input_hash": "demo",
+        "items": ITEMS,
+        "users": 1_500,
+        "interactions": 30_211,
+        "train_interactions": 27_211,
+        "duplicates": 12,
         "rejected": {"no item_id": 7, "time in the future": 2},
-        "strata": {"head": 500, "mid": 980, "tail": 490, "cold": 30}, "gini": 0.682, "head_interactions": 0.744,
-        "popularity": [{"x": float(x), "y": float(y)} for x, y in zip(rank, events)], "lorenz": [{"x": float(x), "y": float(x**4)} for x in grid],
-        "norm_low": 0.31, "norm_high": 2.75, "norm_quantiles": [{"x": float(q), "y": 0.3 + q / 40} for q in range(0, 101, 5)],
-        "norm_by_count": [{"x": float(x), "items": 150, "p10": math.log(x + 1) * 0.2, "p50": math.log(x + 1) * 0.3, "p90": math.log(x + 1) * 0.36} for x in bins],
-        "spearman": 0.523, "richness_source": "norm", "richness_quantiles": [{"x": float(q), "y": (q / 100) ** 1.6} for q in range(101)],
-    }  # fmt: skip
+        "strata": {"head": 500, "mid": 980, "tail": 490, "cold": 30},
+        "gini": 0.682,
+        "head_interactions": 0.744,
+        "popularity": [{"x": float(x), "y": float(y)} for x, y in zip(rank, events)],
+        "lorenz": [{"x": float(x), "y": float(x**4)} for x in grid],
+        "norm_low": 0.31,
+        "norm_high": 2.75,
+        "norm_quantiles": [{"x": float(q), "y": 0.3 + q / 40} for q in range(0, 101, 5)],
+        "norm_by_count": [
+            {
+                "x": float(x),
+                "items": 150,
+                "p10": math.log(x + 1) * 0.2,
+                "p50": math.log(x + 1) * 0.3,
+                "p90": math.log(x + 1) * 0.36,
+            }
+            for x in bins
+        ],
+        "spearman": 0.523,
+        "richness_source": "norm",
+        "richness_quantiles": [{"x": float(q), "y": (q / 100) ** 1.6} for q in range(101)],
+    }
     return {**row, **changes}
 
 
 def codes() -> dict[str, Any]:
     random = np.random.default_rng(0)
-    counts = [random.multinomial(ITEMS if slot[0] != "v" else 1_900, random.dirichlet(np.full(K, 4.0))).tolist() for slot in SLOTS]
+    counts = [
+        random.multinomial(ITEMS if slot[0] != "v" else 1_900, random.dirichlet(np.full(K, 4.0))).tolist()
+        for slot in SLOTS
+    ]
     counts[5][0] = 0
     shares = [np.array(row) / sum(row) for row in counts]
     entropy = [float(-(p[p > 0] * np.log(p[p > 0])).sum()) for p in shares]
     strata = ("head", "mid", "tail", "cold")
-    weights = {name: [1.0, 1.0, 1.0, *(level * share for share in (0.9, 0.7, 0.4))] for name, level in zip(strata, (0.9, 0.6, 0.3, 0.0))}
-    active = {name: [1.0, 1.0, 1.0, *(level * share for share in (1.0, 0.8, 0.6))] for name, level in zip(strata, (0.97, 0.8, 0.5, 0.0))}
+    weights = {
+        name: [1.0, 1.0, 1.0, *(level * share for share in (0.9, 0.7, 0.4))]
+        for name, level in zip(strata, (0.9, 0.6, 0.3, 0.0))
+    }
+    active = {
+        name: [1.0, 1.0, 1.0, *(level * share for share in (1.0, 0.8, 0.6))]
+        for name, level in zip(strata, (0.97, 0.8, 0.5, 0.0))
+    }
     return {
-        "slots": SLOTS, "codebook_size": K, "codes": counts, "pad": [0, 0, 0.05, 0, 0, 0], "entropy": entropy, "utilisation": [float((p > 0).mean()) for p in shares],
-        "perplexity": [math.exp(h) for h in entropy], "top1": [float(p.max()) for p in shares], "sid_entropy": 7.51, "items": ITEMS, "distinct": 1_890,
-        "collision_distinct": 0.055, "collision_items": 0.094, "largest_group": 9, "group_sizes": [[1, 1812], [2, 61], [3, 14], [5, 2], [9, 1]],
-        "weights_by_stratum": weights, "active_by_stratum": active,
-        "active_count_by_stratum": {"head": [0.02, 0.1, 0.3, 0.58], "mid": [0.1, 0.3, 0.4, 0.2], "tail": [0.3, 0.4, 0.2, 0.1], "cold": [1, 0, 0, 0]},
-    }  # fmt: skip
+        "slots": SLOTS,
+        "codebook_size": K,
+        "codes": counts,
+        "pad": [0, 0, 0.05, 0, 0, 0],
+        "entropy": entropy,
+        "utilisation": [float((p > 0).mean()) for p in shares],
+        "perplexity": [math.exp(h) for h in entropy],
+        "top1": [float(p.max()) for p in shares],
+        "sid_entropy": 7.51,
+        "items": ITEMS,
+        "distinct": 1_890,
+        "collision_distinct": 0.055,
+        "collision_items": 0.094,
+        "largest_group": 9,
+        "group_sizes": [[1, 1812], [2, 61], [3, 14], [5, 2], [9, 1]],
+        "weights_by_stratum": weights,
+        "active_by_stratum": active,
+        "active_count_by_stratum": {
+            "head": [0.02, 0.1, 0.3, 0.58],
+            "mid": [0.1, 0.3, 0.4, 0.2],
+            "tail": [0.3, 0.4, 0.2, 0.1],
+            "cold": [1, 0, 0, 0],
+        },
+    }
 
 
 def generation(**changes: Any) -> dict[str, Any]:
@@ -109,19 +160,39 @@ def behavior() -> Training:
 def tokenizer() -> Training:
     rows = [
         {
-            "epoch": e, "step": e * 20, "loss": 1 / e + 0.4, "reconstruction": 0.8 / e + 0.2, "codebook": 0.2, "alignment": 3 / e + 1, "routing": 1e-6 * e,
+            "epoch": e,
+            "step": e * 20,
+            "loss": 1 / e + 0.4,
+            "reconstruction": 0.8 / e + 0.2,
+            "codebook": 0.2,
+            "alignment": 3 / e + 1,
+            "routing": 1e-6 * e,
             "sparsity": min(1 / 3, e / 90),
-            "sparsity_target": 1 / 3, "lambda": 1e-8 * 1.2 ** min(e, 60), "utilisation": min(1.0, 0.7 + e / 100), "entropy": 3.0 + 0.8 * (1 - math.exp(-e / 20)),
-            "fvu_text": 0.3 + 1 / e, "fvu_visual": 0.35 + 0.8 / e, "fvu_behavior": 0.5 + 0.7 / e, "wait_share": 0.004, "seconds": e * 3.1,
+            "sparsity_target": 1 / 3,
+            "lambda": 1e-8 * 1.2 ** min(e, 60),
+            "utilisation": min(1.0, 0.7 + e / 100),
+            "entropy": 3.0 + 0.8 * (1 - math.exp(-e / 20)),
+            "fvu_text": 0.3 + 1 / e,
+            "fvu_visual": 0.35 + 0.8 / e,
+            "fvu_behavior": 0.5 + 0.7 / e,
+            "wait_share": 0.004,
+            "seconds": e * 3.1,
         }
         for e in range(5, 201, 5)
-    ]  # fmt: skip
+    ]
     kinds = {"s": "shared", "t": "text", "v": "visual", "b": "behavior"}
     manifest = {
-        "tokenizer": "adc-sid", "digest": "0123456789abcdef", "config": {"codebook_size": K}, "slots": [{"name": name, "kind": kinds[name[0]]} for name in SLOTS],
-        "controller": {"alpha": 10.0, "beta": 6.41}, "metrics": {"reconstruction": 0.2041, "fvu": {"text": 0.305, "visual": 0.354, "behavior": 0.5035}},
-        "inputs": {"item_features": 4}, "seed": 17, "versions": {"torch": "2.15.0", "adasid": "0.1.0"}, "parameters": 1_234_567,
-    }  # fmt: skip
+        "tokenizer": "adc-sid",
+        "digest": "0123456789abcdef",
+        "config": {"codebook_size": K},
+        "slots": [{"name": name, "kind": kinds[name[0]]} for name in SLOTS],
+        "controller": {"alpha": 10.0, "beta": 6.41},
+        "metrics": {"reconstruction": 0.2041, "fvu": {"text": 0.305, "visual": 0.354, "behavior": 0.5035}},
+        "inputs": {"item_features": 4},
+        "seed": 17,
+        "versions": {"torch": "2.15.0", "adasid": "0.1.0"},
+        "parameters": 1_234_567,
+    }
     return Training(rows, manifest)
 
 
@@ -203,8 +274,13 @@ def test_page_is_whole_and_self_contained() -> None:
         assert forbidden not in html
     images = read.all("img")
     assert len(images) == len(pictures) == len(read.all("figcaption")) == 15
-    assert all(len(image["alt"] or "") > 40 and (image["src"] or "").startswith("data:image/png;base64,iVBOR") for image in images)
-    assert all(data.startswith(b"\x89PNG") for data in pictures.values()) and all(name.endswith(".png") for name in pictures)
+    assert all(
+        len(image["alt"] or "") > 40 and (image["src"] or "").startswith("data:image/png;base64,iVBOR")
+        for image in images
+    )
+    assert all(data.startswith(b"\x89PNG") for data in pictures.values()) and all(
+        name.endswith(".png") for name in pictures
+    )
     assert all(plot.caption.endswith((".", ".)")) for plot in summary.build(material()).plots())
     assert "Not run yet" not in read.text and "nan" not in read.text.lower().split()
     numbers = (
@@ -228,7 +304,10 @@ def test_page_is_whole_and_self_contained() -> None:
 
 def test_warnings_name_what_is_off(undrawn: None) -> None:
     failed = [{"gate": "collision", "value": 0.61, "threshold": 0.5, "passed": False}]
-    fallen = material(catalog=catalog(richness_source="count", spearman=-0.31), refused=generation(generation=4, gates=failed, live=False))
+    fallen = material(
+        catalog=catalog(richness_source="count", spearman=-0.31),
+        refused=generation(generation=4, gates=failed, live=False),
+    )
     text = " ".join(summary.warnings(fallen)).replace(words.SPACE, " ")
     said = (
         "gate collision failed, 0.61 against a threshold of 0.5",
@@ -245,7 +324,9 @@ def test_warnings_name_what_is_off(undrawn: None) -> None:
     assert "Look at this first" not in page.render(summary.build(clean))[0]
     other = material(tokenizer=Training(tokenizer().rows, {**tokenizer().facts, "digest": "another"}))
     assert any("another tokenizer" in warning for warning in summary.warnings(other))
-    assert "0.2041" not in Reader(page.render(summary.build(other))[0]).text  # its reconstruction is not the generation's
+    assert (
+        "0.2041" not in Reader(page.render(summary.build(other))[0]).text
+    )  # its reconstruction is not the generation's
 
 
 @pytest.mark.parametrize(
@@ -258,7 +339,10 @@ def test_warnings_name_what_is_off(undrawn: None) -> None:
         ({"catalog": None, "behavior": None}, "The behaviour model is not trained yet."),
         ({"generation": None, "tokenizer": None, "behavior": None, "catalog": catalog(**UNKNOWN)}, "not trained yet"),
         (
-            {"behavior": None, "cfg": configure({"behavior": {"source": "column"}, "source": {"synthetic": {"behavior_width": 64}}})},
+            {
+                "behavior": None,
+                "cfg": configure({"behavior": {"source": "column"}, "source": {"synthetic": {"behavior_width": 64}}}),
+            },
             words.BROUGHT,
         ),
     ],
@@ -279,7 +363,10 @@ def test_values_are_escaped(undrawn: None) -> None:
     evil = "<script>alert('x')</script>$a$"
     html, _ = page.render(
         summary.build(
-            material(catalog=catalog(rejected={evil: 3}), stages=[{"stage": evil, "status": "done", "seconds": 1.0, "facts": {evil: evil}}])
+            material(
+                catalog=catalog(rejected={evil: 3}),
+                stages=[{"stage": evil, "status": "done", "seconds": 1.0, "facts": {evil: evil}}],
+            )
         )
     )
     assert "<script" not in html and evil in Reader(html).text
@@ -325,7 +412,9 @@ def test_code_figures_plot_their_input() -> None:
         assert data(axes)[1][0] == np.mean(counts)
         assert axes.collections[0].get_paths()[0].vertices[:, 1].max() == max(counts)
     axes = figures.groups(metrics["group_sizes"], 0.055, 0.094, 9).axes[0]
-    assert np.allclose([[bar.get_x() + bar.get_width() / 2, bar.get_height()] for bar in axes.patches], metrics["group_sizes"])
+    assert np.allclose(
+        [[bar.get_x() + bar.get_width() / 2, bar.get_height()] for bar in axes.patches], metrics["group_sizes"]
+    )
     values = {"head": [0.9, 0.6], "cold": [0.0, 0.1]}
     bars = figures.by_stratum(values, ["b0", "b1"], "t", "y").axes[0].patches
     assert [bar.get_height() for bar in bars] == [0.9, 0.0, 0.6, 0.1]
@@ -350,7 +439,9 @@ def test_training_figures_plot_their_input() -> None:
     assert data(figures.spearman(rows, 17, 3, 0.2).axes[0])[1].tolist() == [row["spearman"] for row in rows]
     rows = tokenizer().rows
     above, below = figures.sparsity(rows).axes
-    assert data(above)[1].tolist() == [row["sparsity"] for row in rows] and data(below)[1].tolist() == [row["lambda"] for row in rows]
+    assert data(above)[1].tolist() == [row["sparsity"] for row in rows] and data(below)[1].tolist() == [
+        row["lambda"] for row in rows
+    ]
     assert data(figures.losses(rows).axes[0])[1].tolist() == [row["loss"] for row in rows]
     assert [line.get_label() for line in figures.unexplained(rows).axes[0].lines] == ["text", "visual", "behavior"]
     assert data(figures.code_use(rows, K).axes[0])[1].tolist() == [row["utilisation"] for row in rows]
@@ -376,7 +467,11 @@ def test_words() -> None:
     text = [words.share(x).replace(words.SPACE, " ") for x in (0, 0.5, 0.123456, 0.99999, 1, 0.00001)]
     assert text == ["0 %", "50.0 %", "12.3 %", "> 99.9 %", "100 %", "< 0.1 %"]
     assert words.number(-0.5, 2) == "−0.50" and words.number(0.00001) == "1.0e−05"
-    assert [words.seconds(x).replace(words.SPACE, " ") for x in (2.04, 75, 3723)] == ["2.0 s", "1 min 15 s", "1 h 2 min"]
+    assert [words.seconds(x).replace(words.SPACE, " ") for x in (2.04, 75, 3723)] == [
+        "2.0 s",
+        "1 min 15 s",
+        "1 h 2 min",
+    ]
     assert words.listed(["a"]) == "a" and words.listed(["a", "b", "c"]) == "a, b and c"
     assert words.plain({"a": [1, 2.5, True, None]}) == "a 1, 2.5, True, –"
 
@@ -392,11 +487,20 @@ def write_run(cfg: Any, lake: Any) -> None:
     lake.write_rows("richness_stats", RICHNESS_STATS, [stats], "d1", lake.versions("item_stats"))
     published = [
         generation(),
-        generation(generation=4, live=False, gates=[{"gate": "collision", "value": 0.6, "threshold": 0.5, "passed": False}]),
+        generation(
+            generation=4, live=False, gates=[{"gate": "collision", "value": 0.6, "threshold": 0.5, "passed": False}]
+        ),
     ]
     more = {"parent": None, "artifact": "a", "run_date": None, "policy": "full", "drift": "{}", "churn": "{}"}
     plain = [
-        {**more, **{name: json.dumps(value) if name in {"inputs", "gates", "metrics"} else value for name, value in row.items()}} for row in published
+        {
+            **more,
+            **{
+                name: json.dumps(value) if name in {"inputs", "gates", "metrics"} else value
+                for name, value in row.items()
+            },
+        }
+        for row in published
     ]
     plain = [{name: value for name, value in row.items() if name != "live"} for row in plain]
     lake.write("live", LIVE, pa.Table.from_pylist([{"generation": 3, "sids_version": 5}], LIVE).to_batches(), "d2")
@@ -409,7 +513,9 @@ def write_run(cfg: Any, lake: Any) -> None:
         folder = cfg.run_dir / "artifacts" / kind / name
         (folder / facts).parent.mkdir(parents=True)
         (folder / facts).write_text(json.dumps(training.facts))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in training.rows) + '{"epoch": 999, "lo')
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in training.rows) + '{"epoch": 999, "lo'
+        )
     with (cfg.run_dir / "stages.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in stages())
 
@@ -422,10 +528,10 @@ def test_stage_from_nothing_to_the_whole_run(undrawn: None, make_config: Any) ->
     folder = cfg.run_dir / "report"
 
     def run(prepare: Any = lambda lake: None) -> tuple[Any, str]:
-        with stage(cfg, "report") as track:
-            prepare(track.lake)
-            report.run(cfg, track)
-        return track, (folder / "index.html").read_text(encoding="utf-8")
+        with stage(cfg, "report") as context:
+            prepare(context.lake)
+            report.run(cfg, context)
+        return context, (folder / "index.html").read_text(encoding="utf-8")
 
     with pytest.raises(InputError, match=r"nothing to report .* run a stage first"):
         run()
@@ -435,13 +541,17 @@ def test_stage_from_nothing_to_the_whole_run(undrawn: None, make_config: Any) ->
     assert "No semantic IDs are published yet." in text and "The behaviour model is not trained yet." in text
 
     (folder / "stale.png").write_bytes(b"")
-    track, html = run(lambda lake: write_run(cfg, lake))
+    context, html = run(lambda lake: write_run(cfg, lake))
     read = Reader(html)
     assert len(read.all("img")) == len(list(folder.glob("*.png"))) == 15
     assert "Generation 3 gives" in read.text and "Generation 4 is newer" in read.text and "0.2041" in read.text
-    stored = track.client.get_run(track.run_id)
-    assert stored.info.status == "FINISHED" and stored.data.tags["in.generations"] == "0" and stored.data.tags["in.catalog_stats"] == "1"
-    assert "report/index.html" in {file.path for file in track.client.list_artifacts(track.run_id, "report")}
+    stored = context.client.get_run(context.run_id)
+    assert (
+        stored.info.status == "FINISHED"
+        and stored.data.tags["in.generations"] == "0"
+        and stored.data.tags["in.catalog_stats"] == "1"
+    )
+    assert "report/index.html" in {file.path for file in context.client.list_artifacts(context.run_id, "report")}
     cut = html.index(", made ")
     assert run()[1][:cut] == html[:cut]  # once more: the same page but for the clock
 
@@ -460,6 +570,9 @@ def test_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def test_alignment_curve_is_that_of_the_trained_tokenizer() -> None:
     assert material().controller == (10.0, 6.41) and material().controlled
     assert material(tokenizer=None).controller is None  # beta is calibrated by training
-    assert material(tokenizer=None, cfg=configure({"tokenizer": {"controller": {"beta": 9.0}}})).controller == (10.0, 9.0)
+    assert material(tokenizer=None, cfg=configure({"tokenizer": {"controller": {"beta": 9.0}}})).controller == (
+        10.0,
+        9.0,
+    )
     off = material(tokenizer=Training([], {"controller": {"alpha": 10.0, "beta": 9.0, "enabled": False}}))
     assert not off.controlled and "switched off" in sections.weights(off).plots[0].caption

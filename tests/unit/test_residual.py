@@ -21,14 +21,19 @@ def test_two_levels_by_hand():
     assert out.codes.tolist() == [[1, 0], [0, 1]]
     assert torch.allclose(out.quantized, torch.tensor([[5.0, 0.0], [0.0, -1.0]]))
     assert torch.allclose(out.residuals[1], torch.tensor([[0.9, 0.2], [0.1, -0.8]]))
-    # level 1: (.9^2 + .2^2) / 2 and (.1^2 + .8^2) / 2; level 2: (.1^2 + .2^2) / 2 twice; both halves of the loss have these values
+    # level 1: (.9^2 + .2^2) / 2 and (.1^2 + .8^2) / 2; level 2: (.1^2 + .2^2) / 2 twice; both halves of the loss have
+    # these values
     expected = 1.25 * ((0.85 + 0.65) / 4 + (0.05 + 0.05) / 4)
     assert residual_loss(out, torch.tensor([True, True]), 0.25).item() == pytest.approx(expected, rel=1e-5)
-    assert residual_loss(out, torch.tensor([True, False]), 0.25).item() == pytest.approx(1.25 * (0.85 + 0.05) / 4, rel=1e-5)
+    assert residual_loss(out, torch.tensor([True, False]), 0.25).item() == pytest.approx(
+        1.25 * (0.85 + 0.05) / 4, rel=1e-5
+    )
 
 
 def test_codes_and_vectors_are_those_of_vector_quantize_pytorch():
-    residual_vq = pytest.importorskip("vector_quantize_pytorch").ResidualVQ(dim=6, num_quantizers=3, codebook_size=10).eval()
+    residual_vq = (
+        pytest.importorskip("vector_quantize_pytorch").ResidualVQ(dim=6, num_quantizers=3, codebook_size=10).eval()
+    )
     ours = books()
     with torch.no_grad():
         ours.weight.copy_(residual_vq.codebooks)
@@ -40,7 +45,11 @@ def test_codes_and_vectors_are_those_of_vector_quantize_pytorch():
 
 
 def test_cosine_codes_are_those_of_vector_quantize_pytorch():
-    vq = pytest.importorskip("vector_quantize_pytorch").VectorQuantize(dim=6, codebook_size=10, use_cosine_sim=True).eval()
+    vq = (
+        pytest.importorskip("vector_quantize_pytorch")
+        .VectorQuantize(dim=6, codebook_size=10, use_cosine_sim=True)
+        .eval()
+    )
     ours = CosineCodebooks(1, 10, 6)
     with torch.no_grad():
         ours.weight.copy_(vq.codebook[None])

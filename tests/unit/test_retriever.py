@@ -1,4 +1,5 @@
-"""Retrieval through semantic IDs: token tables, prefixes, the three heads against brute force, and training on sequences with a known rule."""
+"""Retrieval through semantic IDs: token tables, prefixes, the three heads against brute force, and training on
+sequences with a known rule."""
 
 import itertools
 from pathlib import Path
@@ -95,7 +96,9 @@ def test_parallel_scores_are_sums_of_token_log_probabilities():
     expected = torch.zeros(4, 60)
     for slot, (start, size) in enumerate(zip(starts, made.catalogue.sizes)):
         own = states + nnf.silu(states @ made.heads[:, slot * 8 : slot * 8 + 8])
-        log_p = (nnf.normalize(own, dim=1) @ nnf.normalize(made.table[start : start + size], dim=1).T / 0.07).log_softmax(1)
+        log_p = (
+            nnf.normalize(own, dim=1) @ nnf.normalize(made.table[start : start + size], dim=1).T / 0.07
+        ).log_softmax(1)
         expected += log_p[:, made.catalogue.rows[:, slot] - start]
     torch.testing.assert_close(made.scores(states), expected)
 
@@ -196,7 +199,9 @@ def test_probabilities_among_valid_continuations_are_those_of_a_distribution_ove
     states, group = torch.randn(3, 8), made.catalogue.group
     with torch.no_grad():
         items, scores = made.top(states, 60)
-        of_sid = torch.full((3, 60), -torch.inf).scatter_(1, group[items], scores)  # items that share a SID have one score
+        of_sid = torch.full((3, 60), -torch.inf).scatter_(
+            1, group[items], scores
+        )  # items that share a SID have one score
         torch.testing.assert_close(of_sid.logsumexp(1), torch.zeros(3), atol=1e-5, rtol=0)
         own = scores.gather(1, (items == torch.tensor([[3], [20], [59]])).int().argmax(1, keepdim=True))
         torch.testing.assert_close(made.loss(states, torch.tensor([3, 20, 59]), items[0], states), -own.mean() / 3)
@@ -204,7 +209,9 @@ def test_probabilities_among_valid_continuations_are_those_of_a_distribution_ove
 
 def test_a_token_that_alone_continues_its_prefix_costs_nothing():
     made = model("autoregressive", continuations="valid")
-    alone = torch.tensor([row for row in range(60) if (made.catalogue.rows[:, :2] == made.catalogue.rows[row, :2]).all(1).sum() == 1])
+    alone = torch.tensor(
+        [row for row in range(60) if (made.catalogue.rows[:, :2] == made.catalogue.rows[row, :2]).all(1).sum() == 1]
+    )
     logits = made._valid(torch.randn(len(alone), 6), 2, made.prefixes.paths(alone)[:, 1])
     assert len(alone) and (logits.softmax(1).max(1).values == 1).all()
 
@@ -228,7 +235,11 @@ def chains(users=400, items=40, seed=0):
 
     def cut(last, held_out):
         target = table[:, last] if held_out else np.full(users, -1)
-        return Histories(table[:, :last].reshape(-1).astype(np.int64), np.arange(0, users * last + 1, last).astype(np.int64), target.astype(np.int64))
+        return Histories(
+            table[:, :last].reshape(-1).astype(np.int64),
+            np.arange(0, users * last + 1, last).astype(np.int64),
+            target.astype(np.int64),
+        )
 
     counts = np.bincount(table[:, :6].reshape(-1), minlength=items)
     return RetrievalData(cut(6, False), cut(6, True), cut(7, True), counts, np.arange(items) * 3 // items, "test")
@@ -249,13 +260,22 @@ def training(head, folder, epochs, workers=Workers(), users=400, **settings):
         "validation_beam": 10,
     }
     data = chains(users)
-    data.train, data.validation, data.test = (h.part(workers.rank, workers.world) for h in (data.train, data.validation, data.test))
-    return RetrievalTraining(config.Retrieval.model_validate(chosen | settings), ItemTokens.of(codes, slots), data, Path(folder), 3, workers)
+    data.train, data.validation, data.test = (
+        h.part(workers.rank, workers.world) for h in (data.train, data.validation, data.test)
+    )
+    return RetrievalTraining(
+        config.Retrieval.model_validate(chosen | settings), ItemTokens.of(codes, slots), data, Path(folder), 3, workers
+    )
 
 
 @pytest.mark.parametrize(
     ("head", "settings"),
-    [("item", {}), ("parallel", {}), ("autoregressive", {}), ("autoregressive", {"continuations": "valid", "order": "behavior"})],
+    [
+        ("item", {}),
+        ("parallel", {}),
+        ("autoregressive", {}),
+        ("autoregressive", {"continuations": "valid", "order": "behavior"}),
+    ],
 )
 def test_each_head_learns_the_rule(head, settings, tmp_path):
     result = training(head, tmp_path, 30, **settings).run()
@@ -310,7 +330,9 @@ def test_weights_of_the_target_weigh_the_loss():
     logits = [torch.zeros(2, size) for size in tokens.sizes]
     logits[2][0, 0] = -50.0  # very wrong, but of weight 0
     expected = (2 * (np.log(5) + np.log(4)) + 2 * np.log(6)) / 6
-    assert retriever.token_loss(logits, tokens, tokens.loss_weights(), torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-5)
+    assert retriever.token_loss(logits, tokens, tokens.loss_weights(), torch.tensor([0, 1])).item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_the_same_seed_gives_the_same_figures(tmp_path):
@@ -349,7 +371,9 @@ def test_without_sampling_the_item_loss_is_the_softmax_over_all_sids(tmp_path):
 def clumped(run, groups):
     """With an untrained model of items that share SIDs: item i has SID ``groups[i]``."""
     codes = np.stack([groups, np.zeros(40), np.zeros(40)], axis=1).astype(np.int32)
-    run.model = retriever.build(run.settings, ItemTokens.of(codes, (Slot("a", "text", 5), Slot("b", "text", 8), Slot("c", BEHAVIOR, 5)))).eval()
+    run.model = retriever.build(
+        run.settings, ItemTokens.of(codes, (Slot("a", "text", 5), Slot("b", "text", 8), Slot("c", BEHAVIOR, 5)))
+    ).eval()
     torch.nn.init.normal_(run.model.table, generator=torch.Generator().manual_seed(1))
     return run
 

@@ -37,7 +37,9 @@ def data(users=120, items=40, seed=0):
     return BehaviorData(train, validation, test, counts, "sequences version 0")
 
 
-SMALL = config.Behavior(width=16, blocks=1, epochs=6, batch_users=32, negatives=64, max_length=6, dropout=0.1, patience=6)
+SMALL = config.Behavior(
+    width=16, blocks=1, epochs=6, batch_users=32, negatives=64, max_length=6, dropout=0.1, patience=6
+)
 
 
 def test_histories_batches_are_cut_and_padded():
@@ -60,7 +62,9 @@ def test_sampled_softmax_over_all_items_with_uniform_q_is_the_full_softmax():
 
 def test_logq_correction_makes_the_expected_loss_gradient_unbiased_towards_rare_items():
     states, positives, negatives = torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)
-    loss = sampled_softmax(states, positives, negatives, torch.tensor([-5.0]), torch.tensor([-1.0]), torch.zeros(1, 1, dtype=torch.bool))
+    loss = sampled_softmax(
+        states, positives, negatives, torch.tensor([-5.0]), torch.tensor([-1.0]), torch.zeros(1, 1, dtype=torch.bool)
+    )
     assert loss.item() == pytest.approx(float(np.log1p(np.exp(1.0 - 5.0))), rel=1e-5)
 
 
@@ -108,7 +112,9 @@ def test_a_killed_run_resumes_and_ends_as_it_would_have(tmp_path):
 
 
 def test_early_stopping_and_non_finite_loss(tmp_path):
-    stopped = BehaviorTraining(SMALL.model_copy(update={"patience": 1, "epochs": 40}), data(users=20), tmp_path / "a", 1, Workers())
+    stopped = BehaviorTraining(
+        SMALL.model_copy(update={"patience": 1, "epochs": 40}), data(users=20), tmp_path / "a", 1, Workers()
+    )
     rows = []
     stopped.run(lambda r: rows.append(r[-1]))
     assert len(rows) < 40

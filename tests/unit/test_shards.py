@@ -120,7 +120,9 @@ def test_an_item_without_partners_is_its_own():
 def test_pairs_of_items_without_features_are_left_out():
     table, _ = catalogue(items=5)
     own, other = table.slice(0, 3), table.slice(4, 1)
-    pairs = Pairs(np.array([0, 1, 3, 3, 2]), np.array([4, 9, 0, 4, 4]), lambda columns: other.select(columns).to_batches())
+    pairs = Pairs(
+        np.array([0, 1, 3, 3, 2]), np.array([4, 9, 0, 4, 4]), lambda columns: other.select(columns).to_batches()
+    )
     data = Shard(lambda columns: own.select(columns).to_batches(), ("text",), pairs=pairs)
     batch = data.take_pairs(np.arange(3), np.random.default_rng(0))
     assert batch.index.tolist() == [0, 1, 2, 4, 1, 4]
@@ -130,15 +132,17 @@ def test_pairs_of_items_without_features_are_left_out():
 def test_held_codes_come_with_every_row_partners_too():
     table, cluster = catalogue(items=60)
     mine = shard(table, ("text",), 0, 2, cluster)
-    assert mine.take(np.arange(3)).held is None and mine.held(9) is None
+    assert mine.take(np.arange(3)).previous is None and mine.previous(9) is None
     index = np.random.default_rng(0).permutation(58)  # two items are new today
     codes = pa.array(np.stack([index % 7, index % 5], 1).tolist(), pa.list_(pa.int32()))
     mine.hold([pa.record_batch({"item_index": pa.array(index), "codes": codes})], 2, 0.5)
     batch = mine.take_pairs(np.arange(len(mine)), np.random.default_rng(0))
     assert set(batch.index.tolist()) - set(mine.item_index.tolist()), "some partners are the other worker's"
-    assert batch.held is not None and batch.held.slack == 0.5
+    assert batch.previous is not None and batch.previous.slack == 0.5
     known = batch.index < 58
-    assert torch.equal(batch.held.codes[known], torch.stack([batch.index % 7, batch.index % 5], 1)[known])
-    assert (batch.held.codes[~known] == PAD).all()
+    assert torch.equal(batch.previous.codes[known], torch.stack([batch.index % 7, batch.index % 5], 1)[known])
+    assert (batch.previous.codes[~known] == PAD).all()
     own = mine.item_index[mine.item_index < 58]
-    assert torch.equal(mine.held(9), torch.stack([torch.from_numpy(np.bincount(own % n, minlength=9)) for n in (7, 5)]))
+    assert torch.equal(
+        mine.previous(9), torch.stack([torch.from_numpy(np.bincount(own % n, minlength=9)) for n in (7, 5)])
+    )

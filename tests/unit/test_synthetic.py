@@ -49,7 +49,11 @@ def counts(events) -> np.ndarray:
 
 
 def test_schemas_ids_and_titles(items, truth, events):
-    assert items.schema == tables.items(MODALITIES) and truth.schema == tables.TRUTH and events.schema == tables.INTERACTIONS
+    assert (
+        items.schema == tables.items(MODALITIES)
+        and truth.schema == tables.TRUTH
+        and events.schema == tables.INTERACTIONS
+    )
     assert items["item_id"][123].as_py() == "i0000123" and events["user_id"][0].as_py() == "u0000000"
     assert items["title"][123].as_py() == f"topic {truth['topic'][123].as_py()} item 123"
     assert items["item_id"].to_pylist() == truth["item_id"].to_pylist() == sorted(set(items["item_id"].to_pylist()))
@@ -70,7 +74,12 @@ def test_any_chunking_gives_the_same_rows(items, truth, events, chunk):
         for start in reversed(range(0, PARAMS.users, 1_700))
         for batch in synthetic.interactions(PARAMS, SEED, start, min(start + 1_700, PARAMS.users))
     ]
-    assert table(users).sort_by([("user_id", "ascending"), ("timestamp", "ascending")]).combine_chunks().equals(events.combine_chunks())
+    assert (
+        table(users)
+        .sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
+        .combine_chunks()
+        .equals(events.combine_chunks())
+    )
 
 
 def test_seed_decides_and_a_modality_does_not_depend_on_the_others(items):
@@ -137,7 +146,9 @@ def test_content_names_the_topic_and_carries_the_set_noise(items, truth):
         assert ((values @ centres.T).argmax(1) == topic[present]).mean() > 0.99
         noise = np.linalg.norm(values - centres[topic[present]], axis=1)
         assert np.sqrt((noise**2).mean()) == pytest.approx(PARAMS.content_noise, rel=0.02)
-    assert items["text"].null_count == 0 and items["visual"].null_count / PARAMS.items == pytest.approx(PARAMS.missing_visual, abs=0.015)
+    assert items["text"].null_count == 0 and items["visual"].null_count / PARAMS.items == pytest.approx(
+        PARAMS.missing_visual, abs=0.015
+    )
 
 
 def test_planted_behaviour_gets_longer_and_cleaner_with_the_count(items, truth):
@@ -149,7 +160,9 @@ def test_planted_behaviour_gets_longer_and_cleaner_with_the_count(items, truth):
     assert spearman > Features().proxy_min_spearman
     deciles = np.array_split(order, 10)
     assert (np.diff([norm[part].mean() for part in deciles]) > 0).all()
-    assert (np.diff(noise[order]) <= 0).all() and noise == pytest.approx(PARAMS.behavior_noise / np.sqrt(1 + count), rel=1e-5)
+    assert (np.diff(noise[order]) <= 0).all() and noise == pytest.approx(
+        PARAMS.behavior_noise / np.sqrt(1 + count), rel=1e-5
+    )
     planted = synthetic.catalog(PARAMS, SEED).topic_vectors("behavior")[topic]
     assert np.linalg.norm(values / np.log1p(count)[:, None] - planted, axis=1) == pytest.approx(noise, rel=1e-2)
     # Noise in a random direction is nearly orthogonal to the topic, so that cos = 1 / sqrt(1 + noise^2) on average.
@@ -175,7 +188,9 @@ def test_a_million_interactions_take_seconds_and_little_memory():
     rows = sum(len(batch) for batch in synthetic.interactions(params, SEED, 0, params.users))
     assert rows == pytest.approx(params.interactions, rel=0.02)
     assert time.monotonic() - start < 10
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200, "MiB beyond what the process held"
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200, (
+        "MiB beyond what the process held"
+    )
 
 
 def test_near_copies_are_of_one_topic_and_close():

@@ -15,7 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 from adasid import config
 from adasid.errors import InputError, TrainingError
 from adasid.quantizers.cosine import Quantized
-from adasid.quantizers.kmeans import Held
+from adasid.quantizers.kmeans import PreviousCodes
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import Slot, token
@@ -76,7 +76,9 @@ def data_of(settings, table, cluster, workers=Workers()):
 def train(settings, catalogue, folder, workers=Workers()):
     torch.manual_seed(5)
     data = data_of(settings, *catalogue, workers)
-    loop = TokenizerTraining(artifact.build(settings, data.widths), settings, data, folder, 5, workers, "item_features version 0")
+    loop = TokenizerTraining(
+        artifact.build(settings, data.widths), settings, data, folder, 5, workers, "item_features version 0"
+    )
     return loop, loop.run()
 
 
@@ -130,11 +132,13 @@ def test_a_published_code_stays_within_the_slack(trained):
     batch, sizes = everything(data), torch.tensor([slot.size for slot in loop.tokenizer.slots])
     own = loop.tokenizer.encode(batch).codes.long()
     other = torch.where(own == PAD, PAD, (own + 1) % sizes)
-    at_will = loop.tokenizer.encode(replace(batch, held=Held(other, 1e9))).codes
-    assert torch.equal(loop.tokenizer.encode(replace(batch, held=Held(own, 0.0))).codes.long(), own)
-    assert torch.equal(at_will.long(), own if settings.name in CONTROLS else other)  # a control's codes do not follow from vectors
+    at_will = loop.tokenizer.encode(replace(batch, previous=PreviousCodes(other, 1e9))).codes
+    assert torch.equal(loop.tokenizer.encode(replace(batch, previous=PreviousCodes(own, 0.0))).codes.long(), own)
+    assert torch.equal(
+        at_will.long(), own if settings.name in CONTROLS else other
+    )  # a control's codes do not follow from vectors
     nothing = torch.full_like(own, PAD)
-    assert torch.equal(loop.tokenizer.encode(replace(batch, held=Held(nothing, 1e9))).codes.long(), own)
+    assert torch.equal(loop.tokenizer.encode(replace(batch, previous=PreviousCodes(nothing, 1e9))).codes.long(), own)
 
 
 def test_the_artifact_gives_the_same_codes_and_refuses_what_does_not_belong(trained, tmp_path):
@@ -165,7 +169,8 @@ def test_planted_clusters_are_recovered(trained):
     if settings.name in CONTROLS:
         assert best < 0.1
     else:
-        # as many codes as clusters: a k-means start that merges two of them comes to .81; OPQ spreads clusters over its slots
+        # as many codes as clusters: a k-means start that merges two of them comes to .81; OPQ spreads clusters over its
+        # slots
         assert best > {"opq": 0.5, "das": 0.8, "rq-vae++": 0.8, "mm-rq-vae": 0.8}.get(settings.name, 0.9)
 
 
@@ -211,7 +216,9 @@ def test_items_that_lack_a_modality_encode(trained):
         assert (weights[absent, index] == 0).all()
         if not (settings.name == "ada-sid" and slot.kind == BEHAVIOR):
             assert (codes[~absent, index] != PAD).all()
-    text_only = replace(batch, present={m: p & (m == "text") for m, p in batch.present.items()}, richness=torch.zeros(len(batch)))
+    text_only = replace(
+        batch, present={m: p & (m == "text") for m, p in batch.present.items()}, richness=torch.zeros(len(batch))
+    )
     assert (loop.tokenizer.encode(text_only).codes[:, 0] != PAD).all()
 
 
@@ -220,7 +227,11 @@ def test_only_the_declared_inputs_are_read(trained):
     batch = everything(data)
     assert set(loop.tokenizer.widths) == set(settings.inputs) == set(batch.vectors)
     dirty = {m: torch.where(batch.present[m][:, None], v, torch.full_like(v, 77.0)) for m, v in batch.vectors.items()}
-    more = replace(batch, vectors={**dirty, "audio": torch.ones(len(batch), 3)}, present={**batch.present, "audio": batch.index > 0})
+    more = replace(
+        batch,
+        vectors={**dirty, "audio": torch.ones(len(batch), 3)},
+        present={**batch.present, "audio": batch.index > 0},
+    )
     assert torch.equal(loop.tokenizer.encode(batch).codes, loop.tokenizer.encode(more).codes)
     if settings.name not in CONTROLS:
         other = replace(batch, index=batch.index + 1)
@@ -239,16 +250,22 @@ def test_one_that_is_trained_anew_holds_on_to_published_codes(name, tmp_path):
             index, codes = pa.array(shard.item_index[::-1]), pa.array(published.flip(0).tolist(), pa.list_(pa.int32()))
             shard.hold([pa.record_batch({"item_index": index, "codes": codes})], published.shape[1], 0.5)
         torch.manual_seed(6)
-        anew = TokenizerTraining(artifact.build(settings, shard.widths), settings, shard, tmp_path / str(hold), 6, Workers(), "v1")
+        anew = TokenizerTraining(
+            artifact.build(settings, shard.widths), settings, shard, tmp_path / str(hold), 6, Workers(), "v1"
+        )
         quality = anew.run()[-1]
-        codes = anew.tokenizer.encode(replace(everything(data), held=Held(published.long(), 0.5))).codes
+        codes = anew.tokenizer.encode(replace(everything(data), previous=PreviousCodes(published.long(), 0.5))).codes
         kept[hold] = (codes == published)[published != PAD].double().mean().item(), quality["fvu_text"]
     (held, error), (free, least) = kept[True], kept[False]
     assert held > 0.6 and free < 0.4
     assert error < 1.3 * least
 
 
-KILLED = [name for name, settings in TOKENIZERS.items() if settings.epochs and name in {"adc-sid", "adasid", "letter", "rq-kmeans aligned"}]
+KILLED = [
+    name
+    for name, settings in TOKENIZERS.items()
+    if settings.epochs and name in {"adc-sid", "adasid", "letter", "rq-kmeans aligned"}
+]
 
 
 @pytest.mark.parametrize("name", KILLED)
@@ -256,7 +273,11 @@ def test_a_killed_run_resumes_and_ends_as_it_would_have(name, tmp_path):
     planted = catalogue(items=300)
     settings = TOKENIZERS[name]
     training = settings.epochs.model_copy(update={"epochs": 24})
-    change = {"aligner": settings.aligner.model_copy(update={"training": training})} if name == "rq-kmeans aligned" else {"training": training}
+    change = (
+        {"aligner": settings.aligner.model_copy(update={"training": training})}
+        if name == "rq-kmeans aligned"
+        else {"training": training}
+    )
     settings = settings.model_copy(update=change)
     whole, _ = train(settings, planted, tmp_path / "a")
 
@@ -292,7 +313,9 @@ def test_the_same_seed_gives_the_same_codes(name, tmp_path):
 def test_a_non_finite_loss_is_named(tmp_path):
     settings = TOKENIZERS["adc-sid"]
     data = data_of(settings, *catalogue(items=200))
-    broken = TokenizerTraining(artifact.build(settings, data.widths), settings, data, tmp_path / "c", 5, Workers(), "item_features version 7")
+    broken = TokenizerTraining(
+        artifact.build(settings, data.widths), settings, data, tmp_path / "c", 5, Workers(), "item_features version 7"
+    )
     with torch.no_grad():
         next(broken.tokenizer.parameters()).fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"not finite at step 0 .*item_features version 7"):
@@ -349,7 +372,9 @@ def test_residual_reconstruction_gradient_passes_straight_through():
     x = model.inputs(batch)
     model.reconstruction(model.passed(x, batch), x, batch).backward()
     assert model.tower("shared").codebooks.weight.grad is None
-    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "encoder" in name and name.endswith("weight"))
+    assert all(
+        p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "encoder" in name and name.endswith("weight")
+    )
 
 
 def test_fused_vectors_by_hand():
@@ -412,10 +437,16 @@ def test_fewer_items_than_codes(name, tmp_path):
     few = {"codebook_size": 100}
     if TOKENIZERS[name].epochs:
         few["training"] = TOKENIZERS[name].epochs.model_copy(update={"epochs": 2, "batch": 16})
-    settings = TOKENIZERS[name].model_copy(update={key: value for key, value in few.items() if hasattr(TOKENIZERS[name], key)})
+    settings = TOKENIZERS[name].model_copy(
+        update={key: value for key, value in few.items() if hasattr(TOKENIZERS[name], key)}
+    )
     loop, rows = train(settings, catalogue(items=30), tmp_path)
     codes = loop.tokenizer.encode(everything(loop.shard)).codes
-    assert codes.shape == (30, len(loop.tokenizer.slots)) and codes.max() < 100 and np.isfinite(list(rows[-1].values())).all()
+    assert (
+        codes.shape == (30, len(loop.tokenizer.slots))
+        and codes.max() < 100
+        and np.isfinite(list(rows[-1].values())).all()
+    )
     decoded = loop.tokenizer.reconstruct(everything(loop.shard))
     assert all(vectors.isfinite().all() for vectors in decoded.values())
     loop.tokenizer.refine(loop.shard, Workers(), 2, torch.Generator().manual_seed(0))

@@ -48,12 +48,15 @@ def test_a_deleted_experiment_is_named_with_the_fix(cfg):
     number = client.create_experiment("adasid")
     client.delete_experiment(number)
     text = message(cfg)
-    assert text.startswith("experiment 'adasid' was deleted in MLflow (sqlite:///") and "or set tracking.experiment" in text
+    assert (
+        text.startswith("experiment 'adasid' was deleted in MLflow (sqlite:///")
+        and "or set tracking.experiment" in text
+    )
     assert f"mlflow experiments restore --experiment-id {number}" in text
     client.restore_experiment(number)
-    with tracking.stage(cfg, "a stage") as track:
-        track.metrics({"a": 1.0})
-    assert client.get_run(track.run_id).data.tags["status"] == "done"
+    with tracking.stage(cfg, "a stage") as context:
+        context.metrics({"a": 1.0})
+    assert client.get_run(context.run_id).data.tags["status"] == "done"
 
 
 def test_another_experiment_gets_a_parent_of_its_own(cfg):
@@ -84,7 +87,7 @@ def test_exit_codes_survive_a_store_that_goes_away(cfg, tmp_path, capsys):
     path.write_text(json.dumps({"name": cfg.name, "runs_dir": cfg.runs_dir}))
     parsed = cli.parser("").parse_args(["--config", str(path)])
 
-    def refuse(cfg, track):
+    def refuse(cfg, context):
         shutil.rmtree(cfg.run_dir / "artifacts", ignore_errors=True)
         (cfg.run_dir / "mlflow.db").write_text("not a database")
         raise GateError("churn is 0.5, allowed 0.1")
@@ -94,17 +97,17 @@ def test_exit_codes_survive_a_store_that_goes_away(cfg, tmp_path, capsys):
 
 
 def test_a_stage_that_is_done_stays_done_without_the_store(cfg, capsys):
-    with tracking.stage(cfg, "a stage") as track:
+    with tracking.stage(cfg, "a stage") as context:
         (cfg.run_dir / "mlflow.db").write_text("not a database")
-        track.facts["items"] = 3
+        context.facts["items"] = 3
     assert "MLflow has not recorded the end of this stage" in capsys.readouterr().err
     assert json.loads((cfg.run_dir / "stages.jsonl").read_text())["facts"] == {"items": 3}
 
 
 def test_a_run_that_is_deleted_meanwhile_is_an_input_error(cfg):
-    with pytest.raises(AdasidError) as error, tracking.stage(cfg, "a stage") as track:
-        track.client.delete_run(track.run_id)
-        track.metrics({"a": 1.0})
+    with pytest.raises(AdasidError) as error, tracking.stage(cfg, "a stage") as context:
+        context.client.delete_run(context.run_id)
+        context.metrics({"a": 1.0})
     assert error.value.exit_code == 3 and "MLflow store sqlite:///" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
@@ -119,11 +122,13 @@ def test_a_store_that_cannot_be_used_is_named_without_its_password(cfg, monkeypa
     assert re.match("MLflow store sqlite:///.*mlflow.db: .*database", message(cfg))
 
 
-@pytest.mark.parametrize("name", ["a/b", "../x", "compare \"q\" 's'", "100 %", "🛒", "x" * 2000, "a: b, (10, 9)", "<b>"])
+@pytest.mark.parametrize(
+    "name", ["a/b", "../x", "compare \"q\" 's'", "100 %", "🛒", "x" * 2000, "a: b, (10, 9)", "<b>"]
+)
 def test_stages_may_be_called_by_any_label(cfg, name):
-    with tracking.stage(cfg, name) as track:
+    with tracking.stage(cfg, name) as context:
         pass
-    assert client_of(cfg).get_run(track.run_id).info.run_name == name[:250]
+    assert client_of(cfg).get_run(context.run_id).info.run_name == name[:250]
 
 
 def test_keys_that_mlflow_does_not_take_are_no_obstacle(cfg):
@@ -136,11 +141,11 @@ def test_a_registered_model_that_was_deleted_is_made_again(cfg, tmp_path, capsys
     settings, folder, client = config.RandomSidSettings(), tmp_path / "model", client_of(cfg)
     digest = artifact.write(folder, artifact.build(settings, {}), settings, {})["digest"]
     for _ in range(2):
-        with tracking.stage(cfg, "sids") as track:
-            train.register(cfg, track, folder, digest, "champion")
+        with tracking.stage(cfg, "sids") as context:
+            train.register(cfg, context, folder, digest, "champion")
         assert client.get_model_version_by_alias("adasid-t", "champion").tags["digest"] == digest
         client.delete_registered_model("adasid-t")
     shutil.rmtree(folder)
-    with tracking.stage(cfg, "sids") as track:
-        train.register(cfg, track, folder, digest, "champion")
+    with tracking.stage(cfg, "sids") as context:
+        train.register(cfg, context, folder, digest, "champion")
     assert f"tokenizer {digest} is neither in MLflow nor in {folder}: champion stays" in capsys.readouterr().err

@@ -68,7 +68,9 @@ def run_rank(rank, folder):
     across, use = {}, {}
     for name in SETTINGS:
         state, rows = tokenizer_state(name, folder / name, workers)
-        across |= {f"{name} {key}": torch.equal(*workers.gather(tensor[None].double())) for key, tensor in state.items()}
+        across |= {
+            f"{name} {key}": torch.equal(*workers.gather(tensor[None].double())) for key, tensor in state.items()
+        }
         use[name] = rows[-1]["utilisation"]
         if name == RESUMED:
             whole = state
@@ -84,22 +86,31 @@ def run_rank(rank, folder):
     result = training.run()
     across |= {"item table": torch.equal(*workers.gather(training.table.detach()[None]))}
     downstream = {
-        "retrieval": lambda where, epochs: retrieval("item", where, epochs, workers, users=385),  # the last step has one user, of rank 0
+        "retrieval": lambda where, epochs: retrieval(
+            "item", where, epochs, workers, users=385
+        ),  # the last step has one user, of rank 0
         "ranking": lambda where, epochs: ranking(where, events(), epochs, workers, patience=20),
     }
     tests = {}
     for name, make in downstream.items():
         training = make(folder / name, 12)
         tests[name] = training.run()
-        across |= {f"{name} {key}": torch.equal(*workers.gather(tensor[None].double())) for key, tensor in training.model.state_dict().items()}
+        across |= {
+            f"{name} {key}": torch.equal(*workers.gather(tensor[None].double()))
+            for key, tensor in training.model.state_dict().items()
+        }
         try:
             make(folder / f"{name} killed", 12).run(kill)
         except Killed:
             same[name] = make(folder / f"{name} killed", 12).run()["strata"] == tests[name]["strata"]
     training.shards_from = 1  # of ranking, the last
     shards = [str(training.folder / "scores" / name) for name in training.test()["scores"]]
-    scored = clumped(retrieval("item", folder / "scored", 1, workers, repeatable=False), np.minimum(np.arange(40) // 8, 3))
-    scored.data.test = scored.data.test.part(0, 2) if rank == 0 else scored.data.test.part(len(scored.data.test), 1)  # rank 1 has no users
+    scored = clumped(
+        retrieval("item", folder / "scored", 1, workers, repeatable=False), np.minimum(np.arange(40) // 8, 3)
+    )
+    scored.data.test = (
+        scored.data.test.part(0, 2) if rank == 0 else scored.data.test.part(len(scored.data.test), 1)
+    )  # rank 1 has no users
     facts = {
         "scored": scored.test()["strata"],
         "shards": shards,
@@ -158,4 +169,6 @@ def test_score_shards_of_two_workers_hold_what_is_gathered(facts):
     each = [pq.read_table(path) for path in facts[0]["shards"]]
     assert [{user % 2 for user in part["user"].to_pylist()} for part in each] == [{0}, {1}]
     rows = pa.concat_tables(each)
-    assert auc(rows["score"].to_numpy(), rows["label"].to_numpy()) == pytest.approx(facts[0]["tests"]["ranking"]["auc"], abs=1e-12)
+    assert auc(rows["score"].to_numpy(), rows["label"].to_numpy()) == pytest.approx(
+        facts[0]["tests"]["ranking"]["auc"], abs=1e-12
+    )

@@ -24,7 +24,10 @@ NOW = datetime(2026, 6, 1, tzinfo=timezone.utc)
         ("-5", "give unix seconds, milliseconds, microseconds or nanoseconds"),
         ("99999999", "give unix seconds"),
         ("1975-03-02", "between features.first_year 1990 and 2026-06-01"),
-        ("13/09/2020", "'13/09/2020': give unix seconds, milliseconds, microseconds or nanoseconds, or ISO 8601, between"),
+        (
+            "13/09/2020",
+            "'13/09/2020': give unix seconds, milliseconds, microseconds or nanoseconds, or ISO 8601, between",
+        ),
         ("9" * 5000, "give unix seconds"),
         ("\u00b2", "give unix seconds"),
     ],

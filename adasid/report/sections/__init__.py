@@ -1,4 +1,5 @@
-"""The sections of the report: each takes the material and says, shows and tabulates one part of it, or says why it cannot."""
+"""The sections of the report: each takes the material and says, shows and tabulates one part of it, or says why it
+cannot."""
 
 from adasid.report.sections.codes import semantic_ids, weights
 from adasid.report.sections.data import behavior, catalogue

@@ -19,7 +19,11 @@ def weights(material: Material) -> Section:
     """How strongly content is aligned to behaviour, and how many behaviour codes an item gets."""
     key, title, stats = "weights", "Alignment and routing by popularity", material.catalog or {}
     if not material.routed:
-        return Section(key, title, missing=f"The tokenizer {material.cfg.tokenizer.name} has neither an alignment controller nor a router.")
+        return Section(
+            key,
+            title,
+            missing=f"The tokenizer {material.cfg.tokenizer.name} has neither an alignment controller nor a router.",
+        )
     plots: list[Plot] = []
     quantiles, controller, enabled = stats.get("richness_quantiles"), material.controller, material.controlled
     if quantiles:
@@ -27,14 +31,19 @@ def weights(material: Material) -> Section:
             text = "The controller is switched off, so every item is aligned with full strength."
         elif controller:
             weak = float(np.mean(figures.alignment_weight(figures.sample(quantiles), *controller) < 0.05))
-            text = f"Items under the flat part of the blue curve are hardly aligned: {share(weak)} of the items have a weight below 0.05."
+            text = (
+                f"Items under the flat part of the blue curve are hardly aligned: {share(weak)} of the items have "
+                "a "
+                "weight below 0.05."
+            )
         else:
             text = "This run's own curve is not known before the tokenizer is trained."
         plots.append(
             Plot(
                 "alignment",
                 figures.alignment(controller, quantiles, flat=not enabled),
-                "Above: sigmoid curves of the alignment weight over richness, this run and four settings of the papers. Below: histogram of the richness of the items.",
+                "Above: sigmoid curves of the alignment weight over richness, this run and four settings of the "
+                "papers. Below: histogram of the richness of the items.",
                 text,
             )
         )
@@ -50,7 +59,8 @@ def _routing(material: Material) -> list[Plot]:
             "weights_by_stratum",
             "Router weights by stratum",
             "mean weight",
-            "Popular items should lean on their behaviour codes more than rare ones; cold items have none, so their weight is 0.",
+            "Popular items should lean on their behaviour codes more than rare ones; cold items have none, so their "
+            "weight is 0.",
         ),
         (
             "router_active",
@@ -62,11 +72,22 @@ def _routing(material: Material) -> list[Plot]:
     ):
         values = _strata(material, metric)
         if values:
-            drawing = figures.by_stratum(values, list(material.behavior_slots.values()), heading, label, shares=metric == "active_by_stratum")
-            plots.append(Plot(name, drawing, f"Grouped bars, one group a stratum ({', '.join(values)}), one bar a behaviour slot: {label}.", text))
+            drawing = figures.by_stratum(
+                values, list(material.behavior_slots.values()), heading, label, shares=metric == "active_by_stratum"
+            )
+            plots.append(
+                Plot(
+                    name,
+                    drawing,
+                    f"Grouped bars, one group a stratum ({', '.join(values)}), one bar a behaviour slot: {label}.",
+                    text,
+                )
+            )
     counts = _ordered(material.codes.get("active_count_by_stratum") or {})
     if counts and material.behavior_slots:
-        means = [f"{name} {number(sum(index * value for index, value in enumerate(row)), 2)}" for name, row in counts.items()]
+        means = [
+            f"{name} {number(sum(index * value for index, value in enumerate(row)), 2)}" for name, row in counts.items()
+        ]
         plots.append(
             Plot(
                 "router_counts",
@@ -86,7 +107,11 @@ def _strata(material: Material, metric: str) -> dict[str, list[float]]:
     """The behaviour slots' values by stratum; rows may list all slots or the behaviour slots only."""
     slots, total = material.behavior_slots, len(material.codes.get("slots", ()))
     rows = _ordered(material.codes.get(metric) or {})
-    return {name: [row[index] for index in slots] if len(row) == total else list(row) for name, row in rows.items()} if slots else {}
+    return (
+        {name: [row[index] for index in slots] if len(row) == total else list(row) for name, row in rows.items()}
+        if slots
+        else {}
+    )
 
 
 def semantic_ids(material: Material) -> Section:
@@ -102,12 +127,16 @@ def semantic_ids(material: Material) -> Section:
         Plot(
             "usage",
             figures.usage(codes["slots"], codes["codes"], codes["utilisation"], codes["entropy"]),
-            f"One small chart a codebook: number of items for each code, most used first. Slots {', '.join(codes['slots'])}; lowest utilisation {used}.",
-            "A flat profile near the dashed line (even use) is good; a spike at the left means that few codes carry most items. Entropy is given against its cap ln K.",
+            "One small chart a codebook: number of items for each code, most used first. Slots "
+            f"{', '.join(codes['slots'])}; lowest utilisation {used}.",
+            "A flat profile near the dashed line (even use) is good; a spike at the left means that few codes carry "
+            "most items. Entropy is given against its cap ln K.",
         ),
         Plot(
             "groups",
-            figures.groups(codes["group_sizes"], codes["collision_distinct"], codes["collision_items"], codes["largest_group"]),
+            figures.groups(
+                codes["group_sizes"], codes["collision_distinct"], codes["collision_items"], codes["largest_group"]
+            ),
             "Bars on logarithmic axes: number of semantic IDs carried by one item, two items, three items and so on.",
             "The first bar counts items with an ID of their own; everything to its right is shared.",
         ),
@@ -151,20 +180,30 @@ def _code_metrics(material: Material) -> Table:
             "Reconstruction loss L_recon",
             number(trained.get("reconstruction"), 4),
             trained.get("reconstruction_definition")
-            or "squared error per dimension on inputs of unit variance, summed over modalities, mean over items (an absent modality counts 0), last epoch of training",
+            or "squared error per dimension on inputs of unit variance, summed over modalities, mean over items (an "
+            "absent modality counts 0), last epoch of training",
         )
     ]
     rows += [
-        (f"FVU {name}", number(value, 4), f"unexplained share of the variance of {name}, unit free: 0 perfect, 1 no better than the mean")
+        (
+            f"FVU {name}",
+            number(value, 4),
+            f"unexplained share of the variance of {name}, unit free: 0 perfect, 1 no better than the mean",
+        )
         for name, value in (trained.get("fvu") or {}).items()
     ]
     rows += [
         (
             "Mean entropy",
             number(mean(codes["entropy"])),
-            f"nats, over codebooks, PAD excluded; cap ln {codes['codebook_size']} = {number(math.log(codes['codebook_size']))}",
+            f"nats, over codebooks, PAD excluded; cap ln {codes['codebook_size']} = "
+            f"{number(math.log(codes['codebook_size']))}",
         ),
-        ("Mean utilisation", share(mean(codes["utilisation"]), 2), "share of codes used by at least one item, over codebooks"),
+        (
+            "Mean utilisation",
+            share(mean(codes["utilisation"]), 2),
+            "share of codes used by at least one item, over codebooks",
+        ),
         (
             *("Perplexity, lowest", number(min(codes["perplexity"], default=None), 1)),
             "exp(entropy): codes that carry the load, worst codebook",
@@ -179,7 +218,11 @@ def _code_metrics(material: Material) -> Table:
             number(codes["sid_entropy"]),
             f"nats over complete IDs; cap ln {count(items)} = {number(math.log(max(1, items)))}",
         ),
-        ("Collision rate by IDs", share(codes["collision_distinct"], 2), f"(M − distinct) / M, M = {plural(items, 'item')}"),
+        (
+            "Collision rate by IDs",
+            share(codes["collision_distinct"], 2),
+            f"(M − distinct) / M, M = {plural(items, 'item')}",
+        ),
         ("Collision rate by items", share(codes["collision_items"], 2), "share of items whose ID another item has too"),
         ("Distinct IDs", count(distinct), f"{share(distinct / items if items else None, 2)} of the items"),
         ("Largest group", count(codes["largest_group"]), "items that share one ID"),

@@ -29,9 +29,11 @@ def catalogue(material: Material) -> Section:
         Plot(
             "lorenz",
             figures.lorenz(stats["lorenz"], stats["gini"]),
-            f"Lorenz curve of training events over items, Gini coefficient {number(stats['gini'], 2)}, below the diagonal of equality.",
+            f"Lorenz curve of training events over items, Gini coefficient {number(stats['gini'], 2)}, below the "
+            "diagonal of equality.",
             "The further the curve sags below the diagonal, the longer the tail: "
-            f"the most popular {plural(strata.get('head', 0), 'item')} take {share(stats['head_interactions'])} of the training events.",
+            f"the most popular {plural(strata.get('head', 0), 'item')} take {share(stats['head_interactions'])} of the "
+            "training events.",
         ),
     ]
     rows = [
@@ -44,13 +46,22 @@ def catalogue(material: Material) -> Section:
         ("Gini of training events over items", number(stats["gini"])),
         ("Share of training events on head items", share(stats["head_interactions"])),
     ]
-    rows += [(f"Items in stratum {name}", count(strata[name])) for name in (*STRATA, *sorted(set(strata) - set(STRATA))) if name in strata]
-    refused = [(reason, count(rows)) for reason, rows in sorted(rejected.items(), key=lambda pair: -pair[1])] or [("none", "0")]
+    rows += [
+        (f"Items in stratum {name}", count(strata[name]))
+        for name in (*STRATA, *sorted(set(strata) - set(STRATA)))
+        if name in strata
+    ]
+    refused = [(reason, count(rows)) for reason, rows in sorted(rejected.items(), key=lambda pair: -pair[1])] or [
+        ("none", "0")
+    ]
     return Section(
         key,
         title,
         plots=plots,
-        tables=[Table("Size and concentration", ("Quantity", "Value"), rows), Table("Rejected input rows", ("Reason", "Rows"), refused)],
+        tables=[
+            Table("Size and concentration", ("Quantity", "Value"), rows),
+            Table("Rejected input rows", ("Reason", "Rows"), refused),
+        ],
     )
 
 
@@ -64,7 +75,12 @@ def _dropped(stats: Row) -> list[tuple[str, str]]:
     shown = [(name, count(value)) for name, value in rows if value]
     events = stats["interactions"]
     if stats.get("tied") is not None and events:
-        shown.append(("Share of events at the time of another event of the user (ordered by a hash)", share(stats["tied"] / events)))
+        shown.append(
+            (
+                "Share of events at the time of another event of the user (ordered by a hash)",
+                share(stats["tied"] / events),
+            )
+        )
     if stats.get("outside_histories") and events:
         shown.append(("Share of events outside histories (impressions)", share(stats["outside_histories"] / events)))
     for modality, items in sorted((stats.get("missing") or {}).items()):
@@ -77,11 +93,18 @@ def behavior(material: Material) -> Section:
     key, title, stats, training = "behaviour", "Behaviour embeddings", material.catalog or {}, material.behavior
     plots: list[Plot] = []
     tables: list[Table] = []
-    lead = BROUGHT if material.cfg.behavior.source == "column" else "" if training else "The behaviour model is not trained yet."
+    lead = (
+        BROUGHT
+        if material.cfg.behavior.source == "column"
+        else ""
+        if training
+        else "The behaviour model is not trained yet."
+    )
     if stats.get("norm_by_count"):
         fallen = stats["richness_source"] == "count"
         use = (
-            f"The correlation is below {material.cfg.features.proxy_min_spearman:g}, so richness rests on the count instead of the norm."
+            f"The correlation is below {material.cfg.features.proxy_min_spearman:g}, so richness rests on the count "
+            "instead of the norm."
             if fallen
             else "Richness rests on the norm."
         )
@@ -89,7 +112,8 @@ def behavior(material: Material) -> Section:
             Plot(
                 "norm",
                 figures.norm_by_count(stats["norm_by_count"], stats["spearman"]),
-                "Median and 10th to 90th percentile of the behaviour embedding's norm, over the number of training events of the item (logarithmic).",
+                "Median and 10th to 90th percentile of the behaviour embedding's norm, over the number of training "
+                "events of the item (logarithmic).",
                 f"A rising line means that the norm tells how much is known about an item. {use}",
             )
         )
@@ -117,7 +141,8 @@ def _behavior_training(material: Material, rows: Sequence[Row], result: Row) -> 
                 "behavior_recall",
                 figures.recall(rows, best, early),
                 "Recall at 10 on validation and test users for each epoch, with the chosen epochs marked.",
-                f"The embeddings come from epoch {best}, the best NDCG@10 on validation; the test line was never used to choose.",
+                f"The embeddings come from epoch {best}, the best NDCG@10 on validation; the test line was never used "
+                "to choose.",
             )
         )
     if len(figures.series(rows, "spearman")[0]):
@@ -126,7 +151,8 @@ def _behavior_training(material: Material, rows: Sequence[Row], result: Row) -> 
                 "behavior_spearman",
                 figures.spearman(rows, best, early, material.cfg.features.proxy_min_spearman),
                 "Rank correlation of embedding norm and training count for each epoch, with the chosen epochs marked.",
-                f"The norm that measures richness comes from the {used} checkpoint (epoch {early if used == 'early' else best}, Spearman {number(result.get('spearman'), 2)}).",
+                f"The norm that measures richness comes from the {used} checkpoint (epoch "
+                f"{early if used == 'early' else best}, Spearman {number(result.get('spearman'), 2)}).",
             )
         )
     test, validation = result.get("test") or {}, result.get("validation") or {}
@@ -139,7 +165,9 @@ def _behavior_training(material: Material, rows: Sequence[Row], result: Row) -> 
         ),
     )
     scores = [
-        (name, number(validation.get(name), 4), number(test.get(name), 4)) for name in names if known(test.get(name)) or known(validation.get(name))
+        (name, number(validation.get(name), 4), number(test.get(name), 4))
+        for name in names
+        if known(test.get(name)) or known(validation.get(name))
     ]
     return plots, Table(
         f"Next-item scores of the embeddings, {plural(int(result.get('users') or 0), 'user')}, full catalogue",

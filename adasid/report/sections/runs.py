@@ -17,7 +17,8 @@ _CURVES: tuple[tuple[str, str, Callable[[Sequence[Row], Any], Figure], str, str]
     (
         *("tokenizer_losses", "loss", lambda rows, size: figures.losses(rows)),
         "Lines of the total loss and of its parts over the epochs of training.",
-        "The total should fall and level off. Parts are drawn before their weights; those below a thousandth of the largest are left out.",
+        "The total should fall and level off. Parts are drawn before their weights; those below a thousandth of the "
+        "largest are left out.",
     ),
     (
         *("tokenizer_fvu", "fvu_", lambda rows, size: figures.unexplained(rows)),
@@ -26,7 +27,8 @@ _CURVES: tuple[tuple[str, str, Callable[[Sequence[Row], Any], Figure], str, str]
     ),
     (
         *("tokenizer_sparsity", "sparsity", lambda rows, size: figures.sparsity(rows)),
-        "Above: share of inactive behaviour slots and its target over epochs. Below: the weight λ of the sparsity loss, logarithmic.",
+        "Above: share of inactive behaviour slots and its target over epochs. Below: the weight λ of the sparsity "
+        "loss, logarithmic.",
         "λ rises while too many slots are active and falls when too few are; the two lines above should meet.",
     ),
     (
@@ -35,7 +37,8 @@ _CURVES: tuple[tuple[str, str, Callable[[Sequence[Row], Any], Figure], str, str]
         "Codes in use should reach 100 % and stay there; entropy near the cap means that they are used evenly.",
     ),
 )
-"""Name of the figure, start of the metric that it needs, how to draw it from rows and codebook size, alt text, caption."""
+"""Name of the figure, start of the metric that it needs, how to draw it from rows and codebook size, alt text,
+caption."""
 
 
 def tokenizer(material: Material) -> Section:
@@ -47,7 +50,9 @@ def tokenizer(material: Material) -> Section:
     size = (facts.get("config") or {}).get("codebook_size") or material.codes.get("codebook_size")
     present = {name for row in rows for name, value in row.items() if value is not None}
     plots = [
-        Plot(name, draw(rows, size), alt, text) for name, needs, draw, alt, text in _CURVES if any(metric.startswith(needs) for metric in present)
+        Plot(name, draw(rows, size), alt, text)
+        for name, needs, draw, alt, text in _CURVES
+        if any(metric.startswith(needs) for metric in present)
     ]
     last, controller = rows[-1] if rows else {}, facts.get("controller") or {}
     table = [
@@ -63,7 +68,8 @@ def tokenizer(material: Material) -> Section:
     lead = (
         ""
         if material.same_tokenizer
-        else "These curves are not those of the generation shown above: its tokenizer's folder is not there, so the newest one is shown."
+        else "These curves are not those of the generation shown above: its tokenizer's folder is not there, so the "
+        "newest one is shown."
     )
     return Section(key, title, lead, plots, tables)
 
@@ -73,9 +79,16 @@ def stages(material: Material) -> Section:
     key, title, rows = "stages", "Stages and wall time", last_stages(material.stages)
     if not rows:
         return Section(key, title, missing=NOT_RUN)
-    table = [(" ".join(filter(None, (row["stage"], part(row)))), str(row.get("status", DASH)), seconds(row.get("seconds"))) for row in rows]
+    table = [
+        (" ".join(filter(None, (row["stage"], part(row)))), str(row.get("status", DASH)), seconds(row.get("seconds")))
+        for row in rows
+    ]
     total = sum(row["seconds"] for row in rows if known(row.get("seconds")))
-    lead = "A stage that was up to date had nothing to do." if any(row.get("status") == "up to date" for row in rows) else ""
+    lead = (
+        "A stage that was up to date had nothing to do."
+        if any(row.get("status") == "up to date" for row in rows)
+        else ""
+    )
     last = Table(
         "Last run of each stage",
         ("Stage", "Status", "Wall time"),
@@ -93,10 +106,17 @@ def _facts(row: Row) -> str:
 def provenance(material: Material) -> Section:
     """From what exactly all this was made."""
     generation, facts = material.generation or {}, (material.tokenizer.facts if material.tokenizer else {})
-    rows = [("Run", material.cfg.name), ("Configuration digest", digest(material.cfg)), ("Seed", str(facts.get("seed", material.cfg.seed)))]
+    rows = [
+        ("Run", material.cfg.name),
+        ("Configuration digest", digest(material.cfg)),
+        ("Seed", str(facts.get("seed", material.cfg.seed))),
+    ]
     if generation:
         rows += [
-            ("Generation", f"{generation['generation']} (sids version {generation['sids_version']}, run {generation['run']})"),
+            (
+                "Generation",
+                f"{generation['generation']} (sids version {generation['sids_version']}, run {generation['run']})",
+            ),
             ("Tokenizer of the generation", generation["tokenizer"]),
         ]
     if facts.get("digest") and facts["digest"] != generation.get("tokenizer"):
@@ -106,6 +126,12 @@ def provenance(material: Material) -> Section:
         "The tokenizer was trained on": facts.get("inputs"),
         "This report read": material.versions,
     }
-    rows += [(name, listed([f"{table} v{version}" for table, version in tables.items()])) for name, tables in versions.items() if tables]
+    rows += [
+        (name, listed([f"{table} v{version}" for table, version in tables.items()]))
+        for name, tables in versions.items()
+        if tables
+    ]
     rows += [(f"Library {name}", str(version)) for name, version in (facts.get("versions") or {}).items()]
-    return Section("provenance", "Provenance", tables=[Table("Inputs, seed and versions", ("What", "Value"), rows, words=2)])
+    return Section(
+        "provenance", "Provenance", tables=[Table("Inputs, seed and versions", ("What", "Value"), rows, words=2)]
+    )

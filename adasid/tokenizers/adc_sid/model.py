@@ -15,7 +15,7 @@ from adasid.experts import Trunk, mlp
 from adasid.losses.alignment import alignment_weight, calibrated_beta, info_nce
 from adasid.losses.routing import SparsityController, item_sparsity_loss, sparsity_loss
 from adasid.quantizers.cosine import CosineCodebooks, Quantized, codebook_loss
-from adasid.quantizers.kmeans import Held
+from adasid.quantizers.kmeans import PreviousCodes
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.adc_sid import AdcSidSettings
 from adasid.tokenizers.base import Codes, Losses, sample, slots_of
@@ -137,18 +137,18 @@ class AdcSid(TrainedTokenizer):
         """k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
         parts = sample(shard, workers, self.settings.kmeans_samples)
         found = zip(*(self._sample(part.to(self.theta.device)) for part in parts))
-        latents, active, held = (workers.gather_ragged(torch.cat(part)) for part in found)
-        self.codebooks.initialise(latents.transpose(0, 1), active.T, self.settings.kmeans_rounds, generator, held.T)
+        latents, active, previous = (workers.gather_ragged(torch.cat(part)) for part in found)
+        self.codebooks.initialise(latents.transpose(0, 1), active.T, self.settings.kmeans_rounds, generator, previous.T)
         workers.broadcast(self.codebooks.weight.data)
         self.quantizing.fill_(True)
 
-    def keep_codes(self, held: Tensor) -> None:
+    def keep_codes(self, previous: Tensor) -> None:
         """See the base."""
-        self.codebooks.kept = held
+        self.codebooks.kept = previous
 
     def _sample(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         latents, _, _ = self._experts(self.inputs(batch), batch)
-        return latents.transpose(0, 1), self._present(batch).T, self.held_codes(batch)
+        return latents.transpose(0, 1), self._present(batch).T, self.previous_codes(batch)
 
     def _present(self, batch: Batch) -> Tensor:
         """[L, B] bool: whether the item has the slot's modality."""
@@ -162,7 +162,7 @@ class AdcSid(TrainedTokenizer):
         x = self.inputs(batch)
         latents, weights, projections = self._experts(x, batch)
         active = self._present(batch) & ((weights > 0) | self._content_slots()[:, None])
-        quantized = self.codebooks(latents, self._held(batch))
+        quantized = self.codebooks(latents, self._previous(batch))
         z, _ = self._fuse(quantized, weights)
         decoded = self.decoder(self._straight_through(quantized, weights) if self.quantizing else z)
         reconstruction = self._reconstruction(decoded, x, batch)
@@ -277,18 +277,18 @@ class AdcSid(TrainedTokenizer):
         weight > 0."""
         latents, weights, _ = self._experts(self.inputs(batch), batch)
         present = self._present(batch)
-        codes = self.codebooks.codes(latents, self._held(batch)).masked_fill(~present, PAD)
+        codes = self.codebooks.codes(latents, self._previous(batch)).masked_fill(~present, PAD)
         weights = torch.where(self._content_slots()[:, None], present.to(weights.dtype), weights)
         return Codes(codes.T.int(), weights.T.float(), (weights > 0).T)
 
-    def _held(self, batch: Batch) -> Held | None:
-        return Held(batch.held.codes.T, batch.held.slack) if batch.held else None
+    def _previous(self, batch: Batch) -> PreviousCodes | None:
+        return PreviousCodes(batch.previous.codes.T, batch.previous.slack) if batch.previous else None
 
     @torch.inference_mode()
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
         """Decode z_q back to the inputs' own scale."""
         latents, weights, _ = self._experts(self.inputs(batch), batch)
-        decoded = self.decoder(self._fuse(self.codebooks(latents, self._held(batch)), weights)[1])
+        decoded = self.decoder(self._fuse(self.codebooks(latents, self._previous(batch)), weights)[1])
         return {m: self.inputs.restore(m, y) for m, y in self.inputs.split(decoded).items()}
 
     def facts(self) -> Mapping[str, Any]:

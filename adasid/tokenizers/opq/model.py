@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adasid.errors import InputError
-from adasid.quantizers.kmeans import Held
+from adasid.quantizers.kmeans import PreviousCodes
 from adasid.quantizers.product import (
     Components,
     ProductQuantizer,
@@ -53,12 +53,12 @@ class SubSpaces(nn.Module):
         for name, value in (components._asdict() | quantizer._asdict()).items():
             self.get_buffer(name).copy_(value)
 
-    def forward(self, x: Tensor, held: Held | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, previous: PreviousCodes | None = None) -> tuple[Tensor, Tensor]:
         """Codes [n, L] and the decoded vectors [n, D] of ``x`` [n, D] of float64, in which codes do not depend on the
-        batch; ``held``: codes [n, L]."""
+        batch; ``previous``: codes [n, L]."""
         components = Components(*(self.get_buffer(name).double() for name in Components._fields))
         quantizer = ProductQuantizer(*(self.get_buffer(name).double() for name in ProductQuantizer._fields))
-        codes = quantizer.codes(components.project(x), held)
+        codes = quantizer.codes(components.project(x), previous)
         return codes, components.restore(quantizer.decode(codes))
 
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from adasid.experts import mlp
 from adasid.losses.overlap import pair_contrast
-from adasid.quantizers.kmeans import Held, kmeans, lloyd_round, nearest_euclidean
+from adasid.quantizers.kmeans import PreviousCodes, kmeans, lloyd_round, nearest_euclidean
 from adasid.tokenizers.base import Losses
 from adasid.tokenizers.rq_kmeans import RqKmeansSettings
 from adasid.tokenizers.spaces import Spaces
@@ -36,11 +36,11 @@ class ResidualCentroids(nn.Module):
             self.centroids[level] = kmeans(x, len(words), rounds, generator, balanced)
             x = x - words[nearest_euclidean(x, words)]
 
-    def forward(self, x: Tensor, held: Held | None = None) -> tuple[Tensor, Tensor]:
-        """Codes [n, L] and the sum of their centroids [n, d] of ``x`` [n, d]; ``held``: codes [n, L]."""
+    def forward(self, x: Tensor, previous: PreviousCodes | None = None) -> tuple[Tensor, Tensor]:
+        """Codes [n, L] and the sum of their centroids [n, d] of ``x`` [n, d]; ``previous``: codes [n, L]."""
         codes, residual = [], x
         for level, words in enumerate(self.centroids.to(x)):
-            codes.append(nearest_euclidean(residual, words, held.of(level) if held else None))
+            codes.append(nearest_euclidean(residual, words, previous.of(level) if previous else None))
             residual = residual - words[codes[-1]]
         return torch.stack(codes, dim=1), x - residual
 

@@ -83,18 +83,18 @@ class _Residual(TrainedTokenizer):
         found, first = {}, 0
         for kind in self.towers:
             tower = self.tower(kind)
-            held = batch.held.of(slice(first, first + len(tower.codebooks.weight))) if batch.held else None
+            previous = batch.previous.of(slice(first, first + len(tower.codebooks.weight))) if batch.previous else None
             first += len(tower.codebooks.weight)
             z = tower.encoder(torch.cat([x[m] for m in tower.reads], dim=1))
-            quantized = tower.codebooks(z, balanced, held)
+            quantized = tower.codebooks(z, balanced, previous)
             there = batch.present[kind] if kind in batch.present else torch.ones_like(batch.richness, dtype=torch.bool)
             found[kind] = Passed(z, quantized, z + (quantized.quantized - z).detach() if self.quantizing else z, there)
         return found
 
-    def keep_codes(self, held: Tensor) -> None:
+    def keep_codes(self, previous: Tensor) -> None:
         """See the base."""
         for kind in self.towers:
-            self.tower(kind).codebooks.kept = held[[slot.kind == kind for slot in self.slots]]
+            self.tower(kind).codebooks.kept = previous[[slot.kind == kind for slot in self.slots]]
 
     @torch.no_grad()
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
@@ -103,16 +103,17 @@ class _Residual(TrainedTokenizer):
         for part in sample(shard, workers, self.settings.kmeans_samples):
             batch = part.to(self.quantizing.device)
             for kind, p in self.passed(self.inputs(batch), batch).items():
-                held = self.held_codes(batch)[:, [slot.kind == kind for slot in self.slots]]
-                found[kind].append((p.z[p.there], held[p.there]))
+                previous = self.previous_codes(batch)[:, [slot.kind == kind for slot in self.slots]]
+                found[kind].append((p.z[p.there], previous[p.there]))
         for kind, parts in found.items():
             books = self.tower(kind).codebooks
-            latents, held = (workers.gather_ragged(torch.cat(part)) for part in zip(*parts))
+            latents, previous = (workers.gather_ragged(torch.cat(part)) for part in zip(*parts))
             if not len(latents):
                 raise InputError(
-                    f"tokenizer.kmeans_samples {self.settings.kmeans_samples}: none of these items has {kind!r}; raise it, or leave the modality out"
+                    f"tokenizer.kmeans_samples {self.settings.kmeans_samples}: none of these items has {kind!r}; raise "
+                    "it, or leave the modality out"
                 )
-            books.initialise(latents, self.settings.kmeans_rounds, generator, held)
+            books.initialise(latents, self.settings.kmeans_rounds, generator, previous)
             workers.broadcast(books.weight.data)
         self.quantizing.fill_(True)
 

@@ -19,7 +19,7 @@ from adasid.tokenizers.base import Slot, Tokenizer
 from pipelines import generations, report, sids, train
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
-from pipelines.engines.tracking import Track
+from pipelines.engines.tracking import StageContext
 from pipelines.generations import Generation
 from pipelines.nightly import exports, verdict
 from pipelines.nightly.lease import Lease
@@ -27,13 +27,13 @@ from pipelines.run import Run
 
 
 @dataclass
-class Night:
-    """``live``: the generation before; ``version``: of today's ``item_features``; ``day``: the run date; ``key``: digest of all that the night
-    follows from, but for the policy that is chosen and the tokenizer; ``dry``: nothing is published. Spark starts where
-    it is asked for."""
+class NightlyRun:
+    """``live``: the generation before; ``version``: of today's ``item_features``; ``day``: the run date; ``key``:
+    digest of all that the night follows from, but for the policy that is chosen and the tokenizer; ``dry``: nothing is
+    published. Spark starts where it is asked for."""
 
     cfg: Config
-    track: Track
+    context: StageContext
     lease: Lease
     live: Generation
     version: int
@@ -44,7 +44,7 @@ class Night:
     @property
     def lake(self) -> Lake:
         """The lake."""
-        return self.track.lake
+        return self.context.lake
 
     @property
     def artifact(self) -> Path:
@@ -82,7 +82,8 @@ class Night:
         live = self.live["tokenizer"]
         if manifest["digest"] != live:
             raise InputError(
-                f"artifact {self.artifact}: tokenizer {manifest['digest']}, but the live SIDs are of {live}: put that artifact back, or run "
+                f"artifact {self.artifact}: tokenizer {manifest['digest']}, but the live SIDs are of {live}: put that "
+                "artifact back, or run "
                 "jobs/write_sids.py"
             )
         sids.check_features(engine.struct(self.lake.schema("item_features", self.version)), manifest)
@@ -90,27 +91,29 @@ class Night:
 
     def _champion(self, live: Generation) -> None:
         exports.point(self.cfg, self.lake)
-        train.register(self.cfg, self.track, Path(live["artifact"]), live["tokenizer"], "champion")
+        train.register(self.cfg, self.context, Path(live["artifact"]), live["tokenizer"], "champion")
 
     def measured(self, facts: dict[str, Any]) -> None:
         """Track what was measured of the table, and every gate; in a dry run also on the screen and on the page."""
-        self.track.metrics(verdict.tracked(facts))
-        self.track.client.log_dict(self.track.run_id, {"gates": facts["gates"]}, "gates.json")
+        self.context.metrics(verdict.tracked(facts))
+        self.context.client.log_dict(self.context.run_id, {"gates": facts["gates"]}, "gates.json")
         if self.dry:
             for gate in facts["gates"]:
-                self.track.note(f"{'passed' if gate['passed'] else 'FAILED'}: {sids.failures([gate])}")
+                self.context.note(f"{'passed' if gate['passed'] else 'FAILED'}: {sids.failures([gate])}")
             self._summarize(facts)
             self.pages(facts)
 
     def found(self, how: str, counts: Mapping[str, int]) -> None:
         """Tell how many items are new, changed and removed, and how they were found."""
-        self.track.facts["found by"] = how
-        self.track.note(f"by {how}: " + ", ".join(f"{counts.get(why, 0)} {why}" for why in ("new", "changed", "removed")))
+        self.context.facts["found by"] = how
+        self.context.note(
+            f"by {how}: " + ", ".join(f"{counts.get(why, 0)} {why}" for why in ("new", "changed", "removed"))
+        )
 
     def unchanged(self) -> None:
         """Tell that there is nothing to publish."""
         self._up_to_date(f"no item is new, changed or removed since generation {self.live['generation']}")
-        self.track.facts["item_features"] = self.version  # the report takes it for seen
+        self.context.facts["item_features"] = self.version  # the report takes it for seen
 
     def _up_to_date(self, why: str) -> None:
         if not self.dry:
@@ -119,35 +122,43 @@ class Night:
             self.refused.unlink()
             self.pages()
         if since := self.live["hold"]:
-            self.track.note(f"generation {self.live['generation']} is on hold since {since}")
-        self.track.status = "up to date"
-        self.track.note(why)
-        self.track.facts.update({"generation": self.live["generation"], "items": self.live["items"]})
+            self.context.note(f"generation {self.live['generation']} is on hold since {since}")
+        self.context.status = "up to date"
+        self.context.note(why)
+        self.context.facts.update({"generation": self.live["generation"], "items": self.live["items"]})
 
-    def stamp(self, policy: str, tokenizer: str) -> str:
+    def input_hash(self, policy: str, tokenizer: str) -> str:
         """What the commits of the night carry."""
         return digest(self.key, policy, tokenizer)
 
     def publish(
-        self, facts: dict[str, Any], manifest: dict[str, Any], stamp: str, write_sids: Callable[[], object], write_changes: Callable[[], object]
+        self,
+        facts: dict[str, Any],
+        manifest: dict[str, Any],
+        input_hash: str,
+        write_sids: Callable[[], object],
+        write_changes: Callable[[], object],
     ) -> None:
         """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and say so; not in a dry run,
         nor where it was published and then rolled back. Raises GateError where the live generation is on hold."""
         if self.dry:
-            self.track.status = "dry run"
-            self.track.note(f"dry run: all gates passed; generation {self.live['generation']} stays live")
+            self.context.status = "dry run"
+            self.context.note(f"dry run: all gates passed; generation {self.live['generation']} stays live")
             return
         if self.live["hold"]:
             self.pages()
             generations.check_hold(self.lake)
-        if generations.settled(self.lake, stamp):
+        if generations.settled(self.lake, input_hash):
             number = generations.next_number(self.lake) - 1
-            self._up_to_date(f"generation {number} is this night's and was rolled back: jobs/rollback.py --to {number} makes it live again")
+            self._up_to_date(
+                f"generation {number} is this night's and was rolled back: jobs/rollback.py --to {number} makes it "
+                "live again"
+            )
             return
         exports.check(self.cfg, self.lake, self.version)
         row = generations.publish(
-            self.track,
-            stamp,
+            self.context,
+            input_hash,
             facts,
             self.live["generation"],
             write_sids,
@@ -156,7 +167,7 @@ class Night:
             allowed=self.lease.check,
         )
         self._champion(row)
-        self.track.status = "done"  # whatever training the tokenizer said
+        self.context.status = "done"  # whatever training the tokenizer said
         self.refused.unlink(missing_ok=True)
         self.pages()
         self._summarize(facts)
@@ -167,7 +178,7 @@ class Night:
         number = f"{facts['generation']} (dry run)" if self.dry else facts["generation"]
         said = {"generation": number, "policy": facts["policy"], "items": facts["items"]}
         said |= {why: churned[why] for why in ("new", "changed", "removed")}
-        self.track.facts.update(said | {"churn": f"{churned['churn']:.2%}"})
+        self.context.facts.update(said | {"churn": f"{churned['churn']:.2%}"})
 
     def pages(self, dry: dict[str, Any] | None = None) -> None:
         """The page of the last generations and of a ``dry`` run, ``<run>/report/nights``, its figures too, also to
@@ -176,5 +187,5 @@ class Night:
         left = json.loads(self.refused.read_text(encoding="utf-8")) if self.refused.exists() else None
         rows = generations.history(self.lake)[-self.cfg.retokenize.keep :]
         report.write(folder, nights.build(self.cfg.name, rows, left, dry))
-        self.track.artifact(folder)
-        self.track.facts["page"] = str(folder / "index.html")
+        self.context.artifact(folder)
+        self.context.facts["page"] = str(folder / "index.html")

@@ -211,6 +211,15 @@ def test_python_in_the_text_compiles(path):
             compile(block, path.name, "exec")
 
 
+def test_the_messages_that_operations_quotes_are_those_of_the_code():
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    files = [file for package in ("adasid", "pipelines") for file in (ROOT / package).rglob("*.py")]
+    source = re.sub(r'"\s+f?"', "", "\n".join(file.read_text(encoding="utf-8") for file in files))
+    quoted = re.findall(r'"([^"]+)"', text[text.index("## Exit codes") : text.index("At code 4")])
+    assert len(quoted) > 10
+    assert not [part for phrase in quoted for part in phrase.split(" ... ") if part not in source]
+
+
 def test_the_python_api_works_as_the_readme_shows(tmp_path):
     (block,) = blocks(ROOT / "README.md", "python")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Train every retriever and ranker of the config's evaluate section on every tokenizer's SIDs; write one table and page.
+"""Train every retriever and ranker of the config's evaluate section on every tokenizer's SIDs, into one table and page.
 
   python jobs/evaluate.py --config conf/beauty.yaml
 

@@ -1,7 +1,7 @@
 """Copy items and interactions from the config's source (synthetic, Parquet, Delta, arrays, Amazon files) into the lake.
 
-  python jobs/ingest.py --config conf/demo.yaml
-  spark-submit jobs/ingest.py --config conf/beauty.yaml
+python jobs/ingest.py --config conf/demo.yaml
+spark-submit jobs/ingest.py --config conf/beauty.yaml
 """
 
 from pipelines import cli

@@ -1,6 +1,6 @@
 """Write the report page of the stages that have run, and its figures: <runs_dir>/<name>/report/index.html.
 
-  python jobs/report.py --config conf/demo.yaml
+python jobs/report.py --config conf/demo.yaml
 """
 
 from pipelines import cli

@@ -74,7 +74,7 @@ def _from_1(lake: Lake) -> list[str]:
         done.append("catalog_stats: column run is input_hash")
     if lake.exists("rejected_rows") and "run" in lake.schema("rejected_rows").names:
         input_hash = str(lake.input_hash("rejected_rows"))
-        old = lake.open("rejected_rows").to_pyarrow_dataset()  # opened before the write, during which no table can be opened
+        old = lake.open("rejected_rows").to_pyarrow_dataset()  # a write cannot open a table, so open it first
         lake.write("rejected_rows", tables.REJECTED_ROWS, _renamed(old), input_hash)
         done.append("rejected_rows: column run is input_hash")
     return done

@@ -223,7 +223,7 @@ def parameters(cfg: Config) -> dict[str, Any]:
     whose values are in each cell's own config."""
     sections = cfg.model_dump(mode="json", exclude={"compare", "evaluate"})
     flat = {key: value for section, values in sections.items() for key, value in _flatten(values, section).items()}
-    return {re.sub(r"[^\w./ :-]", "_", key): value for key, value in flat.items()}  # MLflow allows only these characters
+    return {re.sub(r"[^\w./ :-]", "_", key): value for key, value in flat.items()}  # MLflow allows no others
 
 
 def _flatten(value: Any, prefix: str) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def go_back(context: StageContext, number: int, hold: bool = False) -> Generatio
     rows = {row["generation"]: row for row in history(lake)}
     if number not in rows:
         known = f"{min(rows)} to {max(rows)}" if rows else "none"
-        raise InputError(f"generation {number} does not exist (there are: {known}): name one of them with --to")
+        raise InputError(f"generation {number} does not exist (existing: {known}): name one of them with --to")
     row = rows[number]
     gone = lake.missing("sids", row["sids_version"])
     if gone:

@@ -172,7 +172,7 @@ def reason(stage: Stage, inputs: Inputs, lake: Lake) -> str:
             return f"no output yet (table {table})"
     last = recorded(stage, inputs.cfg)
     if last is None:
-        return "no output yet" if not stage.writes(inputs.cfg) else "no record of what its output was made of"
+        return "no output yet" if not stage.writes(inputs.cfg) else "no record of the inputs of its output"
     found = [
         f"{table} is at version {version}, was {last['versions'].get(table, 'not read')}"
         for table, version in inputs.versions.items()

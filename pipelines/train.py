@@ -57,7 +57,7 @@ def behavior_skipped(cfg: Config, lake: Lake) -> tuple[str, str] | None:
     if cfg.behavior.source == "column":
         return "not needed", "the items bring their behaviour embeddings: nothing to train"
     if cfg.behavior.refresh == "keep" and lake.exists("behavior_embeddings"):
-        text = "the embeddings that are there serve; items that have none yet count as without behaviour"
+        text = "the existing embeddings are used; items without one count as without behaviour"
         return "kept", f"behavior.refresh is keep: {text}"
     return None
 

@@ -106,7 +106,7 @@ def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key
     if times[first] == times[0]:
         raise InputError(
             f"features.{key} is 'global_time' but the last {sum(shares):g} of the {ranked.size} events begin at the "
-            "first time there is: "
+            "earliest time: "
             f"no training part is left; lower features.{share_key}, or set features.{key}: {other}"
         )
     moment = F.unix_micros("time")

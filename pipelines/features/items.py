@@ -48,7 +48,7 @@ def check(cfg: Config, lake: Lake) -> None:
     index in all tables."""
     if not stage.check_fresh(ITEM_FEATURES, cfg, lake):
         raise InputError(
-            "item_features is of other items or settings than item_stats and this run's config: run "
+            "item_features was computed from other items or settings than item_stats and this run's config: run "
             "jobs/build_features.py again"
         )
 

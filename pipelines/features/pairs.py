@@ -29,8 +29,8 @@ def check(cfg: Config, lake: Lake) -> None:
     """Raise InputError unless ``item_pairs`` was computed from the newest events, with the config's settings."""
     if not stage.check_fresh(ITEM_PAIRS, cfg, lake):
         raise InputError(
-            f"table {TABLE} is not there, or of other events or settings than this run's: run jobs/build_features.py "
-            "again"
+            f"table {TABLE} does not exist, or was computed from other events or settings than this run's: run "
+            "jobs/build_features.py again"
         )
 
 

@@ -113,7 +113,7 @@ def read(nightly: NightlyRun, since: int, fed: bool) -> tuple[Change | None, boo
         raise NeedsFullRun("items without an id or a fingerprint")
     published = _published(nightly, told.ids)
     if (published["codes"].is_valid().to_numpy() != told.was).any():
-        raise NeedsFullRun("item_features tells of items that are not those of the live SIDs")
+        raise NeedsFullRun("the changes of item_features do not fit the items of the live SIDs")
     same = pc.equal(told.last["fingerprint"], published["fingerprint"]).fill_null(False).to_numpy()
     was, now = told.was, told.now
     kind = np.select([was & now & same, was & now, now, was], ["same", "changed", "new", "removed"], "passing")
@@ -152,7 +152,7 @@ def vectors(nightly: NightlyRun, since: int, change: Change, columns: list[str],
     rows = pa.Table.from_batches(parts, schema)
     place = pc.index_in(ids, rows["item_id"].combine_chunks())
     if place.null_count or rows.num_rows != len(ids):
-        raise NeedsFullRun("the vectors of an item are missing, or twice there")
+        raise NeedsFullRun("the vectors of an item are missing or occur twice")
     return rows.take(place)
 
 

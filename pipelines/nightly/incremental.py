@@ -62,7 +62,7 @@ def publish(nightly: NightlyRun) -> bool:
         made = _prepared(nightly)
     except (NeedsFullRun, OSError, DeltaError, pa.ArrowException) as error:
         if str(error):
-            nightly.context.note(f"left to Spark: {first_line(error)}")
+            nightly.context.note(f"full run on Spark: {first_line(error)}")
         return False
     nightly.found(made.how, made.counts)
     rows, moves, facts = made.rows, made.moves, made.facts
@@ -82,9 +82,9 @@ def publish(nightly: NightlyRun) -> bool:
         )
     except (OSError, DeltaError, pa.ArrowException) as error:
         raise InputError(
-            f"night {nightly.day}: its table or its files cannot be written below {nightly.cfg.run_dir} "
+            f"nightly run of {nightly.day}: its table or files cannot be written below {nightly.cfg.run_dir} "
             f"({first_line(error)}); generation "
-            f"{generations.pointer(nightly.lake)} stays live: mend the disk or the table, then run the night again"
+            f"{generations.pointer(nightly.lake)} stays live: mend the disk or the table, then run it again"
         ) from error
     return True
 
@@ -97,7 +97,7 @@ def _prepared(nightly: NightlyRun) -> _Prepared:
     if live["items"] > settings.small_table:
         raise NeedsFullRun(f"{live['items']} items are more than retokenize.small_table")
     if "counts" not in live["drift"] or "tail_group_sizes" not in live["metrics"]:
-        raise NeedsFullRun(f"generation {live['generation']} was published before its counts were kept")
+        raise NeedsFullRun(f"generation {live['generation']} was published without its counts")
     version = _base(nightly)
     tokenizer, manifest = nightly.champion()
     torch.set_num_threads(1)  # as on Spark's workers, so that results agree
@@ -141,7 +141,7 @@ def _base(nightly: NightlyRun) -> int:
         if set(files) != set(nightly.lake.open("sids", nightly.live["sids_version"]).file_uris()):
             raise NeedsFullRun("the newest rows of sids are not the live ones")
         if len(files) > _FILES:
-            raise NeedsFullRun(f"sids has {len(files)} files, and is written anew")
+            raise NeedsFullRun(f"sids has {len(files)} files and is rewritten")
     return int(newest.version())
 
 
@@ -245,7 +245,7 @@ def _grouped(
     order = _keys(distinct).argsort()
     distinct, keys = distinct[order], _keys(distinct)[order]
     if (keys[1:] == keys[:-1]).any():
-        raise NeedsFullRun("two SIDs have one key")
+        raise NeedsFullRun("two SIDs have the same hash")
 
     def group(rows: Integers) -> Integers:
         """Return the index of each row of codes in ``distinct``; -1 for none."""

@@ -106,7 +106,7 @@ class NightlyRun:
 
     def found(self, how: str, counts: Mapping[str, int]) -> None:
         """Note how many items are new, changed and removed, and the method of detection."""
-        self.context.facts["found by"] = how
+        self.context.facts["detected by"] = how
         self.context.note(
             f"by {how}: " + ", ".join(f"{counts.get(why, 0)} {why}" for why in ("new", "changed", "removed"))
         )
@@ -152,8 +152,8 @@ class NightlyRun:
         if generations.settled(self.lake, input_hash):
             number = generations.next_number(self.lake) - 1
             self._up_to_date(
-                f"generation {number} is this night's and was rolled back: jobs/rollback.py --to {number} makes it "
-                "live again"
+                f"generation {number} was published from these inputs and rolled back: jobs/rollback.py --to {number} "
+                "makes it live again"
             )
             return
         exports.check(self.cfg, self.lake, self.version)

@@ -68,10 +68,10 @@ def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -
                 _publish(nightly)
         except (Py4JJavaError, PySparkException, OSError) as error:
             raise InputError(
-                f"night {day}: item_features version {version} or sids version {live['sids_version']} cannot be worked "
-                f"on ({engine.root_cause(error)}); "
+                f"nightly run of {day}: item_features version {version} or sids version {live['sids_version']} cannot "
+                f"be processed ({engine.root_cause(error)}); "
                 f"generation {generations.pointer(lake)} stays live: mend the table or the disk that it names, then "
-                "run the night again"
+                "run it again"
             ) from error
 
 
@@ -278,7 +278,7 @@ def _judge(nightly: NightlyRun, facts: dict[str, Any], moves: DataFrame, whole: 
             f" (policy {facts['policy']}; to publish without moving SIDs: --set retokenize.policy=frozen; else "
             "raise retokenize.gates.max_churn)"
         )
-    text = f"{'dry run: ' if nightly.dry else ''}night {facts['run_date']} not published: {text}"
+    text = f"{'dry run: ' if nightly.dry else ''}nightly run of {facts['run_date']} not published: {text}"
     raise GateError(
         f"{text}. Generation {nightly.live['generation']} stays live; worst items: "
         + "; ".join(f"{name}: {', '.join(items[:3])}" for name, items in worst.items() if items)

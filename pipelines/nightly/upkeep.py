@@ -77,7 +77,7 @@ def _readable(context: StageContext, name: str, version: int) -> bool:
     try:
         context.lake.open(name, version)
     except InputError:
-        context.note(f"{name} version {version} is needed but its log is gone: it cannot be kept")
+        context.note(f"{name} version {version} is needed but its log is gone: it cannot be retained")
         return False
     return True
 

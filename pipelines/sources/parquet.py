@@ -172,7 +172,7 @@ def _check(
         if without:
             note(
                 f"{where}: column {name!r} is missing in {len(without)} of {len(files)} files (first: {without[0]}): "
-                "null there"
+                "it is null in their rows"
             )
     for own in distinct:
         _check_title(where, own, target, note)

@@ -255,7 +255,7 @@ def test_a_damaged_change_feed_is_gone_around(merged, tmp_path, undisturbed_smal
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         (file.parent / f".{file.name}.crc").unlink(missing_ok=True)
     code, last = here(path, capsys)
-    assert code == 0 and "found by fingerprints" in last, last
+    assert code == 0 and "detected by fingerprints" in last, last
     names = ["item_id", "codes", "active", "collision_rank", "generation", "fingerprint"]
     assert by_item(lake, None, names).equals(undisturbed_small[0].select(names))
 

@@ -323,7 +323,7 @@ def test_columns_that_only_some_files_have_are_null_in_the_others(make_config, t
         ("1970-01-01T00:00:05.000000Z", 4.5),
     ]
     assert (
-        f"{events}: column 'rating' is missing in 1 of 3 files (first: {events}/day1.parquet): null there"
+        f"{events}: column 'rating' is missing in 1 of 3 files (first: {events}/day1.parquet): it is null in their rows"
         in capsys.readouterr().err
     )
 

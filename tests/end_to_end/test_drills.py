@@ -1,8 +1,9 @@
-"""Failure drills of the nightly job, with real processes: killed at any step, started twice, fed with broken tables;
-yesterday's table stays live.
+"""Drill failures of the nightly job with real processes: killed at any step, started twice, given broken tables; the
+previous table stays live.
 
-``ADASID_DRILLS`` sets how many kills there are (`make drills` takes 30); each result is kept below
-``ADASID_DRILLS_LOG`` as it comes."""
+``ADASID_DRILLS`` sets the number of kills (`make drills` takes 30); each result is written at once below
+``ADASID_DRILLS_LOG``.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The nightly job on real Delta tables: what moves, what stays, what is refused, and how one gets back."""
+"""Test the nightly job on real Delta tables: which SIDs change, which stay, what is refused, and how to roll back."""
 
 import json
 from collections import Counter

@@ -1,5 +1,5 @@
-"""What stands between new tables and readers: steps that were left out, gates of a replacement, a hold, a dry run.
-Copies of one published shop."""
+"""Test the checks between new tables and readers: missed steps, gates of a replacement, a hold, a dry run. Each test
+works on a copy of one published shop."""
 
 from datetime import date
 

@@ -1,4 +1,5 @@
-"""Ingest, reader by reader, on real Spark and Delta: what arrives, what is refused and how it says so."""
+"""Test ingest, reader by reader, on real Spark and Delta: which rows arrive, what is rejected and with which
+message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Co-engaged pairs against brute force, and when the stage writes them."""
+"""Test co-engaged pairs against brute force, and when the stage writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of the nightly job."""
+"""Test the page of the nightly job."""
 
 import pytest
 

@@ -284,7 +284,7 @@ def _metadata(commit: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digest(commit: Mapping[str, Any]) -> str | None:
     found = _metadata(commit).get(STAMP)
-    return None if found in (None, "None") else str(found)  # maintenance writes "None" for a table without a hash
+    return None if found in (None, "None") else str(found)  # after maintenance of a table without a hash
 
 
 def _nullable(schema: pa.Schema) -> pa.Schema:

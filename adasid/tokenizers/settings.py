@@ -1,4 +1,4 @@
-"""Settings that several tokenizers share. Those of one method are in its package, beside its class.
+"""This module has the settings that several tokenizers share. Settings of one method are in its package.
 
 Nothing here imports torch: :mod:`adasid.config` reads the settings of all tokenizers, also in processes without torch.
 """
@@ -164,7 +164,7 @@ class TokenizerSettings(Section):
 
     @classmethod
     def reading(cls, content: Sequence[str]) -> dict[str, Any]:
-        """Return the keys, with values, by which a section that does not say what it reads reads all of ``content``."""
+        """Return the keys, with values, by which a section that does not list its inputs reads all of ``content``."""
         return {}
 
 
@@ -184,7 +184,7 @@ class ContentSettings(Section):
 
     @classmethod
     def reading(cls, content: Sequence[str]) -> dict[str, Any]:
-        """Return ``content`` as the value of that key."""
+        """Return ``content`` as the value of the key ``content``."""
         return {"content": list(content)}
 
     @model_validator(mode="after")
@@ -257,8 +257,8 @@ class SpacesSettings(ContentSettings, FittedSettings):
 
 
 def check_slots(key: str, numbers: Mapping[str, int], behavior: bool) -> None:
-    """Check ``numbers``, modality -> slots, of ``tokenizer.<key>``. Raises ValueError where there is none, for a number
-    below 1, for a name that is no modality (``behavior`` only where allowed), and for behaviour that is not last."""
+    """Check ``numbers``, modality -> slots, of ``tokenizer.<key>``. Raises ValueError if it is empty, for a number
+    below 1, for a name that is no modality (``behavior`` only if allowed), and for behaviour that is not last."""
     if not numbers:
         raise ValueError(f"tokenizer.{key} is empty: name at least one modality, for example text")
     for modality, number in numbers.items():

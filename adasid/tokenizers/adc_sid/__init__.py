@@ -1,4 +1,4 @@
-"""ADC-SID, the default: its settings; the class is in ``model``."""
+"""This package has ADC-SID, the default tokenizer: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class AdcSidSettings(TrainedSettings):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Content, then behaviour."""
+        """Content modalities, then behaviour."""
         return (*self.content, BEHAVIOR)
 
     @classmethod

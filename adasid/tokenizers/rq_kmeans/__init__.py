@@ -1,4 +1,4 @@
-"""RQ-KMeans: its settings; the class is in ``model``."""
+"""This package has RQ-KMeans: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 

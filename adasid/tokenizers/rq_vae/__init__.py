@@ -1,4 +1,4 @@
-"""RQ-VAE and RQ-VAE++: their settings; the classes are in ``model``."""
+"""This package has RQ-VAE and RQ-VAE++: their settings here, the classes in ``model``."""
 
 from __future__ import annotations
 

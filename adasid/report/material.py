@@ -1,4 +1,4 @@
-"""What a report is made from: plain values, each of which may be missing."""
+"""This module has the data of a report: plain values, each of which may be missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Training:
-    """A training's folder: rows of ``metrics.jsonl`` and the closing facts (``result.json`` or ``manifest.json``)."""
+    """The data of a training's folder: rows of ``metrics.jsonl`` and the final facts (``result.json`` or
+    ``manifest.json``)."""
 
     rows: Sequence[Row]
     facts: Row
@@ -22,10 +23,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Material:
-    """``catalog``: the row of ``catalog_stats``; ``generation``: a row of ``generations`` with its JSON columns parsed
-    (``refused``: a newer one that is not live); ``stages``: all rows of ``stages.jsonl``; ``versions``: tables that the
-    report itself read; ``lags``: sentences on tables that lag behind those that they were made of; ``created``: when,
-    as text."""
+    """The data of a report. ``catalog``: the row of ``catalog_stats``; ``generation``: a row of ``generations`` with
+    its JSON columns parsed (``refused``: a newer one that is not live); ``stages``: all rows of ``stages.jsonl``;
+    ``versions``: tables that the report itself read; ``lags``: sentences on tables that are older than their inputs;
+    ``created``: time of creation, as text."""
 
     cfg: Config
     catalog: Row | None = None
@@ -40,7 +41,7 @@ class Material:
 
     @property
     def empty(self) -> bool:
-        """Whether no stage has left anything to report."""
+        """Whether no stage has left data to report."""
         return not any((self.catalog, self.generation, self.refused, self.behavior, self.tokenizer))
 
     @property
@@ -63,8 +64,8 @@ class Material:
 
     @property
     def behavior_slots(self) -> dict[int, str]:
-        """Index and name of the slots that the router switches: by the tokenizer's manifest where it is known, else by
-        their name."""
+        """Return index and name of the slots that the router switches, by the tokenizer's manifest if it is known, else
+        by their names."""
         kinds = {
             slot["name"]: slot["kind"] for slot in (self.tokenizer.facts.get("slots", ()) if self.tokenizer else ())
         }
@@ -76,7 +77,7 @@ class Material:
 
     @property
     def controller(self) -> tuple[float, float] | None:
-        """(alpha, beta) of the alignment weight; None until training has settled them."""
+        """(alpha, beta) of the alignment weight; None until training has set them."""
         alpha, beta = (self._controller.get(name) for name in ("alpha", "beta"))
         return None if isinstance(beta, str) or alpha is None or beta is None else (float(alpha), float(beta))
 
@@ -100,7 +101,8 @@ class Material:
 
 
 def last_stages(rows: Sequence[Row]) -> list[Row]:
-    """The last row of each stage and part, in the order in which they first ran; the report's own are left out."""
+    """Return the last row of each stage and part, in the order in which they first ran; the report's own rows are
+    omitted."""
     last: dict[tuple[str, str], Row] = {}
     for row in rows:
         if row["stage"] != "report":
@@ -109,5 +111,5 @@ def last_stages(rows: Sequence[Row]) -> list[Row]:
 
 
 def part(row: Row) -> str:
-    """Which part of a stage a row of ``stages.jsonl`` is about; empty where the stage has none."""
+    """Return the part of a stage that a row of ``stages.jsonl`` is about; empty if the stage has no parts."""
     return str(row.get("part") or (row.get("facts") or {}).get("part") or "")

@@ -1,4 +1,4 @@
-"""Contrastive alignment and the controller of its strength (ADC-SID eqs 15 to 21; methods 1.5)."""
+"""Contrastive alignment and the controller of its strength (ADC-SID, arXiv 2510.25622, eqs 17 to 20; methods 1.5)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ WEAK = 0.05
 
 
 def alignment_weight(richness: Tensor, alpha: float, beta: float) -> Tensor:
-    """``w = sigma(alpha x - beta) / sigma(alpha - beta)`` for richness x in [0, 1]: rises, and is 1 at x = 1 (ADC-SID
-    eq 17)."""
+    """``w = sigma(alpha x - beta) / sigma(alpha - beta)`` for richness x in [0, 1]: rises, and is 1 at x = 1
+    (ADC-SID eq 17)."""
     return torch.sigmoid(alpha * richness - beta) / (1 / (1 + math.exp(beta - alpha)))
 
 
@@ -40,7 +40,8 @@ def info_nce(
     valid: Tensor | None = None,
     items: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Loss of each anchor: -log softmax of its positive among ``candidates`` by cosine / temperature.
+    """Loss of each anchor: -log softmax of its positive among ``candidates`` by cosine / temperature (ADC-SID eqs 18
+    to 20, one direction).
 
     ``anchors`` [B, d], ``candidates`` [C, d], ``positives`` [B]: index of the positive; ``valid`` [C] bool: candidates
     that exist; ``items``: item of each anchor [B] and of each candidate [C], so that further rows of the anchor's item

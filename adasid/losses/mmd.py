@@ -1,4 +1,4 @@
-"""Maximum mean discrepancy of two samples (MME-SID, arXiv 2509.02017; methods 6.6)."""
+"""Maximum mean discrepancy of two samples (Gretton et al., JMLR 2012; MME-SID, arXiv 2509.02017; methods 6.6)."""
 
 from __future__ import annotations
 

@@ -102,8 +102,9 @@ class Overlaps(NamedTuple):
 
 @torch.no_grad()
 def overlaps(codes: Tensor, index: Tensor, paired: Tensor | None) -> Overlaps:
-    """Qualified pairs (QuaSID eq 8: of different items, and no constructed positive) that have the same code in a slot.
-    Only pairs that match are ever listed: each slot is sorted, and its runs of one code are paired out."""
+    """Qualified pairs (QuaSID eq 8, methods 4.2: of different items, and no constructed positive) that have the same
+    code in a slot. Only pairs that match are ever listed: each slot is sorted, and its runs of one code are paired
+    out."""
     size, keys, bits = len(codes), [], []
     for slot, column in enumerate(codes.T):
         order = column.argsort(stable=True)
@@ -143,7 +144,8 @@ def loads(found: Overlaps, codes: Tensor, by_code: bool) -> Tensor:
 
 
 class HammingRepulsion(nn.Module):
-    """QuaSID eqs 9 to 13: a hinge on the cosine distance of overlapping pairs, wider and heavier for a full overlap.
+    """QuaSID eqs 9 to 13: a hinge on the cosine distance of overlapping pairs, wider and heavier for a full overlap
+    (methods 4.3).
 
     The Hamming distance is L - matching slots. An overlap has a matching slot. It is full where every slot in which
     either item has a code matches (so two items that lack the same modality can overlap fully), else partial up to a

@@ -22,14 +22,14 @@ class SparsityController(nn.Module):
 
     @torch.no_grad()
     def update(self, current: float, target: float) -> None:
-        """``lambda <- lambda a^{sign(target - current)}``; equality counts as too sparse (as in ReMoE's code); clamped
-        to 1e-10 .. 1e2."""
+        """``lambda <- lambda a^{sign(target - current)}`` (ReMoE eq 7); equality counts as too sparse (as in ReMoE's
+        code); clamped to 1e-10 .. 1e2."""
         self.weight.mul_(self.step if current < target else 1 / self.step).clamp_(*BOUNDS)
 
 
 def sparsity_loss(gates: Tensor, active_share: Tensor, target: float) -> Tensor:
     """``mean over items of sum_j f_j R_j`` with ``f_j = active_share_j / (1 - target)`` (detached): L1 that weighs busy
-    experts more.
+    experts more (ReMoE eqs 10 and 11).
 
     ``gates`` [B, N_b] >= 0; ``active_share`` [N_b]: share of items, over all workers, with R_j > 0. f_j is 1 at balance
     on target."""

@@ -1,5 +1,5 @@
 """What codes say about an item, measured alike for every tokenizer: how much of each modality can be read from them,
-and whether items that share codes are of one kind. PAD never counts as shared."""
+and whether items that share codes are of one kind (methods 8.10). PAD never counts as shared."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""AUC over all samples and GAUC, its mean over users weighted by their samples (methods 8.8), with bootstrap intervals
-over users."""
+"""AUC over all samples and GAUC, its mean over users weighted by their samples (DIN, arXiv 1706.06978; methods 8.8),
+with bootstrap intervals over users."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Richness in [0, 1] says how much is known about an item: the norm of its behaviour vector, or its training count.
 
-The Spark pipeline and the Python API share these formulas. Source: ADC-SID (arXiv 2510.25622), alignment strength.
+The Spark pipeline and the Python API share these formulas. Source: ADC-SID (arXiv 2510.25622 v3), eqs 15 and 16;
+methods 1.5.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How much a table of semantic IDs, and what it is made of, differs from an earlier one. Pure functions on arrays."""
+"""How much a table of semantic IDs, and what it is made of, differs from an earlier one (methods 8.11). Pure functions
+on arrays."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ _FLOOR = 1e-4
 
 
 def jensen_shannon(first: ArrayLike, second: ArrayLike) -> float:
-    """Jensen-Shannon divergence in bits of two histograms over the same codes [K]: 0 for equal shares, 1 where no code
-    is common. NaN where either is empty."""
+    """Jensen-Shannon divergence (Lin, 1991) in bits of two histograms over the same codes [K]: 0 for equal shares, 1
+    where no code is common. NaN where either is empty."""
     counts = [np.asarray(x, np.float64) for x in (first, second)]
     if min(c.sum() for c in counts) == 0:
         return float("nan")

@@ -90,7 +90,7 @@ class CosineCodebooks(nn.Module):
 
 def codebook_loss(quantized: Quantized, active: Tensor, commitment: float) -> Tensor:
     """The loss that the papers leave out (methods 1.4), on unit vectors: sum over slots of the mean over the batch of
-    ``||sg(z) - q||^2 + commitment ||z - sg(q)||^2``, only where ``active`` [L, B]."""
+    ``||sg(z) - q||^2 + commitment ||z - sg(q)||^2`` (VQ-VAE, arXiv 1711.00937, eq 3), only where ``active`` [L, B]."""
     mask = active.to(quantized.latents.dtype)
     codebook = ((quantized.latents.detach() - quantized.codewords) ** 2).sum(2)
     commit = ((quantized.latents - quantized.codewords.detach()) ** 2).sum(2)

@@ -1,5 +1,5 @@
-"""k-means: spherical for cosine codebooks (methods 9.3), Euclidean and balanced for residual and product quantization
-(methods 6.2, 6.3)."""
+"""k-means: spherical for cosine codebooks (methods 9.3), Euclidean and balanced (methods 9.6) for residual and product
+quantization (methods 6.2, 6.3)."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def nearest_euclidean(x: Tensor, centroids: Tensor, previous: PreviousCodes | No
 def previous_or_nearest(distances: Tensor, previous: PreviousCodes | None) -> Tensor:
     """Index of the smallest of ``distances`` [..., K], squared ones; but the code that is ``previous`` (codes [...],
     negative: none; slack) where its distance is at most 1 + slack times the smallest, so that small moves of a vector
-    leave its code."""
+    leave its code (methods 9.8)."""
     least, code = distances.min(dim=-1)
     if previous is None:
         return code
@@ -189,8 +189,8 @@ def _surplus(x: Tensor, k: int, scale: float, generator: torch.Generator) -> Ten
 
 
 def _seed(x: Tensor, k: int, generator: torch.Generator, distances: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Greedy k-means++: of a few candidates, drawn with probability proportional to their distance from the seeds so
-    far, the best. ``distances``: of points [n, d] from seeds [c, d] -> [n, c]."""
+    """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): of a few candidates, drawn with probability proportional
+    to their distance from the seeds so far, the best. ``distances``: of points [n, d] from seeds [c, d] -> [n, c]."""
     x = _sample(x, max(_SEEDED[0] * k, _SEEDED[1]), generator)
     trials = 2 + int(math.log(k))
     seeds = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]

@@ -131,7 +131,7 @@ def fit_opq_faiss(x: Tensor, parts: int, k: int, rounds: int) -> ProductQuantize
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:
-    """The orthogonal R that brings x R nearest to y; [n, w] each -> [w, w]."""
+    """The orthogonal R that brings x R nearest to y (Schoenemann, Psychometrika 1966); [n, w] each -> [w, w]."""
     return orthogonal(x.T @ y)
 
 

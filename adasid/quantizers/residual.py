@@ -1,4 +1,5 @@
-"""Residual codebooks: each level quantizes what the levels before it left (RQ-VAE, arXiv 2107.03312; methods 6.1)."""
+"""Residual codebooks: each level quantizes what the levels before it left (SoundStream, arXiv 2107.03312; TIGER, arXiv
+2305.05065; methods 6.1)."""
 
 from __future__ import annotations
 
@@ -106,8 +107,8 @@ class ResidualCodebooks(nn.Module):
 
 
 def residual_loss(quantized: Residual, there: Tensor, commitment: float) -> Tensor:
-    """L_rq: sum over levels of ``||sg(r_{l-1}) - e_l||^2 + commitment ||r_{l-1} - sg(e_l)||^2``, mean over dimensions
-    and batch; ``there`` [B]."""
+    """L_rq (TIGER's L_rqvae; methods 6.1): sum over levels of ``||sg(r_{l-1}) - e_l||^2 + commitment ||r_{l-1} -
+    sg(e_l)||^2``, mean over dimensions and batch; ``there`` [B]."""
     codebook = ((quantized.residuals.detach() - quantized.codewords) ** 2).mean(2)
     commit = ((quantized.residuals - quantized.codewords.detach()) ** 2).mean(2)
     return ((codebook + commitment * commit) * there).mean(1).sum()
@@ -115,8 +116,8 @@ def residual_loss(quantized: Residual, there: Tensor, commitment: float) -> Tens
 
 @torch.no_grad()
 def sinkhorn(distance: Tensor, entropy: float, rounds: int) -> Tensor:
-    """Balanced soft assignment of a batch, [B, K]: distances centred to [-1, 1], then rows and columns normalised in
-    turn (methods 9.7)."""
+    """Balanced soft assignment of a batch, [B, K]: distances centred to [-1, 1], then columns and rows normalised in
+    turn (Cuturi, arXiv 1306.0895; methods 9.7)."""
     d = distance.double()
     middle, spread = (d.max() + d.min()) / 2, (d.max() - d.min()).clamp(min=1e-12) / 2
     plan = torch.exp(-(d - middle) / spread / entropy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyspark
 from py4j.protocol import Py4JJavaError
+from pyspark import SparkConf, SparkContext
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from adasid import config
-from adasid.errors import InputError, first_line
+from adasid.errors import InputError
 from pipelines.engines.lake import Lake, stamped
 
 JARS = ("delta-spark_4.2_2.13-4.4.0.jar", "delta-storage-4.4.0.jar")
@@ -34,50 +36,51 @@ keeps the trace in a file."""
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 
 
-def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
-    """Get or start a session with Delta. Under spark-submit its master and memory win over the config's.
+_DEFAULTS = {
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+    "spark.log.level": "ERROR",
+}
+"""Settings that `spark-submit --conf` and spark-defaults.conf may replace."""
+_REQUIRED = {
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
+    # a version that a generation needs stays readable
+    "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",  # compaction outside Spark wraps INT96 around
+    "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
+    "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
+    "spark.sql.parquet.int96RebaseModeInRead": "CORRECTED",
+    "spark.sql.legacy.parquet.nanosAsLong": "true",  # 19 digits are nanoseconds
+    "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # 00001 is not 1
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+}
+"""Settings without which values would be read or written wrongly: nothing replaces them but ``spark.conf``."""
 
-    Raises InputError with the fix where Java or the Delta jars are missing.
+
+def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
+    """Get or start a session with Delta.
+
+    Under spark-submit its master and memory win over the config's, and what `--conf` and spark-defaults.conf set wins
+    over :data:`_DEFAULTS`. Raises InputError with the cause and the fix where Spark does not start, or where Java or
+    Delta's jars are missing.
     """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = SparkSession.builder.appName(name)
+    start = SparkConf(loadDefaults=False)
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
-        quiet = f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
-        builder = (
-            builder.master(settings.master)
-            .config("spark.driver.memory", settings.driver_memory)
-            .config("spark.driver.extraJavaOptions", quiet)
-        )
-    defaults = {
-        "spark.sql.extensions": _EXTENSION,
-        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
-        "spark.sql.shuffle.partitions": str(settings.shuffle_partitions),
-        "spark.databricks.delta.snapshotPartitions": "2",
-        "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
-        "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
-        # a version that a generation needs stays readable
-        "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",
-        "spark.sql.session.timeZone": "UTC",
-        "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",  # compaction outside Spark wraps INT96 around
-        "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
-        "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
-        "spark.sql.parquet.int96RebaseModeInRead": "CORRECTED",
-        "spark.sql.legacy.parquet.nanosAsLong": "true",  # 19 digits are nanoseconds
-        "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # 00001 is not 1
-        "spark.sql.execution.arrow.pyspark.enabled": "true",
-        "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": "false",
-        "spark.log.level": "ERROR",
-    }
-    for key, value in {**defaults, **settings.conf}.items():
-        builder = builder.config(key, value)
+        for key, value in _launch(settings).items():
+            start.set(key, value)
     try:
+        SparkContext._ensure_initialized(conf=start)
+        builder = SparkSession.builder.appName(name)
+        for key, value in chosen(settings, dict(SparkConf().getAll()), dict(start.getAll())).items():
+            builder = builder.config(key, value)
         spark = builder.getOrCreate()
     except Exception as error:
-        raise InputError(
-            f"Spark did not start ({first_line(error)}); it needs Java 17 or newer on PATH or JAVA_HOME: run `make "
-            "setup`"
-        ) from None
+        raise InputError(f"Spark did not start ({root_cause(error)}): {_start_fix(error)}") from None
     try:
         thread = spark._jvm.java.lang.Thread.currentThread()  # type: ignore[union-attr]
         thread.getContextClassLoader().loadClass(_EXTENSION)
@@ -90,6 +93,39 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     for logger in _TASK_LOGS:
         log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)
     return spark
+
+
+def _launch(settings: config.Spark) -> dict[str, str]:
+    """Settings that the JVM must have when it starts."""
+    options = f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
+    own = settings.conf.get("spark.driver.extraJavaOptions")
+    return {
+        "spark.master": settings.master,
+        "spark.driver.memory": settings.driver_memory,
+        "spark.driver.extraJavaOptions": f"{options} {own}" if own else options,
+    }
+
+
+def chosen(settings: config.Spark, given: Mapping[str, str], launch: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Settings of a session. ``given``: those of spark-submit and spark-defaults.conf; ``launch``: those that the JVM
+    was started with."""
+    defaults = {"spark.sql.shuffle.partitions": str(settings.shuffle_partitions), **_DEFAULTS}
+    extensions = [part for part in given.get("spark.sql.extensions", "").split(",") if part and part != _EXTENSION]
+    return {
+        **{key: value for key, value in defaults.items() if key not in given},
+        "spark.sql.extensions": ",".join((_EXTENSION, *extensions)),
+        **_REQUIRED,
+        **{key: str(value) for key, value in settings.conf.items()},
+        **(launch or {}),
+    }
+
+
+def _start_fix(error: Exception) -> str:
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        return "it needs Java 17 or newer on PATH or JAVA_HOME: run `make setup`"
+    if "GATEWAY" in str(error):
+        return "the JVM says why above; check spark.master, spark.driver_memory and spark.conf, or run `make setup`"
+    return "check spark.master, spark.conf and what spark-submit and spark-defaults.conf set"
 
 
 def jar_folder() -> Path:

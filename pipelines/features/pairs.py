@@ -1,5 +1,5 @@
 """Co-engaged pairs of items from the training events (table ``item_pairs``), by co-occurrence or Swing (Yang et al.,
-arXiv 2010.05525).
+arXiv 2010.05525; methods 4.1).
 
 Work is bounded by the arrays that are paired: a user brings at most ``max_user_items`` items and, for Swing, an item at
 most ``max_item_users`` users, so Swing forms at most items x max_item_users^2 / 2 pairs of users and from each of those

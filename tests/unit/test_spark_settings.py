@@ -1,0 +1,30 @@
+"""Whose Spark settings win."""
+
+from adasid.config import Spark
+from pipelines.engines.spark import _EXTENSION, _REQUIRED, _launch, chosen
+
+GIVEN = {
+    "spark.sql.shuffle.partitions": "512",
+    "spark.ui.enabled": "true",
+    "spark.sql.session.timeZone": "Asia/Tokyo",
+    "spark.sql.extensions": "com.example.Other",
+}
+
+
+def test_spark_submit_wins_over_defaults_but_not_where_values_would_be_wrong():
+    settings = chosen(Spark(shuffle_partitions=8), GIVEN)
+    assert "spark.sql.shuffle.partitions" not in settings and "spark.ui.enabled" not in settings
+    assert settings["spark.sql.session.timeZone"] == "UTC" and _REQUIRED.items() <= settings.items()
+    assert settings["spark.sql.extensions"] == f"{_EXTENSION},com.example.Other"
+
+
+def test_the_config_wins_over_both_and_defaults_fill_the_rest():
+    own = {"spark.ui.enabled": "false", "spark.sql.session.timeZone": "UTC+1", "spark.task.maxFailures": 2}
+    settings = chosen(Spark(shuffle_partitions=8, conf=own), {**GIVEN, "spark.task.maxFailures": "9"})
+    assert {key: settings[key] for key in own} == {key: str(value) for key, value in own.items()}
+    assert chosen(Spark(shuffle_partitions=8), {})["spark.sql.shuffle.partitions"] == "8"
+
+
+def test_java_options_of_the_config_join_those_of_the_log():
+    found = _launch(Spark(conf={"spark.driver.extraJavaOptions": "-Xss4m"}))["spark.driver.extraJavaOptions"]
+    assert "log4j2.properties" in found and found.endswith(" -Xss4m")

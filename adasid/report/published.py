@@ -1,10 +1,9 @@
 """This module has published results and claims, shown beside ours, never mixed with them.
 
 ``ADC_SID``: arXiv 2510.25622 v3, table 2, Amazon Beauty with images, as printed; the row of item ids is from v1's table
-2, because v3 has none. Its ratios of NDCG at different cut-offs are not those of single-target evaluation (methods
-8.7), so only the order of the methods can be compared. ``LEAVE_ONE_OUT``: last item = test, full ranking over the
-items, as here. ``CLAIMS`` and ``HEAD_TAIL``: statements of the same paper on the order; table 2 in ``CLAIMS`` is on its
-industrial data."""
+2, because v3 has none. Its growth of NDCG with the cut-off is not that of single-target evaluation (methods 8.7), so
+only the order of the methods can be compared. ``LEAVE_ONE_OUT``: last item = test, full ranking over the items, as
+here. ``CLAIMS`` and ``HEAD_TAIL``: the same paper's claims on the order, all but table 2 on its industrial data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This module has the base class of every settings model and the types that they share. No settings module imports
+"""This module defines the base class of every settings model and the types that they share. No settings module imports
 torch."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This module has the fitted tokenizer of the Python API, which encodes items to semantic IDs and is saved to a
+"""This module defines the fitted tokenizer of the Python API, which encodes items to semantic IDs and is saved to a
 folder."""
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SemanticIds:
 
     @cached_property
     def tokens(self) -> NDArray[np.object_]:
-        """Text tokens [n, L], such as ``<t0_17>`` and ``<b2_pad>``; computed on first access."""
+        """Return the text tokens [n, L], such as ``<t0_17>`` and ``<b2_pad>``; computed on first access."""
         tokens: NDArray[np.object_] = _names(self.slots)[np.arange(len(self.slots))[None, :], self.codes]
         return tokens
 
@@ -69,22 +69,23 @@ class SidTokenizer:
 
     @property
     def settings(self) -> TokenizerSettings:
-        """All settings of the tokenizer."""
+        """Return all settings of the tokenizer."""
         return artifact.settings_of(self.manifest)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """Name, kind (shared, behavior, or the modality) and codebook size of each of the L slots."""
+        """Return the name, kind (shared, behavior, or the modality) and codebook size of each of the L slots."""
         return self.tokenizer.slots
 
     @property
     def widths(self) -> dict[str, int]:
-        """Modality -> width D, of all modalities that are read."""
+        """Return modality -> width D, of all modalities that are read."""
         return dict(self.tokenizer.widths)
 
     @property
     def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 of the weights. Equal digests mean equal weights, bit for bit."""
+        """Return the first 16 hex digits of the SHA-256 of the weights. Equal digests mean equal weights, bit for
+        bit."""
         return str(self.manifest["digest"])
 
     def __repr__(self) -> str:
@@ -144,7 +145,7 @@ class SidTokenizer:
 
     @cached_property
     def _gated(self) -> bool:
-        """Whether the tokenizer reads richness."""
+        """Return whether the tokenizer reads richness."""
         return "router" in type(self.settings).model_fields
 
     def _given(self, items: Items, counts: ArrayLike | None, richness: ArrayLike | None) -> NDArray[Any] | None:

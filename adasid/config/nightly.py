@@ -1,4 +1,4 @@
-"""This module has the settings of the nightly job: how new and changed items get their SIDs, and the gates for
+"""This module defines the settings of the nightly job: how new and changed items get their SIDs, and the gates for
 publishing."""
 
 from __future__ import annotations

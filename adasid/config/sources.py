@@ -1,4 +1,4 @@
-"""This module has the settings of the sources of items and interactions."""
+"""This module defines the settings of the sources of items and interactions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This module has the settings of the stages around the tokenizer, and of the engines."""
+"""This module defines the settings of the stages around the tokenizer, and of the engines."""
 
 from __future__ import annotations
 

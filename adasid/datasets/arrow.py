@@ -1,5 +1,5 @@
-"""This module has the Arrow helpers of the data sources. They run in Spark's Python workers, so they take and return
-plain data."""
+"""This module defines the Arrow helpers of the data sources. They run in Spark's Python workers, so they take and
+return plain data."""
 
 from __future__ import annotations
 

@@ -59,25 +59,26 @@ class Catalog:
 
     @cached_property
     def rank(self) -> NDArray[np.int32]:
-        """Popularity rank of each item (items,), 0 is the most popular."""
+        """Return the popularity rank of each item (items,), 0 is the most popular."""
         return self.generator("rank").permutation(np.arange(self.params.items, dtype=np.int32))
 
     @cached_property
     def topic(self) -> NDArray[np.int32]:
-        """Topic of each item (items,)."""
+        """Return the topic of each item (items,)."""
         drawn = self.generator("topic").integers(0, self.params.topics, self.params.items, dtype=np.int32)
         return np.where(self.twin, np.roll(drawn, 1), drawn)
 
     @cached_property
     def twin(self) -> NDArray[np.bool_]:
-        """Whether each item is a near-copy of the one before it (items,); only odd ones, so that no copy is copied."""
+        """Return whether each item is a near-copy of the one before it (items,); only odd ones, so that no copy is
+        copied."""
         drawn: NDArray[np.bool_] = self.generator("twins").random(self.params.items) < 2 * self.params.near_duplicates
         drawn[::2] = False
         return drawn
 
     @cached_property
     def total(self) -> float:
-        """Sum of the Zipf weights."""
+        """Return the sum of the Zipf weights."""
         return float(np.sum(self._weight(np.arange(self.params.items))))
 
     def _weight(self, rank: NDArray[np.integer]) -> NDArray[np.float64]:
@@ -90,12 +91,12 @@ class Catalog:
 
     @cached_property
     def order(self) -> NDArray[np.int32]:
-        """Items sorted by topic (items,)."""
+        """Return the items sorted by topic (items,)."""
         return np.argsort(self.topic, kind="stable").astype(np.int32)
 
     @cached_property
     def cdf(self) -> NDArray[np.float64]:
-        """Cumulative p_i over ``order`` (items,)."""
+        """Return the cumulative p_i over ``order`` (items,)."""
         sums = np.cumsum(self._weight(self.rank[self.order]))
         sums /= sums[-1]
         return sums
@@ -107,7 +108,7 @@ class Catalog:
 
     @cached_property
     def edges(self) -> NDArray[np.float64]:
-        """``cdf`` at the borders of the topics (topics + 1,)."""
+        """Return ``cdf`` at the borders of the topics (topics + 1,)."""
         return np.concatenate([[0.0], self.cdf[np.maximum(self.bounds[1:] - 1, 0)] * (self.bounds[1:] > 0)])
 
     def pick(self, uniform: NDArray[np.float64], topic: NDArray[np.int32] | None = None) -> NDArray[np.int32]:

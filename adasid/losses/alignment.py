@@ -1,5 +1,5 @@
-"""This module has the contrastive alignment and the controller of its strength (ADC-SID, arXiv 2510.25622, eqs 17 to
-20; methods 1.5)."""
+"""This module defines the contrastive alignment and the controller of its strength (ADC-SID, arXiv 2510.25622, eqs 17
+to 20; methods 1.5)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""This module has the maximum mean discrepancy of two samples (Gretton et al., JMLR 2012; MME-SID, arXiv 2509.02017;
-methods 6.6)."""
+"""This module defines the maximum mean discrepancy of two samples (Gretton et al., JMLR 2012; MME-SID, arXiv
+2509.02017; methods 6.6)."""
 
 from __future__ import annotations
 

@@ -53,12 +53,12 @@ class Overlaps(NamedTuple):
 
     @property
     def first(self) -> Tensor:
-        """i of each pair [P]."""
+        """Return i of each pair [P]."""
         return self.key.div(self.rows, rounding_mode="floor")
 
     @property
     def second(self) -> Tensor:
-        """j of each pair [P]."""
+        """Return j of each pair [P]."""
         return self.key % self.rows
 
     def where(self, chosen: Tensor) -> Overlaps:

@@ -1,4 +1,5 @@
-"""This module has the adaptive sparsity of a ReLU router (ReMoE, arXiv 2412.14711, eqs 7 to 11; methods 1.7 and 2)."""
+"""This module defines the adaptive sparsity of a ReLU router (ReMoE, arXiv 2412.14711, eqs 7 to 11; methods 1.7 and
+2)."""
 
 from __future__ import annotations
 

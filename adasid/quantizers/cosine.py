@@ -1,4 +1,4 @@
-"""This module has cosine codebooks, one for each expert, searched in one batched product (methods 1.2 to 1.4, 9.4,
+"""This module defines cosine codebooks, one for each expert, searched in one batched product (methods 1.2 to 1.4, 9.4,
 9.5)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This module has residual codebooks: each level quantizes the residual of the levels before it (SoundStream, arXiv
+"""This module defines residual codebooks: each level quantizes the residual of the levels before it (SoundStream, arXiv
 2107.03312; TIGER, arXiv 2305.05065; methods 6.1)."""
 
 from __future__ import annotations

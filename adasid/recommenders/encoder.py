@@ -1,4 +1,4 @@
-"""This module has the causal transformer over a user's items, shared by SASRec and the generative retriever."""
+"""This module defines the causal transformer over a user's items, shared by SASRec and the generative retriever."""
 
 from __future__ import annotations
 

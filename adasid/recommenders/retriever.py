@@ -218,12 +218,12 @@ class AutoregressiveRetriever(Retriever):
 
     @cached_property
     def prefixes(self) -> Prefixes:
-        """Prefixes of the catalogue, computed on first use."""
+        """Return the prefixes of the catalogue, computed on first use."""
         return Prefixes.of(self.catalogue).to(self.catalogue.rows.device)
 
     @cached_property
     def _columns(self) -> list[Tensor]:
-        """Random column of each slot's tokens in the search [size]; top-k may break ties by column."""
+        """Return the random column of each slot's tokens in the search [size]; top-k may break ties by column."""
         random = torch.Generator().manual_seed(0)
         return [torch.randperm(size, generator=random).to(self.table.device) for size in self.catalogue.sizes]
 

@@ -1,4 +1,5 @@
-"""This module has SASRec (arXiv 1808.09781) with a lazily updated item table, and the sampled softmax that trains it.
+"""This module defines SASRec (arXiv 1808.09781) with a lazily updated item table, and the sampled softmax that trains
+it.
 
 The rows of the item table are the behaviour embeddings; methods 7.4 explains why the loss and the optimiser decide
 whether their norms measure popularity.

@@ -87,7 +87,7 @@ class ItemTokens:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """First row of each slot."""
+        """Return the first row of each slot."""
         return _starts(self.sizes)
 
 
@@ -152,7 +152,7 @@ class Prefixes:
 
     @cached_property
     def _place(self) -> Tensor:
-        """Position of each item in ``items`` [M]."""
+        """Return the position of each item in ``items`` [M]."""
         return self.items.argsort()
 
     def members(self, leaves: Tensor) -> tuple[Tensor, Tensor]:

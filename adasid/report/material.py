@@ -1,4 +1,4 @@
-"""This module has the data of a report: plain values, each of which may be missing."""
+"""This module defines the data of a report: plain values, each of which may be missing."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ class Material:
 
     @property
     def empty(self) -> bool:
-        """Whether no stage has left data to report."""
+        """Return whether no stage has left data to report."""
         return not any((self.catalog, self.generation, self.refused, self.behavior, self.tokenizer))
 
     @property
     def codes(self) -> Row:
-        """The code metrics of the generation; empty before one is published."""
+        """Return the code metrics of the generation; empty before one is published."""
         return self.generation["metrics"] if self.generation else {}
 
     @property
     def published(self) -> bool:
-        """Whether the generation shown is live."""
+        """Return whether the generation shown is live."""
         return bool(self.generation and self.generation["live"])
 
     @property
     def same_tokenizer(self) -> bool:
-        """Whether the tokenizer shown is the one that wrote the generation."""
+        """Return whether the tokenizer shown is the one that wrote the generation."""
         return not (self.generation and self.tokenizer) or self.generation["tokenizer"] in (
             self.tokenizer.facts.get("digest"),
             self.tokenizer.facts.get("folder"),
@@ -77,18 +77,18 @@ class Material:
 
     @property
     def controller(self) -> tuple[float, float] | None:
-        """(alpha, beta) of the alignment weight; None until training has set them."""
+        """Return (alpha, beta) of the alignment weight; None until training has set them."""
         alpha, beta = (self._controller.get(name) for name in ("alpha", "beta"))
         return None if isinstance(beta, str) or alpha is None or beta is None else (float(alpha), float(beta))
 
     @property
     def controlled(self) -> bool:
-        """Whether the controller is on; off, every alignment weight is 1."""
+        """Return whether the controller is on; off, every alignment weight is 1."""
         return bool(self._controller["enabled"])
 
     @property
     def routed(self) -> bool:
-        """Whether the tokenizer aligns by richness and weighs behaviour slots."""
+        """Return whether the tokenizer aligns by richness and weighs behaviour slots."""
         return isinstance(self.cfg.tokenizer, AdcSidSettings)
 
     @property

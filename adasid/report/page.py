@@ -1,4 +1,4 @@
-"""This module has the page as data, and renders it as one self-contained HTML file. Jinja escapes every value."""
+"""This module defines the page as data, and renders it as one self-contained HTML file. Jinja escapes every value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This module has published results and claims, shown beside ours, never mixed with them.
+"""This module defines published results and claims, shown beside ours, never mixed with them.
 
 ``ADC_SID``: arXiv 2510.25622 v3, table 2, Amazon Beauty with images, as printed; the row of item ids is from v1's table
 2, because v3 has none. Its growth of NDCG with the cut-off is not that of single-target evaluation (methods 8.7), so

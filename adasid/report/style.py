@@ -1,5 +1,5 @@
-"""This module has one style for all figures: narrow single-column pictures that stay readable on a phone, and a palette
-that colour-blind readers can tell apart.
+"""This module defines one style for all figures: narrow single-column pictures that stay readable on a phone, and a
+palette that colour-blind readers can tell apart.
 
 Figures are plain ``Figure`` objects; pyplot's global state is never used.
 """

@@ -1,4 +1,4 @@
-"""This module has the settings that several tokenizers share. Settings of one method are in its package.
+"""This module defines the settings that several tokenizers share. Settings of one method are in its package.
 
 Nothing here imports torch: :mod:`adasid.config` reads the settings of all tokenizers, also in processes without torch.
 """
@@ -149,17 +149,17 @@ class TokenizerSettings(Section):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Modalities that are read, in slot order, behaviour last."""
+        """Return the modalities that are read, in slot order, behaviour last."""
         raise NotImplementedError
 
     @property
     def pairs(self) -> bool:
-        """Whether the tokenizer learns from co-engaged pairs (the table ``item_pairs``)."""
+        """Return whether the tokenizer learns from co-engaged pairs (the table ``item_pairs``)."""
         return False
 
     @property
     def epochs(self) -> Training | None:
-        """The settings of the training loop; None for a tokenizer that is fitted or needs no data."""
+        """Return the settings of the training loop; None for a tokenizer that is fitted or needs no data."""
         return None
 
     @classmethod
@@ -179,7 +179,7 @@ class ContentSettings(Section):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The content modalities."""
+        """Return the content modalities."""
         return self.content
 
     @classmethod
@@ -210,12 +210,12 @@ class TrainedSettings(TokenizerSettings):
 
     @property
     def pairs(self) -> bool:
-        """Whether there is a contrastive loss on pairs."""
+        """Return whether there is a contrastive loss on pairs."""
         return self.contrast is not None
 
     @property
     def epochs(self) -> Training | None:
-        """The training loop."""
+        """Return the training loop."""
         return self.training
 
 
@@ -244,7 +244,7 @@ class SpacesSettings(ContentSettings, FittedSettings):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The modalities of ``levels``, or the content modalities."""
+        """Return the modalities of ``levels``, or the content modalities."""
         return tuple(self.levels) if isinstance(self.levels, dict) else self.content
 
     @model_validator(mode="after")

@@ -1,5 +1,5 @@
-"""This module has the base of tokenizers that fit quantizers to the input vectors directly: to the joint content, or to
-each modality."""
+"""This module defines the base of tokenizers that fit quantizers to the input vectors directly: to the joint content,
+or to each modality."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""This module has the base of tokenizers trained by gradients: the losses that all of them can use by config, and the
-revival of dead codes."""
+"""This module defines the base of tokenizers trained by gradients: the losses that all of them can use by config, and
+the revival of dead codes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Train the behaviour embeddings: SASRec with in-batch sampled softmax and lazy Adagrad (methods 7.4).
 
-The workers are passed in; there is no engine here. An interrupted run resumes after the last complete epoch and gives
-the same result."""
+This is plain torch; the workers are passed in. An interrupted run resumes after the last complete epoch and gives the
+same result."""
 
 from __future__ import annotations
 

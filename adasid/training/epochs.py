@@ -1,4 +1,4 @@
-"""This module has the training loop of the downstream models: early stopping on validation, selection of the best
+"""This module defines the training loop of the downstream models: early stopping on validation, selection of the best
 model, and resuming after an interruption."""
 
 from __future__ import annotations

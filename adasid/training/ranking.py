@@ -1,4 +1,4 @@
-"""Train and score the click-through model over semantic IDs. The workers are passed in; there is no engine here."""
+"""Train and score the click-through model over semantic IDs. This is plain torch; the workers are passed in."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class RankingTraining(EpochTraining):
                 )
 
     def _labels(self) -> str:
-        """Kind of labels, ``ratings`` or ``sampled``."""
+        """Return the kind of labels, ``ratings`` or ``sampled``."""
         negatives = bool((self.events.labels == 0).any())
         if self.settings.labels == "ratings" and not negatives:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Train and score a retriever over semantic IDs. The workers are passed in; there is no engine here."""
+"""Train and score a retriever over semantic IDs. This is plain torch; the workers are passed in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train any tokenizer. The workers are passed in; there is no engine here.
+"""Train any tokenizer. This is plain torch; the workers are passed in.
 
 Data order, initialisation and revival depend only on (seed, epoch or step, rank), so an interrupted run resumes at its
 last checkpoint and gives the same result, bit for bit."""

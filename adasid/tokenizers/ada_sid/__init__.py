@@ -1,4 +1,4 @@
-"""This package has ADA-SID, the first version of ADC-SID: its settings here, the class in ``model``."""
+"""This package defines ADA-SID, the first version of ADC-SID: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 

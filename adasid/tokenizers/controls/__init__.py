@@ -1,5 +1,5 @@
-"""This package has the controls, whose codes carry no information about an item: their settings here, the classes in
-``model``."""
+"""This package defines the controls, whose codes carry no information about an item: their settings here, the classes
+in ``model``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This package has MM-RQ-VAE: its settings here, the class in ``model``."""
+"""This package defines MM-RQ-VAE: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 

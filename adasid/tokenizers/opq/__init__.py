@@ -1,4 +1,4 @@
-"""This package has OPQ: its settings here, the class in ``model``."""
+"""This package defines OPQ: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 

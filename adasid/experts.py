@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 class GroupedLinear(nn.Module):
-    """Apply ``groups`` linear layers of one shape as one batched product: [G, B, inputs] -> [G, B, outputs]."""
+    """``GroupedLinear`` applies ``groups`` linear layers of one shape as one batched product: [G, B, inputs] -> [G, B,
+    outputs]."""
 
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -24,7 +25,7 @@ class GroupedLinear(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Apply all MLPs and heads that read one input; their first layers are one matrix product.
+    """A ``Trunk`` contains all MLPs and heads that read one input; their first layers are one matrix product.
 
     There are ``experts`` MLPs and any number of two-layer heads. ``forward``: [B, width] -> latents [experts, B,
     latent] and one [B, outputs] per head, in the order of ``heads`` = (hidden, outputs) pairs."""

@@ -30,7 +30,7 @@ _UNKNOWN = 0.5
 
 @dataclass(frozen=True, eq=False)
 class SemanticIds:
-    """A ``SemanticIds`` holds the semantic IDs of n items in L slots.
+    """A ``SemanticIds`` contains the semantic IDs of n items in L slots.
 
     ``codes`` [n, L] int32: the code of each slot, -1 (PAD) where the item lacks the slot's modality.
     ``weights`` [n, L] float32: 1 for shared and content slots, the gate's value for behaviour slots, 0 for PAD.

@@ -25,7 +25,7 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class CodeMetrics:
-    """A ``CodeMetrics`` holds the metrics of the semantic IDs of M items in L slots of K codes each.
+    """A ``CodeMetrics`` contains the metrics of the semantic IDs of M items in L slots of K codes each.
 
     ``items``: M; ``distinct``: number of different SIDs; ``largest_group``: most items that share one SID.
     ``collision_items``: share of items whose SID is not unique; ``collision_distinct``: (M - distinct) / M.

@@ -35,7 +35,7 @@ Data = Mapping[str, Any] | ArrowTable
 
 @dataclass(frozen=True)
 class Items:
-    """An ``Items`` holds ``n`` items. ``columns``: modality -> matrix or Arrow column of n rows; ``extra``: other
+    """An ``Items`` contains ``n`` items. ``columns``: modality -> matrix or Arrow column of n rows; ``extra``: other
     columns, [n] each."""
 
     columns: Mapping[str, Any]

@@ -16,8 +16,8 @@ _ROWS = 8192
 
 
 class DataFile(NamedTuple):
-    """A Parquet file: its ``path``, and ``partition``, the columns in its folder names (Hive), as text, null for the
-    default partition."""
+    """A ``DataFile`` is a Parquet file with its ``path`` and ``partition``, the columns in its folder names (Hive), as
+    text, null for the default partition."""
 
     path: str
     partition: tuple[tuple[str, str | None], ...]

@@ -46,7 +46,7 @@ days."""
 
 @dataclass(frozen=True)
 class Catalog:
-    """The planted structure of a catalogue; its arrays are computed on first use."""
+    """A ``Catalog`` is the planted structure of a catalogue; its arrays are computed on first use."""
 
     params: Synthetic
     seed: int

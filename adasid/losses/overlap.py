@@ -43,8 +43,9 @@ def moved(weight: tuple[float, float], window: tuple[float, float], progress: fl
 
 
 class Overlaps(NamedTuple):
-    """List the P pairs of rows i < j with a matching slot, each once: ``key`` [P] int64 is i * ``rows`` + j, ascending;
-    ``pattern`` [P] int64: bit l is set where slot l matches; ``matching`` [P] int64: matching slots (o_ij)."""
+    """``Overlaps`` lists the P pairs of rows i < j with a matching slot, each once: ``key`` [P] int64 is i * ``rows`` +
+    j, ascending; ``pattern`` [P] int64: bit l is set where slot l matches; ``matching`` [P] int64: matching slots
+    (o_ij)."""
 
     rows: int
     key: Tensor

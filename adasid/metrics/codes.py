@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 
 class CodeUse(NamedTuple):
-    """The use of one slot's codes: ``utilisation``: share of its K codes that items have; of the items that have a
-    code: ``entropy`` in nats (at most ln K), ``perplexity`` = exp(entropy), ``top1``: share of the most frequent code;
-    None without items.
+    """``CodeUse`` describes the use of one slot's codes. ``utilisation``: share of its K codes that items have; of the
+    items that have a code: ``entropy`` in nats (at most ln K), ``perplexity`` = exp(entropy), ``top1``: share of the
+    most frequent code; None without items.
     """
 
     entropy: float | None

@@ -18,7 +18,7 @@ from adasid.errors import InputError
 
 
 class RichnessScale(NamedTuple):
-    """A fitted scale of richness, which is ``(value - low) / (high - low)``, clipped to [0, 1].
+    """A fitted scale maps a value to richness, ``(value - low) / (high - low)`` clipped to [0, 1].
 
     ``source``: value is the norm, or log(1 + count). ``low``, ``high``: bounds in units of that value. ``spearman``:
     rank correlation of norm and count, None where no counts were given. ``mean``: mean richness of the fitted items

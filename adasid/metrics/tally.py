@@ -20,11 +20,11 @@ RARE = [place for place, stratum in enumerate(STRATA) if stratum in ("tail", "co
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of items in L slots of at most K codes and S strata: ``codes`` [L, K] items with each code, ``pad`` [L]
-    with none; by stratum ``items`` and ``events`` [S], the sum of ``weights`` [S, L], items whose slot is ``active``
-    [S, L], items with 0, 1, ... active behaviour slots, ``slots_on`` [S, B + 1]. ``groups``: size -> number of SIDs
-    that so many items share; ``tail_only``: the same of their tail and cold items alone; ``shared``: tail and cold
-    items whose SID is not unique."""
+    """A tally counts items in L slots of at most K codes and S strata: ``codes`` [L, K] items with each code, ``pad``
+    [L] with none; by stratum ``items`` and ``events`` [S], the sum of ``weights`` [S, L], items whose slot is
+    ``active`` [S, L], items with 0, 1, ... active behaviour slots, ``slots_on`` [S, B + 1]. ``groups``: size -> number
+    of SIDs that so many items share; ``tail_only``: the same of their tail and cold items alone; ``shared``: tail and
+    cold items whose SID is not unique."""
 
     codes: NDArray[np.int64]
     pad: NDArray[np.int64]

@@ -13,8 +13,8 @@ from adasid.quantizers.kmeans import PreviousCodes, means_of, previous_or_neares
 
 
 class Quantized(NamedTuple):
-    """The result of quantization: ``codes`` [L, B]; ``latents`` and ``codewords`` [L, B, d], of unit norm because only
-    the direction is used."""
+    """``Quantized`` is the result of quantization: ``codes`` [L, B]; ``latents`` and ``codewords`` [L, B, d], of unit
+    norm because only the direction is used."""
 
     codes: Tensor
     latents: Tensor

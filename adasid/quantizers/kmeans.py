@@ -18,8 +18,8 @@ _SEEDED, _SAMPLED = (16, 4096), (64, 16_384)
 
 
 class PreviousCodes(NamedTuple):
-    """Previous codes of items (negative: none), and the tolerance ``slack`` within which :func:`previous_or_nearest`
-    preserves them."""
+    """``PreviousCodes`` contains the previous codes of items (negative: none), and the tolerance ``slack`` within which
+    :func:`previous_or_nearest` preserves them."""
 
     codes: Tensor
     slack: float

@@ -15,8 +15,8 @@ from adasid.quantizers.kmeans import PreviousCodes, kmeans, lloyd_round, nearest
 
 
 class Components(NamedTuple):
-    """Principal components: ``mean`` [D], ``basis`` [D, w] with orthonormal columns, ``deviation`` [w] by which
-    components are divided (1: not whitened)."""
+    """``Components`` contains principal components: ``mean`` [D], ``basis`` [D, w] with orthonormal columns,
+    ``deviation`` [w] by which components are divided (1: not whitened)."""
 
     mean: Tensor
     basis: Tensor
@@ -32,8 +32,8 @@ class Components(NamedTuple):
 
 
 class ProductQuantizer(NamedTuple):
-    """A product quantizer: ``rotation`` R [w, w] with R R^T = I; ``centroids`` [L, K, w / L] of the sub-spaces of x
-    R."""
+    """A product quantizer has ``rotation`` R [w, w] with R R^T = I and ``centroids`` [L, K, w / L] of the sub-spaces of
+    x R."""
 
     rotation: Tensor
     centroids: Tensor

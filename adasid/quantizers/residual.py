@@ -20,8 +20,8 @@ from adasid.quantizers.kmeans import (
 
 
 class Residual(NamedTuple):
-    """The result of quantization: ``codes`` [B, L]; ``quantized`` [B, d]: sum of the chosen codewords; ``residuals``
-    and ``codewords`` [L, B, d]: r_{l-1} and e_l."""
+    """``Residual`` is the result of quantization: ``codes`` [B, L]; ``quantized`` [B, d]: sum of the chosen codewords;
+    ``residuals`` and ``codewords`` [L, B, d]: r_{l-1} and e_l."""
 
     codes: Tensor
     quantized: Tensor

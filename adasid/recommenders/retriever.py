@@ -85,7 +85,7 @@ class Retriever(CausalEncoder, ABC):
 
 
 class _Scored(Retriever):
-    """A head that can score the whole catalogue."""
+    """This head can score the whole catalogue."""
 
     @abstractmethod
     def scorer(self, states: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ _CLIP = 3.0
 
 @dataclass(frozen=True)
 class ItemTokens:
-    """The tokens of a catalogue: ``rows`` [M, L] int64: row of an item's token in the table of all slots, where slot l
-    has its codes and then PAD; ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the tokenizer's weight of each
-    token; ``behavior``: the behaviour slots; ``group`` [M]: index of the item's SID among the distinct ones."""
+    """``ItemTokens`` contains the tokens of a catalogue: ``rows`` [M, L] int64: row of an item's token in the table of
+    all slots, where slot l has its codes and then PAD; ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the
+    tokenizer's weight of each token; ``behavior``: the behaviour slots; ``group`` [M]: index of the item's SID among
+    the distinct ones."""
 
     rows: Tensor
     sizes: tuple[int, ...]

@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Training:
-    """The data of a training's folder: rows of ``metrics.jsonl`` and the final facts (``result.json`` or
+    """This is the content of a training's folder: rows of ``metrics.jsonl`` and the final facts (``result.json`` or
     ``manifest.json``)."""
 
     rows: Sequence[Row]
@@ -23,10 +23,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Material:
-    """The data of a report. ``catalog``: the row of ``catalog_stats``; ``generation``: a row of ``generations`` with
-    its JSON columns parsed (``refused``: a newer one that is not live); ``stages``: all rows of ``stages.jsonl``;
-    ``versions``: tables that the report itself read; ``lags``: sentences on tables that are older than their inputs;
-    ``created``: time of creation, as text."""
+    """``Material`` contains the data of a report. ``catalog``: the row of ``catalog_stats``; ``generation``: a row of
+    ``generations`` with its JSON columns parsed (``refused``: a newer one that is not live); ``stages``: all rows of
+    ``stages.jsonl``; ``versions``: tables that the report itself read; ``lags``: sentences on tables that are older
+    than their inputs; ``created``: time of creation, as text."""
 
     cfg: Config
     catalog: Row | None = None

@@ -15,7 +15,7 @@ from adasid.report import style
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its file name (no suffix), its alternative text, and one sentence on what to see."""
+    """A plot is a figure with its file name (no suffix), its alternative text, and one sentence on what to see."""
 
     name: str
     figure: Figure
@@ -25,7 +25,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of formatted text: the first ``words`` columns of ``rows`` are text, the others figures. ``notes``: one
+    """A table has ``rows`` of formatted text: the first ``words`` columns are text, the others figures. ``notes``: one
     small line under each row's first cell."""
 
     title: str
@@ -37,7 +37,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page; ``missing`` is the line that replaces it if there is nothing to show."""
+    """A section is a part of the page; ``missing`` is the line that replaces it if it has no content."""
 
     key: str
     title: str
@@ -49,7 +49,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report. ``headline``: (label, value) of the few most important numbers."""
+    """A page is the whole report. ``headline``: (label, value) of the few most important numbers."""
 
     title: str
     summary: list[str]

@@ -88,8 +88,8 @@ LEAVE_ONE_OUT: Figures = {
 
 
 class Claim(NamedTuple):
-    """A claim of ``source`` about tokenizers relative to ``base``. ``order``: their figures as printed or, if only the
-    order is stated, ranks."""
+    """A claim is a statement of ``source`` about tokenizers relative to ``base``. ``order``: their figures as printed
+    or, if only the order is stated, ranks."""
 
     source: str
     says: str

@@ -28,8 +28,8 @@ class Slot(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """The codes of a batch: ``codes`` [B, L] int32 (PAD where the item lacks the slot's modality), ``weights`` [B, L]
-    float32, ``active`` [B, L] bool."""
+    """``Codes`` contains the SIDs of a batch: ``codes`` [B, L] int32 (PAD where the item lacks the slot's modality),
+    ``weights`` [B, L] float32, ``active`` [B, L] bool."""
 
     codes: Tensor
     weights: Tensor
@@ -37,8 +37,8 @@ class Codes(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The losses of a batch: ``total``, a scalar to minimise, and ``parts``, its terms and other figures for the log,
-    detached."""
+    """``Losses`` contains the losses of a batch: ``total``, a scalar to minimise, and ``parts``, its terms and other
+    figures for the log, detached."""
 
     total: Tensor
     parts: dict[str, float]

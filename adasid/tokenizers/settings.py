@@ -22,7 +22,7 @@ Experts = Annotated[dict[str, int], Field(strict=False)]
 
 
 class Training(Section):
-    """The loop that trains a tokenizer by gradients."""
+    """These settings control the loop that trains a tokenizer by gradients."""
 
     epochs: int = Field(100, ge=2, description="epochs: each sees as many rows as there are items")
     batch: int = Field(
@@ -47,7 +47,7 @@ class Training(Section):
 
 
 class Revival(Section):
-    """Replacement of codes that hardly any item has."""
+    """These settings control the replacement of codes that hardly any item has."""
 
     every: int = Field(50, ge=1, description="steps between two looks at code usage")
     min_share: float = Field(
@@ -122,7 +122,7 @@ Repulsion = Annotated[Hamr | Adaptive, Field(discriminator="kind")]
 
 
 class Contrast(Section):
-    """InfoNCE of co-engaged pairs."""
+    """These settings control the InfoNCE of co-engaged pairs."""
 
     weight: Pair = Field((0.1, 0.1), description="weight of the loss on pairs: at the start, at the end")
     progress: Pair = Field((0.0, 1.0), description="share of training between which the weight moves")
@@ -169,7 +169,7 @@ class TokenizerSettings(Section):
 
 
 class ContentSettings(Section):
-    """Settings of a tokenizer that reads content modalities, which ``content`` names."""
+    """These are the settings of a tokenizer that reads content modalities, which ``content`` names."""
 
     content: Names = Field(
         ("text", "visual"),
@@ -194,7 +194,7 @@ class ContentSettings(Section):
 
 
 class TrainedSettings(TokenizerSettings):
-    """Settings of a tokenizer that is trained by gradients."""
+    """These are the settings of a tokenizer that is trained by gradients."""
 
     reconstruction_weight: float = Field(1.0, ge=0, description="weight of L_recon")
     codebook_weight: float = Field(1.0, gt=0, description="weight of the codebook loss")
@@ -220,7 +220,7 @@ class TrainedSettings(TokenizerSettings):
 
 
 class ResidualSettings(TrainedSettings):
-    """Settings of a tokenizer that quantizes the latents of an encoder residually."""
+    """These are the settings of a tokenizer that quantizes the latents of an encoder residually."""
 
     latent_width: int = Field(32, ge=2, description="width of a latent and of a codeword (d)")
     hidden: Sizes = Field((512, 256, 128), description="hidden widths of the encoder; the decoder has them backwards")
@@ -228,14 +228,15 @@ class ResidualSettings(TrainedSettings):
 
 
 class FittedSettings(TokenizerSettings):
-    """Settings of a tokenizer whose quantizer is fitted without gradients."""
+    """These are the settings of a tokenizer whose quantizer is fitted without gradients."""
 
     fit_samples: int = Field(200_000, ge=1, description="items that the fit sees; all items are then assigned")
     rounds: int = Field(50, ge=1, description="rounds of the fit")
 
 
 class SpacesSettings(ContentSettings, FittedSettings):
-    """Settings of a tokenizer that fits one quantizer to the joint content vector, or one to each modality."""
+    """These are the settings of a tokenizer that fits one quantizer to the joint content vector, or one to each
+    modality."""
 
     levels: int | Experts = Field(
         6,

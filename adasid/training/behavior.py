@@ -36,8 +36,8 @@ _SCORES = 1 << 26
 
 @dataclass
 class BehaviorData:
-    """The training data of one worker. ``train`` and the held-out splits have this worker's users; ``counts`` [M]:
-    training events of every item."""
+    """``BehaviorData`` is the training data of one worker. ``train`` and the held-out splits have this worker's users;
+    ``counts`` [M]: training events of every item."""
 
     train: Histories
     validation: Histories
@@ -48,8 +48,8 @@ class BehaviorData:
 
 @dataclass
 class BehaviorResult:
-    """The result of a training run: ``embeddings`` [M, width] of the best validation epoch; ``norms`` [M] of the
-    checkpoint that measures richness; ``summary``: JSON."""
+    """``BehaviorResult`` is the result of a training run: ``embeddings`` [M, width] of the best validation epoch;
+    ``norms`` [M] of the checkpoint that measures richness; ``summary``: JSON."""
 
     embeddings: Tensor
     norms: Tensor

@@ -30,9 +30,9 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Events:
-    """The events of all users, by user and time: ``users`` [n] (a dense index, in the order of user_id), ``items``,
-    ``labels`` (0, 1, or -1 for none) and ``splits`` (index in ``tables.SPLITS``; ``RANKING_ONLY`` counts as train), all
-    [n].
+    """``Events`` contains the events of all users, by user and time: ``users`` [n] (a dense index, in the order of
+    user_id), ``items``, ``labels`` (0, 1, or -1 for none) and ``splits`` (index in ``tables.SPLITS``; ``RANKING_ONLY``
+    counts as train), all [n].
 
     Items of the events that are in histories are ``visited`` [v], in the same order; each event comes after the first
     ``before`` [n] of them, and those of its user begin at ``first`` [n]."""

@@ -30,9 +30,9 @@ _DRAWS = 1000
 
 @dataclass
 class RetrievalData:
-    """The training and evaluation data of one worker: its users' histories; ``counts`` [M]: training events of every
-    item; ``strata`` [M]: index of every item's stratum in ``tables.STRATA``; ``version``: name of the input in
-    errors."""
+    """``RetrievalData`` is the training and evaluation data of one worker: its users' histories; ``counts`` [M]:
+    training events of every item; ``strata`` [M]: index of every item's stratum in ``tables.STRATA``; ``version``: name
+    of the input in errors."""
 
     train: Histories
     validation: Histories
@@ -44,10 +44,10 @@ class RetrievalData:
 
 @dataclass
 class Ranked:
-    """Rank histograms of targets: ``targets`` [strata, ranks] by stratum and rank; ``everywhere`` [ranks] by rank in a
-    list that includes the history; ``groups`` [strata, S, ranks] by stratum, size of the SID and rank of its first item
-    (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: numbers of items in the list that share a SID,
-    ascending."""
+    """``Ranked`` contains rank histograms of targets: ``targets`` [strata, ranks] by stratum and rank; ``everywhere``
+    [ranks] by rank in a list that includes the history; ``groups`` [strata, S, ranks] by stratum, size of the SID and
+    rank of its first item (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: numbers of items in the
+    list that share a SID, ascending."""
 
     targets: Tensor
     everywhere: Tensor

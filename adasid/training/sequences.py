@@ -14,9 +14,9 @@ from adasid.training.workers import Workers
 
 
 class Histories(NamedTuple):
-    """Histories of users: ``items`` [total] item_index of all histories one after another; history u is
-    ``items[starts[u]:starts[u + 1]]``, oldest first; ``targets`` [users]: the held-out item, or -1 in the training
-    split."""
+    """``Histories`` contains the histories of users: ``items`` [total] item_index of all histories one after another;
+    history u is ``items[starts[u]:starts[u + 1]]``, oldest first; ``targets`` [users]: the held-out item, or -1 in the
+    training split."""
 
     items: NDArray[np.int64]
     starts: NDArray[np.int64]

@@ -89,8 +89,8 @@ Read = Callable[[list[str]], Iterable[pa.RecordBatch]]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Co-engaged pairs of a worker's items. ``items`` and ``partners`` [pairs]: item indices; ``read(columns)`` streams
-    the rows of ``item_features`` of those partners that are not the worker's own."""
+    """``Pairs`` contains the co-engaged pairs of a worker's items. ``items`` and ``partners`` [pairs]: item indices;
+    ``read(columns)`` streams the rows of ``item_features`` of those partners that are not the worker's own."""
 
     items: NDArray[np.int64]
     partners: NDArray[np.int64]

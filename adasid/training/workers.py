@@ -25,7 +25,8 @@ def settle(threads: int) -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """Gather all ranks' rows in rank order; the gradient of a row is the sum of its gradients on all ranks."""
+    """This function gathers all ranks' rows in rank order; the gradient of a row is the sum of its gradients on all
+    ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, workers: Workers) -> Tensor:

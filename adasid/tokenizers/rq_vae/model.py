@@ -35,8 +35,8 @@ class Tower(nn.Module):
 
 
 class Passed(NamedTuple):
-    """The outputs of a tower for a batch: ``z`` [B, d], ``quantized``, ``straight`` [B, d] (straight-through: z in the
-    gradient, z_q in value), ``there`` [B] bool (whether the item has the modality)."""
+    """``Passed`` contains the outputs of a tower for a batch: ``z`` [B, d], ``quantized``, ``straight`` [B, d]
+    (straight-through: z in the gradient, z_q in value), ``there`` [B] bool (whether the item has the modality)."""
 
     z: Tensor
     quantized: Residual

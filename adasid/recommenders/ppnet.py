@@ -1,6 +1,6 @@
 """PPNet (PEPNet, arXiv 2302.01115, as FuxiCTR builds it; methods 7.5, 7.6) predicts clicks with hidden layers that are
-scaled for each user and item. Semantic IDs, if used, replace item ids also in the prior and the history, so that no
-item id is left to learn from."""
+scaled for each user and item. Semantic IDs, if used, replace item ids also in the prior and the history, so that the
+model sees no item id."""
 
 from __future__ import annotations
 

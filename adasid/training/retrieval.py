@@ -69,7 +69,7 @@ class Ranked:
         )
 
     def over(self, sizes: Tensor) -> Ranked:
-        """Return the same histograms over ``sizes``, ascending, a superset of its own sizes."""
+        """Return the same histograms over ``sizes``, ascending, which include all present sizes."""
         groups = self.groups.new_zeros(len(STRATA), len(sizes), self.groups.shape[2])
         groups[:, torch.searchsorted(sizes, self.sizes)] = self.groups
         return Ranked(self.targets, self.everywhere, groups, sizes)

@@ -156,7 +156,7 @@ class Shard:
         self._previous = codes, slack
 
     def previous(self, size: int) -> Tensor | None:
-        """Count the own items that have each previous code, [L, size] int64; None without previous codes."""
+        """Count the worker's items that have each previous code, [L, size] int64; None without previous codes."""
         if self._previous is None:
             return None
         codes = torch.from_numpy(self._previous[0][: len(self)].T.astype(np.int64))
@@ -196,7 +196,7 @@ class Shard:
         return replace(self.take(np.concatenate([rows, partner])), paired=torch.from_numpy(paired))
 
     def scan(self, size: int = 4096) -> Iterator[Batch]:
-        """Yield all own rows in order, ``size`` at a time."""
+        """Yield all of the worker's rows in order, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self.take(np.arange(start, min(start + size, len(self))))
 
@@ -211,8 +211,8 @@ class Shard:
             self._loaded[place] = True
 
     def _link(self, pairs: Pairs) -> None:
-        """Store the partners of each own row as positions, in compressed rows; pairs of items without features are
-        dropped."""
+        """Store the partners of each of the worker's rows as positions, in compressed rows; pairs of items without
+        features are dropped."""
         known = np.isin(pairs.items, self.item_index) & np.isin(pairs.partners, self._rows[self._loaded])
         items, partners = pairs.items[known], pairs.partners[known]
         order = np.argsort(items, kind="stable")

@@ -1,4 +1,4 @@
-"""``conf/base.yaml``, generated from the models."""
+"""Generate ``conf/base.yaml`` from the models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from adasid.tokenizers.settings import Adaptive, Hamr, TokenizerSettings
 
 
 def render_base() -> str:
-    """The text of ``conf/base.yaml``: every key with its default and one comment; optional sections and the other
-    tokenizers are commented out."""
+    """Return the text of ``conf/base.yaml``: every key with its default and one comment; optional sections and the
+    other tokenizers are commented out."""
     lines = [
         "# Every key with its default. Generated from adasid/config by `make conf`; a run's own file names only what "
         "differs."
@@ -40,8 +40,8 @@ def render_base() -> str:
 
 
 def render_tokenizers() -> str:
-    """Return the README's table of tokenizers, in Markdown: name, description with links to the papers, and what one
-    with default settings reads."""
+    """Return the README's table of tokenizers, in Markdown: name, description with links to the papers, and the inputs
+    by default."""
     lines = ["| name | what it is | reads, by default |", "|---|---|---|"]
     for model in TOKENIZERS:
         name = model.model_fields["name"]
@@ -52,14 +52,14 @@ def render_tokenizers() -> str:
 
 
 def write(root: Path) -> None:
-    """Write ``conf/base.yaml`` below ``root``, and the table of tokenizers into its README."""
+    """Write ``conf/base.yaml`` below ``root``, and update the table of tokenizers in its README."""
     (root / "conf" / "base.yaml").write_text(render_base(), encoding="utf-8")
     readme = root / "README.md"
     readme.write_text(with_tokenizers(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def with_tokenizers(readme: str) -> str:
-    """Return the README with its table of tokenizers as :func:`render_tokenizers` has it."""
+    """Return the README with its table of tokenizers replaced by that of :func:`render_tokenizers`."""
     start = readme.index("| name | what it is |")
     return readme[:start] + render_tokenizers() + readme[readme.index("\n\n", start) + 1 :]
 
@@ -71,7 +71,7 @@ def _reads(settings: TokenizerSettings) -> str:
 
 
 def _summary(model: type[BaseModel]) -> str:
-    """The first paragraph of the docstring, in one line."""
+    """Return the first paragraph of the docstring, on one line."""
     return " ".join((model.__doc__ or "").split("\n\n")[0].split())
 
 

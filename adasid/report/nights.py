@@ -1,5 +1,5 @@
-"""The page of the nightly job: churn, drift and gates over the last generations, and the night that was refused, if the
-last one was."""
+"""Build the page of the nightly job: churn, drift and gates over the last generations, and the nightly run that was
+refused, if the last one was."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Row = dict[str, Any]
 
 
 def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row | None = None) -> Page:
-    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a nightly run that was
-    not published left; ``dry``: the row that a dry run would have added."""
+    """Build the page. ``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: the row of a
+    nightly run that was not published; ``dry``: the row that a dry run would have added."""
     nights = [row for row in generations if row["churn"]]
     live = next((row for row in generations if row["live"]), None)
     warnings = []
@@ -125,7 +125,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
 
 @style.styled
 def churn(nights: Sequence[Row]) -> Figure:
-    """Churn of each generation: of items, and weighted by events."""
+    """Plot the churn of each generation: of items, and weighted by events."""
     figure, (axes,) = style.canvas("Items whose SID changed", 2.6)
     for place, (key, label) in enumerate((("churn", "Of items"), ("weighted", "Weighted by events"))):
         _line(axes, [row["generation"] for row in nights], [row["churn"][key] for row in nights], label, place)
@@ -139,7 +139,7 @@ def churn(nights: Sequence[Row]) -> Figure:
 
 @style.styled
 def shared(generations: Sequence[Row]) -> Figure:
-    """Items that share their SID with another: of all, and of the rare ones."""
+    """Plot the share of items that share their SID with another: of all items, and of the tail and cold items."""
     figure, (axes,) = style.canvas("Items whose SID is not unique", 2.6)
     for place, (key, label) in enumerate((("collision_items", "Of all items"), ("collision_tail", "Of rare items"))):
         _line(
@@ -159,7 +159,8 @@ def shared(generations: Sequence[Row]) -> Figure:
 
 @style.styled
 def ratios(nights: Sequence[Row]) -> Figure:
-    """Quantization error against the tokenizer's own data, and stability index of the norms, by modality."""
+    """Plot the quantization error relative to that on the tokenizer's training data, and the stability index of the
+    norms, by modality."""
     figure, axes = style.canvas("Drift of the items", 3.8, (1, 1))
     modalities = list(dict.fromkeys(m for row in nights for m in row["drift"]["error_ratio"]))
     for place, m in enumerate(modalities):
@@ -184,7 +185,7 @@ def ratios(nights: Sequence[Row]) -> Figure:
 
 @style.styled
 def usage(nights: Sequence[Row]) -> Figure:
-    """Jensen-Shannon divergence of each slot's codes against the generation before."""
+    """Plot the Jensen-Shannon divergence of each slot's codes from the previous generation."""
     figure, (axes,) = style.canvas("Use of codes against the generation before", 2.6)
     for place, slot in enumerate(nights[-1]["drift"]["usage"]):
         _line(
@@ -204,8 +205,8 @@ def usage(nights: Sequence[Row]) -> Figure:
 
 @style.styled
 def gates(generations: Sequence[Row], refused: Row | None) -> Figure:
-    """Each gate (rows) in each generation (columns): the share of its allowance that was used; white where the
-    generation had no such gate."""
+    """Plot each gate (rows) in each generation (columns): the used share of its allowance; white where the generation
+    had no such gate."""
     nights = [*generations, *([refused] if refused else [])]
     names = list(dict.fromkeys(gate["gate"] for row in reversed(nights) for gate in row["gates"]))
     used = np.full((len(names), len(nights)), np.nan)
@@ -230,9 +231,9 @@ def gates(generations: Sequence[Row], refused: Row | None) -> Figure:
 
 
 def allowance(gate: Mapping[str, Any]) -> float:
-    """The share of what a gate allows that a night used, from 0 to 1.25, above 1 where it failed: the value over the
-    threshold, or the reverse where the threshold is the least that passes. A gate that allows nothing (none of
-    something, all items covered) is at 0 or 1.25."""
+    """Return the share of a gate's allowance that a nightly run used, from 0 to 1.25, above 1 if the gate failed: the
+    value over the threshold, or the reverse if the threshold is a minimum. A gate without allowance (a maximum of 0, a
+    minimum of 1) is at 0 or 1.25."""
     value, threshold, passed = float(gate["value"]), float(gate["threshold"]), gate["passed"]
     if not threshold or (passed and value == threshold == 1):
         return 0.0 if passed else 1.25
@@ -243,13 +244,13 @@ def allowance(gate: Mapping[str, Any]) -> float:
 
 
 def on_hold(live: Mapping[str, Any]) -> str:
-    """A sentence on the hold of the live generation."""
+    """Return a sentence on the hold of the live generation."""
     until = "nothing is published until jobs/rollback.py --release"
     return f"Generation {live['generation']} is on hold since {live['hold']}: {until}."
 
 
 def _failed(row: Row) -> str:
-    """The gates that failed, in words."""
+    """Return the gates that failed, in words."""
     failed = (gate for gate in row["gates"] if not gate["passed"])
     return "; ".join(f"{g['gate']} is {number(g['value'], 3)}, allowed {number(g['threshold'], 3)}" for g in failed)
 
@@ -301,7 +302,8 @@ def _drift(nights: Sequence[Row]) -> Table:
 
 
 def _gates(generations: Sequence[Row], refused: Row | None, dry: Row | None) -> Table:
-    """The gates of the newest generation, of the refused night and of a dry run, with their thresholds."""
+    """Tabulate the gates of the newest generation, of the refused nightly run and of a dry run, with their
+    thresholds."""
     rows = []
     for name, row in (("published", generations[-1]), ("refused", refused), ("dry run", dry)):
         for gate in row["gates"] if row else ():

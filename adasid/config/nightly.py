@@ -92,14 +92,14 @@ class Retokenize(Section):
     small_night: int = Field(
         100_000,
         ge=0,
-        description="new, changed and removed items up to which a night that keeps its codebooks works without Spark; "
-        "0: never",
+        description="new, changed and removed items up to which a nightly run that keeps its codebooks works without "
+        "Spark; 0: never",
     )
     small_table: int = Field(
         10_000_000,
         ge=0,
-        description="live items up to which a night may do without Spark: comparing and merging hold up to 800 bytes "
-        "for each in memory",
+        description="live items up to which a nightly run may do without Spark: comparing and merging take up to 800 "
+        "bytes for each in memory",
     )
     sample: int = Field(20_000, ge=100, description="items, always the same ones, on which drift is measured")
     exports: Exports = Field(

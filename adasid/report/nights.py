@@ -25,7 +25,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
     warnings = []
     if refused:
         stays = f"Generation {live['generation'] if live else DASH} stays live."
-        warnings.append(f"The night of {refused['run_date']} was refused: {_failed(refused)}. {stays}")
+        warnings.append(f"The nightly run of {refused['run_date']} was refused: {_failed(refused)}. {stays}")
     if live and live.get("hold"):
         warnings.append(on_hold(live))
     if dry:
@@ -34,7 +34,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
     if live and live["drift"].get("asked"):
         warnings.append(
             f"Generation {live['generation']} is frozen though its drift asked for {live['drift']['asked']}, whose "
-            "table failed a gate: look at that night's run "
+            "table failed a gate: look at its run "
             "in MLflow, then raise retokenize.gates for it, or train a new tokenizer."
         )
     shown = []
@@ -84,7 +84,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
             "How far items have moved",
             plots=drifts,
             tables=[_drift(errors)] if errors else [],
-            missing="" if drifts else "No night yet.",
+            missing="" if drifts else "No nightly run yet.",
         ),
         Section(
             "gates",
@@ -93,10 +93,10 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
                 Plot(
                     "gates",
                     gates(generations, refused),
-                    "How much of what each gate allows was used, by generation; the refused night comes last."
+                    "How much of what each gate allows was used, by generation; the refused run comes last."
                     if refused
                     else "How much of what each gate allows was used, by generation.",
-                    "At 100 % nothing is left; above it the night is refused.",
+                    "At 100 % nothing is left; above it the run is refused.",
                 )
             ]
             if generations
@@ -110,7 +110,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
         sections.append(
             Section(
                 "refused",
-                "The items that a refused night moved most",
+                "The items that a refused run moved most",
                 tables=[Table("Worst items", ("Kind", "Items"), worst, words=2)],
             )
         )
@@ -120,7 +120,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
         else []
     )
     said = [f"The last {len(generations)} generations of {name}."] if generations else ["Nothing is published yet."]
-    return Page(f"Nights of {name}", said, warnings, headline, sections, f"Nightly job of run {name}.")
+    return Page(f"Nightly runs of {name}", said, warnings, headline, sections, f"Nightly job of run {name}.")
 
 
 @style.styled
@@ -141,7 +141,7 @@ def churn(nights: Sequence[Row]) -> Figure:
 def shared(generations: Sequence[Row]) -> Figure:
     """Plot the share of items that share their SID with another: of all items, and of the tail and cold items."""
     figure, (axes,) = style.canvas("Items whose SID is not unique", 2.6)
-    for place, (key, label) in enumerate((("collision_items", "Of all items"), ("collision_tail", "Of rare items"))):
+    for place, (key, label) in enumerate((("collision_items", "Of all items"), ("collision_tail", "Of tail and cold items"))):
         _line(
             axes,
             [row["generation"] for row in generations],
@@ -261,7 +261,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, place:
 
 
 def _changes(generations: Sequence[Row], dry: Row | None) -> Table:
-    columns = ("Generation", "Night", "Policy", "Items", "New", "Changed", "Removed", "Churn", "Weighted", "Tail")
+    columns = ("Generation", "Run date", "Policy", "Items", "New", "Changed", "Removed", "Churn", "Weighted", "Tail")
     rows = []
     for row in [*([{**dry, "live": False}] if dry else []), *reversed(generations)]:
         c: Mapping[str, Any] = row["churn"]
@@ -311,4 +311,4 @@ def _gates(generations: Sequence[Row], refused: Row | None, dry: Row | None) -> 
             failed = f"overruled by {gate['overruled']}" if "overruled" in gate else "FAILED"
             result = "passed" if gate["passed"] else failed
             rows.append((name, what, number(gate["value"], 4), number(gate["threshold"], 4), result))
-    return Table("Gates", ("Night", "Gate", "Value", "Threshold", "Result"), rows, words=2)
+    return Table("Gates", ("Run date", "Gate", "Value", "Threshold", "Result"), rows, words=2)

@@ -1,6 +1,6 @@
-"""Semantic IDs for recommenders: fit a tokenizer on embeddings, encode items, save and load, measure the codes.
+"""Fit a tokenizer on embeddings, encode items to semantic IDs, save and load the tokenizer, and measure the codes.
 
-``import adasid`` loads neither torch nor NumPy; each name below is imported when it is first used.
+Importing ``adasid`` loads neither torch nor NumPy; each name below is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -39,5 +39,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names too, before any of them was used."""
+    """List the public names, including those not imported yet."""
     return sorted({*globals(), *__all__})

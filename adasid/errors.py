@@ -1,10 +1,11 @@
-"""Errors that a user can act on. Each message names the thing, the value and the fix, on one line."""
+"""This module defines the errors that a user can act on. Each message is one line and names the thing, the value and
+the fix."""
 
 from __future__ import annotations
 
 
 class AdasidError(Exception):
-    """Base of all expected failures. ``exit_code`` is what a job returns to the shell."""
+    """This is the base of all expected failures. ``exit_code`` is what a job returns to the shell."""
 
     exit_code = 1
 
@@ -28,15 +29,15 @@ class BusyError(AdasidError):
 
 
 class GateError(AdasidError):
-    """A quality gate refused to publish; what was live before stays live (exit code 4)."""
+    """A quality gate refused to publish; the live generation stays live (exit code 4)."""
 
     exit_code = 4
 
 
 class TrainingError(AdasidError):
-    """Training cannot go on, for example because a loss is not finite (exit code 1)."""
+    """Training cannot continue, for example because a loss is not finite (exit code 1)."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; its type where it says nothing."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

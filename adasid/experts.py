@@ -1,5 +1,4 @@
-"""Experts of one shape as one matrix product (the house's rule: grouped experts reach the processor's peak, a loop does
-not)."""
+"""Compute experts of one shape as one batched matrix product, which is faster than a loop over experts."""
 
 from __future__ import annotations
 
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 
 
 class GroupedLinear(nn.Module):
-    """``groups`` linear layers of one shape: [G, B, inputs] -> [G, B, outputs], one batched product."""
+    """``GroupedLinear`` applies ``groups`` linear layers of one shape as one batched product: [G, B, inputs] -> [G, B,
+    outputs]."""
 
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -25,10 +25,10 @@ class GroupedLinear(nn.Module):
 
 
 class Trunk(nn.Module):
-    """All that reads one input: ``experts`` MLPs and any number of two-layer heads, their first layers one product.
+    """A ``Trunk`` contains all MLPs and heads that read one input; their first layers are one matrix product.
 
-    ``forward``: [B, width] -> latents [experts, B, latent] and one [B, outputs] a head, in the order of ``heads`` =
-    (hidden, outputs) pairs."""
+    There are ``experts`` MLPs and any number of two-layer heads. ``forward``: [B, width] -> latents [experts, B,
+    latent] and one [B, outputs] per head, in the order of ``heads`` = (hidden, outputs) pairs."""
 
     def __init__(
         self, width: int, experts: int, hidden: Sequence[int], latent: int, heads: Sequence[tuple[int, int]] = ()
@@ -40,7 +40,7 @@ class Trunk(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(size, outputs) for size, outputs in heads)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See the class."""
+        """Return the latents and the outputs of the heads."""
         hidden, *heads = torch.relu_(self.first(x)).split(self.sizes, dim=1)
         latents = hidden.view(len(x), self.experts, -1).transpose(0, 1)
         for index, layer in enumerate(self.rest):
@@ -49,7 +49,7 @@ class Trunk(nn.Module):
 
 
 def mlp(sizes: Sequence[int]) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+    """Build linear layers with ReLU between them."""
     layers: list[nn.Module] = []
     for a, b in zip(sizes, sizes[1:]):
         layers += [nn.Linear(a, b), nn.ReLU()]

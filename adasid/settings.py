@@ -1,5 +1,5 @@
-"""The base of every settings model, and the types that they share. It imports no torch, and neither does any settings
-model."""
+"""This module defines the base class of every settings model and the types that they share. No settings module imports
+torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """A mapping of the configuration: frozen, of strict types, without unknown keys."""
+    """A section is a frozen mapping of the configuration, with strict types and no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

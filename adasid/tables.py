@@ -1,7 +1,8 @@
-"""Every table of the lake: its Arrow schema, its key and what a row means. Column names are spelled here only.
+"""This module defines every table of the lake: its Arrow schema, its key and the meaning of a row. Column names are
+spelled only here.
 
-``items``, ``item_features`` and ``behavior_embeddings`` hold embeddings as ``list<float>``; the content modalities of a
-run decide which columns there are, so those schemas are functions of the modality names."""
+``items``, ``item_features`` and ``behavior_embeddings`` store embeddings as ``list<float>``. The content modalities of
+a run decide the columns, so those schemas are functions of the modality names."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 PAD = -1
-"""The code of a slot whose modality the item lacks. PAD is a symbol of its own and never counts as an overlap."""
+"""Code of a slot whose modality the item lacks. PAD is not in any codebook and never counts as an overlap."""
 
 BEHAVIOR = "behavior"
 STRATA = ("head", "mid", "tail", "cold")
 SPLITS = ("train", "validation", "test")
 RANKING_ONLY = "ranking"
-"""The split of an event that the ranking model trains on and retrieval holds out: no embedding, count or SID is made of
-it."""
+"""Split of an event that the ranking model trains on and that is held out for retrieval: no embedding, count or SID is
+computed from it."""
 
 VECTOR = pa.list_(pa.float32())
 
@@ -27,7 +28,8 @@ def _schema(*fields: tuple[str, pa.DataType, bool]) -> pa.Schema:
 
 
 def items(modalities: Iterable[str]) -> pa.Schema:
-    """Key item_id. An item as the user brought it, unchecked; a modality is null where the item has none."""
+    """Return the schema of ``items``. Key: item_id. A row is an item as the user supplied it, unchecked; a modality is
+    null where the item lacks it."""
     vectors = ((modality, VECTOR, True) for modality in modalities)
     return _schema(("item_id", pa.string(), True), ("title", pa.string(), True), *vectors)
 
@@ -40,10 +42,10 @@ INTERACTIONS = _schema(
     ("rating", pa.float32(), True),
     ("label", pa.float32(), True),
 )
-"""An event as the user brought it, unchecked. ``timestamp`` is text (a unix time, or ISO 8601) and is parsed with the
+"""An event as the user supplied it, unchecked. ``timestamp`` is text (a unix time, or ISO 8601) and is parsed with the
 checks; ``pos`` orders the events of a user where time does not. At least one of the two is set. ``label``: 1 for a
-positive event, 0 for a negative one (an impression without a click); ``rating``: how much the user liked it, on any
-scale."""
+positive event, 0 for a negative one (an impression without a click); ``rating``: how much the user liked the item, on
+any scale."""
 
 REJECTED_ROWS = _schema(
     ("input_hash", pa.string(), False),
@@ -53,8 +55,8 @@ REJECTED_ROWS = _schema(
     ("row", pa.string(), False),
     ("copies", pa.int64(), False),
 )
-"""Key input_hash, table, row_hash. An input row that was refused, whole (``row`` is JSON), with the reason;
-``input_hash``: of the stage run that refused it."""
+"""Key input_hash, table, row_hash. A rejected input row (``row`` is JSON) with the reason; ``input_hash``: of the stage
+run that rejected it."""
 
 TRUTH = _schema(
     ("item_id", pa.string(), False),
@@ -62,7 +64,7 @@ TRUTH = _schema(
     ("expected_count", pa.float64(), False),
     ("behavior_noise", pa.float32(), False),
 )
-"""Key item_id. What the synthetic catalogue planted; ``behavior_noise`` is the norm of the noise on the planted
+"""Key item_id. Ground truth of the synthetic catalogue; ``behavior_noise`` is the norm of the noise on the planted
 behaviour."""
 
 ITEM_STATS = _schema(
@@ -84,8 +86,8 @@ SEQUENCES = _schema(
     ("history", pa.list_(pa.int64()), False),
     ("target", pa.int64(), True),
 )
-"""Key user_id, split. ``history``: item_index in time order, oldest first. In ``train`` every event but the first is a
-target and ``target`` is null; in ``validation`` and ``test`` ``target`` is the one held-out item that follows
+"""Key user_id, split. ``history``: item_index in time order, oldest first. In ``train`` every event but the first is
+a target and ``target`` is null; in ``validation`` and ``test`` ``target`` is the held-out item that follows
 ``history``."""
 
 RANKING_SAMPLES = _schema(
@@ -99,10 +101,10 @@ RANKING_SAMPLES = _schema(
     ("in_history", pa.bool_(), False),
     ("split", pa.string(), False),
 )
-"""Key user_id, position. A clean event; ``position`` is its 0-based place among all events of the user. The history of
-an event is those before it that are ``in_history`` (``features.histories``). ``label`` is null where only other events
-are rated. ``split`` is ranking's own (``features.ranking_split``): one of ``SPLITS``, ``train`` where no task holds the
-event out, or ``RANKING_ONLY``."""
+"""Key user_id, position. A clean event; ``position`` is its 0-based index among all events of the user. The history of
+an event consists of the earlier events with ``in_history`` (``features.histories``). ``label`` is null where only other
+events are rated. ``split`` is specific to ranking (``features.ranking_split``): one of ``SPLITS``, where ``train``
+means that no task holds the event out, or ``RANKING_ONLY``."""
 
 RANKING_SCORES = _schema(
     ("user", pa.int64(), False),
@@ -110,7 +112,7 @@ RANKING_SCORES = _schema(
     ("label", pa.int32(), False),
     ("score", pa.float64(), False),
 )
-"""A test sample of a ranking model, in the shards that its workers leave in its folder where there are many;
+"""A scored test sample of a ranking model. Workers write these rows as shards to their folder if there are many;
 ``stratum``: of the item."""
 
 ITEM_PAIRS = _schema(
@@ -119,16 +121,16 @@ ITEM_PAIRS = _schema(
     ("score", pa.float64(), False),
     ("users", pa.int64(), False),
 )
-"""Key item_index, partner_index. A co-engaged partner of an item, among its best by (score desc, partner_index), from
-the training part; ``users``: how many have both (swing: of the users compared). Written where ``features.pairs.method``
-is not ``none``."""
+"""Key item_index, partner_index. A co-engaged partner of an item, one of its top partners by (score desc,
+partner_index), from the training part; ``users``: how many have both (swing: of the users compared). Written where
+``features.pairs.method`` is not ``none``."""
 
 PREVIOUS_CODES = _schema(
     ("item_index", pa.int64(), False),
     ("codes", pa.list_(pa.int32()), False),
 )
-"""Key item_index. The published codes of today's items that have some: what a tokenizer that is trained anew for a
-night holds on to."""
+"""Key item_index. Published codes of current items that have some: the previous codes that a retrained tokenizer tries
+to preserve."""
 
 BEHAVIOR_EMBEDDINGS = _schema(
     ("item_id", pa.string(), False),
@@ -136,14 +138,16 @@ BEHAVIOR_EMBEDDINGS = _schema(
     (BEHAVIOR, VECTOR, False),
     ("norm", pa.float32(), False),
 )
-"""Key item_id. The behaviour embedding (best validation epoch) and the norm that measures richness (early checkpoint),
-of items with training events."""
+"""Key item_id. Behaviour embedding (best validation epoch) and the norm that measures richness (early checkpoint), for
+items with training events."""
 
 
 def item_features(content: Iterable[str]) -> pa.Schema:
-    """Key item_id. What a tokenizer reads: embeddings by modality (null where an item has none; ``behavior`` is null
-    for cold items), ``norm`` of the behaviour embedding (null for cold), ``richness`` in [0, 1] (0 for cold), stratum,
-    fingerprint of the vectors."""
+    """Return the schema of ``item_features``, the tokenizer's input. Key: item_id.
+
+    Columns: embeddings by modality (null where an item has none; ``behavior`` is null for cold items), ``norm`` of the
+    behaviour embedding (null for cold items), ``richness`` in [0, 1] (0 for cold items), stratum, fingerprint of the
+    vectors."""
     vectors = ((modality, VECTOR, True) for modality in (*content, BEHAVIOR))
     return _schema(
         ("item_id", pa.string(), False),
@@ -192,9 +196,9 @@ CATALOG_STATS = _schema(
 )
 """Key input_hash; one row. Rows of ``interactions`` are ``interactions`` + ``duplicates`` + ``capped`` (beyond
 ``features.max_user_events``) + ``below_k_core`` + rejected; rows of ``items`` are ``items`` + ``duplicate_items``
-(identical copies) + rejected. ``tied``: events that share user, time and pos with another one, so that a seeded hash
-orders them; ``outside_histories``: events that only ranking reads (``features.histories``); ``missing``: modality ->
-items that lack it; ``rejected``: reason -> rows, of both tables, with lines that ingest could not parse;
+(identical copies) + rejected. ``tied``: events that share user, time and pos with another one, and are ordered by a
+seeded hash; ``outside_histories``: events that only ranking uses (``features.histories``); ``missing``: modality ->
+items that lack it; ``rejected``: reason -> rows of both tables, including lines that ingest could not parse;
 ``ranking_split``: how ``ranking_samples`` are split; ``strata``: stratum -> items; ``head_interactions``: share of
 training events on head items. ``popularity``: x = rank (1-based, about 100 log-spaced), y = training count at that
 rank. ``lorenz``: x = share of items (least popular first), y = share of events (101 points)."""
@@ -209,10 +213,10 @@ RICHNESS_STATS = _schema(
     ("richness_source", pa.string(), False),
     ("richness_quantiles", _CURVE, False),
 )
-"""Key input_hash; one row, written with ``item_features``: the clipping bounds and quantiles of the norm of behaviour
-embeddings (x in percent), its spread within log-spaced bins of the count (x = geometric middle), Spearman(norm, count)
-over items with events, whether richness is of the ``norm`` or, as fall-back, of the ``count``, and quantiles of
-richness (x in percent)."""
+"""Key input_hash; one row, written with ``item_features``: the clipping bounds and quantiles of the norm of the
+behaviour embeddings (x in percent), its spread within log-spaced bins of the count (x = geometric middle),
+Spearman(norm, count) over items with events, whether richness comes from the ``norm`` or, as a fallback, from the
+``count``, and quantiles of richness (x in percent)."""
 
 SIDS = _schema(
     ("item_id", pa.string(), False),
@@ -232,10 +236,9 @@ SIDS = _schema(
 )
 """Key item_id. ``codes``: L codes in slot order (PAD where the item lacks the slot's modality); ``weights``: 1 for
 shared and content slots, the router's value for behaviour slots, 0 where inactive; ``collision_rank``: 0-based rank
-among the items of one SID, which an item has as long as it has the SID: after the items that had it before, and by
+among the items of one SID, constant while the item has the SID: after the items that had it before, and by
 (interactions desc, item_id) among those that got it together; ``tokenizer``: artifact digest; ``gauges``: norm and
-squared quantization error of each of its vectors, for the items that drift is measured on (``retokenize.sample``), else
-empty."""
+squared quantization error of each vector of the items sampled for drift (``retokenize.sample``), else empty."""
 
 SID_CHANGES = _schema(
     ("generation", pa.int64(), False),
@@ -244,9 +247,9 @@ SID_CHANGES = _schema(
     ("new_codes", pa.list_(pa.int32()), True),
     ("why", pa.string(), False),
 )
-"""Key generation, item_id. An item whose SID a generation changed, and why: ``new``, ``changed`` (its vectors did),
-``removed``, or the policy (``warm``, ``refit``) that moved it. ``old_codes`` is null for a new item, ``new_codes`` for
-a removed one."""
+"""Key generation, item_id. An item whose SID changed in a generation, with the reason: ``new``, ``changed`` (its
+vectors changed), ``removed``, or the policy (``warm``, ``refit``). ``old_codes`` is null for a new item, ``new_codes``
+for a removed one."""
 
 GENERATIONS = _schema(
     ("generation", pa.int64(), False),
@@ -264,15 +267,15 @@ GENERATIONS = _schema(
     ("drift", pa.string(), False),
     ("churn", pa.string(), False),
 )
-"""Key generation. What was published: the generation that was live then, the version of ``sids``, table versions read,
-the tokenizer's digest and folder, the night it is of (null outside the nightly job), how it was made (``full``,
-``frozen``, ``warm``, ``refit``), gates passed, code metrics, drift and churn against the parent (JSON each)."""
+"""Key generation. A published generation: its parent (the generation that was live before), the version of ``sids``,
+table versions read, the tokenizer's artifact digest and folder, the date of the nightly run (null outside the nightly
+job), the policy (``full``, ``frozen``, ``warm``, ``refit``), gates passed, code metrics, drift and churn against the
+parent (JSON each)."""
 
 LIVE = _schema(("generation", pa.int64(), False), ("sids_version", pa.int64(), False), ("hold", pa.bool_(), True))
-"""One row: the generation that readers use. They read ``sids`` at its version. Moved in one commit, by publishing or by
-a roll-back. ``hold``: while true, no other generation is published (null, and missing in tables of before it:
-false)."""
+"""One row: the live generation, whose version of ``sids`` readers use. Publishing or rolling back changes it in one
+commit. ``hold``: while true, no other generation is published (null, or missing in older tables: false)."""
 
 LEASES = _schema(("holder", pa.string(), True), ("expires", pa.float64(), False), ("seconds", pa.float64(), False))
-"""One row: which process may publish, and until when (unix seconds), having been given it for how long. ``holder`` is
-null where nobody may."""
+"""One row: the process that may publish, until when (unix seconds), and the duration of its lease. ``holder`` is null
+while the lease is free."""

@@ -1,9 +1,8 @@
-"""Check the raw tables, build sequences and long-tail statistics, and, once behaviour embeddings exist, the items'
-features.
+"""Check the raw tables and build sequences, long-tail statistics and, once behaviour embeddings exist, item features.
 
   spark-submit jobs/build_features.py --config conf/beauty.yaml
 
-Run it before and after training the behaviour embeddings: it does what is due.
+Run it before and after training the behaviour embeddings: each call builds what is out of date.
 """
 
 from pipelines import cli

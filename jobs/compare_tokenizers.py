@@ -1,10 +1,10 @@
-"""Train every tokenizer of the config's compare section on the same features and measure them alike: one table, one
-page.
+"""Train every tokenizer of the config's compare section on the same features; write one table and page of metrics.
 
-python jobs/compare_tokenizers.py --config conf/beauty.yaml
+  python jobs/compare_tokenizers.py --config conf/beauty.yaml
 
-Needs item_features (jobs/build_features.py after jobs/train.py --stage behavior). It goes on where it stopped; each
-cell is an MLflow run."""
+Needs item_features (jobs/build_features.py after jobs/train.py --stage behavior). An interrupted command resumes with
+the cells that have no result; each cell is an MLflow run.
+"""
 
 from pipelines import cli
 

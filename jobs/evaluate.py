@@ -1,11 +1,11 @@
-"""Put semantic IDs to use: every retriever of the config's evaluate section on every tokenizer's SIDs, seed by seed;
-one table, one page.
+"""Train every retriever and ranker of the config's evaluate section on every tokenizer's SIDs, into one table and page.
 
-python jobs/evaluate.py --config conf/beauty.yaml
+  python jobs/evaluate.py --config conf/beauty.yaml
 
-Needs item_features and sequences (jobs/build_features.py after jobs/train.py --stage behavior). It goes on where it
-stopped; each cell is an MLflow run. Tokenizers that jobs/compare_tokenizers.py has trained are not trained again. With
---report nothing is trained."""
+Needs item_features and sequences (jobs/build_features.py after jobs/train.py --stage behavior). An interrupted command
+resumes with the cells that have no result; each cell is an MLflow run. Tokenizers that jobs/compare_tokenizers.py has
+trained are reused. With --report nothing is trained.
+"""
 
 from pipelines import cli
 

@@ -1,5 +1,4 @@
-"""Read items and interactions from where the config says (synthetic, Parquet or Delta tables, arrays, Amazon files)
-into the lake.
+"""Copy items and interactions from the config's source (synthetic, Parquet, Delta, arrays, Amazon files) into the lake.
 
 python jobs/ingest.py --config conf/demo.yaml
 spark-submit jobs/ingest.py --config conf/beauty.yaml

@@ -1,8 +1,11 @@
-"""Compact the lake's tables and remove files that no kept generation, no model, and no run of the last
-retokenize.lineage_days needs.
+"""Compact the lake's tables and vacuum the files that no retained version needs.
 
-python jobs/maintain.py --config conf/beauty.yaml python jobs/maintain.py --config conf/beauty.yaml --migrate    # bring
-a lake of an older version of adasid up to date, and nothing else"""
+Versions of the last retokenize.keep generations, of the models and of the runs of the last retokenize.lineage_days are
+retained.
+
+  python jobs/maintain.py --config conf/beauty.yaml
+  python jobs/maintain.py --config conf/beauty.yaml --migrate    # only migrate a lake of an older format
+"""
 
 from pipelines import cli
 

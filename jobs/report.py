@@ -1,4 +1,4 @@
-"""Write the report page and its figures from what has been run so far: <runs_dir>/<name>/report/index.html.
+"""Write the report page of the stages that have run, and its figures: <runs_dir>/<name>/report/index.html.
 
 python jobs/report.py --config conf/demo.yaml
 """

@@ -1,11 +1,11 @@
-"""The nightly job: give new and changed items their SIDs, measure drift and churn, and publish, or refuse and leave
-yesterday's table live.
+"""Run the nightly job: give new and changed items SIDs, measure drift and churn, and publish the table if it passes.
 
   spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22
   spark-submit jobs/retokenize.py --config conf/beauty.yaml --run-date 2026-11-22 --dry-run
 
-Safe to run twice, late, or at the same time as itself. Exit code 3: a step before it was left out; 4: a gate refused,
-or the live generation is on hold; 5: another run is at work.
+A refused table leaves the live generation as it is. The job may run twice, late, or concurrently with itself.
+Exit code 3: an earlier stage is out of date; 4: a gate refused, or the live generation is on hold; 5: another run is
+at work.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pipelines import cli
 
 
 def day(text: str) -> date:
-    """An ISO date, ``today`` or ``yesterday`` (UTC)."""
+    """Parse an ISO date, ``today`` or ``yesterday`` (UTC). Raises ArgumentTypeError for any other text."""
     now = datetime.now(timezone.utc).date()
     named = {"today": now, "yesterday": now - timedelta(days=1)}
     try:

@@ -1,7 +1,7 @@
-"""Make an older generation of the semantic-ID table live again, in one commit; with --hold until --release.
+"""Make an older generation of the semantic-ID table live again, in one commit; --hold keeps it live until --release.
 
-python jobs/rollback.py --config conf/beauty.yaml --to 3 --hold
-python jobs/rollback.py --config conf/beauty.yaml --release
+  python jobs/rollback.py --config conf/beauty.yaml --to 3 --hold
+  python jobs/rollback.py --config conf/beauty.yaml --release
 
 Under a hold retokenize.py and write_sids.py check their tables but publish nothing and end with exit code 4.
 """

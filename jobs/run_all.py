@@ -3,7 +3,7 @@
   python jobs/run_all.py --config conf/demo.yaml
   python jobs/run_all.py --config conf/demo.yaml --plan     # which stages would run, and why; runs nothing
 
-Stages that are up to date are skipped; after a failure the same command resumes where it stopped.
+Stages that are up to date are skipped; after a failure the same command resumes.
 """
 
 from pipelines import cli

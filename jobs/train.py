@@ -1,8 +1,9 @@
-"""Train on Ray: the behaviour embeddings (SASRec), the tokenizer, and on its semantic IDs a retriever
-or a click-through model. A killed run resumes from its checkpoint.
+"""Train a model on Ray: behaviour embeddings (SASRec), the tokenizer, a retriever or a click-through model.
 
-python jobs/train.py --config conf/demo.yaml --stage tokenizer
-ray job submit --working-dir . -- python jobs/train.py --config conf/beauty.yaml --stage behavior
+  python jobs/train.py --config conf/demo.yaml --stage tokenizer
+  ray job submit --working-dir . -- python jobs/train.py --config conf/beauty.yaml --stage behavior
+
+The retriever and the click-through model read the live semantic IDs. A killed run resumes from its checkpoint.
 """
 
 from pipelines import cli

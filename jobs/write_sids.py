@@ -1,9 +1,8 @@
-"""Encode every item with the trained tokenizer and publish the semantic-ID table as a new generation, if it passes its
-gates.
+"""Encode every item with the trained tokenizer and publish the SIDs as a new generation if they pass the gates.
 
-spark-submit jobs/write_sids.py --config conf/beauty.yaml
+  spark-submit jobs/write_sids.py --config conf/beauty.yaml
 
-Exit code 4: a gate refused, also where more SIDs would go or move than retokenize.gates allow (on purpose:
+Exit code 4: a gate refused, also where more SIDs would be removed or changed than retokenize.gates allow (on purpose:
 --set sids.replace=true).
 """
 

@@ -1,4 +1,4 @@
-"""All stages in one process, in order, and the summary at the end."""
+"""Run all stages in order in one process, and print the summary."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def show_plan(cfg: Config) -> None:
 
 
 class Step(NamedTuple):
-    """A stage of a plan: ``status`` is up to date, runs, or skipped; ``why`` it runs or is skipped."""
+    """A plan has one step a stage. ``status``: up to date, runs, or skipped; ``why``: the reason to run or skip it."""
 
     stage: str
     status: str
@@ -60,8 +60,8 @@ class Step(NamedTuple):
 
 
 def plan(cfg: Config, after: str = "") -> list[Step]:
-    """What :func:`run` would do, or its stages ``after`` one. A stage whose inputs an earlier one is about to replace
-    counts as one that runs.
+    """Return what :func:`run` would do, or only its stages ``after`` the named one. A stage whose inputs an earlier
+    stage is about to replace counts as one that runs.
 
     Raises InputError for a source that cannot be read.
     """
@@ -98,7 +98,7 @@ def plan(cfg: Config, after: str = "") -> list[Step]:
 
 
 def declared(cfg: Config, lake: Lake) -> Iterator[Stage | Step]:
-    """The stages of :data:`STAGES` as they are declared; those that this config skips as steps."""
+    """Yield the stages of :data:`STAGES` as they are declared; those that this config skips as steps."""
     yield ingest.INGEST
     yield events.EVENTS
     if cfg.tokenizer.pairs:
@@ -112,7 +112,7 @@ def declared(cfg: Config, lake: Lake) -> Iterator[Stage | Step]:
 
 
 def summary(cfg: Config, seconds: float) -> str:
-    """What was built, the headline figures, and where to look."""
+    """Format the status, time and facts of every stage, and the paths of the outputs."""
     rows = [json.loads(line) for line in Run(cfg).journal.read_text(encoding="utf-8").splitlines()]
     last = {row["stage"]: row for row in rows}
     told = {row["stage"]: row["facts"] for row in rows if row["facts"]}

@@ -1,4 +1,5 @@
-"""What all jobs share: arguments, errors as one line and an exit code, relative paths that mean what the user typed."""
+"""Provide what all jobs share: arguments, errors as one line and an exit code, and relative paths that mean what the
+user typed."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ EPILOG = (
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that every job takes."""
+    """Return a parser with the arguments that every job takes."""
     parsed = argparse.ArgumentParser(
         description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,7 +48,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) -> int:
-    """Load the config, call ``body``, turn errors into one line on standard error and the exit code."""
+    """Load the config and call ``body``; turn errors into one line on standard error. Returns the exit code."""
     log: Path | None = None
     try:
         cfg = config.load(arguments.config, arguments.overrides)
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) ->
         log = _error_log(cfg)
         body(cfg)
     except AdasidError as error:
-        if error.__cause__:  # an engine's error, in our words
+        if error.__cause__:  # an engine's error: keep its stack trace
             _keep_trace(log)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -70,8 +71,8 @@ def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) ->
 
 
 def entry(where: str, **arguments: Any) -> Callable[..., None]:
-    """The function ``package.module:name`` with ``arguments``, imported when it is called: a mistake in the config is
-    reported before torch and the engines are loaded."""
+    """Return a function that imports and calls ``package.module:name`` with ``arguments``. The import waits for the
+    call, so that a mistake in the config is reported before torch and the engines are loaded."""
 
     def call(*args: Any) -> None:
         module, _, name = where.partition(":")
@@ -83,8 +84,8 @@ def entry(where: str, **arguments: Any) -> Callable[..., None]:
 def stage(
     name: str, function: Callable[[config.Config, StageContext], None], migrates: bool = False
 ) -> Callable[[config.Config], None]:
-    """``function`` as the body of a job: inside the MLflow run of stage ``name``; ``migrates``: also on a lake of an
-    older format."""
+    """Return a job's body that calls ``function`` inside the MLflow run of stage ``name``. ``migrates``: a lake of an
+    older format is allowed."""
 
     def body(cfg: config.Config) -> None:
         from pipelines.engines.tracking import stage as tracked
@@ -96,7 +97,7 @@ def stage(
 
 
 def leave(code: int) -> None:
-    """Stop Spark where it was started and end the process with ``code``, which no engine can change."""
+    """Stop Spark if it was started and end the process with ``code``, which no engine can change."""
     if sql := sys.modules.get("pyspark.sql"):
         with contextlib.suppress(Exception):
             session = sql.SparkSession.getActiveSession()
@@ -125,8 +126,8 @@ def _keep_trace(log: Path | None) -> str:
 
 
 def _stand_at_home() -> None:
-    """In a Ray job the current folder is a throw-away copy: go to the project's own folder, so that relative paths mean
-    the same there."""
+    """Change to the project's folder in a Ray job, whose working directory is a temporary copy, so that relative paths
+    mean the same."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return
     home = os.environ.get("ADASID_HOME") or _editable_home()
@@ -141,7 +142,7 @@ def _stand_at_home() -> None:
 
 
 def _editable_home() -> str | None:
-    """Where the project was installed from with ``pip install -e``."""
+    """Return the folder from which the project was installed with ``pip install -e``, else None."""
     for found in importlib.metadata.distributions(name="adasid"):
         text = found.read_text("direct_url.json")
         if text:

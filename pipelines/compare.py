@@ -1,7 +1,7 @@
-"""All tokenizers of ``compare`` on the same features: each trained, encoded by Spark, measured and probed alike; one
-table and one page.
+"""Train, encode, measure and probe all tokenizers of ``compare`` on the same features; write one table and one page.
 
-A cell is a tokenizer and a seed. Its result is kept as soon as it is there, so the command goes on where it stopped.
+A cell is a tokenizer and a seed. Its result is written as soon as it is computed, so an interrupted command resumes
+with the next cell.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 
 def run(cfg: Config, context: StageContext) -> None:
-    """Every cell that has no result yet, then the table in ``<run>/report/tokenizers``."""
+    """Compute every cell that has no result yet, then write the table in ``<run>/report/tokenizers``."""
     cells = [
         (label, seed)
         for label in cfg.compare.tokenizers
@@ -92,7 +92,7 @@ def _measure(inputs: Inputs, context: StageContext, folder: Path, kinds: dict[st
         for name in ("items", "distinct", "collision_items", "collision_distinct", "largest_group", "sid_entropy")
     }
     for name in ("entropy", "utilisation", "perplexity"):
-        if known := [value for value in found[name] if value is not None]:  # of the slots that some item fills
+        if known := [value for value in found[name] if value is not None]:  # null for a slot that no item fills
             row[name] = float(np.mean(known))
     row |= {
         "length": len(manifest["slots"]),
@@ -109,8 +109,9 @@ def _measure(inputs: Inputs, context: StageContext, folder: Path, kinds: dict[st
 
 
 def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, int]) -> Row:
-    """Readout of every modality and agreement of neighbours, on a sample of the catalogue that is evenly spaced by
-    popularity. An inactive slot counts as PAD here (collisions and code use are of what is emitted)."""
+    """Measure the readout of every modality and the agreement of neighbours, on a sample of the catalogue that is
+    evenly spaced by popularity. An inactive slot counts as PAD here (collisions and code use are of the emitted
+    codes)."""
     tokenizer, _ = artifact.read(model)
     dataset = lake.open("item_features", version).to_pyarrow_dataset()
     items = dataset.count_rows()
@@ -154,7 +155,7 @@ def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, 
 
 
 def _chosen(cfg: Config, items: int) -> pc.Expression:
-    """Every n-th item of the catalogue, by popularity."""
+    """Return the filter that selects every n-th item of the catalogue, by popularity."""
     index, step = pc.field("item_index"), _step(cfg, items)
     return pc.subtract(index, pc.multiply(pc.divide(index, step), step)) == 0
 
@@ -164,7 +165,7 @@ def _step(cfg: Config, items: int) -> int:
 
 
 def _kinds(cfg: Config, lake: Lake) -> dict[str, int]:
-    """Category number of each sampled item that has one; empty where none are known."""
+    """Map each sampled item that has a category to its number; return an empty dict where no categories are known."""
     features = lake.open("item_features").to_pyarrow_dataset()
     items = features.to_table(columns=["item_id"], filter=_chosen(cfg, features.count_rows()))["item_id"]
     wanted = pc.field("item_id").isin(items.combine_chunks())

@@ -1,8 +1,9 @@
-"""Tokenizers put to use: every retriever and ranker of ``evaluate`` on the SIDs of every tokenizer, seed by seed; one
-table and one page.
+"""Evaluate tokenizers downstream: train every retriever and ranker of ``evaluate`` on every tokenizer's SIDs, seed by
+seed; write one table and one page.
 
-A cell is a tokenizer, a model and a seed. Its result is kept as soon as it is there, so the command goes on where it
-stopped."""
+A cell is a tokenizer, a model and a seed. Its result is written as soon as it is computed, so an interrupted command
+resumes with the next cell.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ _TOKENIZER = train.tokenizer_stage(_KIND)
 
 
 class Cell(NamedTuple):
-    """``model``: label of the retriever or ranker; ``config``: with the cell's seed, tokenizer and model; ``sids``:
-    whether items are represented by SIDs."""
+    """A cell is one training. ``model``: label of the retriever or ranker; ``config``: with the cell's seed, tokenizer
+    and model; ``sids``: whether items are represented by SIDs."""
 
     task: train.Task
     tokenizer: str
@@ -54,8 +55,8 @@ class Cell(NamedTuple):
 
 
 def run(cfg: Config, context: StageContext, train_cells: bool = True) -> None:
-    """Every cell that has no result yet, then ``<run>/report/evaluation``. Without ``train_cells``: the report of those
-    that are there."""
+    """Train every cell that has no result yet, then write ``<run>/report/evaluation``. Without ``train_cells``: report
+    the existing results alone."""
     cells = _cells(cfg)
     if not cells:
         raise InputError(
@@ -85,15 +86,15 @@ def run(cfg: Config, context: StageContext, train_cells: bool = True) -> None:
 
 
 def _results(cfg: Config, cells: list[Cell], context: StageContext) -> dict[int, Row]:
-    """The result of each cell by its place, ``evaluate.parallel`` of them in the making at a time. The first failure
-    ends the command, once the others that have begun are through."""
+    """Return the result of each cell by its index, training ``evaluate.parallel`` cells at a time. The first failure
+    ends the command once the running cells have finished."""
     found: dict[int, Row] = {
         place: row for place, cell in enumerate(cells) if (row := _known(cell, context.lake)) is not None
     }
     todo = [place for place in range(len(cells)) if place not in found]
     tokenizers = {
         (cell.tokenizer, cell.config.seed): Lock() for cell in cells
-    }  # each is trained once, whoever needs it first
+    }  # the first cell that needs a tokenizer trains it, the others wait
     started = time.monotonic()
     with ThreadPoolExecutor(cfg.evaluate.parallel) as pool:
         running = {
@@ -157,7 +158,7 @@ def _cells(cfg: Config) -> list[Cell]:
 
 
 def _known(cell: Cell, lake: Lake) -> Row | None:
-    """The cell's result where it is there, without any training."""
+    """Return the cell's result if it exists, without any training."""
     catalogue: train.Catalogue | None = None
     if cell.sids:
         if cell.config.tokenizer.pairs and not (
@@ -179,13 +180,13 @@ def _known(cell: Cell, lake: Lake) -> Row | None:
 
 
 def _of(result: Row, catalogue: train.Catalogue | None) -> Row:
-    """``result`` with the size of the SIDs, such as 6×100."""
+    """Add the size of the SIDs to ``result``, such as 6×100."""
     sizes = Counter(slot["size"] for slot in catalogue["slots"]) if catalogue else {}
     return {**result, "codes": " + ".join(f"{slots}×{size}" for size, slots in sizes.items())}
 
 
 def _catalogue(cell: Cell, context: StageContext) -> train.Catalogue:
-    """The SIDs of the cell's tokenizer, trained and written where they are not there yet."""
+    """Return the SIDs of the cell's tokenizer; train and write them first if they are missing."""
     cfg = cell.config
     inputs = stage.resolve(_TOKENIZER, cfg, context.lake)
     model = train.tokenizer_folder(inputs, _KIND) / "model"
@@ -198,7 +199,7 @@ def _catalogue(cell: Cell, context: StageContext) -> train.Catalogue:
 
 
 def _trial_sids(table: str, model: Path, manifest: dict[str, Any]) -> Stage:
-    """The SIDs of a tokenizer that is compared, in a table of their own."""
+    """Declare the stage that writes the SIDs of a compared tokenizer into the trial table ``table``."""
 
     def write(inputs: Inputs, context: StageContext) -> dict[str, int]:
         cfg, lake, spark = inputs.cfg, inputs.lake, engine.session(inputs.cfg.spark)
@@ -224,7 +225,8 @@ def _table(inputs: Inputs) -> str:
 
 
 def _popularity(cfg: Config, lake: Lake) -> Row:
-    """Every user gets the items in the order of their training counts, those of equal counts at random."""
+    """Evaluate the popularity baseline: every user gets the items in the order of their training counts, ties at
+    random."""
     stats = lake.read("item_stats", columns=["item_index", "stratum", "interactions"]).sort_by("item_index")
     strata = pc.index_in(stats["stratum"].combine_chunks(), pa.array(tables.STRATA))
     kinds = torch.from_numpy(strata.to_numpy().astype(np.int64))

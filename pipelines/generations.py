@@ -1,9 +1,9 @@
-"""Generations of the semantic-ID table: which one is live, publishing a new one, going back to an older one.
+"""Manage generations of the semantic-ID table: read the live one, publish a new one, roll back to an older one.
 
-A publication is a row of steps, each a commit: ``sids``, ``sid_changes``, ``generations``, then the pointer ``live``. A
-reader follows the pointer to a version of ``sids``, so it sees the old table or the new one. A publication that was cut
-off is taken up where it stopped by the next run of the same job on the same inputs, and has no effect if that never
-comes."""
+A publication is a sequence of commits: ``sids``, ``sid_changes``, ``generations``, then the pointer ``live``. A reader
+follows the pointer to a version of ``sids``, so it sees the old table or the new one. The next run of the same job on
+the same inputs resumes an interrupted publication; until then it has no effect.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _JSON = ("inputs", "gates", "metrics", "drift", "churn")
 
 
 def history(lake: Lake) -> list[Generation]:
-    """All generations, oldest first, with their JSON parsed, ``live``: whether the pointer is on it, and ``hold``:
-    since when it is on hold, else None."""
+    """Return all generations, oldest first, with their JSON parsed; ``live``: whether the pointer is on it; ``hold``:
+    the time since which it is on hold, else None."""
     if not lake.exists("generations"):
         return []
     at, since = pointer(lake), on_hold(lake)
@@ -37,13 +37,13 @@ def history(lake: Lake) -> list[Generation]:
 
 
 def pointer(lake: Lake) -> int | None:
-    """Number of the live generation."""
+    """Return the number of the live generation, None if there is none."""
     rows = lake.read("live").to_pylist() if lake.exists("live") else []
     return int(rows[0]["generation"]) if rows else None
 
 
 def on_hold(lake: Lake) -> str | None:
-    """Since when the live generation is on hold, as text; None where it is not."""
+    """Return the time since which the live generation is on hold, as text; None where it is not."""
     rows = lake.read("live").to_pylist() if lake.exists("live") else []
     if not rows or not rows[0].get("hold"):
         return None
@@ -58,7 +58,7 @@ def check_hold(lake: Lake) -> None:
 
 
 def live(lake: Lake) -> Generation:
-    """The live generation. Raises InputError where nothing was published."""
+    """Return the live generation. Raises InputError where nothing was published."""
     found = next((row for row in history(lake) if row["live"]), None)
     if found is None:
         raise InputError(f"nothing is published in {lake.root}: run jobs/write_sids.py, or jobs/run_all.py, first")
@@ -66,12 +66,12 @@ def live(lake: Lake) -> Generation:
 
 
 def settled(lake: Lake, key: str) -> bool:
-    """Whether the newest generation carries ``key``, and is live or was so before a roll-back."""
+    """Return whether the newest generation carries ``key`` and is live or was live before a roll-back."""
     return lake.fresh(key, "sids", "generations") and lake.made("live", key) is not None
 
 
 def next_number(lake: Lake) -> int:
-    """One above the last that was recorded, live or not."""
+    """Return the number after the last recorded generation, live or not."""
     return max((row["generation"] for row in history(lake)), default=0) + 1
 
 
@@ -86,15 +86,14 @@ def publish(
     allowed: Callable[[], None] = lambda: None,
 ) -> Generation:
     """Publish what ``write_sids`` and ``write_changes`` (rows of ``sid_changes`` against the live generation) commit;
-    returns the new generation.
+    return the new generation.
 
-    ``key``: digest of all that the rows follow from, with which they stamp their commits; steps whose commit carries it
-    are not done again. ``facts``: the row of ``generations`` but for what is added here; its number is
-    :func:`next_number`. ``expected``: the generation that was live when the work began. ``before_live``: what must be
-    there when the pointer moves. ``allowed``: raises where this process may not publish any more; asked before every
-    commit.
+    ``key``: input hash of the rows, which their commits carry; a step whose commit carries it is not repeated.
+    ``facts``: the row of ``generations`` except the columns added here; its number is :func:`next_number`.
+    ``expected``: the generation that was live when the work began. ``before_live``: is called before the pointer moves.
+    ``allowed``: is called before every commit, and raises where this process may no longer publish.
 
-    Raises GateError where the live generation is on hold.
+    Raises GateError where the live generation is on hold, BusyError where another run published meanwhile.
     """
     lake = context.lake
     check_hold(lake)
@@ -104,7 +103,7 @@ def publish(
             f"generation {parent} went live in {lake.root} while this run was at work on {expected}: run it again"
         )
     before = snapshot(lake)
-    if lake.fresh(key, "generations"):  # recorded, but cut off before it was live
+    if lake.fresh(key, "generations"):  # recorded, but interrupted before it was live
         row = history(lake)[-1]
     else:
         number = facts["generation"]
@@ -136,13 +135,13 @@ def publish(
 
 
 def go_back(context: StageContext, number: int, hold: bool = False) -> Generation:
-    """Make generation ``number`` live again, and put it on ``hold`` until :func:`release`; a hold that is there stays.
-    Raises InputError where there is no such generation, or its rows are gone."""
+    """Make generation ``number`` live again, and put it on ``hold`` until :func:`release`; an existing hold stays.
+    Raises InputError where there is no such generation, or its rows were vacuumed."""
     lake, before = context.lake, snapshot(context.lake)
     rows = {row["generation"]: row for row in history(lake)}
     if number not in rows:
         known = f"{min(rows)} to {max(rows)}" if rows else "none"
-        raise InputError(f"generation {number} does not exist (there are: {known}): name one of them with --to")
+        raise InputError(f"generation {number} does not exist (existing: {known}): name one of them with --to")
     row = rows[number]
     gone = lake.missing("sids", row["sids_version"])
     if gone:
@@ -158,7 +157,7 @@ def go_back(context: StageContext, number: int, hold: bool = False) -> Generatio
 
 
 def release(context: StageContext) -> Generation:
-    """End the hold of the live generation."""
+    """End the hold of the live generation; return that generation."""
     row, before = live(context.lake), snapshot(context.lake)
     if on_hold(context.lake):
         _point(context.lake, before, row, f"release {row['generation']}")
@@ -168,13 +167,13 @@ def release(context: StageContext) -> Generation:
 
 
 def snapshot(lake: Lake) -> DeltaTable:
-    """The pointer's table as it is now."""
+    """Return the pointer's table at its current version; create it if it is missing."""
     DeltaTable.create(lake.path("live"), schema=tables.LIVE, mode="ignore")
     return DeltaTable(lake.path("live"))
 
 
 def _point(lake: Lake, before: DeltaTable, row: Generation, key: str, hold: bool = False) -> None:
-    """Move the pointer, unless somebody else has moved it since ``before`` was read."""
+    """Move the pointer. Raises BusyError where another run has moved it since ``before`` was read."""
     state = {"generation": row["generation"], "sids_version": row["sids_version"], "hold": hold}
     there, input_hash = pa.Table.from_pylist([state], schema=tables.LIVE), properties(key, retries=0)
     try:

@@ -1,5 +1,4 @@
-"""Stage ``ingest``: bring the source into the Delta tables ``items`` and ``interactions`` (and ``truth`` where it is
-known), unchecked."""
+"""Copy the source into the Delta tables ``items`` and ``interactions`` (and ``truth`` where it is known), unchecked."""
 
 from __future__ import annotations
 
@@ -31,13 +30,13 @@ from pipelines.sources import amazon, parquet
 from pipelines.stage import Inputs, Stage
 
 _READ_THROUGH = 2**28
-"""Bytes up to which a local file is known by its content."""
+"""A local file of at most this many bytes is identified by its content."""
 
 _FORMAT = 2
-"""Of the tables written; raised when a column is added, so that tables are written again."""
+"""Bump when a table gets a column, so that tables are written again."""
 
 _CHUNK, _TASKS = 10_000, 256
-"""Items made by one task, at least; tasks that make items, at most."""
+"""A task generates at least this many items; at most this many tasks generate items."""
 
 
 def run(cfg: Config, context: StageContext) -> None:
@@ -98,7 +97,7 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
 
 
 def _undo(context: StageContext, before: Mapping[str, int | None], written: Mapping[str, int]) -> None:
-    """Give tables that were replaced the rows back that they had, because another one could not be read."""
+    """Restore tables that were already replaced when another one could not be read."""
     for name in written:
         if name in before:
             context.lake.restore(name, before[name])
@@ -106,7 +105,7 @@ def _undo(context: StageContext, before: Mapping[str, int | None], written: Mapp
 
 
 def _modalities(cfg: Config) -> tuple[str, ...]:
-    """The vector columns of ``items``. Raises InputError where the source cannot bring one."""
+    """Return the vector columns of ``items``. Raises InputError where the source lacks one."""
     wanted = (*cfg.features.content, *((tables.BEHAVIOR,) if cfg.behavior.source == "column" else ()))
     source = cfg.source
     offered = {
@@ -135,7 +134,7 @@ def _modalities(cfg: Config) -> tuple[str, ...]:
 
 
 def _inputs(cfg: Config) -> dict[str, tuple[str, str]]:
-    """Config key -> (absolute path or URL, format) of all that the source reads."""
+    """Map each config key to the (absolute path or URL, format) that the source reads."""
     source = cfg.source
     found: dict[str, tuple[str, str]] = {}
     if source.tables:
@@ -155,8 +154,9 @@ def _inputs(cfg: Config) -> dict[str, tuple[str, str]]:
 
 
 def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
-    """What changes with the content of a source: id and version of a Delta table, else each file's name, size and
-    content (of a local file of up to 256 MiB) or time of change. A copy with the same content is the same source."""
+    """Return values that change with the content of a source: id and version of a Delta table, else each file's name,
+    size and content (of a local file of up to 256 MiB) or modification time. A copy with the same content is the same
+    source."""
     if form == "delta":
         try:
             table = DeltaTable(path)
@@ -247,7 +247,7 @@ def _chunk(rows: int) -> int:
 def _generate(
     spark: SparkSession, rows: int, chunk: int, make: Callable[[int, int], Iterator[pa.RecordBatch]], schema: pa.Schema
 ) -> DataFrame:
-    """The rows that ``make(start, stop)`` yields for 0 to ``rows``, one Spark task a chunk."""
+    """Return the rows that ``make(start, stop)`` yields for 0 to ``rows``, one Spark task a chunk."""
     chunks, start = -(-rows // chunk), F.col("id") * chunk
     ranges = spark.range(0, chunks, 1, max(chunks, 1)).select(
         start.alias("start"), F.least(start + chunk, F.lit(rows)).alias("stop")
@@ -293,7 +293,7 @@ def _from_arrays(
 
 @contextmanager
 def _reading(cfg: Config) -> Iterator[None]:
-    """Engine errors while the source is copied become one line that names the source."""
+    """Turn engine errors during the copy into one line that names the source."""
     try:
         yield
     except (Py4JJavaError, PySparkException) as error:
@@ -313,4 +313,4 @@ INGEST = Stage(
     body=_build,
     prefix="ingest",
 )
-"""The source -> raw items and interactions."""
+"""Reads the source, writes raw items and interactions."""

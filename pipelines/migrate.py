@@ -1,4 +1,4 @@
-"""The lake's format: its number, the check that every job makes, and what brings an older lake up to it.
+"""Check the lake's format number, as every job does, and migrate an older lake.
 
 Format 1: one table ``catalog_stats`` with the statistics of both features stages; the input hash is a column ``run``.
 Format 2: the second stage writes ``richness_stats``; the column is ``input_hash``, in ``rejected_rows`` too.
@@ -24,7 +24,7 @@ _FILE = "format.json"
 
 
 def current(lake: Lake) -> int | None:
-    """The format of a lake; None where it has no table yet."""
+    """Return the format of a lake; None where it has no table yet."""
     path = Path(lake.root) / _FILE
     if path.exists():
         return int(json.loads(path.read_text(encoding="utf-8"))["format"])
@@ -32,7 +32,7 @@ def current(lake: Lake) -> int | None:
 
 
 def check(lake: Lake) -> None:
-    """Mark a lake without tables as one of this format. Raises InputError for a lake of another one."""
+    """Write the current format into a lake without tables. Raises InputError for a lake of another format."""
     found = current(lake)
     if found is None:
         write_json(Path(lake.root) / _FILE, {"format": FORMAT})
@@ -49,8 +49,8 @@ def check(lake: Lake) -> None:
 
 
 def migrate(lake: Lake) -> list[str]:
-    """Bring an older lake up to :data:`FORMAT`; returns what was done. Running it again after an interruption
-    resumes it. Raises InputError for a newer lake."""
+    """Bring an older lake up to :data:`FORMAT`; return what was done. Running it again after an interruption resumes
+    it. Raises InputError for a newer lake."""
     done = list[str]()
     if current(lake) == 1:
         done += _from_1(Lake(lake.root, {}))
@@ -74,7 +74,7 @@ def _from_1(lake: Lake) -> list[str]:
         done.append("catalog_stats: column run is input_hash")
     if lake.exists("rejected_rows") and "run" in lake.schema("rejected_rows").names:
         input_hash = str(lake.input_hash("rejected_rows"))
-        old = lake.open("rejected_rows").to_pyarrow_dataset()  # opened before the write, which cannot open a table
+        old = lake.open("rejected_rows").to_pyarrow_dataset()  # a write cannot open a table, so open it first
         lake.write("rejected_rows", tables.REJECTED_ROWS, _renamed(old), input_hash)
         done.append("rejected_rows: column run is input_hash")
     return done

@@ -1,5 +1,4 @@
-"""The report of a run: reads the aggregates that the other stages left, draws, writes one HTML page and its figures.
-Cheap, so always rebuilt."""
+"""Write a run's report: read the aggregates of the other stages, draw, and write one HTML page and its figures."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ _SHOWN = ("catalog_stats", "generations", "live")
 
 
 def run(cfg: Config, context: StageContext) -> None:
-    """Write ``<run>/report/index.html`` and its PNG figures and log them. Raises InputError where no stage has left
-    anything to report."""
+    """Write ``<run>/report/index.html`` and its PNG figures and log them. Raises InputError where there is nothing to
+    report."""
     stage.run(REPORT, cfg, context)
 
 
@@ -52,8 +51,8 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
 
 
 def write(folder: Path, content: page.Page, cells: Sequence[Mapping[str, Any]] = ()) -> int:
-    """The page as ``index.html`` with its PNG figures, whose number is returned, and the ``cells`` of a comparison as
-    ``cells.csv``."""
+    """Write the page as ``index.html`` with its PNG figures, and the ``cells`` of a comparison as ``cells.csv``; return
+    the number of figures."""
     html, pictures = page.render(content)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in set(folder.glob("*.png")) - {folder / name for name in pictures}:
@@ -70,7 +69,7 @@ def write(folder: Path, content: page.Page, cells: Sequence[Mapping[str, Any]] =
 
 
 def gather(cfg: Config, lake: Lake) -> Material:
-    """All that the stages of this run have left so far."""
+    """Collect the results that the stages of this run have written so far."""
     versions = {table: lake.version(table) for table in _SHOWN if lake.exists(table)}
     catalog = lake.read("catalog_stats", versions["catalog_stats"]).to_pylist() if "catalog_stats" in versions else []
     published = generations.history(lake)
@@ -92,8 +91,8 @@ def gather(cfg: Config, lake: Lake) -> Material:
 
 
 def _lags(lake: Lake, live: generations.Generation | None, stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which tables lag. A nightly run that found nothing new has read ``item_features`` too, though it left no
-    generation."""
+    """Return a sentence for each table that lags. A nightly run without changes has read ``item_features`` too, though
+    it left no generation."""
     if not live:
         return staleness.sentences(staleness.lags(lake, "item_features")) if lake.exists("item_features") else []
     read, own = dict(live["inputs"]), {"generation": live["generation"]}
@@ -104,7 +103,7 @@ def _lags(lake: Lake, live: generations.Generation | None, stages: Sequence[Mapp
 
 
 def _catalog(rows: list[dict[str, Any]], richness: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The rows of ``catalog_stats`` and ``richness_stats`` (null: none yet) as one; Arrow gives maps as lists of
+    """Merge the rows of ``catalog_stats`` and ``richness_stats`` (null: none yet); Arrow returns maps as lists of
     pairs."""
     if not rows:
         return None
@@ -119,7 +118,7 @@ def _behavior(folder: Path) -> Training | None:
 
 
 def _tokenizer(folder: Path, digest: str | None) -> Training | None:
-    """The training that made the artifact ``digest``, else the newest."""
+    """Return the training of the artifact ``digest``, else the newest."""
     found = [
         (path, _object(path))
         for path in sorted(folder.glob("*/model/manifest.json"), key=lambda path: path.stat().st_mtime)
@@ -144,8 +143,8 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, none where there is no file. A last line that a killed job left half written is
-    dropped."""
+    """Return the rows of a JSON-lines file, none where there is no file. A last line that a killed job left incomplete
+    is dropped."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
@@ -170,4 +169,4 @@ REPORT = Stage(
     prefix="report",
     fresh=lambda inputs, lake: False,
 )
-"""Aggregates -> pages. It is cheap, so that it always runs."""
+"""Reads aggregates, writes pages. It is cheap, so it always runs."""

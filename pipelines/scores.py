@@ -1,4 +1,4 @@
-"""AUC and GAUC of more scores than one machine should hold, by Spark: the figures of ``adasid/metrics/ranking.py``.
+"""Compute AUC and GAUC of more scores than fit one machine, by Spark: the metrics of ``adasid/metrics/ranking.py``.
 
 Sums are of integers or decimals, so they do not depend on partitions or the order of rows. Only totals are collected.
 """
@@ -15,25 +15,26 @@ from pyspark.sql import functions as F
 from pipelines.features.statistics import wide
 
 _NORMAL = 1.959963984540054
-"""97.5 % of the normal distribution."""
+"""This is the 97.5 % quantile of the normal distribution."""
 
 _BOTH = "p > 0 AND n > 0"
 _OWN = "double(own) / nullif(2 * double(p) * double(n), 0)"
-"""A user's own AUC; null with one class only."""
+"""SQL of one user's AUC; it is null with one class only."""
 
 
 def ranking_metrics(scores: DataFrame) -> dict[str, dict[str, Any]]:
-    """stratum, and ``all``, -> what ``adasid.metrics.ranking.ranking_metrics`` tells of its samples. ``scores``:
+    """Return stratum, and ``all``, -> the metrics that ``adasid.metrics.ranking.ranking_metrics`` computes. ``scores``:
     ``tables.RANKING_SCORES``.
 
-    AUC counts for every positive the negatives below it, and half of those level with it. The intervals are not drawn:
-    they are the normal ones of the variance over users (for AUC: Obuchowski, Biometrics 53, 1997), which is what the
-    bootstrap comes to with many users."""
+    AUC counts for every positive the negatives below it, and half of those with the same score. The intervals are the
+    normal ones of the variance over users (for AUC: Obuchowski, Biometrics 53, 1997), to which the bootstrap converges
+    with many users.
+    """
     rows = scores.select("user", "label", "score", F.explode(F.array(F.lit("all"), F.col("stratum"))).alias("part"))
     counts = (F.sum("label").cast("bigint").alias("p"), F.sum(1 - F.col("label")).cast("bigint").alias("n"))
     ties = rows.groupBy("part", "user", "score").agg(*counts).persist()
     levels = ties.groupBy("part", "score").agg(F.sum("p").alias("all_p"), F.sum("n").alias("all_n"))
-    # persisted, as a second execution could cut the ranges elsewhere
+    # persisted, as a second execution could choose other range boundaries
     ranges = levels.repartitionByRange("part", "score").select("*", F.spark_partition_id().alias("_range")).persist()
     users = _users(ties, _below(ranges)).persist()
     totals = [_total(row.asDict()) for row in _sums(users).collect()]
@@ -44,8 +45,8 @@ def ranking_metrics(scores: DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def _below(local: DataFrame) -> DataFrame:
-    """part, score, all_p, all_n (positives and negatives of this score), p_below, n_below (of lower scores): sums
-    within range partitions, and those of the partitions before."""
+    """Return part, score, all_p, all_n (positives and negatives of this score), p_below, n_below (of lower scores):
+    sums within range partitions, plus those of the partitions before."""
     sums = (
         local.groupBy("part", "_range")
         .agg(F.sum("all_p").alias("p"), F.sum("all_n").alias("n"))
@@ -67,9 +68,9 @@ def _below(local: DataFrame) -> DataFrame:
 
 
 def _users(ties: DataFrame, levels: DataFrame) -> DataFrame:
-    """part, user, p, n; ``own``: twice the pairs that the user's positives win against the user's negatives (a tie:
-    once); ``wins``: against everybody's negatives; ``behind``: twice the pairs that everybody's positives lose against
-    the user's negatives (a tie: once)."""
+    """Return part, user, p, n; ``own``: twice the pairs that the user's positives win against the user's negatives (a
+    tie: once); ``wins``: against all users' negatives; ``behind``: twice the pairs that all users' positives lose
+    against the user's negatives (a tie: once)."""
     lower = Window.partitionBy("part", "user").orderBy("score").rowsBetween(Window.unboundedPreceding, -1)
     placed = ties.select("*", F.coalesce(F.sum("n").over(lower), F.lit(0)).alias("own_below")).join(
         levels, ["part", "score"]
@@ -87,7 +88,8 @@ def _users(ties: DataFrame, levels: DataFrame) -> DataFrame:
 
 
 def _sums(users: DataFrame) -> DataFrame:
-    """A row a part: users, p, n, wins; of the users with both classes: their number, samples, and AUC times samples."""
+    """Return a row a part: users, p, n, wins; of the users with both classes: their number, samples, and AUC times
+    samples."""
     both = [F.count_if(F.expr(_BOTH)).alias("both"), F.sum(F.expr(f"IF({_BOTH}, p + n, 0)")).alias("size")]
     gained = _exact(F.expr(f"coalesce((p + n) * {_OWN}, 0)")).alias("gained")
     return users.groupBy("part").agg(
@@ -96,14 +98,14 @@ def _sums(users: DataFrame) -> DataFrame:
 
 
 def _total(row: dict[str, Any]) -> dict[str, Any]:
-    """With ``auc`` and ``gauc``, None where they are not defined."""
+    """Add ``auc`` and ``gauc`` to a row, None where they are not defined."""
     pairs = 2 * row["p"] * row["n"]
     auc = int(row.pop("wins")) / pairs if pairs else None
     return {**row, "auc": auc, "gauc": float(row.pop("gained")) / row["size"] if row["both"] else None}
 
 
 def _spread(users: DataFrame, totals: list[dict[str, Any]]) -> DataFrame:
-    """part, auc, gauc: the users' mean squared weight in each figure, times their number."""
+    """Return part, auc, gauc: the users' mean squared weight in each metric, times their number."""
     kinds = "part string, users bigint, p bigint, n bigint, both bigint, size bigint, auc double, gauc double"
     names = [kind.split()[0] for kind in kinds.split(", ")]
     wholes = users.sparkSession.createDataFrame([tuple(total[name] for name in names) for total in totals], kinds)
@@ -131,5 +133,5 @@ def _figures(total: dict[str, Any], spread: dict[str, Any] | None) -> dict[str, 
 
 
 def _exact(column: Column) -> Column:
-    """Its sum, in decimals."""
+    """Sum a column in decimals."""
     return F.sum(column.cast("decimal(38,18)"))

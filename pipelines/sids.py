@@ -1,5 +1,4 @@
-"""The semantic-ID table: Arrow batches through the artifact on Spark, collisions ranked, gates, one Delta commit, one
-generation."""
+"""Write the semantic-ID table: encode on Spark, rank collisions, check the gates, and publish one generation."""
 
 from __future__ import annotations
 
@@ -36,15 +35,15 @@ from pipelines.stage import Inputs, Stage
 from pipelines.train import register, tokenizer_folder, tokenizer_stage
 
 _FAULTS = 100
-"""Kinds of faults that are looked at; there is one for each modality, and one for each wrong width."""
+"""At most this many kinds of faults are collected; there is one for each modality, and one for each wrong width."""
 
 
 def run(cfg: Config, context: StageContext) -> None:
-    """``item_features`` at its pinned version -> ``sids`` and a row of ``generations``.
+    """Encode ``item_features`` at its pinned version; write ``sids`` and a row of ``generations``.
 
     Raises GateError, with nothing published, when the table does not satisfy ``sids.gates``, or differs from the live
     one by more than ``retokenize.gates`` allow and ``sids.replace`` is false, or the live one is on hold. Raises
-    InputError where ``item_features`` is not of the newest tables.
+    InputError where ``item_features`` was not built from the newest tables.
     """
     step = declare(cfg)
     inputs = stage.resolve(step, cfg, context.lake)
@@ -59,7 +58,8 @@ def run(cfg: Config, context: StageContext) -> None:
 
 
 def _artifact(cfg: Config, lake: Lake) -> Path:
-    """The tokenizer to publish: that of ``sids.artifact``, else the one that the config trains on these tables."""
+    """Return the artifact to publish: that of ``sids.artifact``, else the one that the config trains on these
+    tables."""
     if cfg.sids.artifact:
         return Path(cfg.sids.artifact)
     return tokenizer_folder(stage.resolve(tokenizer_stage(), cfg, lake)) / "model"
@@ -72,7 +72,7 @@ def _body(inputs: Inputs, context: StageContext) -> dict[str, int]:
 
 
 def declare(cfg: Config) -> Stage:
-    """The publication of the tokenizer's SIDs for all items."""
+    """Declare the stage that publishes the tokenizer's SIDs for all items."""
     pairs = ("item_pairs",) if cfg.tokenizer.pairs and not cfg.sids.artifact else ()
     return Stage(
         "sids",
@@ -160,7 +160,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
         )["generation"]
     finally:
         encoded.unpersist()
-    entropy = [value for value in metrics["entropy"] if value is not None]  # of the slots that some item fills
+    entropy = [value for value in metrics["entropy"] if value is not None]  # null for a slot that no item fills
     context.facts.update(
         {
             "generation": generation,
@@ -177,7 +177,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
 def _replacing(
     cfg: Config, context: StageContext, live: generations.Generation, churn: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The gates of a table that takes the place of ``live``. Raises GateError where one failed and ``sids.replace`` is
+    """Return the gates of a table that replaces ``live``. Raises GateError where one failed and ``sids.replace`` is
     false."""
     gates = changes.gates(cfg, churn)
     failed = [gate for gate in gates if not gate["passed"]]
@@ -196,7 +196,7 @@ def _replacing(
 
 
 def check_features(features: StructType, manifest: dict[str, Any]) -> None:
-    """Raise InputError unless every column is there in its type, before any task starts. Further columns do no harm."""
+    """Raise InputError unless every column exists in its type, before any task starts. Further columns are ignored."""
     expected = {
         field.name: field.dataType
         for field in engine.struct(tables.item_features([m for m in manifest["widths"] if m != BEHAVIOR]))
@@ -225,9 +225,9 @@ def encode(
     one_of: int | None = None,
     previous: tuple[DataFrame, float] | None = None,
 ) -> DataFrame:
-    """One row of :data:`ENCODED` for each row of ``features``; the weights travel as a broadcast of plain bytes.
-    ``one_of``: as ``drift.every`` gives it; None: nothing is gauged; ``previous``: published SIDs [item_id, codes] and
-    the slack with which items keep them."""
+    """Return one row of :data:`ENCODED` for each row of ``features``; the weights are a broadcast of plain bytes.
+    ``one_of``: the sampling stride of ``drift.every``, None: no item is sampled for drift; ``previous``: published SIDs
+    [item_id, codes] and the tolerance within which items retain them."""
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
     sampled = (F.lit(False) if one_of is None else drift.in_sample(one_of)).alias("sampled")
     text = json.dumps(manifest)
@@ -242,8 +242,8 @@ def ranked(
     encoded: DataFrame, tokenizer: str, generation: int, kept: DataFrame | None = None, before: DataFrame | None = None
 ) -> DataFrame:
     """Add the collision rank among the items of one SID. An item that has the codes of its row in ``before`` [item_id,
-    codes, collision_rank] has its rank, too; the others come after those, and after the items of ``kept`` [codes,
-    collision_rank] that have the SID; among themselves by (interactions desc, item_id)."""
+    codes, collision_rank] retains its rank. The others rank after those, and after the items of ``kept`` [codes,
+    collision_rank] with the same SID; among themselves by (interactions desc, item_id)."""
     own, first = F.lit(None).cast("int"), F.lit(0)
     if before is not None:
         encoded = encoded.join(
@@ -265,8 +265,8 @@ def ranked(
 
 
 def faults(encoded: DataFrame, manifest: dict[str, Any]) -> int:
-    """How many items have a NaN or an infinity in a vector. Raises InputError where a vector has not the width that the
-    tokenizer was trained on."""
+    """Count the items with a NaN or an infinity in a vector. Raises InputError where a vector's width is not the one
+    that the tokenizer was trained on."""
     found = (
         encoded.filter("fault IS NOT NULL")
         .groupBy("fault")
@@ -285,7 +285,7 @@ def faults(encoded: DataFrame, manifest: dict[str, Any]) -> int:
 
 
 def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
-    """Metrics of a :class:`Tally`, as JSON data. Collects L x K rows and small histograms only."""
+    """Return the metrics of a :class:`Tally`, as JSON data. Collects L x K rows and small histograms only."""
     tally = Tally.none(slots)
     for row in encoded.select(F.posexplode("codes").alias("slot", "code")).groupBy("slot", "code").count().collect():
         if row["code"] == PAD:
@@ -311,7 +311,7 @@ def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
         .groupBy("size", "tail")
     )
     groups, tail_only, shared = Counter[int](), Counter[int](), 0
-    for row in of_size.agg(F.count("*").alias("number")).collect():  # as many rows as there are kinds of groups
+    for row in of_size.agg(F.count("*").alias("number")).collect():  # one row for each distinct (size, tail)
         groups[row["size"]] += row["number"]
         if row["tail"]:
             tail_only[row["tail"]] += row["number"]
@@ -320,7 +320,7 @@ def measure(encoded: DataFrame, slots: list[Slot]) -> dict[str, Any]:
 
 
 def failures(failed: list[dict[str, Any]]) -> str:
-    """Gates in words."""
+    """Format failed gates as text."""
     of = (f" of {g['of']}" if "of" in g else "" for g in failed)
     parts = (f"{g['gate']} is {plain(g['value'])}{share}, allowed {g['threshold']:.4g}" for g, share in zip(failed, of))
     return "; ".join(parts)
@@ -329,7 +329,7 @@ def failures(failed: list[dict[str, Any]]) -> str:
 def check_gates(
     metrics: dict[str, Any], gates: Gates, expected: int, distinct_items: int, broken: int
 ) -> list[dict[str, Any]]:
-    """What a table must satisfy: every item once, codebooks in use, collisions bounded."""
+    """Check that every item occurs once, that codebooks are in use and that collisions are bounded."""
     checks = [
         ("coverage", metrics["items"] / max(1, expected), 1.0, metrics["items"] == expected > 0),
         ("duplicate items", metrics["items"] - distinct_items, 0.0, metrics["items"] == distinct_items),

@@ -1,7 +1,7 @@
-"""Stages declare what they read, write and depend on; :func:`run` resolves versions, hashes, decides and records.
+"""Declare what stages read, write and depend on; :func:`run` resolves versions, hashes, decides and records.
 
 Each (table, version) is resolved once, before anything is hashed or read. The body then reads through a lake that is
-pinned to these versions and that refuses any table which the stage does not declare. So the output is made of the
+pinned to these versions and that refuses any table which the stage does not declare. So the output is computed from the
 versions that were hashed, whatever other processes commit meanwhile, and the next run notices those commits.
 """
 
@@ -26,9 +26,10 @@ _LONG = 60
 
 
 class Inputs(NamedTuple):
-    """What one run of a stage depends on. ``cfg``: the config, with what the data decides; ``versions``: table ->
-    version; ``input_hashes``: table -> input hash of that version; ``settings``: dotted key -> value; ``hash``: the
-    input hash of all of them; ``lake``: pinned to ``versions``, and refusing what the stage does not declare."""
+    """Inputs are what one run of a stage depends on. ``cfg``: the config, with the values decided from the data;
+    ``versions``: table -> version; ``input_hashes``: table -> input hash of that version; ``settings``: dotted key ->
+    value; ``hash``: the input hash of all of them; ``lake``: pinned to ``versions``, and refusing what the stage does
+    not declare."""
 
     cfg: Config
     versions: dict[str, int]
@@ -39,21 +40,22 @@ class Inputs(NamedTuple):
 
 
 def nothing(cfg: Config) -> tuple[str, ...]:
-    """No table."""
+    """Return no table."""
     return ()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the pipeline.
+    """A stage is a step of the pipeline.
 
-    ``name``: as users read it; ``reads`` and ``writes``: its tables; ``appends``: tables to which it adds rows in a
-    transaction of its own, and which other stages may also add to; ``also``: tables that it reads where they exist and
-    that decide nothing, so that they are not hashed; ``uses`` and ``makes``: artifacts outside the lake, by name;
-    ``settings``: dotted config key -> value of what counts besides the tables; ``body``: does the work and returns the
-    versions that it wrote. ``decide``: the config with what the data decides, on the pinned lake; ``fresh``: whether
-    the output of an input hash is there (default: the latest version of each table in ``writes`` carries it);
-    ``prefix``: first part of the input hash."""
+    ``name``: shown to users; ``reads`` and ``writes``: its tables; ``appends``: tables to which it adds rows in a
+    separate transaction, and to which other stages may add too; ``also``: tables that it reads where they exist, which
+    are not hashed as they decide nothing; ``uses`` and ``makes``: artifacts outside the lake, by name; ``settings``:
+    dotted config key -> value of what counts besides the tables; ``body``: does the work and returns the versions that
+    it wrote; ``decide``: the config with the values decided from the pinned lake; ``fresh``: whether the output of an
+    input hash exists (default: the latest version of each table in ``writes`` carries it); ``prefix``: first part of
+    the input hash.
+    """
 
     name: str
     engine: Literal["spark", "ray", "python"]
@@ -71,25 +73,26 @@ class Stage:
 
 
 class Undeclared(AssertionError):
-    """A stage's body touched a table that the stage does not declare: a fault of the code, not of its input."""
+    """Raised where a stage's body reads or writes a table that the stage does not declare: a fault of the code, not of
+    its input."""
 
 
 @dataclass(frozen=True)
 class StageLake(Lake):
-    """A lake that opens only the tables in ``readable`` and replaces only those in ``writable_tables``."""
+    """This lake opens only the tables in ``readable`` and replaces only those in ``writable_tables``."""
 
     stage: str = ""
     readable: frozenset[str] = frozenset()
     writable_tables: frozenset[str] = frozenset()
 
     def open(self, table: str, version: int | None = None) -> DeltaTable:
-        """As :meth:`Lake.open`. Raises Undeclared for a table that the stage declares in no way."""
+        """Open as :meth:`Lake.open`. Raises Undeclared for a table that the stage declares in no way."""
         if table not in self.readable | self.writable_tables:
             raise Undeclared(f"stage {self.stage} reads {table}, which it does not declare")
         return super().open(table, version)
 
     def target(self, table: str) -> str:
-        """As :meth:`Lake.target`. Raises Undeclared for a table that the stage does not write."""
+        """Return the same as :meth:`Lake.target`. Raises Undeclared for a table that the stage does not write."""
         if table not in self.writable_tables:
             raise Undeclared(f"stage {self.stage} writes {table}, which it does not declare")
         return super().target(table)
@@ -111,22 +114,22 @@ def resolve(stage: Stage, cfg: Config, lake: Lake) -> Inputs:
 
 
 def up_to_date(stage: Stage, inputs: Inputs, lake: Lake) -> bool:
-    """Whether the stage's output was made of these inputs."""
+    """Return whether the stage's output was computed from these inputs."""
     if stage.fresh:
         return stage.fresh(inputs, lake)
     return lake.fresh(inputs.hash, *stage.writes(inputs.cfg))
 
 
 def check_fresh(stage: Stage, cfg: Config, lake: Lake) -> bool:
-    """Whether the stage has nothing to do now."""
+    """Return whether the stage is up to date now."""
     return up_to_date(stage, resolve(stage, cfg, lake), lake)
 
 
 def run(stage: Stage, cfg: Config, context: StageContext, inputs: Inputs | None = None) -> Inputs | None:
-    """Run the stage unless its output is up to date; returns its inputs, or None where there was nothing to do.
+    """Run the stage unless its output is up to date; return its inputs, or None where it is.
 
-    Notes why it runs, records the versions that were read and written in MLflow, and what the output was made of in
-    the run's folder. Raises what the body raises.
+    Notes why it runs, records the versions that were read and written in MLflow, and the inputs of the output in the
+    run's folder. Raises what the body raises.
     """
     inputs = inputs or resolve(stage, cfg, context.lake)
     context.inputs(inputs.versions)
@@ -137,7 +140,7 @@ def run(stage: Stage, cfg: Config, context: StageContext, inputs: Inputs | None 
     with _only(context, inputs.lake):
         written = stage.body(inputs, context)
     context.outputs(written)
-    if not context.journal:  # a cell of a study: many share a stage
+    if not context.journal:  # a cell of a comparison: many cells share a stage
         return inputs
     path = Run(cfg).record(stage.name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,7 @@ def run(stage: Stage, cfg: Config, context: StageContext, inputs: Inputs | None 
 
 @contextmanager
 def _only(context: StageContext, lake: Lake) -> Iterator[None]:
-    """Let the body see the pinned lake alone."""
+    """Restrict the body to the pinned lake."""
     outer, context.lake = context.lake, lake
     try:
         yield
@@ -162,13 +165,14 @@ def _only(context: StageContext, lake: Lake) -> Iterator[None]:
 
 
 def reason(stage: Stage, inputs: Inputs, lake: Lake) -> str:
-    """Why the stage is not up to date: the tables, versions and settings that differ from those of the last time."""
+    """Return why the stage is not up to date: the tables, versions and settings that differ from those of the last
+    run."""
     for table in stage.writes(inputs.cfg):
         if not lake.exists(table):
             return f"no output yet (table {table})"
     last = recorded(stage, inputs.cfg)
     if last is None:
-        return "no output yet" if not stage.writes(inputs.cfg) else "no record of what its output was made of"
+        return "no output yet" if not stage.writes(inputs.cfg) else "no record of the inputs of its output"
     found = [
         f"{table} is at version {version}, was {last['versions'].get(table, 'not read')}"
         for table, version in inputs.versions.items()
@@ -184,13 +188,13 @@ def reason(stage: Stage, inputs: Inputs, lake: Lake) -> str:
 
 
 def recorded(stage: Stage, cfg: Config) -> dict[str, Any] | None:
-    """What the stage's output was last made of; None where the run's folder does not say."""
+    """Return the recorded inputs of the stage's last output; None where the run's folder has no record."""
     path = Run(cfg).record(stage.name)
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def flat(settings: Mapping[str, object]) -> dict[str, Any]:
-    """Nested settings as dotted keys and plain values."""
+    """Flatten nested settings into dotted keys and plain values."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value

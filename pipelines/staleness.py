@@ -1,4 +1,4 @@
-"""Which tables of the lake lag behind the tables that they were made of, as the commits that wrote them say."""
+"""Find tables of the lake that lag behind their sources, by the lineage in their commits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _FIXES = {
     "sids": "run jobs/retokenize.py",
 }
 _EVERY_RUN = {"item_features": {"items", "item_stats"}, "item_stats": {"items", "interactions"}}
-"""Table -> sources that it must not lag behind when SIDs are made of it. Behaviour embeddings may: they wait for the
-next training."""
+"""Maps a table to the sources that it must not lag behind when SIDs are computed from it. Behaviour embeddings may lag
+until the next training."""
 
 
 class Lag(NamedTuple):
-    """``table`` at ``version`` was made of version ``read`` of ``source``, which has had other rows ``since`` and is at
-    ``newest`` now; ``pinned``: the config asks for that."""
+    """A lag: ``table`` at ``version`` was computed from version ``read`` of ``source``, whose rows changed at ``since``
+    and which is at ``newest`` now; ``pinned``: the config asks for that."""
 
     table: str
     version: int
@@ -36,8 +36,8 @@ class Lag(NamedTuple):
 
 
 def behind(lake: Lake, table: str, version: int | None = None, read: Mapping[str, int] | None = None) -> list[Lag]:
-    """Sources of ``table`` that are newer than those it was made of; none where its commit does not name them.
-    ``read``: source -> version, in place of what the commit names."""
+    """Return the sources of ``table`` that are newer than those it was computed from; none where its commit does not
+    name them. ``read``: source -> version, in place of what the commit names."""
     version = lake.version(table) if version is None else version
     found = []
     for source, used in (lake.lineage(table, version) if read is None else read).items():
@@ -47,7 +47,7 @@ def behind(lake: Lake, table: str, version: int | None = None, read: Mapping[str
 
 
 def lags(lake: Lake, table: str, version: int | None = None, read: Mapping[str, int] | None = None) -> list[Lag]:
-    """:func:`behind` of a table, and of all that it is made of."""
+    """Return :func:`behind` of a table and, recursively, of all its sources."""
     version = lake.version(table) if version is None else version
     sources = lake.lineage(table, version) if read is None else read
     found = behind(lake, table, version, sources)
@@ -57,8 +57,8 @@ def lags(lake: Lake, table: str, version: int | None = None, read: Mapping[str, 
 
 
 def unrecorded(lake: Lake) -> str | None:
-    """A sentence where ``behavior_embeddings`` are of a version of adasid that did not record what they were trained
-    on: they may also hold vectors of items that had no event, and know events of today's test."""
+    """Return a sentence where ``behavior_embeddings`` are of a version of adasid that did not record their lineage:
+    they may contain vectors of items without events, and know events of the current test split."""
     table = "behavior_embeddings"
     if not lake.exists(table) or not lake.input_hash(table) or lake.lineage(table, lake.version(table)):
         return None
@@ -66,7 +66,7 @@ def unrecorded(lake: Lake) -> str | None:
 
 
 def sentences(found: list[Lag]) -> list[str]:
-    """A sentence for each table that lags, with the fix."""
+    """Return a sentence for each table that lags, with the fix."""
     lines = []
     for table in dict.fromkeys(lag.table for lag in found):
         own = [lag for lag in found if lag.table == table]

@@ -1,5 +1,5 @@
-"""Training stages: behaviour embeddings, then the tokenizer. The fit runs ``pipelines/workers.py`` on Ray Train; this
-is its driver."""
+"""Drive the training stages: behaviour embeddings, tokenizer and downstream models. ``pipelines/workers.py`` fits them
+on Ray Train."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from pipelines.stage import Inputs, Stage
 
 _CHUNK = 50_000
 _FORMAT = 1
-"""Of downstream results; raised when their meaning changes, so that none of before is taken for one of now."""
+"""Bump when downstream results change meaning, so that stale results are not reused."""
 
 Task = Literal["retrieval", "ranking"]
 Catalogue = dict[str, Any]
-"""The SIDs that a downstream model reads: ``table``, ``version``, and ``slots`` of their tokenizer."""
+"""The SIDs that a downstream model reads are given by ``table``, ``version``, and ``slots`` of their tokenizer."""
 
 
 def behavior(cfg: Config, context: StageContext) -> None:
-    """``sequences`` and ``item_stats`` -> ``behavior_embeddings``: SASRec. Skipped where the items bring the
-    embeddings."""
+    """Train SASRec on ``sequences`` and ``item_stats``; write ``behavior_embeddings``. Skipped where the items bring
+    the embeddings."""
     if skipped := behavior_skipped(cfg, context.lake):
         context.status, text = skipped
         context.note(text)
@@ -53,11 +53,11 @@ def behavior(cfg: Config, context: StageContext) -> None:
 
 
 def behavior_skipped(cfg: Config, lake: Lake) -> tuple[str, str] | None:
-    """Status and reason where the config asks for no training of behaviour embeddings."""
+    """Return status and reason where the config asks for no training of behaviour embeddings, else None."""
     if cfg.behavior.source == "column":
         return "not needed", "the items bring their behaviour embeddings: nothing to train"
     if cfg.behavior.refresh == "keep" and lake.exists("behavior_embeddings"):
-        text = "the embeddings that are there serve; items that have none yet count as without behaviour"
+        text = "the existing embeddings are used; items without one count as without behaviour"
         return "kept", f"behavior.refresh is keep: {text}"
     return None
 
@@ -96,11 +96,11 @@ BEHAVIOR = Stage(
     body=_train_behavior,
     prefix="behavior",
 )
-"""Sequences -> behaviour embeddings (SASRec)."""
+"""Reads sequences, writes behaviour embeddings (SASRec)."""
 
 
 def _same_run(input_hashes: Mapping[str, str]) -> None:
-    """Raise InputError where tables of one stage are of different runs of it."""
+    """Raise InputError where tables of one stage come from different runs of it."""
     if len(set(input_hashes.values())) > 1:
         raise InputError(
             f"{' and '.join(input_hashes)} come from different runs of build_features (was one cut off?): run "
@@ -109,8 +109,8 @@ def _same_run(input_hashes: Mapping[str, str]) -> None:
 
 
 def tokenizer(cfg: Config, context: StageContext) -> None:
-    """``item_features`` -> the tokenizer's artifact in ``artifacts/tokenizer/<key>/model``, registered in MLflow as
-    candidate."""
+    """Train on ``item_features``; write the artifact to ``artifacts/tokenizer/<key>/model`` and register it in MLflow
+    as candidate."""
     inputs = stage.resolve(tokenizer_stage(), cfg, context.lake)
     staleness.check(context, inputs.versions["item_features"])
     manifest = fit_tokenizer(cfg, context, inputs=inputs)
@@ -118,7 +118,7 @@ def tokenizer(cfg: Config, context: StageContext) -> None:
 
 
 def tokenizer_stage(kind: str = "tokenizer") -> Stage:
-    """The training of ``cfg.tokenizer``, into a folder of ``artifacts/<kind>``."""
+    """Declare the training of ``cfg.tokenizer``, into a folder of ``artifacts/<kind>``."""
 
     def train(inputs: Inputs, context: StageContext) -> dict[str, int]:
         train_tokenizer(inputs.cfg, context, inputs.versions, tokenizer_folder(inputs, kind))
@@ -138,14 +138,14 @@ def tokenizer_stage(kind: str = "tokenizer") -> Stage:
 
 
 def tokenizer_folder(inputs: Inputs, kind: str = "tokenizer") -> Path:
-    """Where the tokenizer of these inputs is, or will be."""
+    """Return the folder of the tokenizer of these inputs; it may not exist yet."""
     return Run(inputs.cfg).artifact(kind, inputs.hash)
 
 
 def fit_tokenizer(
     cfg: Config, context: StageContext, kind: str = "tokenizer", inputs: Inputs | None = None
 ) -> dict[str, Any]:
-    """Train or fit ``cfg.tokenizer`` unless it is there; returns its manifest."""
+    """Train or fit ``cfg.tokenizer`` unless its artifact exists; return its manifest."""
     step = tokenizer_stage(kind)
     inputs = inputs or stage.resolve(step, cfg, context.lake)
     if cfg.tokenizer.pairs:
@@ -158,7 +158,7 @@ def fit_tokenizer(
 
 
 class PreviousTable(TypedDict):
-    """A ``version`` of ``previous_codes``, the ``slots`` that they are of (kind and size of each), and the
+    """A ``version`` of ``previous_codes`` has the ``slots`` of its codes (kind and size of each) and the tolerance
     ``slack``."""
 
     version: int
@@ -174,8 +174,9 @@ def train_tokenizer(
     start: Path | None = None,
     previous: PreviousTable | None = None,
 ) -> dict[str, Any]:
-    """Train or fit the tokenizer on the versions ``read`` into ``folder/model``; returns its manifest. ``start``:
-    continue from this artifact, as ``retokenize.warm`` says; ``previous``: previous codes that training keeps."""
+    """Train or fit the tokenizer on the versions ``read`` into ``folder/model``; return its manifest. ``start``:
+    continue from this artifact, under ``retokenize.warm``; ``previous``: previous codes that training retains within
+    its tolerance."""
     read = {**read, **({"previous_codes": previous["version"]} if previous else {})}
     shown = ("loss", "reconstruction", "codebook", "alignment", "sparsity", "utilisation", "entropy", "seconds")
     show = _progress(context, cfg.tokenizer.epochs.epochs if cfg.tokenizer.epochs else 1, shown, folder)
@@ -200,7 +201,8 @@ def train_tokenizer(
 
 
 def retrieval(cfg: Config, context: StageContext) -> None:
-    """``sequences`` and the live ``sids`` -> a retriever in ``artifacts/retrieval/<key>``, its metrics in MLflow."""
+    """Train a retriever on ``sequences`` and the live ``sids`` in ``artifacts/retrieval/<key>``; log its metrics in
+    MLflow."""
     result = fit_downstream(cfg, context, "retrieval", _live(context.lake))
     _told(context, result, ("recall@10", "ndcg@10", "recall@50"))
     if cfg.retrieval.repeatable and not result["repeats"]:
@@ -210,14 +212,14 @@ def retrieval(cfg: Config, context: StageContext) -> None:
 
 
 def ranking(cfg: Config, context: StageContext) -> None:
-    """``ranking_samples`` and the live ``sids`` -> a click-through model in ``artifacts/ranking/<key>``, its metrics in
-    MLflow."""
+    """Train a click-through model on ``ranking_samples`` and the live ``sids`` in ``artifacts/ranking/<key>``; log its
+    metrics in MLflow."""
     result = fit_downstream(cfg, context, "ranking", _live(context.lake))
     _told(context, result, ("auc", "gauc"))
 
 
 def _live(lake: Lake) -> Catalogue:
-    """The live generation's SIDs."""
+    """Return the live generation's SIDs."""
     generation = generations.live(lake)
     manifest = artifact.read_manifest(Path(generation["artifact"]))
     return {"table": "sids", "version": generation["sids_version"], "slots": manifest["slots"]}
@@ -236,8 +238,8 @@ def _told(context: StageContext, result: Mapping[str, Any], names: tuple[str, ..
 
 
 def fit_downstream(cfg: Config, context: StageContext, task: Task, catalogue: Catalogue | None) -> dict[str, Any]:
-    """Train ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``, or on one token an item, unless it is
-    done; returns its result."""
+    """Train ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``, or on one token an item, unless its
+    result exists; return the result."""
     step = downstream_stage(task, catalogue)
     inputs = resolve_downstream(cfg, context.lake, task, catalogue)
     if stage.run(step, cfg, context, inputs) is None:
@@ -247,13 +249,14 @@ def fit_downstream(cfg: Config, context: StageContext, task: Task, catalogue: Ca
 
 
 def resolve_downstream(cfg: Config, lake: Lake, task: Task, catalogue: Catalogue | None) -> Inputs:
-    """The inputs of a downstream model, with the SIDs at the catalogue's version."""
+    """Resolve the inputs of a downstream model, with the SIDs at the catalogue's version."""
     pins = {**lake.pins, catalogue["table"]: catalogue["version"]} if catalogue else lake.pins
     return stage.resolve(downstream_stage(task, catalogue), cfg, Lake(lake.root, pins))
 
 
 def downstream_stage(task: Task, catalogue: Catalogue | None) -> Stage:
-    """The training of ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``; None: on one token an item."""
+    """Declare the training of ``cfg.retrieval`` or ``cfg.ranking`` on the SIDs of ``catalogue``; None: on one token an
+    item."""
     events = "sequences" if task == "retrieval" else "ranking_samples"
 
     def train(inputs: Inputs, context: StageContext) -> dict[str, int]:
@@ -308,17 +311,18 @@ def _train_downstream(
     }
     context.metrics(figures)
     context.artifact(folder / workers.OUTCOME)
-    write_json(folder / "result.json", result)  # last: what is there has been tracked
+    write_json(folder / "result.json", result)  # written last: its existence means that the metrics were logged
     Checkpoints(folder / "checkpoints").clear()
 
 
 def downstream_folder(inputs: Inputs, task: Task) -> Path:
-    """Where the model of these inputs is, or will be."""
+    """Return the folder of the model of these inputs; it may not exist yet."""
     return Run(inputs.cfg).artifact(task, inputs.hash)
 
 
 def _measured(cfg: Config, folder: Path) -> dict[str, Any]:
-    """The workers' outcome; where they left their scores in shards, with the figures that Spark computes from them."""
+    """Return the workers' outcome; where they wrote their scores in shards, add the metrics that Spark computes from
+    them."""
     outcome: dict[str, Any] = json.loads((folder / workers.OUTCOME).read_text(encoding="utf-8"))
     if "scores" in outcome:
         shards = [str(folder / "scores" / name) for name in outcome.pop("scores")]
@@ -331,7 +335,7 @@ def _measured(cfg: Config, folder: Path) -> dict[str, Any]:
 
 
 def _ranking_split(cfg: Config, lake: Lake) -> str:
-    """How ``ranking_samples`` are split, as build_features left it in ``catalog_stats``."""
+    """Return how ``ranking_samples`` are split, as build_features recorded in ``catalog_stats``."""
     row = lake.read("catalog_stats").to_pylist()[0]
     return str(row.get("ranking_split") or cfg.features.split)
 
@@ -349,7 +353,7 @@ def _payload(cfg: Config, lake: Lake, read: Mapping[str, int], folder: Path) -> 
 def _progress(
     context: StageContext, epochs: int, shown: tuple[str, ...], folder: Path
 ) -> Callable[[dict[str, float]], None]:
-    """Every epoch's metrics to MLflow (those of a run that is resumed at once), and one line on the screen."""
+    """Log every epoch's metrics to MLflow (those of a resumed run at once), and print one line an epoch."""
     earlier = cluster.rows(folder)
     for row in earlier:
         context.metrics(row, int(row["epoch"]))
@@ -372,8 +376,8 @@ def _items(lake: Lake, version: int, items: int) -> pa.Table:
 
 
 def _embedding_batches(stats: pa.Table, result: Mapping[str, torch.Tensor]) -> Iterator[pa.RecordBatch]:
-    """Rows of the items that have training events: those of others never saw a gradient, also when they get events
-    before the next training."""
+    """Yield the rows of the items that have training events: the embeddings of others never got a gradient, even if
+    they get events before the next training."""
     width, items = result["embeddings"].shape[1], stats["item_id"].combine_chunks()
     learned = pc.greater(stats["interactions"], 0).combine_chunks()
     for start in range(0, len(items), _CHUNK):
@@ -390,7 +394,7 @@ def _embedding_batches(stats: pa.Table, result: Mapping[str, torch.Tensor]) -> I
 def register(
     cfg: Config, context: StageContext, folder: Path, tokenizer: str, alias: Literal["candidate", "champion"]
 ) -> None:
-    """Let ``alias`` of the registered model point at the tokenizer (its digest), whose artifact in ``folder`` is logged
+    """Set ``alias`` of the registered model to the tokenizer (its digest), whose artifact in ``folder`` is logged
     unless it was: ``candidate`` is the one trained last by jobs/train.py, ``champion`` that of the live semantic
     IDs."""
     name, client = cfg.tracking.model or f"adasid-{cfg.name}", context.client

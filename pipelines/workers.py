@@ -1,7 +1,7 @@
-"""What every training worker runs: read its part of the tables, train with ``adasid/training``, leave the result in the
+"""Run on every training worker: read its part of the tables, train with ``adasid/training``, write the result into the
 fit's folder.
 
-Imported by each worker process: neither MLflow nor Spark is.
+Each worker process imports this module, which imports neither MLflow nor Spark.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PAIR = pa.schema([(name, pa.int64()) for name in ("item_index", "partner_index"
 
 
 def behavior(payload: dict[str, Any]) -> None:
-    """SASRec: ``result.safetensors`` (embeddings and norms of all items) and ``result.json``."""
+    """Train SASRec; write ``result.safetensors`` (embeddings and norms of all items) and ``result.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read = payload["read"]
     counts = (
@@ -70,8 +70,8 @@ def behavior(payload: dict[str, Any]) -> None:
 
 
 def tokenizer(payload: dict[str, Any]) -> None:
-    """The tokenizer: its artifact in ``model``. ``payload["start"]``: the artifact to go on from, under
-    ``retokenize.warm``; ``payload["held"]``: the published codes to hold on to."""
+    """Train the tokenizer; write its artifact to ``model``. ``payload["start"]``: the artifact to continue from, under
+    ``retokenize.warm``; ``payload["previous"]``: the previous codes and their tolerance."""
     cfg, workers, lake, folder = _opened(payload)
     version, started_from = payload["read"]["item_features"], None
     settings: TokenizerSettings = cfg.tokenizer
@@ -113,8 +113,8 @@ def tokenizer(payload: dict[str, Any]) -> None:
 
 
 def retrieval(payload: dict[str, Any]) -> None:
-    """A retriever on the SIDs of ``payload["catalogue"]`` (table, version and slots; None: one token an item):
-    ``best.safetensors``, ``outcome.json``."""
+    """Train a retriever on the SIDs of ``payload["catalogue"]`` (table, version and slots; None: one token an item);
+    write ``best.safetensors`` and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read, settings = payload["read"], cfg.retrieval
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
@@ -127,7 +127,7 @@ def retrieval(payload: dict[str, Any]) -> None:
 
 
 def ranking(payload: dict[str, Any]) -> None:
-    """A click-through model on the same: ``best.safetensors``, ``outcome.json``."""
+    """Train a click-through model on the same SIDs; write ``best.safetensors`` and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     version, settings = payload["read"]["ranking_samples"], cfg.ranking
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
@@ -158,8 +158,8 @@ def _finish(payload: dict[str, Any], workers: Workers, result: dict[str, Any]) -
 def _catalogue(
     lake: Lake, payload: dict[str, Any], pad: bool, weights: bool
 ) -> tuple[ItemTokens, NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens, training counts and strata of all items, in the order of item_index. ``pad``: inactive slots are PAD;
-    ``weights``: with the tokenizer's. Raises InputError where the SIDs are of other items."""
+    """Return tokens, training counts and strata of all items, in the order of item_index. ``pad``: inactive slots are
+    PAD; ``weights``: with the tokenizer's. Raises InputError where the SIDs are of other items."""
     stats = lake.read("item_stats", payload["read"]["item_stats"], ["item_id", "item_index", "interactions", "stratum"])
     stats = stats.sort_by("item_index").combine_chunks()
     counts = stats["interactions"].to_numpy().astype(np.int64)
@@ -186,7 +186,7 @@ def _catalogue(
 
 
 def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) -> dict[str, Histories]:
-    """This worker's users of each split."""
+    """Return this worker's users of each split."""
     columns = ["user_id", "history", "target"]
     found = {
         split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split))
@@ -201,7 +201,7 @@ def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) 
 
 
 def _pairs(lake: Lake, read: dict[str, int], mine: pc.Expression | None) -> Pairs:
-    """Pairs whose first item is this worker's own, and the rows of their partners."""
+    """Return the pairs whose first item belongs to this worker, and the rows of their partners."""
     table = pa.Table.from_batches(
         (batch.cast(_PAIR) for batch in lake.batches("item_pairs", read["item_pairs"], _PAIR.names, mine)), _PAIR
     )
@@ -223,7 +223,7 @@ def _pairs(lake: Lake, read: dict[str, int], mine: pc.Expression | None) -> Pair
 
 
 def _modulo(column: str, workers: Workers) -> pc.Expression:
-    """Rows whose ``column`` modulo the number of workers is this worker's rank."""
+    """Return the filter of rows whose ``column`` modulo the number of workers is this worker's rank."""
     field = pc.field(column)
     return pc.subtract(field, pc.multiply(pc.divide(field, workers.world), workers.world)) == workers.rank
 
@@ -238,7 +238,7 @@ def _opened(payload: dict[str, Any]) -> tuple[Config, Workers, Lake, Path]:
 
 
 def _report(payload: dict[str, Any], workers: Workers) -> Callable[[list[dict[str, float]]], None]:
-    """Rank 0 keeps ``metrics.jsonl`` up to date, where the driver reads it; Ray Train hears from every rank."""
+    """Return a callback: rank 0 writes ``metrics.jsonl``, which the driver reads; every rank reports to Ray Train."""
 
     def report(rows: list[dict[str, float]]) -> None:
         if workers.rank == 0:

@@ -1,4 +1,4 @@
-"""Fixtures that every test folder shares: one Spark session for the whole suite, small configs, the real data where
+"""Provide the fixtures that all test folders share: one Spark session for the suite, small configs, the real data where
 present."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small catalogue with planted clusters, for tests of tokenizers and their training."""
+"""Generate a small catalogue with planted clusters, for tests of tokenizers and their training."""
 
 from __future__ import annotations
 

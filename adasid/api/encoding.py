@@ -1,4 +1,5 @@
-"""The fitted tokenizer of the Python API: it encodes items to semantic IDs, and is saved to a folder."""
+"""This module defines the fitted tokenizer of the Python API, which encodes items to semantic IDs and is saved to a
+folder."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ _UNKNOWN = 0.5
 
 @dataclass(frozen=True, eq=False)
 class SemanticIds:
-    """Semantic IDs of n items in L slots.
+    """A ``SemanticIds`` contains the semantic IDs of n items in L slots.
 
     ``codes`` [n, L] int32: the code of each slot, -1 (PAD) where the item lacks the slot's modality.
     ``weights`` [n, L] float32: 1 for shared and content slots, the gate's value for behaviour slots, 0 for PAD.
@@ -45,20 +46,20 @@ class SemanticIds:
     item_ids: NDArray[np.str_] | None = None
 
     def __len__(self) -> int:
-        """Number of items."""
+        """Return the number of items."""
         return len(self.codes)
 
     @cached_property
     def tokens(self) -> NDArray[np.object_]:
-        """Text tokens [n, L], such as ``<t0_17>`` and ``<b2_pad>``; made when they are first asked for."""
+        """Return the text tokens [n, L], such as ``<t0_17>`` and ``<b2_pad>``; computed on first access."""
         tokens: NDArray[np.object_] = _names(self.slots)[np.arange(len(self.slots))[None, :], self.codes]
         return tokens
 
 
 class SidTokenizer:
-    """A fitted tokenizer, from :func:`adasid.fit` or :func:`adasid.load`.
+    """A ``SidTokenizer`` is a fitted tokenizer, returned by :func:`adasid.fit` or :func:`adasid.load`.
 
-    ``manifest``: what the artifact says about itself (slots, widths, metrics, seed, digest of the weights, settings).
+    ``manifest``: description of the artifact (slots, widths, metrics, seed, digest of the weights, settings).
     """
 
     def __init__(self, tokenizer: Tokenizer, manifest: Mapping[str, Any]) -> None:
@@ -68,26 +69,27 @@ class SidTokenizer:
 
     @property
     def settings(self) -> TokenizerSettings:
-        """The tokenizer's settings, all of them."""
+        """Return all settings of the tokenizer."""
         return artifact.settings_of(self.manifest)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """Name, kind (shared, behavior, or the modality) and codebook size of each of the L slots."""
+        """Return the name, kind (shared, behavior, or the modality) and codebook size of each of the L slots."""
         return self.tokenizer.slots
 
     @property
     def widths(self) -> dict[str, int]:
-        """The modalities that are read, and the width D of each."""
+        """Return modality -> width D, of all modalities that are read."""
         return dict(self.tokenizer.widths)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights, its first 16 hex digits. Equal digests mean equal weights, bit for bit."""
+        """Return the first 16 hex digits of the SHA-256 of the weights. Equal digests mean equal weights, bit for
+        bit."""
         return str(self.manifest["digest"])
 
     def __repr__(self) -> str:
-        """Name the method, its slots and the weights."""
+        """Show the method, its slots and the digest of the weights."""
         names = " ".join(slot.name for slot in self.slots)
         return f"SidTokenizer({self.manifest['tokenizer']!r}, slots={names!r}, digest={self.digest!r})"
 
@@ -103,13 +105,13 @@ class SidTokenizer:
 
         ``data``: modality -> matrix [n, D] (NumPy or torch), or an Arrow table or pandas frame whose list columns are
         the modalities. A row of NaN or of zeros, or a null, says that the item lacks the modality. Modalities that the
-        tokenizer does not read are ignored. Of a table the columns ``item_id``, ``interactions`` (counts),
-        ``item_index`` and ``richness`` are read where it has them.
+        tokenizer does not read are ignored. The columns ``item_id``, ``interactions`` (counts), ``item_index`` and
+        ``richness`` of a table are read if present.
 
         ``counts`` [n]: training counts; needed where richness follows them (see :func:`adasid.fit`).
-        ``richness`` [n] in [0, 1] replaces what follows from the data. Only gated tokenizers (ADC-SID, ADA-SID) read
-        it, for the weights of behaviour slots. Where it cannot be computed, a warning is given and the mean of the
-        fitted items is taken (0.5 for an artifact of the pipeline; its table ``item_features`` has the column).
+        ``richness`` [n] in [0, 1] replaces the richness computed from the data. Only gated tokenizers (ADC-SID,
+        ADA-SID) read it, for the weights of behaviour slots. If it cannot be computed, a warning is issued and the mean
+        of the fitted items is used (0.5 for an artifact of the pipeline; its table ``item_features`` has the column).
         ``batch_size``: items encoded at a time. A service that encodes single items is fastest with one thread,
         ``torch.set_num_threads(1)``.
 
@@ -133,8 +135,8 @@ class SidTokenizer:
         return SemanticIds(codes, weights, active, self.slots, items.extra.get("item_id"))
 
     def save(self, folder: str | Path) -> None:
-        """Write the artifact, ``weights.safetensors`` and ``manifest.json``, into ``folder``, which is made where it
-        is missing. The Spark job reads it too (``sids.artifact``). Raises InputError where it cannot be written."""
+        """Write the artifact, ``weights.safetensors`` and ``manifest.json``, into ``folder``, which is created if
+        missing. The Spark job reads it, too (``sids.artifact``). Raises InputError if it cannot be written."""
         try:
             artifact.rewrite(Path(folder), self.tokenizer, self.manifest)
         except OSError as error:
@@ -143,11 +145,12 @@ class SidTokenizer:
 
     @cached_property
     def _gated(self) -> bool:
-        """Whether richness is read."""
+        """Return whether the tokenizer reads richness."""
         return "router" in type(self.settings).model_fields
 
     def _given(self, items: Items, counts: ArrayLike | None, richness: ArrayLike | None) -> NDArray[Any] | None:
-        """Richness [n] that does not follow from the vectors; None where each batch computes it from its norms."""
+        """Return richness [n] that does not follow from the vectors, or None if each batch computes it from its
+        norms."""
         if richness is None and counts is None:
             richness = items.extra.get("richness")
         if richness is not None:
@@ -167,7 +170,7 @@ class SidTokenizer:
         return np.full(items.n, mean, np.float32)
 
     def _richness(self, batch: Batch, given: NDArray[Any] | None) -> torch.Tensor:
-        """Richness [b] of a batch: 0 without behaviour, else ``given`` [b], or from the norm."""
+        """Return the richness [b] of a batch: 0 without behaviour, else ``given`` [b], or computed from the norm."""
         present = batch.present[BEHAVIOR].numpy()
         if given is not None:
             return torch.from_numpy(np.where(present, given, 0.0).astype(np.float32))
@@ -177,12 +180,12 @@ class SidTokenizer:
 
 @lru_cache(maxsize=8)
 def _names(slots: tuple[Slot, ...]) -> NDArray[np.object_]:
-    """:func:`token_names`, made once for a tokenizer."""
+    """Cache :func:`token_names` per tokenizer."""
     return token_names(slots)
 
 
 def check_richness(values: NDArray[Any], caller: str) -> NDArray[np.float32]:
-    """``values`` as float32. Raises InputError for one above 1."""
+    """Return ``values`` as float32. Raises InputError for a value above 1."""
     above = np.flatnonzero(values > 1)
     if len(above):
         raise InputError(f"{caller}: richness of row {above[0]} is {values[above[0]]}; it must be within [0, 1]")

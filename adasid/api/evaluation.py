@@ -1,4 +1,4 @@
-"""Metrics of semantic IDs: how the codes are used, how many items collide, and what the codes say about the vectors."""
+"""Measure semantic IDs: code usage, collisions, and how much the codes say about the vectors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class CodeMetrics:
-    """Metrics of the semantic IDs of M items in L slots of K codes each.
+    """A ``CodeMetrics`` contains the metrics of the semantic IDs of M items in L slots of K codes each.
 
     ``items``: M; ``distinct``: number of different SIDs; ``largest_group``: most items that share one SID.
     ``collision_items``: share of items whose SID is not unique; ``collision_distinct``: (M - distinct) / M.
@@ -67,13 +67,13 @@ def evaluate_codes(
 
     ``codes``: the result of :meth:`SidTokenizer.encode`, or integers [n, L] (NumPy or torch) where -1 is PAD.
     ``vectors``: the items' vectors, in any form that ``encode`` takes, or one matrix [n, D]; row i belongs to row i of
-    ``codes``. Without them the last three metrics stay empty.
+    ``codes``. Without them the last three metrics are empty.
     ``codebook_size``: K, for integers alone; None: the largest code + 1.
     ``sample``: items, evenly spaced, that the metrics on vectors use; ``queries``: of these, items whose
-    near-duplicates are looked for.
+    near-duplicates are searched for.
 
-    An inactive slot counts as PAD in ``readout``, as in ``jobs/compare_tokenizers.py``; all else is of the codes as
-    they are. Raises InputError for shapes that do not fit.
+    An inactive slot counts as PAD in ``readout``, as in ``jobs/compare_tokenizers.py``; all other metrics use the codes
+    as given. Raises InputError for shapes that do not fit.
     """
     emitted, active, sizes = _codes(codes, codebook_size)
     n = len(emitted)
@@ -96,7 +96,7 @@ def evaluate_codes(
 
 
 def _codes(codes: Any, size: int | None) -> tuple[NDArray[np.int64], NDArray[np.bool_], list[int]]:
-    """Codes [n, L], whether each is active, and the codebook size of each slot."""
+    """Return the codes [n, L], whether each is active [n, L], and the codebook size of each slot [L]."""
     if isinstance(codes, SemanticIds):
         if size is not None:
             raise InputError(f"{_CALLER}: codebook_size is {size}, but SemanticIds know theirs; leave it out")
@@ -123,7 +123,7 @@ def _probes(
     sample: int,
     queries: int,
 ) -> dict[str, float | None]:
-    """Metrics that compare codes with vectors, as jobs/compare_tokenizers.py defines them."""
+    """Compute the metrics that compare codes with vectors, as ``jobs/compare_tokenizers.py`` defines them."""
     plain = isinstance(vectors, Mapping) or hasattr(vectors, "__arrow_c_stream__")
     items = Items.of(vectors if plain else {"vectors": vectors}, _CALLER)
     n = len(emitted)

@@ -1,4 +1,4 @@
-"""Fitting a tokenizer on arrays, in this process: the same loop, data order and seeds as the pipeline's one worker."""
+"""Fit a tokenizer on arrays in this process, with the same loop, data order and seeds as a pipeline with one worker."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ def fit(
     ``tokenizer``: its name, for example ``"adc-sid"``, ``"rq-vae"`` or ``"rq-kmeans"``.
     ``data``: modality -> matrix [n, D] (NumPy or torch), or an Arrow table or pandas frame whose list columns are the
     modalities. ``behavior`` is the behaviour embedding, all others are content. A row of NaN or of zeros, or a null,
-    says that the item lacks the modality. Of a table the columns ``item_id``, ``item_index``, ``interactions``
-    (counts) and ``richness`` are read where it has them, so a run's table ``item_features`` can be passed as it is.
+    says that the item lacks the modality. The columns ``item_id``, ``item_index``, ``interactions`` (counts) and
+    ``richness`` of a table are read if present, so a run's table ``item_features`` can be passed as it is.
     ``counts`` [n]: training interactions of each item.
-    ``richness`` [n] in [0, 1]: how much is known about each item, in place of what follows from the data.
-    ``pairs`` [p, 2]: row numbers of co-engaged items. An item is trained with the partners that stand behind it, so
-    give both directions. Needed by tokenizers that learn from pairs, refused by the others.
+    ``richness`` [n] in [0, 1]: how much is known about each item; replaces the richness computed from the data.
+    ``pairs`` [p, 2]: row numbers of co-engaged items. An item (first column) is trained with its partners (second
+    column), so give both directions. Needed by tokenizers that learn from pairs, refused by the others.
     ``seed``: equal seeds, data, settings and ``threads`` give equal weights on a CPU.
     ``progress``: print a line to stderr for each logged epoch.
-    ``device``: where to train, for example ``"cuda"``; None: a GPU where there is one. The result is on the CPU.
+    ``device``: where to train, for example ``"cuda"``; None: a GPU if available. The result is on the CPU.
     ``threads``: threads of torch while it trains; 1 gives the weights of the pipeline's worker of one CPU.
     ``settings``: any setting of the tokenizer, sections as dicts: ``codebook_size=256, training={"epochs": 5}``.
 
     Richness, which ADC-SID and ADA-SID read, is the norm of the behaviour vector, clipped to its percentiles 0.5 and
-    99.5 and min-max scaled to [0, 1]; 0 without behaviour. Where ``counts`` are given, the norm is checked against
-    them: if Spearman's rank correlation is below 0.2, a warning is given and richness is min-max of log(1 + count)
-    instead, so :meth:`SidTokenizer.encode` needs counts, too. Without counts there is no check. The pipeline computes
-    the same (``features.norm_percentiles``, ``features.proxy_min_spearman``).
+    99.5 and min-max scaled to [0, 1]; 0 without behaviour. If ``counts`` are given, the norm is checked against them:
+    if Spearman's rank correlation is below 0.2, a warning is issued and richness is min-max of log(1 + count) instead,
+    so :meth:`SidTokenizer.encode` needs counts, too. Without counts there is no check. The pipeline computes the same
+    (``features.norm_percentiles``, ``features.proxy_min_spearman``).
 
     Raises ConfigError for an unknown name or setting (the nearest one is suggested) or a value that is not allowed,
     InputError for data that cannot be read, TrainingError for a loss that is not finite.
@@ -110,7 +110,7 @@ def settings_of(
     given: Mapping[str, Any],
     seed: int = 17,
 ) -> config.TokenizerSettings:
-    """Settings of a tokenizer: its defaults for the ``content`` modalities, and what is ``given`` by name. Raises
+    """Return the settings of a tokenizer: its defaults for the ``content`` modalities, overridden by ``given``. Raises
     ConfigError."""
     models = {model.model_fields["name"].default: model for model in config.TOKENIZERS}
     if tokenizer not in models:
@@ -135,12 +135,12 @@ def settings_of(
 
 
 def _inner(default: Any) -> Iterable[str]:
-    """Names of the settings in a section."""
+    """Return the names of the settings in a section."""
     return type(default).model_fields if isinstance(default, config.Section) else ()
 
 
 def _keywords() -> list[str]:
-    """Names of the keywords of :func:`fit` itself."""
+    """Return the names of the parameters of :func:`fit` itself."""
     parameters = inspect.signature(fit).parameters.items()
     return [name for name, parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
@@ -150,7 +150,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with NumPy numbers and arrays as Python's."""
+    """Convert NumPy numbers and arrays in ``value`` to Python's."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):
@@ -164,7 +164,7 @@ def _richness(
     richness: ArrayLike | None,
     settings: config.TokenizerSettings,
 ) -> tuple[NDArray[np.float32], RichnessScale | None]:
-    """Richness [n], and the scale that it follows from: None where it is given, or not read."""
+    """Return richness [n] and the scale by which it was computed, or None if it is given or not read."""
     given = items.extra.get("richness") if richness is None and counts is None else richness
     if given is not None:
         return check_richness(vector(given, items.n, "richness", _CALLER), _CALLER), None
@@ -194,7 +194,7 @@ def _richness(
 
 
 def _reader(items: Items, modalities: Sequence[str], richness: NDArray[np.float32]) -> Read:
-    """Rows of the catalogue as Arrow batches, which a shard reads column by column."""
+    """Return a reader of the catalogue's rows as Arrow batches, from which a shard reads columns."""
     widths = items.widths(modalities, _CALLER)
     index = items.extra.get("item_index", np.arange(items.n)).astype(np.int64)
     if len(np.unique(index)) != items.n:
@@ -214,7 +214,7 @@ def _reader(items: Items, modalities: Sequence[str], richness: NDArray[np.float3
 
 
 def _pairs(pairs: ArrayLike | None, n: int, settings: config.TokenizerSettings) -> Pairs | None:
-    """Co-engaged pairs as a shard reads them. Raises InputError where they are missing or wrong, ConfigError where
+    """Return the co-engaged pairs as a shard reads them. Raises InputError if they are missing or wrong, ConfigError if
     they would have no effect."""
     name = settings.name
     if not settings.pairs:
@@ -236,7 +236,7 @@ def _pairs(pairs: ArrayLike | None, n: int, settings: config.TokenizerSettings) 
 
 
 def _printer(settings: config.TokenizerSettings) -> Callable[[list[dict[str, float]]], None]:
-    """A line on stderr for the last row of the log."""
+    """Return a callback that prints the last row of the log to stderr."""
     epochs = settings.epochs.epochs if settings.epochs else 1
 
     def show(rows: list[dict[str, float]]) -> None:
@@ -248,7 +248,7 @@ def _printer(settings: config.TokenizerSettings) -> Callable[[list[dict[str, flo
 
 
 def _device(name: str | None) -> torch.device:
-    """The device to train on. Raises ConfigError for one that there is not."""
+    """Return the device to train on. Raises ConfigError for an unavailable device."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -263,7 +263,7 @@ def _device(name: str | None) -> torch.device:
 
 @contextmanager
 def _deterministic(threads: int, device: torch.device) -> Iterator[None]:
-    """Train as the pipeline's workers do, and leave torch's threads, kernels and random numbers as they were."""
+    """Train as deterministically as the pipeline's workers, then restore torch's threads, kernels and random state."""
     before, kernels = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     flags, fill = torch.utils.deterministic, "fill_uninitialized_memory"

@@ -1,4 +1,4 @@
-"""The items that a user passes: arrays by modality, an Arrow table or a pandas frame, converted chunk by chunk."""
+"""Read the items that a user passes (arrays by modality, an Arrow table or a data frame), converted chunk by chunk."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from adasid.errors import InputError
 from adasid.training.shards import Batch
 
 CHUNK = 8192
-"""Rows that are converted at a time."""
+"""Rows converted at a time."""
 _EXTRA = ("item_id", "item_index", "interactions", "richness")
-"""Columns of a table that are read where it has them, as ``item_features`` spells them."""
+"""Columns of a table that are read if present, named as in ``item_features``."""
 
 
 class ArrowTable(Protocol):
-    """What can be read as an Arrow table: a pyarrow Table or RecordBatch, a pandas or Polars frame."""
+    """An ``ArrowTable`` is any object that exports Arrow: a pyarrow Table or RecordBatch, a pandas or Polars frame."""
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
-        """Export the rows (the Arrow PyCapsule interface)."""
+        """Export the rows by the Arrow PyCapsule interface."""
 
 
 Data = Mapping[str, Any] | ArrowTable
@@ -35,7 +35,8 @@ Data = Mapping[str, Any] | ArrowTable
 
 @dataclass(frozen=True)
 class Items:
-    """``n`` items. ``columns``: modality -> matrix or Arrow column of n rows; ``extra``: other columns, [n] each."""
+    """An ``Items`` contains ``n`` items. ``columns``: modality -> matrix or Arrow column of n rows; ``extra``: other
+    columns, [n] each."""
 
     columns: Mapping[str, Any]
     extra: Mapping[str, NDArray[Any]]
@@ -43,7 +44,7 @@ class Items:
 
     @staticmethod
     def of(data: Data, caller: str) -> Items:
-        """Look at ``data`` without converting it. Raises InputError, naming ``caller``, where it has another form."""
+        """Wrap ``data`` without converting it. Raises InputError, naming ``caller``, for an unknown form."""
         extra: dict[str, NDArray[Any]] = {}
         if isinstance(data, Mapping):
             columns = {str(name): _column(value, f"{caller}: {name}") for name, value in data.items()}
@@ -71,7 +72,7 @@ class Items:
                 raise InputError(f"{who} reads {m!r}, which the data do not have (they have: {given}); {fix}")
 
     def widths(self, modalities: Iterable[str], caller: str) -> dict[str, int]:
-        """Width of each modality. Raises InputError where no item has it."""
+        """Return the width of each modality. Raises InputError if no item has it."""
         widths = {}
         for m in modalities:
             width = _width(self.columns[m])
@@ -82,12 +83,12 @@ class Items:
         return widths
 
     def batch(self, start: int, stop: int, widths: Mapping[str, int]) -> Batch:
-        """Rows ``start`` to ``stop`` without richness (0). Raises InputError for a wrong width or a value that is not
+        """Return rows ``start`` to ``stop`` with richness 0. Raises InputError for a wrong width or a value that is not
         finite."""
         stop = min(stop, self.n)
         vectors, present = {}, {}
         for m, width in widths.items():
-            values = torch.zeros(stop - start, width)  # torch's alignment: the same sums whatever the batch
+            values = torch.zeros(stop - start, width)  # torch's alignment: equal sums for any batch
             given = _fill(values.numpy(), self.columns[m], m, start)
             vectors[m], present[m] = values, torch.from_numpy(given)
         index = self.extra["item_index"][start:stop] if "item_index" in self.extra else np.arange(start, stop)
@@ -95,7 +96,7 @@ class Items:
 
 
 def vector(values: Any, n: int, name: str, caller: str) -> NDArray[Any]:
-    """A vector [n] of finite numbers that are not negative, from NumPy, torch, Arrow or pandas."""
+    """Return a vector [n] of finite, non-negative numbers, from NumPy, torch, Arrow or pandas."""
     array = np.asarray(_numpy(values) if isinstance(values, torch.Tensor) else values)
     if array.shape != (n,) or array.dtype.kind not in "iufb":
         form = f"{array.dtype} of shape {array.shape}"
@@ -107,7 +108,7 @@ def vector(values: Any, n: int, name: str, caller: str) -> NDArray[Any]:
 
 
 def whole_numbers(values: Any, n: int, name: str, caller: str) -> NDArray[np.int64]:
-    """:func:`vector` of whole numbers."""
+    """Return a :func:`vector` of whole numbers."""
     array = vector(values, n, name, caller)
     bad = np.flatnonzero(array != np.floor(array))
     if len(bad):
@@ -116,7 +117,7 @@ def whole_numbers(values: Any, n: int, name: str, caller: str) -> NDArray[np.int
 
 
 def _column(value: Any, name: str) -> Any:
-    """A torch or NumPy matrix [n, D], or an Arrow column of lists."""
+    """Return a torch or NumPy matrix [n, D], or an Arrow column of lists."""
     if isinstance(value, torch.Tensor | pa.ChunkedArray):
         matrix = value
     elif isinstance(value, pa.Array):
@@ -135,12 +136,12 @@ def _column(value: Any, name: str) -> Any:
 
 
 def _array(value: Any, name: str) -> Any:
-    """A NumPy matrix; of rows that differ in length, or of which some are None, an Arrow column."""
+    """Return a NumPy matrix, or an Arrow column if rows differ in length or some are None."""
     try:
         matrix = np.asarray(value)
         if matrix.dtype != object:
             return matrix
-    except ValueError:  # NumPy refuses rows of several lengths
+    except ValueError:  # NumPy refuses rows of different lengths
         pass
     try:
         return pa.chunked_array([pa.array(list(value), pa.list_(pa.float32()), from_pandas=True)])
@@ -150,8 +151,8 @@ def _array(value: Any, name: str) -> Any:
 
 
 def _table(data: Any, caller: str) -> pa.Table:
-    """The columns of ``data`` that matter, as Arrow. Of a pandas frame, columns of objects that are not lists are
-    left out."""
+    """Return the columns of ``data`` that are read, as Arrow. Columns of Python objects other than lists in a pandas
+    frame are dropped."""
     pandas = sys.modules.get("pandas")
     try:
         if pandas is None or not isinstance(data, pandas.DataFrame):
@@ -164,19 +165,19 @@ def _table(data: Any, caller: str) -> pa.Table:
 
 
 def _holds_lists(series: Any) -> bool:
-    """Whether the first value of a pandas series that is not missing is a sequence of numbers."""
+    """Return whether the first non-missing value of a pandas series is a sequence of numbers."""
     first = series.dropna().head(1)
     return bool(len(first)) and isinstance(first.iloc[0], list | tuple | np.ndarray)
 
 
 def _plain(column: pa.ChunkedArray) -> NDArray[Any]:
-    """A column of ids or numbers as NumPy."""
+    """Convert a column of ids or numbers to NumPy."""
     array: NDArray[Any] = column.to_numpy()
     return array.astype(str) if array.dtype == object else array
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    """Whether an Arrow type is a list of numbers, of fixed length or not."""
+    """Return whether an Arrow type is a list of numbers, of fixed length or not."""
     types = pa.types
     nested = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     inner = kind.value_type if nested else kind
@@ -184,7 +185,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _width(column: Any) -> int:
-    """Width of the vectors; of an Arrow column that of the first one that is not empty, 0 where there is none."""
+    """Return the width of the vectors, for an Arrow column that of the first non-empty one, or 0 if there is none."""
     if not isinstance(column, pa.ChunkedArray):
         return int(column.shape[1])
     lengths = pc.list_value_length(column).drop_null()
@@ -198,8 +199,8 @@ def _numpy(values: torch.Tensor) -> NDArray[Any]:
 
 
 def _fill(target: NDArray[np.float32], column: Any, modality: str, start: int) -> NDArray[np.bool_]:
-    """Write the vectors of the rows from ``start`` on into ``target`` [b, D], which holds zeros; returns whether an
-    item has the modality, [b]. A row of NaN, of zeros, an empty list or null says that it does not."""
+    """Write the vectors of the rows from ``start`` into ``target`` [b, D], which holds zeros; return whether each item
+    has the modality, [b]. A row of NaN or zeros, an empty list or null means that it does not."""
     rows, width = target.shape
     part = column[start : start + rows]
     if isinstance(part, pa.ChunkedArray):

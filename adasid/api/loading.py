@@ -1,4 +1,4 @@
-"""Loading a tokenizer from its folder, from a run's folder (the live generation's) or from MLflow."""
+"""Load a tokenizer from its folder, from the live generation of a run's folder, or from MLflow."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from adasid.tokenizers import artifact
 
 _CALLER = "adasid.load"
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""How an MLflow URI begins (``models:/``, ``runs:/``, ``s3://``): a scheme of two letters or more."""
+"""Start of an MLflow URI (``models:/``, ``runs:/``, ``s3://``): a scheme of two letters or more."""
 
 
 def load(source: str | Path) -> SidTokenizer:
     """Load a tokenizer, ready to encode, on the CPU.
 
-    ``source``: a folder that :meth:`SidTokenizer.save` or a training job wrote; the folder of a run
-    (``runs/<name>``), which gives the tokenizer of its live generation; or an MLflow URI such as
-    ``models:/adasid-demo@champion`` or ``runs:/<id>/model``.
+    ``source``: a folder that :meth:`SidTokenizer.save` or a training job wrote; the folder of a run (``runs/<name>``),
+    for the tokenizer of its live generation; or an MLflow URI such as ``models:/adasid-demo@champion`` or
+    ``runs:/<id>/model``.
 
     The live generation is read from the Delta tables of the run, which needs the package deltalake; without it, from
-    ``exports/live.json`` where the run has that file. An MLflow URI needs mlflow, and is looked up on the tracking
-    server of ``MLFLOW_TRACKING_URI``.
+    ``exports/live.json`` if the run has that file. An MLflow URI needs mlflow, and is looked up on the tracking server
+    of ``MLFLOW_TRACKING_URI``.
 
-    Raises InputError where there is no tokenizer, it is damaged, or a package is missing.
+    Raises InputError if the tokenizer is missing or damaged, or a package is missing.
     """
     if isinstance(source, str) and _URI.match(source):
         return _download(source)
@@ -44,7 +44,7 @@ def load(source: str | Path) -> SidTokenizer:
 
 
 def _download(uri: str) -> SidTokenizer:
-    """The artifact behind an MLflow URI."""
+    """Load the artifact behind an MLflow URI."""
     mlflow = _engine("mlflow.artifacts", f"{uri} is an MLflow URI")
     with tempfile.TemporaryDirectory(prefix="adasid-load-") as folder:
         try:
@@ -56,7 +56,7 @@ def _download(uri: str) -> SidTokenizer:
 
 
 def _live(run: Path) -> Path:
-    """The artifact of the live generation of a run."""
+    """Return the folder of the artifact of a run's live generation."""
     nothing = "run jobs/write_sids.py first, or give the folder of an artifact (artifacts/tokenizer/<key>/model)"
     exported = run / "exports" / "live.json"
     try:
@@ -88,8 +88,8 @@ def _rows(delta: Any, table: Path, columns: list[str]) -> list[dict[str, Any]]:
 
 
 def _artifact(run: Path, digest: str, recorded: Path | None) -> Path:
-    """The folder of the artifact with this digest: where it was ``recorded``, or below ``artifacts`` in a run that was
-    moved or copied."""
+    """Return the folder of the artifact with this digest: ``recorded``, or below ``artifacts`` in a run that was moved
+    or copied."""
     manifests = [recorded / "manifest.json"] if recorded else []
     for manifest in (*manifests, *sorted((run / "artifacts").glob("*/*/model/manifest.json"))):
         if manifest.exists() and artifact.read_manifest(manifest.parent).get("digest") == digest:
@@ -100,7 +100,7 @@ def _artifact(run: Path, digest: str, recorded: Path | None) -> Path:
 
 
 def _engine(name: str, why: str) -> Any:
-    """Import a package that adasid itself does not need. Raises InputError where it is missing."""
+    """Import an optional package. Raises InputError if it is missing."""
     try:
         return import_module(name)
     except ImportError:

@@ -1,6 +1,7 @@
-"""The whole configuration as typed, frozen models. The field defaults here are the only defaults; ``conf/base.yaml``
-shows them all and a test keeps the two equal. An unknown key, a wrong type or a clash between two keys is a
-:class:`~adasid.errors.ConfigError` that names the file, the key and the nearest valid key.
+"""The configuration consists of typed, frozen models, and the field defaults here are the only defaults.
+
+``conf/base.yaml`` shows all of them and a test keeps the two equal. An unknown key, a wrong type or a conflict between
+two keys is a :class:`~adasid.errors.ConfigError` that names the file, the key and the nearest valid key.
 """
 
 from adasid.config.downstream import Evaluate, Ranking, Retrieval

@@ -1,5 +1,5 @@
-"""What a section of the config stands for, before it is validated: the section that it is like, and the defaults that
-depend on other keys. The resolved config, and so every input hash, is that of a file in which all is written out."""
+"""Expand a section of the config before validation: the section that it is ``like``, and defaults that depend on other
+keys. The resolved config, and so every input hash, equals that of a file with all keys written out."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _EVALUATED: dict[str, type[BaseModel]] = {
 
 
 def resolved(data: Mapping[str, Any], content: Sequence[str]) -> dict[str, Any]:
-    """Return ``data``, the whole config as it is read, with its tokenizer, compared and evaluated sections as if they
-    were written out. ``content``: the modalities of ``features.content``. Raises ValueError as :func:`written_out`."""
+    """Return ``data``, the whole config as read, with its tokenizer, compared and evaluated sections as if they were
+    written out. ``content``: the modalities of ``features.content``. Raises ValueError as :func:`written_out`."""
     result = {**data, "tokenizer": filled(data.get("tokenizer", {}), content)}
     compare, evaluate = data.get("compare"), data.get("evaluate")
     if isinstance(compare, Mapping) and isinstance(compare.get("tokenizers"), Mapping):
@@ -54,7 +54,7 @@ def written_out(key: str, sections: Mapping[str, Any], model_of: ModelOf) -> dic
 
 
 def _written_out(key: str, sections: Mapping[str, Any], chain: tuple[str, ...], model_of: ModelOf) -> Any:
-    """The section of the last label in ``chain``, in which each label is like the one after it."""
+    """Return the section of the last label in ``chain``, in which each label is like the one after it."""
     label = chain[-1]
     section = sections[label]
     if not isinstance(section, Mapping) or "like" not in section:
@@ -82,7 +82,7 @@ def _written_out(key: str, sections: Mapping[str, Any], chain: tuple[str, ...], 
 
 def merged(model: Model, base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``base`` with the values of ``given``. A value replaces the base's, except that two sections (a field of
-    ``model`` that is a settings model itself) of one ``kind`` are merged in the same way. A mapping that is one value,
+    ``model`` that is a settings model itself) of one ``kind`` are merged recursively. A mapping that is a single value,
     such as ``levels`` or ``content_experts``, is replaced as a whole, and so is a list."""
     fields = model.model_fields if model else {}
     return {**base, **{name: _merged_value(fields.get(name), base.get(name), value) for name, value in given.items()}}
@@ -99,8 +99,8 @@ def _merged_value(field: FieldInfo | None, old: Any, new: Any) -> Any:
 
 
 def filled(section: Any, content: Sequence[str]) -> Any:
-    """Return a tokenizer section with the default's name where it has none, all of ``content`` where it does not say
-    what it reads, and its method's defaults in the sections that it gives in part."""
+    """Return a tokenizer section with missing parts filled in: the default's name, all of ``content`` where it does not
+    say what it reads, and its method's defaults in partly given sections."""
     if not isinstance(section, Mapping):
         return section
     section = {"name": _DEFAULT, **section}
@@ -117,7 +117,7 @@ def _always(model: Model) -> ModelOf:
 
 
 def _named(section: Any) -> Any:
-    """A tokenizer section with the default's name, where it has neither a name nor a base from which it takes one."""
+    """Return a tokenizer section with the default's name if it has neither a name nor a base to take one from."""
     return {"name": _DEFAULT, **section} if isinstance(section, Mapping) and "like" not in section else section
 
 
@@ -126,7 +126,7 @@ def _tokenizer(section: Mapping[str, Any]) -> type[TokenizerSettings] | None:
 
 
 def _completed(default: Any, given: Any) -> Any:
-    """``given`` with the rest of ``default``, where both are sections of one ``kind``; else ``given``."""
+    """Return ``given`` completed by ``default`` if both are sections of one ``kind``; else ``given``."""
     if not isinstance(default, BaseModel) or not isinstance(given, Mapping):
         return given
     kind = getattr(default, "kind", None)
@@ -136,7 +136,7 @@ def _completed(default: Any, given: Any) -> Any:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The settings models in an annotation such as ``A``, ``A | None`` or ``Annotated[A | B, ...] | None``."""
+    """Yield the settings models in an annotation such as ``A``, ``A | None`` or ``Annotated[A | B, ...] | None``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     else:

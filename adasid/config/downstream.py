@@ -1,4 +1,4 @@
-"""The models on top of semantic IDs, and their comparison."""
+"""This module defines the settings of the models on top of semantic IDs, and of their comparison."""
 
 from __future__ import annotations
 
@@ -161,12 +161,13 @@ class Evaluate(Section):
 
     @property
     def repeatable(self) -> bool:
-        """Whether lists hold items of the history: the same for all models, whose lists are compared."""
+        """Return whether recommendation lists may contain items of the history; equal for all models that are
+        compared."""
         return all(model.repeatable for model in (*self.retrievers.values(), *self.controls.values()))
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """All tokenizers that are put to use."""
+        """Return the labels of all tokenizers that are evaluated."""
         return tuple(dict.fromkeys((*self.tokenizers, *(label for study in self.studies.values() for label in study))))
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What a modality may be called: a column of every table of items, and a submodule of PyTorch."""
+"""Check modality names, which become column names of item tables and submodule names of PyTorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from adasid import tables
 
 _SCHEMAS = (tables.items(()), tables.item_features(()), tables.BEHAVIOR_EMBEDDINGS, tables.SIDS)
 _COLUMNS = {name for schema in _SCHEMAS for name in schema.names} | {"reason", "fault", "sampled", "published"}
-"""The last four stand beside the vectors while items are checked and encoded."""
+"""Reserved column names; the last four are added while items are checked and encoded."""
 _ATTRIBUTES = """
     add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double dump_patches eval
     extra_repr
@@ -22,11 +22,11 @@ _ATTRIBUTES = """
     state_dict t_destination to to_empty train training type update values xpu zero_grad
 """
 MODULE = frozenset(_ATTRIBUTES.split())
-"""Attributes of torch.nn.ModuleDict, in lower case: a test compares them with torch's."""
+"""Attributes of torch.nn.ModuleDict, in lower case; a test compares them with torch's."""
 
 
 def check_modalities(key: str, names: Iterable[str]) -> None:
-    """Raise ValueError for a name that a table or PyTorch cannot take. Spark does not tell upper from lower case."""
+    """Raise ValueError for a name that a table or PyTorch cannot take. Spark is case-insensitive."""
     seen: dict[str, str] = {}
     for name in names:
         lower, fault = name.lower(), ""
@@ -46,7 +46,8 @@ def check_modalities(key: str, names: Iterable[str]) -> None:
 
 
 def check_labels(key: str, labels: Iterable[str]) -> None:
-    """Raise ValueError for a label that is not one line of visible text: it stands in tables, figures and MLflow."""
+    """Raise ValueError for a label that is not one line of visible text; labels appear in tables, figures and
+    MLflow."""
     for label in labels:
         if not label.strip() or not label.isprintable():
             raise ValueError(f"{key}: {label!r} is not one line of printable text; rename it")

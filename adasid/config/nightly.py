@@ -1,4 +1,5 @@
-"""The nightly job: how new and changed items get their SIDs, and what a night must satisfy to be published."""
+"""This module defines the settings of the nightly job: how new and changed items get their SIDs, and the gates for
+publishing."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class Warm(Section):
 
 
 class Auto(Section):
-    """Policy ``auto``: the first of these that today's drift reaches decides, from ``refit`` down."""
+    """The policy ``auto`` checks these limits from ``refit`` down; the first that today's drift reaches decides."""
 
     refit_error: float = Field(
         1.3,
@@ -41,7 +42,7 @@ class Auto(Section):
 
 
 class NightlyGates(Section):
-    """Beside those of ``sids.gates``."""
+    """These gates apply in addition to ``sids.gates``."""
 
     max_tail_collision: Share = Field(0.5, description="highest share of tail and cold items whose SID is not unique")
     max_tail_group: int = Field(1000, ge=1, description="most tail and cold items of one SID")
@@ -97,8 +98,8 @@ class Retokenize(Section):
     small_table: int = Field(
         10_000_000,
         ge=0,
-        description="live items up to which a nightly run may do without Spark: comparing and merging need up to 800 "
-        "bytes of memory for each",
+        description="live items up to which a nightly run may do without Spark: comparing and merging take up to 800 "
+        "bytes for each in memory",
     )
     sample: int = Field(20_000, ge=100, description="items, always the same ones, on which drift is measured")
     exports: Exports = Field(

@@ -1,4 +1,4 @@
-"""``conf/base.yaml``, generated from the models."""
+"""Generate ``conf/base.yaml`` from the models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from adasid.tokenizers.settings import Adaptive, Hamr, TokenizerSettings
 
 
 def render_base() -> str:
-    """The text of ``conf/base.yaml``: every key with its default and one comment; optional sections and the other
-    tokenizers are commented out."""
+    """Return the text of ``conf/base.yaml``: every key with its default and one comment; optional sections and the
+    other tokenizers are commented out."""
     lines = [
         "# Every key with its default. Generated from adasid/config by `make conf`; a run's own file names only what "
         "differs."

@@ -1,4 +1,4 @@
-"""Where items and interactions come from."""
+"""This module defines the settings of the sources of items and interactions."""
 
 from __future__ import annotations
 

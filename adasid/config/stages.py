@@ -1,4 +1,4 @@
-"""The stages around the tokenizer, and the engines."""
+"""This module defines the settings of the stages around the tokenizer, and of the engines."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class Sids(Section):
 
 
 def _spark_text(value: object) -> object:
-    """A number or a boolean as Spark spells it."""
+    """Format a number or a boolean as Spark spells it."""
     return str(value).lower() if isinstance(value, (bool, int, float)) else value
 
 

@@ -1,4 +1,4 @@
-"""The whole configuration: validation across sections, reading a file with overrides, errors that name the key."""
+"""Validate the whole configuration across sections, read a file with overrides, and report errors that name the key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from adasid.tokenizers.adc_sid import AdcSidSettings
 from adasid.tokenizers.registry import BY_NAME, AnyTokenizer
 
 _SPECIAL = '#%?*:^|<>[]{}\\"`'
-"""Characters of globs and URLs."""
+"""Special characters of globs and URLs."""
 
 
 class Config(Section):
@@ -146,7 +146,7 @@ class Config(Section):
 
 
 def digest(*parts: object) -> str:
-    """16 hex digits that change when any of ``parts`` (models, mappings, scalars) changes."""
+    """Return 16 hex digits that change when any of ``parts`` (models, mappings, scalars) changes."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -201,16 +201,16 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _has_comment(text: str, value: Any) -> bool:
-    """Whether ``value`` is of what stands before a ``#``."""
+    """Return whether ``value`` is the text before a ``#``, which YAML reads as a comment."""
     found = re.search(r"(^|\s)#", text)
     try:
         return found is not None and bool(value == yaml12.read(text[: found.start()]))
-    except yaml.YAMLError:  # it stands in quotes
+    except yaml.YAMLError:  # the value is quoted
         return False
 
 
 def _explain(origin: str, error: dict[str, Any]) -> str:
-    location = [str(part) for part in error["loc"] if part not in BY_NAME]  # a union's tag is not a key
+    location = [str(part) for part in error["loc"] if part not in BY_NAME]  # the tag of a union is not a key
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         siblings = _keys([str(part) for part in error["loc"][:-1]])
@@ -230,7 +230,7 @@ def _explain(origin: str, error: dict[str, Any]) -> str:
 
 def _keys(location: list[str]) -> list[str]:
     model: Any = Config
-    labelled = False  # the part is a label in a mapping of sections
+    labelled = False  # this part is a label in a mapping of sections
     for part in location:
         if labelled:
             labelled = False
@@ -240,7 +240,7 @@ def _keys(location: list[str]) -> list[str]:
             continue
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
-            if not isinstance(model, type):  # a label of compare.tokenizers: its tag follows
+            if not isinstance(model, type):  # a label of compare.tokenizers, followed by its tag
                 continue
             return []
         model, labelled = (
@@ -251,8 +251,8 @@ def _keys(location: list[str]) -> list[str]:
 
 
 def section_of(annotation: Any) -> Any:
-    """The model class inside ``Model`` or ``Model | None``; the annotation itself where there is none, or more than
-    one."""
+    """Return the model class inside ``Model`` or ``Model | None``, or the annotation itself if there is none or more
+    than one."""
     found = [
         candidate
         for candidate in (annotation, *get_args(annotation))

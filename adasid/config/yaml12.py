@@ -1,5 +1,5 @@
-"""YAML as its version 1.2 reads it (core schema): ``1e-3`` is a number, ``no`` a word, a date text; a key stands
-once."""
+"""Read and write YAML 1.2 (core schema): ``1e-3`` is a number, ``no`` is a string, a date is a string, and a duplicate
+key is an error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version would not read as text."""
+    """Quote strings that YAML 1.1 or 1.2 would not read as text."""
 
 
 for _kind, (_pattern, _first) in _KINDS.items():
@@ -50,7 +50,7 @@ _Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
 
 
 def read(text: str) -> Any:
-    """The one document in ``text``. Raises yaml.YAMLError."""
+    """Return the one document in ``text``. Raises yaml.YAMLError."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -61,5 +61,5 @@ def read(text: str) -> Any:
 
 
 def write(data: Any, **options: Any) -> str:
-    """``data`` as YAML that :func:`read` gives back; ``options`` of yaml.dump."""
+    """Return ``data`` as YAML that :func:`read` parses to the same data; ``options`` of yaml.dump."""
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, **options))

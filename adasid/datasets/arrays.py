@@ -1,4 +1,5 @@
-"""Embedding arrays beside a list of items: one ``.npy`` a modality, row i belongs to row i of the list."""
+"""Read embedding arrays beside a list of items: one ``.npy`` file per modality, whose row i belongs to row i of the
+list."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ _AS_TEXT = pa.csv.ConvertOptions(column_types={"item_id": pa.string()})
 
 
 def check(items: str, embeddings: Mapping[str, str]) -> int:
-    """Number of items. Raises InputError naming the file and its config key where a file cannot be read or the rows
-    differ."""
+    """Return the number of items. Raises InputError, naming the file and its config key, if a file cannot be read or
+    the numbers of rows differ."""
     try:
         rows = sum(len(batch) for batch in item_rows(items, 0, None))
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
@@ -59,7 +60,7 @@ def open_array(path: str, key: str) -> NDArray[np.floating]:
 
 
 def rows(items: str, embeddings: Mapping[str, str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    """Items ``start`` to ``stop`` as batches of ``tables.items(embeddings)``; only these rows of the arrays are
+    """Yield items ``start`` to ``stop`` as batches of ``tables.items(embeddings)``; only these rows of the arrays are
     read."""
     arrays = {
         modality: open_array(path, f"source.arrays.embeddings.{modality}") for modality, path in embeddings.items()
@@ -71,7 +72,7 @@ def rows(items: str, embeddings: Mapping[str, str], start: int, stop: int) -> It
 
 
 def item_rows(path: str, start: int, stop: int | None) -> Iterator[pa.RecordBatch]:
-    """Rows ``start`` to ``stop`` (None: all) of the list of items: ``item_id``, ``title`` (null where there is
+    """Yield rows ``start`` to ``stop`` (None: all) of the list of items: ``item_id``, ``title`` (null if there is
     none)."""
     batches = _lines(path) if Path(path).suffix == ".txt" else _parquet(path)
     for batch in (whole.slice(at, BATCH) for whole in batches for at in range(0, len(whole), BATCH)):

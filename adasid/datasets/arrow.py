@@ -1,4 +1,5 @@
-"""Arrow helpers that the data sources share. They run in Spark's Python workers, so they take and give plain data."""
+"""This module defines the Arrow helpers of the data sources. They run in Spark's Python workers, so they take and
+return plain data."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from adasid.tables import VECTOR
 
 
 def vectors(values: NDArray[np.floating], present: NDArray[np.bool_] | None = None) -> pa.ListArray:
-    """``values`` (n, width) as n lists of float32; a row that is not ``present`` (n,) becomes null."""
+    """Convert ``values`` (n, width) to n lists of float32; a row that is not ``present`` (n,) becomes null."""
     present = np.ones(len(values), bool) if present is None else present
     offsets = np.concatenate([[0], np.cumsum(present * values.shape[1])]).astype(np.int32)
     flat = np.ascontiguousarray(values[present], np.float32).reshape(-1)
@@ -22,7 +23,7 @@ def vectors(values: NDArray[np.floating], present: NDArray[np.bool_] | None = No
 def over_ranges(
     make: Callable[[int, int], Iterator[pa.RecordBatch]], batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    """``make(start, stop)`` for every row of ``batches``, whose columns are ``start`` and ``stop``."""
+    """Yield ``make(start, stop)`` for every row of ``batches``, whose columns are ``start`` and ``stop``."""
     for batch in batches:
         for start, stop in zip(batch["start"].to_pylist(), batch["stop"].to_pylist()):
             yield from make(start, stop)

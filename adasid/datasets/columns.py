@@ -1,7 +1,7 @@
-"""Columns of a source as the lake keeps them: ids and times as text, numbers, vectors of float32. Conversion is exact
-or refused.
+"""Convert columns of a source to the types of the lake: ids and times as text, numbers, vectors of float32. A
+conversion is exact or refused.
 
-Every function takes one Arrow array and raises :class:`~adasid.errors.InputError` where its type, or a value, cannot be
+Every function takes one Arrow array and raises :class:`~adasid.errors.InputError` if its type, or a value, cannot be
 converted. The error says what the column is and how to store it; the caller adds the table, the file and the column
 (:func:`convert`)."""
 
@@ -18,15 +18,15 @@ from adasid.tables import VECTOR
 
 
 def decoded(values: pa.Array) -> pa.Array:
-    """``values`` without dictionary or run-end encoding."""
+    """Return ``values`` without dictionary or run-end encoding."""
     if pt.is_dictionary(values.type):
         return values.dictionary_decode()
     return pc.run_end_decode(values) if pt.is_run_end_encoded(values.type) else values
 
 
 def ids(values: pa.Array) -> pa.Array:
-    """Ids as text. Text and integers are exact; of floats, booleans and binary the text form would decide identity, so
-    they are refused."""
+    """Convert ids to text. Text and integers are exact; floats, booleans and binary are refused, because their text
+    form would decide identity."""
     kind = values.type
     if _is_text(kind) or pt.is_integer(kind) or pt.is_null(kind) or (pt.is_decimal(kind) and kind.scale == 0):
         return pc.cast(values, pa.string())
@@ -42,7 +42,7 @@ def ids(values: pa.Array) -> pa.Array:
 
 
 def texts(values: pa.Array) -> pa.Array | None:
-    """Titles; None for a column that is not text."""
+    """Return titles, or None for a column that is not text."""
     kind = values.type
     if _is_text(kind) or pt.is_integer(kind) or pt.is_null(kind):
         return pc.cast(values, pa.string())
@@ -50,8 +50,8 @@ def texts(values: pa.Array) -> pa.Array | None:
 
 
 def times(values: pa.Array) -> pa.Array:
-    """Times as text: numbers as written (their unit is read from their size later), timestamps and dates as ISO 8601 in
-    UTC; NaN is null."""
+    """Convert times to text: numbers as written (their unit is inferred from their size later), timestamps and dates as
+    ISO 8601 in UTC; NaN is null."""
     kind = values.type
     if _is_text(kind) or pt.is_integer(kind) or pt.is_decimal(kind) or pt.is_null(kind):
         return pc.cast(values, pa.string())
@@ -73,7 +73,7 @@ def times(values: pa.Array) -> pa.Array:
 
 
 def positions(values: pa.Array) -> pa.Array:
-    """Places in a user's history as int64; NaN is null, a fraction is refused."""
+    """Convert positions in a user's history to int64; NaN is null, a fraction is refused."""
     kind = values.type
     if pt.is_null(kind) or pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind):
         numbers = pc.if_else(pc.is_nan(values), pa.scalar(None, kind), values) if pt.is_floating(kind) else values
@@ -87,7 +87,7 @@ def positions(values: pa.Array) -> pa.Array:
 
 
 def numbers(values: pa.Array) -> pa.Array:
-    """Ratings or labels as float32; NaN is null, true and false are 1 and 0."""
+    """Convert ratings or labels to float32; NaN is null, true and false are 1 and 0."""
     kind = values.type
     if pt.is_boolean(kind) or pt.is_null(kind) or pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind):
         floats = pc.cast(values, pa.float32(), safe=False)
@@ -96,8 +96,8 @@ def numbers(values: pa.Array) -> pa.Array:
 
 
 def vectors(values: pa.Array) -> pa.Array:
-    """Vectors as lists of float32, null where there is none. Doubles beyond float32 become infinite, which the checks
-    refuse."""
+    """Convert vectors to lists of float32, null where there is none. Doubles beyond float32 become infinite, which the
+    checks refuse."""
     kind = values.type
     lists = (
         pt.is_list(kind)
@@ -117,16 +117,16 @@ def vectors(values: pa.Array) -> pa.Array:
 
 
 def convert(batch: pa.RecordBatch, schema: pa.Schema, where: str) -> pa.RecordBatch:
-    """The columns of ``batch`` that a table of the lake has (``tables.items`` or ``tables.INTERACTIONS``), as its
-    ``schema`` says; a column that the batch lacks is null. Raises InputError that begins with ``where`` and names the
-    column."""
+    """Return the columns of ``batch`` that a table of the lake has (``tables.items`` or ``tables.INTERACTIONS``),
+    converted to its ``schema``; a column that the batch lacks is null. Raises InputError that begins with ``where`` and
+    names the column."""
     given = {name: decoded(batch.column(index)) for index, name in enumerate(batch.schema.names)}
     columns = []
     for field in schema:
         name, how = _SOURCES.get(field.name, ((field.name,), vectors))
         found = next((candidate for candidate in name if candidate in given), None)
         if field.name == "label" and found is None and "rating" in given and pt.is_boolean(given["rating"].type):
-            found = "rating"  # true and false are labels, whatever the column is called
+            found = "rating"  # true and false are labels, whatever the column's name
         elif field.name == "rating" and found and pt.is_boolean(given[found].type):
             found = None
         try:
@@ -149,19 +149,19 @@ _SOURCES: Mapping[str, tuple[tuple[str, ...], Callable[[pa.Array], pa.Array | No
 
 
 def plain_ids(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Ids (the one column of ``batches``) beside themselves without blanks at their ends, in Unicode's form NFC."""
+    """Yield ids (the one column of ``batches``) beside the ids stripped of blanks, in Unicode's form NFC."""
     for batch in batches:
         plain = pc.utf8_trim_whitespace(pc.utf8_normalize(batch.column(0), "NFC"))
         yield pa.RecordBatch.from_arrays([batch.column(0), plain], names=["id", "plain"])
 
 
 def read_from(target: pa.Schema) -> set[str]:
-    """Names of the source columns that are read for ``target``."""
+    """Return the names of the source columns that are read for ``target``."""
     return {name for field in target for name in _SOURCES.get(field.name, ((field.name,), vectors))[0]}
 
 
 def problems(schema: pa.Schema, target: pa.Schema, where: str) -> None:
-    """Raise InputError where a column of a source's ``schema`` cannot be converted for ``target``, before any row is
+    """Raise InputError if a column of a source's ``schema`` cannot be converted for ``target``, before any row is
     read."""
     wanted = [name for name in schema.names if name in read_from(target)]
     for name in wanted:

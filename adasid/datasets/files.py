@@ -1,5 +1,5 @@
-"""Rows of Parquet files as the lake keeps them. This runs in Spark's Python workers, which import nothing but Arrow for
-it."""
+"""Convert rows of Parquet files to the types of the lake. This runs in Spark's Python workers and imports only
+Arrow."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ _ROWS = 8192
 
 
 class DataFile(NamedTuple):
-    """``path`` of a Parquet file; ``partition``: columns that its folders name (Hive), as text, null for the default
-    partition."""
+    """A ``DataFile`` is a Parquet file with its ``path`` and ``partition``, the columns in its folder names (Hive), as
+    text, null for the default partition."""
 
     path: str
     partition: tuple[tuple[str, str | None], ...]
 
 
 def open_parquet(file: DataFile) -> pq.ParquetFile:
-    """Times that Spark wrote as INT96 are read in microseconds; in nanoseconds they wrap around."""
+    """Open a Parquet file so that times that Spark wrote as INT96 are read in microseconds; in nanoseconds they wrap
+    around."""
     return pq.ParquetFile(file.path, coerce_int96_timestamp_unit="us")
 
 
 def read_row_groups(
     plan: list[list[tuple[DataFile, list[int]]]], schema: pa.Schema, key: str, tasks: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of the tasks of ``plan`` whose numbers ``id`` come in: each reads some row groups of some files."""
+    """Yield the rows of the tasks of ``plan`` whose numbers arrive in ``id``; each task reads some row groups of some
+    files."""
     for batch in tasks:
         for number in batch["id"].to_pylist():
             for file, groups in plan[number] if plan else []:
@@ -44,7 +46,7 @@ def _rows(file: DataFile, groups: list[int], schema: pa.Schema, key: str) -> Ite
         with open_parquet(file) as parquet:
             names = parquet.schema_arrow.names
             wanted = [name for name in names if name in columns.read_from(schema) and name not in partition]
-            if not wanted:  # all that is read stands in the names of the folders
+            if not wanted:  # all columns that are read come from folder names
                 sizes = [parquet.metadata.row_group(group).num_rows for group in groups]
                 parts = ((list[pa.Array](), size) for size in sizes)
             else:
@@ -59,6 +61,6 @@ def _rows(file: DataFile, groups: list[int], schema: pa.Schema, key: str) -> Ite
 
 
 def convert_batches(schema: pa.Schema, where: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Batches that an engine has read, by :func:`columns.convert`."""
+    """Convert batches that an engine has read, with :func:`columns.convert`."""
     for batch in batches:
         yield columns.convert(batch, schema, where)

@@ -1,4 +1,4 @@
-"""Lines that are Python literals, as the Amazon metadata of 2014 has them: ``{'asin': 'B1', 'price': None, 'title':
+"""Parse lines that are Python literals, as in the Amazon metadata of 2014: ``{'asin': 'B1', 'price': None, 'title':
 'Caf\\xe9'}``."""
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import pyarrow as pa
 
 
 def parse(names: Sequence[str], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """For batches with a column ``line``: ``names`` as text, and ``broken``, the line where it is no dictionary. Text
-    stays as it is, None is null, other values are JSON. Only lines that are not JSON should come here: each is parsed
-    by Python."""
+    """Parse batches with a column ``line`` to ``names`` as text, and ``broken``, the line if it is no dictionary. Text
+    stays as it is, None is null, other values are JSON. Pass only lines that are not JSON: each is parsed by Python."""
     for batch in batches:
         lines = batch["line"].to_pylist()
         rows = [_fields(line, names) for line in lines]
@@ -34,4 +33,4 @@ def _text(value: object) -> str | None:
     if value is None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate of an escape is no text
+    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate from an escape is not valid text

@@ -1,9 +1,9 @@
-"""The synthetic long-tail catalogue: items in topics, Zipf popularity, users who move through a few topics.
+"""Generate the synthetic long-tail catalogue: items in topics, Zipf popularity, users who move through a few topics.
 
-Everything is drawn from Philox streams keyed by (seed, purpose, block of 1,024 items or users), so any range can be
-made anywhere and is the same whatever the chunks and workers. The only tables as long as the catalogue are four arrays
-of 4 to 8 bytes an item, made once a process. An event of any user is item i with probability p_i exactly (interests are
-drawn by the popularity of topics, items within a topic by their own), hence the closed form of
+All values are drawn from Philox streams with the key (seed, purpose, block of 1,024 items or users), so any range can
+be generated anywhere, with equal values for any chunks and workers. The only arrays as long as the catalogue are four
+of 4 to 8 bytes an item, computed once a process. An event of any user is item i with probability p_i exactly (interests
+are drawn by the popularity of topics, items within a topic by their own), hence the closed form of
 :meth:`Catalog.expected_count`."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MIN_LENGTH, SPREAD = 5, 1.0
 """Shortest history; sigma of the log-normal activity beyond it."""
 
 APART = 0.2
-"""Noise on a near-copy, on top of its original's, as a part of that."""
+"""Norm of the noise of a near-copy relative to that of its original, to which it is added."""
 
 BASE_TIME, STARTS, LONGEST_SPAN, DAY = 1_500_000_000, 730, 365, 86_400
 """Histories start within ``STARTS`` days after 2017-07-14 and last about a day an event, at most ``LONGEST_SPAN``
@@ -46,38 +46,39 @@ days."""
 
 @dataclass(frozen=True)
 class Catalog:
-    """The planted structure; arrays are made on first use."""
+    """A ``Catalog`` is the planted structure of a catalogue; its arrays are computed on first use."""
 
     params: Synthetic
     seed: int
 
     def generator(self, purpose: str, block: int = 0) -> np.random.Generator:
-        """The stream of one purpose and block."""
+        """Return the random generator of one purpose and block."""
         return np.random.Generator(
             np.random.Philox(np.random.SeedSequence([self.seed, zlib.crc32(purpose.encode()), block]))
         )
 
     @cached_property
     def rank(self) -> NDArray[np.int32]:
-        """Popularity rank of each item (items,), 0 is the most popular."""
+        """Return the popularity rank of each item (items,), 0 is the most popular."""
         return self.generator("rank").permutation(np.arange(self.params.items, dtype=np.int32))
 
     @cached_property
     def topic(self) -> NDArray[np.int32]:
-        """Topic of each item (items,)."""
+        """Return the topic of each item (items,)."""
         drawn = self.generator("topic").integers(0, self.params.topics, self.params.items, dtype=np.int32)
         return np.where(self.twin, np.roll(drawn, 1), drawn)
 
     @cached_property
     def twin(self) -> NDArray[np.bool_]:
-        """Which items are a near-copy of the one before them (items,); only odd ones, so that no copy is copied."""
+        """Return whether each item is a near-copy of the one before it (items,); only odd ones, so that no copy is
+        copied."""
         drawn: NDArray[np.bool_] = self.generator("twins").random(self.params.items) < 2 * self.params.near_duplicates
         drawn[::2] = False
         return drawn
 
     @cached_property
     def total(self) -> float:
-        """Sum of the Zipf weights."""
+        """Return the sum of the Zipf weights."""
         return float(np.sum(self._weight(np.arange(self.params.items))))
 
     def _weight(self, rank: NDArray[np.integer]) -> NDArray[np.float64]:
@@ -85,34 +86,34 @@ class Catalog:
         return weight
 
     def expected_count(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Expected interactions of the items of a range (stop - start,): interactions * p_i."""
+        """Return the expected interactions of the items of a range (stop - start,): interactions * p_i."""
         return self.params.interactions * self._weight(self.rank[start:stop]) / self.total
 
     @cached_property
     def order(self) -> NDArray[np.int32]:
-        """Items sorted by topic (items,)."""
+        """Return the items sorted by topic (items,)."""
         return np.argsort(self.topic, kind="stable").astype(np.int32)
 
     @cached_property
     def cdf(self) -> NDArray[np.float64]:
-        """Cumulative p_i over ``order`` (items,)."""
+        """Return the cumulative p_i over ``order`` (items,)."""
         sums = np.cumsum(self._weight(self.rank[self.order]))
         sums /= sums[-1]
         return sums
 
     @cached_property
     def bounds(self) -> NDArray[np.int64]:
-        """Where each topic begins in ``order`` (topics + 1,)."""
+        """Start of each topic in ``order`` (topics + 1,)."""
         return np.concatenate([[0], np.cumsum(np.bincount(self.topic, minlength=self.params.topics))])
 
     @cached_property
     def edges(self) -> NDArray[np.float64]:
-        """``cdf`` at the borders of the topics (topics + 1,)."""
+        """Return ``cdf`` at the borders of the topics (topics + 1,)."""
         return np.concatenate([[0.0], self.cdf[np.maximum(self.bounds[1:] - 1, 0)] * (self.bounds[1:] > 0)])
 
     def pick(self, uniform: NDArray[np.float64], topic: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
-        """Items by popularity for numbers in [0, 1): in the whole catalogue, or within ``topic`` (same shape; -1: whole
-        catalogue)."""
+        """Map numbers in [0, 1) to items by popularity: in the whole catalogue, or within ``topic`` (same shape; -1:
+        whole catalogue)."""
         topic = np.full(uniform.shape, -1, np.int32) if topic is None else topic
         everywhere = topic < 0
         low, high = np.where(everywhere, 0.0, self.edges[topic]), np.where(everywhere, 1.0, self.edges[topic + 1])
@@ -125,7 +126,7 @@ class Catalog:
         return item
 
     def width(self, modality: str) -> int:
-        """Width of a modality's vectors."""
+        """Return the width of a modality's vectors."""
         return {
             "text": self.params.text_width,
             "visual": self.params.visual_width,
@@ -133,29 +134,30 @@ class Catalog:
         }[modality]
 
     def topic_vectors(self, modality: str) -> NDArray[np.float32]:
-        """Unit vectors (topics, width)."""
+        """Return the topics' unit vectors (topics, width)."""
         return _unit(
             self.generator(f"{modality} topics").standard_normal((self.params.topics, self.width(modality)), np.float32)
         )
 
     def noise_norm(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Norm of the noise on the planted behaviour, before scaling (stop - start,); 0 where none is planted."""
+        """Return the norm of the noise on the planted behaviour, before scaling (stop - start,); 0 where none is
+        planted."""
         planted = self.params.behavior_noise if self.params.behavior_width else 0.0
         return planted / np.sqrt(1 + self.expected_count(start, stop))
 
 
 @lru_cache(maxsize=1)
 def catalog(params: Synthetic, seed: int) -> Catalog:
-    """The catalogue, kept for the next call of this process."""
+    """Return the catalogue, cached in this process."""
     return Catalog(params, seed)
 
 
 def items(params: Synthetic, seed: int, modalities: Sequence[str], start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    """Items ``start`` to ``stop`` as batches of ``tables.items(modalities)``.
+    """Yield items ``start`` to ``stop`` as batches of ``tables.items(modalities)``.
 
-    Content is the topic's unit vector + Gaussian noise of norm ``content_noise`` (root mean square), a near-copy's that
-    of its original and a little more; ``behavior`` is log(1 + count) * (topic's unit vector + noise of norm
-    ``behavior_noise / sqrt(1 + count)``), count being the expected one."""
+    Content is the topic's unit vector + Gaussian noise of norm ``content_noise`` (root mean square); a near-copy has
+    its original's content and a little more noise. ``behavior`` is log(1 + count) * (topic's unit vector + noise of
+    norm ``behavior_noise / sqrt(1 + count)``), count being the expected one."""
     plan = catalog(params, seed)
     centres = {modality: plan.topic_vectors(modality) for modality in modalities}
     for block, first, last in _blocks(start, stop):
@@ -168,7 +170,7 @@ def items(params: Synthetic, seed: int, modalities: Sequence[str], start: int, s
 
 
 def truth(params: Synthetic, seed: int, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    """What was planted for items ``start`` to ``stop``, as batches of ``tables.TRUTH``."""
+    """Yield the ground truth of items ``start`` to ``stop``, as batches of ``tables.TRUTH``."""
     plan = catalog(params, seed)
     for _, first, last in _blocks(start, stop):
         columns = [
@@ -181,8 +183,8 @@ def truth(params: Synthetic, seed: int, start: int, stop: int) -> Iterator[pa.Re
 
 
 def interactions(params: Synthetic, seed: int, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    """Events of users ``start`` to ``stop`` in time order, as batches of ``tables.INTERACTIONS``; ``pos``, ``rating``
-    and ``label`` are null."""
+    """Yield events of users ``start`` to ``stop`` in time order, as batches of ``tables.INTERACTIONS``; ``pos``,
+    ``rating`` and ``label`` are null."""
     plan = catalog(params, seed)
     for block, first, last in _blocks(start, stop):
         begin = block * BLOCK
@@ -216,7 +218,7 @@ def _vectors(
 
 
 def _events(plan: Catalog, block: int, users: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-    """User within the block, item and unix second of every event of a block, by user and time."""
+    """Return user within the block, item and unix second of every event of a block, by user and time."""
     rng = plan.generator("users", block)
     beyond = plan.params.interactions / plan.params.users - MIN_LENGTH
     lengths = MIN_LENGTH + rng.poisson(beyond * np.exp(SPREAD * rng.standard_normal(users) - SPREAD**2 / 2))
@@ -234,7 +236,7 @@ def _events(plan: Catalog, block: int, users: int) -> tuple[NDArray[np.int64], N
     elapsed -= (elapsed - gaps)[ends - lengths][user]
     share = elapsed / elapsed[ends - 1][user]
     span = DAY * np.minimum(lengths, LONGEST_SPAN)
-    # Adding the place keeps the times of a user strictly increasing after rounding.
+    # Adding the position makes the times of a user strictly increasing after rounding.
     time = BASE_TIME + rng.integers(0, STARTS * DAY, users)[user] + (share * span[user]).astype(np.int64) + place
     return user, item, time
 

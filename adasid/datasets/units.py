@@ -1,4 +1,4 @@
-"""What a number that is no plausible unix time may mean."""
+"""Explain a number that is not a plausible unix time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _SERIAL = 25_569  # days from the spreadsheets' 1899-12-30 to 1970-01-01
 
 
 def explain(text: str, first_year: int, now: datetime) -> str:
-    """The meaning of ``text`` that falls between ``first_year`` and ``now``, with the fix, for an error message."""
+    """Return the meaning of ``text`` that falls between ``first_year`` and ``now``, with the fix, for an error
+    message."""
     example, low = f"for example {text[:40]!r}", datetime(first_year, 1, 1, tzinfo=timezone.utc)
     digits = text.removeprefix("+")
     if digits.isascii() and digits.isdigit() and len(digits) < 20:

@@ -1,4 +1,5 @@
-"""Contrastive alignment and the controller of its strength (ADC-SID, arXiv 2510.25622, eqs 17 to 20; methods 1.5)."""
+"""This module defines the contrastive alignment and the controller of its strength (ADC-SID, arXiv 2510.25622, eqs 17
+to 20; methods 1.5)."""
 
 from __future__ import annotations
 
@@ -9,20 +10,20 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 WEAK = 0.05
-"""An alignment weight below this counts as 'not aligned' when beta is calibrated (methods 10 #14)."""
+"""An alignment weight below this counts as not aligned when beta is calibrated (methods 10 #14)."""
 
 
 def alignment_weight(richness: Tensor, alpha: float, beta: float) -> Tensor:
-    """``w = sigma(alpha x - beta) / sigma(alpha - beta)`` for richness x in [0, 1]: rises, and is 1 at x = 1
-    (ADC-SID eq 17)."""
+    """Compute ``w = sigma(alpha x - beta) / sigma(alpha - beta)`` for richness x in [0, 1]; w increases and is 1 at x =
+    1 (ADC-SID eq 17)."""
     return torch.sigmoid(alpha * richness - beta) / (1 / (1 + math.exp(beta - alpha)))
 
 
 def calibrated_beta(quantile: float, alpha: float, weak: float = WEAK) -> float:
-    """The beta for which an item of richness ``quantile`` has the weight ``weak``; bisection, exact to 1e-9.
+    """Return the beta for which an item of richness ``quantile`` has the weight ``weak``; bisection, exact to 1e-9.
 
-    The weight at a fixed richness < 1 falls with beta. No beta reaches ``weak`` where exp(alpha (quantile - 1)) > weak:
-    the largest beta tried (alpha + 40) is returned then.
+    The weight at a fixed richness < 1 decreases with beta. No beta reaches ``weak`` if exp(alpha (quantile - 1)) >
+    weak: the largest beta tried (alpha + 40) is returned then.
     """
     low, high = -40.0, alpha + 40.0
     while high - low > 1e-9:
@@ -40,12 +41,12 @@ def info_nce(
     valid: Tensor | None = None,
     items: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Loss of each anchor: -log softmax of its positive among ``candidates`` by cosine / temperature (ADC-SID eqs 18
-    to 20, one direction).
+    """Compute the loss of each anchor, -log softmax of its positive among ``candidates`` by cosine / temperature
+    (ADC-SID eqs 18 to 20, one direction).
 
     ``anchors`` [B, d], ``candidates`` [C, d], ``positives`` [B]: index of the positive; ``valid`` [C] bool: candidates
-    that exist; ``items``: item of each anchor [B] and of each candidate [C], so that further rows of the anchor's item
-    are no negatives -> [B]."""
+    that exist; ``items``: item of each anchor [B] and of each candidate [C], so that other rows of the anchor's item
+    are not negatives -> [B]."""
     logits = nnf.normalize(anchors, dim=1) @ nnf.normalize(candidates, dim=1).T / temperature
     if valid is not None:
         logits = logits.masked_fill(~valid[None, :], -1e4)

@@ -1,4 +1,5 @@
-"""Maximum mean discrepancy of two samples (Gretton et al., JMLR 2012; MME-SID, arXiv 2509.02017; methods 6.6)."""
+"""This module defines the maximum mean discrepancy of two samples (Gretton et al., JMLR 2012; MME-SID, arXiv
+2509.02017; methods 6.6)."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ ALPHA = 0.5
 
 
 def mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Squared MMD of ``x`` [B, d] and ``y`` [C, d], biased (a pair of a row with itself counts, so it is never
-    negative): 0 for equal samples.
+    """Compute the squared MMD of ``x`` [B, d] and ``y`` [C, d], biased (a pair of a row with itself counts, so it is
+    never negative): 0 for equal samples.
 
     One Gaussian kernel ``exp(-|a - b|^2 / (2 s^2))``; s^2 = ALPHA times the mean squared distance of all (B + C)^2
-    pairs, without gradient. 0 where a sample is empty."""
+    pairs, without gradient. It is 0 if a sample is empty."""
     if not len(x) or not len(y):
         return x.sum() * 0 + y.sum() * 0
     rows = torch.cat([x, y])

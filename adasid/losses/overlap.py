@@ -1,5 +1,5 @@
-"""Regulation of SIDs that overlap: QuaSID's Hamming-guided repulsion (arXiv 2603.00632), AdaSID's adaptive one (arXiv
-2604.23522), and the contrast of co-engaged pairs that both are trained with (methods 4 and 5).
+"""Regulate overlapping SIDs: QuaSID's Hamming-guided repulsion (arXiv 2603.00632), AdaSID's adaptive one (arXiv
+2604.23522), and the contrast of co-engaged pairs that both use (methods 4 and 5).
 
 ``z`` [B, d]: latents before quantization; ``codes`` [B, L] int64; ``index`` [B]: item of a row; ``paired`` [B/2] bool:
 whether rows i and i + B/2 are a co-engaged pair, None where there are no such pairs. A slot with PAD on either side, or
@@ -21,13 +21,13 @@ from adasid.ragged import runs
 from adasid.tables import PAD
 
 CALIBRATED = 100
-"""Batches with overlaps from which AdaSID's full load is taken."""
+"""Batches with overlaps from which AdaSID estimates the full load."""
 _BLOCK = 512
-"""Rows whose products with all later ones are held at a time."""
+"""Rows whose products with all later ones are in memory at a time."""
 
 
 def repulsion(settings: config.Repulsion | None, slots: int) -> HammingRepulsion | AdaptiveRepulsion | None:
-    """The repulsion that the config asks for."""
+    """Build the repulsion of the config."""
     if settings is None:
         return None
     return (
@@ -36,15 +36,16 @@ def repulsion(settings: config.Repulsion | None, slots: int) -> HammingRepulsion
 
 
 def moved(weight: tuple[float, float], window: tuple[float, float], progress: float) -> float:
-    """From the first weight to the second while progress runs through the window (AdaSID's rebalancing, methods
-    5.4)."""
+    """Interpolate from the first weight to the second while progress passes through the window (AdaSID's rebalancing,
+    methods 5.4)."""
     (first, last), (start, end) = weight, window
     return first + (last - first) * min(max((progress - start) / (end - start), 0.0), 1.0)
 
 
 class Overlaps(NamedTuple):
-    """The P pairs of rows i < j with a matching slot, each once: ``key`` [P] int64 is i * ``rows`` + j, ascending;
-    ``pattern`` [P] int64: bit l is set where slot l matches; ``matching`` [P] int64: matching slots (o_ij)."""
+    """``Overlaps`` lists the P pairs of rows i < j with a matching slot, each once: ``key`` [P] int64 is i * ``rows`` +
+    j, ascending; ``pattern`` [P] int64: bit l is set where slot l matches; ``matching`` [P] int64: matching slots
+    (o_ij)."""
 
     rows: int
     key: Tensor
@@ -53,24 +54,24 @@ class Overlaps(NamedTuple):
 
     @property
     def first(self) -> Tensor:
-        """i of each pair [P]."""
+        """Return i of each pair [P]."""
         return self.key.div(self.rows, rounding_mode="floor")
 
     @property
     def second(self) -> Tensor:
-        """j of each pair [P]."""
+        """Return j of each pair [P]."""
         return self.key % self.rows
 
     def where(self, chosen: Tensor) -> Overlaps:
-        """Those that ``chosen`` [P] bool names."""
+        """Return the pairs selected by the mask ``chosen`` [P]."""
         return (
             self if chosen.all() else Overlaps(self.rows, self.key[chosen], self.pattern[chosen], self.matching[chosen])
         )
 
     @torch.no_grad()
     def cosines(self, unit: Tensor) -> Tensor:
-        """u_i . u_j of unit vectors [B, d] -> [P], without gradient. Blocks of the upper triangle of all products, each
-        while it is in the cache."""
+        """Compute u_i . u_j of unit vectors [B, d] -> [P], without gradient, in blocks of the upper triangle that fit
+        in the cache."""
         found = [self.key.new_zeros(0).to(unit)]
         starts = list(range(0, self.rows, _BLOCK))
         ends = torch.searchsorted(
@@ -79,7 +80,7 @@ class Overlaps(NamedTuple):
         for start, begin, end in zip(starts, [0, *ends], ends):
             if end > begin:
                 products, key = unit[start : start + _BLOCK] @ unit[start:].T, self.key[begin:end]
-                # a block has no columns before its first row
+                # blocks have no columns before their first row
                 found.append(
                     products.view(-1)[
                         key - start * (self.rows + 1) - (key.div(self.rows, rounding_mode="floor") - start) * start
@@ -88,7 +89,7 @@ class Overlaps(NamedTuple):
         return torch.cat(found)
 
     def push(self, unit: Tensor, weights: Tensor) -> Tensor:
-        """``sum_p weights_p u_i . u_j``, with its gradient in ``unit``; ``weights`` [P] without."""
+        """Compute ``sum_p weights_p u_i . u_j``, with gradient to ``unit`` but not to ``weights`` [P]."""
         some = self.where(weights != 0)
         pairs, weights = torch.stack([some.first, some.second]), weights[weights != 0].to(unit)
         both = torch.sparse_coo_tensor(
@@ -96,15 +97,15 @@ class Overlaps(NamedTuple):
         )
         twice = (
             unit * (both @ unit.detach())
-        ).sum()  # each pair from either side: the gradient is right, the value twice the sum
+        ).sum()  # counts each pair from both sides: the gradient is right, the value is twice the sum
         return twice - twice.detach() / 2
 
 
 @torch.no_grad()
 def overlaps(codes: Tensor, index: Tensor, paired: Tensor | None) -> Overlaps:
-    """Qualified pairs (QuaSID eq 8, methods 4.2: of different items, and no constructed positive) that have the same
-    code in a slot. Only pairs that match are ever listed: each slot is sorted, and its runs of one code are paired
-    out."""
+    """Return the qualified pairs (QuaSID eq 8, methods 4.2: of different items, and not a constructed positive) that
+    have the same code in a slot. Only matching pairs are enumerated: each slot is sorted, and the rows of each run of
+    one code are paired."""
     size, keys, bits = len(codes), [], []
     for slot, column in enumerate(codes.T):
         order = column.argsort(stable=True)
@@ -125,8 +126,9 @@ def overlaps(codes: Tensor, index: Tensor, paired: Tensor | None) -> Overlaps:
 
 @torch.no_grad()
 def loads(found: Overlaps, codes: Tensor, by_code: bool) -> Tensor:
-    """c_ij of each pair [P] int64: ordered pairs of its kind. Two are of one kind where they match in the same slots
-    (kappa, methods 5.3) and, with ``by_code``, in the same codes, which are told apart by 64-bit hashes."""
+    """Return c_ij of each pair [P] int64, the number of ordered pairs of its kind. Two pairs are of one kind if they
+    match in the same slots (kappa, methods 5.3) and, with ``by_code``, in the same codes, which are compared by 64-bit
+    hashes."""
     key = found.pattern
     if by_code:
         factors = (
@@ -144,12 +146,12 @@ def loads(found: Overlaps, codes: Tensor, by_code: bool) -> Tensor:
 
 
 class HammingRepulsion(nn.Module):
-    """QuaSID eqs 9 to 13: a hinge on the cosine distance of overlapping pairs, wider and heavier for a full overlap
-    (methods 4.3).
+    """``HammingRepulsion`` is QuaSID's loss (eqs 9 to 13), a hinge on the cosine distance of overlapping pairs, with a
+    larger margin and weight for a full overlap (methods 4.3).
 
-    The Hamming distance is L - matching slots. An overlap has a matching slot. It is full where every slot in which
-    either item has a code matches (so two items that lack the same modality can overlap fully), else partial up to a
-    distance of ``radius``."""
+    The Hamming distance is L - matching slots. An overlap has a matching slot. It is full if every slot in which either
+    item has a code matches (so two items that lack the same modality can overlap fully), else partial up to a distance
+    of ``radius``."""
 
     def __init__(self, settings: config.Hamr, slots: int) -> None:
         super().__init__()
@@ -159,7 +161,7 @@ class HammingRepulsion(nn.Module):
     def forward(
         self, z: Tensor, codes: Tensor, index: Tensor, paired: Tensor | None, progress: float
     ) -> tuple[Tensor, dict[str, float]]:
-        """The weighted loss, and the number of full and partial overlaps (each pair once); ``progress`` has no
+        """Return the weighted loss, and the number of full and partial overlaps (each pair once); ``progress`` has no
         effect."""
         s, slots, absent = self.settings, codes.shape[1], codes == PAD
         found, unit = overlaps(codes, index, paired), nnf.normalize(z, dim=1)
@@ -179,11 +181,11 @@ class HammingRepulsion(nn.Module):
 
 
 class AdaptiveRepulsion(nn.Module):
-    """AdaSID: overlaps of similar items are spared, crowded ones repelled harder, all of them less as training goes on
-    (methods 5.1 to 5.5).
+    """``AdaptiveRepulsion`` is AdaSID's loss: overlaps of similar items are spared, those with a high load are repelled
+    harder, and the weight changes with progress (methods 5.1 to 5.5).
 
-    The load at which strength is full is the mean, over the first ``CALIBRATED`` batches, of the quantile of a batch's
-    loads."""
+    The full load, at which strength is maximal, is the mean, over the first ``CALIBRATED`` batches, of the quantile of
+    a batch's loads."""
 
     def __init__(self, settings: config.Adaptive, slots: int) -> None:
         super().__init__()
@@ -203,8 +205,8 @@ class AdaptiveRepulsion(nn.Module):
     def forward(
         self, z: Tensor, codes: Tensor, index: Tensor, paired: Tensor | None, progress: float
     ) -> tuple[Tensor, dict[str, float]]:
-        """The loss times its weight at ``progress``; the number of overlaps (each pair once), the share of them that is
-        spared, their mean strength, and the weight."""
+        """Return the loss times its weight at ``progress``, and the number of overlaps (each pair once), the share of
+        spared ones, their mean strength, and the weight."""
         s, weight, unit = self.settings, self.weight(progress), nnf.normalize(z, dim=1)
         found = overlaps(codes, index, paired)
         cosine, load = found.cosines(unit), loads(found, codes, s.load == "code")
@@ -218,20 +220,20 @@ class AdaptiveRepulsion(nn.Module):
         return loss, {"overlaps": float(len(spared)), **shares, "repulsion_weight": weight}
 
     def weight(self, progress: float) -> float:
-        """``lam_col``: from ``settings.weight[0]`` to ``[1]`` while progress runs through ``settings.progress``
-        (methods 5.4)."""
+        """Return ``lam_col``, which changes from ``settings.weight[0]`` to ``[1]`` while progress passes through
+        ``settings.progress`` (methods 5.4)."""
         return moved(self.settings.weight, self.settings.progress, progress)
 
     @torch.no_grad()
     def agree(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Take the mean over workers of what they have learned about loads, so that all hold the same state."""
+        """Average the estimate of the full load over workers, so that all have the same state."""
         total, batches = mean(torch.stack([self.full_load * self.batches, self.batches]))
         self.batches.copy_(batches)
         self.full_load.copy_(total / batches.clamp(min=torch.finfo(batches.dtype).tiny))
 
     @torch.no_grad()
     def _strength(self, load: Tensor) -> Tensor:
-        """``a_ij`` of overlaps of these loads [P] (methods 5.3)."""
+        """Compute ``a_ij`` of overlaps with these loads [P] (methods 5.3)."""
         s = self.settings
         if self.training and len(load) and self.batches < CALIBRATED:
             ordered = load.sort().values
@@ -245,11 +247,11 @@ class AdaptiveRepulsion(nn.Module):
 def pair_contrast(
     z: Tensor, index: Tensor, paired: Tensor, temperature: float, z_all: Tensor, index_all: Tensor, offset: int
 ) -> Tensor:
-    """Symmetric InfoNCE of the pairs (i, i + B/2) by cosine, mean over this worker's pairs; 0 where there are none
-    (methods 4.4).
+    """Compute the symmetric InfoNCE of the pairs (i, i + B/2) by cosine, mean over this worker's pairs; 0 if there are
+    none (methods 4.4).
 
     ``z_all`` [W B, d], ``index_all`` [W B]: the rows of all workers, B of each; this worker's begin at ``offset``. The
-    candidates of a first row are all second rows, and the reverse. Left out as false negatives (methods 4.2) are other
+    candidates of a first row are all second rows, and the reverse. Excluded as false negatives (methods 4.2) are other
     candidates of the positive's or the anchor's item, and those whose own first (second) row is the anchor's item."""
     half = len(paired)
     items, vectors = index_all.view(-1, 2, half), z_all.view(-1, 2, half, z_all.shape[1])

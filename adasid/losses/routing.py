@@ -1,4 +1,5 @@
-"""Adaptive sparsity of a ReLU router (ReMoE, arXiv 2412.14711, eqs 7 to 11; methods 1.7 and 2)."""
+"""This module defines the adaptive sparsity of a ReLU router (ReMoE, arXiv 2412.14711, eqs 7 to 11; methods 1.7 and
+2)."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from torch import Tensor, nn
 
 BOUNDS = (1e-10, 1e2)
 SHARPNESS, LEVEL = 10.0, 0.05
-"""The smooth count of active slots in the hinge for each item."""
+"""Slope and threshold of the smooth count of active slots in the item-wise hinge."""
 
 
 class SparsityController(nn.Module):
-    """Weight of the sparsity loss, moved once a step by the sign of (target - current sparsity). Its state is part of
-    the checkpoint."""
+    """``SparsityController`` has the weight of the sparsity loss and updates it once a step by the sign of (target -
+    current sparsity). Its state is part of the checkpoint."""
 
     def __init__(self, start: float, step: float) -> None:
         super().__init__()
@@ -22,14 +23,14 @@ class SparsityController(nn.Module):
 
     @torch.no_grad()
     def update(self, current: float, target: float) -> None:
-        """``lambda <- lambda a^{sign(target - current)}`` (ReMoE eq 7); equality counts as too sparse (as in ReMoE's
-        code); clamped to 1e-10 .. 1e2."""
+        """Update ``lambda <- lambda a^{sign(target - current)}`` (ReMoE eq 7); equality counts as too sparse (as in
+        ReMoE's code); clamped to 1e-10 .. 1e2."""
         self.weight.mul_(self.step if current < target else 1 / self.step).clamp_(*BOUNDS)
 
 
 def sparsity_loss(gates: Tensor, active_share: Tensor, target: float) -> Tensor:
-    """``mean over items of sum_j f_j R_j`` with ``f_j = active_share_j / (1 - target)`` (detached): L1 that weighs busy
-    experts more (ReMoE eqs 10 and 11).
+    """Compute ``mean over items of sum_j f_j R_j`` with ``f_j = active_share_j / (1 - target)`` (detached): an L1 loss
+    that weighs busy experts more (ReMoE eqs 10 and 11).
 
     ``gates`` [B, N_b] >= 0; ``active_share`` [N_b]: share of items, over all workers, with R_j > 0. f_j is 1 at balance
     on target."""
@@ -38,7 +39,7 @@ def sparsity_loss(gates: Tensor, active_share: Tensor, target: float) -> Tensor:
 
 
 def item_sparsity_loss(gates: Tensor, target: Tensor) -> Tensor:
-    """Hinge that asks every item for its own sparsity (methods 1.7): mean over items of ``[mean_j sigma(SHARPNESS (R_j
-    - LEVEL)) - (1 - target)]_+^2``. ``gates`` [B, N_b], ``target`` [B]: share of slots to be inactive."""
+    """Compute a hinge on each item's own sparsity (methods 1.7): mean over items of ``[mean_j sigma(SHARPNESS (R_j -
+    LEVEL)) - (1 - target)]_+^2``. ``gates`` [B, N_b], ``target`` [B]: share of slots to be inactive."""
     busy = torch.sigmoid(SHARPNESS * (gates - LEVEL)).mean(1)
     return (torch.relu(busy - (1 - target)) ** 2).mean() if len(gates) else gates.sum()

@@ -1,4 +1,4 @@
-"""How well codes use their space (methods 8.2 to 8.5). PAD is left out of every distribution."""
+"""Measure how evenly codes are used (methods 8.2 to 8.5). PAD is excluded from every distribution."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 
 class CodeUse(NamedTuple):
-    """Of one slot: ``utilisation``: share of its K codes that items have; of the items that have a code: ``entropy`` in
-    nats (cap ln K), ``perplexity`` = exp(entropy), ``top1``: share of the most frequent code; None of no item.
+    """``CodeUse`` describes the use of one slot's codes. ``utilisation``: share of its K codes that items have; of the
+    items that have a code: ``entropy`` in nats (at most ln K), ``perplexity`` = exp(entropy), ``top1``: share of the
+    most frequent code; None without items.
     """
 
     entropy: float | None
@@ -20,7 +21,7 @@ class CodeUse(NamedTuple):
 
 
 def code_use(counts: NDArray[np.int64]) -> CodeUse:
-    """From the number of items with each of the K codes, [K]."""
+    """Compute the use from the number of items with each of the K codes, [K]."""
     total = counts.sum()
     if not total:
         return CodeUse(None, 0.0, None, None)
@@ -30,10 +31,10 @@ def code_use(counts: NDArray[np.int64]) -> CodeUse:
 
 
 def group_metrics(sizes: NDArray[np.int64], groups: NDArray[np.int64]) -> dict[str, Any]:
-    """Collisions from a histogram: ``groups[i]`` SIDs are shared by ``sizes[i]`` items each.
+    """Compute collision metrics from a histogram: ``groups[i]`` SIDs are shared by ``sizes[i]`` items each.
 
     ``collision_distinct`` = (M - distinct) / M; ``collision_items`` = share of items whose SID is not unique;
-    ``sid_entropy``: of complete SIDs, in nats (cap ln M). Shares and entropy of no item are None.
+    ``sid_entropy``: of complete SIDs, in nats (at most ln M). Shares and entropy are None without items.
     """
     items, distinct = int((sizes * groups).sum()), int(groups.sum())
     if not items:

@@ -1,5 +1,5 @@
-"""What codes say about an item, measured alike for every tokenizer: how much of each modality can be read from them,
-and whether items that share codes are of one kind (methods 8.10). PAD never counts as shared."""
+"""Probe what codes say about an item, in the same way for every tokenizer: how much of each modality can be predicted
+from them, and whether items that share codes are of one kind (methods 8.10). PAD never counts as shared."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from adasid.tables import PAD
 
 HELD_OUT = 5
-"""Every fifth item is kept for measuring the readout."""
+"""Every fifth item is held out to evaluate the readout."""
 _RIDGE = 1e-4
 _CHUNK = 256
 
 
 class Readout:
-    """Linear readout of each modality from the codes: an embedding a code of each slot, fitted by least squares on four
-    fifths of the items, measured on the rest. A common target for methods that decode in different ways, or not at all
-    (methods 8.1).
+    """``Readout`` is a linear regression of each modality on the codes: an embedding per code of each slot, fitted by
+    least squares on four fifths of the items and evaluated on the rest. It is a common measure for methods that decode
+    in different ways, or not at all (methods 8.1).
 
     Items stream through :meth:`add`; memory is (L (K+1))^2 + L (K+1) D.
     """
@@ -34,8 +34,8 @@ class Readout:
         self._items = {m: torch.zeros(2, dtype=torch.float64) for m in widths}
 
     def add(self, codes: Tensor, place: Tensor, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> None:
-        """``codes`` [B, L], ``place`` [B]: number of the item in the sample, ``vectors`` modality -> [B, D],
-        ``present`` modality -> [B] bool."""
+        """Add a batch of items. ``codes`` [B, L], ``place`` [B]: index of the item in the sample, ``vectors`` modality
+        -> [B, D], ``present`` modality -> [B] bool."""
         column = torch.where(codes == PAD, self.size, codes).long() + torch.arange(self.slots) * (self.size + 1)
         hot = torch.zeros(len(codes), self.slots * (self.size + 1)).scatter_(1, column, 1.0)
         for m in self._codes:
@@ -49,8 +49,8 @@ class Readout:
                 self._items[m][part] += len(y)
 
     def unexplained(self) -> dict[str, float]:
-        """Fraction of variance that the readout leaves, by modality; 1 is no better than the mean. NaN where no item of
-        either part has the modality, or all of the measured ones are equal to the mean."""
+        """Return the fraction of variance unexplained by the readout, by modality; 1 is no better than the mean. NaN if
+        one part has no item with the modality, or all held-out items equal the mean."""
         return {m: self._unexplained(m) for m in self._codes}
 
     def _unexplained(self, m: str) -> float:
@@ -72,11 +72,12 @@ class Readout:
 
 
 def agreement(codes: NDArray[np.int32], kinds: NDArray[np.int64], queries: NDArray[np.int64], neighbours: int) -> float:
-    """Mean share of an item's ``neighbours`` nearest items, by number of shared codes, that are of its kind.
+    """Compute the mean share of an item's ``neighbours`` nearest items, by number of shared codes, that are of its
+    kind.
 
-    ``codes`` [M, L], ``kinds`` [M] (negative: unknown, such items are left out), ``queries``: positions of the items
-    asked about. Items that share equally many codes share the last places evenly, so that the order of rows does not
-    matter. NaN where no item is asked about, or where it is the only one."""
+    ``codes`` [M, L], ``kinds`` [M] (negative: unknown, such items are excluded), ``queries``: positions of the query
+    items. Items tied at the last rank count in equal parts, so that the order of rows does not matter. NaN without
+    queries or with one item only."""
     known = kinds >= 0
     table, kind = torch.from_numpy(codes[known]), torch.from_numpy(kinds[known])
     place = np.cumsum(known) - 1
@@ -101,8 +102,9 @@ def agreement(codes: NDArray[np.int32], kinds: NDArray[np.int64], queries: NDArr
 def duplicates_kept(
     codes: NDArray[np.int32], vectors: NDArray[np.float32], queries: NDArray[np.int64], least: float
 ) -> float:
-    """Share of near-duplicates that have one SID: of the pairs of an item of ``queries`` and another whose cosine is at
-    least ``least``. NaN where there are none. ``codes`` [M, L], ``vectors`` [M, D] of unit norm."""
+    """Compute the share of near-duplicates that have the same SID, among the pairs of an item of ``queries`` and
+    another with a cosine of at least ``least``. NaN if there are none. ``codes`` [M, L], ``vectors`` [M, D] of unit
+    norm."""
     pairs, kept = 0, 0
     for part in np.array_split(queries, max(1, -(-len(queries) // _CHUNK))):
         row, other = np.nonzero(vectors[part] @ vectors.T >= least)
@@ -113,8 +115,8 @@ def duplicates_kept(
 
 
 def shared_cosine(codes: NDArray[np.int32], vectors: NDArray[np.float32]) -> float:
-    """Mean cosine of the pairs of items that share all codes; NaN where no two do. ``codes`` [M, L], ``vectors`` [M, D]
-    of unit norm.
+    """Compute the mean cosine of the pairs of items that share all codes; NaN if no two do. ``codes`` [M, L],
+    ``vectors`` [M, D] of unit norm.
 
     The unit vectors of a group of n sum to S; its n (n - 1) ordered pairs have |S|^2 - n as the sum of their cosines.
     """

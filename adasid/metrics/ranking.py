@@ -1,5 +1,5 @@
-"""AUC over all samples and GAUC, its mean over users weighted by their samples (DIN, arXiv 1706.06978; methods 8.8),
-with bootstrap intervals over users."""
+"""Compute AUC over all samples and GAUC, its mean over users weighted by their samples (DIN, arXiv 1706.06978; methods
+8.8), with bootstrap intervals over users."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Floats = NDArray[np.float64]
 
 
 def auc(scores: Floats, labels: NDArray[np.int64], weights: Floats | None = None) -> float:
-    """Probability that a positive scores higher than a negative, equal scores counting half (Mann-Whitney); NaN with
-    one class only. ``scores``, ``labels`` (0 or 1) and ``weights`` [n]."""
+    """Compute the probability that a positive scores higher than a negative, where ties count half (Mann-Whitney); NaN
+    with one class only. ``scores``, ``labels`` (0 or 1) and ``weights`` [n]."""
     return _auc(*_sorted(scores), labels, np.ones(len(scores)) if weights is None else weights)
 
 
 def _sorted(scores: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Order of the scores, and the number of each one's group of equals in that order."""
+    """Return the order of the scores, and for each score in that order the index of its group of ties."""
     order = np.argsort(scores, kind="stable")
     return order, np.cumsum(np.concatenate([[0], np.diff(scores[order]) > 0])) if len(scores) else np.zeros(0, np.int64)
 
@@ -30,7 +30,7 @@ def _auc(order: NDArray[np.int64], group: NDArray[np.int64], labels: NDArray[np.
 
 
 def user_auc(users: NDArray[np.int64], scores: Floats, labels: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """AUC of each user that has both classes, and its number of samples: [u], [u]. Equal scores count half."""
+    """Return the AUC of each user that has both classes, and its number of samples: [u], [u]. Ties count half."""
     order = np.lexsort((scores, users))
     u, s, y = users[order], scores[order], labels[order].astype(np.float64)
     if not len(u):
@@ -52,8 +52,9 @@ def user_auc(users: NDArray[np.int64], scores: Floats, labels: NDArray[np.int64]
 def ranking_metrics(
     users: NDArray[np.int64], scores: Floats, labels: NDArray[np.int64], draws: int = 0, seed: int = 0
 ) -> dict[str, float | list[float]]:
-    """``auc``, ``gauc``, ``gauc_users`` (those with both classes), ``samples``; with ``draws`` the 95 % bootstrap
-    intervals ``auc_interval`` and ``gauc_interval`` over users. What one class alone does not define is left out."""
+    """Compute ``auc``, ``gauc``, ``gauc_users`` (those with both classes), ``samples``; with ``draws`` the 95 %
+    bootstrap intervals ``auc_interval`` and ``gauc_interval`` over users. Metrics that are undefined with one class are
+    omitted."""
     own, size = user_auc(users, scores, labels)
     found: dict[str, float | list[float]] = {"gauc_users": float(len(own)), "samples": float(len(scores))}
     if not 0 < labels.sum() < len(labels):
@@ -74,5 +75,5 @@ def ranking_metrics(
 
 
 def _times(rng: np.random.Generator, users: int) -> Floats:
-    """How often each user is in a bootstrap sample."""
+    """Draw how often each user is in a bootstrap sample."""
     return np.bincount(rng.integers(0, users, users), minlength=users).astype(np.float64)

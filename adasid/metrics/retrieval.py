@@ -1,4 +1,4 @@
-"""Recall and NDCG of a single held-out item in one ranked list over the full catalogue (methods 8.6)."""
+"""Compute recall and NDCG of a single held-out item in one ranked list over the full catalogue (methods 8.6)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ DEEPEST = max(CUTOFFS)
 
 
 def tie_order(group: Tensor) -> Tensor:
-    """Place [M] of each item among items of equal scores: SIDs in a random order, always the same, the items of one by
-    index. The index follows popularity: by it, a model whose scores are all equal would look like one that knows it.
+    """Return the rank [M] of each item among items of equal scores: SIDs in a fixed random order, the items of one SID
+    by index. Ties are not broken by index alone, because it follows popularity: a model with constant scores would look
+    like a popularity model.
     """
     sids = torch.randperm(int(group.max()) + 1 if len(group) else 0, generator=torch.Generator().manual_seed(0))
     order = sids.to(group.device)[group].argsort(stable=True)
@@ -27,10 +28,10 @@ def tie_order(group: Tensor) -> Tensor:
 
 
 def target_ranks(scores: Tensor, targets: Tensor, places: Tensor | None = None) -> Tensor:
-    """1-based rank of each row's target. ``scores`` [B, M], ``targets`` [B] (int64) -> [B].
+    """Return the 1-based rank of each row's target. ``scores`` [B, M], ``targets`` [B] (int64) -> [B].
 
-    Equal scores rank by ``places`` [M] (:func:`tie_order`, of single items if not given); a target whose score is not a
-    number is beyond all cut-offs.
+    Equal scores rank by ``places`` [M] (:func:`tie_order`, of single items if not given); a target with a NaN score is
+    beyond all cut-offs.
     """
     items = scores.shape[1]
     own = scores.gather(1, targets[:, None])
@@ -44,21 +45,21 @@ def target_ranks(scores: Tensor, targets: Tensor, places: Tensor | None = None) 
 
 
 def recall_ndcg(ranks: Tensor, cutoffs: Iterable[int] = CUTOFFS) -> dict[str, float]:
-    """``recall@N`` = mean of 1{rank <= N}; ``ndcg@N`` = mean of 1{rank <= N} / log2(rank + 1). ``ranks`` [B],
+    """Compute ``recall@N`` = mean of 1{rank <= N}; ``ndcg@N`` = mean of 1{rank <= N} / log2(rank + 1). ``ranks`` [B],
     1-based."""
     return averages(rank_histogram(ranks, torch.zeros_like(ranks), 1).numpy()[0], gains(cutoffs))
 
 
 def rank_histogram(ranks: Tensor, kinds: Tensor, number: int) -> Tensor:
-    """Targets by kind and rank: [number, DEEPEST + 1] float64, column r holding rank r + 1 and the last one all beyond.
-    It is all that the metrics, their strata and their intervals need, and adds up over workers. ``ranks`` [B],
-    ``kinds`` [B] in 0 to number - 1."""
+    """Count targets by kind and rank: [number, DEEPEST + 1] float64, where column r is rank r + 1 and the last column
+    all ranks beyond. The metrics, their strata and their intervals follow from it, and it can be summed over workers.
+    ``ranks`` [B], ``kinds`` [B] in 0 to number - 1."""
     cell = (kinds.long() * (DEEPEST + 1) + (ranks.long() - 1).clamp(max=DEEPEST)).cpu()
     return torch.bincount(cell, minlength=number * (DEEPEST + 1)).double().view(number, DEEPEST + 1)
 
 
 def gains(cutoffs: Iterable[int] = CUTOFFS) -> Gains:
-    """What a target of each column of :func:`rank_histogram` adds to each metric, [DEEPEST + 1]."""
+    """Return the contribution of a target in each column of :func:`rank_histogram` to each metric, [DEEPEST + 1]."""
     rank = np.arange(1, DEEPEST + 2)
     return {
         f"{name}@{n}": (rank <= n) * gain
@@ -68,9 +69,9 @@ def gains(cutoffs: Iterable[int] = CUTOFFS) -> Gains:
 
 
 def shared_gains(sizes: NDArray[np.int64], cutoffs: Iterable[int] = CUTOFFS) -> Gains:
-    """The same, [S, DEEPEST + 1], of a target whose SID has ``sizes`` [S] items: column r holds the targets whose first
-    item of the SID has rank r + 1, and the gain is the mean over the places of the SID's items (methods 8.6: no credit
-    for the order in which they happen to stand)."""
+    """Return the contribution [S, DEEPEST + 1] of a target whose SID has ``sizes`` [S] items: in column r the first
+    item of the SID has rank r + 1, and the gain is the mean over the ranks of the SID's items (methods 8.6: the
+    arbitrary order within a SID gives no credit)."""
     first = np.arange(DEEPEST + 1)
     last = np.minimum(first + sizes[:, None], DEEPEST + 1)
     sums = {name: np.concatenate([[0.0], gain.cumsum()]) for name, gain in gains(cutoffs).items()}
@@ -78,7 +79,7 @@ def shared_gains(sizes: NDArray[np.int64], cutoffs: Iterable[int] = CUTOFFS) -> 
 
 
 def averages(counts: NDArray[np.float64], of: Gains) -> dict[str, float]:
-    """Metrics of the targets in ``counts`` (any shape that ends in the gains'); none of no target."""
+    """Return the metrics of the targets in ``counts`` (any shape that ends in the gains'); empty without targets."""
     users = float(counts.sum())
     return {name: float((counts * gain).sum() / users) for name, gain in of.items()} if users else {}
 
@@ -86,8 +87,8 @@ def averages(counts: NDArray[np.float64], of: Gains) -> dict[str, float]:
 def intervals(
     counts: NDArray[np.float64], of: Gains, draws: int, seed: int, level: float = 0.95
 ) -> dict[str, tuple[float, float]]:
-    """Bootstrap intervals over users of the metrics of :func:`averages`: resampling users is drawing the cells of
-    ``counts`` (the gains' shape)."""
+    """Compute bootstrap intervals over users of the metrics of :func:`averages`; resampling users is equivalent to
+    drawing cells of ``counts`` (the gains' shape)."""
     users, there = int(counts.sum()), counts > 0
     if not users:
         return {}

@@ -18,7 +18,7 @@ from adasid.errors import InputError
 
 
 class RichnessScale(NamedTuple):
-    """The fitted scale: richness is ``(value - low) / (high - low)``, clipped to [0, 1].
+    """A fitted scale maps a value to richness, ``(value - low) / (high - low)`` clipped to [0, 1].
 
     ``source``: value is the norm, or log(1 + count). ``low``, ``high``: bounds in units of that value. ``spearman``:
     rank correlation of norm and count, None where no counts were given. ``mean``: mean richness of the fitted items
@@ -43,7 +43,8 @@ class RichnessScale(NamedTuple):
 
 
 def vector_norms(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Euclidean norms [n] of ``vectors`` [n, D], summed in double precision from left to right as Spark does."""
+    """Compute the Euclidean norms [n] of ``vectors`` [n, D], summed in double precision from left to right as Spark
+    does."""
     squares = np.cumsum(np.square(vectors.astype(np.float64)), axis=1)[:, -1]
     return np.asarray(np.sqrt(squares), np.float32)
 
@@ -56,7 +57,7 @@ def fit_scale(
 ) -> RichnessScale:
     """Fit the scale on the items that have a behaviour vector: ``norms`` [n], training ``counts`` [n] or None.
 
-    The norm is clipped to ``features.norm_percentiles`` and min-max scaled. Where counts are given, the norm must be a
+    The norm is clipped to ``features.norm_percentiles`` and min-max scaled. If counts are given, the norm must be a
     proxy of them: below ``features.proxy_min_spearman`` richness is min-max of log(1 + count) instead. Ties of norms
     are ranked by ``item_ids`` [n], or by row number. Raises InputError for no items or a norm that is not finite.
     """
@@ -84,20 +85,21 @@ def fit_scale(
 
 
 def _spearman(order: NDArray[np.int64], counts: NDArray[np.int64]) -> float:
-    """Spearman(norm, count), where ``order`` sorts the norms and equal counts share their mean rank."""
+    """Compute Spearman(norm, count), where ``order`` sorts the norms and equal counts share their mean rank."""
     n = len(order)
     x = np.empty(n, np.int64)
     x[order] = 2 * np.arange(n) + 2
     _, inverse, sizes = np.unique(counts, return_inverse=True, return_counts=True)
     y = (2 * (np.cumsum(sizes) - sizes) + sizes + 1)[inverse]
-    step = max(1, 2**62 // (2 * n) ** 2)  # so that no sum of 64-bit integers overflows
+    step = max(1, 2**62 // (2 * n) ** 2)  # no sum of 64-bit integers overflows
     starts = range(0, n, step)
     xy, yy = (sum(int((a[i : i + step] * y[i : i + step]).sum()) for i in starts) for a in (x, y))
     return rank_correlation(n, xy, yy)
 
 
 def rank_correlation(n: int, xy: int, yy: int) -> float:
-    """Spearman's correlation of ``n`` untied ranks with ranks y, from exact sums of doubled ranks; 0 for constant y.
+    """Compute Spearman's correlation of ``n`` untied ranks with ranks y, from exact sums of doubled ranks; 0 for
+    constant y.
 
     ``xy`` is the sum of 2x * 2y and ``yy`` of (2y)^2, with ranks from 1.
     """
@@ -107,16 +109,17 @@ def rank_correlation(n: int, xy: int, yy: int) -> float:
 
 
 def quantile_ranks(percents: Sequence[float], size: int, first: int = 0) -> list[tuple[int, int, float]]:
-    """For each percent the two ranks among ``size`` rows from rank ``first`` around it, and how far between them."""
+    """Return, for each percent, the two neighbouring ranks among ``size`` rows from rank ``first``, and the
+    interpolation weight."""
     at = [(size - 1) * percent / 100 for percent in percents]
     return [(first + int(x), first + min(int(x) + 1, size - 1), x - int(x)) for x in at]
 
 
 def quantiles(value: Callable[[int], float], ranks: Iterable[tuple[int, int, float]]) -> list[float]:
-    """Quantiles, linear between the ``value`` of two ranks as NumPy's."""
+    """Return quantiles, interpolated linearly between the ``value`` of two ranks as in NumPy."""
     return [value(low) * (1 - share) + value(high) * share for low, high, share in ranks]
 
 
 def unit(value: float, low: float, high: float) -> float:
-    """Min-max scaling, clipped to [0, 1]; 0.5 for all where there is no spread."""
+    """Scale by min and max, clipped to [0, 1]; 0.5 for all if there is no spread."""
     return min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5

@@ -1,5 +1,4 @@
-"""How much a table of semantic IDs, and what it is made of, differs from an earlier one (methods 8.11). Pure functions
-on arrays."""
+"""Measure how much a table of semantic IDs, and its inputs, differ from an earlier one (methods 8.11)."""
 
 from __future__ import annotations
 
@@ -7,12 +6,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _FLOOR = 1e-4
-"""Smallest share of a bin in the stability index, so that an empty one counts as much, not without bound."""
+"""Smallest share of a bin in the stability index, which bounds the contribution of an empty bin."""
 
 
 def jensen_shannon(first: ArrayLike, second: ArrayLike) -> float:
-    """Jensen-Shannon divergence (Lin, 1991) in bits of two histograms over the same codes [K]: 0 for equal shares, 1
-    where no code is common. NaN where either is empty."""
+    """Compute the Jensen-Shannon divergence (Lin, 1991) in bits of two histograms over the same codes [K]: 0 for equal
+    shares, 1 where no code is common. NaN if either is empty."""
     counts = [np.asarray(x, np.float64) for x in (first, second)]
     if min(c.sum() for c in counts) == 0:
         return float("nan")
@@ -27,8 +26,8 @@ def jensen_shannon(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def stability_index(expected: ArrayLike, found: ArrayLike) -> float:
-    """Population stability index ``sum (f - e) ln(f / e)`` of the shares [n] of the same bins; above .25 is
-    usually called a large shift. NaN where either is empty."""
+    """Compute the population stability index ``sum (f - e) ln(f / e)`` of the shares [n] of the same bins; above .25 is
+    usually called a large shift. NaN if either is empty."""
     if not np.sum(expected) or not np.sum(found):
         return float("nan")
     e, f = (np.maximum(np.asarray(x, np.float64), _FLOOR) for x in (expected, found))

@@ -1,5 +1,5 @@
-"""What a table of semantic IDs is counted by. Counts add up, so those of a table follow from those of the table before
-and the rows that differ."""
+"""Count the items of a table of semantic IDs. Counts are additive, so those of a table follow from those of the
+previous table and the rows that differ."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from adasid.tables import BEHAVIOR, PAD, STRATA
 from adasid.tokenizers.base import Slot
 
 RARE = [place for place, stratum in enumerate(STRATA) if stratum in ("tail", "cold")]
-"""Places of the strata whose items have few events."""
+"""Indices of the strata whose items have few events."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Of items in L slots of at most K codes and S strata: ``codes`` [L, K] items with each code, ``pad`` [L] with
-    none; by stratum ``items`` and ``events`` [S], the sum of ``weights`` [S, L], items whose slot is ``active`` [S, L],
-    items with 0, 1, ... active behaviour slots, ``slots_on`` [S, B + 1]. ``groups``: size -> number of SIDs that so
-    many items share; ``tail_only``: the same of their tail and cold items alone; ``shared``: tail and cold items whose
-    SID is not unique."""
+    """A tally counts items in L slots of at most K codes and S strata: ``codes`` [L, K] items with each code, ``pad``
+    [L] with none; by stratum ``items`` and ``events`` [S], the sum of ``weights`` [S, L], items whose slot is
+    ``active`` [S, L], items with 0, 1, ... active behaviour slots, ``slots_on`` [S, B + 1]. ``groups``: size -> number
+    of SIDs that so many items share; ``tail_only``: the same of their tail and cold items alone; ``shared``: tail and
+    cold items whose SID is not unique."""
 
     codes: NDArray[np.int64]
     pad: NDArray[np.int64]
@@ -39,7 +39,7 @@ class Tally:
 
     @staticmethod
     def none(slots: Sequence[Slot]) -> Tally:
-        """Of no item."""
+        """Return the tally of no items."""
         length, strata, behavior = len(slots), len(STRATA), sum(slot.kind == BEHAVIOR for slot in slots)
         by_stratum = np.zeros((strata, length), np.int64)
         return Tally(
@@ -64,9 +64,9 @@ class Tally:
         strata: NDArray[np.int64],
         events: NDArray[np.int64],
     ) -> Tally:
-        """Of items [n] with ``codes``, ``weights`` and ``active`` [n, L], places ``strata`` [n] in ``tables.STRATA``
-        and training ``events`` [n]; but for ``groups``, ``tail_only`` and ``shared``, which depend on all other
-        items."""
+        """Count items [n] with ``codes``, ``weights`` and ``active`` [n, L], indices ``strata`` [n] in
+        ``tables.STRATA`` and training ``events`` [n]. ``groups``, ``tail_only`` and ``shared`` depend on all other
+        items and stay empty."""
         tally = Tally.none(slots)
         there = codes != PAD
         item, slot = np.nonzero(there)
@@ -82,7 +82,7 @@ class Tally:
 
     @staticmethod
     def known(metrics: Mapping[str, Any], slots: Sequence[Slot]) -> Tally:
-        """The tally that :meth:`metrics` was made of; sums of weights to rounding."""
+        """Return the tally from which :meth:`metrics` was computed; sums of weights up to rounding."""
         tally = Tally.none(slots)
         for place, stratum in enumerate(STRATA):
             items = metrics["items_by_stratum"].get(stratum, 0)
@@ -108,21 +108,21 @@ class Tally:
     def changed(
         self, before: Tally, after: Tally, groups: Mapping[int, int], tail_only: Mapping[int, int], shared: int
     ) -> Tally:
-        """With the rows of ``after`` in place of those of ``before``; ``groups``, ``tail_only`` and ``shared`` as they
-        are then."""
+        """Return the tally with the rows ``before`` replaced by ``after``, and the new ``groups``, ``tail_only`` and
+        ``shared``."""
         names = ("codes", "pad", "items", "events", "weights", "active", "slots_on")
         sums = {name: getattr(self, name) - getattr(before, name) + getattr(after, name) for name in names}
         return Tally(**sums, groups=groups, tail_only=tail_only, shared=shared)
 
     def sound(self) -> bool:
-        """Whether no count is negative."""
+        """Return whether no count is negative."""
         counts = (self.codes, self.pad, self.items, self.events, self.active, self.slots_on)
         return min([self.shared, *self.groups.values(), *self.tail_only.values()]) >= 0 and all(
             (part >= 0).all() for part in counts
         )
 
     def metrics(self, slots: Sequence[Slot]) -> dict[str, Any]:
-        """Code metrics (methods 8.2 to 8.5) and router figures by stratum, as JSON data."""
+        """Compute code metrics (methods 8.2 to 8.5) and router figures by stratum, as JSON data."""
         sizes = sorted(size for size, number in self.groups.items() if number)
         collisions = group_metrics(np.array(sizes, np.int64), np.array([self.groups[size] for size in sizes], np.int64))
         use = [code_use(row[: slot.size]) for row, slot in zip(self.codes, slots)]

@@ -1,4 +1,5 @@
-"""Cosine codebooks, one for each expert, all of them in one batched product (methods 1.2 to 1.4, 9.4, 9.5)."""
+"""This module defines cosine codebooks, one for each expert, searched in one batched product (methods 1.2 to 1.4, 9.4,
+9.5)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from adasid.quantizers.kmeans import PreviousCodes, means_of, previous_or_neares
 
 
 class Quantized(NamedTuple):
-    """``codes`` [L, B]; ``latents`` and ``codewords`` [L, B, d], unit norm: direction is all that is passed on."""
+    """``Quantized`` is the result of quantization: ``codes`` [L, B]; ``latents`` and ``codewords`` [L, B, d], of unit
+    norm because only the direction is used."""
 
     codes: Tensor
     latents: Tensor
@@ -20,7 +22,8 @@ class Quantized(NamedTuple):
 
 
 class CosineCodebooks(nn.Module):
-    """``slots`` codebooks of ``size`` codewords of ``width`` dimensions; a codeword is used by its direction only."""
+    """``CosineCodebooks`` has ``slots`` codebooks of ``size`` codewords of ``width`` dimensions; only the direction of
+    a codeword is used."""
 
     def __init__(self, slots: int, size: int, width: int) -> None:
         super().__init__()
@@ -28,18 +31,18 @@ class CosineCodebooks(nn.Module):
         self.register_buffer("used", torch.zeros(slots, size))
         self.used: Tensor
         self.kept: Tensor | None = None
-        """[L, K] bool: codes that are never replaced."""
+        """Codes that are never replaced, [L, K] bool."""
 
     def codes(self, latents: Tensor, previous: PreviousCodes | None = None) -> Tensor:
-        """argmax_j cos(latent, codeword_j). [L, B, d] -> [L, B] (the latent's length does not matter). ``previous``:
-        codes [L, B]; the squared distance of unit vectors is 2 - 2 cos."""
+        """Return argmax_j cos(latent, codeword_j): [L, B, d] -> [L, B]. The norm of a latent has no effect.
+        ``previous``: codes [L, B]; the squared distance of unit vectors is 2 - 2 cos."""
         words = nnf.normalize(self.weight, dim=2).transpose(1, 2)
         if previous is None:
             return torch.bmm(latents, words).argmax(dim=2)
         return previous_or_nearest((2 - 2 * torch.bmm(nnf.normalize(latents, dim=2), words)).clamp(min=0), previous)
 
     def forward(self, latents: Tensor, previous: PreviousCodes | None = None) -> Quantized:
-        """Quantize [L, B, d]."""
+        """Quantize latents [L, B, d]."""
         unit, words = nnf.normalize(latents, dim=2), nnf.normalize(self.weight, dim=2)
         with torch.no_grad():
             codes = self.codes(unit, previous)
@@ -50,8 +53,9 @@ class CosineCodebooks(nn.Module):
     def initialise(
         self, latents: Tensor, active: Tensor, rounds: int, generator: torch.Generator, previous: Tensor | None = None
     ) -> None:
-        """k-means on the active rows of each slot; a code that rows hold is their mean direction. ``latents`` [L, n,
-        d], ``active`` [L, n] bool, ``previous`` [L, n]: codes (negative: none)."""
+        """Initialise the codebooks by k-means on the active rows of each slot; a previous code becomes the mean
+        direction of its rows. ``latents`` [L, n, d], ``active`` [L, n] bool, ``previous`` [L, n]: codes (negative:
+        none)."""
         for slot, (rows, keep) in enumerate(zip(latents, active)):
             if keep.any():
                 found = spherical_kmeans(rows[keep], self.weight.shape[1], rounds, generator)
@@ -63,7 +67,7 @@ class CosineCodebooks(nn.Module):
 
     @torch.no_grad()
     def counts(self, codes: Tensor, active: Tensor) -> Tensor:
-        """How often each code is assigned in a batch of active assignments; [L, B] each -> [L, K]."""
+        """Count how often each code is assigned in a batch of active assignments; [L, B] each -> [L, K]."""
         return torch.zeros_like(self.used).scatter_add_(1, codes, active.to(self.used.dtype))
 
     @torch.no_grad()
@@ -71,8 +75,8 @@ class CosineCodebooks(nn.Module):
         """Replace codes used less than ``min_share`` of their fair share by random active latents of the batch.
 
         ``used`` (usage since the last revival, over all workers), ``latents`` [L, B, d] and ``active`` [L, B] are the
-        same on all workers, so that all make the same choice. Returns the mask [L, K] of replaced codes; usage starts
-        again from zero."""
+        same on all workers, so that all replace the same codes. Returns the mask [L, K] of replaced codes; usage is
+        reset to zero."""
         dead = self.used < min_share * self.used.mean(dim=1, keepdim=True)
         if self.kept is not None:
             dead &= ~self.kept
@@ -89,8 +93,9 @@ class CosineCodebooks(nn.Module):
 
 
 def codebook_loss(quantized: Quantized, active: Tensor, commitment: float) -> Tensor:
-    """The loss that the papers leave out (methods 1.4), on unit vectors: sum over slots of the mean over the batch of
-    ``||sg(z) - q||^2 + commitment ||z - sg(q)||^2`` (VQ-VAE, arXiv 1711.00937, eq 3), only where ``active`` [L, B]."""
+    """Compute the codebook loss that the papers leave out (methods 1.4), on unit vectors: sum over slots of the mean
+    over the batch of ``||sg(z) - q||^2 + commitment ||z - sg(q)||^2`` (VQ-VAE, arXiv 1711.00937, eq 3), only where
+    ``active`` [L, B]."""
     mask = active.to(quantized.latents.dtype)
     codebook = ((quantized.latents.detach() - quantized.codewords) ** 2).sum(2)
     commit = ((quantized.latents - quantized.codewords.detach()) ** 2).sum(2)

@@ -1,5 +1,5 @@
-"""k-means: spherical for cosine codebooks (methods 9.3), Euclidean and balanced (methods 9.6) for residual and product
-quantization (methods 6.2, 6.3)."""
+"""Fit k-means, spherical for cosine codebooks (methods 9.3), Euclidean and balanced (methods 9.6) for residual and
+product quantization (methods 6.2, 6.3)."""
 
 from __future__ import annotations
 
@@ -12,32 +12,30 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 _CHUNK = 4096
-"""Rows whose products with all centroids are made at a time, so that they are still in the cache when the best is
-looked for."""
+"""Rows whose products with all centroids are computed at a time, so that they are still in the cache for the search."""
 _SEEDED, _SAMPLED = (16, 4096), (64, 16_384)
-"""Points that seeds are chosen among, and that the first three quarters of the rounds see, drawn at random: so many a
-cluster, and at least so many."""
+"""Sample sizes for the seeds and for the first three quarters of the rounds: points per cluster, and minimum."""
 
 
 class PreviousCodes(NamedTuple):
-    """Codes that items have so far (negative: none), and the slack with which :func:`previous_or_nearest` keeps
-    them."""
+    """``PreviousCodes`` contains the previous codes of items (negative: none), and the tolerance ``slack`` within which
+    :func:`previous_or_nearest` preserves them."""
 
     codes: Tensor
     slack: float
 
     def of(self, slots: slice | int) -> PreviousCodes:
-        """Those of some slots, of codes [n, L]."""
+        """Return the previous codes of some slots; codes are [n, L]."""
         return PreviousCodes(self.codes[:, slots], self.slack)
 
     def at(self, progress: float) -> PreviousCodes:
-        """In training of which a share ``progress`` is done: nearly forced at first, with the slack itself at the
-        end."""
+        """Return the previous codes with the tolerance at a share ``progress`` of training: nearly unlimited at first,
+        ``slack`` at the end."""
         return PreviousCodes(self.codes, self.slack / max(progress, 1e-6))
 
 
 def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
-    """``k`` unit centroids that maximise the mean cosine to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
+    """Fit ``k`` unit centroids that maximise the mean cosine to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
 
     Seeds by greedy k-means++ on squared chordal distance; an empty cluster restarts at the point that its centroid
     serves worst. With fewer points than ``k`` the surplus centroids are points with a little noise."""
@@ -55,17 +53,17 @@ def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator)
 
 
 def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest cosine and its index for unit vectors ``x`` [n, d] and ``centroids`` [k, d] -> [n], [n]."""
+    """Return the largest cosine and its index for unit vectors ``x`` [n, d] and ``centroids`` [k, d] -> [n], [n]."""
     best = [(part @ centroids.T).max(dim=1) for part in x.split(_CHUNK)]
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
 def kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator, balanced: bool = False) -> Tensor:
-    """``k`` centroids of small squared distance to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
+    """Fit ``k`` centroids that give a small squared distance to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
 
-    Seeds by greedy k-means++, then rounds of Lloyd's algorithm: three quarters of them on a sample where there are many
-    points for a cluster (balanced clusters are those of all points), fewer where the assignment settles. With fewer
-    points than ``k`` the surplus centroids are points with a little noise."""
+    Seeds by greedy k-means++, then rounds of Lloyd's algorithm: three quarters of them on a sample if there are many
+    points per cluster (balanced clusters use all points), fewer if the assignment converges. With fewer points than
+    ``k`` the surplus centroids are points with a little noise."""
     if len(x) < k:
         return _surplus(x, k, 0.05 * float(x.square().mean().sqrt()), generator)
     centroids, first = _seed(x, k, generator, squared_distances), 3 * rounds // 4
@@ -76,10 +74,10 @@ def kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator, balanced:
 
 
 def lloyd_round(x: Tensor, centroids: Tensor, balanced: bool = False) -> tuple[Tensor, Tensor]:
-    """Assignment of ``x`` [n, d] to ``centroids`` [k, d], and the means of the clusters: [k, d], [n].
+    """Assign ``x`` [n, d] to ``centroids`` [k, d]; return the means of the clusters [k, d] and the assignment [n].
 
     ``balanced``: clusters of at most ceil(n / k) points, by :func:`balanced_assignment`. An empty cluster restarts at
-    the point that is served worst. Of more empty clusters than points the last ones stay."""
+    the point farthest from its centroid. If there are more empty clusters than points, the last ones are unchanged."""
     k = len(centroids)
     if balanced:
         costs = squared_distances(x, centroids)
@@ -91,13 +89,13 @@ def lloyd_round(x: Tensor, centroids: Tensor, balanced: bool = False) -> tuple[T
     means, empty = sums / counts.clamp(min=1)[:, None], torch.nonzero(counts == 0).flatten()
     if len(empty):
         worst = (score + x.square().sum(1)).argsort(descending=True, stable=True)[: len(empty)]
-        means[empty] = centroids[empty]  # more clusters than points: those beyond the points stay
+        means[empty] = centroids[empty]  # more clusters than points: the surplus ones are unchanged
         means[empty[: len(worst)]] = x[worst]
     return means, assigned
 
 
 def _lloyd(x: Tensor, centroids: Tensor, rounds: int, balanced: bool = False) -> Tensor:
-    """At most ``rounds`` rounds, fewer where the assignment settles."""
+    """Run at most ``rounds`` rounds, fewer if the assignment converges."""
     before = None
     for _ in range(rounds):
         found, assigned = lloyd_round(x, centroids, balanced)
@@ -108,8 +106,9 @@ def _lloyd(x: Tensor, centroids: Tensor, rounds: int, balanced: bool = False) ->
 
 
 def nearest_euclidean(x: Tensor, centroids: Tensor, previous: PreviousCodes | None = None) -> Tensor:
-    """Index of the centroid at the smallest distance, the lowest of equals. ``x`` [n, d], ``centroids`` [k, d] -> [n].
-    ``previous``: as in :func:`previous_or_nearest`; all distances are then held in memory.
+    """Return the index of the centroid at the smallest distance, the lowest of equals. ``x`` [n, d], ``centroids`` [k,
+    d] -> [n].
+    ``previous``: as in :func:`previous_or_nearest`; all distances are then in memory.
 
     Distances are compared in float32: with float64 input the order of additions, which follows the batch's size, does
     not decide near ties."""
@@ -119,9 +118,9 @@ def nearest_euclidean(x: Tensor, centroids: Tensor, previous: PreviousCodes | No
 
 
 def previous_or_nearest(distances: Tensor, previous: PreviousCodes | None) -> Tensor:
-    """Index of the smallest of ``distances`` [..., K], squared ones; but the code that is ``previous`` (codes [...],
-    negative: none; slack) where its distance is at most 1 + slack times the smallest, so that small moves of a vector
-    leave its code (methods 9.8)."""
+    """Return the index of the smallest of the squared ``distances`` [..., K], or the ``previous`` code (codes [...],
+    negative: none) if its distance is at most 1 + slack times the smallest, so that small moves of a vector do not
+    change its code (methods 9.8)."""
     least, code = distances.min(dim=-1)
     if previous is None:
         return code
@@ -131,24 +130,24 @@ def previous_or_nearest(distances: Tensor, previous: PreviousCodes | None) -> Te
 
 
 def means_of(x: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
-    """``centroids`` [k, d], but for each code that some rows of ``x`` [n, d] hold (``codes`` [n], negative: none) the
-    mean of these rows."""
+    """Return ``centroids`` [k, d] in which each code that rows of ``x`` [n, d] have (``codes`` [n], negative: none) is
+    replaced by the mean of these rows."""
     there = codes >= 0
     counts, sums = _totals(x[there], codes[there], len(centroids))
     return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
 
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
-    """``x`` [n, d], ``centroids`` [k, d] -> [n, k]."""
+    """Compute squared distances: ``x`` [n, d], ``centroids`` [k, d] -> [n, k]."""
     return (x.square().sum(1, keepdim=True) + centroids.square().sum(1) - 2 * (x @ centroids.T)).clamp(min=0)
 
 
 def balanced_assignment(costs: Tensor, capacity: int) -> Tensor:
-    """A cluster for each point, at most ``capacity`` points each, by deferred acceptance (Gale and Shapley, 1962).
+    """Assign each point to a cluster, at most ``capacity`` points each, by deferred acceptance (Gale and Shapley,
+    1962).
 
-    Free points propose to the cheapest cluster that would still take them; a cluster keeps its cheapest ones. The
-    result is stable: no point and cluster would both rather have each other. ``costs`` [n, k] with k * capacity >= n ->
-    [n]."""
+    Free points propose to the cheapest cluster that would still take them; a cluster retains its cheapest ones. The
+    result is a stable matching. ``costs`` [n, k] with k * capacity >= n -> [n]."""
     n, k = costs.shape
     taken = torch.zeros(n, dtype=torch.int64, device=costs.device)
     limit = costs.new_full((k,), math.inf)
@@ -171,14 +170,14 @@ def balanced_assignment(costs: Tensor, capacity: int) -> Tensor:
 
 
 def _lowest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest squared distance less ``|x|^2``, and its index."""
+    """Return the smallest squared distance minus ``|x|^2``, and its index."""
     squares = centroids.square().sum(1)
     best = [torch.addmm(squares, part, centroids.T, alpha=-2).float().min(dim=1) for part in x.split(_CHUNK)]
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
 def _totals(x: Tensor, assigned: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Points of each cluster and their sum: [k], [k, d]."""
+    """Count the points of each cluster and sum them: [k], [k, d]."""
     return torch.bincount(assigned, minlength=k), x.new_zeros(k, x.shape[1]).index_add_(0, assigned, x)
 
 
@@ -189,8 +188,9 @@ def _surplus(x: Tensor, k: int, scale: float, generator: torch.Generator) -> Ten
 
 
 def _seed(x: Tensor, k: int, generator: torch.Generator, distances: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): of a few candidates, drawn with probability proportional
-    to their distance from the seeds so far, the best. ``distances``: of points [n, d] from seeds [c, d] -> [n, c]."""
+    """Choose seeds by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): of a few candidates, drawn with
+    probability proportional to their distance from the seeds so far, the best. ``distances``: from points [n, d] to
+    seeds [c, d] -> [n, c]."""
     x = _sample(x, max(_SEEDED[0] * k, _SEEDED[1]), generator)
     trials = 2 + int(math.log(k))
     seeds = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
@@ -206,5 +206,5 @@ def _seed(x: Tensor, k: int, generator: torch.Generator, distances: Callable[[Te
 
 
 def _sample(x: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """``number`` rows drawn at random, or all where there are no more."""
+    """Draw ``number`` rows at random, or return all if there are fewer."""
     return x if len(x) <= number else x[torch.randperm(len(x), generator=generator)[:number].to(x.device)]

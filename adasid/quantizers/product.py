@@ -1,5 +1,5 @@
-"""Optimised product quantization (Ge et al., CVPR 2013; methods 6.2): principal components, a rotation, one k-means for
-each sub-space."""
+"""Fit optimised product quantization (Ge et al., CVPR 2013; methods 6.2): principal components, a rotation, and one
+k-means for each sub-space."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from adasid.quantizers.kmeans import PreviousCodes, kmeans, lloyd_round, nearest
 
 
 class Components(NamedTuple):
-    """``mean`` [D], ``basis`` [D, w] with orthonormal columns, ``deviation`` [w] that components are divided by (1: not
-    whitened)."""
+    """``Components`` contains principal components: ``mean`` [D], ``basis`` [D, w] with orthonormal columns,
+    ``deviation`` [w] by which components are divided (1: not whitened)."""
 
     mean: Tensor
     basis: Tensor
     deviation: Tensor
 
     def project(self, x: Tensor) -> Tensor:
-        """[n, D] -> [n, w]."""
+        """Project vectors to components: [n, D] -> [n, w]."""
         return (x - self.mean) @ self.basis / self.deviation
 
     def restore(self, y: Tensor) -> Tensor:
-        """[n, w] -> [n, D]."""
+        """Map components back to vectors: [n, w] -> [n, D]."""
         return y * self.deviation @ self.basis.T + self.mean
 
 
 class ProductQuantizer(NamedTuple):
-    """``rotation`` R [w, w] with R R^T = I; ``centroids`` [L, K, w / L] of the sub-spaces of x R."""
+    """A product quantizer has ``rotation`` R [w, w] with R R^T = I and ``centroids`` [L, K, w / L] of the sub-spaces of
+    x R."""
 
     rotation: Tensor
     centroids: Tensor
 
     def codes(self, x: Tensor, previous: PreviousCodes | None = None) -> Tensor:
-        """[n, w] -> [n, L]; ``previous``: codes [n, L]."""
+        """Encode vectors: [n, w] -> [n, L]; ``previous``: codes [n, L]."""
         parts = (x @ self.rotation).chunk(len(self.centroids), dim=1)
         pairs = enumerate(zip(parts, self.centroids))
         return torch.stack(
@@ -47,17 +48,17 @@ class ProductQuantizer(NamedTuple):
         )
 
     def words(self, codes: Tensor) -> Tensor:
-        """Codewords in the rotated space: [n, L] -> [n, w]."""
+        """Return the codewords in the rotated space: [n, L] -> [n, w]."""
         return torch.cat([words[column] for column, words in zip(codes.T, self.centroids)], dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """[n, L] -> [n, w]."""
+        """Decode codes: [n, L] -> [n, w]."""
         return self.words(codes) @ self.rotation.T
 
 
 def principal_components(x: Tensor, width: int, whiten: bool) -> Components:
-    """The ``width`` <= D components of ``x`` [n, D] of the largest variance, in falling order. One without variance is
-    not whitened."""
+    """Compute the ``width`` <= D components of ``x`` [n, D] with the largest variance, in descending order. A component
+    without variance is not whitened."""
     mean = x.double().mean(0)
     centred = x - mean.to(x)
     variance, basis = torch.linalg.eigh((centred.T @ centred).double() / len(x))
@@ -74,8 +75,8 @@ def fit_opq(
     x: Tensor, parts: int, k: int, rounds: int, momentum: float, generator: torch.Generator
 ) -> tuple[ProductQuantizer, list[float]]:
     """Alternate a round of k-means in each of ``parts`` sub-spaces of x R, from the centroids before, and R = U V^T of
-    svd(x^T x_q) = U S V^T, both for the same assignment. R goes on in the direction of its last step by ``momentum``,
-    which takes far fewer rounds than R alone; where that overshoots, the error rises and a round without momentum
+    svd(x^T x_q) = U S V^T, both for the same assignment. R is extrapolated in the direction of its last step by
+    ``momentum``, which needs far fewer rounds; if this overshoots and the error rises, a round without momentum
     follows.
 
     ``x`` [n, w], w a multiple of ``parts``; R starts at random. Returns the quantizer and, before the step of R in each
@@ -88,7 +89,7 @@ def fit_opq(
 def refine_opq(
     x: Tensor, start: ProductQuantizer, rounds: int, momentum: float
 ) -> tuple[ProductQuantizer, list[float]]:
-    """The rounds of :func:`fit_opq` from ``start``."""
+    """Continue the rounds of :func:`fit_opq` from ``start``."""
     rotation, centroids = start
     before, turned, errors = rotation, x @ rotation, list[float]()
     for last in reversed(range(rounds)):
@@ -107,7 +108,8 @@ def refine_opq(
 
 
 def fit_opq_faiss(x: Tensor, parts: int, k: int, rounds: int) -> ProductQuantizer:
-    """The same by faiss; ``k`` a power of two. Raises InputError without faiss, or for fewer rows than ``k``."""
+    """Fit the quantizer with faiss; ``k`` is a power of two. Raises InputError without faiss, or for fewer rows than
+    ``k``."""
     try:
         faiss: Any = importlib.import_module("faiss")
     except ImportError:
@@ -131,12 +133,13 @@ def fit_opq_faiss(x: Tensor, parts: int, k: int, rounds: int) -> ProductQuantize
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:
-    """The orthogonal R that brings x R nearest to y (Schoenemann, Psychometrika 1966); [n, w] each -> [w, w]."""
+    """Return the orthogonal R that minimises the distance of x R from y (Schoenemann, Psychometrika 1966); [n, w] each
+    -> [w, w]."""
     return orthogonal(x.T @ y)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The orthogonal matrix nearest to ``matrix`` [w, w]."""
+    """Return the orthogonal matrix nearest to ``matrix`` [w, w]."""
     u, _, vt = torch.linalg.svd(matrix.double())
     found: Tensor = u @ vt
     return found.to(matrix)

@@ -1,5 +1,5 @@
-"""Residual codebooks: each level quantizes what the levels before it left (SoundStream, arXiv 2107.03312; TIGER, arXiv
-2305.05065; methods 6.1)."""
+"""This module defines residual codebooks: each level quantizes the residual of the levels before it (SoundStream, arXiv
+2107.03312; TIGER, arXiv 2305.05065; methods 6.1)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from adasid.quantizers.kmeans import (
 
 
 class Residual(NamedTuple):
-    """``codes`` [B, L]; ``quantized`` [B, d]: sum of the chosen codewords; ``residuals`` and ``codewords`` [L, B, d]:
-    r_{l-1} and e_l."""
+    """``Residual`` is the result of quantization: ``codes`` [B, L]; ``quantized`` [B, d]: sum of the chosen codewords;
+    ``residuals`` and ``codewords`` [L, B, d]: r_{l-1} and e_l."""
 
     codes: Tensor
     quantized: Tensor
@@ -30,7 +30,8 @@ class Residual(NamedTuple):
 
 
 class ResidualCodebooks(nn.Module):
-    """``levels`` codebooks of ``size`` codewords of ``width`` dimensions, walked in order by Euclidean distance."""
+    """``ResidualCodebooks`` has ``levels`` codebooks of ``size`` codewords of ``width`` dimensions, used in order by
+    Euclidean distance."""
 
     def __init__(self, levels: int, size: int, width: int) -> None:
         super().__init__()
@@ -38,13 +39,13 @@ class ResidualCodebooks(nn.Module):
         self.register_buffer("used", torch.zeros(levels, size))
         self.used: Tensor
         self.kept: Tensor | None = None
-        """[L, K] bool: codes that are never replaced."""
+        """Codes that are never replaced, [L, K] bool."""
 
     def forward(
         self, z: Tensor, balanced: tuple[float, int] | None = None, previous: PreviousCodes | None = None
     ) -> Residual:
-        """Quantize [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for training
-        only, and where no codes are held; ``previous``: codes [B, L]."""
+        """Quantize latents [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for
+        training only, and only without previous codes; ``previous``: codes [B, L]."""
         residual, codes, residuals, words = z, [], [], []
         for level, book in enumerate(self.weight):
             last = balanced is not None and level == len(self.weight) - 1
@@ -66,8 +67,8 @@ class ResidualCodebooks(nn.Module):
     def initialise(
         self, latents: Tensor, rounds: int, generator: torch.Generator, previous: Tensor | None = None
     ) -> None:
-        """k-means of each level on the residuals of the levels before; a code that rows hold is their mean. ``latents``
-        [n, d], ``previous`` [n, L]: codes (negative: none)."""
+        """Initialise each level by k-means on the residuals of the levels before; a previous code becomes the mean of
+        its rows. ``latents`` [n, d], ``previous`` [n, L]: codes (negative: none)."""
         for level, book in enumerate(self.weight):
             book.copy_(kmeans(latents, len(book), rounds, generator))
             if previous is None:
@@ -79,7 +80,7 @@ class ResidualCodebooks(nn.Module):
 
     @torch.no_grad()
     def count(self, codes: Tensor, there: Tensor) -> Tensor:
-        """How often each code is assigned; ``codes`` [B, L], ``there`` [B] bool -> [L, K]."""
+        """Count how often each code is assigned; ``codes`` [B, L], ``there`` [B] bool -> [L, K]."""
         return torch.zeros_like(self.used).scatter_add_(
             1, codes.T, there.to(self.used.dtype).expand(codes.shape[1], -1)
         )
@@ -90,8 +91,8 @@ class ResidualCodebooks(nn.Module):
         level.
 
         ``used`` (since the last revival, over all workers), ``residuals`` [L, B, d] and ``there`` [B] are the same on
-        all workers, so that all make the same choice. Returns the mask [L, K] of replaced codes; usage starts again
-        from zero."""
+        all workers, so that all replace the same codes. Returns the mask [L, K] of replaced codes; usage is reset to
+        zero."""
         dead = self.used < min_share * self.used.mean(dim=1, keepdim=True)
         if self.kept is not None:
             dead &= ~self.kept
@@ -107,8 +108,8 @@ class ResidualCodebooks(nn.Module):
 
 
 def residual_loss(quantized: Residual, there: Tensor, commitment: float) -> Tensor:
-    """L_rq (TIGER's L_rqvae; methods 6.1): sum over levels of ``||sg(r_{l-1}) - e_l||^2 + commitment ||r_{l-1} -
-    sg(e_l)||^2``, mean over dimensions and batch; ``there`` [B]."""
+    """Compute L_rq (TIGER's L_rqvae; methods 6.1): sum over levels of ``||sg(r_{l-1}) - e_l||^2 + commitment ||r_{l-1}
+    - sg(e_l)||^2``, mean over dimensions and batch; ``there`` [B]."""
     codebook = ((quantized.residuals.detach() - quantized.codewords) ** 2).mean(2)
     commit = ((quantized.residuals - quantized.codewords.detach()) ** 2).mean(2)
     return ((codebook + commitment * commit) * there).mean(1).sum()
@@ -116,8 +117,8 @@ def residual_loss(quantized: Residual, there: Tensor, commitment: float) -> Tens
 
 @torch.no_grad()
 def sinkhorn(distance: Tensor, entropy: float, rounds: int) -> Tensor:
-    """Balanced soft assignment of a batch, [B, K]: distances centred to [-1, 1], then columns and rows normalised in
-    turn (Cuturi, arXiv 1306.0895; methods 9.7)."""
+    """Compute the balanced soft assignment of a batch, [B, K]: distances centred to [-1, 1], then columns and rows
+    normalised in turn (Cuturi, arXiv 1306.0895; methods 9.7)."""
     d = distance.double()
     middle, spread = (d.max() + d.min()) / 2, (d.max() - d.min()).clamp(min=1e-12) / 2
     plan = torch.exp(-(d - middle) / spread / entropy)
@@ -128,5 +129,5 @@ def sinkhorn(distance: Tensor, entropy: float, rounds: int) -> Tensor:
 
 
 def _distance(x: Tensor, book: Tensor) -> Tensor:
-    """Squared distance up to a term of the row: [B, d], [K, d] -> [B, K]."""
+    """Compute the squared distance up to a constant per row: [B, d], [K, d] -> [B, K]."""
     return torch.addmm((book * book).sum(1), x, book.T, alpha=-2)

@@ -1,4 +1,4 @@
-"""The causal transformer over a user's items that SASRec and the generative retriever share."""
+"""This module defines the causal transformer over a user's items, shared by SASRec and the generative retriever."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 class CausalEncoder(nn.Module):
-    """Pre-norm transformer with learned positions; inputs are scaled by the square root of their width (arXiv
-    1808.09781). ``feedforward``: width of the hidden layer of each block, in widths."""
+    """``CausalEncoder`` is a pre-norm transformer with learned positions; inputs are scaled by the square root of their
+    width (arXiv 1808.09781). ``feedforward``: width of the hidden layer of each block, as a multiple of the width."""
 
     def __init__(self, width: int, blocks: int, heads: int, feedforward: int, max_length: int, dropout: float) -> None:
         super().__init__()
@@ -23,8 +23,8 @@ class CausalEncoder(nn.Module):
         self.max_length = max_length
 
     def forward(self, rows: Tensor) -> Tensor:
-        """States after each event. ``rows`` [B, T, width]: item vectors, oldest first, padded at the end -> [B, T,
-        width]."""
+        """Return the states after each event. ``rows`` [B, T, width]: item vectors, oldest first, padded at the end ->
+        [B, T, width]."""
         length = rows.shape[1]
         inputs = self.dropout(rows * math.sqrt(rows.shape[2]) + self.positions[:length])
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=rows.device)

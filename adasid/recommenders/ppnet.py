@@ -1,6 +1,6 @@
-"""PPNet (PEPNet, arXiv 2302.01115, as FuxiCTR builds it; methods 7.5, 7.6): click-through prediction whose hidden
-layers are scaled for each user and item. Where semantic IDs stand for items they also stand in the prior and in the
-history: no item id is left to learn from."""
+"""PPNet (PEPNet, arXiv 2302.01115, as FuxiCTR builds it; methods 7.5, 7.6) predicts clicks with hidden layers that are
+scaled for each user and item. Semantic IDs, if used, replace item ids also in the prior and the history, so that the
+model sees no item id."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from adasid.recommenders.tokens import ItemTokens
 
 
 class ItemVectors(nn.Module):
-    """Vectors of items from their tokens: ``concat`` (a narrow embedding of each token), ``sum``, or ``prefix`` (one
-    embedding for each prefix of the SID, hashed; for residual SIDs, methods 7.6). ``width``: of the vectors (concat:
-    ``settings.width`` rounded up)."""
+    """``ItemVectors`` computes vectors of items from their tokens: ``concat`` (a narrow embedding of each token),
+    ``sum``, or ``prefix`` (one hashed embedding for each prefix of the SID; for residual SIDs, methods 7.6). ``width``:
+    of the vectors (concat: ``settings.width`` rounded up)."""
 
     def __init__(self, settings: config.Ranking, catalogue: ItemTokens) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ class ItemVectors(nn.Module):
         self.rows, self.weights = rows, catalogue.weights
 
     def forward(self, items: Tensor) -> Tensor:
-        """[...] item_index -> [..., width]. With ``weights`` a token's embedding is scaled by the tokenizer's weight of
-        it."""
+        """Return the vectors of items: item_index [...] -> [..., width]. With ``weights`` a token's embedding is scaled
+        by the tokenizer's weight of the token."""
         tokens = self.table(self.rows[items])
         if self.settings.weights:
             tokens = tokens * self.weights[items][..., None]
@@ -40,8 +40,8 @@ class ItemVectors(nn.Module):
 
 
 def prefixes(codes: Tensor, rows: int) -> Tensor:
-    """Row of each prefix of the SIDs in a table of ``rows`` (Zheng et al., arXiv 2504.02137): a 64-bit hash of the
-    codes so far. ``codes`` [M, L] -> [M, L]."""
+    """Return the row of each prefix of the SIDs in a table of ``rows`` rows (Zheng et al., arXiv 2504.02137): a 64-bit
+    hash of the codes of the prefix. ``codes`` [M, L] -> [M, L]."""
     found, number = [], torch.zeros_like(codes[:, 0])
     for level in range(codes.shape[1]):
         number = (number + codes[:, level] + 1) * -7046029254386353131  # 2^64 over the golden ratio; wraps
@@ -51,21 +51,21 @@ def prefixes(codes: Tensor, rows: int) -> Tensor:
 
 
 class Gate(nn.Module):
-    """GateNU: ``2 sigmoid(relu(x W + b) W' + b')``, about 1 at the start."""
+    """``Gate`` is GateNU: ``2 sigmoid(relu(x W + b) W' + b')``, about 1 at the start."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs] -> [B, outputs], each in (0, 2)."""
+        """Return the gate values: [B, inputs] -> [B, outputs], each in (0, 2)."""
         return 2 * self.layers(x)  # type: ignore[no-any-return]
 
 
 class PPNet(nn.Module):
-    """Logit of a click from the user, the mean of the history, and the item. The gates see the prior (user and item, in
-    tables of their own) and all features without gradient, and scale each hidden layer's output after its
-    activation."""
+    """``PPNet`` computes the logit of a click from the user, the mean of the history, and the item. The gates read the
+    prior (user and item, in separate tables) and all features without gradient, and scale each hidden layer's output
+    after its activation."""
 
     def __init__(self, settings: config.Ranking, catalogue: ItemTokens, users: int) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ class PPNet(nn.Module):
         self.dropout, self.out = nn.Dropout(s.dropout), nn.Linear(sizes[-1], 1)
 
     def forward(self, users: Tensor, histories: Tensor, items: Tensor) -> Tensor:
-        """``users`` [B], ``items`` [B], ``histories`` [B / n, T] item_index padded with -1, each of n users and items
-        that stand together -> logits [B]."""
+        """Return logits [B]. ``users`` [B], ``items`` [B], ``histories`` [B / n, T] item_index padded with -1, each for
+        n consecutive users and items."""
         there = (histories >= 0).to(self.out.weight.dtype)[..., None]
         past = (self.items(histories.clamp(min=0)) * there).sum(1) / there.sum(1).clamp(min=1)
         past = past.repeat_interleave(len(items) // len(histories), dim=0)

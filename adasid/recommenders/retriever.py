@@ -1,4 +1,4 @@
-"""Retrieval of items through their semantic IDs: one encoder, three heads (methods 7.1 to 7.4).
+"""Retrieve items through their semantic IDs, with one encoder and three heads (methods 7.1 to 7.4).
 
 ``item``: an item is the sum of its tokens' embeddings, trained and scored as an item. ``parallel``: all tokens are
 predicted at once, an item's score is the sum of their log-probabilities (RPG). ``autoregressive``: tokens are decoded
@@ -22,13 +22,14 @@ from adasid.recommenders.sasrec import sampled_softmax
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 
 _CHUNK = 1 << 20
-"""Items whose vectors or scores are made at a time."""
+"""Items whose vectors or scores are computed at a time."""
 _PARTS = 8
-"""Parts of a batch of histories, by length."""
+"""Number of parts into which a batch of histories is split by length."""
 
 
 class Retriever(CausalEncoder, ABC):
-    """The token table [V, width] and the encoder of histories. ``catalogue``: the tokens of all M items."""
+    """A retriever has the token table [V, width] and the encoder of histories. ``catalogue``: the tokens of all M
+    items."""
 
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
         s = self.settings = settings
@@ -38,22 +39,22 @@ class Retriever(CausalEncoder, ABC):
         self.table = nn.Parameter(torch.randn(sum(catalogue.sizes), s.width) * 0.02)
 
     def vectors(self, items: Tensor) -> Tensor:
-        """Sum of the tokens' embeddings over sqrt(L), which has the variance of one token: [...] item_index -> [...,
-        width]."""
+        """Return the sum of the tokens' embeddings over sqrt(L), which has the variance of one token: item_index [...]
+        -> [..., width]."""
         rows = self.catalogue.rows[items.reshape(-1)]
         return nnf.embedding_bag(rows, self.table, mode="sum").view(*items.shape, -1) / math.sqrt(rows.shape[1])
 
     def states(self, histories: Tensor) -> Tensor:
-        """State after each event of ``histories`` [B, T], padded at the end with -1 -> [B, T, width]. Each distinct
-        item is embedded once."""
+        """Return the state after each event of ``histories`` [B, T], padded at the end with -1 -> [B, T, width]. Each
+        distinct item is embedded once."""
         distinct, place = torch.unique(histories.clamp(min=0), return_inverse=True)
         rows: Tensor = self(nnf.embedding(place, self.vectors(distinct)))
         return rows
 
     def outputs(self, histories: Tensor, chosen: Tensor) -> Tensor:
-        """States after the ``chosen`` [B, T] events of ``histories`` [B, T], the first ones of each row, row by row ->
-        [P, width]. Rows with like numbers of them should stand together: they are worked on in parts, each as long as
-        its longest."""
+        """Return the states after the ``chosen`` [B, T] events of ``histories`` [B, T], the first ones of each row, row
+        by row -> [P, width]. Rows with similar numbers of them should be adjacent: they are processed in parts, each as
+        long as its longest row."""
         distinct, place = torch.unique(histories.clamp(min=0), return_inverse=True)
         vectors, parts = self.vectors(distinct), list[Tensor]()
         longest = torch.stack([part.max() for part in chosen.sum(1).chunk(_PARTS)]).clamp(min=1).tolist()
@@ -63,50 +64,51 @@ class Retriever(CausalEncoder, ABC):
 
     @abstractmethod
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
-        """``states`` [P, width] and the item that follows each, ``targets`` [P]; ``negatives`` [N] item_index drawn
-        from all targets (none: all items), ``log_q`` [M] log-probability of drawing each item. A scalar."""
+        """Compute the loss, a scalar. ``states`` [P, width]; ``targets`` [P]: the item that follows each;
+        ``negatives`` [N]: item_index drawn from all targets (none: all items); ``log_q`` [M]: log-probability of
+        drawing each item."""
 
     @abstractmethod
     def top(self, states: Tensor, number: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The ``number`` best items of each state [B, width] and their scores, [B, number], best first; -1 and -inf
-        where there are no more. ``seen`` [B, S]: items that are left out, padded with -1."""
+        """Return the ``number`` best items of each state [B, width] and their scores, [B, number], best first; -1 and
+        -inf if there are fewer. ``seen`` [B, S]: items to exclude, padded with -1."""
 
     @abstractmethod
     def ranks(self, states: Tensor, targets: Tensor, beam: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """1-based rank of each row's target [B] among all items but the ``seen`` [B, S] (distinct, padded with -1), and
-        among all; beyond all cut-offs where it is one of them, or where the list of a head with a ``beam`` ends before
-        it."""
+        """Return the 1-based rank of each row's target [B] among all items except the ``seen`` [B, S] (distinct, padded
+        with -1), and among all. The rank is beyond all cut-offs if the target is ``seen`` or missing from the list of a
+        head with a ``beam``."""
 
     def scores_a_user(self, beam: int) -> int:
-        """Scores held for one user at a time."""
+        """Return the number of scores in memory for one user at a time."""
         return len(self.catalogue.rows)
 
 
 class _Scored(Retriever):
-    """A head that can score the whole catalogue."""
+    """This head can score the whole catalogue."""
 
     @abstractmethod
     def scorer(self, states: Tensor) -> Tensor:
-        """What :meth:`score` needs of ``states`` [B, width]."""
+        """Transform ``states`` [B, width] to the input of :meth:`score`."""
 
     @abstractmethod
     def score(self, prepared: Tensor, first: int, last: int) -> Tensor:
-        """Scores [B, last - first] of the items first to last - 1."""
+        """Return scores [B, last - first] of the items first to last - 1."""
 
     @cached_property
     def places(self) -> Tensor:
-        """Of the items among those of equal scores."""
+        """Rank of each item among items of equal scores [M]."""
         return tie_order(self.catalogue.group)
 
     def scores(self, states: Tensor) -> Tensor:
-        """Of all items: [B, width] -> [B, M]."""
+        """Return the scores of all items: [B, width] -> [B, M]."""
         prepared, items = self.scorer(states), len(self.catalogue.rows)
         parts = [self.score(prepared, first, min(first + _CHUNK, items)) for first in range(0, items, _CHUNK)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def top(self, states: Tensor, number: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Exact, over the whole catalogue in chunks. Equal scores rank by :attr:`places` (items that share a SID by
-        item_index), but which of them the end of the list cuts off is open."""
+        """Search the whole catalogue exactly, in chunks. Equal scores rank by :attr:`places` (items that share a SID by
+        item_index), but which of them the end of the list cuts off is undefined."""
         prepared, items = self.scorer(states), len(self.catalogue.rows)
         best = states.new_full((len(states), number), -torch.inf)
         found = torch.full((len(states), number), -1, dtype=torch.int64, device=states.device)
@@ -123,7 +125,7 @@ class _Scored(Retriever):
     def ranks(
         self, states: Tensor, targets: Tensor, beam: int = 0, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Exact; equal scores rank by :attr:`places`."""
+        """Compute exact ranks; equal scores rank by :attr:`places`."""
         scores, places = self.scores(states), self.places
         everywhere = target_ranks(scores, targets, places)
         if seen is None:
@@ -134,7 +136,7 @@ class _Scored(Retriever):
 
 
 def _without(scores: Tensor, seen: Tensor | None, first: int = 0) -> Tensor:
-    """``scores`` [B, m] of the items from ``first`` on, -inf for those in ``seen`` [B, S], in place."""
+    """Set ``scores`` [B, m] of the items from ``first`` to -inf for items in ``seen`` [B, S], in place."""
     if seen is not None:
         user, place = torch.nonzero((seen >= first) & (seen < first + scores.shape[1]), as_tuple=True)
         scores[user, seen[user, place] - first] = -torch.inf
@@ -142,23 +144,23 @@ def _without(scores: Tensor, seen: Tensor | None, first: int = 0) -> Tensor:
 
 
 def _beyond(catalogue: ItemTokens) -> int:
-    """A rank that no cut-off reaches."""
+    """Return a rank that is beyond every cut-off."""
     return len(catalogue.rows) + DEEPEST + 1
 
 
 class ItemRetriever(_Scored):
-    """Score = state . vector; sampled softmax over items with logQ correction (methods 7.3, the item head), or the
-    softmax over all SIDs."""
+    """The score is state . vector; the loss is the sampled softmax over items with logQ correction (methods 7.3, the
+    item head), or the softmax over all SIDs."""
 
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
         super().__init__(settings, catalogue)
         order = catalogue.group.argsort(stable=True)
         opens = torch.ones_like(order, dtype=torch.bool)
         opens[1:] = catalogue.group[order][1:] != catalogue.group[order][:-1]
-        self.first = order[opens]  # an item of each SID, in the order of catalogue.group
+        self.first = order[opens]  # one item of each SID, in the order of catalogue.group
 
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
-        """Items that share the target's SID are no negatives."""
+        """Compute the loss; items that share the target's SID are no negatives."""
         if not len(negatives):
             return nnf.cross_entropy(states @ self.vectors(self.first).T, self.catalogue.group[targets])
         distinct, place = torch.unique(torch.cat([targets, negatives]), return_inverse=True)
@@ -169,45 +171,45 @@ class ItemRetriever(_Scored):
         )
 
     def scorer(self, states: Tensor) -> Tensor:
-        """The states themselves."""
+        """Return the states unchanged."""
         return states
 
     def score(self, prepared: Tensor, first: int, last: int) -> Tensor:
-        """Inner products."""
+        """Return inner products."""
         return prepared @ self.vectors(torch.arange(first, last, device=prepared.device)).T
 
 
 class ParallelRetriever(_Scored):
-    """A residual head for each slot, cosine logits; the score of an item is the sum of its tokens' log-probabilities
-    (RPG; methods 7.3)."""
+    """``ParallelRetriever`` has a residual head for each slot and cosine logits; the score of an item is the sum of its
+    tokens' log-probabilities (RPG; methods 7.3)."""
 
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
         super().__init__(settings, catalogue)
         self.heads = nn.Parameter(torch.zeros(settings.width, len(catalogue.sizes) * settings.width))
 
     def _logits(self, states: Tensor) -> list[Tensor]:
-        """[P, width] -> for each slot [P, size]."""
+        """Return the logits of each slot: [P, width] -> [P, size] each."""
         turned = (states @ self.heads).view(len(states), len(self.catalogue.sizes), -1)
         heads = nnf.normalize(states[:, None] + nnf.silu(turned), dim=2)
         words = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
         return [head @ table.T / self.settings.temperature for head, table in zip(heads.unbind(1), words)]
 
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
-        """Weighted mean over slots and targets of the cross-entropy of each token."""
+        """Compute the weighted mean over slots and targets of the cross-entropy of each token."""
         return token_loss(self._logits(states), self.catalogue, self.omega, targets)
 
     def scorer(self, states: Tensor) -> Tensor:
-        """Log-probability of every token [V, B]."""
+        """Return the log-probability of every token [V, B]."""
         return torch.cat([logits.log_softmax(1) for logits in self._logits(states)], dim=1).T.contiguous()
 
     def score(self, prepared: Tensor, first: int, last: int) -> Tensor:
-        """Sums over the items' tokens."""
+        """Sum over the items' tokens."""
         return nnf.embedding_bag(self.catalogue.rows[first:last], prepared, mode="sum").T
 
 
 class AutoregressiveRetriever(Retriever):
-    """A causal decoder over slots that starts from the state, with cosine logits; beam search along the catalogue's
-    prefixes."""
+    """``AutoregressiveRetriever`` has a causal decoder over slots that starts from the state, with cosine logits, and
+    searches along the catalogue's prefixes with a beam."""
 
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
         super().__init__(settings, catalogue.behavior_first() if settings.order == "behavior" else catalogue)
@@ -216,30 +218,30 @@ class AutoregressiveRetriever(Retriever):
 
     @cached_property
     def prefixes(self) -> Prefixes:
-        """The catalogue's, made when they are first needed."""
+        """Return the prefixes of the catalogue, computed on first use."""
         return Prefixes.of(self.catalogue).to(self.catalogue.rows.device)
 
     @cached_property
     def _columns(self) -> list[Tensor]:
-        """Where each slot's tokens stand in the search [size]: at random, as equal probabilities may go by place."""
+        """Return the random column of each slot's tokens in the search [size]; top-k may break ties by column."""
         random = torch.Generator().manual_seed(0)
         return [torch.randperm(size, generator=random).to(self.table.device) for size in self.catalogue.sizes]
 
     def _decoded(self, states: Tensor, rows: Tensor) -> Tensor:
-        """Output of each slot after ``states`` [P, width] and the rows of the tokens before it [P, l] -> [P, l + 1,
-        width], unit vectors."""
+        """Return the output of each slot, unit vectors [P, l + 1, width], from ``states`` [P, width] and the rows of
+        the previous tokens [P, l]."""
         first = states[:, None] / math.sqrt(states.shape[1])
         out: Tensor = self.decoder(torch.cat([first, nnf.embedding(rows, self.table)], dim=1))
         return nnf.normalize(out, dim=2)
 
     def _words(self) -> tuple[Tensor, ...]:
-        """For each slot its tokens' unit vectors [size, width]."""
+        """Return the unit vectors [size, width] of each slot's tokens."""
         words: tuple[Tensor, ...] = nnf.normalize(self.table, dim=1).split(self.catalogue.sizes)
         return words
 
     def _valid(self, logits: Tensor, level: int, nodes: Tensor) -> Tensor:
-        """``logits`` [n, size] of slot ``level``: with ``continuations: valid`` -inf where no item's prefix goes on so
-        from ``nodes`` [n]."""
+        """Return ``logits`` [n, size] of slot ``level``; with ``continuations: valid`` they are -inf for tokens that
+        continue no item's prefix ``nodes`` [n]."""
         if self.settings.continuations == "all":
             return logits
         distinct, place = torch.unique(nodes, return_inverse=True)
@@ -249,7 +251,8 @@ class AutoregressiveRetriever(Retriever):
         return logits.masked_fill(shut[place], -torch.inf)
 
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
-        """Teacher forcing; weighted mean over slots and targets of the cross-entropy of each token."""
+        """Compute the loss with teacher forcing, the weighted mean over slots and targets of the cross-entropy of each
+        token."""
         out = self._decoded(states, self.catalogue.rows[targets][:, :-1]).unbind(1)
         above = nnf.pad(self.prefixes.paths(targets)[:, :-1], (1, 0)).unbind(1)
         logits = [
@@ -261,9 +264,9 @@ class AutoregressiveRetriever(Retriever):
     def top(
         self, states: Tensor, number: int, seen: Tensor | None = None, beam: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Beam search of ``beam`` (of the settings, if not given) prefixes at a time. Only prefixes of the catalogue
-        are followed, so that every answer is an item; items that share a SID follow each other by item_index. The beam
-        is wider by the number of ``seen``."""
+        """Search with a beam of ``beam`` prefixes (default: of the settings). Only prefixes of the catalogue are
+        expanded, so that every result is an item; items that share a SID are ordered by item_index. The beam is widened
+        by the number of ``seen``."""
         prefixes, words, users = self.prefixes, self._words(), len(states)
         beam = (beam or self.settings.beam) + (0 if seen is None else seen.shape[1])
         nodes = torch.zeros(users, 1, dtype=torch.int64, device=states.device)
@@ -276,7 +279,7 @@ class AutoregressiveRetriever(Retriever):
             log_p = self._valid(flat @ words[level].T / self.settings.temperature, level, ends).log_softmax(1)
             parent, child = prefixes.children(level, ends)
             token = prefixes.token[level][child].long()
-            # a dense place for each (beam, token), empty where the catalogue has no such prefix
+            # dense columns for (beam, token); -inf where the catalogue has no such prefix
             columns = self._columns[level]
             place = alive[parent] * size + columns[token]
             dense = value.new_full((value.numel() * size,), -torch.inf)
@@ -291,7 +294,7 @@ class AutoregressiveRetriever(Retriever):
         return self._expand(nodes, value, number, seen)
 
     def _expand(self, leaves: Tensor, value: Tensor, number: int, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The items of the leaves [B, beam], in order, the first ``number`` that are not among the ``seen``."""
+        """Return the first ``number`` items of the leaves [B, beam], in order, that are not ``seen``."""
         users, beam = leaves.shape
         alive = torch.nonzero(torch.isfinite(value).reshape(-1)).flatten()
         where, item = self.prefixes.members(leaves.reshape(-1)[alive])
@@ -300,7 +303,7 @@ class AutoregressiveRetriever(Retriever):
         if seen is not None:
             new = ~self._among(user, item, seen)
             source, user, item = source[new], user[new], item[new]
-        rank = runs(torch.bincount(user, minlength=users))[1]  # the users stand in order
+        rank = runs(torch.bincount(user, minlength=users))[1]  # users are in order
         kept = rank < number
         items = torch.full((users, number), -1, dtype=torch.int64, device=user.device)
         scores = value.new_full((users, number), -torch.inf)
@@ -309,14 +312,15 @@ class AutoregressiveRetriever(Retriever):
         return items, scores
 
     def _among(self, user: Tensor, items: Tensor, seen: Tensor) -> Tensor:
-        """Whether ``items`` of the rows ``user`` are among those ``seen`` [B, S]."""
+        """Return whether ``items`` of the rows ``user`` are ``seen`` [B, S]."""
         first = torch.arange(len(seen), device=seen.device)[:, None] * len(self.catalogue.rows)
         return torch.isin(user * len(self.catalogue.rows) + items, torch.where(seen >= 0, seen + first, -1)) & (
             items >= 0
         )
 
     def ranks(self, states: Tensor, targets: Tensor, beam: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Within the items of the beam: as many as it takes to see all items of a SID that begins in time."""
+        """Rank within the items of the beam; the list is long enough for all items of a SID that begins before the
+        deepest cut-off."""
         number = DEEPEST - 1 + int(torch.bincount(self.catalogue.group).max())
         longer = 0 if seen is None else seen.shape[1]
         items, _ = self.top(states, number + longer, beam=beam + longer)
@@ -329,13 +333,13 @@ class AutoregressiveRetriever(Retriever):
         return torch.where(hit.any(1) & ~(hit & left_out).any(1), everywhere - ahead, beyond), everywhere
 
     def scores_a_user(self, beam: int) -> int:
-        """A score for each token after each prefix of the beam."""
+        """Count a score for each token after each prefix of the beam."""
         return beam * max(self.catalogue.sizes)
 
 
 def token_loss(logits: list[Tensor], catalogue: ItemTokens, omega: Tensor, targets: Tensor) -> Tensor:
-    """``- sum_l omega_l log p(c_l) / sum_l omega_l`` over the slots of all targets (methods 7.2). ``logits``: for each
-    slot [P, size]; ``omega`` [M, L]."""
+    """Compute ``- sum_l omega_l log p(c_l) / sum_l omega_l`` over the slots of all targets (methods 7.2). ``logits``:
+    [P, size] for each slot; ``omega`` [M, L]."""
     rows, weights = catalogue.rows[targets], omega[targets]
     own = [rows[:, slot] - start for slot, start in enumerate(catalogue.starts)]
     total = torch.stack([nnf.cross_entropy(x, code, reduction="none") for x, code in zip(logits, own)], dim=1)
@@ -343,7 +347,7 @@ def token_loss(logits: list[Tensor], catalogue: ItemTokens, omega: Tensor, targe
 
 
 def build(settings: config.Retrieval, catalogue: ItemTokens) -> Retriever:
-    """The retriever that ``settings.head`` names."""
+    """Build the retriever of ``settings.head``."""
     kinds: dict[str, type[Retriever]] = {
         "item": ItemRetriever,
         "parallel": ParallelRetriever,

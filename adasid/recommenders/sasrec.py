@@ -1,6 +1,7 @@
-"""SASRec (arXiv 1808.09781) with an item table that is updated lazily, and the sampled softmax that trains it.
+"""This module defines SASRec (arXiv 1808.09781) with a lazily updated item table, and the sampled softmax that trains
+it.
 
-The rows of the item table are the behaviour embeddings; see methods 7.4 for why the loss and the optimiser decide
+The rows of the item table are the behaviour embeddings; methods 7.4 explains why the loss and the optimiser decide
 whether their norms measure popularity.
 """
 
@@ -36,10 +37,10 @@ class SASRec(CausalEncoder):
 def sampled_softmax(
     states: Tensor, positives: Tensor, negatives: Tensor, positive_log_q: Tensor, negative_log_q: Tensor, same: Tensor
 ) -> Tensor:
-    """Mean sampled-softmax cross-entropy with logQ correction (Yi et al., RecSys 2019; methods 7.4).
+    """Compute the mean sampled-softmax cross-entropy with logQ correction (Yi et al., RecSys 2019; methods 7.4).
 
     ``states`` [P, d], ``positives`` [P, d], ``negatives`` [N, d]; ``*_log_q`` [P], [N]: log sampling probability of
-    each item; ``same`` [P, N]: True where a negative is the row's own positive (it is masked out)."""
+    each item; ``same`` [P, N]: True where a negative is the row's positive (masked out)."""
     own = (states * positives).sum(1) - positive_log_q
     others = (states @ negatives.T - negative_log_q).masked_fill(same, -torch.inf)
     return (torch.logaddexp(own, others.logsumexp(1)) - own).mean()

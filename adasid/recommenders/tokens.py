@@ -1,4 +1,4 @@
-"""A catalogue's semantic IDs as rows of one token table, and as prefixes that decoding may walk along. Arrays only: no
+"""Store a catalogue's semantic IDs as rows of one token table, and as prefixes for decoding. There are only arrays, no
 object per item."""
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _CLIP = 3.0
 
 @dataclass(frozen=True)
 class ItemTokens:
-    """``rows`` [M, L] int64: row of an item's token in the table of all slots, where slot l has its codes and then PAD;
-    ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the tokenizer's weight of each token; ``behavior``: the
-    behaviour slots; ``group`` [M]: number of the item's SID among the distinct ones."""
+    """``ItemTokens`` contains the tokens of a catalogue: ``rows`` [M, L] int64: row of an item's token in the table of
+    all slots, where slot l has its codes and then PAD; ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the
+    tokenizer's weight of each token; ``behavior``: the behaviour slots; ``group`` [M]: index of the item's SID among
+    the distinct ones."""
 
     rows: Tensor
     sizes: tuple[int, ...]
@@ -35,8 +36,8 @@ class ItemTokens:
 
     @staticmethod
     def of(codes: NDArray[np.int32], slots: Sequence[Slot], weights: NDArray[np.float32] | None = None) -> ItemTokens:
-        """``codes`` [M, L], PAD where a slot has none; ``weights`` [M, L], 1 if not given. Raises InputError where they
-        are of other slots."""
+        """Build tokens from ``codes`` [M, L], PAD where a slot has none; ``weights`` [M, L], default 1. Raises
+        InputError if they do not fit the slots."""
         if codes.shape[1] != len(slots):
             raise InputError(
                 f"the SIDs have {codes.shape[1]} codes but the tokenizer has {len(slots)} slots: write them with this "
@@ -51,13 +52,14 @@ class ItemTokens:
 
     @staticmethod
     def ids(items: int) -> ItemTokens:
-        """One token an item: the control that has no semantic IDs."""
+        """Return one token per item: the control without semantic IDs."""
         index = torch.arange(items)
         return ItemTokens(index[:, None], (items,), torch.ones(items, 1), (), index)
 
     def loss_weights(self) -> Tensor:
-        """Weight of each token in a loss [M, L]: 1; of a behaviour token its own, brought to mean 1 over the catalogue,
-        so that items of little richness are damped, and clipped to 3. PAD has 1 (methods 7.2)."""
+        """Return the weight of each token in a loss [M, L]: for a behaviour token its weight, scaled to mean 1 over
+        the catalogue and clipped to 3, so that items of little richness are damped; 1 for all others and PAD
+        (methods 7.2)."""
         loss, slots = torch.ones_like(self.weights), list(self.behavior)
         if slots:
             last = (
@@ -71,13 +73,13 @@ class ItemTokens:
         return loss
 
     def to(self, device: torch.device | str) -> ItemTokens:
-        """The same on another device."""
+        """Return the same tokens on another device."""
         return ItemTokens(
             self.rows.to(device), self.sizes, self.weights.to(device), self.behavior, self.group.to(device)
         )
 
     def behavior_first(self) -> ItemTokens:
-        """The same with the behaviour slots before all others, whose rows in the table move with them."""
+        """Return the same tokens with the behaviour slots before all others; their rows in the table move with them."""
         order = sorted(range(len(self.sizes)), key=lambda slot: slot not in self.behavior)
         sizes = tuple(self.sizes[slot] for slot in order)
         moved = torch.tensor(_starts(sizes)) - torch.tensor(self.starts)[order]
@@ -86,7 +88,7 @@ class ItemTokens:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """First row of each slot."""
+        """Return the first row of each slot."""
         return _starts(self.sizes)
 
 
@@ -96,12 +98,12 @@ def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """The catalogue's SIDs as a trie of arrays. Level l has a node for each distinct prefix of l + 1 tokens, in
-    lexicographic order.
+    """``Prefixes`` is a trie of the catalogue's SIDs, in arrays. Level l has a node for each distinct prefix of l + 1
+    tokens, in lexicographic order.
 
     ``token[l]`` [n_l]: token of a node's last slot, 0 to sizes[l] - 1; ``first[l]`` [n_l + 1]: first child of each node
-    on level l + 1, and on the last level the first place of its items in ``items`` [M] (item_index, lowest first within
-    a SID)."""
+    on level l + 1, and on the last level the first position of its items in ``items`` [M] (item_index, lowest first
+    within a SID)."""
 
     token: tuple[Tensor, ...]
     first: tuple[Tensor, ...]
@@ -109,7 +111,7 @@ class Prefixes:
 
     @staticmethod
     def of(tokens: ItemTokens) -> Prefixes:
-        """From all items' tokens: one lexicographic sort, then comparisons of neighbours."""
+        """Build the trie from all items' tokens: one lexicographic sort, then comparisons of neighbours."""
         local = (tokens.rows - torch.tensor(tokens.starts, device=tokens.rows.device)).cpu().numpy()
         order = np.lexsort((np.arange(len(local)), *local.T[::-1]))
         ordered = local[order]
@@ -129,21 +131,21 @@ class Prefixes:
         return Prefixes(tuple(token), tuple(first), torch.from_numpy(order.astype(np.int64)))
 
     def to(self, device: torch.device | str) -> Prefixes:
-        """The same on another device."""
+        """Return the same trie on another device."""
         return Prefixes(
             tuple(t.to(device) for t in self.token), tuple(f.to(device) for f in self.first), self.items.to(device)
         )
 
     def children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Children on ``level`` of ``nodes`` [n] of the level above (the root's, for level 0): the position in
-        ``nodes`` of each child's parent and the child's node, both [children]."""
+        """Return the children on ``level`` of ``nodes`` [n] of the level above (of the root, for level 0): the position
+        in ``nodes`` of each child's parent and the child's node, both [children]."""
         if level == 0:
             found = torch.arange(len(self.token[0]), device=nodes.device)
             return torch.arange(len(nodes), device=nodes.device).repeat_interleave(len(found)), found.repeat(len(nodes))
         return self._spans(self.first[level - 1], nodes)
 
     def paths(self, items: Tensor) -> Tensor:
-        """Node of ``items`` [n] on each level [n, L]."""
+        """Return the node of ``items`` [n] on each level [n, L]."""
         found = [self._place[items]]
         for first in reversed(self.first):
             found.append(torch.searchsorted(first, found[-1], right=True) - 1)
@@ -151,11 +153,11 @@ class Prefixes:
 
     @cached_property
     def _place(self) -> Tensor:
-        """Of each item in ``items`` [M]."""
+        """Return the position of each item in ``items`` [M]."""
         return self.items.argsort()
 
     def members(self, leaves: Tensor) -> tuple[Tensor, Tensor]:
-        """Items of ``leaves`` [n]: the position in ``leaves`` and the item_index of each, both [items]."""
+        """Return the items of ``leaves`` [n]: the position in ``leaves`` and the item_index of each, both [items]."""
         where, place = self._spans(self.first[-1], leaves)
         return where, self.items[place]
 

@@ -1,5 +1,5 @@
-"""The cells of an evaluation: results of one task by tokenizer and model, a row a seed; their means, gains and
-choices."""
+"""Aggregate the cells of an evaluation: results of one task by tokenizer and model, a row per seed; their means, gains
+and choices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
 
 
 def grouped(rows: Sequence[Row]) -> Cells:
-    """Cells of one task by (tokenizer, model), in the order of the rows."""
+    """Group cells of one task by (tokenizer, model), in the order of the rows."""
     found: Cells = {}
     for row in rows:
         found.setdefault((row["tokenizer"], row["model"]), []).append(row)
@@ -26,12 +26,12 @@ def grouped(rows: Sequence[Row]) -> Cells:
 
 
 def of_task(rows: Sequence[Row], task: str) -> Cells:
-    """:func:`grouped` for one task."""
+    """Group the cells of one task by :func:`grouped`."""
     return grouped([row for row in rows if row["task"] == task])
 
 
 def flat(row: Row) -> Row:
-    """A cell as one line of a CSV file."""
+    """Flatten a cell to one line of a CSV file."""
     cell = ("task", "tokenizer", "codes", "model", "seed", "labels", "split", "repeats")
     training = ("best_epoch", "epochs", "parameters", "epoch_seconds", "mlflow_run")
     plain = {key: row.get(key) for key in (*cell, *training)}
@@ -47,9 +47,9 @@ def flat(row: Row) -> Row:
 
 
 def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "all") -> Gain | None:
-    """Relative gain of ``one`` over ``other`` in ``key``, the half width of its 95 % interval, the p value of the
-    paired t test, and the number of seeds that both have and where ``other`` is above 0. None without any; infinite
-    width and p = 1 for one seed."""
+    """Compute the relative gain of ``one`` over ``other`` in ``key``, the half width of its 95 % interval, the p value
+    of the paired t test, and the number of seeds that both have and where ``other`` is above 0. None without such
+    seeds; infinite width and p = 1 for one seed."""
     mine, theirs = (
         {row["seed"]: row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})}
         for group in (one, other)
@@ -66,13 +66,14 @@ def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "a
 
 
 def chosen(group: Sequence[Row], task: str) -> float:
-    """The validation figure by which models are chosen; lowest where there is none (a control that is not trained)."""
+    """Return the validation figure by which models are selected; lowest if there is none (a control that is not
+    trained)."""
     found = [row["validation"][_CHOOSES[task]] for row in group if _CHOOSES[task] in row.get("validation", {})]
     return float(np.mean(found)) if found else -np.inf
 
 
 def spread(group: Sequence[Row], key: str, stratum: str = "all") -> str:
-    """Mean ± standard deviation over seeds of ``key``; a dash where there is none."""
+    """Return mean ± standard deviation over seeds of ``key``, or a dash if there is none."""
     values = [row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})]
     digits = 0 if key == "gauc_users" else 4
     if not values:
@@ -83,13 +84,13 @@ def spread(group: Sequence[Row], key: str, stratum: str = "all") -> str:
 
 
 def codes_of(group: Sequence[Row]) -> str:
-    """The size of the SIDs: slots x codes."""
+    """Return the size of the SIDs: slots x codes."""
     return str(group[0].get("codes") or DASH)
 
 
 def both(cells: Cells, task: str, label: str, other: str) -> tuple[list[Row], list[Row]]:
-    """The cells of ``label`` and of ``other``, each with its best of the models that both stand under, or of all where
-    they share none."""
+    """Return the cells of ``label`` and of ``other``, each with its best model among those that both have, or among all
+    if they share none."""
     models = [{model for name, model in cells if name == one} for one in (label, other)]
     shared = models[0] & models[1] or models[0] | models[1]
     best = best_of({key: group for key, group in cells.items() if key[0] in (label, other) and key[1] in shared}, task)
@@ -97,7 +98,7 @@ def both(cells: Cells, task: str, label: str, other: str) -> tuple[list[Row], li
 
 
 def best_of(cells: Cells, task: str) -> dict[str, list[Row]]:
-    """Each tokenizer's cells with the model that is best for it on validation."""
+    """Return each tokenizer's cells with the model that is best for it on validation."""
     best: dict[str, list[Row]] = {}
     for (tokenizer, _), group in cells.items():
         if tokenizer not in best or chosen(group, task) > chosen(best[tokenizer], task):

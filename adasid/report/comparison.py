@@ -1,4 +1,4 @@
-"""The page and the table of a comparison of tokenizers: mean and spread over seeds, every method by the same
+"""Build the page and the table of a comparison of tokenizers: mean and spread over seeds, every method by the same
 measures."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COST = (("seconds", "Training", seconds), ("parameters", "Parameters", count))
 
 
 def build(name: str, rows: Sequence[Row]) -> Page:
-    """The page of a comparison. ``rows``: one a cell (tokenizer and seed)."""
+    """Build the page of a comparison. ``rows``: one per cell (tokenizer and seed)."""
     groups, modalities = grouped(rows), _modalities(rows)
     titles = {m: "Behaviour" if m == BEHAVIOR else m.capitalize() for m in modalities}
     readout = [(f"readout_{m}", titles[m], lambda v: number(v, 3)) for m in modalities]
@@ -140,7 +140,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
 
 
 def text(rows: Sequence[Row]) -> str:
-    """The table for a terminal: one line a method."""
+    """Return the table for a terminal: one line per method."""
     columns = [
         *[(f"readout_{m}", f"FVU {m}", 3) for m in _modalities(rows)],
         ("entropy", "entropy", 3),
@@ -164,7 +164,7 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Cells of each method, in the order of the config."""
+    """Group the cells by method, in the order of the config."""
     return {
         label: [row for row in rows if row["label"] == label] for label in dict.fromkeys(row["label"] for row in rows)
     }
@@ -192,8 +192,8 @@ def _table(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str
 
 @style.styled
 def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]], low: float = 0.0) -> Figure:
-    """Horizontal bars from ``low`` on, a group of them a method, one a column that it has; whiskers are the range over
-    seeds."""
+    """Draw horizontal bars that start at ``low``: one group per method, one bar per column that the method has;
+    whiskers are the range over seeds."""
     there = {
         label: {
             key: values for key, _ in columns if (values := [row[key] for row in group if row.get(key) is not None])
@@ -202,7 +202,7 @@ def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, 
     }
     tops = np.cumsum(
         [0, *(len(found) + 1 for found in there.values())]
-    )  # a bar's height is 1, as is the gap between groups
+    )  # the height of a bar is 1, as is the gap between groups
     figure, (axes,) = style.canvas(title, 0.8 + 0.13 * int(tops[-1]))
     for place, (key, name) in enumerate(columns):
         own = [(top + list(found).index(key), found[key]) for top, found in zip(tops, there.values()) if key in found]

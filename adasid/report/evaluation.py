@@ -1,5 +1,5 @@
-"""The page and the table of an evaluation: what each tokenizer's SIDs are worth under each retriever, and how sure that
-is."""
+"""Build the page and the table of an evaluation: the quality of each tokenizer's SIDs under each retriever, with its
+uncertainty."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _TESTED = {"retrieval": ("recall@50", "ndcg@50", "recall@10"), "ranking": ("auc"
 
 
 def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: int = 0) -> Page:
-    """The page. ``rows``: one a cell: ``task``, ``tokenizer``, ``codes`` (slots × codes a slot), ``model``, ``seed``
-    and the result of its training; ``missing``: cells without one."""
+    """Build the page. ``rows``: one per cell: ``task``, ``tokenizer``, ``codes`` (slots × codes per slot), ``model``,
+    ``seed`` and the result of its training; ``missing``: number of cells without a result."""
     everything = {task: of_task(rows, task) for task in _SHOWN}
     apart = set(settings.labels) - set(settings.tokenizers)
     cells = {
@@ -129,7 +129,7 @@ def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
 
 
 def text(rows: Sequence[Row]) -> str:
-    """The tables for a terminal: one line a combination."""
+    """Return the tables for a terminal: one line per combination."""
     lines, width = [], 2 + max(len(f"{row['tokenizer']} / {row['model']}") for row in rows)
     for task, keys in _SHOWN.items():
         cells = of_task(rows, task)
@@ -184,8 +184,8 @@ def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Section:
 
 
 def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
-    """For each model: where the reference stands against the best of the others, chosen on validation; those of other
-    lengths or codebook sizes apart."""
+    """Compare, for each model, the reference with the best of the others, selected on validation; tokenizers of other
+    lengths or codebook sizes are compared separately."""
     said, key = [], _TESTED[task][0]
     for model in dict.fromkeys(key[1] for key in cells):
         own = cells.get((settings.reference, model), [])
@@ -215,8 +215,8 @@ def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
 def _study(
     place: int, title: str, labels: Sequence[str], everything: Mapping[str, Cells], claims: Sequence[published.Claim]
 ) -> Section:
-    """Tokenizers against the first of them, under the same model; beside those of the ``claims`` that speak of two of
-    them and of their base."""
+    """Compare tokenizers with the first of them under the same model, beside the ``claims`` about two of them and their
+    base."""
     tables, plots = list[Table](), list[Plot]()
     for task, cells in everything.items():
         models = [
@@ -267,8 +267,8 @@ def _study(
 
 
 def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], settings: config.Evaluate) -> Section:
-    """Ours beside theirs, and what ours says to what the paper claims. ``everything``: ``cells`` and the studies'
-    cells."""
+    """Compare our results with the published ones, and with the paper's claims. ``everything``: ``cells`` and the
+    studies' cells."""
     shown = {"retrieval": ("recall@50", "recall@100", "ndcg@50", "ndcg@100"), "ranking": ("auc", "gauc")}
 
     def beside(task: str) -> list[Table]:
@@ -337,7 +337,7 @@ def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], sett
 
 
 def _beside(claim: published.Claim, everything: Mapping[str, Cells]) -> str:
-    """The sentence of ``claim`` with all that has been evaluated of it."""
+    """Return the sentence of ``claim`` with all its evaluated cells."""
     changes = []
     for label, key in (
         (label, key)
@@ -387,7 +387,7 @@ def _cost(cells: Cells) -> Table:
 
 
 def _bars(title: str, cells: Cells, key: str) -> Figure:
-    """Horizontal bars: a group a tokenizer, a bar a model."""
+    """Draw horizontal bars: a group per tokenizer, a bar per model."""
     tokenizers, models = (list(dict.fromkeys(k[i] for k in cells)) for i in (0, 1))
     rows = [{"label": t, m: row["strata"]["all"].get(key)} for (t, m), group in cells.items() for row in group]
     groups = {t: [row for row in rows if row["label"] == t] for t in tokenizers}
@@ -395,7 +395,7 @@ def _bars(title: str, cells: Cells, key: str) -> Figure:
 
 
 def _strata(title: str, cells: Cells, task: str, key: str, low: float = 0.0) -> Figure:
-    """Bars by stratum, each tokenizer with its best model."""
+    """Draw bars by stratum, each tokenizer with its best model."""
     best = best_of(cells, task)
     there = [s for s in STRATA if any(key in row["strata"].get(s, {}) for group in best.values() for row in group)]
     groups = {

@@ -1,4 +1,4 @@
-"""Every figure of the report: plain numbers in, a matplotlib ``Figure`` out, one shared look
+"""Draw every figure of the report: plain numbers in, a matplotlib ``Figure`` out, with one style
 (:mod:`adasid.report.style`)."""
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ Array = npt.NDArray[np.float64]
 Row = Mapping[str, Any]
 
 PAPERS = ((10.0, 9.0), (20.0, 7.0), (20.0, 9.0), (20.0, 14.0))
-"""(alpha, beta) of the alignment controller as the papers set it (first) and as their ablation tries it."""
+"""(alpha, beta) of the alignment controller in the papers' settings (first) and in their ablation."""
 
 
 def column(points: Iterable[Row], key: str) -> Array:
-    """One field of a list of structs."""
+    """Return one field of a list of structs."""
     return np.array([point[key] for point in points], dtype=np.float64)
 
 
 def series(rows: Iterable[Row], key: str) -> tuple[Array, Array]:
-    """Epochs and values of one metric, skipping rows that lack it; a list of values (one a slot) counts by its mean. Of
-    an epoch that a resumed training logged twice the later row counts."""
+    """Return epochs and values of one metric, skipping rows that lack it; a list of values (one per slot) is averaged.
+    If a resumed training logged an epoch twice, the later row counts."""
     values: dict[float, float] = {}
     for row in rows:
         epoch, value = row.get("epoch"), row.get(key)
@@ -58,19 +58,19 @@ def series(rows: Iterable[Row], key: str) -> tuple[Array, Array]:
 
 
 def alignment_weight(richness: Array, alpha: float, beta: float) -> Array:
-    """sigma(alpha x - beta) / sigma(alpha - beta): 1 for the richest item."""
+    """Compute sigma(alpha x - beta) / sigma(alpha - beta): 1 for the richest item."""
     return np.asarray((1 + np.exp(beta - alpha)) / (1 + np.exp(beta - alpha * richness)))
 
 
 def sample(quantiles: Sequence[Row], size: int = 2000) -> Array:
-    """Values spread over a distribution that is known by its quantiles (x in percent)."""
+    """Return values spread over a distribution that is known by its quantiles (x in percent)."""
     return np.interp((np.arange(size) + 0.5) * 100 / size, column(quantiles, "x"), column(quantiles, "y"))
 
 
 @styled
 def popularity(points: Sequence[Row], head: int | None = None) -> Figure:
-    """Training events of an item over its rank; items without any cannot stand on a log axis. ``head``: how many items
-    are head."""
+    """Plot training events of an item over its rank; items without events are omitted because of the log axis.
+    ``head``: number of head items."""
     figure, (axes,) = canvas("Popularity of items")
     rank, events = column(points, "x"), column(points, "y")
     if head:
@@ -92,7 +92,7 @@ def popularity(points: Sequence[Row], head: int | None = None) -> Figure:
 
 @styled
 def lorenz(points: Sequence[Row], gini: float) -> Figure:
-    """Share of events on the least popular share of items, against equal popularity."""
+    """Plot the share of events on the least popular share of items, against equal popularity."""
     figure, (axes,) = canvas("Concentration (Lorenz curve)")
     items, events = column(points, "x"), column(points, "y")
     axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=DASHES[1])
@@ -110,7 +110,7 @@ def lorenz(points: Sequence[Row], gini: float) -> Figure:
 
 @styled
 def norm_by_count(spread: Sequence[Row], spearman: float | None) -> Figure:
-    """Median and 10-90 % band of the behaviour norm within bins of the count."""
+    """Plot median and 10-90 % band of the behaviour norm within bins of the count."""
     figure, (axes,) = canvas("Behaviour norm over popularity")
     x = column(spread, "x")
     axes.fill_between(
@@ -126,7 +126,7 @@ def norm_by_count(spread: Sequence[Row], spearman: float | None) -> Figure:
 
 @styled
 def alignment(controller: tuple[float, float] | None, quantiles: Sequence[Row], flat: bool = False) -> Figure:
-    """The alignment weight over richness, beside the papers' settings, above the distribution of richness.
+    """Plot the alignment weight over richness, beside the papers' settings, above the distribution of richness.
 
     ``controller``: (alpha, beta) of this run, None while unknown; ``flat``: the controller is off and every weight is
     1."""
@@ -169,7 +169,7 @@ def alignment(controller: tuple[float, float] | None, quantiles: Sequence[Row], 
 def by_stratum(
     values: Mapping[str, Sequence[float]], slots: Sequence[str], title: str, label: str, shares: bool = False
 ) -> Figure:
-    """Grouped bars: one group a stratum, one bar a behaviour slot."""
+    """Draw grouped bars: one group per stratum, one bar per behaviour slot."""
     figure, (axes,) = canvas(title)
     width = 0.8 / max(1, len(slots))
     for index, slot in enumerate(slots):
@@ -190,7 +190,7 @@ def by_stratum(
 
 @styled
 def active_counts(values: Mapping[str, Sequence[float]]) -> Figure:
-    """Stacked bars: share of the items of a stratum with 0, 1, ... active behaviour slots."""
+    """Draw stacked bars: share of the items of a stratum with 0, 1, ... active behaviour slots."""
     figure, (axes,) = canvas("Active behaviour slots of an item")
     columns = max(map(len, values.values()))
     shades = ["#E3E3E3", *(_mix(BLUE, 0.25 + 0.75 * index / max(1, columns - 1)) for index in range(1, columns))]
@@ -229,7 +229,7 @@ def usage(
     utilisation: Sequence[float],
     entropy: Sequence[float | None],
 ) -> Figure:
-    """Small multiples: items of each code, largest first, one panel a slot; the dashed line is even use."""
+    """Draw small multiples: items of each code, largest first, one panel per slot; the dashed line is uniform use."""
     rows = math.ceil(len(slots) / 2)
     figure = Figure(figsize=(style.WIDTH, 0.7 + 1.15 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False, sharex=True)
@@ -260,7 +260,7 @@ def usage(
 
 @styled
 def groups(sizes: Sequence[Sequence[int]], by_distinct: float, by_items: float, largest: int) -> Figure:
-    """How many SIDs are carried by 1, 2, 3, ... items."""
+    """Plot the number of SIDs that 1, 2, 3, ... items have."""
     figure, (axes,) = canvas("Items that share one semantic ID")
     table = np.array(sizes, dtype=np.float64).reshape(-1, 2)
     top = table[:, 0].max(initial=1)
@@ -297,7 +297,7 @@ def _epochs(axes: Axes, marks: Mapping[str, int | None]) -> None:
 
 @styled
 def recall(rows: Sequence[Row], best: int | None, early: int | None) -> Figure:
-    """Recall@10 of the next item on validation and test users, epoch by epoch."""
+    """Plot Recall@10 of the next item on validation and test users by epoch."""
     figure, (axes,) = canvas("Behaviour model: recall@10")
     for part, colour, dashes in (("validation", BLUE, DASHES[0]), ("test", ORANGE, DASHES[1])):
         x, y = series(rows, f"{part}_recall@10")
@@ -313,7 +313,7 @@ def recall(rows: Sequence[Row], best: int | None, early: int | None) -> Figure:
 
 @styled
 def spearman(rows: Sequence[Row], best: int | None, early: int | None, threshold: float | None = None) -> Figure:
-    """Rank correlation of embedding norm and count, epoch by epoch; below ``threshold`` the norm is not used."""
+    """Plot the rank correlation of embedding norm and count by epoch; below ``threshold`` the norm is not used."""
     figure, (axes,) = canvas("Behaviour model: norm as a measure of richness")
     axes.plot(*series(rows, "spearman"), color=BLUE, marker="o", ms=3, label="Spearman(norm, count)")
     if threshold is not None:
@@ -325,7 +325,7 @@ def spearman(rows: Sequence[Row], best: int | None, early: int | None, threshold
 
 
 def _lines(axes: Axes, rows: Sequence[Row], names: Mapping[str, str], positive: bool = False) -> None:
-    """One line a metric that has values, each with its own colour and dashes."""
+    """Draw one line per metric that has values, each with its own colour and dashes."""
     for (key, label), colour, dashes in zip(names.items(), PALETTE * 2, DASHES * 2):
         x, y = series(rows, key)
         keep = y > 0 if positive else np.isfinite(y)
@@ -336,8 +336,8 @@ def _lines(axes: Axes, rows: Sequence[Row], names: Mapping[str, str], positive: 
 
 @styled
 def losses(rows: Sequence[Row]) -> Figure:
-    """Total loss and its parts, on a log axis where they differ much; a part that stays below a thousandth of the
-    largest value is left out."""
+    """Plot the total loss and its parts, on a log axis if they differ much; a part that stays below a thousandth of the
+    largest value is omitted."""
     figure, (axes,) = canvas("Tokenizer: losses")
     parts = (
         "reconstruction",
@@ -363,7 +363,7 @@ def losses(rows: Sequence[Row]) -> Figure:
 
 @styled
 def unexplained(rows: Sequence[Row]) -> Figure:
-    """Share of each modality's variance that reconstruction from codes leaves unexplained (FVU)."""
+    """Plot the share of each modality's variance that reconstruction from codes leaves unexplained (FVU)."""
     figure, (axes,) = canvas("Tokenizer: unexplained variance (FVU)")
     modalities = dict.fromkeys(key.removeprefix("fvu_") for row in rows for key in row if key.startswith("fvu_"))
     _lines(axes, rows, {f"fvu_{name}": name for name in modalities})
@@ -375,7 +375,7 @@ def unexplained(rows: Sequence[Row]) -> Figure:
 
 @styled
 def sparsity(rows: Sequence[Row]) -> Figure:
-    """Share of inactive behaviour slots against its target, above the weight that steers it."""
+    """Plot the share of inactive behaviour slots and its target, above the sparsity weight."""
     figure, (above, below) = canvas("Tokenizer: sparsity of the router", 3.6, (1.5, 1))
     _lines(above, rows, {"sparsity": "inactive slots", "sparsity_target": "target"})
     above.set(ylabel="inactive slots", xlabel="")
@@ -390,7 +390,7 @@ def sparsity(rows: Sequence[Row]) -> Figure:
 
 @styled
 def code_use(rows: Sequence[Row], size: int | None) -> Figure:
-    """Share of codes in use, above the entropy of code use with its cap ln K."""
+    """Plot the share of codes in use, above the entropy of code use with its maximum ln K."""
     figure, (above, below) = canvas("Tokenizer: use of the codebooks", 3.6, (1, 1))
     _lines(above, rows, {"utilisation": "codes in use"})
     above.set(ylabel="codes in use", xlabel="", ylim=(0, 1.04))

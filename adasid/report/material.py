@@ -1,4 +1,4 @@
-"""What a report is made from: plain values, each of which may be missing."""
+"""This module defines the data of a report: plain values, each of which may be missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Training:
-    """A training's folder: rows of ``metrics.jsonl`` and the closing facts (``result.json`` or ``manifest.json``)."""
+    """This is the content of a training's folder: rows of ``metrics.jsonl`` and the final facts (``result.json`` or
+    ``manifest.json``)."""
 
     rows: Sequence[Row]
     facts: Row
@@ -22,10 +23,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Material:
-    """``catalog``: the row of ``catalog_stats``; ``generation``: a row of ``generations`` with its JSON columns parsed
-    (``refused``: a newer one that is not live); ``stages``: all rows of ``stages.jsonl``; ``versions``: tables that the
-    report itself read; ``lags``: sentences on tables that lag behind those that they were made of; ``created``: when,
-    as text."""
+    """``Material`` contains the data of a report. ``catalog``: the row of ``catalog_stats``; ``generation``: a row of
+    ``generations`` with its JSON columns parsed (``refused``: a newer one that is not live); ``stages``: all rows of
+    ``stages.jsonl``; ``versions``: tables that the report itself read; ``lags``: sentences on tables that are older
+    than their inputs; ``created``: time of creation, as text."""
 
     cfg: Config
     catalog: Row | None = None
@@ -40,22 +41,22 @@ class Material:
 
     @property
     def empty(self) -> bool:
-        """Whether no stage has left anything to report."""
+        """Return whether no stage has left data to report."""
         return not any((self.catalog, self.generation, self.refused, self.behavior, self.tokenizer))
 
     @property
     def codes(self) -> Row:
-        """The code metrics of the generation; empty before one is published."""
+        """Return the code metrics of the generation; empty before one is published."""
         return self.generation["metrics"] if self.generation else {}
 
     @property
     def published(self) -> bool:
-        """Whether the generation shown is live."""
+        """Return whether the generation shown is live."""
         return bool(self.generation and self.generation["live"])
 
     @property
     def same_tokenizer(self) -> bool:
-        """Whether the tokenizer shown is the one that wrote the generation."""
+        """Return whether the tokenizer shown is the one that wrote the generation."""
         return not (self.generation and self.tokenizer) or self.generation["tokenizer"] in (
             self.tokenizer.facts.get("digest"),
             self.tokenizer.facts.get("folder"),
@@ -63,8 +64,8 @@ class Material:
 
     @property
     def behavior_slots(self) -> dict[int, str]:
-        """Index and name of the slots that the router switches: by the tokenizer's manifest where it is known, else by
-        their name."""
+        """Return index and name of the slots that the router switches, by the tokenizer's manifest if it is known, else
+        by their names."""
         kinds = {
             slot["name"]: slot["kind"] for slot in (self.tokenizer.facts.get("slots", ()) if self.tokenizer else ())
         }
@@ -76,18 +77,18 @@ class Material:
 
     @property
     def controller(self) -> tuple[float, float] | None:
-        """(alpha, beta) of the alignment weight; None until training has settled them."""
+        """Return (alpha, beta) of the alignment weight; None until training has set them."""
         alpha, beta = (self._controller.get(name) for name in ("alpha", "beta"))
         return None if isinstance(beta, str) or alpha is None or beta is None else (float(alpha), float(beta))
 
     @property
     def controlled(self) -> bool:
-        """Whether the controller is on; off, every alignment weight is 1."""
+        """Return whether the controller is on; off, every alignment weight is 1."""
         return bool(self._controller["enabled"])
 
     @property
     def routed(self) -> bool:
-        """Whether the tokenizer aligns by richness and weighs behaviour slots."""
+        """Return whether the tokenizer aligns by richness and weighs behaviour slots."""
         return isinstance(self.cfg.tokenizer, AdcSidSettings)
 
     @property
@@ -100,7 +101,8 @@ class Material:
 
 
 def last_stages(rows: Sequence[Row]) -> list[Row]:
-    """The last row of each stage and part, in the order in which they first ran; the report's own are left out."""
+    """Return the last row of each stage and part, in the order in which they first ran; the report's own rows are
+    omitted."""
     last: dict[tuple[str, str], Row] = {}
     for row in rows:
         if row["stage"] != "report":
@@ -109,5 +111,5 @@ def last_stages(rows: Sequence[Row]) -> list[Row]:
 
 
 def part(row: Row) -> str:
-    """Which part of a stage a row of ``stages.jsonl`` is about; empty where the stage has none."""
+    """Return the part of a stage that a row of ``stages.jsonl`` is about; empty if the stage has no parts."""
     return str(row.get("part") or (row.get("facts") or {}).get("part") or "")

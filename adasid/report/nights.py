@@ -1,5 +1,5 @@
-"""The page of the nightly job: churn, drift and gates over the last generations, and the night that was refused, if the
-last one was."""
+"""Build the page of the nightly job: churn, drift and gates over the last generations, and the nightly run that was
+refused, if the last one was."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Row = dict[str, Any]
 
 
 def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row | None = None) -> Page:
-    """``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: what a nightly run that was
-    not published left; ``dry``: the row that a dry run would have added."""
+    """Build the page. ``generations``: the last rows of the table, oldest first, JSON parsed; ``refused``: the row of a
+    nightly run that was not published; ``dry``: the row that a dry run would have added."""
     nights = [row for row in generations if row["churn"]]
     live = next((row for row in generations if row["live"]), None)
     warnings = []
     if refused:
         stays = f"Generation {live['generation'] if live else DASH} stays live."
-        warnings.append(f"The night of {refused['run_date']} was refused: {_failed(refused)}. {stays}")
+        warnings.append(f"The nightly run of {refused['run_date']} was refused: {_failed(refused)}. {stays}")
     if live and live.get("hold"):
         warnings.append(on_hold(live))
     if dry:
@@ -34,7 +34,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
     if live and live["drift"].get("asked"):
         warnings.append(
             f"Generation {live['generation']} is frozen though its drift asked for {live['drift']['asked']}, whose "
-            "table failed a gate: look at that night's run "
+            "table failed a gate: look at its run "
             "in MLflow, then raise retokenize.gates for it, or train a new tokenizer."
         )
     shown = []
@@ -84,7 +84,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
             "How far items have moved",
             plots=drifts,
             tables=[_drift(errors)] if errors else [],
-            missing="" if drifts else "No night yet.",
+            missing="" if drifts else "No nightly run yet.",
         ),
         Section(
             "gates",
@@ -93,10 +93,10 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
                 Plot(
                     "gates",
                     gates(generations, refused),
-                    "How much of what each gate allows was used, by generation; the refused night comes last."
+                    "How much of what each gate allows was used, by generation; the refused run comes last."
                     if refused
                     else "How much of what each gate allows was used, by generation.",
-                    "At 100 % nothing is left; above it the night is refused.",
+                    "At 100 % nothing is left; above it the run is refused.",
                 )
             ]
             if generations
@@ -110,7 +110,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
         sections.append(
             Section(
                 "refused",
-                "The items that a refused night moved most",
+                "The items that a refused run moved most",
                 tables=[Table("Worst items", ("Kind", "Items"), worst, words=2)],
             )
         )
@@ -120,12 +120,12 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
         else []
     )
     said = [f"The last {len(generations)} generations of {name}."] if generations else ["Nothing is published yet."]
-    return Page(f"Nights of {name}", said, warnings, headline, sections, f"Nightly job of run {name}.")
+    return Page(f"Nightly runs of {name}", said, warnings, headline, sections, f"Nightly job of run {name}.")
 
 
 @style.styled
 def churn(nights: Sequence[Row]) -> Figure:
-    """Churn of each generation: of items, and weighted by events."""
+    """Plot the churn of each generation: of items, and weighted by events."""
     figure, (axes,) = style.canvas("Items whose SID changed", 2.6)
     for place, (key, label) in enumerate((("churn", "Of items"), ("weighted", "Weighted by events"))):
         _line(axes, [row["generation"] for row in nights], [row["churn"][key] for row in nights], label, place)
@@ -139,9 +139,11 @@ def churn(nights: Sequence[Row]) -> Figure:
 
 @style.styled
 def shared(generations: Sequence[Row]) -> Figure:
-    """Items that share their SID with another: of all, and of the rare ones."""
+    """Plot the share of items that share their SID with another: of all items, and of the tail and cold items."""
     figure, (axes,) = style.canvas("Items whose SID is not unique", 2.6)
-    for place, (key, label) in enumerate((("collision_items", "Of all items"), ("collision_tail", "Of rare items"))):
+    for place, (key, label) in enumerate(
+        (("collision_items", "Of all items"), ("collision_tail", "Of tail and cold items"))
+    ):
         _line(
             axes,
             [row["generation"] for row in generations],
@@ -159,7 +161,8 @@ def shared(generations: Sequence[Row]) -> Figure:
 
 @style.styled
 def ratios(nights: Sequence[Row]) -> Figure:
-    """Quantization error against the tokenizer's own data, and stability index of the norms, by modality."""
+    """Plot the quantization error relative to that on the tokenizer's training data, and the stability index of the
+    norms, by modality."""
     figure, axes = style.canvas("Drift of the items", 3.8, (1, 1))
     modalities = list(dict.fromkeys(m for row in nights for m in row["drift"]["error_ratio"]))
     for place, m in enumerate(modalities):
@@ -184,7 +187,7 @@ def ratios(nights: Sequence[Row]) -> Figure:
 
 @style.styled
 def usage(nights: Sequence[Row]) -> Figure:
-    """Jensen-Shannon divergence of each slot's codes against the generation before."""
+    """Plot the Jensen-Shannon divergence of each slot's codes from the previous generation."""
     figure, (axes,) = style.canvas("Use of codes against the generation before", 2.6)
     for place, slot in enumerate(nights[-1]["drift"]["usage"]):
         _line(
@@ -204,8 +207,8 @@ def usage(nights: Sequence[Row]) -> Figure:
 
 @style.styled
 def gates(generations: Sequence[Row], refused: Row | None) -> Figure:
-    """Each gate (rows) in each generation (columns): the share of its allowance that was used; white where the
-    generation had no such gate."""
+    """Plot each gate (rows) in each generation (columns): the used share of its allowance; white where the generation
+    had no such gate."""
     nights = [*generations, *([refused] if refused else [])]
     names = list(dict.fromkeys(gate["gate"] for row in reversed(nights) for gate in row["gates"]))
     used = np.full((len(names), len(nights)), np.nan)
@@ -230,9 +233,9 @@ def gates(generations: Sequence[Row], refused: Row | None) -> Figure:
 
 
 def allowance(gate: Mapping[str, Any]) -> float:
-    """The share of what a gate allows that a night used, from 0 to 1.25, above 1 where it failed: the value over the
-    threshold, or the reverse where the threshold is the least that passes. A gate that allows nothing (none of
-    something, all items covered) is at 0 or 1.25."""
+    """Return the share of a gate's allowance that a nightly run used, from 0 to 1.25, above 1 if the gate failed: the
+    value over the threshold, or the reverse if the threshold is a minimum. A gate without allowance (a maximum of 0, a
+    minimum of 1) is at 0 or 1.25."""
     value, threshold, passed = float(gate["value"]), float(gate["threshold"]), gate["passed"]
     if not threshold or (passed and value == threshold == 1):
         return 0.0 if passed else 1.25
@@ -243,13 +246,13 @@ def allowance(gate: Mapping[str, Any]) -> float:
 
 
 def on_hold(live: Mapping[str, Any]) -> str:
-    """A sentence on the hold of the live generation."""
+    """Return a sentence on the hold of the live generation."""
     until = "nothing is published until jobs/rollback.py --release"
     return f"Generation {live['generation']} is on hold since {live['hold']}: {until}."
 
 
 def _failed(row: Row) -> str:
-    """The gates that failed, in words."""
+    """Return the gates that failed, in words."""
     failed = (gate for gate in row["gates"] if not gate["passed"])
     return "; ".join(f"{g['gate']} is {number(g['value'], 3)}, allowed {number(g['threshold'], 3)}" for g in failed)
 
@@ -260,7 +263,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, place:
 
 
 def _changes(generations: Sequence[Row], dry: Row | None) -> Table:
-    columns = ("Generation", "Night", "Policy", "Items", "New", "Changed", "Removed", "Churn", "Weighted", "Tail")
+    columns = ("Generation", "Run date", "Policy", "Items", "New", "Changed", "Removed", "Churn", "Weighted", "Tail")
     rows = []
     for row in [*([{**dry, "live": False}] if dry else []), *reversed(generations)]:
         c: Mapping[str, Any] = row["churn"]
@@ -301,7 +304,8 @@ def _drift(nights: Sequence[Row]) -> Table:
 
 
 def _gates(generations: Sequence[Row], refused: Row | None, dry: Row | None) -> Table:
-    """The gates of the newest generation, of the refused night and of a dry run, with their thresholds."""
+    """Tabulate the gates of the newest generation, of the refused nightly run and of a dry run, with their
+    thresholds."""
     rows = []
     for name, row in (("published", generations[-1]), ("refused", refused), ("dry run", dry)):
         for gate in row["gates"] if row else ():
@@ -309,4 +313,4 @@ def _gates(generations: Sequence[Row], refused: Row | None, dry: Row | None) -> 
             failed = f"overruled by {gate['overruled']}" if "overruled" in gate else "FAILED"
             result = "passed" if gate["passed"] else failed
             rows.append((name, what, number(gate["value"], 4), number(gate["threshold"], 4), result))
-    return Table("Gates", ("Night", "Gate", "Value", "Threshold", "Result"), rows, words=2)
+    return Table("Gates", ("Run date", "Gate", "Value", "Threshold", "Result"), rows, words=2)

@@ -1,4 +1,4 @@
-"""The page as data, and how it becomes one self-contained HTML file. Jinja escapes every value."""
+"""This module defines the page as data, and renders it as one self-contained HTML file. Jinja escapes every value."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from adasid.report import style
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its file name (no suffix), what it shows (for those who cannot see it) and one sentence on what to
-    see."""
+    """A plot is a figure with its file name (no suffix), its alternative text, and one sentence on what to see."""
 
     name: str
     figure: Figure
@@ -26,8 +25,8 @@ class Plot:
 
 @dataclass(frozen=True)
 class Table:
-    """``rows`` of finished text; the first ``words`` columns are text, the others figures. ``notes``: one small line
-    under each row's first cell."""
+    """A table has ``rows`` of formatted text: the first ``words`` columns are text, the others figures. ``notes``: one
+    small line under each row's first cell."""
 
     title: str
     columns: tuple[str, ...]
@@ -38,7 +37,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; ``missing`` is the line that stands in its place where there is nothing to show."""
+    """A section is a part of the page; ``missing`` is the line that replaces it if it has no content."""
 
     key: str
     title: str
@@ -50,7 +49,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report. ``headline``: (label, value) of the few numbers that matter most."""
+    """A page is the whole report. ``headline``: (label, value) of the few most important numbers."""
 
     title: str
     summary: list[str]
@@ -60,13 +59,13 @@ class Page:
     footer: str
 
     def plots(self) -> Iterator[Plot]:
-        """Every figure in page order."""
+        """Yield every figure in page order."""
         for section in self.sections:
             yield from section.plots
 
 
 def render(page: Page) -> tuple[str, dict[str, bytes]]:
-    """The HTML, and the PNG of each figure by file name; the HTML embeds the same bytes."""
+    """Render the HTML, and the PNG of each figure by file name; the HTML embeds the same bytes."""
     pictures = {plot.name: style.png(plot.figure) for plot in page.plots()}
     encoded = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
     environment = Environment(

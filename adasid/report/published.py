@@ -1,9 +1,9 @@
-"""Published results and claims, shown beside ours, never mixed with them.
+"""This module defines published results and claims, shown beside ours, never mixed with them.
 
-``ADC_SID``: arXiv 2510.25622 v3, table 2, Amazon Beauty with images, as printed; the row of item ids is of v1's table
-2, v3 has none. Its slopes of NDCG are not those of single-target evaluation (methods 8.7), so only the order of the
-methods can be compared. ``LEAVE_ONE_OUT``: last item = test, full ranking over the items, as here. ``CLAIMS`` and
-``HEAD_TAIL``: what the same paper says of the order, but for table 2 of its industrial data."""
+``ADC_SID``: arXiv 2510.25622 v3, table 2, Amazon Beauty with images, as printed; the row of item ids is from v1's table
+2, because v3 has none. Its growth of NDCG with the cut-off is not that of single-target evaluation (methods 8.7), so
+only the order of the methods can be compared. ``LEAVE_ONE_OUT``: last item = test, full ranking over the items, as
+here. ``CLAIMS`` and ``HEAD_TAIL``: the same paper's claims on the order, all but table 2 on its industrial data."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ LEAVE_ONE_OUT: Figures = {
 
 
 class Claim(NamedTuple):
-    """What ``source`` says of tokenizers against ``base``. ``order``: their figures as printed or, where only the order
-    is told, ranks."""
+    """A claim is a statement of ``source`` about tokenizers relative to ``base``. ``order``: their figures as printed
+    or, if only the order is stated, ranks."""
 
     source: str
     says: str
@@ -98,7 +98,8 @@ class Claim(NamedTuple):
     stratum: str = "all"
 
     def beside(self, changes: Sequence[tuple[str, str, Gain]]) -> str:
-        """One sentence: the claim, and what our ``changes`` (tokenizer, measure, gain over the base) say to it."""
+        """Return one sentence: the claim, and whether our ``changes`` (tokenizer, measure, gain over the base) support
+        it."""
         outcomes: dict[str, list[tuple[str, str]]] = {"agrees": [], "contradicts it": []}
         counts = Counter[str]()
         for label, key, found in changes:
@@ -131,7 +132,7 @@ class Claim(NamedTuple):
 
 
 def ranks(keys: Sequence[str], places: dict[str, float]) -> Figures:
-    """The order alone: a higher place is better, in all of ``keys``."""
+    """Return figures that express an order only: a higher rank is better, in all of ``keys``."""
     return {label: dict.fromkeys(keys, place) for label, place in places.items()}
 
 

@@ -1,7 +1,7 @@
-"""One look for all figures: narrow single-column pictures that stay readable on a phone, and a palette that
-colour-blind readers can tell apart.
+"""This module defines one style for all figures: narrow single-column pictures that stay readable on a phone, and a
+palette that colour-blind readers can tell apart.
 
-Figures are plain ``Figure`` objects; nothing touches pyplot's global state.
+Figures are plain ``Figure`` objects; pyplot's global state is never used.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def canvas(title: str, height: float = 3.0, ratios: tuple[float, ...] = (1,)) -> tuple[Figure, list[Axes]]:
-    """A figure with its title and one axes a row; rows share the x axis."""
+    """Return a figure with its title and one axes per row; rows share the x axis."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     grid = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
     figure.suptitle(title, x=0.01, ha="left")
@@ -85,7 +85,7 @@ def canvas(title: str, height: float = 3.0, ratios: tuple[float, ...] = (1,)) ->
 
 
 def legend(figure: Figure, columns: int = 2, axes: Axes | None = None) -> None:
-    """The legend of ``axes`` (of all axes by default) below the figure, where it can cover no data."""
+    """Draw the legend of ``axes`` (default: all axes) below the figure, where it cannot cover data."""
     pairs = [pair for part in ([axes] if axes else figure.axes) for pair in zip(*part.get_legend_handles_labels())]
     if pairs:
         handles, labels = zip(*pairs)
@@ -93,8 +93,8 @@ def legend(figure: Figure, columns: int = 2, axes: Axes | None = None) -> None:
 
 
 def log(axis: Axis) -> None:
-    """Make the axis of what is drawn so far logarithmic, named in plain figures: powers of ten, with 2 and 5 between
-    them where the range is short."""
+    """Make the axis of the current plot logarithmic, with ticks in plain figures: powers of ten, with 2 and 5 between
+    them if the range is short."""
     steps = (1.0, 2.0, 5.0) if max(axis.get_data_interval()) < 100 * axis.get_minpos() else (1.0,)
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")  # type: ignore[attr-defined]
     axis.set_major_locator(LogLocator(10, steps, numticks=7))
@@ -103,7 +103,7 @@ def log(axis: Axis) -> None:
 
 
 def power(value: float) -> str:
-    """``1000`` -> ``1,000``; ``1e-8`` -> ``10⁻⁸``."""
+    """Format a power of ten: ``1000`` -> ``1,000``; ``1e-8`` -> ``10⁻⁸``."""
     if 0.001 <= value < 1e7:
         return f"{value:,.10g}"
     mantissa, exponent = f"{value:.0e}".split("e")
@@ -112,12 +112,12 @@ def power(value: float) -> str:
 
 
 def percent(axis: Axis) -> None:
-    """Ticks of a share, in percent."""
+    """Show the ticks of a share in percent."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}\N{NARROW NO-BREAK SPACE}%"))
 
 
 def thousands(axis: Axis, bins: int = 5) -> None:
-    """Whole-number ticks with thousands separators."""
+    """Show whole-number ticks with thousands separators."""
     axis.set_major_locator(MaxNLocator(bins, integer=True))
     axis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value - round(value)) < 1e-6 else "")
@@ -125,7 +125,7 @@ def thousands(axis: Axis, bins: int = 5) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """The picture, sharp on dense screens; the same bytes for the same figure."""
+    """Render the figure as PNG, sharp on dense screens; equal figures give equal bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(LOOK):
         figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""The top of the page: what came out, in words and a few numbers, and what a reader must not overlook."""
+"""Build the top of the page: the results in words and a few numbers, and warnings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from adasid.report.words import count, known, listed, number, plain, plural, sha
 
 
 def build(material: Material) -> Page:
-    """The whole report of a run."""
+    """Build the whole report of a run."""
     footer = f"Report of run {material.cfg.name}" + (f", made {material.created}." if material.created else ".")
     return Page(
         f"Semantic IDs: {material.cfg.name}",
@@ -22,7 +22,7 @@ def build(material: Material) -> Page:
 
 
 def summary(material: Material) -> list[str]:
-    """Two to four plain sentences with the numbers that matter."""
+    """Return two to four plain sentences with the most important numbers."""
     said, stats, codes = [], material.catalog, material.codes
     if stats:
         said.append(
@@ -57,7 +57,7 @@ def summary(material: Material) -> list[str]:
 
 
 def headline(material: Material) -> list[tuple[str, str]]:
-    """The few figures that stand in large type."""
+    """Return the few figures in large type."""
     stats, codes = material.catalog, material.codes
     numbers = (
         [("Items", count(stats["items"])), ("Users", count(stats["users"])), ("Events", count(stats["interactions"]))]
@@ -74,7 +74,7 @@ def headline(material: Material) -> list[tuple[str, str]]:
 
 
 def warnings(material: Material) -> list[str]:
-    """One plain sentence for each thing that is off."""
+    """Return one plain sentence for each problem."""
     stats, codes, said = material.catalog, material.codes, []
     for row, name in ((material.generation, "shown here"), (material.refused, "the newest")):
         for gate in row["gates"] if row else ():

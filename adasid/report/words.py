@@ -1,4 +1,4 @@
-"""Numbers as a reader expects them. What is missing or not finite is a dash, never a guess."""
+"""Format numbers for readers. A missing or non-finite value is a dash."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Gain = tuple[float, float, float, int]  # relative gain, half its 95 % interval,
 
 
 def known(value: Any) -> bool:
-    """Whether ``value`` is a finite number."""
+    """Return whether ``value`` is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def count(value: Any) -> str:
-    """``12345`` -> ``12,345``."""
+    """Format ``12345`` as ``12,345``."""
     return f"{round(value):,}" if known(value) else DASH
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A decimal with ``digits`` places; very small numbers in powers of ten."""
+    """Format a decimal with ``digits`` places; very small numbers in powers of ten."""
     if not known(value):
         return DASH
     if value and abs(value) < 0.5 * 10**-digits:
@@ -35,7 +35,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def share(value: Any, digits: int = 1) -> str:
-    """``0.1234`` -> ``12.3 %``; never rounds a share up to a full 100 % or down to a bare 0 %."""
+    """Format ``0.1234`` as ``12.3 %``; a share is never rounded up to a full 100 % or down to a bare 0 %."""
     if not known(value):
         return DASH
     percent, step = 100 * value, 10.0**-digits
@@ -47,7 +47,7 @@ def share(value: Any, digits: int = 1) -> str:
 
 
 def seconds(value: Any) -> str:
-    """``3723.4`` -> ``1 h 2 min``; below a minute with one decimal."""
+    """Format ``3723.4`` as ``1 h 2 min``; below a minute with one decimal."""
     if not known(value):
         return DASH
     if value < 60:
@@ -58,7 +58,7 @@ def seconds(value: Any) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value of unknown kind: numbers short, lists and mappings on one line."""
+    """Format a value of unknown kind: numbers short, lists and mappings on one line."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {plain(inner)}" for key, inner in value.items()) or DASH
     if isinstance(value, (list, tuple)):
@@ -71,28 +71,28 @@ def plain(value: Any) -> str:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean; not a number where there are no values."""
+    """Return the mean, or NaN if there are no values."""
     return sum(values) / len(values) if values else math.nan
 
 
 def listed(words: list[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+    """Join words: ``a``, ``a and b``, ``a, b and c``."""
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
 def plural(value: int, noun: str) -> str:
-    """``1 item``, ``2 items``."""
+    """Format ``1 item``, ``2 items``."""
     return f"{count(value)} {noun}{'' if value == 1 else 's'}"
 
 
 def measure(key: str) -> str:
-    """``recall@50`` -> ``R@50``."""
+    """Abbreviate ``recall@50`` to ``R@50``."""
     plain = key.replace("corrected_", "Corrected ").replace("recall@", "R@").replace("ndcg@", "N@")
     return {"auc": "AUC", "gauc": "GAUC", "gauc_users": "Users in GAUC"}.get(key, plain)
 
 
 def gained(found: Gain | None, digits: int = 1) -> str:
-    """``+8.3% ± 2.1% (p 0.01)``; of one seed the gain alone."""
+    """Format a gain as ``+8.3% ± 2.1% (p 0.01)``; for one seed the gain alone."""
     if found is None:
         return DASH
     gain, half, p, seeds = found
@@ -100,6 +100,6 @@ def gained(found: Gain | None, digits: int = 1) -> str:
 
 
 def sure(found: Gain) -> str:
-    """Whether the interval leaves 0 out."""
+    """Return whether the interval excludes 0."""
     gain, half, _, seeds = found
     return "one seed: not told from chance" if seeds == 1 else (BEYOND if abs(gain) > half else "within chance")

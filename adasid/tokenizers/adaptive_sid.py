@@ -1,4 +1,4 @@
-"""AdaSID (config key ``adasid``): an RQ-VAE by other defaults, so that it needs no class."""
+"""AdaSID (config key ``adasid``) is an RQ-VAE with other defaults, so it needs no class of its own."""
 
 from __future__ import annotations
 

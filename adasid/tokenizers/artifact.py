@@ -1,6 +1,7 @@
-"""A trained tokenizer as files: ``weights.safetensors`` and ``manifest.json``, loadable with torch alone.
+"""Write and read a trained tokenizer as files: ``weights.safetensors`` and ``manifest.json``, loadable with torch
+alone.
 
-The manifest is written last and holds the digest of the weights: a folder without it, or with other weights, is not an
+The manifest is written last and has the digest of the weights: a folder without it, or with other weights, is not an
 artifact."""
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _SETTINGS: TypeAdapter[config.TokenizerSettings] = TypeAdapter(config.AnyTokeniz
 
 
 def build(settings: config.TokenizerSettings, widths: Mapping[str, int]) -> Tokenizer:
-    """Return the untrained tokenizer of ``settings``. ``widths``: modality -> width, of all its inputs."""
+    """Return the untrained tokenizer of ``settings``. ``widths``: modality -> width of all its inputs."""
     return settings.build(widths)
 
 
 def write(
     folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write the artifact; returns its manifest. ``facts``: what else the manifest should hold (inputs, seed, versions,
+    """Write the artifact and return its manifest. ``facts``: further entries of the manifest (inputs, seed, versions,
     metrics)."""
     manifest = {
         "format": FORMAT,
@@ -48,7 +49,7 @@ def write(
 
 
 def rewrite(folder: Path, tokenizer: Tokenizer, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the artifact with another's ``manifest``, but for what its weights decide."""
+    """Write the artifact with the ``manifest`` of another one; entries that depend on the weights are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()})
     manifest = {
@@ -64,7 +65,7 @@ def rewrite(folder: Path, tokenizer: Tokenizer, manifest: Mapping[str, Any]) -> 
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises InputError where the folder holds no artifact of this format."""
+    """Read and check the manifest. Raises InputError if the folder has no artifact of this format."""
     try:
         manifest = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
     except OSError:
@@ -82,12 +83,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def settings_of(manifest: Mapping[str, Any]) -> config.TokenizerSettings:
-    """The tokenizer section that the artifact was trained with."""
+    """Return the tokenizer section that the artifact was trained with."""
     return _SETTINGS.validate_python(manifest["config"])
 
 
 def read(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer, ready to encode, and its manifest."""
+    """Return the tokenizer, ready to encode, and its manifest."""
     manifest = read_manifest(folder)
     try:
         weights = (folder / "weights.safetensors").read_bytes()
@@ -97,7 +98,7 @@ def read(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def decode(manifest: Mapping[str, Any], weights: bytes) -> Tokenizer:
-    """The tokenizer from a manifest and the bytes of its weights. Raises InputError where they do not belong
+    """Build the tokenizer from a manifest and the bytes of its weights. Raises InputError if they do not belong
     together."""
     if hashlib.sha256(weights).hexdigest()[:16] != manifest["digest"]:
         raise InputError(

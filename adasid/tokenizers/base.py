@@ -1,5 +1,5 @@
-"""The contract of every tokenizer. The loop, the artifact, the Spark encoder, the metrics and the report know only
-this."""
+"""This module is the contract of every tokenizer, the only interface that the training loop, the artifact, the Spark
+encoder, the metrics and the report use."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from adasid.training.workers import Workers
 
 
 class Slot(NamedTuple):
-    """One position of a SID. ``kind``: shared, behavior, or the content modality's name; ``size``: codes in its
-    codebook."""
+    """A slot is one position of a SID. ``kind``: shared, behavior, or the content modality's name; ``size``: codes in
+    its codebook."""
 
     name: str
     kind: str
@@ -28,8 +28,8 @@ class Slot(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """``codes`` [B, L] int32 (PAD where the item lacks the slot's modality), ``weights`` [B, L] float32, ``active`` [B,
-    L] bool."""
+    """``Codes`` contains the SIDs of a batch: ``codes`` [B, L] int32 (PAD where the item lacks the slot's modality),
+    ``weights`` [B, L] float32, ``active`` [B, L] bool."""
 
     codes: Tensor
     weights: Tensor
@@ -37,29 +37,30 @@ class Codes(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """``total``: scalar to minimise; ``parts``: its terms and other figures for the log, detached."""
+    """``Losses`` contains the losses of a batch: ``total``, a scalar to minimise, and ``parts``, its terms and other
+    figures for the log, detached."""
 
     total: Tensor
     parts: dict[str, float]
 
 
 class Tokenizer(nn.Module, ABC):
-    """Everything that ``encode`` needs is in ``state_dict``; ``encode`` of an item depends on that item only (in
-    float32, up to rounding: a batch of a few rows may resolve a near tie otherwise).
+    """A tokenizer maps items to SIDs. ``state_dict`` has everything that ``encode`` needs; ``encode`` of an item
+    depends only on that item (in float32, up to rounding: in a batch of a few rows, near ties may resolve differently).
 
     The loop calls, in this order: ``prepare``; for a tokenizer with epochs (``settings.epochs``), ``start_epoch``, then
     ``losses`` and ``after_step`` for every batch, with ``start_quantizing`` after the warm-up; ``fit`` at the end."""
 
     interchangeable = False
-    """Whether slots of one kind could change places: experts and sub-spaces can, residual levels cannot."""
+    """Whether slots of one kind may be permuted: experts and sub-spaces may, residual levels may not."""
     settings: TokenizerSettings
-    """The section that it was built from; a subclass narrows the type."""
+    """The config section that the tokenizer was built from; a subclass narrows the type."""
     slots: tuple[Slot, ...]
     widths: dict[str, int]
-    """The declared inputs: modality -> width. Nothing else is read."""
+    """The declared inputs: modality -> width. No other modality is read."""
 
     def __init__(self, settings: TokenizerSettings, widths: Mapping[str, int], slots: Sequence[Slot]) -> None:
-        """``widths``: modality -> width, at least of ``settings.inputs``."""
+        """Initialise the tokenizer. ``widths``: modality -> width, at least of ``settings.inputs``."""
         super().__init__()
         self.settings = settings
         self.widths = {m: int(widths[m]) for m in settings.inputs}
@@ -71,51 +72,51 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, batch: Batch) -> Codes:
-        """SIDs of a batch."""
+        """Encode a batch to SIDs."""
 
     @abstractmethod
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
-        """Decoded vectors, in the scale of the inputs, of the modalities that the method can decode; [B, D] each."""
+        """Decode the codes of a batch to the scale of the inputs, [B, D] for each modality that the method can
+        decode."""
 
     def fit(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
-        """Fit what is not trained by gradients, equal on all workers."""
+        """Fit the parts that are not trained by gradients, equal on all workers."""
 
     def refine(self, shard: Shard, workers: Workers, rounds: int, generator: torch.Generator) -> None:
-        """:meth:`fit` that goes on from what was fitted before, for ``rounds`` rounds."""
+        """Continue :meth:`fit` from the fitted state for ``rounds`` rounds."""
 
     def start_epoch(self, generator: torch.Generator) -> None:
-        """Maintenance before an epoch, the same on all workers."""
+        """Do maintenance before an epoch, the same on all workers."""
 
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """Initialise the codebooks from the encoder's outputs, equal on all workers."""
 
     def keep_codes(self, previous: Tensor) -> None:
-        """Codes that training never replaces as dead: ``previous`` [L, K] bool."""
+        """Exclude codes from replacement as dead codes: ``previous`` [L, K] bool."""
 
     def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
-        """The losses of this worker's part of a batch; ``progress``: share of training that is done."""
+        """Compute the losses of this worker's part of a batch; ``progress``: completed share of training."""
         raise NotImplementedError(f"{type(self).__name__} is not trained by gradients")
 
     def after_step(
         self, step: int, progress: float, workers: Workers, generator: torch.Generator
     ) -> dict[nn.Parameter, Tensor]:
-        """Maintenance after an optimiser step, the same on all workers. Returns, by parameter, masks of entries that
-        were replaced: the loop clears the optimiser's state there."""
+        """Do maintenance after an optimiser step, the same on all workers. Returns masks of replaced entries by
+        parameter; the loop clears the optimiser's state for these entries."""
         return {}
 
     def facts(self) -> Mapping[str, Any]:
-        """What a reader of the artifact wants to know besides the config (for example the calibrated controller), as
-        JSON data."""
+        """Return entries for the manifest beyond the config (for example the calibrated controller), as JSON data."""
         return {}
 
     def no_decay(self) -> set[nn.Parameter]:
-        """Parameters that weight decay must leave alone: biases and, where a tokenizer adds them, codebooks."""
+        """Return the parameters without weight decay: biases and, in subclasses, codebooks."""
         return {p for name, p in self.named_parameters() if name.endswith("bias")}
 
 
 def sample(shard: Shard, workers: Workers, items: int) -> Iterator[Batch]:
-    """This worker's part of a fixed sample of ``items`` items of all workers, evenly spaced, some thousands at a
-    time."""
+    """Yield this worker's part of a fixed, evenly spaced sample of ``items`` items of all workers, in batches of some
+    thousands."""
     share = -(-items // workers.world)
     rows = np.unique(np.linspace(0, len(shard) - 1, min(share, len(shard))).round().astype(np.int64))
     for start in range(0, len(rows), 4096):
@@ -130,7 +131,7 @@ def slots_of(numbers: Mapping[str, int], size: int, prefixes: Mapping[str, str] 
 
 
 def letters(kinds: Sequence[str]) -> dict[str, str]:
-    """Short prefixes of slot names: for each kind the shortest start of its name that no other has."""
+    """Return short prefixes of slot names: for each kind the shortest unique prefix of its name."""
     return {
         m: next((m[:n] for n in range(1, len(m)) if not any(o != m and o.startswith(m[:n]) for o in kinds)), m)
         for m in kinds
@@ -138,12 +139,13 @@ def letters(kinds: Sequence[str]) -> dict[str, str]:
 
 
 def token(slot: Slot, code: int) -> str:
-    """The text token of a code in a slot: ``<t0_17>``, or ``<v0_pad>``."""
+    """Return the text token of a code in a slot: ``<t0_17>``, or ``<v0_pad>``."""
     return f"<{slot.name}_{'pad' if code == PAD else code}>"
 
 
 def token_names(slots: Sequence[Slot]) -> NDArray[np.object_]:
-    """Text tokens by slot and code, [L, K + 1], K being the largest codebook; the last column, index PAD, is PAD's."""
+    """Return text tokens by slot and code, [L, K + 1], K being the size of the largest codebook; the last column, index
+    PAD, is PAD's."""
     names = np.full((len(slots), max(slot.size for slot in slots) + 1), "", dtype=object)
     for index, slot in enumerate(slots):
         names[index, : slot.size] = [token(slot, code) for code in range(slot.size)]

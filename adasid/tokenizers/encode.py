@@ -1,6 +1,6 @@
-"""Arrow rows of ``item_features`` to Arrow rows with their semantic IDs: what a Spark task, or any other process, runs.
+"""Encode Arrow rows of ``item_features`` to Arrow rows with their semantic IDs, in a Spark task or any other process.
 
-Nothing heavier than torch and Arrow is imported here, so that a fresh worker process starts quickly.
+Torch and Arrow are the heaviest imports here, so that a new worker process starts quickly.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ ENCODED = pa.schema(
         pa.field("fault", pa.string()),
     ]
 )
-"""``fault``: what is wrong with a vector of the item; null where nothing is."""
+"""Schema of the encoded rows. ``fault``: what is wrong with a vector of the item; null if nothing."""
 READ = ("item_id", "item_index", "interactions", "stratum", "fingerprint", "richness")
-"""What is read of an item beside its vectors and ``sampled``: whether it is to be gauged."""
+"""Columns that are read beside the vectors and ``sampled`` (whether the item is sampled for drift)."""
 
 
 def encoder(
     manifest: str, weights: Any, size: int, slack: float = 0.0
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """The body of ``mapInArrow``. ``manifest``: JSON text; ``weights.value``: bytes (a Spark broadcast); ``size``: rows
-    encoded at a time; ``slack``: see :func:`encode_rows`."""
+    """Return the function for ``mapInArrow``. ``manifest``: JSON text; ``weights.value``: bytes (a Spark broadcast);
+    ``size``: rows encoded at a time; ``slack``: see :func:`encode_rows`."""
 
     def encode_partition(parts: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         tokenizer = loaded(manifest, weights.value)
@@ -54,15 +54,15 @@ def encoder(
 
 @lru_cache(maxsize=2)
 def loaded(manifest: str, weights: bytes) -> Tokenizer:
-    """The tokenizer of a manifest (JSON text) and its weights, built once a process; Spark reuses Python workers
-    between tasks."""
+    """Return the tokenizer of a manifest (JSON text) and its weights, built once per process; Spark reuses Python
+    workers between tasks."""
     torch.set_num_threads(1)
     return artifact.decode(json.loads(manifest), weights)
 
 
 def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float = 0.0) -> pa.RecordBatch:
-    """Encode Arrow rows of ``item_features`` to rows of :data:`ENCODED`. Where they have a column ``published``, the
-    codes that an item has so far (null: none), these are kept as ``slack`` allows."""
+    """Encode Arrow rows of ``item_features`` to rows of :data:`ENCODED`. The column ``published``, if present, has an
+    item's previous codes (null: none), which are preserved within the tolerance ``slack``."""
     rows, fault = _narrowed(rows, tokenizer.widths)
     batch = _batch(tokenizer, rows, slack)
     for m in tokenizer.widths:
@@ -85,7 +85,7 @@ def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float = 0.0) 
 
 
 def _narrowed(rows: pa.RecordBatch, widths: dict[str, int]) -> tuple[pa.RecordBatch, NDArray[np.object_]]:
-    """``rows`` without the vectors of a width that the tokenizer does not read, and the fault of each row."""
+    """Return ``rows`` without vectors of a wrong width, and the fault of each row."""
     fault = np.full(rows.num_rows, None, dtype=object)
     for m, width in widths.items():
         lengths = pc.list_value_length(rows.column(m)).fill_null(width).to_numpy(zero_copy_only=False)
@@ -98,7 +98,7 @@ def _narrowed(rows: pa.RecordBatch, widths: dict[str, int]) -> tuple[pa.RecordBa
 
 
 def _batch(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> Batch:
-    """With the published codes, where there are some of the tokenizer's length."""
+    """Return the batch, with the previous codes that have the tokenizer's length."""
     batch, length = batch_of(rows, tokenizer.widths), len(tokenizer.slots)
     if "published" not in rows.schema.names:
         return batch
@@ -109,7 +109,7 @@ def _batch(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> Batch:
 
 
 def _gauges(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> pa.ListArray:
-    """Norm and squared error of the vectors of those rows that are to be gauged."""
+    """Compute the norm and squared error of the vectors of the rows sampled for drift."""
     names, sampled = list(tokenizer.widths), rows.column("sampled").to_numpy(zero_copy_only=False).astype(bool)
     there = np.zeros((rows.num_rows, len(names)), bool)
     norms, errors = np.zeros(there.shape), np.full(there.shape, np.nan)
@@ -120,7 +120,7 @@ def _gauges(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> pa.List
             there[sampled, i] = batch.present[m].numpy()
             norms[sampled, i] = np.round(
                 batch.vectors[m].double().norm(dim=1).numpy(), 5
-            )  # so that unit vectors share a bin
+            )  # so that unit vectors fall into one bin
             if m in decoded:
                 errors[sampled, i] = (decoded[m] - batch.vectors[m]).square().sum(1).double().numpy()
     offsets = np.concatenate([[0], np.cumsum(there.sum(1))]).astype(np.int32)

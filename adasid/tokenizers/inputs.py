@@ -1,4 +1,4 @@
-"""What every tokenizer does to its inputs before it reads them."""
+"""Centre and scale the inputs of every tokenizer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from adasid.training.workers import Workers
 
 
 class Inputs(nn.Module):
-    """Centres each modality and gives it unit mean variance a dimension (one scalar a modality, so that norms keep
-    their order).
+    """``Inputs`` centres each modality and scales it to a mean variance of 1 per dimension (one scalar per modality, so
+    that the order of norms is preserved).
 
     ``widths``: modality -> width D. An absent modality is the zero vector, the mean of the scaled inputs.
     """
@@ -27,7 +27,7 @@ class Inputs(nn.Module):
 
     @torch.no_grad()
     def fit(self, shard: Shard, workers: Workers) -> None:
-        """Means and scales of all workers' items."""
+        """Compute means and scales of all workers' items."""
         sums = {m: torch.zeros(width + 2, dtype=torch.float64) for m, width in self.widths.items()}
         for batch in shard.scan():
             for m in self.widths:
@@ -41,17 +41,17 @@ class Inputs(nn.Module):
             self.get_buffer(f"scale_{m}").copy_(variance.clamp(min=1e-12).rsqrt())
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scaled inputs by modality, [B, D] each."""
+        """Return scaled inputs by modality, [B, D] each."""
         return {m: self.scale(m, batch.vectors[m]) * batch.present[m][:, None] for m in self.widths}
 
     def scale(self, modality: str, x: Tensor) -> Tensor:
-        """Input vectors to scaled vectors."""
+        """Scale input vectors."""
         return (x - self.get_buffer(f"mean_{modality}")) * self.get_buffer(f"scale_{modality}")
 
     def restore(self, modality: str, x: Tensor) -> Tensor:
-        """Scaled vectors back to the inputs' own scale."""
+        """Map scaled vectors back to the scale of the inputs."""
         return x / self.get_buffer(f"scale_{modality}") + self.get_buffer(f"mean_{modality}")
 
     def split(self, joint: Tensor) -> dict[str, Tensor]:
-        """[B, sum of D] to one matrix a modality."""
+        """Split [B, sum of D] into one matrix per modality."""
         return dict(zip(self.widths, joint.split(list(self.widths.values()), dim=1)))

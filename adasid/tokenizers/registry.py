@@ -1,5 +1,5 @@
-"""The list of tokenizers. Everything that knows all of them is derived from it: the union of the config's sections,
-``conf/base.yaml`` and docs/configuration.md. It imports no torch. docs/extending.md shows how to add one.
+"""This module lists the tokenizers. The union of the config's sections, ``conf/base.yaml`` and the reference in
+docs/configuration.md are derived from it. It imports no torch. docs/extending.md shows how to add a tokenizer.
 """
 
 from __future__ import annotations

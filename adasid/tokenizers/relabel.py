@@ -1,8 +1,7 @@
-"""A tokenizer trained anew whose codes keep the meaning that published ones have: its slots and codes are renamed,
-nothing else.
+"""Rename the slots and codes of a retrained tokenizer so that codes preserve their published meaning.
 
-Training from scratch numbers the clusters anew and, where slots are interchangeable, the slots too. Both are undone by
-the assignment of new names to old ones under which most items keep their codes."""
+Training from scratch permutes the clusters and, where slots are interchangeable, the slots. Both are undone by the
+assignment of new names to old ones under which most items preserve their codes."""
 
 from __future__ import annotations
 
@@ -23,7 +22,8 @@ from adasid.training.workers import Workers
 
 
 class Relabelled(Tokenizer):
-    """``inner`` with other names: slot l shows the inner slot ``order[l]``, whose code c is called ``names[l, c]``."""
+    """``Relabelled`` is ``inner`` with other names: slot l shows the inner slot ``order[l]``, whose code c is called
+    ``names[l, c]``."""
 
     def __init__(self, inner: Tokenizer) -> None:
         super().__init__(inner.settings, inner.widths, inner.slots)
@@ -34,11 +34,11 @@ class Relabelled(Tokenizer):
         self.names: Tensor
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
-        """The inner one's."""
+        """Prepare the inner tokenizer."""
         self.inner.prepare(shard, workers)
 
     def _inner(self, batch: Batch) -> Batch:
-        """``batch`` with the held codes under their inner names."""
+        """Return ``batch`` with the previous codes under their inner names."""
         if batch.previous is None:
             return batch
         codes, slots = batch.previous.codes, torch.arange(len(self.slots), device=batch.previous.codes.device)
@@ -46,19 +46,19 @@ class Relabelled(Tokenizer):
         return replace(batch, previous=PreviousCodes(found[:, self.order.argsort()], batch.previous.slack))
 
     def encode(self, batch: Batch) -> Codes:
-        """The inner one's, renamed."""
+        """Encode with the inner tokenizer and rename the codes."""
         codes, weights, active = (part[:, self.order] for part in self.inner.encode(self._inner(batch)))
         slots = torch.arange(len(self.slots), device=codes.device)
         named = self.names[slots, codes.long().clamp(min=0)].to(codes.dtype)
         return Codes(torch.where(codes == PAD, PAD, named), weights, active)
 
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
-        """The inner one's."""
+        """Reconstruct with the inner tokenizer."""
         return self.inner.reconstruct(self._inner(batch))
 
     def rename(self, published: NDArray[np.int32], found: NDArray[np.int32]) -> None:
-        """Choose the names under which most of ``found`` [n, L], the inner codes of some items, are ``published`` [n,
-        L], theirs so far."""
+        """Choose the names under which the inner codes ``found`` [n, L] of most items equal their ``published`` codes
+        [n, L]."""
         order, names = match(published, found, self.slots, self.inner.interchangeable)
         self.order.copy_(torch.from_numpy(order))
         self.names.copy_(torch.from_numpy(names))
@@ -67,9 +67,9 @@ class Relabelled(Tokenizer):
 def match(
     published: NDArray[np.int32], found: NDArray[np.int32], slots: Sequence[Slot], interchangeable: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """``order`` [L] and ``names`` [L, K] of :class:`Relabelled`: optimal assignments (Kuhn, 1955) of codes within each
-    pair of slots of one kind and size, then, where they are ``interchangeable``, of slots, by the number of items that
-    agree. PAD stays PAD."""
+    """Return ``order`` [L] and ``names`` [L, K] of :class:`Relabelled`, optimal assignments (Kuhn, 1955) by the number
+    of items that agree: of codes within each pair of slots of one kind and size, then, if ``interchangeable``, of
+    slots. PAD stays PAD."""
     length, size = len(slots), max(slot.size for slot in slots)
     order, names = np.arange(length), np.tile(np.arange(size), (length, 1))
     for kind in dict.fromkeys((slot.kind, slot.size) for slot in slots):
@@ -80,7 +80,7 @@ def match(
                 counts = np.zeros((kind[1], kind[1]), np.int64)
                 there = (published[:, old] != PAD) & (found[:, new] != PAD)
                 np.add.at(counts, (found[there, new], published[there, old]), 1)
-                ties = np.eye(kind[1], dtype=np.int64)  # a code that nobody tells of keeps its name
+                ties = np.eye(kind[1], dtype=np.int64)  # a code without items keeps its name
                 rows, columns = linear_sum_assignment(counts * (kind[1] + 1) + ties, maximize=True)
                 kept[i, j], given[i, j] = counts[rows, columns].sum(), columns
         for i, j in (

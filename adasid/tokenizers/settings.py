@@ -1,4 +1,4 @@
-"""Settings that several tokenizers share. Those of one method are in its package, beside its class.
+"""This module defines the settings that several tokenizers share. Settings of one method are in its package.
 
 Nothing here imports torch: :mod:`adasid.config` reads the settings of all tokenizers, also in processes without torch.
 """
@@ -22,7 +22,7 @@ Experts = Annotated[dict[str, int], Field(strict=False)]
 
 
 class Training(Section):
-    """The loop that trains a tokenizer by gradients."""
+    """These settings control the loop that trains a tokenizer by gradients."""
 
     epochs: int = Field(100, ge=2, description="epochs: each sees as many rows as there are items")
     batch: int = Field(
@@ -47,7 +47,7 @@ class Training(Section):
 
 
 class Revival(Section):
-    """Replacement of codes that hardly any item has."""
+    """These settings control the replacement of codes that hardly any item has."""
 
     every: int = Field(50, ge=1, description="steps between two looks at code usage")
     min_share: float = Field(
@@ -122,7 +122,7 @@ Repulsion = Annotated[Hamr | Adaptive, Field(discriminator="kind")]
 
 
 class Contrast(Section):
-    """InfoNCE of co-engaged pairs."""
+    """These settings control the InfoNCE of co-engaged pairs."""
 
     weight: Pair = Field((0.1, 0.1), description="weight of the loss on pairs: at the start, at the end")
     progress: Pair = Field((0.0, 1.0), description="share of training between which the weight moves")
@@ -149,27 +149,27 @@ class TokenizerSettings(Section):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Modalities that are read, in slot order, behaviour last."""
+        """Return the modalities that are read, in slot order, behaviour last."""
         raise NotImplementedError
 
     @property
     def pairs(self) -> bool:
-        """Whether the tokenizer learns from co-engaged pairs (the table ``item_pairs``)."""
+        """Return whether the tokenizer learns from co-engaged pairs (the table ``item_pairs``)."""
         return False
 
     @property
     def epochs(self) -> Training | None:
-        """The settings of the training loop; None for a tokenizer that is fitted or needs no data."""
+        """Return the settings of the training loop; None for a tokenizer that is fitted or needs no data."""
         return None
 
     @classmethod
     def reading(cls, content: Sequence[str]) -> dict[str, Any]:
-        """Return the keys, with values, by which a section that does not say what it reads reads all of ``content``."""
+        """Return the keys, with values, by which a section that does not list its inputs reads all of ``content``."""
         return {}
 
 
 class ContentSettings(Section):
-    """Settings of a tokenizer that reads content modalities, which ``content`` names."""
+    """These are the settings of a tokenizer that reads content modalities, which ``content`` names."""
 
     content: Names = Field(
         ("text", "visual"),
@@ -179,12 +179,12 @@ class ContentSettings(Section):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The content modalities."""
+        """Return the content modalities."""
         return self.content
 
     @classmethod
     def reading(cls, content: Sequence[str]) -> dict[str, Any]:
-        """Return ``content`` as the value of that key."""
+        """Return ``content`` as the value of the key ``content``."""
         return {"content": list(content)}
 
     @model_validator(mode="after")
@@ -194,7 +194,7 @@ class ContentSettings(Section):
 
 
 class TrainedSettings(TokenizerSettings):
-    """Settings of a tokenizer that is trained by gradients."""
+    """These are the settings of a tokenizer that is trained by gradients."""
 
     reconstruction_weight: float = Field(1.0, ge=0, description="weight of L_recon")
     codebook_weight: float = Field(1.0, gt=0, description="weight of the codebook loss")
@@ -210,17 +210,17 @@ class TrainedSettings(TokenizerSettings):
 
     @property
     def pairs(self) -> bool:
-        """Whether there is a contrastive loss on pairs."""
+        """Return whether there is a contrastive loss on pairs."""
         return self.contrast is not None
 
     @property
     def epochs(self) -> Training | None:
-        """The training loop."""
+        """Return the training loop."""
         return self.training
 
 
 class ResidualSettings(TrainedSettings):
-    """Settings of a tokenizer that quantizes the latents of an encoder residually."""
+    """These are the settings of a tokenizer that quantizes the latents of an encoder residually."""
 
     latent_width: int = Field(32, ge=2, description="width of a latent and of a codeword (d)")
     hidden: Sizes = Field((512, 256, 128), description="hidden widths of the encoder; the decoder has them backwards")
@@ -228,14 +228,15 @@ class ResidualSettings(TrainedSettings):
 
 
 class FittedSettings(TokenizerSettings):
-    """Settings of a tokenizer whose quantizer is fitted without gradients."""
+    """These are the settings of a tokenizer whose quantizer is fitted without gradients."""
 
     fit_samples: int = Field(200_000, ge=1, description="items that the fit sees; all items are then assigned")
     rounds: int = Field(50, ge=1, description="rounds of the fit")
 
 
 class SpacesSettings(ContentSettings, FittedSettings):
-    """Settings of a tokenizer that fits one quantizer to the joint content vector, or one to each modality."""
+    """These are the settings of a tokenizer that fits one quantizer to the joint content vector, or one to each
+    modality."""
 
     levels: int | Experts = Field(
         6,
@@ -244,7 +245,7 @@ class SpacesSettings(ContentSettings, FittedSettings):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The modalities of ``levels``, or the content modalities."""
+        """Return the modalities of ``levels``, or the content modalities."""
         return tuple(self.levels) if isinstance(self.levels, dict) else self.content
 
     @model_validator(mode="after")
@@ -257,8 +258,8 @@ class SpacesSettings(ContentSettings, FittedSettings):
 
 
 def check_slots(key: str, numbers: Mapping[str, int], behavior: bool) -> None:
-    """Check ``numbers``, modality -> slots, of ``tokenizer.<key>``. Raises ValueError where there is none, for a number
-    below 1, for a name that is no modality (``behavior`` only where allowed), and for behaviour that is not last."""
+    """Check ``numbers``, modality -> slots, of ``tokenizer.<key>``. Raises ValueError if it is empty, for a number
+    below 1, for a name that is no modality (``behavior`` only if allowed), and for behaviour that is not last."""
     if not numbers:
         raise ValueError(f"tokenizer.{key} is empty: name at least one modality, for example text")
     for modality, number in numbers.items():

@@ -1,4 +1,5 @@
-"""What tokenizers share that fit a quantizer to vectors as they are: to the joint content, or to each modality."""
+"""This module defines the base of tokenizers that fit quantizers to the input vectors directly: to the joint content,
+or to each modality."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from adasid.training.workers import Workers
 
 
 class Spaces(Tokenizer):
-    """``widths``: width of each modality of ``settings.inputs``; a subclass adds ``quantizers``, one for each kind in
-    ``levels``, from vectors [n, d] of float64 to codes [n, L] and decoded vectors [n, d].
+    """``Spaces`` fits one quantizer for each kind of slot, without an encoder. ``widths``: width of each modality of
+    ``settings.inputs``. A subclass adds ``quantizers``, one for each kind in ``levels``, from vectors [n, d] of float64
+    to codes [n, L] and decoded vectors [n, d].
 
     Slots: L over the joint content, named by ``letter``, where an absent modality counts as its mean and every item has
     all codes; or, with ``levels`` by modality, t0, t1, v0, ... that are PAD where the item lacks the modality. Weights
@@ -41,34 +43,34 @@ class Spaces(Tokenizer):
         """Fit the quantizer of ``kind`` to a sample ``x`` [n, d] of float32, n >= 1."""
 
     def dimensions(self, kind: str) -> int:
-        """Width of what is quantized."""
+        """Return the width of the quantized vectors."""
         return self.widths[kind] if self.by_modality else sum(self.widths.values())
 
     def _joint(self, batch: Batch) -> Tensor:
-        """All modalities side by side [B, D]."""
+        """Concatenate all modalities, [B, D]."""
         return torch.cat(list(self.inputs(batch).values()), dim=1)
 
     def _spaces(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """What is quantized, by kind of slot: vectors [B, d], in float64 so that codes do not depend on the batch, and
-        which items have them [B]."""
+        """Return the vectors to quantize by kind of slot, [B, d] in float64 so that codes do not depend on the batch,
+        and which items have them, [B] bool."""
         if self.by_modality:
             return {m: (x.double(), batch.present[m]) for m, x in self.inputs(batch).items()}
         return {"shared": (self._joint(batch).double(), torch.ones_like(batch.index, dtype=torch.bool))}
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
-        """Means and scales of the inputs."""
+        """Compute means and scales of the inputs."""
         self.inputs.fit(shard, workers)
 
     @abstractmethod
     def refine_space(self, kind: str, x: Tensor, rounds: int) -> None:
-        """``rounds`` rounds more of the same fit, from the quantizer of ``kind`` as it is."""
+        """Continue the fit of the quantizer of ``kind`` for ``rounds`` rounds."""
 
     def fit(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
-        """From a fixed sample of all workers' items. Raises InputError where no item of it has a modality."""
+        """Fit to a fixed sample of all workers' items. Raises InputError if no item of it has a modality."""
         self._each(shard, workers, lambda kind, x: self.fit_space(kind, x, generator))
 
     def refine(self, shard: Shard, workers: Workers, rounds: int, generator: torch.Generator) -> None:
-        """From the same sample."""
+        """Continue the fit on the same sample."""
         self._each(shard, workers, lambda kind, x: self.refine_space(kind, x, rounds))
 
     @torch.no_grad()
@@ -91,7 +93,7 @@ class Spaces(Tokenizer):
                 workers.broadcast(buffer)
 
     def _quantized(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Codes, decoded vectors and which items have them, by kind of slot."""
+        """Return codes, decoded vectors and which items have them, by kind of slot."""
         found, first = {}, 0
         for kind, (x, there) in self._spaces(batch).items():
             length = sum(slot.kind == kind for slot in self.slots)
@@ -102,7 +104,7 @@ class Spaces(Tokenizer):
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
-        """The codes of each quantizer."""
+        """Encode with each quantizer."""
         codes = torch.cat(
             [codes.masked_fill(~there[:, None], PAD) for codes, _, there in self._quantized(batch).values()], dim=1
         ).int()
@@ -110,7 +112,7 @@ class Spaces(Tokenizer):
 
     @torch.inference_mode()
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
-        """Decoded vectors in the inputs' own scale; an item without a code has the mean."""
+        """Decode to the scale of the inputs; an item without a code gets the mean."""
         decoded = {kind: (words * there[:, None]).float() for kind, (_, words, there) in self._quantized(batch).items()}
         parts = decoded if self.by_modality else self.inputs.split(decoded["shared"])
         return {m: self.inputs.restore(m, x) for m, x in parts.items()}

@@ -1,5 +1,5 @@
-"""What the tokenizers that are trained by gradients share: the losses that any of them takes by config, and the revival
-of dead codes."""
+"""This module defines the base of tokenizers trained by gradients: the losses that all of them can use by config, and
+the revival of dead codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from adasid.training.workers import Workers
 
 
 class TrainedTokenizer(Tokenizer):
-    """Holds scaled ``inputs``, the ``overlap`` regulation and whether codebooks are in use yet (``quantizing``)."""
+    """``TrainedTokenizer`` has the scaled ``inputs``, the ``overlap`` regulation and the flag ``quantizing`` (whether
+    codebooks are in use)."""
 
     settings: TrainedSettings
 
@@ -30,7 +31,7 @@ class TrainedTokenizer(Tokenizer):
         self.quantizing: Tensor
 
     def previous_codes(self, batch: Batch) -> Tensor:
-        """Codes [B, L] that the items have so far, PAD where they have none."""
+        """Return the previous codes [B, L] of the items, PAD where they have none."""
         return (
             batch.previous.codes
             if batch.previous
@@ -40,8 +41,8 @@ class TrainedTokenizer(Tokenizer):
     def repelled(
         self, z: Tensor, codes: Tensor, batch: Batch, workers: Workers, progress: float
     ) -> tuple[Tensor, dict[str, float]]:
-        """Repulsion of overlapping SIDs among this worker's rows, where the config asks for it. ``z`` [B, d]: latents
-        before quantization; ``codes`` [B, L]."""
+        """Compute the repulsion of overlapping SIDs among this worker's rows, or 0 if not configured. ``z`` [B, d]:
+        latents before quantization; ``codes`` [B, L]."""
         if self.overlap is None or not self.quantizing:
             return z.new_zeros(()), {}
         loss, figures = self.overlap(z, codes, batch.index, batch.paired, progress)
@@ -50,7 +51,7 @@ class TrainedTokenizer(Tokenizer):
         return loss, {"repulsion": float(loss.detach()), **figures}
 
     def contrasted(self, z: Tensor, batch: Batch, workers: Workers, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """InfoNCE of co-engaged pairs on [B, d] against all workers' rows, where the config asks for it."""
+        """Compute the InfoNCE of co-engaged pairs on ``z`` [B, d] against all workers' rows, or 0 if not configured."""
         contrast = self.settings.contrast
         if contrast is None or batch.paired is None:
             return z.new_zeros(()), {}
@@ -61,10 +62,10 @@ class TrainedTokenizer(Tokenizer):
         return moved(contrast.weight, contrast.progress, progress) * loss, {"contrast": float(loss.detach())}
 
     def no_decay(self) -> set[nn.Parameter]:
-        """Biases and codebooks."""
+        """Return biases and codebooks."""
         return super().no_decay() | {p for name, p in self.named_parameters() if "codebooks" in name}
 
     def revival_due(self, step: int, progress: float) -> bool:
-        """Whether dead codes are to be replaced after this step."""
+        """Return whether dead codes are replaced after this step."""
         revival = self.settings.revival
         return bool(self.quantizing) and step % revival.every == 0 and progress <= revival.until

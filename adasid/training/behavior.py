@@ -1,7 +1,7 @@
-"""Training of the behaviour embeddings: SASRec with in-batch sampled softmax and lazy Adagrad (methods 7.4).
+"""Train the behaviour embeddings: SASRec with in-batch sampled softmax and lazy Adagrad (methods 7.4).
 
-Plain torch; the workers are passed in. A run that is killed resumes at the last complete epoch and ends as it would
-have."""
+This is plain torch; the workers are passed in. An interrupted run resumes after the last complete epoch and gives the
+same result."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _SCORES = 1 << 26
 
 @dataclass
 class BehaviorData:
-    """What one worker trains on. ``train`` and the held-out splits hold this worker's users; ``counts`` [M]: training
-    events of every item."""
+    """``BehaviorData`` is the training data of one worker. ``train`` and the held-out splits have this worker's users;
+    ``counts`` [M]: training events of every item."""
 
     train: Histories
     validation: Histories
@@ -48,8 +48,8 @@ class BehaviorData:
 
 @dataclass
 class BehaviorResult:
-    """``embeddings`` [M, width] of the best validation epoch; ``norms`` [M] of the checkpoint that measures richness;
-    ``summary``: JSON."""
+    """``BehaviorResult`` is the result of a training run: ``embeddings`` [M, width] of the best validation epoch;
+    ``norms`` [M] of the checkpoint that measures richness; ``summary``: JSON."""
 
     embeddings: Tensor
     norms: Tensor
@@ -57,7 +57,7 @@ class BehaviorResult:
 
 
 class BehaviorTraining:
-    """One training run of SASRec on one worker; all workers hold the same model."""
+    """``BehaviorTraining`` is one training run of SASRec on one worker; all workers have the same model."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class BehaviorTraining:
         return chosen is not None and len(rows) - 1 - chosen >= self.settings.patience
 
     def _epoch(self, epoch: int) -> float:
-        """One pass over the users; returns the mean loss over all workers."""
+        """Train on all users once and return the mean loss over all workers."""
         torch.manual_seed(self.seed + 1_000_003 * epoch + 7919 * self.workers.rank)
         self.model.train()
         total = torch.zeros(2, device=self.device)
@@ -147,7 +147,7 @@ class BehaviorTraining:
         rows = self.table.detach()[distinct].requires_grad_()
         vectors = nnf.embedding(
             place, rows
-        )  # its gradient is summed in a fixed order; plain indexing adds atomically, in any order
+        )  # deterministic: the gradient of plain indexing is accumulated atomically, in any order
         history, own, others = vectors.split([inputs.numel(), len(positive), len(negative)])
         states = self.model(history.view(*inputs.shape, -1))[valid]
         loss = sampled_softmax(
@@ -186,7 +186,8 @@ class BehaviorTraining:
         return {**row, "spearman": spearman} if np.isfinite(spearman) else row
 
     def _ranks(self, histories: Histories) -> Tensor:
-        """1-based ranks of the targets of all workers' users, full catalogue, history not removed."""
+        """Return the 1-based ranks of the targets of all workers' users, over the full catalogue including the
+        history."""
         users = self._scored(histories)
         found = [torch.zeros(0, dtype=torch.int64, device=self.device)]
         chunk = max(1, min(256, _SCORES // len(self.table)))
@@ -200,18 +201,20 @@ class BehaviorTraining:
         return self.workers.gather_ragged(torch.cat(found))
 
     def _scored(self, histories: Histories) -> NDArray[np.int64]:
-        """This worker's users that are scored: its share of ``eval_users``."""
+        """Return this worker's users to evaluate: its share of ``eval_users``."""
         return histories.sample(-(-self.settings.eval_users // self.workers.world))
 
     def _spearman(self, norms: Tensor) -> float:
-        """Spearman(norm, count) over items that occur in training; a fixed sample where there are very many."""
+        """Compute Spearman(norm, count) over items that occur in training, or a fixed sample of them if there are very
+        many."""
         known = np.flatnonzero(self.data.counts)
         if len(known) > _SPEARMAN_SAMPLE:
             known = np.random.default_rng(self.seed).choice(known, _SPEARMAN_SAMPLE, replace=False)
         return spearman(norms.cpu().numpy()[known].astype(np.float64), self.data.counts[known].astype(np.float64))
 
     def _keep(self, epoch: int, rows: list[dict[str, float]]) -> None:
-        """Best embeddings, early norms, then the checkpoint that makes them count; rank 0 writes, all wait."""
+        """Save best embeddings, early norms and then the checkpoint, which commits the epoch; rank 0 writes, all
+        wait."""
         if self.workers.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             if best(rows, _WATCHED) in (None, len(rows) - 1):

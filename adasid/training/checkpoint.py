@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any instant: a folder is written under another name and renamed when complete."""
+"""Write checkpoints atomically: a folder is written under a temporary name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from adasid.training.workers import Workers
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``tensors`` by name, ``state`` as plain JSON data."""
+    """A checkpoint has ``tensors`` by name and ``state`` as plain JSON data."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names start with ``prefix.``, without it."""
+        """Return the tensors whose names start with ``prefix.``, with the prefix removed."""
         return {
             name.removeprefix(prefix + "."): tensor
             for name, tensor in self.tensors.items()
@@ -35,7 +35,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one training in ``folder``; the newest two are kept."""
+    """``Checkpoints`` stores the checkpoints of one training in ``folder`` and retains the newest two."""
 
     folder: Path
 
@@ -56,8 +56,8 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self, workers: Workers) -> Checkpoint | None:
-        """The newest complete checkpoint that rank 0 sees, the same on all workers, or None. Raises InputError for one
-        that cannot be read."""
+        """Return the newest complete checkpoint that rank 0 sees, the same on all workers, or None. Raises InputError
+        if it cannot be read."""
         complete = self._complete()
         step = int(workers.broadcast(torch.tensor([int(complete[-1].name.removeprefix("step-")) if complete else -1])))
         if step < 0:
@@ -75,7 +75,7 @@ class Checkpoints:
             ) from None
 
     def clear(self) -> None:
-        """Remove them all, once the training's result is stored."""
+        """Remove all checkpoints, once the training's result is stored."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _complete(self) -> list[Path]:
@@ -83,7 +83,7 @@ class Checkpoints:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as named tensors (its hyperparameters come from the config)."""
+    """Return the optimiser's state as named tensors (its hyperparameters come from the config)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         f"{i}.{name}": torch.as_tensor(value)
@@ -93,7 +93,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`optimizer_tensors`."""
+    """Restore the state from :func:`optimizer_tensors`."""
     owners = [(p, group.get("fused")) for group in optimizer.param_groups for p in group["params"]]
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)

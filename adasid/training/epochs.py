@@ -1,5 +1,5 @@
-"""The loop that downstream models share: epochs until the validation stops improving, the best model kept, resumable
-after a kill."""
+"""This module defines the training loop of the downstream models: early stopping on validation, selection of the best
+model, and resuming after an interruption."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from adasid.training.workers import Workers
 
 
 def best(rows: Sequence[Mapping[str, float]], key: str) -> int | None:
-    """Place of the row of the highest ``key``, the first of equals; None where it is defined in no row."""
+    """Return the index of the row with the highest ``key``, the first of equals, or None if no row defines it."""
     found = [(row[key], -place) for place, row in enumerate(rows) if np.isfinite(row.get(key, np.nan))]
     return -max(found)[1] if found else None
 
 
 def unchosen(name: str, key: str) -> dict[str, str]:
-    """What the result says where no epoch has a figure to be chosen by."""
+    """Return the note for a result without an epoch that defines ``key``."""
     return {"note": f"{name}: {key} is defined for no epoch, so that none can be chosen: the last one is taken"}
 
 
 class EpochTraining(ABC):
-    """``watched``: the metric of a row whose highest value is best; ``name`` stands in errors, ``version`` names the
-    input there; ``average``: decay, a step, of the moving average of the weights that is validated, kept and tested (0:
-    the weights themselves).
+    """``EpochTraining`` trains until the validation metric stops improving. ``watched``: the metric of a row whose
+    highest value is best; ``name``: name of the model in errors; ``version``: name of the input in errors; ``average``:
+    decay per step of the exponential moving average of the weights that is validated, saved and tested (0: the weights
+    themselves).
 
-    All workers hold the same model and call the same methods.
+    All workers have the same model and call the same methods.
     """
 
     watched: str
@@ -64,19 +65,21 @@ class EpochTraining(ABC):
 
     @abstractmethod
     def train_epoch(self, number: int) -> float:
-        """One pass over the training data, a :meth:`step` a batch; the mean loss over all workers."""
+        """Train on the training data once, a :meth:`step` per batch; return the mean loss over all workers."""
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
-        """Metrics of the validation part, without a prefix, the same on all workers."""
+        """Return validation metrics, without a prefix, the same on all workers."""
 
     @abstractmethod
     def test(self) -> dict[str, Any]:
-        """The test's part of the result, JSON data, the same on all workers; the best epoch's model is loaded."""
+        """Return the test part of the result as JSON data, the same on all workers. The best epoch's model is
+        loaded."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise InputError, on all workers, where the data cannot be trained on, validated or tested."""
+        """Check the data. Raises InputError, on all workers, if they cannot be used for training, validation or
+        test."""
 
     def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> dict[str, Any]:
         """Train, then test the best epoch's model. Returns JSON data, the same on all workers. ``report`` gets all rows
@@ -125,7 +128,7 @@ class EpochTraining(ABC):
         }
 
     def lap(self, part: str) -> None:
-        """Count the time since the last call towards ``part`` of the epoch: data, forward or backward."""
+        """Add the time since the last call to ``part`` of the epoch: data, forward or backward."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.monotonic()
@@ -133,8 +136,8 @@ class EpochTraining(ABC):
         self._clock = now
 
     def step(self, loss: torch.Tensor, number: int, step: int) -> None:
-        """Backward, gradients averaged over workers, one step of each optimiser. Raises TrainingError, on all workers,
-        for a loss that is not finite on one of them."""
+        """Run the backward pass, average gradients over workers, and step each optimiser. Raises TrainingError, on all
+        workers, if the loss is not finite on one of them."""
         if not self.workers.agree(bool(torch.isfinite(loss)), self.device):
             where = f"epoch {number}, step {step} (this worker: {loss.item()}), input {self.version}"
             raise TrainingError(
@@ -149,14 +152,14 @@ class EpochTraining(ABC):
             optimizer.step()
         self.steps += 1
         if self.averaged:
-            decay = min(self.average, self.steps / (self.steps + 9))  # the first steps forget where they started
+            decay = min(self.average, self.steps / (self.steps + 9))  # forget the initial weights fast
             pairs = [(self.averaged[name], p.detach()) for name, p in self.model.named_parameters()]
             get_ema_multi_avg_fn(decay)(*map(list, zip(*pairs)), self.steps)
         self.lap("backward")
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The model with the average of its weights."""
+        """Use the averaged weights in the model within the context."""
         own = {name: p.detach().clone() for name, p in self.model.named_parameters() if self.averaged}
         self.model.load_state_dict(self.averaged, strict=False)
         yield
@@ -177,7 +180,7 @@ class EpochTraining(ABC):
         return chosen is not None and len(rows) - 1 - chosen >= self.patience
 
     def _keep_best(self, rows: list[dict[str, float]]) -> None:
-        """The model, where the last row is the best so far, or none can be compared; rank 0 writes."""
+        """Save the model if the last row is the best so far, or if no row defines the metric; rank 0 writes."""
         if self.workers.rank == 0 and best(rows, self.watched) in (None, len(rows) - 1):
             self.folder.mkdir(parents=True, exist_ok=True)
             draft = self.folder / "best.draft"
@@ -187,7 +190,7 @@ class EpochTraining(ABC):
             draft.replace(self.folder / "best.safetensors")
 
     def _keep(self, number: int, rows: list[dict[str, float]]) -> None:
-        """The checkpoint, which makes the epoch count; rank 0 writes, all wait."""
+        """Save the checkpoint, which commits the epoch; rank 0 writes, all wait."""
         if self.workers.rank == 0:
             tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {
                 f"average.{k}": v for k, v in self.averaged.items()

@@ -1,4 +1,4 @@
-"""Training and scoring of the click-through model over semantic IDs. Plain torch; the workers are passed in."""
+"""Train and score the click-through model over semantic IDs. This is plain torch; the workers are passed in."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Events:
-    """All users' events, by user and time: ``users`` [n] (a dense number, in the order of user_id), ``items``,
-    ``labels`` (0, 1, or -1 for none) and ``splits`` (place in ``tables.SPLITS``; ``RANKING_ONLY`` counts as train), all
-    [n]. Items of the events that are in histories are ``visited`` [v], in the same order; each event comes after the
-    first ``before`` [n] of them, and those of its user begin at ``first`` [n]."""
+    """``Events`` contains the events of all users, by user and time: ``users`` [n] (a dense index, in the order of
+    user_id), ``items``, ``labels`` (0, 1, or -1 for none) and ``splits`` (index in ``tables.SPLITS``; ``RANKING_ONLY``
+    counts as train), all [n].
+
+    Items of the events that are in histories are ``visited`` [v], in the same order; each event comes after the first
+    ``before`` [n] of them, and those of its user begin at ``first`` [n]."""
 
     users: Ints
     items: Ints
@@ -45,7 +47,7 @@ class Events:
 
     @staticmethod
     def from_batches(batches: Iterable[pa.RecordBatch]) -> Events:
-        """From batches with the columns user_id, position, item_index, label, in_history and split."""
+        """Build the events from batches with the columns user_id, position, item_index, label, in_history and split."""
         table = (
             pa.Table.from_batches(list(batches))
             .sort_by([("user_id", "ascending"), ("position", "ascending")])
@@ -62,7 +64,7 @@ class Events:
         return Events(users, items, labels, places, items[visits], before, before[np.flatnonzero(opens)][users])
 
     def histories(self, events: Ints, length: int) -> Ints:
-        """The latest ``length`` items at most before each event, padded at the end with -1: [B, longest]."""
+        """Return at most the latest ``length`` items before each event, padded at the end with -1: [B, longest]."""
         before = self.before[events]
         first = np.maximum(self.first[events], before - length)
         width = max(1, int((before - first).max(initial=1)))
@@ -71,9 +73,9 @@ class Events:
 
 
 class RankingTraining(EpochTraining):
-    """One training run on one worker; validation AUC chooses the epoch. ``events``: of all users, of which this worker
-    takes every ``world``-th; ``counts``, ``strata`` [M] as for retrieval; ``shards_from``: test samples, all workers',
-    from which on scores are written."""
+    """``RankingTraining`` is one training run on one worker; validation AUC selects the epoch. ``events``: of all
+    users, of which this worker takes every ``world``-th; ``counts``, ``strata`` [M] as for retrieval; ``shards_from``:
+    number of test samples of all workers from which scores are written to files."""
 
     watched = "validation_auc"
     name = "ranking"
@@ -115,7 +117,7 @@ class RankingTraining(EpochTraining):
         self.drawn = {split: self._negatives(split) for split in SPLITS[1:]}
 
     def check(self) -> None:
-        """Every worker needs training samples; validation and test need both classes."""
+        """Check that every worker has training samples, and that validation and test have both classes."""
         for split in SPLITS:
             mine, drawn = self.events.labels[self.parts[split]], 0 if split == "train" else self.drawn[split].size
             if not self.workers.agree(bool(len(mine)) or split != "train", self.device):
@@ -133,7 +135,7 @@ class RankingTraining(EpochTraining):
                 )
 
     def _labels(self) -> str:
-        """``ratings`` or ``sampled``."""
+        """Return the kind of labels, ``ratings`` or ``sampled``."""
         negatives = bool((self.events.labels == 0).any())
         if self.settings.labels == "ratings" and not negatives:
             raise InputError(
@@ -143,15 +145,15 @@ class RankingTraining(EpochTraining):
         return self.settings.labels if self.settings.labels != "auto" else ("ratings" if negatives else "sampled")
 
     def _part(self, place: int) -> Ints:
-        """This worker's events of a split that are samples: those with a history and a label; of sampled labels the
-        positive ones."""
+        """Return this worker's events of a split that are samples: those with a history and a label, and only positive
+        ones if labels are sampled."""
         e = self.events
         chosen = (e.splits == place) & (e.users % self.workers.world == self.workers.rank) & (e.before > e.first)
         return np.flatnonzero(chosen & (e.labels == 1 if self.labels == "sampled" else e.labels >= 0))
 
     def _negatives(self, split: str) -> Ints:
-        """Drawn items of every held-out event of this worker [n, negatives]: the same for every seed, model and number
-        of workers."""
+        """Return the sampled negatives of every held-out event of this worker [n, negatives], equal for every seed,
+        model and number of workers."""
         if self.labels == "ratings":
             return np.zeros((len(self.parts[split]), 0), np.int64)
         place = np.flatnonzero(self.events.splits == SPLITS.index(split))
@@ -162,7 +164,7 @@ class RankingTraining(EpochTraining):
         return np.minimum(np.searchsorted(self.cdf, uniform, side="right"), len(self.cdf) - 1).astype(np.int64)
 
     def train_epoch(self, number: int) -> float:
-        """One pass over the training events, each with its drawn items."""
+        """Train on the training events once, each with its sampled negatives."""
         rng = np.random.default_rng([self.seed, number, self.workers.rank])
         mine, sampled = self.parts["train"], self.labels == "sampled"
         share = max(1, self.settings.batch // self.workers.world // (1 + self.settings.negatives * sampled))
@@ -181,8 +183,8 @@ class RankingTraining(EpochTraining):
         return float(total[0] / total[1])
 
     def _batch(self, events: Ints, drawn: Ints) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """(users, histories, items) and labels of ``events`` and of the items ``drawn`` [B, n] for them: event by
-        event, its own item first; histories are of events."""
+        """Return (users, histories, items) and labels of ``events`` and of their sampled negatives ``drawn`` [B, n]:
+        event by event, the event's item first; histories are per event."""
         times = 1 + drawn.shape[1]
         items = np.concatenate([self.events.items[events][:, None], drawn], axis=1).reshape(-1)
         labels = np.concatenate([self.events.labels[events][:, None], np.zeros_like(drawn)], axis=1).reshape(-1)
@@ -198,7 +200,7 @@ class RankingTraining(EpochTraining):
         return (users, histories, items_), labels_.float()
 
     def _scored(self, split: str) -> Iterator[Tensor]:
-        """(user, item, label, score) of this worker's held-out samples [n, 4], some at a time."""
+        """Yield (user, item, label, score) of this worker's held-out samples [n, 4], in chunks."""
         events, drawn = self.parts[split], self.drawn[split]
         for rows in np.array_split(np.arange(len(events)), max(1, len(events) // 2048)):
             if len(rows):
@@ -210,7 +212,7 @@ class RankingTraining(EpochTraining):
 
     @torch.inference_mode()
     def _samples(self, split: str) -> tuple[Ints, Ints, Ints, NDArray[np.float64]]:
-        """Users, items, labels and scores of all workers' samples, in the order of the users."""
+        """Return users, items, labels and scores of all workers' samples, in the order of the users."""
         mine = torch.cat([torch.zeros(0, 4, dtype=torch.float64, device=self.device), *self._scored(split)])
         rows = self.workers.gather_ragged(mine).cpu().numpy()
         rows = rows[np.argsort(rows[:, 0], kind="stable")]
@@ -219,8 +221,8 @@ class RankingTraining(EpochTraining):
 
     @torch.inference_mode()
     def _shards(self, split: str) -> list[str]:
-        """Leave this worker's samples in a file of ``scores``, some at a time; the names of all workers' files once
-        they are whole."""
+        """Write this worker's samples in chunks to a file of ``scores``; return the names of all workers' files when
+        they are complete."""
         folder, world = self.folder / "scores", self.workers.world
         names = [f"{rank}-of-{world}.parquet" for rank in range(world)]
         folder.mkdir(parents=True, exist_ok=True)
@@ -239,13 +241,13 @@ class RankingTraining(EpochTraining):
         return names
 
     def validate(self) -> dict[str, float]:
-        """AUC."""
+        """Compute the AUC."""
         _, _, labels, scores = self._samples("validation")
         return {"auc": auc(scores, labels)}
 
     def test(self) -> dict[str, Any]:
-        """AUC and GAUC of all test samples, and of those whose item is of a stratum; of many samples ``scores``
-        instead: the files that hold them."""
+        """Compute AUC and GAUC of all test samples and by stratum of the item; for many samples return ``scores``
+        instead, the names of the files that have them."""
         mine = torch.tensor(len(self.parts["test"]) + self.drawn["test"].size, device=self.device)
         if self.shards_from is not None and int(self.workers.sum(mine)) >= self.shards_from:
             return {"labels": self.labels, "scores": self._shards("test")}

@@ -1,4 +1,4 @@
-"""Training and scoring of a retriever over semantic IDs. Plain torch; the workers are passed in."""
+"""Train and score a retriever over semantic IDs. This is plain torch; the workers are passed in."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ _DRAWS = 1000
 
 @dataclass
 class RetrievalData:
-    """What one worker trains and scores on: its users' histories; ``counts`` [M]: training events of every item;
-    ``strata`` [M]: place of every item's stratum in ``tables.STRATA``; ``version`` names the input in errors."""
+    """``RetrievalData`` is the training and evaluation data of one worker: its users' histories; ``counts`` [M]:
+    training events of every item; ``strata`` [M]: index of every item's stratum in ``tables.STRATA``; ``version``: name
+    of the input in errors."""
 
     train: Histories
     validation: Histories
@@ -43,9 +44,10 @@ class RetrievalData:
 
 @dataclass
 class Ranked:
-    """Targets by stratum and rank, ``targets`` [strata, ranks], and by rank in a list that leaves nothing out,
-    ``everywhere`` [ranks]; by stratum, size of the SID and rank of its first item, ``groups`` [strata, S, ranks]
-    (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: items in the list that share a SID, rising."""
+    """``Ranked`` contains rank histograms of targets: ``targets`` [strata, ranks] by stratum and rank; ``everywhere``
+    [ranks] by rank in a list that includes the history; ``groups`` [strata, S, ranks] by stratum, size of the SID and
+    rank of its first item (:func:`adasid.metrics.retrieval.rank_histogram`); ``sizes`` [S]: numbers of items in the
+    list that share a SID, ascending."""
 
     targets: Tensor
     everywhere: Tensor
@@ -54,8 +56,8 @@ class Ranked:
 
     @staticmethod
     def of(ranks: Tensor, everywhere: Tensor, firsts: Tensor, kinds: Tensor, size: Tensor) -> Ranked:
-        """Targets [B] with their ranks, the rank of the first item of their SID, their stratum, and the size of their
-        SID."""
+        """Count targets [B] from their ranks, the rank of the first item of their SID, their stratum, and the size of
+        their SID."""
         sizes, place = torch.unique(size, return_inverse=True)
         groups = rank_histogram(firsts, kinds * len(sizes) + place, len(STRATA) * len(sizes))
         total = rank_histogram(everywhere, torch.zeros_like(everywhere), 1)[0]
@@ -67,7 +69,7 @@ class Ranked:
         )
 
     def over(self, sizes: Tensor) -> Ranked:
-        """The same with room for all of ``sizes``, rising, which its own are among."""
+        """Return the same histograms over ``sizes``, ascending, which include all present sizes."""
         groups = self.groups.new_zeros(len(STRATA), len(sizes), self.groups.shape[2])
         groups[:, torch.searchsorted(sizes, self.sizes)] = self.groups
         return Ranked(self.targets, self.everywhere, groups, sizes)
@@ -79,13 +81,13 @@ class Ranked:
 
     @staticmethod
     def none() -> Ranked:
-        """Nothing ranked yet."""
+        """Return empty histograms."""
         empty = torch.zeros(0, dtype=torch.int64)
         return Ranked.of(empty, empty, empty, empty, empty)
 
 
 class RetrievalTraining(EpochTraining):
-    """One training run on one worker; validation NDCG@10 chooses the epoch."""
+    """``RetrievalTraining`` is one training run on one worker; validation NDCG@10 selects the epoch."""
 
     watched = "validation_ndcg@10"
     name = "retrieval"
@@ -116,7 +118,7 @@ class RetrievalTraining(EpochTraining):
         self.log_q = torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(device)
 
     def check(self) -> None:
-        """Every split needs users."""
+        """Check that every split has users."""
         users = [len(self.data.train), len(self.data.validation), len(self.data.test)]
         for split, total in zip(SPLITS, self.workers.sum(torch.tensor(users, device=self.device)).tolist()):
             if not total:
@@ -126,7 +128,7 @@ class RetrievalTraining(EpochTraining):
                 )
 
     def train_epoch(self, number: int) -> float:
-        """One pass over the users."""
+        """Train on all users once."""
         total, length = torch.zeros(2, device=self.device), self.settings.max_length + 1
         for step, events in enumerate(
             epoch(self.data.train, self.settings.batch_users, length, self.seed, number, self.workers, self.device)
@@ -150,13 +152,13 @@ class RetrievalTraining(EpochTraining):
         return self.model.loss(states, targets[valid], negatives, self.log_q)
 
     def validate(self) -> dict[str, float]:
-        """Recall and NDCG of a sample of ``eval_users`` users."""
+        """Compute Recall and NDCG of a sample of ``eval_users`` users."""
         found = self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users)
         return averages(found.targets.numpy(), gains())
 
     def test(self) -> dict[str, Any]:
-        """Recall and NDCG of all users, by stratum of the target; ``test_repeatable``: where lists leave nothing out;
-        ``repeats``: share of targets that stand in the history."""
+        """Compute Recall and NDCG of all users, by stratum of the target; ``test_repeatable``: with lists that include
+        the history; ``repeats``: share of targets that are in the history."""
         started = time.monotonic()
         found = self._ranked(self.data.test, self.settings.beam)
         seconds = time.monotonic() - started
@@ -171,11 +173,11 @@ class RetrievalTraining(EpochTraining):
 
     @torch.inference_mode()
     def _ranked(self, histories: Histories, beam: int, users: int | None = None) -> Ranked:
-        """Where the targets of all workers' users (of a sample of ``users``, if given) stand."""
+        """Rank the targets of all workers' users (of a sample of ``users``, if given)."""
         mine = histories.sample(len(histories) if users is None else -(-users // self.workers.world))
         group, strata = self.model.catalogue.group, torch.from_numpy(self.data.strata).to(self.device)
         sizes, order = torch.bincount(group), group.argsort(stable=True)
-        place = torch.empty_like(order)  # of an item among those of its SID
+        place = torch.empty_like(order)  # index of an item within its SID
         place[order] = runs(sizes)[1]
         found = Ranked.none()
         for part, states, targets in self._states(histories, mine, beam):
@@ -187,7 +189,7 @@ class RetrievalTraining(EpochTraining):
                 place[targets],
                 sizes[group[targets]],
             )
-            if seen is not None:  # what a list leaves out takes no place in it
+            if seen is not None:  # items excluded from a list do not count in it
                 mates = (seen >= 0) & (group[seen] == group[targets][:, None]) & (seen != targets[:, None])
                 before, size = before - (mates & (seen < targets[:, None])).sum(1), size - mates.sum(1)
             found += Ranked.of(ranks, everywhere, ranks - before, strata[targets], size)
@@ -201,8 +203,7 @@ class RetrievalTraining(EpochTraining):
     def _states(
         self, histories: Histories, users: NDArray[np.int64], beam: int
     ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
-        """``users``, some at a time, those of short histories first, with the state after their history and their
-        target."""
+        """Yield ``users`` in chunks, short histories first, with the state after their history and their target."""
         chunk = max(1, min(256, _SCORES // self.model.scores_a_user(beam)))
         users = users[np.diff(histories.starts)[users].argsort(kind="stable")]
         for part in np.array_split(users, max(1, -(-len(users) // chunk))):
@@ -217,15 +218,15 @@ class RetrievalTraining(EpochTraining):
 
 
 def distinct(items: Tensor) -> Tensor:
-    """Rows of ``items`` [B, S] without repetition, padded with -1 in between."""
+    """Replace repeated items in the rows of ``items`` [B, S] by -1; rows are sorted."""
     items = items.sort(dim=1).values
     items[:, 1:][items[:, 1:] == items[:, :-1]] = -1
     return items
 
 
 def by_stratum(found: Ranked, seed: int) -> dict[str, dict[str, Any]]:
-    """Metrics of all targets and of each stratum that has some: ``corrected_*`` is what a random order of the items
-    that share a SID would give on average (methods 8.6); ``intervals`` are 95 % bootstrap intervals over users, of
+    """Compute the metrics of all targets and of each non-empty stratum: ``corrected_*`` is the expectation under a
+    random order of the items that share a SID (methods 8.6); ``intervals`` are 95 % bootstrap intervals over users, of
     both."""
     metrics, targets, groups = dict[str, dict[str, Any]](), found.targets.numpy(), found.groups.numpy()
     plain, shared = gains(), shared_gains(found.sizes.numpy())

@@ -1,4 +1,4 @@
-"""Users' histories as flat arrays, and batches cut from them without a loop over rows."""
+"""Store users' histories as flat arrays, and cut batches from them without a loop over rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from adasid.training.workers import Workers
 
 
 class Histories(NamedTuple):
-    """``items`` [total] item_index of all histories one after another; history u is ``items[starts[u]:starts[u + 1]]``,
-    oldest first; ``targets`` [users]: the held-out item, or -1 in the training split."""
+    """``Histories`` contains the histories of users: ``items`` [total] item_index of all histories one after another;
+    history u is ``items[starts[u]:starts[u + 1]]``, oldest first; ``targets`` [users]: the held-out item, or -1 in the
+    training split."""
 
     items: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -26,7 +27,7 @@ class Histories(NamedTuple):
 
     @staticmethod
     def from_batches(batches: Iterable[pa.RecordBatch]) -> Histories:
-        """From batches with the columns user_id, history and target, brought into the order of user_id."""
+        """Build histories from batches with the columns user_id, history and target, sorted by user_id."""
         parts = [b for b in batches if b.num_rows]
         if not parts:
             return Histories(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64))
@@ -39,7 +40,7 @@ class Histories(NamedTuple):
         return Histories(items, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), targets)
 
     def part(self, rank: int, world: int) -> Histories:
-        """Every ``world``-th user from ``rank`` on."""
+        """Return every ``world``-th user, starting with ``rank``."""
         users = np.arange(rank, len(self), world)
         lengths = self.starts[users + 1] - self.starts[users]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -47,19 +48,20 @@ class Histories(NamedTuple):
         return Histories(self.items[source], starts, self.targets[users])
 
     def sample(self, number: int) -> NDArray[np.int64]:
-        """``number`` users at random, always the same; all, if there are no more. Ids may be in the order of age."""
+        """Return a fixed random sample of ``number`` users, or all if there are fewer. Ids may be in the order of
+        age."""
         if len(self) <= number:
             return np.arange(len(self))
         return np.sort(np.random.default_rng(0).permutation(len(self))[:number])
 
     def repeats(self) -> int:
-        """Users whose target stands in their history, as far as it is kept."""
+        """Count the users whose target is in their (truncated) history."""
         hits = np.append(0, np.cumsum(self.items == np.repeat(self.targets, np.diff(self.starts))))
         return int((hits[self.starts[1:]] > hits[self.starts[:-1]]).sum())
 
     def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
-        """The last ``length`` items at most (all, if not given) of each user: [B, longest of them], padded at the end
-        with -1."""
+        """Return at most the last ``length`` items (all, if not given) of each user: [B, longest of them], padded at
+        the end with -1."""
         ends = self.starts[users + 1]
         counts = np.minimum(ends - self.starts[users], len(self.items) if length is None else length)
         width = int(counts.max(initial=1))
@@ -72,9 +74,9 @@ class Histories(NamedTuple):
 def epoch(
     histories: Histories, users: int, length: int, seed: int, number: int, workers: Workers, device: torch.device
 ) -> Iterator[NDArray[np.int64]]:
-    """The batches of epoch ``number``: this worker's share of ``users`` users a step, shuffled, their last ``length``
-    items (see :meth:`Histories.last`). All workers make equally many steps; one with fewer users sees some of them
-    again."""
+    """Yield the batches of epoch ``number``: this worker's share of ``users`` users per step, shuffled, their last
+    ``length`` items (see :meth:`Histories.last`). All workers make equally many steps; one with fewer users repeats
+    some."""
     share = max(1, users // workers.world)
     largest = int(workers.gather(torch.tensor([len(histories)], device=device)).max())
     order = np.resize(

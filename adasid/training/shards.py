@@ -1,5 +1,4 @@
-"""One worker's part of the catalogue, read once and shuffled by index: in memory, or memory-mapped where it is
-large."""
+"""Read one worker's part of the catalogue once and shuffle it by index, in memory, or memory-mapped if it is large."""
 
 from __future__ import annotations
 
@@ -22,11 +21,11 @@ _IN_MEMORY = 4 << 30
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for a tokenizer. ``vectors``: modality -> [B, D] float32, zero where absent; ``present``: modality -> [B]
-    bool; ``richness`` [B] in [0, 1]; ``index`` [B] int64: the item's index in the catalogue. In a batch of pairs row i
-    and row i + B/2 are co-engaged items where ``paired`` [B/2] is true, and one item twice where it is not.
-    ``previous``: codes [B, L] int64 that the items have so far (PAD: none), and the slack with which they are kept
-    (``adasid.quantizers.kmeans.previous_or_nearest``)."""
+    """A batch has rows for a tokenizer. ``vectors``: modality -> [B, D] float32, zero where absent; ``present``:
+    modality -> [B] bool; ``richness`` [B] in [0, 1]; ``index`` [B] int64: the item's index in the catalogue. In a batch
+    of pairs, rows i and i + B/2 are co-engaged items where ``paired`` [B/2] is true, and the same item where it is
+    false. ``previous``: previous codes [B, L] int64 of the items (PAD: none), and the tolerance ``slack`` within which
+    they are preserved (``adasid.quantizers.kmeans.previous_or_nearest``)."""
 
     vectors: dict[str, Tensor]
     present: dict[str, Tensor]
@@ -39,7 +38,7 @@ class Batch:
         return len(self.richness)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         vectors, present = (
             {name: value.to(device) for name, value in part.items()} for part in (self.vectors, self.present)
         )
@@ -51,7 +50,8 @@ class Batch:
 
 
 def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:
-    """Arrow rows of ``item_features`` as a batch. Raises InputError where a vector's width differs from ``widths``."""
+    """Convert Arrow rows of ``item_features`` to a batch. Raises InputError if a vector's width differs from
+    ``widths``."""
     vectors, present = {}, {}
     for modality, width in widths.items():
         if modality not in rows.schema.names:
@@ -79,7 +79,7 @@ def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np
             f"item_features.{modality} holds a vector of width {other}, expected {width}: retrain the tokenizer on "
             "these features, or mend the embedding"
         )
-    values = torch.zeros(len(column), width).numpy()  # torch's alignment: the same sums whatever the batch
+    values = torch.zeros(len(column), width).numpy()  # torch's alignment: equal sums for any batch
     values[there] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
     return values, there
 
@@ -89,8 +89,8 @@ Read = Callable[[list[str]], Iterable[pa.RecordBatch]]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Co-engaged pairs of a worker's items. ``items`` and ``partners`` [pairs]: item indices; ``read(columns)`` streams
-    the rows of ``item_features`` of those partners that are not the worker's own."""
+    """``Pairs`` contains the co-engaged pairs of a worker's items. ``items`` and ``partners`` [pairs]: item indices;
+    ``read(columns)`` streams the rows of ``item_features`` of those partners that are not the worker's own."""
 
     items: NDArray[np.int64]
     partners: NDArray[np.int64]
@@ -98,10 +98,10 @@ class Pairs:
 
 
 class Shard:
-    """One worker's items of the catalogue, and the partners that they are trained together with.
+    """A shard has one worker's items of the catalogue, and their co-engaged partners.
 
-    ``widths``: modality -> width; ``item_index`` [rows], ascending. ``len`` and :meth:`scan` are of the worker's own
-    items."""
+    ``widths``: modality -> width; ``item_index`` [rows], ascending. ``len`` and :meth:`scan` cover only the worker's
+    own items."""
 
     def __init__(
         self,
@@ -111,9 +111,9 @@ class Shard:
         pairs: Pairs | None = None,
         everyone: Read | None = None,
     ) -> None:
-        """``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches, in any order, and is
-        called several times; ``everyone``: the rows of all workers, of which only the first ones are read, to learn the
-        widths.
+        """Read the worker's items. ``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches,
+        in any order, and is called several times; ``everyone``: the rows of all workers, of which only the first ones
+        are read, to infer the widths.
 
         Raises InputError for an empty catalogue, a modality that no item has, or two widths of one modality.
         """
@@ -143,7 +143,7 @@ class Shard:
         return len(self.item_index)
 
     def hold(self, read: Iterable[pa.RecordBatch], length: int, slack: float) -> None:
-        """From now on batches hold the codes that items have so far: ``read`` streams (item_index, codes) of any items,
+        """Add the previous codes of items to all later batches: ``read`` streams (item_index, codes) of any items,
         ``length`` codes each."""
         codes, sorter = np.full((len(self._rows), length), PAD, np.int32), np.argsort(self._rows, kind="stable")
         for rows in read:
@@ -156,7 +156,7 @@ class Shard:
         self._previous = codes, slack
 
     def previous(self, size: int) -> Tensor | None:
-        """[L, size] int64: how many own items hold each code; None where nothing is held."""
+        """Count the worker's items that have each previous code, [L, size] int64; None without previous codes."""
         if self._previous is None:
             return None
         codes = torch.from_numpy(self._previous[0][: len(self)].T.astype(np.int64))
@@ -165,7 +165,7 @@ class Shard:
         )
 
     def take(self, rows: NDArray[np.int64]) -> Batch:
-        """The batch of the given positions in this shard."""
+        """Return the batch of the given positions in this shard."""
         where = torch.from_numpy(rows)
         vectors = {m: torch.from_numpy(values).index_select(0, where) for m, values in self._vectors.items()}
         present = {m: torch.from_numpy(values[rows]) for m, values in self._present.items()}
@@ -183,8 +183,8 @@ class Shard:
         )
 
     def take_pairs(self, rows: NDArray[np.int64], random: np.random.Generator) -> Batch:
-        """The batch of the given positions, followed by one partner of each, drawn evenly; an item without partners is
-        its own."""
+        """Return the batch of the given positions, followed by one uniformly drawn partner of each; an item without
+        partners is its own partner."""
         first, last = self._offsets[rows], self._offsets[rows + 1]
         paired = last > first
         drawn = first + (random.random(len(rows)) * (last - first)).astype(np.int64)
@@ -196,7 +196,7 @@ class Shard:
         return replace(self.take(np.concatenate([rows, partner])), paired=torch.from_numpy(paired))
 
     def scan(self, size: int = 4096) -> Iterator[Batch]:
-        """All own rows in order, ``size`` at a time."""
+        """Yield all of the worker's rows in order, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self.take(np.arange(start, min(start + size, len(self))))
 
@@ -211,7 +211,8 @@ class Shard:
             self._loaded[place] = True
 
     def _link(self, pairs: Pairs) -> None:
-        """Partners of each own row as positions, in compressed rows; pairs of items without features are left out."""
+        """Store the partners of each of the worker's rows as positions, in compressed rows; pairs of items without
+        features are dropped."""
         known = np.isin(pairs.items, self.item_index) & np.isin(pairs.partners, self._rows[self._loaded])
         items, partners = pairs.items[known], pairs.partners[known]
         order = np.argsort(items, kind="stable")
@@ -226,14 +227,14 @@ class Shard:
             if large:
                 with tempfile.TemporaryFile(
                     prefix="adasid-shard-"
-                ) as file:  # has no name: gone when this process is, however it ends
+                ) as file:  # an unnamed file, which disappears when the process ends
                     self._vectors[m] = np.memmap(file, np.float32, "w+", shape=(len(self._rows), width))
             else:
                 self._vectors[m] = np.zeros((len(self._rows), width), np.float32)
 
 
 def find_widths(read: Read, modalities: Iterable[str]) -> dict[str, int]:
-    """Width of each modality, from the first item that has it. Raises InputError where none does."""
+    """Return the width of each modality, from the first item that has it. Raises InputError if no item does."""
     widths: dict[str, int] = {}
     for modality in modalities:
         for rows in read([modality]):

@@ -1,7 +1,7 @@
-"""The loop that trains any tokenizer. Plain torch; the workers are passed in.
+"""Train any tokenizer. This is plain torch; the workers are passed in.
 
-Data order, initialisation and revival depend on (seed, epoch or step, rank) alone, so that a run that is killed resumes
-at its last checkpoint and ends as it would have, bit for bit."""
+Data order, initialisation and revival depend only on (seed, epoch or step, rank), so an interrupted run resumes at its
+last checkpoint and gives the same result, bit for bit."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ from adasid.training.shards import Shard
 from adasid.training.workers import Workers
 
 _NOTHING = config.Training()
-"""Settings of the loop for a tokenizer that it only fits."""
+"""Settings of the loop for a tokenizer that is only fitted."""
 _QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target", "least_active")
 
 
 def summary(row: Mapping[str, float], modalities: Iterable[str]) -> dict[str, Any]:
-    """Select what the manifest keeps of the last logged row; ``fvu``: fraction of variance unexplained by modality."""
+    """Select the entries of the last logged row for the manifest; ``fvu``: fraction of variance unexplained by
+    modality."""
     fvu = {m: row[f"fvu_{m}"] for m in modalities if f"fvu_{m}" in row}
     return {**{name: row[name] for name in _QUALITY if name in row}, "fvu": fvu}
 
 
 class TokenizerTraining:
-    """One training run, or one fit, on one worker; all workers hold the same tokenizer. ``data_version`` names the
-    input in errors; ``warm``: the tokenizer is trained already and goes on from there."""
+    """``TokenizerTraining`` is one training run, or one fit, on one worker; all workers have the same tokenizer.
+    ``data_version``: name of the input in errors; ``warm``: whether training continues from the weights of the
+    tokenizer."""
 
     def __init__(
         self,
@@ -76,14 +78,14 @@ class TokenizerTraining:
         self.steps = -(-largest // rows)
         self.share = (
             max(1, rows // 2) if self.pairs else rows
-        )  # a batch of pairs is half partners: as many steps and rows an epoch as without
+        )  # half of a batch of pairs are partners; steps and rows per epoch are as without pairs
         self.waited = 0.0
         previous = shard.previous(max(slot.size for slot in tokenizer.slots))
         if previous is not None:
             tokenizer.keep_codes(workers.sum(previous.to(self.device)) > 0)
 
     def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> list[dict[str, float]]:
-        """Train all epochs, then fit; returns the logged rows. ``report`` gets all rows so far, on every worker."""
+        """Train all epochs, then fit; return the logged rows. ``report`` gets all rows so far, on every worker."""
         first, rows = self._resume()
         for epoch in range(first, self.epochs + 1):
             if epoch == self.settings.warmup_epochs + 1 and not self.warm:
@@ -131,7 +133,7 @@ class TokenizerTraining:
         started, waited = time.monotonic(), 0.0
         random = np.random.default_rng([self.seed, epoch, self.workers.rank])
         order = random.permutation(len(self.shard))
-        order = np.resize(order, self.steps * self.share)  # of pairs, half the items are asked about in an epoch
+        order = np.resize(order, self.steps * self.share)  # with pairs, an epoch visits half of the items
         self.tokenizer.train()
         self.tokenizer.start_epoch(self._generator(-epoch))
         sums: dict[str, float] = {}
@@ -180,7 +182,7 @@ class TokenizerTraining:
         return losses.parts
 
     def _forget(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        """Clear the optimiser's moments where a parameter was replaced."""
+        """Clear the optimiser's moments at the replaced entries of a parameter."""
         assert self.optimizer is not None
         for value in self.optimizer.state.get(parameter, {}).values():
             if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -188,8 +190,8 @@ class TokenizerTraining:
 
     @torch.no_grad()
     def quality(self) -> dict[str, float]:
-        """Over all workers' items: fraction of variance unexplained by modality (methods 8.1), mean utilisation and
-        entropy of the codebooks."""
+        """Compute, over all workers' items, the fraction of variance unexplained by modality (methods 8.1), mean
+        utilisation and mean entropy of the codebooks."""
         self.tokenizer.eval()
         tokenizer, slots = self.tokenizer, self.tokenizer.slots
         used = torch.zeros(len(slots), max(slot.size for slot in slots), dtype=torch.float64, device=self.device)
@@ -211,7 +213,7 @@ class TokenizerTraining:
         for m, width in tokenizer.widths.items():
             total = self.workers.sum(errors[m])
             spread = total[width] - (total[:width] ** 2).sum() / total[-1].clamp(min=1)
-            if float(spread) > 1e-12 * float(total[width]):  # else all items are alike, or none has the modality
+            if float(spread) > 1e-12 * float(total[width]):  # else all items are equal, or none has the modality
                 row[f"fvu_{m}"] = float(total[width + 1] / spread)
         use = [code_use(counts[: slot.size]) for slot, counts in zip(slots, self.workers.sum(used).cpu().numpy())]
         entropy = [u.entropy for u in use if u.entropy is not None]

@@ -1,7 +1,7 @@
-"""What data-parallel training needs of its workers: a thin layer over ``torch.distributed`` that is the identity for
-one worker.
+"""This module is a thin layer over ``torch.distributed`` for data-parallel training; for one worker every operation is
+the identity.
 
-Whoever starts the processes (Ray Train, torchrun, a test) initialises the process group; this module starts nothing.
+The caller (Ray Train, torchrun, a test) starts the processes and initialises the process group.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from torch import Tensor
 
 
 def settle(threads: int) -> None:
-    """Fix what would make results depend on the process: the number of threads, and kernels that add in any order."""
+    """Make results independent of the process: fix the number of threads, and disable nondeterministic kernels."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # a property that mypy does not see; it costs time
+    # mypy does not know this property; filling memory costs time
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows, in rank order; the gradient of a row is the sum of what every rank's loss asks of it."""
+    """This function gathers all ranks' rows in rank order; the gradient of a row is the sum of its gradients on all
+    ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, workers: Workers) -> Tensor:
@@ -41,14 +42,14 @@ class _Gather(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Workers:
-    """This process's place among the workers."""
+    """``Workers`` has this process's rank and the number of workers."""
 
     rank: int = 0
     world: int = 1
 
     @staticmethod
     def current() -> Workers:
-        """From the initialised process group; one worker where there is none."""
+        """Return the workers of the initialised process group, or one worker if there is none."""
         return (
             Workers(dist.get_rank(), dist.get_world_size())
             if dist.is_available() and dist.is_initialized()
@@ -56,14 +57,15 @@ class Workers:
         )
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Elementwise sum over workers, a new tensor."""
+        """Return the elementwise sum over workers, a new tensor."""
         tensor = tensor.detach().clone()
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Concatenation over workers along the first dimension, rank order; all workers pass the same shape."""
+        """Concatenate ``rows`` of all workers along the first dimension in rank order; all workers pass the same
+        shape."""
         if self.world == 1:
             return rows.detach()
         parts = [torch.empty_like(rows) for _ in range(self.world)]
@@ -71,7 +73,7 @@ class Workers:
         return torch.cat(parts)
 
     def gather_ragged(self, rows: Tensor) -> Tensor:
-        """Like :meth:`gather`, for a different number of rows on each worker."""
+        """Gather as :meth:`gather` does, for a different number of rows on each worker."""
         if self.world == 1:
             return rows.detach()
         sizes = [int(n) for n in self.gather(torch.tensor([rows.shape[0]], device=rows.device))]
@@ -81,11 +83,11 @@ class Workers:
         return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
-        """:meth:`gather` that gradients flow through."""
+        """Gather as :meth:`gather` does, with gradients."""
         return rows if self.world == 1 else _Gather.apply(rows, self)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, written into ``tensor`` on every worker."""
+        """Write rank 0's values into ``tensor`` on every worker, and return it."""
         if self.world > 1:
             place = tensor.to("cuda") if dist.get_backend() == "nccl" else tensor
             dist.broadcast(place, 0)
@@ -104,5 +106,5 @@ class Workers:
             parameter.grad = part.view_as(parameter).clone()
 
     def agree(self, ok: bool, device: torch.device | str = "cpu") -> bool:
-        """Whether ``ok`` holds on every worker: a condition on which all stop together."""
+        """Return whether ``ok`` is true on every worker, so that all workers stop together."""
         return ok if self.world == 1 else bool(self.sum(torch.tensor([0.0 if ok else 1.0], device=device)).item() == 0)

@@ -1,7 +1,8 @@
-"""The night as an Airflow 3 DAG: today's tables in, new SIDs out, old files away. Copy it into the DAGs folder.
+"""Schedule the nightly run as an Airflow 3 DAG: ingest, build features, retokenize, maintain. Copy it into the DAGs
+folder.
 
 ``ADASID_HOME`` (the checkout, with its ``.venv``), ``ADASID_CONFIG`` (a file of ``conf/``) and ``ADASID_DRIVER_MEMORY``
-are read from the scheduler's environment. A refused night (exit code 4) is not tried again: it would be refused again.
+are read from the scheduler's environment. A refused run (exit code 4) is not retried: it would be refused again.
 
 The run date is the scheduler's: ``ds`` is the UTC date of the run's logical date. With a cron schedule Airflow 3 takes
 the time at which a run is due (``CronTriggerTimetable``), so the run of 2 January at 02:30 has ``ds`` 2026-01-02, also
@@ -31,7 +32,7 @@ with DAG(
 ) as dag:
 
     def job(name: str, arguments: str = "", **options: object) -> BashOperator:
-        """One job of ``jobs/``."""
+        """Return the task that runs one job of ``jobs/``."""
         command = (
             f"PATH={HOME}/.venv/bin:$PATH spark-submit --driver-memory {MEMORY} jobs/{name}.py --config "
             f"{CONFIG} "

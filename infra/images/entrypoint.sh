@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a pod of the image starts: Spark on Kubernetes calls it with "driver" and the arguments of spark-submit, or with "executor" and the
-# executor's settings in its environment; anything else is run as it stands.
+# Starts a pod of the image: Spark on Kubernetes calls it with "driver" and the arguments of spark-submit, or with
+# "executor" and the executor's settings in its environment; any other command is run unchanged.
 set -euo pipefail
 export SPARK_HOME="${SPARK_HOME:-$(python -c 'import os, pyspark; print(os.path.dirname(pyspark.__file__))')}"
 

@@ -1,4 +1,5 @@
-# The tracking server; MLFLOW_SERVER_ALLOWED_HOSTS names the hosts by which it is reached, or it answers only to localhost and private addresses.
+# Builds the tracking server. MLFLOW_SERVER_ALLOWED_HOSTS names the hosts by which it is reached; without it the server
+# answers only to localhost and private addresses.
 # docker build -f infra/images/mlflow.Dockerfile -t adasid-mlflow:0.1.0 .
 FROM python:3.11-slim-bookworm
 ARG PIP_ARGS=""

@@ -1,4 +1,5 @@
-# The jobs, for spark-submit on one machine and for the Spark operator. Build from the checkout: docker build -f infra/images/spark.Dockerfile -t adasid-spark:0.1.0 .
+# Builds the jobs, for spark-submit on one machine and for the Spark operator. Build from the checkout:
+# docker build -f infra/images/spark.Dockerfile -t adasid-spark:0.1.0 .
 FROM python:3.11-slim-bookworm
 RUN apt-get update && apt-get install -y --no-install-recommends openjdk-17-jre-headless procps tini && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/adasid

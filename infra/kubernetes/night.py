@@ -1,5 +1,4 @@
-"""The night in one Spark application: the jobs, in order, in one process; the first that fails ends it with its exit
-code.
+"""Run the nightly jobs in one Spark application, one after another; the first failure ends it with its exit code.
 
   spark-submit infra/kubernetes/night.py --config conf/cluster.yaml --run-date today
 

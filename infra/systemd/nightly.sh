@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The night on one machine: what the timer starts. The first argument is the run date (default: today, in UTC). The
-# first job that fails ends it with its exit code.
+# Runs the nightly jobs on one machine, started by the timer. The first argument is the run date (default: today, in
+# UTC). The first job that fails ends the script with its exit code.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 day="${1:-today}"
 config="${ADASID_CONFIG:?name a file of conf/}"
-export PATH="$PWD/.venv/bin:$PATH"  # spark-submit takes the first python3
+export PATH="$PWD/.venv/bin:$PATH"  # spark-submit uses the first python3
 submit=(spark-submit --driver-memory "${ADASID_DRIVER_MEMORY:-8g}")
 "${submit[@]}" jobs/ingest.py --config "$config"
 "${submit[@]}" jobs/build_features.py --config "$config"

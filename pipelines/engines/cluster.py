@@ -1,4 +1,4 @@
-"""Ray: start or join a cluster, run one function on all training workers, bring its errors home as one line."""
+"""Start or join a Ray cluster, run one function on all training workers, and report its errors as one line."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "268435456",
 }
-"""glibc keeps large buffers instead of giving them back to the kernel every step (1.4 times faster training on
-CPUs)."""
+"""With these settings glibc retains large buffers instead of returning them to the kernel every step (1.4 times faster
+training on CPUs)."""
 
 METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"
@@ -42,7 +42,9 @@ def fit(
     process for 0.
 
     A worker that dies is replaced (the function resumes from its checkpoint in ``folder``). ``show`` gets each new row
-    of the ``metrics.jsonl`` that the function writes there. Raises the workers' own AdasidError, or TrainingError."""
+    of the ``metrics.jsonl`` that the function writes in ``folder``. Raises the workers' own AdasidError, or
+    TrainingError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _FAILURE).unlink(missing_ok=True)
     with _watch(folder, show):
@@ -101,19 +103,18 @@ def _fit_on_ray(
             f"{name}: the workers failed ({_first_line(error)}); run the command again to resume from the last "
             "checkpoint"
         ) from error
-    _raise_failure(folder, ("TrainingError",))  # any other was mended by a later try
+    _raise_failure(folder, ("TrainingError",))  # a retry has recovered from any other kind
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
-    """The metrics that the function has written so far, one row an epoch."""
+    """Return the metrics that the function has written so far, one row an epoch."""
     path = folder / METRICS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 @contextmanager
 def _watch(folder: Path, show: Callable[[dict[str, float]], None]) -> Iterator[None]:
-    """Call ``show`` with each row of metrics that appears (also where another machine writes it); its error is raised
-    at the end."""
+    """Call ``show`` with each new row of metrics (also where another machine writes it); raise its error at the end."""
     stop = threading.Event()
     failed: list[Exception] = []
 
@@ -144,7 +145,7 @@ def _watch(folder: Path, show: Callable[[dict[str, float]], None]) -> Iterator[N
 
 
 def shutdown() -> None:
-    """Stop the local cluster that :func:`fit` started, or leave the one it joined."""
+    """Stop the local cluster that :func:`fit` started, or disconnect from the one it joined."""
     import ray
 
     if ray.is_initialized():
@@ -165,7 +166,7 @@ def _connect(settings: config.Ray) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     environment = {**MALLOC, "RAY_TRAIN_V2_ENABLED": "1"}
     address = settings.address or os.environ.get("RAY_ADDRESS")
-    if address and address.startswith("http"):  # where jobs are submitted, not where a driver joins
+    if address and address.startswith("http"):  # the address of the jobs API, which a driver cannot join
         address = "auto"
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": environment},
@@ -174,7 +175,7 @@ def _connect(settings: config.Ray) -> None:
     }
     if address:
         host, _, port = address.rpartition(":")
-        if host and port.isdigit():  # Ray itself would try for five minutes without a word
+        if host and port.isdigit():  # Ray itself would retry silently for five minutes
             socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
         ray.init(address=address, **options)
     else:
@@ -183,7 +184,7 @@ def _connect(settings: config.Ray) -> None:
 
 
 def _guarded(call: dict[str, Any]) -> None:
-    """On a worker: run the function; leave an expected error where the driver finds it."""
+    """Run the function on a worker; write an expected error to the file that the driver reads."""
     settle(call["threads"])
     try:
         call["function"](call["payload"])
@@ -191,7 +192,7 @@ def _guarded(call: dict[str, Any]) -> None:
         write_json(Path(call["folder"]) / _FAILURE, {"kind": type(error).__name__, "message": str(error)})
         if not isinstance(
             error, errors.TrainingError
-        ):  # a TrainingError is raised by all workers together: nothing to retry, nobody waits
+        ):  # all workers raise a TrainingError together: a retry would fail again, and no worker waits
             raise
 
 

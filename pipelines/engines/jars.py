@@ -1,8 +1,9 @@
-"""Fetch Delta's two jars once, through Spark's own resolver (so that a user's mirror settings hold), into Spark's jar
-folder.
+"""Download Delta's two jars once into Spark's jar folder, through Spark's own resolver (so that a user's mirror
+settings apply).
 
-Usage: ``python -m pipelines.engines.jars``. delta-spark's own helper would bring 33 jars, a second Hadoop client among
-them."""
+Usage: ``python -m pipelines.engines.jars``. delta-spark's own helper would download 33 jars, a second Hadoop client
+among them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ EXCLUDES = (
 
 
 def main() -> int:
-    """Bring what is missing; returns the exit code."""
+    """Download the missing jars; return the exit code."""
     folder = jar_folder()
     if all((folder / jar).exists() for jar in JARS):
         return 0

@@ -1,8 +1,7 @@
-"""The lake: Delta tables in one folder, read outside Spark through delta-rs, always at a version.
+"""Read and write the lake: Delta tables in one folder, read outside Spark through delta-rs, always at a version.
 
-Every write carries, as commit metadata, the digest of what it was made from. A stage whose outputs already carry the
-digest of its inputs has nothing to do: that is what makes every stage safe to run again. Tables that are made of others
-also carry the versions that were read.
+Every commit carries the input hash of its rows as metadata. A stage whose outputs already carry its input hash has
+nothing to do, which makes every stage safe to run again. Derived tables also carry the versions of their sources.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ _WRITES = {
     "MERGE",
 }
 STAMP = "adasid"
-"""Commit-metadata key under which the digest of a table's inputs is kept."""
+"""This key of a commit's metadata holds the table's input hash."""
 
 
 _READ = "read"
-"""The same for the versions of other tables that were read."""
+"""This key of a commit's metadata holds the versions of the tables that were read."""
 
 
 def stamped(digest: str | None, sources: Mapping[str, int] | None = None) -> str:
-    """The commit metadata with ``digest`` and the versions of the table's ``sources``."""
+    """Return the commit metadata with the input hash ``digest`` and the versions of the table's ``sources``."""
     return json.dumps({STAMP: digest, **({_READ: dict(sources)} if sources else {})})
 
 
@@ -52,32 +51,32 @@ def properties(
     retries: int | None = None,
     sources: Mapping[str, int] | None = None,
 ) -> CommitProperties:
-    """Of a commit stamped with ``digest`` and the versions of ``sources``; ``retries`` 0: it succeeds only on the
-    version that was read."""
+    """Return the properties of a commit with the input hash ``digest`` and the versions of ``sources``; ``retries`` 0:
+    it succeeds only on the version that was read."""
     return CommitProperties(custom_metadata={"userMetadata": stamped(digest, sources)}, max_commit_retries=retries)
 
 
 @dataclass(frozen=True)
 class Lake:
-    """``root``: folder of the tables; ``pins``: table -> version that replaces the latest."""
+    """A lake is a folder of Delta tables. ``root``: the folder; ``pins``: table -> version that replaces the latest."""
 
     root: str
     pins: Mapping[str, int]
 
     def path(self, table: str) -> str:
-        """Folder of a table."""
+        """Return the folder of a table."""
         return f"{self.root}/{table}"
 
     def target(self, table: str) -> str:
-        """Folder of a table that is about to be written."""
+        """Return the folder of a table that is about to be written."""
         return self.path(table)
 
     def exists(self, table: str) -> bool:
-        """Whether the table has a first version."""
+        """Return whether the table has a first version."""
         return DeltaTable.is_deltatable(self.path(table))
 
     def missing(self, table: str, version: int) -> list[str]:
-        """Files of a version that are not there any more."""
+        """Return the files of a version that no longer exist."""
         return [file for file in self.open(table, version).file_uris() if not Path(unquote(file)).exists()]
 
     def writable(self) -> None:
@@ -94,7 +93,7 @@ class Lake:
             ) from None
 
     def open(self, table: str, version: int | None = None) -> DeltaTable:
-        """The table at ``version``, its pin, or its latest version. Raises InputError where there is none."""
+        """Open the table at ``version``, its pin, or its latest version. Raises InputError where there is none."""
         version = self.pins.get(table) if version is None else version
         try:
             return DeltaTable(self.path(table), version=version)
@@ -109,31 +108,29 @@ class Lake:
             ) from None
 
     def version(self, table: str) -> int:
-        """The version that a reader gets: the pin, else the latest."""
+        """Return the version that a reader gets: the pin, else the latest."""
         return self.open(table).version()
 
     def versions(self, *tables: str) -> dict[str, int]:
-        """:meth:`version` of several tables, by name."""
+        """Return :meth:`version` of several tables, by name."""
         return {table: self.version(table) for table in tables}
 
     def schema(self, table: str, version: int | None = None) -> pa.Schema:
-        """Columns of the table at a version."""
+        """Return the schema of the table at a version."""
         return pa.schema(self.open(table, version).schema().to_arrow())
 
     def input_hash(self, table: str, version: int | None = None) -> str | None:
-        """The input digest of the commit that made ``version`` (default: the latest); None for no table or no
-        digest."""
+        """Return the input hash in the commit of ``version`` (default: the latest); None for no table or no hash."""
         return _digest(self._commit(table, version))
 
     def lineage(self, table: str, version: int | None = None) -> dict[str, int]:
-        """The versions of other tables that ``version`` (default: the latest) was made of; none where its commit is
-        silent."""
+        """Return the versions of other tables from which ``version`` (default: the latest) was computed; empty where
+        its commit names none."""
         return dict(_metadata(self._commit(table, version)).get(_READ) or {})
 
     def newer(self, table: str, version: int) -> tuple[int, datetime] | None:
-        """The latest version, whatever the pins say, and when the first one after ``version`` was committed that was
-        made of
-        something else; None where the latest was made of the same as ``version``."""
+        """Return the latest version, whatever the pins say, and the time of the first commit after ``version`` with
+        another input hash; None where the latest has the same hash as ``version``."""
         if not self.exists(table):
             return None
         latest = DeltaTable(self.path(table))
@@ -148,7 +145,7 @@ class Lake:
         return newest, committed(commits[first])
 
     def _commit(self, table: str, version: int | None) -> dict[str, Any]:
-        """The commit that made ``version`` (default: the latest), empty for none."""
+        """Return the commit of ``version`` (default: the latest), empty for none."""
         if not self.exists(table):
             return {}
         latest = DeltaTable(self.path(table))
@@ -157,26 +154,25 @@ class Lake:
         return next((entry for entry in entries if entry["version"] == version), {})
 
     def made(self, table: str, digest: str) -> int | None:
-        """The newest version that a commit with this digest wrote; None for none."""
+        """Return the newest version whose commit carries this input hash; None for none."""
         found = (int(entry["version"]) for entry in self.writes(table) if digest in str(entry.get("userMetadata")))
         return next(found, None)
 
     def writes(self, table: str) -> Iterator[dict[str, Any]]:
-        """The commits that wrote rows, newest first: those of maintenance are left out."""
+        """Yield the commits that wrote rows, newest first, without those of maintenance."""
         for entry in DeltaTable(self.path(table)).history() if self.exists(table) else ():
             if entry.get("operation") in _WRITES:
                 yield entry
 
     def input_hashes(self, versions: Mapping[str, int]) -> dict[str, str]:
-        """What the given versions were made from; the path and version themselves for a table that carries no
-        digest."""
+        """Return the input hashes of the given versions; path and version for a table that carries none."""
         return {
             table: self.input_hash(table, version) or f"{self.path(table)}@{version}"
             for table, version in versions.items()
         }
 
     def fresh(self, digest: str, *tables: str) -> bool:
-        """Whether the latest commit of each table was made from inputs with this digest."""
+        """Return whether the latest commit of each table carries this input hash."""
         return all(self.input_hash(table) == digest for table in tables)
 
     def batches(
@@ -191,7 +187,7 @@ class Lake:
         yield from dataset.to_batches(columns=columns, filter=filter)
 
     def read(self, table: str, version: int | None = None, columns: list[str] | None = None) -> pa.Table:
-        """All rows of one version: for tables that do not grow with the catalogue, and for tests."""
+        """Return all rows of one version: for tables that do not grow with the catalogue, and for tests."""
         return self.open(table, version).to_pyarrow_table(columns=columns)
 
     def write(
@@ -202,7 +198,7 @@ class Lake:
         digest: str,
         sources: Mapping[str, int] | None = None,
     ) -> int:
-        """Replace a table in one commit stamped with ``digest`` and the versions of ``sources``; returns the new
+        """Replace a table in one commit with the input hash ``digest`` and the versions of ``sources``; return the new
         version."""
         reader = pa.RecordBatchReader.from_batches(schema, batches)
         input_hash = properties(digest, sources=sources)
@@ -219,12 +215,12 @@ class Lake:
         digest: str,
         sources: Mapping[str, int] | None = None,
     ) -> int:
-        """:meth:`write` of a few rows; columns that a row does not name are null."""
+        """Write a few rows as :meth:`write` does; columns that a row does not name are null."""
         full = [{name: row.get(name) for name in schema.names} for row in rows]
         return self.write(table, schema, pa.Table.from_pylist(full, schema).to_batches(), digest, sources)
 
     def put(self, table: str, rows: pa.Table, where: str, digest: str) -> None:
-        """Replace the rows that ``where`` holds for by ``rows``, in one commit stamped with ``digest``."""
+        """Replace the rows that satisfy ``where`` by ``rows``, in one commit with the input hash ``digest``."""
         there = DeltaTable(self.target(table)) if self.exists(table) else self.target(table)
         write_deltalake(
             there,
@@ -235,7 +231,7 @@ class Lake:
         )
 
     def restore(self, table: str, version: int | None) -> None:
-        """Give a table the rows and the digest of ``version`` back, as a new version; None: it was not there, and its
+        """Restore the rows and the input hash of ``version``, as a new version; None: the table did not exist, and its
         folder is removed."""
         if version is None:
             shutil.rmtree(self.path(table), ignore_errors=True)
@@ -243,9 +239,9 @@ class Lake:
             DeltaTable(self.path(table)).restore(version, commit_properties=properties(self.input_hash(table, version)))
 
     def change(self, table: str, version: int, rows: pa.Table, gone: pa.Array, digest: str) -> None:
-        """Replace the rows of the items in ``rows`` (each once), add those of items that are new, and remove those of
-        the items ``gone``, in one commit after ``version``, stamped with ``digest``: columnar, without Spark, so that a
-        small change of a large table is cheap. Raises BusyError where somebody else has written since."""
+        """Update the rows of the items in ``rows`` (each once), insert those of new items, and delete those of the
+        items ``gone``, in one commit after ``version`` with the input hash ``digest``. It is columnar, without Spark,
+        so that a small change of a large table is cheap. Raises BusyError where another run has written since."""
         rows = rows.append_column("_gone", pa.array(np.zeros(rows.num_rows, bool)))
         leaving = pa.table({"item_id": gone, "_gone": np.ones(len(gone), bool)}).cast(
             pa.schema([("item_id", pa.string()), ("_gone", pa.bool_())])
@@ -273,12 +269,12 @@ class Lake:
 
 
 def committed(commit: Mapping[str, Any]) -> datetime:
-    """When a commit was made, in UTC."""
+    """Return the time of a commit, in UTC."""
     return datetime.fromtimestamp(commit["timestamp"] / 1000, timezone.utc)
 
 
 def _metadata(commit: Mapping[str, Any]) -> dict[str, Any]:
-    """What we wrote into a commit, empty where it is of others."""
+    """Return the metadata that adasid wrote into a commit, empty for a commit of another program."""
     try:
         found = json.loads(commit["userMetadata"])
     except (ValueError, KeyError, TypeError):
@@ -288,7 +284,7 @@ def _metadata(commit: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digest(commit: Mapping[str, Any]) -> str | None:
     found = _metadata(commit).get(STAMP)
-    return None if found in (None, "None") else str(found)  # maintenance keeps the stamp of a table that has none
+    return None if found in (None, "None") else str(found)  # after maintenance of a table without a hash
 
 
 def _nullable(schema: pa.Schema) -> pa.Schema:

@@ -1,4 +1,4 @@
-"""The Spark session and Delta reads and writes through it."""
+"""Start the Spark session, and read and write Delta tables through it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _TASK_LOGS = (
     "org.apache.spark.sql.execution.datasources.FileFormatWriter",
     "org.apache.spark.sql.delta.files.DeltaFileFormatWriter",
 )
-"""Loggers of the driver that print a task's stack trace before its error reaches the job, which prints one line and
-keeps the trace in a file."""
+"""These loggers of the driver print a task's stack trace before its error reaches the job, which prints one line and
+writes the trace to a file."""
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 
 
@@ -43,14 +43,14 @@ _DEFAULTS = {
     "spark.ui.showConsoleProgress": "false",
     "spark.log.level": "ERROR",
 }
-"""Settings that `spark-submit --conf` and spark-defaults.conf may replace."""
+"""``spark-submit --conf`` and spark-defaults.conf may replace these settings."""
 _REQUIRED = {
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
     "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
-    # a version that a generation needs stays readable
+    # versions that a generation needs stay readable
     "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",
     "spark.sql.session.timeZone": "UTC",
-    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",  # compaction outside Spark wraps INT96 around
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",  # compaction outside Spark overflows INT96
     "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
     "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
     "spark.sql.parquet.int96RebaseModeInRead": "CORRECTED",
@@ -58,7 +58,7 @@ _REQUIRED = {
     "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # 00001 is not 1
     "spark.sql.execution.arrow.pyspark.enabled": "true",
 }
-"""Settings without which values would be read or written wrongly: nothing replaces them but ``spark.conf``."""
+"""Without these settings values would be read or written wrongly; only ``spark.conf`` replaces them."""
 
 
 def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
@@ -96,7 +96,7 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
 
 
 def _launch(settings: config.Spark) -> dict[str, str]:
-    """Settings that the JVM must have when it starts."""
+    """Return the settings that the JVM needs at its start."""
     options = f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
     own = settings.conf.get("spark.driver.extraJavaOptions")
     return {
@@ -107,8 +107,8 @@ def _launch(settings: config.Spark) -> dict[str, str]:
 
 
 def chosen(settings: config.Spark, given: Mapping[str, str], launch: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Settings of a session. ``given``: those of spark-submit and spark-defaults.conf; ``launch``: those that the JVM
-    was started with."""
+    """Return the settings of a session. ``given``: those of spark-submit and spark-defaults.conf; ``launch``: those
+    with which the JVM was started."""
     defaults = {"spark.sql.shuffle.partitions": str(settings.shuffle_partitions), **_DEFAULTS}
     extensions = [part for part in given.get("spark.sql.extensions", "").split(",") if part and part != _EXTENSION]
     return {
@@ -129,17 +129,17 @@ def _start_fix(error: Exception) -> str:
 
 
 def jar_folder() -> Path:
-    """Where Spark looks for jars by itself, in every way of starting it."""
+    """Return the folder in which Spark looks for jars, however it is started."""
     return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent) / "jars"
 
 
 def struct(schema: pa.Schema) -> StructType:
-    """The Spark schema of an Arrow schema."""
+    """Return the Spark schema of an Arrow schema."""
     return from_arrow_schema(schema)
 
 
 def read(spark: SparkSession, lake: Lake, table: str, version: int | None = None) -> DataFrame:
-    """The table at ``version``, its pin, or its latest version."""
+    """Read the table at ``version``, its pin, or its latest version."""
     version = lake.open(table, version).version()
     return spark.read.format("delta").option("versionAsOf", version).load(lake.path(table))
 
@@ -155,12 +155,13 @@ def write(
     few: bool = False,
     sources: Mapping[str, int] | None = None,
 ) -> int:
-    """Replace the table by ``frame``, cast to its schema, in one commit stamped with ``digest`` and the versions of
-    ``sources``; returns the version.
+    """Replace the table by ``frame``, cast to its schema, in one commit with the input hash ``digest`` and the versions
+    of ``sources``; return the version.
 
     ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's
-    last. ``replace``: replace only the rows that this condition holds for, which all of ``frame`` must satisfy.
-    ``few``: into few large files, whatever the partitions, at the price of a shuffle."""
+    last. ``replace``: replace only the rows that satisfy this condition, which all of ``frame`` must satisfy. ``few``:
+    write few large files, whatever the partitions, at the price of a shuffle.
+    """
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
     writer = frame.select(*columns).write.format("delta").mode("append" if append else "overwrite")
@@ -179,8 +180,8 @@ def write(
 
 
 def escaped(path: str, key: str) -> str:
-    """``path`` as Hadoop takes it literally, and not as a pattern. Raises InputError for a local path with a colon,
-    which Hadoop cannot parse."""
+    """Escape ``path`` so that Hadoop takes it literally, not as a pattern. Raises InputError for a local path with a
+    colon, which Hadoop cannot parse."""
     if "://" in path:
         return path
     if ":" in path:
@@ -189,13 +190,14 @@ def escaped(path: str, key: str) -> str:
 
 
 def input_error(error: Exception) -> InputError | None:
-    """The InputError that a Python function raised on a Spark worker; None where the error is another one."""
+    """Return the InputError that a Python function raised on a Spark worker; None for any other error."""
     found = re.search(r"adasid\.errors\.InputError: ([^\n]+)", str(error))
     return InputError(found.group(1).strip()) if found else None
 
 
 def root_cause(error: Exception) -> str:
-    """The first line of an error: of its root cause where it comes from Java; with the file that it was about."""
+    """Return the first line of an error, of its root cause where it comes from Java, with the name of the file
+    concerned."""
     if isinstance(error, Py4JJavaError):
         cause = error.java_exception
         while cause.getCause() is not None:
@@ -209,5 +211,5 @@ def root_cause(error: Exception) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide a result, for manifests and tracking."""
+    """Return the versions of the libraries that affect a result, for manifests and tracking."""
     return {name: importlib.metadata.version(name) for name in ("pyspark", "delta-spark", "torch", "numpy", "pyarrow")}

@@ -1,5 +1,5 @@
-"""MLflow: one parent run for a pipeline run, a child for each stage, with configuration, lineage, metrics and
-artifacts."""
+"""Track runs in MLflow: one parent run for a pipeline run, a child for each stage, with configuration, lineage, metrics
+and artifacts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from pipelines.run import Run
 
 @dataclass
 class StageContext:
-    """The MLflow run of one stage. ``status`` is ``done`` or ``up to date``; ``journal``: whether its end
-    is written to the run's journal; ``facts`` end up in the printed summary."""
+    """A stage runs in a context: its MLflow run. ``status``: ``done``, ``up to date`` or another word for the end;
+    ``journal``: whether its end is written to the run's journal; ``facts``: shown in the printed summary."""
 
     cfg: Config
     lake: Lake
@@ -46,11 +46,11 @@ class StageContext:
     started: float = field(default_factory=time.monotonic)
 
     def note(self, text: str) -> None:
-        """One line of progress on standard error."""
+        """Print one line of progress on standard error."""
         print(f"[{self.stage} {time.monotonic() - self.started:6.1f}s] {text}", file=sys.stderr, flush=True)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log numbers; at most MLflow's characters in a name (``@`` becomes ``_at_``)."""
+        """Log numbers; names are restricted to MLflow's characters (``@`` becomes ``_at_``)."""
         now = int(time.time() * 1000)
         metrics = [Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()]
         self.client.log_batch(self.run_id, metrics=metrics)
@@ -70,8 +70,8 @@ class StageContext:
             self.client.set_tag(self.run_id, f"out.{table}", version)
 
     def lineage(self, days: int) -> Iterator[tuple[str, int]]:
-        """Tables and their versions that this pipeline's runs of the last ``days`` days read or wrote; runs deleted in
-        MLflow do not count."""
+        """Yield tables and their versions that this pipeline's runs of the last ``days`` days read or wrote; runs
+        deleted in MLflow do not count."""
         since, page = int((time.time() - 86_400 * days) * 1000), None
         experiment = self.client.get_run(self.run_id).info.experiment_id
         while True:
@@ -86,7 +86,7 @@ class StageContext:
                 return
 
     def artifact(self, path: Path | str) -> None:
-        """Log a file, or a folder with all that is in it."""
+        """Log a file, or a folder with all its files."""
         path = Path(path)
         if path.is_dir():
             self.client.log_artifacts(self.run_id, str(path), path.name)
@@ -95,7 +95,7 @@ class StageContext:
 
 
 def open_lake(cfg: Config) -> Lake:
-    """The run's lake, checked to be writable and of this version's format."""
+    """Return the run's lake. Raises InputError unless it is writable and of this version's format."""
     lake = Run(cfg).lake
     lake.writable()
     migrate.check(lake)
@@ -103,14 +103,14 @@ def open_lake(cfg: Config) -> Lake:
 
 
 def new_pipeline(cfg: Config) -> None:
-    """Make the stages that follow children of a new parent run."""
+    """Make the next stages children of a new parent run."""
     Run(cfg).pipeline.unlink(missing_ok=True)
 
 
 @contextmanager
 def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) -> Iterator[StageContext]:
-    """Open the MLflow run of a stage below the pipeline's parent run (made if there is none), close it with the right
-    status, and append its wall time and facts to ``stages.jsonl`` in the run's folder (not without ``journal``).
+    """Open the MLflow run of a stage below the pipeline's parent run (created if there is none), close it with the
+    right status, and append its wall time and facts to ``stages.jsonl`` in the run's folder (not without ``journal``).
     ``migrates``: the lake may have an older format."""
     lake = Run(cfg).lake if migrates else open_lake(cfg)
     uri = Run(cfg).tracking_uri
@@ -132,7 +132,7 @@ def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) 
             raise _unusable(uri, error) from error
         raise
     seconds = time.monotonic() - context.started
-    with _best_effort(context, "the end"):  # the stage is done, whatever becomes of MLflow
+    with _best_effort(context, "the end"):  # the stage is done even if MLflow fails
         context.metrics({"wall_seconds": seconds})
         client.set_tag(run_id, "status", context.status)
         client.set_terminated(run_id)
@@ -148,11 +148,11 @@ def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) 
 
 
 def _start(cfg: Config, name: str, uri: str) -> tuple[MlflowClient, str, str]:
-    """The client, the pipeline's parent run and the new run of a stage."""
+    """Return the client, the pipeline's parent run and the new run of a stage."""
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # a minute; MLflow's own 7 are six
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # about one minute; MLflow's default of 7 takes six
     mlflow.set_tracking_uri(uri)
     client = MlflowClient(uri)
     experiment = _experiment(cfg, client, uri)
@@ -164,14 +164,14 @@ def _start(cfg: Config, name: str, uri: str) -> tuple[MlflowClient, str, str]:
 
 
 def _experiment(cfg: Config, client: MlflowClient, uri: str) -> str:
-    """Its id; it is made where there is none."""
+    """Return the experiment's id; create the experiment if there is none."""
     name, location = cfg.tracking.experiment, Run(cfg).tracked_artifacts.as_uri()
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
             return str(client.create_experiment(name, artifact_location=None if cfg.tracking.uri else location))
         except MlflowException as error:
-            found = client.get_experiment_by_name(name)  # another run may have made it at the same time
+            found = client.get_experiment_by_name(name)  # another run may have created it concurrently
             if found is None:
                 raise error from None
     if found.lifecycle_stage == LifecycleStage.DELETED:
@@ -183,7 +183,7 @@ def _experiment(cfg: Config, client: MlflowClient, uri: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """Without the user and password of a URL."""
+    """Remove the user and password of a URL."""
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
@@ -194,7 +194,7 @@ def _unusable(uri: str, error: Exception) -> InputError:
 
 @contextmanager
 def _best_effort(context: StageContext, what: str) -> Iterator[None]:
-    """MLflow's faults are noted: they replace neither an error nor a stage that is done."""
+    """Note MLflow's faults: they replace neither an error nor the result of a finished stage."""
     try:
         yield
     except Exception as error:
@@ -219,11 +219,11 @@ def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
 
 
 def parameters(cfg: Config) -> dict[str, Any]:
-    """The config as flat keys and values; without the sections of comparisons, whose labels may be any text and which a
-    cell's own config says."""
+    """Return the config as flat keys and values, without the sections of comparisons, whose labels may be any text and
+    whose values are in each cell's own config."""
     sections = cfg.model_dump(mode="json", exclude={"compare", "evaluate"})
     flat = {key: value for section, values in sections.items() for key, value in _flatten(values, section).items()}
-    return {re.sub(r"[^\w./ :-]", "_", key): value for key, value in flat.items()}  # the characters that MLflow takes
+    return {re.sub(r"[^\w./ :-]", "_", key): value for key, value in flat.items()}  # MLflow allows no others
 
 
 def _flatten(value: Any, prefix: str) -> dict[str, Any]:

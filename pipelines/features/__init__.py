@@ -1,4 +1,4 @@
-"""The features stages (Spark): check the input, split it, measure the long tail, and join what a tokenizer reads."""
+"""Run the features stages (Spark): check the input, split it, measure the long tail, and join a tokenizer's inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.features import events, items, pairs
 
 def run(cfg: Config, context: StageContext, part: Literal["auto", "events", "items"] = "auto") -> None:
     """Bring the tables up to date. ``events`` needs items and interactions, ``items`` also behaviour embeddings;
-    ``auto`` does both as far as it can. Raises InputError for missing or unusable input."""
+    ``auto`` does both as far as possible. Raises InputError for missing or unusable input."""
     worked = False
     if part != "items":
         worked = stage.run(events.EVENTS, cfg, context) is not None

@@ -1,5 +1,5 @@
-"""The first part of the features stage: from raw items and interactions to item_stats, user_stats, sequences,
-ranking_samples, catalog_stats, and item_pairs where the tokenizer learns from them."""
+"""Compute, from raw items and interactions, item_stats, user_stats, sequences, ranking_samples, catalog_stats, and
+item_pairs where the tokenizer learns from them: the first part of the features stage."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _LATER = {
     "norm_percentiles",
     "proxy_min_spearman",
     "pairs",
-}  # modalities(), settings of the second part, and of item_pairs
+}  # covered by modalities(), or read only by the second part and item_pairs
 _DROPPED = ("duplicates", "duplicate_items", "capped", "below_k_core", "tied", "outside_histories")
-"""Counts of ``catalog_stats`` that are tracked."""
+"""These counts of ``catalog_stats`` are tracked."""
 _RANKING = {"ranking_split", "ranking_holdout"}
 
 
 class Checked(NamedTuple):
-    """Item ids that were accepted; interactions with ``time`` and ``reason``, partitioned by user; how many of them are
-    good; refused rows by reason; identical copies of items; items without each modality."""
+    """Checked input has accepted item ids; interactions with ``time`` and ``reason``, partitioned by user; the number
+    of accepted ones; rejected rows by reason; identical copies of items; items without each modality."""
 
     items: DataFrame
     judged: DataFrame
@@ -47,14 +47,14 @@ class Checked(NamedTuple):
 
 
 class Clean(NamedTuple):
-    """Ordered, split events, and what was dropped on the way, as ``tables.CATALOG_STATS`` counts it."""
+    """Clean events are ordered and split; ``counts``: what was dropped, as ``tables.CATALOG_STATS`` counts it."""
 
     events: DataFrame
     counts: dict[str, int]
 
 
 def modalities(cfg: Config) -> tuple[str, ...]:
-    """The vector columns that ``items`` must have."""
+    """Return the vector columns that ``items`` must have."""
     return (*cfg.features.content, *([tables.BEHAVIOR] if cfg.behavior.source == "column" else []))
 
 
@@ -80,9 +80,9 @@ def same_source(cfg: Config, lake: Lake) -> None:
 
 
 def _decided(cfg: Config, lake: Lake) -> Config:
-    """``cfg`` with what ``ranking_split: auto`` comes to on these interactions. Arrow reads them, so that a stage that
-    is up to date starts no Spark; the files' statistics answer where no event is rated. Raises InputError for a table
-    that lacks a column."""
+    """Resolve ``ranking_split: auto`` on these interactions. Arrow reads them, so that a stage that is up to date
+    starts no Spark; the files' statistics suffice where no event is rated. Raises InputError for a table that lacks a
+    column."""
     _check_columns(lake)
     features = cfg.features
     if features.ranking_split != "auto":
@@ -103,13 +103,13 @@ def _check_columns(lake: Lake) -> None:
 
 
 def _rated(features: Features, lake: Lake) -> bool:
-    """Whether an event has a rating or a label that is not positive."""
+    """Return whether an event has a rating or a label that is not positive."""
     low = pc.field("rating") <= features.positive_rating
     return _any_row(lake, "rating", low) or _any_row(lake, "label", pc.field("label") == 0)
 
 
 def _timed(lake: Lake) -> bool:
-    """Whether every event has a timestamp."""
+    """Return whether every event has a timestamp."""
     time = pc.field("timestamp")
     return not _any_row(lake, "timestamp", time.is_null() | (pc.utf8_trim_whitespace(time) == ""))
 
@@ -165,7 +165,7 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
 
 
 def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: Callable[[str], None]) -> Checked:
-    """Judge every input row. Refused rows are written before anything is raised about them."""
+    """Validate every input row. Rejected rows are written before anything is raised about them."""
     features, used = cfg.features, modalities(cfg)
     items = read(spark, lake, "items")
     limit, now = features.max_rejected, validate.clock(features.now)
@@ -214,7 +214,7 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: C
 
 
 def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:
-    """Lines of this source that ingest could not parse."""
+    """Count the lines of this source that ingest could not parse."""
     input_hash = lake.input_hash(table, lake.version(table))
     if not input_hash or not lake.exists("rejected_rows"):
         return {}
@@ -226,7 +226,7 @@ def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:
 
 
 def _missing(accepted: DataFrame, used: tuple[str, ...], note: Callable[[str], None]) -> dict[str, int]:
-    """modality -> accepted items without it; a note counts empty and zero vectors."""
+    """Return modality -> accepted items without it; a note counts empty and zero vectors."""
     sums = [
         F.count_if(F.col(f"_{kind}_{i}")).alias(f"{kind}_{i}") for kind in ("lacks", "void") for i in range(len(used))
     ]
@@ -293,7 +293,7 @@ def prepare(checked: Checked, features: Features, context: StageContext, seed: i
 
 
 def _heavy(events: DataFrame, most: int) -> str | None:
-    """The users with more than ``most`` events, in words; None where there is none."""
+    """Describe the users with more than ``most`` events; None where there is none."""
     counts = events.groupBy("user_id").agg(F.count("*").alias("n")).filter(F.col("n") > most)
     row = counts.agg(F.count("*").alias("users"), F.max(F.struct("n", "user_id")).alias("first")).first()
     if row is None or not row["users"]:
@@ -319,7 +319,7 @@ def _catalog_row(input_hash: str, checked: Checked, clean: Clean, stats: Ranked,
 
 
 def _quarantine(spark: SparkSession, lake: Lake, input_hash: str, *bad: DataFrame | None) -> None:
-    """Append refused rows; with none, make sure that the table is there."""
+    """Append rejected rows; with none, create the table if it is missing."""
     frames = [frame for frame in bad if frame is not None]
     if not frames and lake.exists("rejected_rows"):
         return
@@ -346,4 +346,4 @@ EVENTS = Stage(
     body=_build,
     prefix="events",
 )
-"""Raw items and interactions -> statistics, sequences, ranking samples; rejected rows."""
+"""Reads raw items and interactions, writes statistics, sequences, ranking samples and rejected rows."""

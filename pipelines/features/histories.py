@@ -1,5 +1,7 @@
-"""Clean events in order: de-duplication, k-core, position and split; and the sequences made of them. Everything here
-stays within the partitions of a frame that is hash-partitioned by user, except the k-core's join on items."""
+"""Order clean events (de-duplication, k-core, position, split) and build sequences from them.
+
+Everything stays within the partitions of a frame that is hash-partitioned by user, except the k-core's join on items.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ EVENT = ("user_id", "item_id", "time", "pos", "rating", "label", "in_history")
 
 
 def chronological(seed: int) -> tuple[Column, ...]:
-    """The order of a user's events: time, then pos. Where both are equal a seeded hash decides: an order by id could be
+    """Return the order of a user's events: time, then pos. A seeded hash breaks ties: an order by id could be
     learned."""
     chance = F.xxhash64(F.lit(seed), "user_id", "time", "item_id")
     return F.col("time"), F.col("pos"), chance, F.col("item_id"), F.desc("label"), F.col("rating")
@@ -23,7 +25,7 @@ def chronological(seed: int) -> tuple[Column, ...]:
 
 def deduplicate(events: DataFrame, how: str) -> DataFrame:
     """Keep the first of the events that ``features.deduplicate`` calls equal. Events without time differ by ``pos``. An
-    impression is never equal to a later visit of the same item, and gives way to a visit at the same time."""
+    impression never equals a later visit of the same item; a visit at the same time replaces it."""
     if how == "none":
         return events
     moment = [F.col("in_history")] if how == "pair" else [F.col("time"), F.when(F.col("time").isNull(), F.col("pos"))]
@@ -33,15 +35,15 @@ def deduplicate(events: DataFrame, how: str) -> DataFrame:
 
 
 def cap(events: DataFrame, most: int, seed: int) -> DataFrame:
-    """The latest ``most`` events of every user."""
+    """Keep the latest ``most`` events of every user."""
     latest = Window.partitionBy("user_id").orderBy(*chronological(seed))
     last = F.count("*").over(Window.partitionBy("user_id")) - F.row_number().over(latest)
     return events.select("*", last.alias("_later")).filter(F.col("_later") < most).drop("_later")
 
 
 def k_core(events: DataFrame, least: int, rounds: int) -> tuple[DataFrame, bool]:
-    """Drop users and items with fewer than ``least`` events until nothing changes; the second value tells whether that
-    was seen within ``rounds``. ``events`` should be cheap to read again (a checkpoint)."""
+    """Drop users and items with fewer than ``least`` events until nothing changes; the second value says whether that
+    converged within ``rounds``. ``events`` should be cheap to read again (a checkpoint)."""
     size = events.count()
     for _ in range(rounds):
         users = (
@@ -58,10 +60,10 @@ def k_core(events: DataFrame, least: int, rounds: int) -> tuple[DataFrame, bool]
 
 
 def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
-    """``events`` with ``position`` (0-based place among the user's events), ``place`` (the same among those
-    ``in_history``), ``tied`` (whether another event has the same time and pos), ``split`` and ``ranking_split``. Both
-    say ``train`` of the events that neither holds out: what embeddings, counts and SIDs are made of. ``split`` is null
-    where only ranking reads an event; an event outside histories is split with the visit that follows."""
+    """Add ``position`` (0-based rank among the user's events), ``place`` (the same among those ``in_history``),
+    ``tied`` (whether another event has the same time and pos), ``split`` and ``ranking_split``. Both are ``train`` for
+    the events that neither holds out: embeddings, counts and SIDs are computed from these. ``split`` is null where only
+    ranking reads an event; an event outside histories is split with the next visit."""
     own = Window.partitionBy("user_id")
     ordered = own.orderBy(*chronological(seed))
     visits = F.sum(F.col("in_history").cast("bigint"))
@@ -96,15 +98,15 @@ def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
 
 
 def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key: str, other: str) -> Column:
-    """``validation`` and ``test`` of the events in the last two ``shares`` by time, null before; events of one time
-    stay together, in the later part."""
+    """Return ``validation`` and ``test`` for the events in the last two ``shares`` by time, null before; events of one
+    time stay together, in the later part. Raises InputError where no training part is left."""
     ranked = rank_by(events.select(F.unix_micros("time").alias("at")), F.asc("at"))
     first, second = (max(ranked.size - max(round(share * ranked.size), 1), 0) for share in (sum(shares), shares[1]))
     times = values_at(ranked, "at", (0, first, second))
     if times[first] == times[0]:
         raise InputError(
             f"features.{key} is 'global_time' but the last {sum(shares):g} of the {ranked.size} events begin at the "
-            "first time there is: "
+            "earliest time: "
             f"no training part is left; lower features.{share_key}, or set features.{key}: {other}"
         )
     moment = F.unix_micros("time")
@@ -112,8 +114,8 @@ def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key
 
 
 def sequences(indexed: DataFrame, max_length: int) -> DataFrame:
-    """user_id, split, history, target of every user with something to learn or to predict. ``indexed`` has item_index,
-    place, in_history, split."""
+    """Return user_id, split, history, target of every user with something to learn or to predict. ``indexed`` has
+    item_index, place, in_history, split."""
     history = F.transform(
         F.array_sort(F.collect_list(F.struct("place", "item_index"))), lambda event: event["item_index"]
     )

@@ -1,4 +1,5 @@
-"""The second part of the features stage: one row of item_features for every item, once behaviour embeddings exist."""
+"""Build one row of item_features for every item, once behaviour embeddings exist: the second part of the features
+stage."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ EMBEDDINGS = "behavior_embeddings"
 
 
 def missing(cfg: Config, lake: Lake) -> str | None:
-    """Why the stage cannot run yet, with the fix; None where it can."""
+    """Return why the stage cannot run yet, with the fix; None where it can."""
     if cfg.behavior.source == "sasrec" and not lake.exists(EMBEDDINGS):
         fix = "run `python jobs/train.py --stage behavior`"
         return f"item_features waits, table {EMBEDDINGS} does not exist yet: {fix}"
@@ -32,7 +33,8 @@ def missing(cfg: Config, lake: Lake) -> str | None:
 
 
 def richness(lake: Lake) -> dict[str, Any] | None:
-    """The row of ``richness_stats``; None where there is none, or it is of other ``item_stats`` than the newest."""
+    """Return the row of ``richness_stats``; None where there is none, or it is of other ``item_stats`` than the
+    newest."""
     if not lake.exists("richness_stats"):
         return None
     known = lake.lineage("richness_stats").get("item_stats")
@@ -42,18 +44,18 @@ def richness(lake: Lake) -> dict[str, Any] | None:
 
 
 def check(cfg: Config, lake: Lake) -> None:
-    """Raise InputError unless ``item_features`` was made of today's ``item_stats``, so that an item has one index in
-    all tables."""
+    """Raise InputError unless ``item_features`` was computed from the newest ``item_stats``, so that an item has one
+    index in all tables."""
     if not stage.check_fresh(ITEM_FEATURES, cfg, lake):
         raise InputError(
-            "item_features is of other items or settings than item_stats and this run's config: run "
+            "item_features was computed from other items or settings than item_stats and this run's config: run "
             "jobs/build_features.py again"
         )
 
 
 def check_split(cfg: Config, lake: Lake) -> None:
-    """Raise InputError where behaviour embeddings were trained on other sequences than today's, whose test events they
-    could know. Under ``behavior.refresh: keep`` that is on purpose."""
+    """Raise InputError where behaviour embeddings were trained on other sequences than the current ones, whose test
+    events they could know. Under ``behavior.refresh: keep`` that is on purpose."""
     if cfg.behavior.source == "column" or cfg.behavior.refresh == "keep":
         return
     if (line := staleness.unrecorded(lake)) and EMBEDDINGS not in lake.pins:
@@ -115,8 +117,8 @@ def _note_missing(context: StageContext, without: int, items: int) -> None:
 
 
 def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
-    """Every item of ``item_stats`` with its accepted row of ``items``, its behaviour vector and norm (null where it has
-    none) and fingerprint. One exchange by item_id for each table."""
+    """Join every item of ``item_stats`` with its accepted row of ``items``, its behaviour vector and norm (null where
+    it has none) and fingerprint. One exchange by item_id for each table."""
     items, stats, content = read(spark, lake, "items"), read(spark, lake, "item_stats"), cfg.features.content
     judged, brought = validate.judge_items(items, validate.widths(items, modalities(cfg))), modalities(cfg)
     accepted = judged.filter("reason IS NULL").select(
@@ -133,8 +135,7 @@ def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
 
 
 def _learned(spark: SparkSession, lake: Lake, stats: DataFrame) -> DataFrame:
-    """``stats`` with the learned behaviour and norm; null for cold items, whose rows of the model's table never saw a
-    gradient."""
+    """Add the learned behaviour and norm to ``stats``; null for cold items, whose embeddings never got a gradient."""
     learned = read(spark, lake, EMBEDDINGS).select(
         "item_id", F.col(BEHAVIOR).alias("_vector"), F.col("norm").alias("_norm")
     )
@@ -160,4 +161,4 @@ ITEM_FEATURES = Stage(
     body=_build,
     prefix="items",
 )
-"""Items, their statistics and behaviour embeddings -> what a tokenizer reads."""
+"""Reads items, their statistics and behaviour embeddings, writes the inputs of a tokenizer."""

@@ -1,4 +1,4 @@
-"""What an event says: positive, negative or nothing, and whether it belongs to its user's history."""
+"""Label events as positive, negative or neither, and decide whether they belong to the user's history."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from adasid.errors import InputError
 
 
 def labelled(events: DataFrame, features: Features) -> DataFrame:
-    """``events`` with ``label`` (1, 0, or null for an event that is neither labelled nor rated among others that are)
-    and ``in_history``.
+    """Add ``label`` (1, 0, or null for an event that is neither labelled nor rated where others are) and
+    ``in_history``.
 
     A label counts as it is; a rating is positive above ``features.positive_rating``; where nothing is labelled or
-    rated, every event is positive. Raises InputError where no event would be positive."""
+    rated, every event is positive. Raises InputError where no event would be positive.
+    """
     rated = F.when(F.col("label").isNull(), F.col("rating"))
     sums = [
         F.count("label").alias("labels"),

@@ -1,10 +1,10 @@
-"""Co-engaged pairs of items from the training events (table ``item_pairs``), by co-occurrence or Swing (Yang et al.,
-arXiv 2010.05525; methods 4.1).
+"""Mine co-engaged pairs of items from the training events (table ``item_pairs``), by co-occurrence or Swing (Yang et
+al., arXiv 2010.05525; methods 4.1).
 
-Work is bounded by the arrays that are paired: a user brings at most ``max_user_items`` items and, for Swing, an item at
+Work is bounded by the arrays that are paired: a user has at most ``max_user_items`` items and, for Swing, an item at
 most ``max_item_users`` users, so Swing forms at most items x max_item_users^2 / 2 pairs of users and from each of those
-at most max_user_items^2 / 2 pairs of items. Users are cut by a hash of their id, the same for every item: those of two
-items' users that are kept are mostly the same ones. No row holds more than one such array, and nothing is collected.
+at most max_user_items^2 / 2 pairs of items. Users are sampled by a hash of their id, the same for every item, so the
+samples of two items mostly share users. No row holds more than one such array, and nothing is collected.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _SAMPLES = "ranking_samples"
 
 
 def check(cfg: Config, lake: Lake) -> None:
-    """Raise InputError unless ``item_pairs`` was made of the newest events, with the config's settings."""
+    """Raise InputError unless ``item_pairs`` was computed from the newest events, with the config's settings."""
     if not stage.check_fresh(ITEM_PAIRS, cfg, lake):
         raise InputError(
-            f"table {TABLE} is not there, or of other events or settings than this run's: run jobs/build_features.py "
-            "again"
+            f"table {TABLE} does not exist, or was computed from other events or settings than this run's: run "
+            "jobs/build_features.py again"
         )
 
 
@@ -56,11 +56,11 @@ ITEM_PAIRS = Stage(
     body=_build,
     prefix="pairs",
 )
-"""Training events -> co-engaged pairs of items."""
+"""Reads training events, writes co-engaged pairs of items."""
 
 
 def mine(events: DataFrame, settings: Pairs) -> DataFrame:
-    """item_index, partner_index, score, users: the best partners of every item. ``events``: user_id, item_index,
+    """Return item_index, partner_index, score, users: the best partners of every item. ``events``: user_id, item_index,
     position."""
     kept = histories(events, settings.max_user_items)
     scored = cooccurrence(kept) if settings.method == "cooccurrence" else swing(kept, settings)
@@ -79,7 +79,7 @@ def mine(events: DataFrame, settings: Pairs) -> DataFrame:
 
 
 def histories(events: DataFrame, most: int) -> DataFrame:
-    """user_id, item_index: the ``most`` items that each user had last, of users with at least two."""
+    """Return user_id, item_index: the ``most`` latest items of each user with at least two."""
     own = Window.partitionBy("user_id")
     last = events.groupBy("user_id", "item_index").agg(F.max("position").alias("last"))
     recent = last.select("*", F.row_number().over(own.orderBy(F.desc("last"))).alias("_n")).filter(F.col("_n") <= most)
@@ -91,22 +91,23 @@ def histories(events: DataFrame, most: int) -> DataFrame:
 
 
 def cooccurrence(kept: DataFrame) -> DataFrame:
-    """a < b, score = number of users who have both, users."""
+    """Return a < b, score = number of users who have both, users."""
     items = kept.groupBy("user_id").agg(F.array_sort(F.collect_list("item_index")).alias("all"))
     counted = _two_of(items).groupBy("a", "b").agg(F.count("*").alias("users"))
     return counted.select("a", "b", F.col("users").cast("double").alias("score"), "users")
 
 
 def swing(kept: DataFrame, settings: Pairs) -> DataFrame:
-    """a < b, score = sum over pairs of users u < v who have both of 1 / (alpha + |I_u and I_v|), users.
+    """Return a < b, score = sum over pairs of users u < v who have both of 1 / (alpha + |I_u and I_v|), users.
 
-    Everything, |I_u and I_v| too, is of the users that are kept for an item. Sums are decimal: they do not depend on
-    the order of rows."""
+    All terms, |I_u and I_v| too, are over the sampled users of an item. Sums are decimal: they do not depend on the
+    order of rows.
+    """
     chance = Window.partitionBy("item_index").orderBy(F.xxhash64("user_id"), "user_id")
     sampled = kept.select("*", F.row_number().over(chance).alias("_n")).filter(F.col("_n") <= settings.max_item_users)
     users = sampled.groupBy("item_index").agg(F.array_sort(F.collect_list("user_id")).alias("all"))
     common = _two_of(users, "item_index").groupBy("a", "b").agg(F.array_sort(F.collect_list("item_index")).alias("all"))
-    weight = (1 / (F.lit(settings.alpha) + F.size("all"))).cast("decimal(18,18)")  # below a half: two items at least
+    weight = (1 / (F.lit(settings.alpha) + F.size("all"))).cast("decimal(18,18)")  # below 1/2: at least two items
     weighted = common.filter(F.size("all") > 1).select("all", weight.alias("weight"))
     summed = (
         _two_of(weighted, "weight")
@@ -119,6 +120,6 @@ def swing(kept: DataFrame, settings: Pairs) -> DataFrame:
 
 
 def _two_of(frame: DataFrame, *columns: str) -> DataFrame:
-    """``columns`` with every two elements ``a``, ``b`` of the array ``all``, in the array's order."""
+    """Return ``columns`` with every two elements ``a``, ``b`` of the array ``all``, in the array's order."""
     first = frame.select(*columns, "all", F.posexplode("all").alias("at", "a"))
     return first.select(*columns, "a", F.explode(F.slice("all", F.col("at") + 2, F.size("all"))).alias("b"))

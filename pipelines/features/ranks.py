@@ -1,4 +1,4 @@
-"""A global rank, and the values at some ranks, without ever moving a whole table to one task."""
+"""Compute a global rank, and the values at some ranks, without moving a whole table to one task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROW_BITS = 33  # monotonically_increasing_id: partition number above these bits
 
 
 class Ranked(NamedTuple):
-    """``frame`` with a column ``rank`` (0-based, dense, persisted) and its number of rows."""
+    """A ranked frame has a column ``rank`` (0-based, dense, persisted); ``size``: its number of rows."""
 
     frame: DataFrame
     size: int
@@ -21,7 +21,7 @@ class Ranked(NamedTuple):
 
 def rank_by(frame: DataFrame, *order: Column) -> Ranked:
     """Rank all rows by ``order``, which must be total for the rank to be deterministic: range partitions, each sorted,
-    plus the sizes of the partitions before. Persisted first: a second execution could cut the ranges elsewhere."""
+    plus the sizes of the partitions before. Persisted first: a second execution could choose other range boundaries."""
     local = (
         frame.repartitionByRange(*order)
         .sortWithinPartitions(*order)
@@ -37,6 +37,6 @@ def rank_by(frame: DataFrame, *order: Column) -> Ranked:
 
 
 def values_at(ranked: Ranked, column: str, ranks: Iterable[int]) -> dict[int, float]:
-    """rank -> value of ``column``, for a bounded number of ranks."""
+    """Return rank -> value of ``column``, for a bounded number of ranks."""
     rows = ranked.frame.filter(F.col("rank").isin(sorted(set(ranks)))).select("rank", column).collect()
     return {row["rank"]: row[column] for row in rows}

@@ -1,5 +1,5 @@
-"""How much is known about an item: its behaviour norm, scaled to [0, 1], or its training count where the norm does not
-follow it."""
+"""Measure how much is known about an item: its behaviour norm, scaled to [0, 1], or its training count where the two do
+not correlate."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _BINS = 30
 
 
 class Richness(NamedTuple):
-    """``column`` computes richness from ``norm`` and ``interactions`` (0 where there is no norm); ``fields`` belong
-    into ``catalog_stats``."""
+    """Richness is given as a ``column`` computed from ``norm`` and ``interactions`` (0 where there is no norm);
+    ``fields`` are columns of ``richness_stats``."""
 
     column: Column
     fields: dict[str, Any]
 
 
 def measure(measured: DataFrame, features: Features) -> Richness:
-    """Statistics over ``measured``: item_id, interactions and norm of the items that have a behaviour vector. Raises
-    InputError if there is none, or a norm that is not finite."""
+    """Compute richness over ``measured``: item_id, interactions and norm of the items that have a behaviour vector.
+    Raises InputError if there is none, or a norm that is not finite."""
     ranked = rank_by(measured.select("item_id", "interactions", "norm"), F.asc("norm"), F.asc("item_id"))
     if not ranked.size:
         raise InputError("no item has a behaviour vector: train it again, or fill the column 'behavior' of table items")
@@ -43,7 +43,7 @@ def measure(measured: DataFrame, features: Features) -> Richness:
             "mend the column 'behavior' of table items"
         )
     if values[0] == values[ranked.size - 1]:
-        spearman = 0.0  # all norms equal: their ranks rest on the ids alone
+        spearman = 0.0  # all norms equal: their ranks follow the ids alone
     source = "norm" if spearman >= features.proxy_min_spearman else "count"
     low, high, *norms = quantiles(values.__getitem__, where)
     if source == "norm":
@@ -70,16 +70,16 @@ def measure(measured: DataFrame, features: Features) -> Richness:
 
 
 def _counts(ranked: Ranked) -> DataFrame:
-    """interactions, items with that count, and twice their average rank (an integer). One task sums it up: n events
-    have at most sqrt(2 n) distinct counts."""
+    """Return interactions, items with that count, and twice their average rank (an integer). One task sums it up: n
+    events have at most sqrt(2 n) distinct counts."""
     grouped = ranked.frame.groupBy("interactions").agg(F.count("*").alias("items"))
     before = F.sum("items").over(Window.orderBy("interactions").rowsBetween(Window.unboundedPreceding, -1))
     return grouped.select("*", (2 * F.coalesce(before, F.lit(0)) + F.col("items") + 1).alias("twice")).persist()
 
 
 def _spearman(ranked: Ranked, counts: DataFrame) -> tuple[float, int, int]:
-    """Spearman(norm, count), 0 where all counts are equal, with the least and the largest count. Exact: sums of
-    integers, on doubled ranks."""
+    """Return Spearman(norm, count), 0 where all counts are equal, with the least and the largest count. It is exact:
+    sums of integers, on doubled ranks."""
     n, x, y = ranked.size, wide(2 * F.col("rank") + 2), wide(F.col("twice"))
     bounds = F.min("interactions").alias("least"), F.max("interactions").alias("most")
     row = (
@@ -92,7 +92,7 @@ def _spearman(ranked: Ranked, counts: DataFrame) -> tuple[float, int, int]:
 
 
 def _by_count(ranked: Ranked, counts: DataFrame, most: int) -> list[dict[str, float]]:
-    """Norms within at most 31 bins of the count, log-spaced (and one for 0)."""
+    """Return quantiles of the norm within at most 31 bins of the count, log-spaced (and one for 0)."""
     edges = sorted({0, *(round(edge) for edge in np.geomspace(1, most + 1, _BINS + 1))})
     number = sum(((F.col("interactions") >= edge).cast("int") for edge in edges[1:-1]), F.lit(0)).alias("bin")
     sizes = {row["bin"]: row["n"] for row in counts.groupBy(number).agg(F.sum("items").alias("n")).collect()}

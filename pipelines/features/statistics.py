@@ -1,4 +1,5 @@
-"""Long-tail statistics of the catalogue: training counts and strata of items, Gini, Lorenz and popularity curves."""
+"""Compute long-tail statistics of the catalogue: training counts and strata of items, Gini, Lorenz and popularity
+curves."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ _RANKS = 100
 
 
 def item_stats(accepted: DataFrame, pairs: DataFrame, features: Features) -> Ranked:
-    """A row of ``item_stats`` for every accepted item; its rank is its index. ``pairs``: user_id, item_id and their
-    training ``events``."""
+    """Return a row of ``item_stats`` for every accepted item; its rank is its index. ``pairs``: user_id, item_id and
+    their training ``events``."""
     counts = pairs.groupBy("item_id").agg(F.sum("events").alias("interactions"), F.count("*").alias("users"))
     ranked = rank_by(
         accepted.join(counts, "item_id", "left").fillna(0, ["interactions", "users"]),
@@ -37,8 +38,8 @@ def item_stats(accepted: DataFrame, pairs: DataFrame, features: Features) -> Ran
 
 
 def popularity(stats: Ranked) -> dict[str, Any]:
-    """Fields of ``catalog_stats`` that follow from ``item_stats``, by one aggregate of 100 rows. All sums are of
-    integers, hence exact.
+    """Compute the fields of ``catalog_stats`` that follow from ``item_stats``, by one aggregate of 100 rows. All sums
+    are of integers, hence exact.
 
     Gini = 2 sum(i x_i) / (n sum(x)) - (n + 1) / n with x ascending and i from 1.
     """
@@ -70,10 +71,10 @@ def popularity(stats: Ranked) -> dict[str, Any]:
 
 
 def curve(x: Iterable[float], y: Iterable[float]) -> list[dict[str, float]]:
-    """Points of a curve as ``catalog_stats`` keeps them."""
+    """Return the points of a curve in the format of ``catalog_stats``."""
     return [{"x": float(a), "y": float(b)} for a, b in zip(x, y)]
 
 
 def wide(column: Column) -> Column:
-    """An integer whose products and sums do not overflow and do not depend on the order of rows."""
+    """Cast an integer so that products and sums do not overflow and do not depend on the order of rows."""
     return column.cast("decimal(18,0)")

@@ -1,4 +1,4 @@
-"""Checks of the two input tables. A row that fails goes to ``rejected_rows`` with the first reason that applies."""
+"""Validate the two input tables. A row that fails goes to ``rejected_rows`` with the first reason that applies."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from adasid.datasets import columns, units
 from adasid.errors import ConfigError, InputError
 
 Widths = dict[str, list[tuple[int, int]]]
-"""modality -> (width, rows), most frequent first."""
+"""Maps modality -> (width, rows), most frequent first."""
 
 COPY = "identical_copy"
-"""Reason of a row that says word for word what an accepted row says. It is dropped and counted, not rejected."""
+"""A row that equals an accepted row in every column has this reason. It is dropped and counted, not rejected."""
 
 _INFINITY = float("inf")
 _LAST_SECOND = 253_402_300_799  # end of the year 9999
 _FIRST_SECOND = -62_135_596_800  # start of the year 1
 _UNITS = ((10**11, 10**6), (10**14, 10**3), (10**17, 1))
-"""Up to the first value a unix time counts in a unit of the second microseconds: seconds, milliseconds, microseconds;
-above, nanoseconds."""
+"""A unix time up to the first value is in the unit of that many microseconds: seconds, milliseconds, microseconds;
+above all of them, nanoseconds."""
 _WIDTHS = 10
-"""Widths of a modality that are looked at."""
+"""At most this many widths of a modality are collected."""
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?$"
 _TIMES = {"implausible_timestamp", "unparsable_timestamp", "future_timestamp"}
 _BREAKS = r"[\p{Cc}\u2028\u2029]"
-"""Characters at which some reader of text files ends a line, and all others that cannot be seen."""
+"""These are the characters at which some reader of text files ends a line, and all other invisible ones."""
 
 
 def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
-    """How often each width occurs in a modality (the most frequent ones). Raises InputError for a modality without a
+    """Count the rows of each width of a modality (the most frequent ones). Raises InputError for a modality without a
     column."""
     found: Widths = {}
     for modality in modalities:
@@ -64,9 +64,9 @@ def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
 
 
 def present(modality: str) -> Column:
-    """The vector of a modality; null for an empty and for a zero vector, which say that the item lacks it."""
-    # built-ins run as generated code, ten times as fast as a lambda; the extremes leave out nulls, which are faults and
-    # not zeros
+    """Return the vector of a modality; null for an empty and for a zero vector, which mean that the item lacks it."""
+    # built-ins run as generated code, ten times as fast as a lambda; min and max skip nulls, which are faults and not
+    # zeros
     zero = (
         (F.array_max(modality) == 0)
         & (F.array_min(modality) == 0)
@@ -76,9 +76,8 @@ def present(modality: str) -> Column:
 
 
 def judge_items(items: DataFrame, widths: Widths) -> DataFrame:
-    """``items`` with ``reason``: null for the rows that are accepted, one for each item. Of several rows of an item a
-    faultless one is kept, the one with the smallest content hash; rows that equal it are copies. One exchange, by
-    item_id."""
+    """Add ``reason`` to ``items``: null for the accepted rows, one for each item. Of several rows of an item the valid
+    one with the smallest content hash is accepted; rows that equal it are copies. One exchange, by item_id."""
     kept = {modality: found[0][0] for modality, found in widths.items() if found}
     content = items.columns
     hashed = F.xxhash64(*content, *(F.col(name).isNull() for name in content))
@@ -93,8 +92,8 @@ def judge_items(items: DataFrame, widths: Widths) -> DataFrame:
 
 
 def judge_events(interactions: DataFrame, accepted: DataFrame, now: datetime, first_year: int) -> DataFrame:
-    """``interactions`` with ``time`` and ``reason`` (null where accepted). ``accepted``: the item_id of every accepted
-    item. An event before ``first_year`` or after ``now`` has a time in another unit, or none."""
+    """Add ``time`` and ``reason`` (null where accepted) to ``interactions``. ``accepted``: the item_id of every
+    accepted item. An event before ``first_year`` or after ``now`` has a time in another unit, or none."""
     known = interactions.join(accepted.select("item_id", F.lit(True).alias("_known")), "item_id", "left")
     text = F.nullif(F.trim("timestamp"), F.lit(""))
     timed = known.select(*interactions.columns, "_known", text.alias("_text"), parse_time(text).alias("time"))
@@ -113,8 +112,8 @@ def judge_events(interactions: DataFrame, accepted: DataFrame, now: datetime, fi
 
 
 def parse_time(text: Column) -> Column:
-    """Timestamp of a text. A number is a unix time, with or without a fraction, in seconds, milliseconds, microseconds
-    or nanoseconds by its size; anything else is ISO 8601 from the year on. Null where neither."""
+    """Parse the timestamp of a text. A number is a unix time, with or without a fraction, in seconds, milliseconds,
+    microseconds or nanoseconds by its size; anything else is ISO 8601 that starts with the year. Null where neither."""
     number = F.when(text.rlike(_NUMBER), text.try_cast("decimal(38,9)"))
     micros = F.when(F.abs(number) > 9 * 10**18, None)  # beyond 64 bits
     for most, factor in _UNITS:
@@ -127,7 +126,8 @@ def parse_time(text: Column) -> Column:
 
 
 def clock(now: str | None) -> datetime:
-    """``features.now`` (UTC where it names no zone), or this moment."""
+    """Return ``features.now`` (UTC where it names no zone), or the current time. Raises ConfigError for an invalid
+    time."""
     if now is None:
         return datetime.now(timezone.utc)
     try:
@@ -140,12 +140,13 @@ def clock(now: str | None) -> datetime:
 
 
 def reasons(judged: DataFrame) -> dict[str | None, int]:
-    """reason -> rows; None for the accepted ones."""
+    """Return reason -> rows; None for the accepted ones."""
     return {row["reason"]: row["count"] for row in judged.groupBy("reason").count().collect()}
 
 
 def refused(judged: DataFrame, table: str, columns: list[str], run: str) -> DataFrame:
-    """Rows of ``rejected_rows``: the refused rows of a judged table, whole as JSON, identical ones counted."""
+    """Return rows of ``rejected_rows``: the rejected rows of a validated table, whole as JSON, identical ones
+    counted."""
     rows = judged.filter(F.col("reason") != COPY).select(
         "reason", F.to_json(F.struct(*columns), {"ignoreNullFields": "false"}).alias("row")
     )
@@ -161,7 +162,7 @@ def refused(judged: DataFrame, table: str, columns: list[str], run: str) -> Data
 
 
 def advice(judged: DataFrame, counted: Mapping[str | None, int], first_year: int, now: datetime) -> str:
-    """An example of each kind of time that was refused, and what it may mean; empty where none was."""
+    """Return an example of each kind of rejected time, and what it may mean; empty where there was none."""
     kinds = sorted(_TIMES & {reason for reason in counted if reason})
     if not kinds:
         return ""
@@ -176,8 +177,8 @@ def advice(judged: DataFrame, counted: Mapping[str | None, int], first_year: int
 
 
 def alike(ids: DataFrame) -> str | None:
-    """Ids (the one column of ``ids``) that differ from another one in blanks at their ends or in Unicode's form (NFC)
-    only, in words; None for none."""
+    """Describe ids (the one column of ``ids``) that differ from another one only in blanks at their ends or in
+    Unicode's form (NFC); None for none."""
     (name,) = ids.columns
     odd = ids.filter(F.col(name).rlike(r"[^\x21-\x7e]")).distinct()
     if odd.isEmpty():
@@ -215,7 +216,7 @@ def insist_vectors(widths: Widths) -> None:
 def insist(
     table: str, counted: Mapping[str | None, int], limit: float, widths: Widths | None = None, advice: str = ""
 ) -> None:
-    """Raise InputError where more than ``limit`` of the rows were refused, those that ingest could not parse among
+    """Raise InputError where more than ``limit`` of the rows were rejected, those that ingest could not parse among
     them, or no row is left."""
     total, bad = sum(counted.values()), {reason: rows for reason, rows in counted.items() if reason}
     if not total:

@@ -1,2 +1,2 @@
-"""The nightly job: new and changed items get SIDs, published ones stay, a bad table is refused; and the upkeep of what
-was published."""
+"""Run the nightly job: new and changed items get SIDs, published ones stay, a bad table is refused. Also roll back and
+maintain published generations."""

@@ -1,4 +1,4 @@
-"""What a night changes: which items are new, changed or removed, and which SIDs moved against the live generation."""
+"""Find which items are new, changed or removed, and which SIDs differ from the live generation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from adasid.config import Config
 from pipelines.engines.lake import Lake
 
 _GRADUAL = {"MERGE", "UPDATE", "DELETE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
-"""Operations whose change feed is as small as the change. An overwrite's is the whole table twice: then fingerprints
-are compared."""
+"""The change feed of these operations is as small as the change. An overwrite's is the whole table twice: then
+fingerprints are compared."""
 
 
 def detect(
     spark: SparkSession, lake: Lake, features: DataFrame, published: DataFrame, since: int, until: int
 ) -> tuple[DataFrame, DataFrame, str]:
-    """Items whose vectors differ from those their live SID was made of: ``item_id`` and ``why`` (new, changed,
-    removed); today's rows of those that are there; and how they were found.
+    """Return the items whose vectors differ from those of their live SID, ``item_id`` and ``why`` (new, changed,
+    removed); the current rows of those that still exist; and the method of detection.
 
-    From the change feed of ``item_features`` since the version that the live generation read, where it is kept and
-    tells of single rows, so that no vector of another item is read; else, or where history is gone, by the fingerprints
-    of ``features`` and ``published``."""
+    The change feed of ``item_features`` since the version that the live generation read is used where it is enabled and
+    has single rows, so that no vector of another item is read; otherwise, or where history is gone, the fingerprints of
+    ``features`` and ``published`` are compared.
+    """
     feed, now = _fed(spark, lake, since, until) if followed(lake, since, until) else None, features
     if feed is not None:
         published = published.join(feed.select("item_id").distinct(), "item_id", "left_semi")
@@ -49,7 +50,7 @@ def detect(
 
 
 def _fed(spark: SparkSession, lake: Lake, since: int, until: int) -> DataFrame | None:
-    """Rows of the change feed; None where its files are gone."""
+    """Return the rows of the change feed; None where its files are gone."""
     feed = (
         spark.read.format("delta")
         .option("readChangeFeed", "true")
@@ -69,18 +70,18 @@ def _fed(spark: SparkSession, lake: Lake, since: int, until: int) -> DataFrame |
 
 
 def _latest(feed: DataFrame) -> DataFrame:
-    """The rows that the items of a feed have in the end; none for those that were deleted last."""
+    """Return the last row of each item of a feed; none for those that were deleted last."""
     order = Window.partitionBy("item_id").orderBy(F.desc("_commit_version"), F.col("_change_type") == "delete")
     return feed.withColumn("_row", F.row_number().over(order)).filter("_row = 1 AND _change_type <> 'delete'")
 
 
 def how(fed: bool) -> str:
-    """The name of the way in which a night's changes are found: whether by the change feed."""
+    """Name the method by which changes are detected: whether by the change feed."""
     return "change feed" if fed else "fingerprints"
 
 
 def followed(lake: Lake, since: int, until: int) -> bool:
-    """Whether the change feed holds every step from ``since`` to ``until`` as single rows."""
+    """Return whether the change feed has every commit from ``since`` to ``until`` as single rows."""
     table = DeltaTable(lake.path("item_features"))
     if table.metadata().configuration.get("delta.enableChangeDataFeed") != "true" or not since < until:
         return False
@@ -94,8 +95,8 @@ def _appended(commit: dict[str, Any]) -> bool:
 
 
 def moved(old: DataFrame, new: DataFrame, policy: str, every: bool = False) -> DataFrame:
-    """Rows of ``sid_changes`` but for the generation, from SIDs before and after [item_id, codes, fingerprint];
-    ``every``: of all items, as equal codes of other slots are other SIDs."""
+    """Return the rows of ``sid_changes`` without the generation, from SIDs before and after [item_id, codes,
+    fingerprint]; ``every``: of all items, as equal codes of other slots are other SIDs."""
     before = old.select("item_id", F.col("codes").alias("old_codes"), F.col("fingerprint").alias("_then"))
     after = new.select("item_id", F.col("codes").alias("new_codes"), F.col("fingerprint").alias("_now"))
     why = (
@@ -108,7 +109,8 @@ def moved(old: DataFrame, new: DataFrame, policy: str, every: bool = False) -> D
 
 
 def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
-    """:func:`churned` of the rows ``moves`` of :func:`moved`. ``today``: the items [item_id, interactions, stratum]."""
+    """Aggregate the rows ``moves`` of :func:`moved` into :func:`churned`. ``today``: the items [item_id, interactions,
+    stratum]."""
     slots = len(metrics["slots"])
     differ = [
         F.sum((~F.get("old_codes", F.lit(i)).eqNullSafe(F.get("new_codes", F.lit(i)))).cast("int")).alias(f"s{i}")
@@ -128,13 +130,14 @@ def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items
 
 
 def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
-    """Share of the items of both generations whose SID changed: of all, by slot, by stratum, and weighted by training
-    events; 1 where no live item is left. Slots and strata without such an item are left out. The gates' shares are of
-    ``live`` items, or of the ``kept`` ones and their ``events``.
+    """Return the share of the items of both generations whose SID changed: overall, by slot, by stratum, and weighted
+    by training events; 1 where no live item is left. Slots and strata without such an item are left out. The gates'
+    shares are of the ``live`` items, or of the ``kept`` ones, which both generations have, and their ``events``.
 
     ``groups``: of the items whose SID changed, by ``stratum`` and ``kind`` (new, moved, removed): their number
     ``items``, their ``events``, and how many differ in each slot, ``s0``, ``s1``, ...; ``metrics``: those of
-    ``sids.measure`` of today's table."""
+    ``sids.measure`` of the new table.
+    """
 
     def of(name: str, kind: str, stratum: str | None = None) -> int:
         return sum((row[name] or 0) for row in groups if row["kind"] == kind and stratum in (None, row["stratum"]))
@@ -161,7 +164,8 @@ def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: in
 
 
 def gates(cfg: Config, churn: dict[str, Any]) -> list[dict[str, Any]]:
-    """How much a table may differ from the live one, by its :func:`churned`; ``of``: what each share is of."""
+    """Return the gates on how much a table may differ from the live one, by its :func:`churned`; ``of``: the
+    denominator of each share."""
     limits, kept = cfg.retokenize.gates, f"{churn['kept']} items of both generations"
     events = f"{churn['events']} events of the {kept}"
     shares = (
@@ -173,5 +177,5 @@ def gates(cfg: Config, churn: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def gate(name: str, value: float | None, limit: float) -> dict[str, Any]:
-    """A gate that allows at most ``limit``; it has nothing to judge where ``value`` is None, a figure over no items."""
+    """Return a gate that allows at most ``limit``; it passes where ``value`` is None, a metric over no items."""
     return {"gate": name, "value": value, "threshold": limit, "passed": value is None or bool(value <= limit)}

@@ -1,4 +1,4 @@
-"""In what the items of two versions of ``item_features`` differ, read without Spark."""
+"""Compare the items of two versions of ``item_features`` without Spark."""
 
 from __future__ import annotations
 
@@ -20,44 +20,46 @@ from pipelines.nightly.nightly_run import NightlyRun
 from pipelines.nightly.verdict import MEASURED
 
 _COLUMNS_COMPARED = ["fingerprint", "stratum", "interactions"]
-"""Columns of an item that decide whether it differs: that of its vectors first."""
+"""An item differs if one of these columns does; the first is the fingerprint of its vectors."""
 _ROWS = 4
-"""Rows of the feed for each of ``retokenize.small_night`` items: an item that changed twice has four."""
+"""The feed may have this many rows for each of ``retokenize.small_night`` items: an item that changed twice has
+four."""
 LATE = pa.array(["update_postimage", "insert"])
-"""Change types of the feed that tell how an item is from then on."""
+"""These change types of the feed give the state of an item after the change."""
 Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
 class NeedsFullRun(Exception):
-    """Something that only a look at the whole table can judge."""
+    """Raised where only the full run on Spark can judge the table."""
 
 
 class _Long(Exception):
-    """The change feed has too many rows."""
+    """Raised where the change feed has too many rows."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """Of items [n], ``stratum``: place in ``tables.STRATA``, -1 where there is no such item; ``events`` of training."""
+    """One side of a comparison describes items [n]. ``stratum``: index in ``tables.STRATA``, -1 for an absent item;
+    ``events``: training events."""
 
     stratum: Integers
     events: Integers
 
     def of(self, chosen: Mask) -> Side:
-        """Of some."""
+        """Return the rows that the boolean mask ``chosen`` selects."""
         return Side(self.stratum[chosen], self.events[chosen])
 
     def tail_only(self) -> Mask:
-        """Which are tail or cold."""
+        """Return the boolean mask of the tail and cold items."""
         return np.isin(self.stratum, RARE)
 
 
 @dataclass(frozen=True)
 class Change:
-    """Items that differ, sorted by ``ids`` [n]: ``kind`` (new, changed, removed; same: only its counts differ); how it
-    was ``before`` and is ``after``; its live row of ``published`` (null for none). ``version``: of the feed, that made
-    each item what it is; None where no feed told of them."""
+    """A change lists the items that differ, sorted by ``ids`` [n]. ``kind``: new, changed, removed, or same (only its
+    counts differ); ``before`` and ``after``: both sides; ``published``: the live rows (null for none); ``version``: of
+    the feed that wrote each item's current row; None without a feed."""
 
     ids: pa.Array
     kind: NDArray[np.str_]
@@ -67,14 +69,14 @@ class Change:
     version: pa.Array | None
 
     def of(self, *kinds: str) -> Mask:
-        """Which are of these kinds."""
+        """Return the boolean mask of the items of these kinds."""
         return np.isin(self.kind, kinds)
 
 
 @dataclass(frozen=True)
 class _Difference:
-    """Items [n] sorted by ``ids``, whether each ``was`` there and is there ``now``, and its columns
-    ``_COLUMNS_COMPARED`` then and now; ``version`` as in :class:`Change`."""
+    """A difference has items [n] sorted by ``ids``, whether each exists before (``was``) and after (``now``), and its
+    columns ``_COLUMNS_COMPARED`` on both sides; ``version`` as in :class:`Change`."""
 
     ids: pa.Array
     was: Mask
@@ -85,7 +87,7 @@ class _Difference:
 
 
 def _fed(nightly: NightlyRun, since: int, columns: list[str], modalities: list[str]) -> Iterator[pa.RecordBatch]:
-    """The change feed, some rows at a time, typed as ``tables`` types items with vectors of these ``modalities``."""
+    """Stream the change feed in batches, typed as ``tables`` types items with vectors of these ``modalities``."""
     schema = pa.schema([*_schema(columns, modalities), ("_change_type", pa.string()), ("_commit_version", pa.int64())])
     feed = DeltaTable(nightly.lake.path("item_features")).load_cdf(since + 1, nightly.version, columns=schema.names)
     for part in pa.RecordBatchReader.from_stream(feed):
@@ -93,10 +95,13 @@ def _fed(nightly: NightlyRun, since: int, columns: list[str], modalities: list[s
 
 
 def read(nightly: NightlyRun, since: int, fed: bool) -> tuple[Change | None, bool]:
-    """How the items differ from those of version ``since``, None for not at all: as the change feed tells (``fed``,
-    unless it is long, as where counts of many items changed), else by comparing all of them; and whether the feed told
-    it. Raises Unusual for more than ``retokenize.small_night`` items with other vectors, and where what is told and the
-    published rows do not fit together."""
+    """Return how the items differ from those of version ``since``, None for not at all, and whether the change feed was
+    used. The feed is read where ``fed``, unless it is long (counts of many items changed); otherwise all items are
+    compared.
+
+    Raises NeedsFullRun for more than ``retokenize.small_night`` items with other vectors, and where the differences do
+    not fit the published rows.
+    """
     most = nightly.cfg.retokenize.small_night
     try:
         told = _by_feed(nightly, since, _ROWS * most) if fed else _by_comparison(nightly, since, most)
@@ -108,7 +113,7 @@ def read(nightly: NightlyRun, since: int, fed: bool) -> tuple[Change | None, boo
         raise NeedsFullRun("items without an id or a fingerprint")
     published = _published(nightly, told.ids)
     if (published["codes"].is_valid().to_numpy() != told.was).any():
-        raise NeedsFullRun("item_features tells of items that are not those of the live SIDs")
+        raise NeedsFullRun("the changes of item_features do not fit the items of the live SIDs")
     same = pc.equal(told.last["fingerprint"], published["fingerprint"]).fill_null(False).to_numpy()
     was, now = told.was, told.now
     kind = np.select([was & now & same, was & now, now, was], ["same", "changed", "new", "removed"], "passing")
@@ -122,7 +127,7 @@ def read(nightly: NightlyRun, since: int, fed: bool) -> tuple[Change | None, boo
         sides.append(
             Side(np.where(there, stratum, -1), np.where(there, side["interactions"].fill_null(0).to_numpy(), 0))
         )
-    stays = kind != "passing"  # it came and went
+    stays = kind != "passing"  # inserted and deleted again since
     chosen = pa.array(stays)
     version = told.version.filter(chosen) if told.version is not None else None
     return Change(
@@ -131,8 +136,8 @@ def read(nightly: NightlyRun, since: int, fed: bool) -> tuple[Change | None, boo
 
 
 def vectors(nightly: NightlyRun, since: int, change: Change, columns: list[str], modalities: list[str]) -> pa.Table:
-    """Today's ``columns`` and vectors of the items that are new or changed, in the order of ``change``. Raises Unusual
-    where one is missing or twice there."""
+    """Return the current ``columns`` and vectors of the new and changed items, in the order of ``change``. Raises
+    NeedsFullRun where one is missing or occurs twice."""
     chosen = pa.array(change.of("new", "changed"))
     ids, names, parts = change.ids.filter(chosen), [*columns, *modalities], list[pa.RecordBatch]()
     schema = _schema(names, modalities)
@@ -147,18 +152,18 @@ def vectors(nightly: NightlyRun, since: int, change: Change, columns: list[str],
     rows = pa.Table.from_batches(parts, schema)
     place = pc.index_in(ids, rows["item_id"].combine_chunks())
     if place.null_count or rows.num_rows != len(ids):
-        raise NeedsFullRun("the vectors of an item are missing, or twice there")
+        raise NeedsFullRun("the vectors of an item are missing or occur twice")
     return rows.take(place)
 
 
 def _schema(columns: list[str], modalities: list[str]) -> pa.Schema:
-    """``columns`` as ``tables`` types items with vectors of these ``modalities``, null where one has none."""
+    """Return the schema of ``columns`` as ``tables`` types items with vectors of these ``modalities``, all nullable."""
     schema = tables.item_features([m for m in modalities if m != BEHAVIOR])
     return pa.schema([schema.field(name).with_nullable(True) for name in columns])
 
 
 def _by_feed(nightly: NightlyRun, since: int, most: int) -> _Difference | None:
-    """What the feed tells. Raises _Long where it has more rows than ``most``."""
+    """Return the differences in the feed, None for none. Raises _Long where it has more rows than ``most``."""
     parts, rows = list[pa.RecordBatch](), 0
     for part in _fed(nightly, since, ["item_id", *_COLUMNS_COMPARED], []):
         parts.append(part)
@@ -181,9 +186,9 @@ def _by_feed(nightly: NightlyRun, since: int, most: int) -> _Difference | None:
 
 
 def _by_comparison(nightly: NightlyRun, since: int, most: int) -> _Difference | None:
-    """Every item whose row of ``item_features`` is not that which its live SID was made of. None where no vectors
-    differ. Raises Unusual where those of more items than ``most`` do, where an item has two rows or none, and where
-    version ``since`` is gone."""
+    """Compare every row of ``item_features`` with the one from which its live SID was computed. Returns None where no
+    vectors differ. Raises NeedsFullRun where those of more than ``most`` items do, where an item has two rows or none,
+    and where version ``since`` is gone."""
     lake, live, today = nightly.lake, nightly.live, _schema(["item_id", *_COLUMNS_COMPARED], [])
     try:
         counts = _columns(
@@ -224,7 +229,7 @@ def _columns(parts: Iterator[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
 
 
 def _published(nightly: NightlyRun, ids: pa.Array) -> pa.Table:
-    """The live rows of ``sids`` of these items, in their order."""
+    """Return the live rows of ``sids`` of these items, in their order."""
     names = ["item_id", "fingerprint", *MEASURED]
     schema = pa.schema([SIDS.field(name).with_nullable(True) for name in names])
     parts = nightly.lake.batches("sids", nightly.live["sids_version"], names, pc.field("item_id").isin(ids))

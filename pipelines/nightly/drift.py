@@ -1,7 +1,7 @@
-"""How far today's items are from those that the tokenizer knows: norms, quantization error, use of codes, the proxy of
-richness.
+"""Measure how far the current items are from the tokenizer's training data: norms, quantization error, use of codes,
+the proxy of richness.
 
-Norms and errors are those that encoding left in ``gauges``, so no vector is read again.
+Norms and errors are those that encoding wrote to ``gauges``, so no vector is read again.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from pipelines.features.items import richness
 
 Values = NDArray[np.float64]
 Counts = dict[str, dict[str, Any]]
-"""Of a modality, by stratum: ``bins``: items whose norm lies in each; ``error``: sum of squared errors; ``decoded``:
-vectors that have one."""
+"""Maps modality -> stratum -> ``bins``: items whose norm is in each bin; ``error``: sum of squared errors; ``decoded``:
+vectors that have an error."""
 _BINS = 10
 
 
 def every(items: int, sample: int) -> int:
-    """Of how many items one is gauged, so that about ``sample`` of ``items`` are."""
+    """Return the sampling stride with which about ``sample`` of ``items`` are sampled for drift."""
     return max(1, items // sample)
 
 
 def sampled(features: DataFrame, one_of: int) -> DataFrame:
-    """The items that are gauged: the same ones every night, by a hash of the id."""
+    """Return the items that are sampled for drift: the same ones in every nightly run, by a hash of the id."""
     return features if one_of == 1 else features.filter(in_sample(one_of))
 
 
 def in_sample(one_of: int) -> Column:
-    """Whether an item is gauged."""
+    """Return whether an item is sampled for drift."""
     return F.pmod(F.crc32(F.col("item_id").cast("binary")), F.lit(one_of)) == 0
 
 
 def in_sample_rows(item_ids: pa.Array, one_of: int) -> pa.Array:
-    """:func:`sampled` of a column."""
+    """Return the boolean mask of the ids that :func:`in_sample` selects."""
     if one_of == 1:
         return pa.repeat(True, len(item_ids))
     return pa.array(
@@ -51,8 +51,8 @@ def in_sample_rows(item_ids: pa.Array, one_of: int) -> pa.Array:
 
 
 def measure(lake: Lake, sids: DataFrame, one_of: int, edges: dict[str, list[float]] | None = None) -> dict[str, Any]:
-    """What is known of a day's items, from ``sids`` [stratum, gauges], as :func:`described` gives it; bins end at the
-    deciles of norms, or at the given ``edges``. ``one_of``: see :func:`every`."""
+    """Measure the items of ``sids`` [stratum, gauges], in the format of :func:`described`; bins end at the deciles of
+    norms, or at the given ``edges``. ``one_of``: the stride of :func:`every`."""
     rows = sids.select("stratum", F.inline("gauges"))
     if edges is None:
         deciles = F.percentile_approx("norm", [i / _BINS for i in range(1, _BINS)], 1000).alias("edges")
@@ -81,7 +81,7 @@ def counted(
     error: Values,
     edges: dict[str, list[float]],
 ) -> dict[str, Counts]:
-    """The counts of :func:`measure` from columns: of each vector that is gauged its modality, the stratum of its item,
+    """Return the counts of :func:`measure` from columns: of each sampled vector its modality, the stratum of its item,
     its norm, and its error (NaN for none)."""
     counts = dict[str, Counts]()
     for m, ends in edges.items():
@@ -97,7 +97,7 @@ def counted(
 
 
 def changed(known: dict[str, Counts], before: dict[str, Counts], after: dict[str, Counts]) -> dict[str, Counts]:
-    """``known`` with the items of ``after`` in place of those of ``before``."""
+    """Return ``known`` with the items of ``before`` replaced by those of ``after``."""
     none, counts = {"bins": [0] * _BINS, "error": 0.0, "decoded": 0}, dict[str, Counts]()
     for m in sorted({*known, *after}):
         for s in sorted({*known.get(m, {}), *after.get(m, {})}):
@@ -110,9 +110,9 @@ def changed(known: dict[str, Counts], before: dict[str, Counts], after: dict[str
 
 
 def described(lake: Lake, counts: dict[str, Counts], one_of: int, edges: dict[str, list[float]]) -> dict[str, Any]:
-    """A day's items: of every input of the tokenizer the share whose norm lies in each bin, and the mean squared
-    quantization error, by stratum too (none for a method without a decoder); Spearman(norm, count); the ``counts``
-    themselves."""
+    """Describe a set of items: for every input of the tokenizer the share whose norm is in each bin, and the mean
+    squared quantization error, by stratum too (none for a method without a decoder); Spearman(norm, count); the
+    ``counts`` themselves."""
     shares, error = dict[str, list[float]](), dict[str, dict[str, float]]()
     for m in edges:
         parts = counts.get(m, {})
@@ -134,9 +134,9 @@ def described(lake: Lake, counts: dict[str, Counts], one_of: int, edges: dict[st
 
 
 def against(baseline: dict[str, Any], day: dict[str, Any]) -> dict[str, Any]:
-    """Today's items (measured as ``day`` with the baseline's ``edges``) against those of ``baseline``: for each
-    modality the stability index of its norms, in the bins of the baseline's deciles, and the ratio of quantization
-    errors, of all and by stratum."""
+    """Compare the current items (measured as ``day`` with the baseline's ``edges``) with those of ``baseline``: for
+    each modality the stability index of its norms, in the bins of the baseline's deciles, and the ratio of quantization
+    errors, overall and by stratum."""
     norms = _defined({m: stability_index(shares, day["shares"].get(m, ())) for m, shares in baseline["shares"].items()})
     ratios = {
         m: {
@@ -148,8 +148,8 @@ def against(baseline: dict[str, Any], day: dict[str, Any]) -> dict[str, Any]:
 
 
 def usage(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
-    """Jensen-Shannon divergence in bits of the use of each slot's codes, from the code metrics of two generations;
-    empty where slots differ."""
+    """Return the Jensen-Shannon divergence in bits of the use of each slot's codes, from the code metrics of two
+    generations; empty where slots differ."""
     if before["slots"] != after["slots"]:
         return {}
     slots = zip(after["slots"], before["codes"], after["codes"])
@@ -157,5 +157,5 @@ def usage(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
 
 
 def _defined(values: dict[str, float]) -> dict[str, float]:
-    """Without those of nothing, which would count as no drift."""
+    """Drop undefined values, which would count as no drift."""
     return {name: value for name, value in values.items() if np.isfinite(value)}

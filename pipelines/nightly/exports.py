@@ -1,11 +1,12 @@
-"""Files for consumers that do not read Delta, in ``<run>/exports/<generation>``; written whole or not at all, before
-the generation is live.
+"""Export a generation for consumers that do not read Delta to ``<run>/exports/<generation>``, whole or not at all,
+before it is live.
 
-Rows stand in the order of (item_index, item_id). ``sids`` (Parquet: item_id, codes, tokens) and ``items`` (Parquet:
-codes and the items that have them, by collision rank); ``codes.npy`` [items, L] int32, whose rows ``item_ids.txt``
-names, an id a line; ``index.json``, number of the row -> tokens, as LETTER, LC-Rec and Cornac read it;
+Rows are in the order of (item_index, item_id). ``sids`` (Parquet: item_id, codes, tokens) and ``items`` (Parquet: codes
+and the items that have them, by collision rank); ``codes.npy`` [items, L] int32, with the ids of its rows in
+``item_ids.txt``, one a line; ``index.json``, number of the row -> tokens, as LETTER, LC-Rec and Cornac read it;
 ``prefixes.safetensors``, the catalogue's prefixes (``adasid.recommenders.tokens.Prefixes``); ``changes`` (Parquet: the
-day's rows of ``sid_changes``). ``<run>/exports/live.json`` names the live generation and its folder."""
+generation's rows of ``sid_changes``). ``<run>/exports/live.json`` names the live generation and its folder.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +36,16 @@ from pipelines.generations import Generation
 from pipelines.run import Run
 
 _ROWS, _PREFIXES = 65_536, 20_000_000
-"""Rows written at a time; items up to which the prefixes are made, which needs all codes in memory."""
+"""Rows are written in batches of the first size; prefixes, which need all codes in memory, are written for at most the
+second number of items."""
 _LINE_BREAKS = r"[\n\r\x0b\x0c\x1c-\x1e\x{85}\x{2028}\x{2029}]"
-"""Where ``str.splitlines`` splits: readers of text differ in which of them end a line."""
+"""These are the characters at which ``str.splitlines`` splits; readers of text differ in which of them end a line."""
 
 
 def check(cfg: Config, lake: Lake, version: int) -> None:
     """Raise InputError where an id of ``item_features`` at ``version`` would shift the lines of ``item_ids.txt``.
 
-    To be called before anything is written.
+    Call it before anything is written.
     """
     if "array" not in cfg.retokenize.exports:
         return
@@ -60,12 +62,12 @@ def check(cfg: Config, lake: Lake, version: int) -> None:
 
 
 def point(cfg: Config, lake: Lake) -> None:
-    """Let ``live.json`` name the live generation; its ``folder`` is null where the exports were off, or were removed.
+    """Write the live generation to ``live.json``; its ``folder`` is null where the exports were off, or were removed.
 
-    To be called after the pointer has moved, and where it may have moved before a run was cut off.
+    Call it after the pointer has moved, and where it may have moved before an interrupted run ended.
     """
     named = None
-    while named != (number := generations.pointer(lake)):  # another run may move it while this one writes
+    while named != (number := generations.pointer(lake)):  # another run may move the pointer meanwhile
         row, named = generations.live(lake), number
         manifest = Run(cfg).exports / str(number) / "manifest.json"
         there = manifest.exists() and _same(json.loads(manifest.read_text(encoding="utf-8")), row)
@@ -75,12 +77,12 @@ def point(cfg: Config, lake: Lake) -> None:
 
 
 def _same(manifest: dict[str, Any], row: Generation) -> bool:
-    """Whether a folder is of this generation, not of one with its number in a lake that was removed."""
+    """Return whether a folder is of this generation, not of one with its number in a lake that was removed."""
     return all(manifest.get(name) == row[name] for name in ("generation", "sids_version", "tokenizer", "items"))
 
 
 def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
-    """The exports that the config asks for, of generation ``row``."""
+    """Write the exports that the config asks for, of generation ``row``."""
     wanted: set[str] = set(cfg.retokenize.exports)
     target = Run(cfg).exports / str(row["generation"])
     if row["items"] > _PREFIXES:
@@ -102,7 +104,7 @@ def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
 
 
 def _table(cfg: Config, lake: Lake, slots: list[Slot], row: Generation, draft: Path, wanted: set[str]) -> None:
-    """What is made of all rows."""
+    """Write the exports of all rows."""
     spark = engine.session(cfg.spark)
     index = engine.read(spark, lake, "item_features", row["inputs"]["item_features"]).select("item_id", "item_index")
     sids = (
@@ -136,7 +138,7 @@ def _changes(lake: Lake, generation: int, target: Path) -> None:
 
 
 def _batches(draft: Path) -> Iterator[pa.RecordBatch]:
-    """The exported rows, in order."""
+    """Yield the exported rows, in order."""
     files = sorted((draft / "sids").glob("part-*.parquet"))
     yield from ds.dataset([str(file) for file in files], format="parquet").to_batches(batch_size=_ROWS)
 
@@ -166,7 +168,7 @@ def _array(draft: Path, items: int, length: int) -> None:
 
 
 def _index(draft: Path) -> None:
-    """JSON by string operations on whole columns: no row is a Python object."""
+    """Write JSON by string operations on whole columns: no row is a Python object."""
     with (draft / "index.json").open("w", encoding="utf-8") as file:
         file.write("{")
         start = 0

@@ -1,10 +1,11 @@
-"""A night whose work is as large as its change: without Spark, where few items have other vectors and the codebooks
+"""Run a nightly run without Spark, at the cost of its changes, where few items have other vectors and the codebooks
 stay.
 
-Vectors are encoded of the items that changed alone. Counts of the new table follow from those of the live generation
-and the rows that differ; of the published table the items and codes are scanned, and merged into. Whatever is out of
-the ordinary (a fault, a gate that fails, a version that is gone, drift that asks for training) is left to Spark, which
-looks at the whole table and says what is wrong."""
+Only vectors of changed items are encoded. Counts of the new table follow from those of the live generation and the rows
+that differ; of the published table the items and codes are scanned, and merged into. All exceptions (a fault, a gate
+that fails, a version that is gone, drift that asks for training) are left to Spark, which reads the whole table and
+reports the error.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +35,15 @@ from pipelines.nightly.verdict import Measurements
 _Sizes = dict[int, int]
 
 _FILES = 64
-"""Files of ``sids`` from which on a night is Spark's, which writes the table anew: every small night may add one."""
+"""From this many files of ``sids`` Spark runs the nightly run and rewrites the table: every small run may add a
+file."""
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A night that may be published: the rows of ``sids`` and ``sid_changes`` that it writes, the items ``gone``, the
-    ``version`` of ``sids`` that they change, and the night's ``facts``; no rows where nothing changed. ``how`` that was
-    found."""
+    """A prepared run may be published: the rows of ``sids`` and ``sid_changes`` to write, the items ``gone``, the
+    ``version`` of ``sids`` that they change, and the run's ``facts``; no rows where nothing changed. ``how``: the
+    method of detection."""
 
     how: str
     counts: Counter[str]
@@ -54,13 +56,13 @@ class _Prepared:
 
 
 def publish(nightly: NightlyRun) -> bool:
-    """Publish the night, or find that nothing changed; False, with nothing done, where that is Spark's. Raises
-    InputError where the night cannot be written, BusyError where another run was faster."""
+    """Publish the nightly run, or report that nothing changed; return False, with nothing done, where it needs Spark.
+    Raises InputError where the tables cannot be written, BusyError where another run was faster."""
     try:
         made = _prepared(nightly)
     except (NeedsFullRun, OSError, DeltaError, pa.ArrowException) as error:
         if str(error):
-            nightly.context.note(f"left to Spark: {first_line(error)}")
+            nightly.context.note(f"full run on Spark: {first_line(error)}")
         return False
     nightly.found(made.how, made.counts)
     rows, moves, facts = made.rows, made.moves, made.facts
@@ -80,25 +82,25 @@ def publish(nightly: NightlyRun) -> bool:
         )
     except (OSError, DeltaError, pa.ArrowException) as error:
         raise InputError(
-            f"night {nightly.day}: its table or its files cannot be written below {nightly.cfg.run_dir} "
+            f"nightly run of {nightly.day}: its table or files cannot be written below {nightly.cfg.run_dir} "
             f"({first_line(error)}); generation "
-            f"{generations.pointer(nightly.lake)} stays live: mend the disk or the table, then run the night again"
+            f"{generations.pointer(nightly.lake)} stays live: mend the disk or the table, then run it again"
         ) from error
     return True
 
 
 def _prepared(nightly: NightlyRun) -> _Prepared:
-    """Raises Unusual, or what reading raises, where the night is not for this module."""
+    """Prepare the run. Raises NeedsFullRun, or what reading raises, where this module cannot handle it."""
     settings, live, since = nightly.cfg.retokenize, nightly.live, nightly.live["inputs"]["item_features"]
     if settings.policy not in {"frozen", "auto"} or not settings.small_night:
         raise NeedsFullRun
     if live["items"] > settings.small_table:
         raise NeedsFullRun(f"{live['items']} items are more than retokenize.small_table")
     if "counts" not in live["drift"] or "tail_group_sizes" not in live["metrics"]:
-        raise NeedsFullRun(f"generation {live['generation']} was published before its counts were kept")
+        raise NeedsFullRun(f"generation {live['generation']} was published without its counts")
     version = _base(nightly)
     tokenizer, manifest = nightly.champion()
-    torch.set_num_threads(1)  # as Spark's workers encode
+    torch.set_num_threads(1)  # as on Spark's workers, so that results agree
     fed = changes.followed(nightly.lake, since, nightly.version)
     change, fed = differences.read(nightly, since, fed)
     how = changes.how(fed)
@@ -131,21 +133,21 @@ def _prepared(nightly: NightlyRun) -> _Prepared:
 
 
 def _base(nightly: NightlyRun) -> int:
-    """The newest version of ``sids``, which must hold the live rows, or those of this very night, which was cut off.
-    Raises Unusual."""
+    """Return the newest version of ``sids``. Raises NeedsFullRun unless it has the live rows, or those of this very
+    run, which was interrupted."""
     newest = DeltaTable(nightly.lake.path("sids"))
     files = newest.file_uris()
     if not nightly.lake.fresh(nightly.input_hash("frozen", nightly.live["tokenizer"]), "sids"):
         if set(files) != set(nightly.lake.open("sids", nightly.live["sids_version"]).file_uris()):
             raise NeedsFullRun("the newest rows of sids are not the live ones")
         if len(files) > _FILES:
-            raise NeedsFullRun(f"sids has {len(files)} files, and is written anew")
+            raise NeedsFullRun(f"sids has {len(files)} files and is rewritten")
     return int(newest.version())
 
 
 def _encoded(nightly: NightlyRun, since: int, change: Change, tokenizer: Tokenizer) -> pa.Table:
-    """Rows of :data:`ENCODED` of the items that are new or changed, in their order, whose vectors are encoded in that
-    order too: the parts in which they are read decide nothing. Raises Unusual where one is missing or faulty."""
+    """Return rows of :data:`ENCODED` of the new and changed items, in their order; they are also encoded in that order,
+    so that the batches in which they are read do not matter. Raises NeedsFullRun where one is missing or faulty."""
     chosen = pa.array(change.of("new", "changed"))
     ids, previous = change.ids.filter(chosen), change.published["codes"].combine_chunks().filter(chosen)
     rows = differences.vectors(nightly, since, change, list(READ), list(tokenizer.widths))
@@ -162,14 +164,14 @@ def _encoded(nightly: NightlyRun, since: int, change: Change, tokenizer: Tokeniz
 
 
 def _codes(rows: pa.Table | pa.RecordBatch, length: int) -> Integers:
-    """Codes [n, L] of rows of ``sids``."""
+    """Return the codes [n, L] of rows of ``sids``."""
     return np.asarray(pc.list_flatten(rows["codes"]).to_numpy().reshape(-1, length), np.int64)
 
 
 def _measured(
     nightly: NightlyRun, change: Change, encoded: pa.Table, slots: list[Slot]
 ) -> tuple[pa.Array, Measurements]:
-    """The collision ranks of the rows ``encoded``, and what is measured of the whole table with them."""
+    """Return the collision ranks of the rows ``encoded``, and the measurements of the whole table with them."""
     live, was, now, same = nightly.live, ~change.of("new"), change.of("new", "changed"), change.of("same")
     base, length = live["drift"]["baseline"], len(slots)
     old, still = change.published.filter(pa.array(was)), change.published.filter(pa.array(same))
@@ -217,7 +219,7 @@ def _tally(slots: list[Slot], rows: pa.Table, side: Side) -> Tally:
 
 
 def _sampled(gauges: pa.ChunkedArray, strata: Integers, edges: dict[str, list[float]]) -> dict[str, drift.Counts]:
-    """Counts of the norms and errors of rows, whose ``strata`` [n] are given."""
+    """Count the norms and errors of rows, whose ``strata`` [n] are given."""
     gauges = gauges.combine_chunks()
     flat, row = gauges.flatten(), pc.list_parent_indices(gauges).to_numpy()
     modality, norm, error = (flat.field(name).to_numpy(zero_copy_only=False) for name in ("modality", "norm", "error"))
@@ -225,7 +227,7 @@ def _sampled(gauges: pa.ChunkedArray, strata: Integers, edges: dict[str, list[fl
 
 
 def _keys(codes: Integers) -> NDArray[np.uint64]:
-    """A number for each row of codes [n, L]; equal rows have equal ones."""
+    """Hash each row of codes [n, L] to an integer; equal rows have equal hashes."""
     factors = np.random.default_rng(0).integers(1, 2**63, codes.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
     keys: NDArray[np.uint64] = ((codes - PAD).astype(np.uint64) * factors).sum(1, dtype=np.uint64)
     return keys
@@ -234,19 +236,19 @@ def _keys(codes: Integers) -> NDArray[np.uint64]:
 def _grouped(
     nightly: NightlyRun, change: Change, codes: Integers, encoded: pa.Table
 ) -> tuple[pa.Array, _Sizes, _Sizes, int]:
-    """Of the SIDs that gain, lose or recount an item: the collision ranks of the rows ``encoded`` with ``codes``, as in
-    :func:`sids.ranked`; the sizes of all groups then, of all their items and of the rare ones; and by how much the
-    number of rare items in shared groups grows."""
+    """Regroup the SIDs that gain, lose or recount an item. Returns the collision ranks of the rows ``encoded`` with
+    ``codes``, as in :func:`sids.ranked`; the new sizes of all groups, over all items and over the tail and cold ones;
+    and the increase of the number of tail and cold items in shared groups."""
     live, length = nightly.live, codes.shape[1]
     leaving = _codes(change.published.filter(pa.array(~change.of("new"))), length)
     distinct = np.unique(np.concatenate([codes, leaving]), axis=0)
     order = _keys(distinct).argsort()
     distinct, keys = distinct[order], _keys(distinct)[order]
     if (keys[1:] == keys[:-1]).any():
-        raise NeedsFullRun("two SIDs have one key")
+        raise NeedsFullRun("two SIDs have the same hash")
 
     def group(rows: Integers) -> Integers:
-        """Place of each row of codes in ``distinct``; -1 for none."""
+        """Return the index of each row of codes in ``distinct``; -1 for none."""
         place = np.minimum(np.searchsorted(keys, _keys(rows)), len(keys) - 1)
         return np.where((distinct[place] == rows).all(1), place, -1)
 
@@ -289,7 +291,7 @@ def _grouped(
 
 
 def _resized(known: list[list[int]], before: NDArray[Any], after: NDArray[Any]) -> _Sizes:
-    """The sizes of groups and their numbers, where some of the ``known`` have another size."""
+    """Return size -> number of groups, where some of the ``known`` groups have another size."""
     groups = Counter({size: number for size, number in known})
     groups.subtract(before.astype(np.int64).tolist())
     groups.update(after.astype(np.int64).tolist())
@@ -297,7 +299,7 @@ def _resized(known: list[list[int]], before: NDArray[Any], after: NDArray[Any]) 
 
 
 def _rare(nightly: NightlyRun, change: Change, members: pa.Array) -> tuple[Mask, Mask]:
-    """Which of ``members`` are tail or cold, before and after."""
+    """Return the boolean masks of ``members`` that are tail or cold, before and after."""
     parts = nightly.lake.batches(
         "item_features", nightly.version, ["item_id", "stratum"], pc.field("item_id").isin(members)
     )
@@ -316,8 +318,8 @@ def _rare(nightly: NightlyRun, change: Change, members: pa.Array) -> tuple[Mask,
 
 
 def _ranks(own: Integers, first: Integers, previous: Integers, encoded: pa.Table) -> pa.Array:
-    """Rank of each row in its group ``own`` [n]: ``previous`` [n] where that is not -1; else by (events desc, item_id),
-    from ``first`` of the group on."""
+    """Return the rank of each row in its group ``own`` [n]: ``previous`` [n] where that is not -1; else by (events
+    desc, item_id), starting at ``first`` of the group."""
     rows = pa.table(
         {
             "group": own,
@@ -339,7 +341,7 @@ def _ranks(own: Integers, first: Integers, previous: Integers, encoded: pa.Table
 
 
 def _churn_groups(change: Change, encoded: pa.Table, length: int) -> list[dict[str, Any]]:
-    """What :func:`changes.churned` takes."""
+    """Return the groups that :func:`changes.churned` takes."""
     fresh = change.of("new", "changed")
     changed = change.kind[fresh] == "changed"
     differ = _codes(encoded, length)[changed] != _codes(change.published.filter(pa.array(change.of("changed"))), length)
@@ -369,7 +371,7 @@ def _churn_groups(change: Change, encoded: pa.Table, length: int) -> list[dict[s
 
 
 def _moves(change: Change, encoded: pa.Table) -> pa.Table:
-    """Rows of ``sid_changes`` but for the generation."""
+    """Return the rows of ``sid_changes`` without the generation."""
     fresh, gone = (pa.array(change.of(*kinds)) for kinds in (("new", "changed"), ("removed",)))
     codes = change.published["codes"].combine_chunks()
     why = pa.array(change.kind.astype(object), pa.string())
@@ -389,7 +391,7 @@ def _moves(change: Change, encoded: pa.Table) -> pa.Table:
 
 
 def _with(rows: pa.Table, **columns: object) -> pa.Table:
-    """With further columns: arrays, or one value for all rows."""
+    """Append columns: arrays, or one value for all rows."""
     for name, value in columns.items():
         rows = rows.append_column(name, value if isinstance(value, pa.Array) else pa.repeat(value, rows.num_rows))
     return rows

@@ -1,8 +1,9 @@
-"""One run at a time: a lease in the lake, taken and renewed by commits that succeed only on the version that was read.
+"""Allow one run at a time: a lease in the lake, taken and renewed by commits that succeed only on the version that was
+read.
 
-A holder renews it from a thread of its own. One that has died does not, and is taken for dead when its time is over;
-one that was only stopped finds the lease lost at its next :meth:`Lease.check`, which stands before every commit of a
-publication."""
+A holder renews the lease from a separate thread. A dead holder does not, and its lease expires; a holder that was
+suspended notices the lost lease at its next :meth:`Lease.check`, which comes before every commit of a publication.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ _POLL = 1.0
 
 
 class Lease:
-    """The right to publish into one lake. ``now``: the clock, in unix seconds."""
+    """A lease is the right to publish into one lake. ``now``: the clock, in unix seconds."""
 
     def __init__(self, lake: Lake, seconds: float, now: Callable[[], float] = time.time) -> None:
         self.lake, self.seconds, self.now = lake, seconds, now
@@ -37,8 +38,8 @@ class Lease:
 
     def take(self, wait: float, note: Callable[[str], None] = lambda text: None) -> None:
         """Become the holder, waiting at most ``wait`` seconds for another one, after a ``note``. Raises BusyError where
-        it stays, InputError where the table is not ours."""
-        with suppress(CommitFailedError):  # another one has just created it
+        another run still has the lease, InputError where the table is of another version of adasid."""
+        with suppress(CommitFailedError):  # another run has just created it
             DeltaTable.create(self.lake.path(_TABLE), schema=tables.LEASES, mode="ignore")
         deadline, told = time.monotonic() + wait, ""
         while True:
@@ -76,8 +77,8 @@ class Lease:
         return table
 
     def _holder(self, table: DeltaTable) -> tuple[str, float] | None:
-        """Who holds it now. A lease that ends later than any could have been given is of a clock that has since jumped
-        back, and void."""
+        """Return the current holder and the expiry, None for none. A lease that expires later than any could have been
+        taken is from before the clock jumped back, and void."""
         rows = table.to_pyarrow_table().to_pylist()
         if (
             not rows
@@ -88,7 +89,7 @@ class Lease:
         return rows[0]["holder"], rows[0]["expires"]
 
     def _commit(self, table: DeltaTable, holder: str | None, expires: float) -> bool:
-        """Whether the row could be written as the version after ``table``'s."""
+        """Return whether the row could be written as the version after ``table``'s."""
         row = pa.table({"holder": [holder], "expires": [expires], "seconds": [self.seconds]}, schema=tables.LEASES)
         try:
             write_deltalake(table, row, mode="overwrite", commit_properties=CommitProperties(max_commit_retries=0))
@@ -107,7 +108,7 @@ class Lease:
             )
 
     def renew(self) -> None:
-        """Hold it for another ``seconds``; after the first renewal that fails, for whatever reason, it is lost."""
+        """Extend the lease by ``seconds``; after the first renewal that fails, for whatever reason, it is lost."""
         try:
             table = DeltaTable(self.lake.path(_TABLE))
             rows = table.to_pyarrow_table().to_pylist()
@@ -122,7 +123,7 @@ class Lease:
             self._lost.set()
 
     def give_back(self) -> None:
-        """Let the next one in."""
+        """Release the lease."""
         table = DeltaTable(self.lake.path(_TABLE))
         rows = table.to_pyarrow_table().to_pylist()
         if rows and rows[0]["holder"] == self.holder:
@@ -135,7 +136,7 @@ class Lease:
 
 @contextmanager
 def leased(context: StageContext, settings: config.Lease) -> Iterator[Lease]:
-    """Take the lease, renew it meanwhile, give it back."""
+    """Take the lease, renew it meanwhile, release it."""
     lease = Lease(context.lake, settings.seconds)
     lease.take(settings.wait, context.note)
     keeper = threading.Thread(target=lease._keep, daemon=True)

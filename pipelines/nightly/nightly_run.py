@@ -1,4 +1,4 @@
-"""What every way of making a night's table has in common: the tables that it reads, and how it is published."""
+"""Provide what every data flow of a nightly run shares: the tables that it reads, and how its table is published."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from pipelines.run import Run
 
 @dataclass
 class NightlyRun:
-    """``live``: the generation before; ``version``: of today's ``item_features``; ``day``: the run date; ``key``:
-    digest of all that the night follows from, but for the policy that is chosen and the tokenizer; ``dry``: nothing is
-    published. Spark starts where it is asked for."""
+    """A nightly run has ``live``: the live generation; ``version``: of the current ``item_features``; ``day``: the run
+    date; ``key``: the input hash, without the chosen policy and tokenizer; ``dry``: nothing is published. Spark starts
+    on first use."""
 
     cfg: Config
     context: StageContext
@@ -43,42 +43,43 @@ class NightlyRun:
 
     @property
     def lake(self) -> Lake:
-        """The lake."""
+        """Return the lake."""
         return self.context.lake
 
     @property
     def artifact(self) -> Path:
-        """Folder of the live tokenizer."""
+        """Return the folder of the live tokenizer."""
         return Path(self.live["artifact"])
 
     @property
     def refused(self) -> Path:
-        """Where a refusal is kept for the report."""
+        """Return the path at which a refusal is recorded for the report."""
         return Run(self.cfg).refused
 
     @cached_property
     def spark(self) -> SparkSession:
-        """The session."""
+        """Return the Spark session."""
         return engine.session(self.cfg.spark)
 
     @cached_property
     def features(self) -> DataFrame:
-        """Today's ``item_features``."""
+        """Return the current ``item_features``."""
         return engine.read(self.spark, self.lake, "item_features", self.version)
 
     @cached_property
     def published(self) -> DataFrame:
-        """The live rows of ``sids``."""
+        """Return the live rows of ``sids``."""
         return engine.read(self.spark, self.lake, "sids", self.live["sids_version"])
 
     @staticmethod
     def slots(manifest: dict[str, Any]) -> list[Slot]:
-        """Those of a tokenizer."""
+        """Return the slots of a tokenizer."""
         return [Slot(**slot) for slot in manifest["slots"]]
 
     def champion(self) -> tuple[Tokenizer, dict[str, Any]]:
-        """The live tokenizer and its manifest, which is whole and takes today's features."""
-        tokenizer, manifest = artifact.read(self.artifact)  # damaged weights are found here, not in a task
+        """Return the live tokenizer and its manifest. Raises InputError where it is damaged, is another one, or does
+        not take the current features."""
+        tokenizer, manifest = artifact.read(self.artifact)  # damaged weights raise here, not in a task
         live = self.live["tokenizer"]
         if manifest["digest"] != live:
             raise InputError(
@@ -94,7 +95,7 @@ class NightlyRun:
         train.register(self.cfg, self.context, Path(live["artifact"]), live["tokenizer"], "champion")
 
     def measured(self, facts: dict[str, Any]) -> None:
-        """Track what was measured of the table, and every gate; in a dry run also on the screen and on the page."""
+        """Track the measurements of the table and every gate; in a dry run also on the screen and on the page."""
         self.context.metrics(verdict.tracked(facts))
         self.context.client.log_dict(self.context.run_id, {"gates": facts["gates"]}, "gates.json")
         if self.dry:
@@ -104,20 +105,20 @@ class NightlyRun:
             self.pages(facts)
 
     def found(self, how: str, counts: Mapping[str, int]) -> None:
-        """Tell how many items are new, changed and removed, and how they were found."""
-        self.context.facts["found by"] = how
+        """Note how many items are new, changed and removed, and the method of detection."""
+        self.context.facts["detected by"] = how
         self.context.note(
             f"by {how}: " + ", ".join(f"{counts.get(why, 0)} {why}" for why in ("new", "changed", "removed"))
         )
 
     def unchanged(self) -> None:
-        """Tell that there is nothing to publish."""
+        """Report that there is nothing to publish."""
         self._up_to_date(f"no item is new, changed or removed since generation {self.live['generation']}")
-        self.context.facts["item_features"] = self.version  # the report takes it for seen
+        self.context.facts["item_features"] = self.version  # the report counts this version as read
 
     def _up_to_date(self, why: str) -> None:
         if not self.dry:
-            self._champion(self.live)  # a kill may have come before that, and before a refusal was taken back
+            self._champion(self.live)  # a killed run may not have done this, nor removed a refusal
         if self.refused.exists() and not self.dry:
             self.refused.unlink()
             self.pages()
@@ -128,7 +129,7 @@ class NightlyRun:
         self.context.facts.update({"generation": self.live["generation"], "items": self.live["items"]})
 
     def input_hash(self, policy: str, tokenizer: str) -> str:
-        """What the commits of the night carry."""
+        """Return the input hash that the commits of the run carry."""
         return digest(self.key, policy, tokenizer)
 
     def publish(
@@ -139,8 +140,8 @@ class NightlyRun:
         write_sids: Callable[[], object],
         write_changes: Callable[[], object],
     ) -> None:
-        """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and say so; not in a dry run,
-        nor where it was published and then rolled back. Raises GateError where the live generation is on hold."""
+        """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and report it; not in a dry
+        run, nor where it was published and then rolled back. Raises GateError where the live generation is on hold."""
         if self.dry:
             self.context.status = "dry run"
             self.context.note(f"dry run: all gates passed; generation {self.live['generation']} stays live")
@@ -151,8 +152,8 @@ class NightlyRun:
         if generations.settled(self.lake, input_hash):
             number = generations.next_number(self.lake) - 1
             self._up_to_date(
-                f"generation {number} is this night's and was rolled back: jobs/rollback.py --to {number} makes it "
-                "live again"
+                f"generation {number} was published from these inputs and rolled back: jobs/rollback.py --to {number} "
+                "makes it live again"
             )
             return
         exports.check(self.cfg, self.lake, self.version)
@@ -167,13 +168,13 @@ class NightlyRun:
             allowed=self.lease.check,
         )
         self._champion(row)
-        self.context.status = "done"  # whatever training the tokenizer said
+        self.context.status = "done"  # training the tokenizer may have set another status
         self.refused.unlink(missing_ok=True)
         self.pages()
         self._summarize(facts)
 
     def _summarize(self, facts: dict[str, Any]) -> None:
-        """The facts of the run: what changed."""
+        """Add what changed to the facts of the run."""
         churned = facts["churn"]
         number = f"{facts['generation']} (dry run)" if self.dry else facts["generation"]
         said = {"generation": number, "policy": facts["policy"], "items": facts["items"]}
@@ -181,8 +182,8 @@ class NightlyRun:
         self.context.facts.update(said | {"churn": f"{churned['churn']:.2%}"})
 
     def pages(self, dry: dict[str, Any] | None = None) -> None:
-        """The page of the last generations and of a ``dry`` run, ``<run>/report/nights``, its figures too, also to
-        MLflow."""
+        """Write the page of the last generations and of a ``dry`` run to ``<run>/report/nights``, with its figures, and
+        log it in MLflow."""
         folder = Run(self.cfg).report("nights")
         left = json.loads(self.refused.read_text(encoding="utf-8")) if self.refused.exists() else None
         rows = generations.history(self.lake)[-self.cfg.retokenize.keep :]

@@ -1,5 +1,5 @@
-"""New tokenizers for a night: the live one trained on, or one trained anew that holds on to the published codes, and
-whose codes and slots are then matched with them."""
+"""Train a new tokenizer in a nightly run: continue the live one (``warm``), or retrain on previous codes and match
+codes and slots with them (``refit``)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pipelines.run import Run
 
 
 def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
-    """The artifact of policy ``warm`` or ``refit`` on today's features, and its manifest. ``live``: the artifact of the
-    live SIDs."""
+    """Return the artifact of policy ``warm`` or ``refit`` on the current features, and its manifest. ``live``: the
+    artifact of the live SIDs."""
     cfg, lake = nightly.cfg, nightly.lake
     settings = cfg.retokenize.warm if policy == "warm" else cfg.retokenize.refit_slack
     made = lake.input_hashes({"item_features": nightly.version})
@@ -42,7 +42,7 @@ def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, dict[str, A
 def _trained(
     nightly: NightlyRun, folder: Path, start: Path | None, previous: train.PreviousTable | None = None
 ) -> dict[str, Any]:
-    """The manifest of the tokenizer in ``folder``, trained on the features of this run unless it is there."""
+    """Return the manifest of the tokenizer in ``folder``; train it on the features of this run if it is missing."""
     cfg, context = nightly.cfg, nightly.context
     if (folder / "model" / "manifest.json").exists():
         context.status = "up to date"
@@ -57,7 +57,7 @@ def _trained(
 
 
 def _previous(nightly: NightlyRun, key: str) -> train.PreviousTable | None:
-    """The published codes of today's items, where the tokenizer is one that can hold on to them."""
+    """Return the previous codes of the current items; None for a tokenizer that cannot train on them."""
     slack = nightly.cfg.retokenize.refit_slack
     if not slack or not isinstance(nightly.cfg.tokenizer, TrainedSettings):
         return None
@@ -75,7 +75,7 @@ def _previous(nightly: NightlyRun, key: str) -> train.PreviousTable | None:
 
 
 def _match(nightly: NightlyRun, anew: Path, matched: Path) -> None:
-    """Write the artifact in ``anew`` under the names that keep most published codes, on a sample."""
+    """Rename the codes of the artifact in ``anew`` so that most published codes stay, estimated on a sample."""
     tokenizer, manifest = artifact.read(anew)
     old = nightly.published.select("item_id", F.col("codes").alias("_old"))
     sample = drift.sampled(nightly.features, drift.every(nightly.live["items"], nightly.cfg.retokenize.sample))

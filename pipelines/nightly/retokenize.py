@@ -1,5 +1,5 @@
-"""A night: what changed since the live generation gets its SIDs under the config's policy, is measured, gated, and
-published or refused."""
+"""Run a nightly run: items that changed since the live generation get SIDs under the config's policy, which are
+measured, gated, and published or refused."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ _WORST = 10
 
 
 def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -> None:
-    """Publish the night of ``run_date``, unless nothing changed. Raises BusyError while another run is at work,
-    InputError for unusable input, GateError where the new table is refused; the live generation then stays as it is.
-    ``dry``: measure and judge alone, under the lease too, as warm and refit write their tokenizers."""
+    """Publish the nightly run of ``run_date``, unless nothing changed. ``dry``: measure and judge alone, under the
+    lease too, as warm and refit write their tokenizers.
+
+    Raises BusyError while another run is at work, InputError for unusable input, GateError where the new table is
+    refused; the live generation then stays as it is.
+    """
     lake, settings = context.lake, cfg.retokenize
     with leased(context, settings.lease) as lease:
         live, version = generations.live(lake), lake.version("item_features")
@@ -65,15 +68,15 @@ def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -
                 _publish(nightly)
         except (Py4JJavaError, PySparkException, OSError) as error:
             raise InputError(
-                f"night {day}: item_features version {version} or sids version {live['sids_version']} cannot be worked "
-                f"on ({engine.root_cause(error)}); "
+                f"nightly run of {day}: item_features version {version} or sids version {live['sids_version']} cannot "
+                f"be processed ({engine.root_cause(error)}); "
                 f"generation {generations.pointer(lake)} stays live: mend the table or the disk that it names, then "
-                "run the night again"
+                "run it again"
             ) from error
 
 
 def _publish(nightly: NightlyRun) -> None:
-    """Find what changed, encode it, measure, judge, publish: on Spark, for as many items as there are."""
+    """Detect changes, encode, measure, judge and publish on Spark, for any number of items."""
     cfg, live = nightly.cfg, nightly.live
     folder, (_, manifest) = nightly.artifact, nightly.champion()
     found, today, how = changes.detect(
@@ -104,15 +107,15 @@ def _publish(nightly: NightlyRun) -> None:
             if cfg.retokenize.policy != "auto" or nightly.live["hold"]:
                 raise
             nightly.context.note(f"{refusal}. Policy frozen instead")
-            nightly.context.facts = told  # what training said of the tokenizer that was refused
+            nightly.context.facts = told  # drop the facts of the refused tokenizer
             _settle(nightly, _frozen(nightly, folder, manifest, found, today), "frozen", {**drifted, "asked": policy})
     finally:
         found.unpersist()
 
 
 def _settle(nightly: NightlyRun, made: NewTable, policy: str, drifted: dict[str, Any]) -> None:
-    """Measure and judge the table ``made`` under ``policy``, and publish it. ``drifted``: today against the live
-    tokenizer. Raises GateError."""
+    """Measure and judge the table ``made`` under ``policy``, and publish it. ``drifted``: the current items against the
+    live tokenizer's baseline. Raises GateError."""
     number, input_hash = generations.next_number(nightly.lake), nightly.input_hash(policy, made.manifest["digest"])
     moves = (
         changes.moved(made.touched, made.encoded, policy)
@@ -155,7 +158,7 @@ def _settle(nightly: NightlyRun, made: NewTable, policy: str, drifted: dict[str,
 
 
 def _measurements(nightly: NightlyRun, made: NewTable, moves: DataFrame, drifted: dict[str, Any]) -> Measurements:
-    """What is measured of the new table. ``drifted``: today against the live tokenizer."""
+    """Measure the new table. ``drifted``: the current items against the live tokenizer's baseline."""
     metrics = sids.measure(made.whole, nightly.slots(made.manifest))
     distinct, known = _counted(made.whole)
     return Measurements(
@@ -176,10 +179,11 @@ def _measurements(nightly: NightlyRun, made: NewTable, moves: DataFrame, drifted
 
 @dataclass
 class NewTable:
-    """A night's ``rows`` of ``sids``, of which those ``encoded`` are new, by the artifact in ``folder``; ``whole``:
-    what of all of them is measured (:data:`verdict.MEASURED`); ``touched``: the published rows that do not stay;
-    ``baseline``: the day that the tokenizer knows, as ``drift.measure`` gives it; ``day``: today in its bins;
-    ``drifted``: today against the live tokenizer's; ``broken``: items whose vectors are not finite."""
+    """A new table has ``rows`` of ``sids``, of which those ``encoded`` are new, by the artifact in ``folder``;
+    ``whole``: the measured columns of all of them (:data:`verdict.MEASURED`); ``touched``: the published rows that do
+    not stay; ``baseline``: the tokenizer's training data, as ``drift.measure`` describes it; ``day``: the current items
+    in its bins; ``drifted``: the current items against the live tokenizer's baseline; ``broken``: items whose vectors
+    are not finite."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -193,7 +197,7 @@ class NewTable:
     broken: int
 
     def free(self) -> None:
-        """Give the disk back that the tables take."""
+        """Unpersist the tables."""
         self.encoded.unpersist()
         self.whole.unpersist()
 
@@ -201,8 +205,8 @@ class NewTable:
 def _frozen(
     nightly: NightlyRun, folder: Path, manifest: dict[str, Any], found: DataFrame, today: DataFrame
 ) -> NewTable:
-    """The live tokenizer's SIDs for the items in ``found``, whose rows are ``today``; the published ones for all
-    others."""
+    """Encode the items in ``found``, whose rows are ``today``, with the live tokenizer; all others retain their
+    published SIDs."""
     known, lake = nightly.live["drift"]["baseline"], nightly.lake
     touched = nightly.published.join(found, "item_id", "left_semi")
     previous = touched, nightly.cfg.retokenize.slack
@@ -222,7 +226,7 @@ def _frozen(
 
 
 def _retrained(nightly: NightlyRun, policy: str, live: Path) -> NewTable:
-    """A new tokenizer, and its SIDs for all items. ``live``: the folder of the live tokenizer's artifact."""
+    """Train a new tokenizer and encode all items with it. ``live``: the folder of the live tokenizer's artifact."""
     cfg, lake = nightly.cfg, nightly.lake
     folder, manifest = refit.fit(nightly, policy, live)
     one_of = drift.every(nightly.features.count(), cfg.retokenize.sample)
@@ -238,13 +242,13 @@ def _retrained(nightly: NightlyRun, policy: str, live: Path) -> NewTable:
 
 
 def _counted(whole: DataFrame) -> tuple[int, int]:
-    """Different items of a table, and its rows that are of an item of today."""
+    """Count the different items of a table, and its rows of items that currently exist."""
     row = whole.agg(F.countDistinct("item_id").alias("distinct"), F.count("stratum").alias("known")).first()
     return (int(row["distinct"]), int(row["known"])) if row else (0, 0)
 
 
 def _judge(nightly: NightlyRun, facts: dict[str, Any], moves: DataFrame, whole: DataFrame) -> None:
-    """Raise GateError where a gate failed, with the worst items; the refusal is kept for the report."""
+    """Raise GateError where a gate failed, with the worst items; the refusal is recorded for the report."""
     failed = [gate for gate in facts["gates"] if not gate["passed"]]
     if not failed:
         return
@@ -274,7 +278,7 @@ def _judge(nightly: NightlyRun, facts: dict[str, Any], moves: DataFrame, whole: 
             f" (policy {facts['policy']}; to publish without moving SIDs: --set retokenize.policy=frozen; else "
             "raise retokenize.gates.max_churn)"
         )
-    text = f"{'dry run: ' if nightly.dry else ''}night {facts['run_date']} not published: {text}"
+    text = f"{'dry run: ' if nightly.dry else ''}nightly run of {facts['run_date']} not published: {text}"
     raise GateError(
         f"{text}. Generation {nightly.live['generation']} stays live; worst items: "
         + "; ".join(f"{name}: {', '.join(items[:3])}" for name, items in worst.items() if items)

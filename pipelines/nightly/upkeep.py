@@ -1,5 +1,5 @@
-"""Roll-back, and maintenance that never removes what a kept generation, a model or the lineage of a run that is not too
-old points at."""
+"""Roll back and maintain: files that a retained generation, a model or the lineage of a recent run refers to are never
+removed."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def migrate(cfg: Config, context: StageContext) -> None:
 
 def maintain(cfg: Config, context: StageContext) -> None:
     """Compact every table and vacuum its files, except those of the versions in :func:`needed` and those younger than
-    ``grace_hours``. A table keeps the digest and the versions of what it was made of, and the log of all its
-    versions."""
+    ``grace_hours``. A table retains its input hash, its lineage, and the log of all its versions."""
     lake, grace = context.lake, cfg.retokenize.grace_hours
     with leased(context, cfg.retokenize.lease) as lease:
         keep = needed(context)
@@ -61,7 +60,7 @@ def maintain(cfg: Config, context: StageContext) -> None:
                 table.alter.set_table_properties(
                     {"delta.enableExpiredLogCleanup": "false"}, commit_properties=input_hash
                 )
-            if name not in {"sids", "live"}:  # readers of these go to one version, which compaction does not change
+            if name not in {"sids", "live"}:  # their readers open a fixed version, which compaction does not change
                 compacted = table.optimize.compact(commit_properties=input_hash)["numFilesRemoved"]
             kept = [version for version in sorted({*keep[name], table.version()}) if _readable(context, name, version)]
             options: dict[str, Any] = {"enforce_retention_duration": False, "full": True, "keep_versions": kept}
@@ -74,18 +73,18 @@ def maintain(cfg: Config, context: StageContext) -> None:
 
 
 def _readable(context: StageContext, name: str, version: int) -> bool:
-    """Whether the log still knows a version; one that is gone is named, and cannot be kept."""
+    """Return whether the log still has a version; note one that is gone."""
     try:
         context.lake.open(name, version)
     except InputError:
-        context.note(f"{name} version {version} is needed but its log is gone: it cannot be kept")
+        context.note(f"{name} version {version} is needed but its log is gone: it cannot be retained")
         return False
     return True
 
 
 def needed(context: StageContext) -> dict[str, set[int]]:
-    """Table -> versions that must stay readable: those of the last ``retokenize.keep`` generations and the live one,
-    what they were made of, what the artifacts on disk were trained on, what the runs of the last
+    """Return table -> versions that must stay readable: those of the last ``retokenize.keep`` generations and the live
+    one, their sources, the training data of the artifacts on disk, the versions that the runs of the last
     ``retokenize.lineage_days`` read and wrote, and the config's pins."""
     cfg, keep = context.cfg, defaultdict[str, set[int]](set)
     rows = generations.history(context.lake)

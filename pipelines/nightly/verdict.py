@@ -1,4 +1,4 @@
-"""What a night found, and whether its table may be published."""
+"""Judge a nightly run's table: derive the facts and gates of its generation from the measurements."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pipelines.generations import Generation
 from pipelines.nightly import changes, drift
 
 MEASURED = ("codes", "weights", "active", "gauges")
-"""What is measured of a row of ``sids``, beside its item's events and stratum."""
+"""These columns of ``sids`` are measured, with the item's events and stratum."""
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Of a night's table: its ``tokenizer`` (digest) and the ``folder`` of its artifact; ``metrics`` (``sids.measure``)
-    and ``churn`` (``changes.churn``); the ``counts`` of its norms and errors in the bins of ``baseline``, which the
-    tokenizer knows; how far today has ``drifted`` from the live one (``drift.against``), and the :func:`largest_error`
-    of the table's own; ``distinct`` different items, of which ``known`` are among the ``items`` of today; ``broken``
-    ones with vectors that are not finite."""
+    """Measurements describe a new table: its ``tokenizer`` (digest) and the ``folder`` of its artifact; ``metrics``
+    (``sids.measure``) and ``churn`` (``changes.churn``); the ``counts`` of its norms and errors in the bins of
+    ``baseline``, the tokenizer's training data; ``drifted``: the current items against the live tokenizer's
+    (``drift.against``); ``error``: the :func:`largest_error` of the new table; ``distinct``: different items, of which
+    ``known`` are among the current ``items``; ``broken``: items with vectors that are not finite."""
 
     folder: Path
     tokenizer: str
@@ -38,7 +38,8 @@ class Measurements:
 
 
 def facts(cfg: Config, live: Generation, version: int, found: Measurements) -> dict[str, Any]:
-    """What the generation's row says of the table, gates and all. ``version``: of ``item_features``."""
+    """Return the columns of the generation's row that describe the table, gates included. ``version``: of
+    ``item_features``."""
     metrics, items = found.metrics, found.items
     usage = drift.usage(live["metrics"], metrics)
     gates = sids.check_gates(metrics, cfg.sids.gates, items, found.distinct, found.broken) + _gates(cfg, found)
@@ -56,11 +57,11 @@ def facts(cfg: Config, live: Generation, version: int, found: Measurements) -> d
 
 
 def policy(cfg: Config, drifted: dict[str, Any]) -> str:
-    """The policy of the config; under ``auto`` what today's drift asks for."""
+    """Return the policy of the config; under ``auto`` the one that the current drift asks for."""
     settings, auto = cfg.retokenize, cfg.retokenize.auto
     if settings.policy != "auto":
         return settings.policy
-    error = largest_error(drifted) or 1.0  # nothing to compare asks for nothing
+    error = largest_error(drifted) or 1.0  # without a ratio there is no drift
     if error >= auto.refit_error:
         return "refit"
     return (
@@ -71,7 +72,7 @@ def policy(cfg: Config, drifted: dict[str, Any]) -> str:
 
 
 def largest_error(drifted: dict[str, Any]) -> float | None:
-    """The largest ratio of quantization errors of a modality; None where no modality has one."""
+    """Return the largest ratio of quantization errors of a modality; None where no modality has one."""
     return max((ratio["all"] for ratio in drifted["error_ratio"].values() if "all" in ratio), default=None)
 
 
@@ -90,7 +91,7 @@ def _gates(cfg: Config, found: Measurements) -> list[dict[str, Any]]:
 
 
 def tracked(facts: dict[str, Any]) -> dict[str, float]:
-    """Of them, what MLflow draws over the nights."""
+    """Return the metrics that MLflow plots over the nightly runs."""
     drifted, churn = facts["drift"], facts["churn"]
     values = {name: value for name, value in facts["metrics"].items() if isinstance(value, (int, float))}
     values |= {name: float(churn[name]) for name in ("new", "changed", "removed", "churn", "weighted")} | {

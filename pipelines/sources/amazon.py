@@ -1,5 +1,5 @@
-"""The public Amazon review files of 2014, 2018 and 2023: JSON lines, or Python literals; fields that differ in name
-between releases are merged."""
+"""Read the public Amazon review files of 2014, 2018 and 2023: JSON lines, or Python literals. Fields that differ in
+name between releases are merged."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from pipelines.engines import spark as engine
 _REVIEW = ("reviewerID", "user_id", "parent_asin", "asin", "unixReviewTime", "timestamp", "overall", "rating")
 _PRODUCT = ("parent_asin", "asin", "title", "brand", "store", "categories", "category")
 _ROUNDS = 5
-"""Word2Vec passes over the products."""
+"""Word2Vec makes this many passes over the products."""
 _TAGS = r"(?s)<(script|style)\b.*?</\1>|<[^>]*>|&#?\w+;"
-"""HTML in titles, which would become words."""
+"""This matches HTML in titles, which would become words."""
 
 
 def read(
     spark: SparkSession, source: AmazonSource, paths: dict[str, str], seed: int, input_hash: str
 ) -> dict[str, DataFrame]:
-    """``items``, ``interactions``, and ``rejected_rows`` for lines that are neither JSON nor a Python literal. Raises
-    InputError for a file of another kind."""
+    """Return ``items``, ``interactions``, and ``rejected_rows`` for lines that are neither JSON nor a Python literal.
+    Raises InputError for a file of another kind."""
     reviews, products = (
         _lines(spark, f"source.amazon.{name}", paths[name], fields)
         for name, fields in (("reviews", _REVIEW), ("metadata", _PRODUCT))
@@ -71,11 +71,12 @@ def read(
 
 
 def _lines(spark: SparkSession, key: str, path: str, names: tuple[str, ...]) -> DataFrame:
-    """``names`` as text and ``broken``, the whole line where it is neither JSON nor a Python literal. Blank lines are
-    skipped.
+    """Return ``names`` as text and ``broken``, the whole line where it is neither JSON nor a Python literal. Blank
+    lines are skipped.
 
-    The schema is text throughout, so that a number, a nested list and a value of an unexpected type are all kept as
-    written."""
+    The schema is text throughout, so that a number, a nested list and a value of an unexpected type are all read
+    verbatim.
+    """
     whole = spark.read.text(engine.escaped(path, key)).select(F.regexp_replace("value", "^\ufeff", "").alias("line"))
     lines = whole.filter(F.trim("line") != "")
     first = lines.select(F.trim("line").alias("line")).first()
@@ -87,7 +88,7 @@ def _lines(spark: SparkSession, key: str, path: str, names: tuple[str, ...]) -> 
     strict = {
         "mode": "PERMISSIVE",
         "columnNameOfCorruptRecord": "broken",
-        "allowSingleQuotes": "false",  # a Python literal, which Spark would read nearly
+        "allowSingleQuotes": "false",  # a Python literal, which Spark would read almost right
         "allowBackslashEscapingAnyCharacter": "true",
     }
     parsed = lines.select(F.from_json("line", schema, strict).alias("row")).select("row.*")
@@ -102,7 +103,8 @@ def _embed(items: DataFrame, source: AmazonSource, seed: int) -> DataFrame:
     """Add ``text`` (text_width,): the mean Word2Vec vector of an item's words, null where none is in the vocabulary.
 
     One partition and one seed make the vectors repeat where Spark delivers the rows in the same order, as it does on
-    one machine with one input split; a cluster may order them otherwise and learn other, equally good vectors."""
+    one machine with one input split; a cluster may order them otherwise and learn other, equally good vectors.
+    """
     split = RegexTokenizer(inputCol="words", outputCol="tokens", pattern=r"[^\p{L}\p{N}]+")
     embed = Word2Vec(
         inputCol="tokens",

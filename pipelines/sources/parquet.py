@@ -1,9 +1,10 @@
-"""Parquet files and Delta tables of a source, as the lake keeps them (``adasid.datasets.columns``).
+"""Read Parquet files and Delta tables of a source in the lake's schema (``adasid.datasets.columns``).
 
 Files below a local or mounted path are read by Arrow inside Spark tasks, some row groups a task: every file by its own
 schema, so that a column that only some files have, or that changes its type, does no harm; names that Hadoop cannot
 parse, half floats and nanoseconds are read; an error names the file. Paths with a scheme (object storage, HDFS) and
-Delta tables are read by Spark."""
+Delta tables are read by Spark.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +29,14 @@ from adasid.errors import InputError, first_line
 from pipelines.engines import spark as engine
 
 _TASK_BYTES = 128 * 2**20
-"""Uncompressed bytes from which on a task is full."""
+"""A task is full from this many uncompressed bytes."""
 _READERS = 16
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 class Target(NamedTuple):
-    """The ``schema`` that rows get; columns that ``every`` file must have, and of which ``some`` file must (name ->
-    fix); and columns of which ``one_of`` must be there, to order events."""
+    """A target is the ``schema`` that rows get; ``every``: columns that every file must have, ``some``: that at least
+    one file must have (name -> fix); ``one_of``: columns of which one must exist, to order events."""
 
     schema: pa.Schema
     every: dict[str, str]
@@ -43,7 +44,7 @@ class Target(NamedTuple):
     one_of: tuple[str, ...] = ()
 
     def check(self, where: str, names: list[str]) -> None:
-        """Raise InputError unless the columns ``names`` of a whole table are enough."""
+        """Raise InputError unless a whole table with the columns ``names`` has the required ones."""
         found = f"(found: {', '.join(names)})"
         for name, fix in {**self.every, **self.some}.items():
             if name not in names:
@@ -55,7 +56,7 @@ class Target(NamedTuple):
 
 
 def items(modalities: Sequence[str]) -> Target:
-    """The table of items."""
+    """Return the target of the table of items."""
     fix = "add it as an array of floats (null where an item has none)"
     return Target(tables.items(modalities), {"item_id": "add the item's id"}, dict.fromkeys(modalities, fix))
 
@@ -74,15 +75,15 @@ class _Footer(NamedTuple):
 
 
 def local(path: str) -> Path | None:
-    """The path in the file system; None for one with another scheme than ``file``."""
+    """Return the path in the file system; None for one with another scheme than ``file``."""
     if path.startswith("file:"):
         return Path("/" + path.removeprefix("file:").lstrip("/"))
     return None if "://" in path else Path(path)
 
 
 def listed(root: Path) -> list[DataFile]:
-    """The file ``root``, or all files below the folder ``root``, sorted; names that begin with ``_`` or ``.`` are not
-    data."""
+    """List the file ``root``, or all files below the folder ``root``, sorted; names that begin with ``_`` or ``.`` are
+    not data."""
     if root.is_file():
         return [DataFile(str(root), ())]
     found = []
@@ -95,8 +96,8 @@ def listed(root: Path) -> list[DataFile]:
 
 
 def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callable[[str], None]) -> DataFrame:
-    """The rows of a Parquet file or folder. A column that only some files have is null in the others, after a ``note``.
-    Raises InputError that names ``key``, file and column."""
+    """Return the rows of a Parquet file or folder. A column that only some files have is null in the others, after a
+    ``note``. Raises InputError that names ``key``, file and column."""
     root = local(path)
     if root is None:
         return _by_spark(key, path, target, spark.read.option("mergeSchema", "true").format("parquet"), note)
@@ -126,7 +127,7 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
 def delta(
     spark: SparkSession, key: str, path: str, version: int, target: Target, note: Callable[[str], None]
 ) -> DataFrame:
-    """The same of a Delta table at a version."""
+    """Return the rows of a Delta table at a version, as :func:`scan` does."""
     return _by_spark(key, path, target, spark.read.format("delta").option("versionAsOf", version), note)
 
 
@@ -171,7 +172,7 @@ def _check(
         if without:
             note(
                 f"{where}: column {name!r} is missing in {len(without)} of {len(files)} files (first: {without[0]}): "
-                "null there"
+                "it is null in their rows"
             )
     for own in distinct:
         _check_title(where, own, target, note)
@@ -185,14 +186,14 @@ def _check_title(where: str, schema: pa.Schema, target: Target, note: Callable[[
 
 
 def _fixed_size(footer: _Footer, target: Target) -> bool:
-    """Whether a column is a list of fixed size, which Arrow cannot read back from Parquet where a row is null. Spark
-    can."""
+    """Return whether a column is a list of fixed size, which Arrow cannot read back from Parquet where a row is null.
+    Spark can."""
     names = columns.read_from(target.schema)
     return any(pa.types.is_fixed_size_list(field.type) for field in footer.schema if field.name in names)
 
 
 def _plan(files: Sequence[tuple[DataFile, _Footer]]) -> list[list[tuple[DataFile, list[int]]]]:
-    """For each task the row groups that it reads, of about ``_TASK_BYTES``."""
+    """Return for each task the row groups that it reads, of about ``_TASK_BYTES``."""
     plan, full = list[list[tuple[DataFile, list[int]]]](), _TASK_BYTES
     for file, footer in files:
         for group, size in enumerate(footer.group_bytes):
@@ -215,7 +216,7 @@ def _by_spark(
     note: Callable[[str], None],
     files: list[str] | None = None,
 ) -> DataFrame:
-    """By Spark's own reader: all of ``path``, or some ``files`` below it."""
+    """Read all of ``path``, or some ``files`` below it, by Spark's own reader."""
     where = f"{key} {path}"
     try:
         frame = reader.load(path if files is None else files)

@@ -1,10 +1,11 @@
-"""Speed and memory as ratios: encoding against this machine's own matrix-product peak, training and fitting against
-libraries that compute the same thing, what repulsion adds to a step, decoding, the share of an epoch spent waiting for
-data, and memory against the size of the catalogue; and the time to encode one item through the Python API.
+"""Measure speed and memory as ratios to this machine's peak or to libraries that compute the same result.
 
     python tests/benchmarks/bench.py [encoding single residual repulsion clusters product decoding waiting memory]
 
-Both sides of every ratio are measured in the same run, alternating, so that a slow or busy machine slows both.
+The parts are encoding against the matrix-product peak, training and fitting against libraries, the cost of repulsion in
+a step, decoding, the share of an epoch spent waiting for data, memory against the size of the catalogue, and the time
+to encode one item through the Python API. Both sides of every ratio are measured in the same run, alternating, so that
+a slow or busy machine slows both.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""What nightly runs cost and what they keep, on a copy of a run that has published a generation.
+"""Measure the cost and the stability of nightly runs, on a copy of a run that has published a generation.
 
     python tests/benchmarks/nights.py stability --config conf/beauty.yaml
 
-Parts: ``stability``: SIDs kept after 2 % embedding noise, under each policy; ``recall``: what a retriever of the day
-before makes of those SIDs; ``days``: thirty days of 1 % new, 2 % changed, 0.2 % removed items; ``replay``: the last
+Parts: ``stability``: SIDs unchanged after 2 % embedding noise, under each policy; ``recall``: metrics of the previous
+day's retriever on those SIDs; ``days``: thirty days of 1 % new, 2 % changed, 0.2 % removed items; ``replay``: the last
 thirty weeks of the data, each a nightly run; ``cost``: 1,000,000 items, nightly runs of 1 % against encoding all.
 
-Each row is printed and kept, as it comes, in ``<run>/nights-<part>.jsonl``; a part that was cut off goes on. Nights in
-a row are drawn beside it."""
+Each row is printed and written at once to ``<run>/nights-<part>.jsonl``; an interrupted part resumes. Parts with
+consecutive nightly runs also write a figure.
+"""
 
 from __future__ import annotations
 

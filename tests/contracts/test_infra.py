@@ -1,5 +1,4 @@
-"""How the jobs are scheduled and shipped: every path, flag, key, tag, version and variable that infra/ names is one
-that exists."""
+"""Check infra/: every path, flag, key, tag, version and variable that it names exists."""
 
 import ast
 import importlib.util

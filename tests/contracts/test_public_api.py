@@ -1,4 +1,4 @@
-"""The public Python API is frozen: its names and signatures, an import without torch, the quickstart, the wheel."""
+"""Freeze the public Python API: its names and signatures, an import without torch, the quickstart, the wheel."""
 
 import importlib.metadata
 import inspect

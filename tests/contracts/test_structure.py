@@ -1,4 +1,5 @@
-"""What the house promises: imports run one way, the core stands alone, doors are thin and their flags are frozen."""
+"""Check the project's structure: imports run one way, the core imports without engines, entry points are thin and their
+flags are frozen."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""A small shop with a published generation, made once for all test processes; the nightly tests work on copies."""
+"""Publish a generation of a small shop once for all test processes; the nightly tests work on copies."""
 
 import os
 

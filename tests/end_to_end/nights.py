@@ -1,4 +1,4 @@
-"""Days of a catalogue: what a night's ``item_features`` is, from the day before."""
+"""Generate days of a catalogue: the ``item_features`` of a nightly run from those of the day before."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""A small run, and how the end-to-end tests start, stop and read it."""
+"""Configure a small run, and start, stop and read it."""
 
 import os
 import signal

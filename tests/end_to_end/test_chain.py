@@ -1,4 +1,4 @@
-"""The main job as users run it: real processes, real Ray, Spark, Delta and MLflow, on a small synthetic catalogue."""
+"""Run the main job as users do: real processes, real Ray, Spark, Delta and MLflow, on a small synthetic catalogue."""
 
 import json
 import os

@@ -1,8 +1,9 @@
-"""Failure drills of the nightly job, with real processes: killed at any step, started twice, fed with broken tables;
-yesterday's table stays live.
+"""Drill failures of the nightly job with real processes: killed at any step, started twice, given broken tables; the
+previous table stays live.
 
-``ADASID_DRILLS`` sets how many kills there are (`make drills` takes 30); each result is kept below
-``ADASID_DRILLS_LOG`` as it comes."""
+``ADASID_DRILLS`` sets the number of kills (`make drills` takes 30); each result is written at once below
+``ADASID_DRILLS_LOG``.
+"""
 
 import json
 import os
@@ -255,7 +256,7 @@ def test_a_damaged_change_feed_is_gone_around(merged, tmp_path, undisturbed_smal
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         (file.parent / f".{file.name}.crc").unlink(missing_ok=True)
     code, last = here(path, capsys)
-    assert code == 0 and "found by fingerprints" in last, last
+    assert code == 0 and "detected by fingerprints" in last, last
     names = ["item_id", "codes", "active", "collision_rank", "generation", "fingerprint"]
     assert by_item(lake, None, names).equals(undisturbed_small[0].select(names))
 

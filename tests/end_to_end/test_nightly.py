@@ -1,4 +1,4 @@
-"""The nightly job on real Delta tables: what moves, what stays, what is refused, and how one gets back."""
+"""Test the nightly job on real Delta tables: which SIDs change, which stay, what is refused, and how to roll back."""
 
 import json
 from collections import Counter
@@ -68,7 +68,7 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
         put(lake, today, "next day")
     context = night(path, f"2026-01-0{day}")
     row = generations.live(lake)
-    assert context.facts["found by"] == ("change feed" if feed else "fingerprints")
+    assert context.facts["detected by"] == ("change feed" if feed else "fingerprints")
     assert max(row["drift"]["norms"].values()) < 0.1
     new = by_item(lake, row["sids_version"])
     assert row["run_date"] == f"2026-01-0{day}" and row["policy"] == "frozen" and row["parent"] == row["generation"] - 1
@@ -160,7 +160,7 @@ def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark
     ]
     ours, theirs = (generations.live(lake) for _, lake in (small, whole))
     assert ours["generation"] == theirs["generation"] == 2
-    assert notes[0].facts["found by"] == notes[1].facts["found by"] == how
+    assert notes[0].facts["detected by"] == notes[1].facts["detected by"] == how
     assert [lake.open("sids").history(1)[0]["operation"] for _, lake in (small, whole)] == ["MERGE", "WRITE"]
     for name in ("metrics", "churn", "gates", "items"):
         assert flat(ours[name]) == pytest.approx(flat(theirs[name]), rel=1e-6, abs=1e-9), name
@@ -255,7 +255,8 @@ def test_a_failed_gate_keeps_yesterday_live(published):
     before = generations.live(lake), lake.versions("sids", "generations", "live")
     put(lake, noisy(lake.read("item_features"), 5, 0.5), "all changed")
     line = (
-        r"night 2026-01-04 not published: churn is 0\.\d+ of \d+ items of both generations, allowed 0\.1\. Generation 3"
+        r"nightly run of 2026-01-04 not published: churn is 0\.\d+ of \d+ items of both generations, "
+        r"allowed 0\.1\. Generation 3"
     )
     with pytest.raises(GateError, match=line):
         night(path, "2026-01-04", "retokenize.gates.max_churn=0.1")
@@ -347,7 +348,7 @@ def test_rollback_and_maintenance(published, monkeypatch):
     (load(path).run_dir / "exports" / "live.json").unlink()  # a kill may have come before it was written
     assert night(path, last["run_date"]).status == "up to date" and pointed(path) == last["generation"] + 1
     with (
-        pytest.raises(InputError, match=r"generation 99 does not exist \(there are: 1 to \d+\)"),
+        pytest.raises(InputError, match=r"generation 99 does not exist \(existing: 1 to \d+\)"),
         tracking.stage(cfg, "rollback", journal=False) as context,
     ):
         upkeep.rollback(cfg, context, 99)

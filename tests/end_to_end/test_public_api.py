@@ -1,4 +1,5 @@
-"""The public Python API on a run of the pipeline: its live tokenizer, its published codes, its features, MLflow."""
+"""Test the public Python API on a run of the pipeline: its live tokenizer, published codes, features and MLflow
+store."""
 
 import shutil
 import sys

@@ -1,5 +1,5 @@
-"""What stands between new tables and readers: steps that were left out, gates of a replacement, a hold, a dry run.
-Copies of one published shop."""
+"""Test the checks between new tables and readers: missed steps, gates of a replacement, a hold, a dry run. Each test
+works on a copy of one published shop."""
 
 from datetime import date
 
@@ -157,7 +157,9 @@ def test_a_dry_run_measures_and_judges_but_publishes_nothing(shop, tmp_path, cap
     line = "Dry run of 2026-01-05, policy frozen: nothing was published; all gates passed."
     assert line in page.read_text(encoding="utf-8")
     put(lake, noisy(lake.read("item_features"), 5, 0.5), "all changed")
-    with pytest.raises(GateError, match=r"^dry run: night 2026-01-05 not published: .*Generation 1 stays live"):
+    with pytest.raises(
+        GateError, match=r"^dry run: nightly run of 2026-01-05 not published: .*Generation 1 stays live"
+    ):
         night(path, "retokenize.gates.max_churn=0.01", dry=True)
     assert "FAILED: churn is 0." in capsys.readouterr().err
     assert "gates would refuse it: churn is" in page.read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""The README's page for tables of one's own, typed as it stands there, on Delta tables with ratings. Training stays in
-the process; Ray has tests of its own."""
+"""Run the README's section for a user's tables verbatim, on Delta tables with ratings. Training stays in the process;
+tests/ray covers Ray."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The same chain in one process, without Ray: repeated, refused, compared, killed."""
+"""Run the same chain in one process, without Ray: repeated, refused, compared, killed."""
 
 import csv
 import json

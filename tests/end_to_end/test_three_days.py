@@ -1,5 +1,5 @@
-"""Three days of a catalogue through the files of infra/: what the source adds, changes and removes is in ``sids`` the
-next day."""
+"""Run three days of a catalogue through the files of infra/: what the source adds, changes and removes is in ``sids``
+the next day."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Columns of a source in all their physical forms, each with the truth: what the lake must make of every value."""
+"""Build columns of a source in all their physical forms, each with the values that the lake must contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain rows of items and events, and settings of the checks: most usual, some odd."""
+"""Generate plain rows of items and events, and settings of the checks: most usual, some odd."""
 
 from __future__ import annotations
 

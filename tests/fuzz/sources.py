@@ -1,4 +1,5 @@
-"""Files that hold plain rows: Parquet, Delta, arrays, Amazon's lines. Each with the truth of every row."""
+"""Write plain rows to files: Parquet, Delta, arrays, Amazon's lines. Each comes with the expected value of every
+row."""
 
 from __future__ import annotations
 

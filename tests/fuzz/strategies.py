@@ -1,4 +1,4 @@
-"""Examples: plain rows first, then files of many kinds that hold them, and a config that reads them."""
+"""Generate examples: plain rows first, then files of many kinds with those rows, and a config that reads them."""
 
 from __future__ import annotations
 

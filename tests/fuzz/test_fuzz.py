@@ -1,6 +1,6 @@
-"""Ingest and build_features on catalogues, events and configs of every kind; `make fuzz` tries random ones.
+"""Run ingest and build_features on catalogues, events and configs of every kind; `make fuzz` tries random ones.
 
-``ADASID_FUZZ`` is the number of examples, ``ADASID_FUZZ_SEED`` their seed; a case that breaks the contract is kept in
+``ADASID_FUZZ`` is the number of examples, ``ADASID_FUZZ_SEED`` their seed; a case that breaks the contract is saved in
 ``ADASID_FUZZ_CASES``, with its files and config.
 """
 

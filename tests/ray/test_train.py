@@ -1,5 +1,5 @@
-"""Training through real Ray Train: two workers, a worker that dies, errors that come home. Few fits: each costs half a
-minute to start."""
+"""Train through real Ray Train: two workers, a worker that dies, errors that reach the driver. Fits are few, as each
+takes half a minute to start."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Files for consumers, read back as their readers do, of a catalogue whose ids are hostile to text files."""
+"""Read exported files as their consumers do, for a catalogue whose ids are hostile to text files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""De-duplication, k-core, order, splits and sequences against hand-computed answers and a brute-force k-core."""
+"""Test de-duplication, k-core, order, splits and sequences against hand-computed answers and a brute-force k-core."""
 
 from __future__ import annotations
 

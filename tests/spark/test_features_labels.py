@@ -1,4 +1,4 @@
-"""Labels, ratings and histories, through the checks and the first part of the stage."""
+"""Test labels, ratings and histories, through the checks and the first part of the stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole stage on a small catalogue: against plain Python, twice, in another row order, and how often it
+"""Run the whole features stage on a small catalogue: against plain Python, twice, in another row order; count its
 shuffles."""
 
 from __future__ import annotations

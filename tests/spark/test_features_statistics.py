@@ -1,4 +1,4 @@
-"""Ranks, counts, inequality and richness against NumPy and SciPy."""
+"""Test ranks, counts, inequality and richness against NumPy and SciPy."""
 
 from __future__ import annotations
 

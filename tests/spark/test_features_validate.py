@@ -1,4 +1,4 @@
-"""Every reason for which a row is refused, what is kept of it, and when the stage stops."""
+"""Test every reason to reject a row, what is recorded of the row, and when the stage stops."""
 
 from __future__ import annotations
 

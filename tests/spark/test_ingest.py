@@ -1,4 +1,5 @@
-"""Ingest, reader by reader, on real Spark and Delta: what arrives, what is refused and how it says so."""
+"""Test ingest, reader by reader, on real Spark and Delta: which rows arrive, what is rejected and with which
+message."""
 
 from __future__ import annotations
 
@@ -323,7 +324,7 @@ def test_columns_that_only_some_files_have_are_null_in_the_others(make_config, t
         ("1970-01-01T00:00:05.000000Z", 4.5),
     ]
     assert (
-        f"{events}: column 'rating' is missing in 1 of 3 files (first: {events}/day1.parquet): null there"
+        f"{events}: column 'rating' is missing in 1 of 3 files (first: {events}/day1.parquet): it is null in their rows"
         in capsys.readouterr().err
     )
 

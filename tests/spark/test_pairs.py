@@ -1,4 +1,4 @@
-"""Co-engaged pairs against brute force, and when the stage writes them."""
+"""Test co-engaged pairs against brute force, and when the stage writes them."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_the_stage_writes_pairs_of_training_events_when_asked_and_again_when_som
     assert set(table(lake)) < set(before)
     assert run(cfg, "events").status == "up to date"
     lake.write("ranking_samples", tables.RANKING_SAMPLES, lake.read("ranking_samples").to_batches(), "other events")
-    with pytest.raises(InputError, match="item_pairs is not there, or of other events"):
+    with pytest.raises(InputError, match="item_pairs does not exist, or was computed from other events"):
         pairs.check(counting, lake)
     with tracking.stage(cfg, "pairs") as context:
         assert stage.run(pairs.ITEM_PAIRS, counting, context)

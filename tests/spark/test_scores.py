@@ -1,5 +1,5 @@
-"""Spark's AUC and GAUC against those of one machine and scikit-learn's: ties, users of one class, users who count more
-than others."""
+"""Test Spark's AUC and GAUC against those of one machine and scikit-learn's: ties, users of one class, users with more
+weight than others."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
-"""Stages read what they hashed, whatever is committed meanwhile; they read and write only what they declare; a plan
-says why."""
+"""Test that stages read what they hashed, whatever is committed meanwhile, and only what they declare; a plan says why
+a stage runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Delta commits of Spark."""
+"""Test Spark's Delta commits."""
 
 from datetime import datetime, timedelta, timezone
 

@@ -1,4 +1,4 @@
-"""The public Python API: fit, encode, save, load and evaluate on planted data, and what it refuses."""
+"""Test the public Python API: fit, encode, save, load and evaluate on planted data, and what it refuses."""
 
 import json
 import math

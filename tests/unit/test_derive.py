@@ -1,4 +1,4 @@
-"""Sections that name another as their base."""
+"""Test config sections that name another as their base."""
 
 import re
 

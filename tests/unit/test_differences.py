@@ -1,4 +1,4 @@
-"""In what two versions of a catalogue differ, as a small night sees it: real Delta tables, no Spark."""
+"""Compare two versions of a catalogue as a small nightly run does: real Delta tables, no Spark."""
 
 import shutil
 from datetime import date

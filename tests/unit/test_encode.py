@@ -1,4 +1,4 @@
-"""What a task makes of Arrow rows: semantic IDs, what is wrong with a vector, and how well each is told."""
+"""Test the encoding of Arrow rows in a task: semantic IDs, faults of a vector, and reconstruction errors."""
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""The evaluation: its cells; its page, with paired gains by hand and what it says of them."""
+"""Test the evaluation: its cells, and its page with hand-computed paired gains."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Parquet files as Spark's workers read them, without Spark."""
+"""Read Parquet files as Spark's workers do, without Spark."""
 
 from datetime import datetime
 

@@ -1,4 +1,4 @@
-"""Tokenizers that are fitted, or need no data: residual k-means, OPQ and the controls, with the k-means and the
+"""Test tokenizers that are fitted, or need no data: residual k-means, OPQ and the controls, with the k-means and the
 rotation beneath them."""
 
 import sys

@@ -1,4 +1,4 @@
-"""The lake: small changes of a table in one commit, and what commits are stamped with."""
+"""Test the lake: small changes of a table in one commit, and the input hashes of commits."""
 
 import pyarrow as pa
 import pytest

@@ -1,4 +1,4 @@
-"""The lease, on a real Delta table: one holder, waiting, death, renewal, loss."""
+"""Test the lease on a real Delta table: one holder, waiting, death, renewal, loss."""
 
 import threading
 import time

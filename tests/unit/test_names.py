@@ -1,4 +1,4 @@
-"""What modalities and labels may be called."""
+"""Test which names modalities and labels may have."""
 
 import re
 

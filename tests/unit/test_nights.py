@@ -1,4 +1,4 @@
-"""The page of the nightly job."""
+"""Test the page of the nightly job."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_the_page_shows_the_nights_and_the_refused_one():
     html, pictures = page.render(content)
     assert set(pictures) == {"churn.png", "shared.png", "error.png", "usage.png", "gates.png"}
     assert (
-        "The night of 2026-01-04 was refused: churn is 0.900, allowed 0.100. Generation 3 stays live."
+        "The nightly run of 2026-01-04 was refused: churn is 0.900, allowed 0.100. Generation 3 stays live."
         in content.warnings[0]
     )
     assert "&lt;b&gt;1&lt;/b&gt;" in html and "<b>1</b>" not in html

@@ -1,4 +1,4 @@
-"""Repulsion, contrast and MMD against hand-computed values and plain loops."""
+"""Test repulsion, contrast and MMD against hand-computed values and plain loops."""
 
 import math
 

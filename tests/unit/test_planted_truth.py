@@ -1,5 +1,5 @@
-"""What the methods claim, where the truth is known. Figures in comments are of two seeds; the margins stated are
-smaller."""
+"""Test the claims of the methods where the truth is known. Figures in comments are of two seeds; the asserted margins
+are smaller."""
 
 import tempfile
 from pathlib import Path

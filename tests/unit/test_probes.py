@@ -1,4 +1,4 @@
-"""Probes of codes against closed forms."""
+"""Test probes of codes against closed forms."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
-"""Click-through prediction over semantic IDs: metrics against scikit-learn, the network's parts, and training on clicks
-with a known rule."""
+"""Test click-through prediction over semantic IDs: metrics against scikit-learn, the network's parts, and training on
+clicks with a known rule."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The list of tokenizers: what is derived from it, and the example of docs/extending.md, which adds one."""
+"""Test the list of tokenizers: what is derived from it, and the example of docs/extending.md, which adds one."""
 
 import re
 import shutil

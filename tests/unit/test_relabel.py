@@ -1,4 +1,4 @@
-"""Codes that keep their meaning: matching against brute force, and a renamed tokenizer through its artifact."""
+"""Test codes that keep their meaning: matching against brute force, and a relabelled tokenizer through its artifact."""
 
 from dataclasses import replace
 from itertools import permutations

@@ -1,5 +1,5 @@
-"""The report: figures draw what they are given, the page is whole, self-contained and escaped, and missing parts leave
-a line.
+"""Test the report: figures draw their input, the page is complete, self-contained and escaped, and missing parts
+leave a line.
 
 The last tests write a real lake and a real MLflow store (no JVM, no Ray).
 """

@@ -1,4 +1,4 @@
-"""Residual codebooks against hand-computed values and against vector-quantize-pytorch."""
+"""Test residual codebooks against hand-computed values and against vector-quantize-pytorch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Retrieval through semantic IDs: token tables, prefixes, the three heads against brute force, and training on
+"""Test retrieval through semantic IDs: token tables, prefixes, the three heads against brute force, and training on
 sequences with a known rule."""
 
 import itertools

@@ -1,4 +1,4 @@
-"""Whose Spark settings win."""
+"""Test whose Spark settings win."""
 
 from adasid.config import Spark
 from pipelines.engines.spark import _EXTENSION, _REQUIRED, _launch, chosen

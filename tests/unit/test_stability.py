@@ -1,4 +1,4 @@
-"""Drift measures against scipy and closed forms."""
+"""Test drift measures against scipy and closed forms."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The synthetic catalogue: the same whatever the chunks, and with the structure that its settings promise."""
+"""Test the synthetic catalogue: it is the same whatever the chunks, and has the structure that its settings promise."""
 
 from __future__ import annotations
 

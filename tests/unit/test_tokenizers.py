@@ -1,4 +1,4 @@
-"""One behavioural suite for every tokenizer: to add one, add a line to SECTIONS."""
+"""Test every tokenizer with one behavioural suite: to add one, add a line to SECTIONS."""
 
 import json
 import tempfile

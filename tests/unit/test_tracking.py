@@ -1,4 +1,4 @@
-"""MLflow as it is found: deleted experiments, runs and models, a store that goes away. On a real sqlite store."""
+"""Test MLflow faults: deleted experiments, runs and models, a store that goes away. On a real SQLite store."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""Two ranks in two processes (gloo), without Ray: state stays identical, and a killed run resumes exactly."""
+"""Train with two ranks in two processes (gloo), without Ray: state stays identical, and a killed run resumes
+exactly."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a number that is no plausible unix time may mean."""
+"""Test the explanations of a number that is no plausible unix time."""
 
 from datetime import datetime, timezone
 

@@ -1,5 +1,4 @@
-"""The sections of the report: each takes the material and says, shows and tabulates one part of it, or says why it
-cannot."""
+"""Each section of the report describes, plots and tabulates one part of the material, or says why it cannot."""
 
 from adasid.report.sections.codes import semantic_ids, weights
 from adasid.report.sections.data import behavior, catalogue

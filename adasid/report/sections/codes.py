@@ -1,4 +1,4 @@
-"""Sections on what came out: alignment and routing, and the semantic IDs."""
+"""Build the sections on the results: alignment and routing, and the semantic IDs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adasid.tables import STRATA
 
 
 def weights(material: Material) -> Section:
-    """How strongly content is aligned to behaviour, and how many behaviour codes an item gets."""
+    """Show how strongly content is aligned with behaviour, and how many behaviour codes an item gets."""
     key, title, stats = "weights", "Alignment and routing by popularity", material.catalog or {}
     if not material.routed:
         return Section(
@@ -104,7 +104,7 @@ def _ordered(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _strata(material: Material, metric: str) -> dict[str, list[float]]:
-    """The behaviour slots' values by stratum; rows may list all slots or the behaviour slots only."""
+    """Return the behaviour slots' values by stratum; rows may list all slots or the behaviour slots only."""
     slots, total = material.behavior_slots, len(material.codes.get("slots", ()))
     rows = _ordered(material.codes.get(metric) or {})
     return (
@@ -115,7 +115,7 @@ def _strata(material: Material, metric: str) -> dict[str, list[float]]:
 
 
 def semantic_ids(material: Material) -> Section:
-    """What the published codes are worth: use, entropy, collisions, reconstruction, gates."""
+    """Show the quality of the published codes: use, entropy, collisions, reconstruction, gates."""
     key, title, codes = "sids", "Semantic IDs", material.codes
     if not material.generation:
         return Section(key, title, missing="Nothing published yet.")
@@ -164,13 +164,13 @@ def semantic_ids(material: Material) -> Section:
 
 
 def _known(codes: Row) -> Row:
-    """Without the entropies of codebooks that no item has a code of."""
+    """Drop the entropies of codebooks that no item has a code of."""
     names = ("entropy", "perplexity", "top1")
     return {**codes, **{name: [value for value in codes[name] if value is not None] for name in names}}
 
 
 def _code_metrics(material: Material) -> Table:
-    """The metrics of methods 8.1 to 8.5, each with what it is."""
+    """Tabulate the metrics of methods 8.1 to 8.5, each with its definition."""
     codes = _known(material.codes)
     manifest = material.tokenizer.facts if material.tokenizer and material.same_tokenizer else {}
     trained = manifest.get("metrics") or {}

@@ -1,4 +1,4 @@
-"""Sections on what came in: the catalogue and the behaviour embeddings."""
+"""Build the sections on the inputs: the catalogue and the behaviour embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adasid.tables import STRATA
 
 
 def catalogue(material: Material) -> Section:
-    """How events spread over items, and what was read and refused."""
+    """Show how events are distributed over items, and which rows were read and rejected."""
     key, title, stats = "catalogue", "The catalogue", material.catalog
     if not stats:
         return Section(key, title, missing=NOT_RUN)
@@ -66,7 +66,7 @@ def catalogue(material: Material) -> Section:
 
 
 def _dropped(stats: Row) -> list[tuple[str, str]]:
-    """What became of the rows that are neither kept nor refused; tables of before these counts have none."""
+    """Return the counts of rows that were dropped without being rejected; older tables lack these counts."""
     rows = [
         ("Events beyond features.max_user_events of their user", stats.get("capped")),
         ("Events below the k-core", stats.get("below_k_core")),
@@ -89,7 +89,8 @@ def _dropped(stats: Row) -> list[tuple[str, str]]:
 
 
 def behavior(material: Material) -> Section:
-    """The behaviour embeddings: whether their norm tells rich items from poor ones, and how they were trained."""
+    """Show whether the norm of the behaviour embeddings separates rich items from poor ones, and how they were
+    trained."""
     key, title, stats, training = "behaviour", "Behaviour embeddings", material.catalog or {}, material.behavior
     plots: list[Plot] = []
     tables: list[Table] = []

@@ -1,4 +1,4 @@
-"""Sections on how it was made: the training of the tokenizer, the stages, and from what exactly."""
+"""Build the sections on the run: the training of the tokenizer, the stages, and the provenance."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _CURVES: tuple[tuple[str, str, Callable[[Sequence[Row], Any], Figure], str, str]
         "Codes in use should reach 100 % and stay there; entropy near the cap means that they are used evenly.",
     ),
 )
-"""Name of the figure, start of the metric that it needs, how to draw it from rows and codebook size, alt text,
+"""Name of the figure, prefix of the metric that it needs, function that draws it from rows and codebook size, alt text,
 caption."""
 
 
 def tokenizer(material: Material) -> Section:
-    """How the tokenizer learned."""
+    """Show how the tokenizer learned."""
     key, title, training = "tokenizer", "Training of the tokenizer", material.tokenizer
     if not training:
         return Section(key, title, missing=NOT_RUN)
@@ -75,7 +75,7 @@ def tokenizer(material: Material) -> Section:
 
 
 def stages(material: Material) -> Section:
-    """Wall time of each stage's last run."""
+    """Show the wall time of each stage's last run."""
     key, title, rows = "stages", "Stages and wall time", last_stages(material.stages)
     if not rows:
         return Section(key, title, missing=NOT_RUN)
@@ -104,7 +104,7 @@ def _facts(row: Row) -> str:
 
 
 def provenance(material: Material) -> Section:
-    """From what exactly all this was made."""
+    """Show the exact inputs and versions."""
     generation, facts = material.generation or {}, (material.tokenizer.facts if material.tokenizer else {})
     rows = [
         ("Run", material.cfg.name),

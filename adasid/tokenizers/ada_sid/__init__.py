@@ -1,4 +1,4 @@
-"""ADA-SID, the first version of ADC-SID: its settings; the class is in ``model``."""
+"""This package defines ADA-SID, the first version of ADC-SID: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 

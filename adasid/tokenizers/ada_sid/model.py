@@ -1,5 +1,5 @@
-"""ADA-SID (arXiv 2510.25622 v1 and v2), the first version of ADC-SID: another alignment, and SIDs of variable length
-(methods 1.5, 1.7, 1.10)."""
+"""ADA-SID (arXiv 2510.25622 v1 and v2) is the first version of ADC-SID, with another alignment and SIDs of variable
+length (methods 1.5, 1.7, 1.10)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adasid.training.workers import Workers
 
 
 class AdaSid(AdcSid):
-    """Behaviour is aligned with the sum of the content projections; an inactive behaviour slot is PAD."""
+    """ADA-SID aligns behaviour with the sum of the content projections; an inactive behaviour slot is PAD."""
 
     settings: AdaSidSettings
 
@@ -25,7 +25,8 @@ class AdaSid(AdcSid):
         super().__init__(settings, widths)
 
     def _alignment(self, h: dict[str, Tensor], batch: Batch, workers: Workers) -> Tensor:
-        """Eqs 15 to 17: content pairs both ways; behaviour (anchor) against h_t + h_v, times the item's strength."""
+        """Compute the alignment loss (eqs 15 to 17): content pairs both ways; behaviour (anchor) against h_t + h_v,
+        weighted by the item's alignment strength."""
         content = self.settings.content
         there = {m: batch.present[m] for m in h}
         joint = {**h, "content": torch.stack([h[m] for m in content]).sum(0)}
@@ -41,7 +42,7 @@ class AdaSid(AdcSid):
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
-        """As ADC-SID; a behaviour slot whose weight is not above ``threshold`` is PAD, with weight 0."""
+        """Encode as ADC-SID does, but a behaviour slot whose weight is at most ``threshold`` is PAD, with weight 0."""
         codes, weights, _ = super().encode(batch)
         off = ~self._content_slots()[None, :] & (weights <= self.settings.threshold)
         weights = weights.masked_fill(off, 0.0)

@@ -1,4 +1,4 @@
-"""ADC-SID, the default: its settings; the class is in ``model``."""
+"""This package defines ADC-SID, the default tokenizer: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ class AdcSidSettings(TrainedSettings):
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Content modalities in slot order."""
+        """Return the content modalities in slot order."""
         return tuple(self.content_experts)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Content, then behaviour."""
+        """Return the content modalities, then behaviour."""
         return (*self.content, BEHAVIOR)
 
     @classmethod

@@ -1,6 +1,7 @@
-"""ADC-SID (arXiv 2510.25622 v3): mixture of quantization with shared and modality-specific experts, alignment whose
-strength follows richness, and a dynamic behaviour gate. Equation numbers are the paper's; methods 1 says what is
-corrected and added.
+"""ADC-SID (arXiv 2510.25622 v3) combines a mixture of quantization with shared and modality-specific experts, alignment
+whose strength follows richness, and a dynamic behaviour gate.
+
+Equation numbers are the paper's; methods 1 lists the corrections and additions.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _BINS = 10_000
 
 
 class AdcSid(TrainedTokenizer):
-    """``widths``: width of each content modality of ``settings.content_experts`` and of ``behavior``.
+    """ADC-SID reads ``widths``: width of each content modality of ``settings.content_experts`` and of ``behavior``.
 
     Slots: shared, content in config order, behaviour (methods 1.10). Shapes: B items, L slots, d latent width, h
     projector width.
@@ -64,7 +65,7 @@ class AdcSid(TrainedTokenizer):
         self._last: tuple[Tensor, Tensor] | None = None
 
     def _experts(self, x: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Latents [L, B, d] (eqs 4, 6), gate weights [L, B] (eqs 12, 13, 22; 0 where the modality is absent),
+        """Return latents [L, B, d] (eqs 4, 6), gate weights [L, B] (eqs 12, 13, 22; 0 where the modality is absent) and
         projections [B, h] (eq 2)."""
         latents, weights, projections = {}, {}, {}
         for m in self.modalities:
@@ -83,7 +84,7 @@ class AdcSid(TrainedTokenizer):
         return torch.cat([z, *latents.values()]), torch.cat([ones, *weights.values()]), projections
 
     def _scale(self, richness: Tensor) -> Tensor:
-        """s(e_b) of the behaviour gate (eq 22): sigmoid(richness), or the alignment weight."""
+        """Compute s(e_b) of the behaviour gate (eq 22): sigmoid(richness), or the alignment weight."""
         return torch.sigmoid(richness) if self.settings.router.scale == "sigmoid" else self._strength(richness)
 
     def _strength(self, richness: Tensor) -> Tensor:
@@ -91,8 +92,9 @@ class AdcSid(TrainedTokenizer):
         return alignment_weight(richness, c.alpha, float(self.beta)) if c.enabled else torch.ones_like(richness)
 
     def _fuse(self, quantized: Quantized, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """z and z_q (eqs 10, 11) from unit-norm latents and codewords; [B, d] each. Under ``router.gate: switch`` an
-        active behaviour slot counts 1, and its weight learns, up to 1, as if it counted itself."""
+        """Compute z and z_q (eqs 10, 11), [B, d] each, from unit-norm latents and codewords. With ``router.gate:
+        switch`` an active behaviour slot has weight 1 in the sum, and its gate weight, clipped at 1, receives the
+        gradient."""
         if self.settings.router.gate == "switch":
             straight = weights.clamp(max=1)
             weights = torch.where(
@@ -104,8 +106,8 @@ class AdcSid(TrainedTokenizer):
         return (w * quantized.latents).sum(0), (w * quantized.codewords).sum(0)
 
     def _straight_through(self, quantized: Quantized, weights: Tensor) -> Tensor:
-        """z_q [B, d], with a gradient that passes the quantization (eq 14) of each slot or of their sum; the latter
-        lets gates learn by latents."""
+        """Compute z_q [B, d] with a straight-through gradient (eq 14) per slot or for their sum; with the latter the
+        gates also learn from the latents."""
         codes, latents, codewords = quantized
         if self.settings.straight_through == "sum":
             z, z_q = self._fuse(quantized, weights)
@@ -114,8 +116,8 @@ class AdcSid(TrainedTokenizer):
 
     @torch.no_grad()
     def prepare(self, shard: Shard, workers: Workers) -> None:
-        """Scales of the inputs; theta (methods 1.7) and, if asked for, beta (methods 10 #14) from the richness of items
-        with behaviour."""
+        """Compute the scales of the inputs, theta (methods 1.7) and, if configured, beta (methods 10 #14) from the
+        richness of items with behaviour."""
         self.inputs.fit(shard, workers)
         histogram = torch.zeros(_BINS + 1, dtype=torch.float64)
         for batch in shard.scan():
@@ -134,7 +136,7 @@ class AdcSid(TrainedTokenizer):
 
     @torch.no_grad()
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
-        """k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
+        """Initialise the codebooks by k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
         parts = sample(shard, workers, self.settings.kmeans_samples)
         found = zip(*(self._sample(part.to(self.theta.device)) for part in parts))
         latents, active, previous = (workers.gather_ragged(torch.cat(part)) for part in found)
@@ -143,7 +145,7 @@ class AdcSid(TrainedTokenizer):
         self.quantizing.fill_(True)
 
     def keep_codes(self, previous: Tensor) -> None:
-        """See the base."""
+        """Exclude the ``previous`` codes from revival."""
         self.codebooks.kept = previous
 
     def _sample(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,13 +153,13 @@ class AdcSid(TrainedTokenizer):
         return latents.transpose(0, 1), self._present(batch).T, self.previous_codes(batch)
 
     def _present(self, batch: Batch) -> Tensor:
-        """[L, B] bool: whether the item has the slot's modality."""
+        """Return whether the item has the slot's modality, [L, B] bool."""
         present = {"shared": torch.ones_like(batch.richness, dtype=torch.bool), **batch.present}
         return torch.stack([present[slot.kind] for slot in self.slots])
 
     def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
-        """Total objective (methods 1.8): reconstruction + codebook + alignment + sparsity. Before ``start_quantizing``,
-        without codebooks."""
+        """Compute the total objective (methods 1.8): reconstruction + codebook + alignment + sparsity. Before
+        ``start_quantizing`` latents are not quantized."""
         s = self.settings
         x = self.inputs(batch)
         latents, weights, projections = self._experts(x, batch)
@@ -190,14 +192,14 @@ class AdcSid(TrainedTokenizer):
         return torch.tensor([slot.kind != BEHAVIOR for slot in self.slots], device=self.theta.device)
 
     def _reconstruction(self, decoded: Tensor, x: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Eq 14, each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the mean), absent
-        ones left out."""
+        """Compute the reconstruction loss (eq 14), the mean over the dimensions of each modality (inputs have unit
+        variance, so 1 is as bad as the mean); absent modalities do not count."""
         parts = self.inputs.split(decoded).items()
         return torch.stack([(((y - x[m]) ** 2).mean(1) * batch.present[m]).mean() for m, y in parts]).sum()
 
     def _alignment(self, h: dict[str, Tensor], batch: Batch, workers: Workers) -> Tensor:
-        """Eqs 18 to 21: content pairs both ways; each content modality (anchor) against behaviour, times the item's
-        strength."""
+        """Compute the alignment loss (eqs 18 to 21): content pairs both ways; each content modality (anchor) against
+        behaviour, weighted by the item's alignment strength."""
         strength = self._strength(batch.richness)
         one_way = self._contrast(h, {m: batch.present[m] for m in h}, batch.index, workers)
         return torch.stack(
@@ -211,8 +213,8 @@ class AdcSid(TrainedTokenizer):
     def _contrast(
         self, h: dict[str, Tensor], there: dict[str, Tensor], index: Tensor, workers: Workers
     ) -> Callable[[str, str, Tensor | float], Tensor]:
-        """InfoNCE of anchor and target projections [B, h], times a weight. Negatives are the other items of the batch
-        on all workers; items that lack either side do not count."""
+        """Return a function that computes the weighted InfoNCE of anchor and target projections [B, h]. Negatives are
+        the other items of the batch on all workers; items that lack either modality do not count."""
         everyone = {m: workers.gather_with_gradient(value) for m, value in h.items()}
         valid = {m: workers.gather(value.to(torch.uint8)).bool() for m, value in there.items()}
         items = (index, workers.gather(index))
@@ -225,8 +227,8 @@ class AdcSid(TrainedTokenizer):
         return one_way
 
     def _routing(self, weights: Tensor, batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
-        """Methods 1.7, for items with behaviour: the loss, and the controller's move on the sparsity of all workers'
-        items."""
+        """Compute the sparsity loss (methods 1.7) for items with behaviour, and update the controller by the sparsity
+        of all workers' items."""
         router, there = self.settings.router, batch.present[BEHAVIOR]
         gates, richness = weights[there], batch.richness[there].double()
         scalars = torch.stack([(1 - richness).sum(), richness.new_tensor(float(len(gates)))])
@@ -273,8 +275,8 @@ class AdcSid(TrainedTokenizer):
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
-        """Codes of all slots (PAD where the modality is absent); weights: 1, or R(e_b) for behaviour slots; active:
-        weight > 0."""
+        """Encode a batch. Codes of all slots (PAD where the modality is absent); weights: 1, or R(e_b) for behaviour
+        slots; active: weight > 0."""
         latents, weights, _ = self._experts(self.inputs(batch), batch)
         present = self._present(batch)
         codes = self.codebooks.codes(latents, self._previous(batch)).masked_fill(~present, PAD)
@@ -286,13 +288,13 @@ class AdcSid(TrainedTokenizer):
 
     @torch.inference_mode()
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
-        """Decode z_q back to the inputs' own scale."""
+        """Decode z_q to the scale of the inputs."""
         latents, weights, _ = self._experts(self.inputs(batch), batch)
         decoded = self.decoder(self._fuse(self.codebooks(latents, self._previous(batch)), weights)[1])
         return {m: self.inputs.restore(m, y) for m, y in self.inputs.split(decoded).items()}
 
     def facts(self) -> Mapping[str, Any]:
-        """The controller as used, and theta of the sparsity target."""
+        """Return the alignment controller as used, and theta of the sparsity target."""
         c = self.settings.controller
         return {
             "controller": {"alpha": c.alpha, "beta": float(self.beta), "enabled": c.enabled},

@@ -1,4 +1,5 @@
-"""Controls, whose codes say nothing of an item: their settings; the classes are in ``model``."""
+"""This package defines the controls, whose codes carry no information about an item: their settings here, the classes
+in ``model``."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 class _ControlSettings(TokenizerSettings):
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Nothing is read."""
+        """No modality is read."""
         return ()
 
 

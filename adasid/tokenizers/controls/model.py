@@ -1,5 +1,5 @@
-"""Controls: codes that say nothing of the item, unique or random. What a method gains over them is what its codes
-mean."""
+"""Controls have codes that carry no information about the item, unique or random. A method's gain over them measures
+what its codes mean."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 class _Control(Tokenizer):
-    """Reads no vectors, so that it cannot decode any."""
+    """A control reads no vectors, so it cannot decode any."""
 
     def __init__(self, settings: ItemIdSettings | RandomSidSettings, letter: str) -> None:
         slots = slots_of({"shared": settings.levels}, settings.codebook_size, {"shared": letter})
         super().__init__(settings, {}, slots)
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
-        """Nothing depends on the data."""
+        """Do nothing: a control does not depend on the data."""
 
     @torch.inference_mode()
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
-        """Nothing."""
+        """Return no modality."""
         return {}
 
 
 class ItemId(_Control):
-    """The item's index in base K, its digits mixed without loss, in slots i0 to i{L-1}. ``widths`` is not read.
+    """``ItemId`` encodes the item's index in base K, its digits permuted without loss, in slots i0 to i{L-1}.
+    ``widths`` is not read.
 
-    The index is a rank by popularity, so its leading digits alone would say how popular an item is. Two rounds of a
-    Feistel network over the digits (each is shifted by a hash of the others) make every digit even and keep the codes
-    unique.
+    The index is a rank by popularity, so its leading digits alone would reveal how popular an item is. Two rounds of a
+    Feistel network over the digits (each is shifted by a hash of the others) make every digit uniform and keep the
+    codes unique.
     """
 
     settings: ItemIdSettings
@@ -51,7 +52,7 @@ class ItemId(_Control):
         self.register_buffer("powers", torch.tensor(powers))
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
-        """Raises InputError where the catalogue has more items than there are codes."""
+        """Check the catalogue's size. Raises InputError if it has more items than there are codes."""
         self._check(
             int(workers.gather(torch.tensor([shard.item_index[-1]], device=self.get_buffer("powers").device)).max()),
         )
@@ -66,7 +67,7 @@ class ItemId(_Control):
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
-        """Mixed digits of the index. Raises InputError for an index that does not fit."""
+        """Encode the index. Raises InputError for an index that does not fit."""
         if len(batch):
             self._check(int(batch.index.max()))
         powers, size = self.get_buffer("powers"), self.settings.codebook_size
@@ -80,7 +81,8 @@ class ItemId(_Control):
 
 
 class RandomSid(_Control):
-    """Codes drawn evenly by a hash of salt, slot and item index, in slots x0 to x{L-1}. ``widths`` is not read.
+    """``RandomSid`` draws codes uniformly by a hash of salt, slot and item index, in slots x0 to x{L-1}. ``widths`` is
+    not read.
 
     The salt comes from torch's generator at construction, that is, from the run's seed.
     """
@@ -93,7 +95,8 @@ class RandomSid(_Control):
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
-        """For each slot a stream of splitmix64, at the item's index; the streams' seeds are the stream of the salt."""
+        """Take each slot's code from a splitmix64 stream at the item's index; the streams' seeds come from the stream
+        of the salt."""
         salt = self.get_buffer("salt")
         seeds = _splitmix(salt, torch.arange(self.settings.levels, device=salt.device))
         return _whole(_shift(_splitmix(seeds, batch.index[:, None]), 1) % self.settings.codebook_size)
@@ -104,8 +107,8 @@ def _whole(codes: Tensor) -> Codes:
 
 
 def _splitmix(seed: Tensor, index: Tensor) -> Tensor:
-    """Value ``index`` >= 0 of the splitmix64 stream of ``seed`` (Steele, Lea and Flood, OOPSLA 2014), in int64 that
-    wraps around."""
+    """Return value ``index`` >= 0 of the splitmix64 stream of ``seed`` (Steele, Lea and Flood, OOPSLA 2014), in int64
+    that wraps around."""
     z = seed + (index + 1) * _signed(_GAMMA)
     for bits, factor in _MIX:
         z = (z ^ _shift(z, bits)) * _signed(factor)
@@ -113,10 +116,10 @@ def _splitmix(seed: Tensor, index: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right."""
+    """Shift right logically."""
     return (z >> bits).bitwise_and(2 ** (64 - bits) - 1)
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of a 64-bit unsigned number."""
+    """Return the int64 with the bits of a 64-bit unsigned number."""
     return value - 2**64 if value >= 2**63 else value

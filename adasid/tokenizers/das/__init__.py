@@ -1,4 +1,4 @@
-"""DAS: its settings; the class is in ``model``."""
+"""This package defines DAS: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ class DasSettings(RqVaeSettings):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Content, then behaviour."""
+        """Return the content modalities, then behaviour."""
         return (*self.content, BEHAVIOR)

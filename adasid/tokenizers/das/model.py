@@ -1,4 +1,4 @@
-"""DAS (arXiv 2508.10584), item side: RQ-VAE whose quantized vectors are aligned with behaviour and with those of
+"""DAS (arXiv 2508.10584), item side, is an RQ-VAE whose quantized vectors are aligned with behaviour and with those of
 co-engaged items (methods 6.5). Left out: the user side, the contrast with a user's state (w3), and the debiasing of
 pairs by their items' popularity."""
 
@@ -18,7 +18,7 @@ from adasid.training.workers import Workers
 
 
 class Das(RqVae):
-    """``InfoNCE(P q_i, e_b,i)`` and, by ``contrast``, ``InfoNCE(q_i, q_j)`` of co-engaged pairs."""
+    """DAS adds ``InfoNCE(P q_i, e_b,i)`` and, by ``contrast``, ``InfoNCE(q_i, q_j)`` of co-engaged pairs."""
 
     settings: DasSettings
 
@@ -33,7 +33,7 @@ class Das(RqVae):
         batch: Batch,
         workers: Workers,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Quantized content against behaviour; items without behaviour do not count."""
+        """Contrast quantized content with behaviour; items without behaviour do not count."""
         there = batch.present[BEHAVIOR]
         everyone, valid = workers.gather(x[BEHAVIOR]), workers.gather(there.to(torch.uint8)).bool()
         own = torch.arange(len(batch), device=there.device) + workers.rank * len(batch)
@@ -49,5 +49,5 @@ class Das(RqVae):
         return self.settings.behavior_weight * loss, {"alignment": float(loss.detach())}
 
     def paired_view(self, passed: dict[str, Passed]) -> Tensor:
-        """Pairs are contrasted after quantization."""
+        """Return the quantized vectors, on which pairs are contrasted."""
         return passed["shared"].straight

@@ -1,4 +1,4 @@
-"""LETTER: its settings; the class is in ``model``."""
+"""This package defines LETTER: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class LetterSettings(RqVaeSettings):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Content, then behaviour."""
+        """Return the content modalities, then behaviour."""
         return (*self.content, BEHAVIOR)

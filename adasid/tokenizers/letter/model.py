@@ -1,6 +1,8 @@
-"""LETTER (arXiv 2405.07314): RQ-VAE with collaborative regularisation L_CF, diversity regularisation L_div, and a
-balanced assignment of the last level in training (methods 6.4). Codes of new items never depend on their batch:
-encoding takes the nearest code. A codeword's mate for L_div is drawn once an epoch (in LETTER's code, for every item).
+"""LETTER (arXiv 2405.07314) is an RQ-VAE with collaborative regularisation L_CF, diversity regularisation L_div, and a
+balanced assignment of the last level in training (methods 6.4).
+
+Codes of new items never depend on their batch: encoding takes the nearest code. A codeword's positive for L_div is
+drawn once an epoch (in LETTER's code, for every item).
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from adasid.training.workers import Workers
 
 
 class Letter(RqVae):
-    """The collaborative vector is the item's scaled behaviour, brought to the code's width by a learned linear map (the
-    paper trains SASRec at that width)."""
+    """The collaborative vector is the item's scaled behaviour, projected to the code's width by a learned linear map
+    (the paper trains SASRec at that width)."""
 
     settings: LetterSettings
 
@@ -33,7 +35,7 @@ class Letter(RqVae):
 
     @torch.no_grad()
     def start_epoch(self, generator: torch.Generator) -> None:
-        """Group each level's codewords by balanced k-means; draw another codeword of its group for each."""
+        """Cluster each level's codewords by balanced k-means, and draw another codeword of its cluster for each."""
         if not self.quantizing:
             return
         groups = min(self.settings.diversity_groups, self.settings.codebook_size // 2)
@@ -47,11 +49,11 @@ class Letter(RqVae):
             self.partner[level] = drawn.to(self.partner.device)
 
     def balanced(self) -> tuple[float, int] | None:
-        """Sinkhorn on the last level."""
+        """Return the Sinkhorn settings of the last level."""
         return (self.settings.sinkhorn, self.settings.sinkhorn_rounds) if self.settings.sinkhorn else None
 
     def quantization(self, passed: dict[str, Passed]) -> Tensor:
-        """L_rq by its mean over levels."""
+        """Compute L_rq, the mean over levels."""
         return super().quantization(passed) / self.settings.levels
 
     def added(
@@ -61,7 +63,7 @@ class Letter(RqVae):
         batch: Batch,
         workers: Workers,
     ) -> tuple[Tensor, dict[str, float]]:
-        """L_CF and L_div."""
+        """Compute L_CF and L_div."""
         p, s = passed["shared"], self.settings
         collaborative = self._collaborative(p.straight, x[BEHAVIOR], batch, workers)
         total, parts = s.collaborative_weight * collaborative, {"collaborative": float(collaborative.detach())}
@@ -72,8 +74,8 @@ class Letter(RqVae):
         return total, parts
 
     def _collaborative(self, z: Tensor, behavior: Tensor, batch: Batch, workers: Workers) -> Tensor:
-        """Softmax over the inner products of z_q with all workers' behaviour vectors; items without behaviour do not
-        count."""
+        """Compute L_CF: softmax over the inner products of z_q with all workers' behaviour vectors; items without
+        behaviour do not count."""
         there = batch.present[BEHAVIOR]
         everyone, valid = (
             workers.gather_with_gradient(self.project(behavior)),
@@ -85,8 +87,8 @@ class Letter(RqVae):
         return (nnf.cross_entropy(logits, own, reduction="none") * there).sum() / there.sum().clamp(min=1)
 
     def _diversity(self, p: Passed) -> Tensor:
-        """Each level: softmax over the other codewords, positive: the drawn mate of the item's own codeword; mean over
-        levels."""
+        """Compute L_div: for each level, softmax over the other codewords with the drawn codeword as positive; mean
+        over levels."""
         losses = []
         for level, book in enumerate(self.tower("shared").codebooks.weight):
             code, residual, word = (

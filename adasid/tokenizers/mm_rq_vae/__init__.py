@@ -1,4 +1,4 @@
-"""MM-RQ-VAE: its settings; the class is in ``model``."""
+"""This package defines MM-RQ-VAE: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""MM-RQ-VAE (MME-SID, arXiv 2509.02017): RQ-VAEs of all modalities that reconstruct the batch's distribution, with the
-quantized content aligned with the quantized behaviour (methods 6.6)."""
+"""MM-RQ-VAE (MME-SID, arXiv 2509.02017) trains one RQ-VAE per modality to reconstruct the batch's distribution, and
+aligns the quantized content with the quantized behaviour (methods 6.6)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adasid.training.workers import Workers
 
 
 class MmRqVae(RqVaePlus):
-    """Distributions are compared within this worker's part of a batch."""
+    """MM-RQ-VAE compares distributions within this worker's part of a batch."""
 
     settings: MmRqVaeSettings
 
@@ -26,7 +26,7 @@ class MmRqVae(RqVaePlus):
         super().__init__(settings, widths)
 
     def reconstruction(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Sum over modalities of MMD(decoded, input), or of the squared error."""
+        """Compute the sum over modalities of MMD(decoded, input), or of the squared error."""
         if self.settings.reconstruction == "mse":
             return super().reconstruction(passed, x, batch)
         decoded = self.decoded({kind: p.straight for kind, p in passed.items()})
@@ -39,7 +39,7 @@ class MmRqVae(RqVaePlus):
         batch: Batch,
         workers: Workers,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Each content modality's z_q against behaviour's, for the items that have both."""
+        """Contrast each content modality's z_q with behaviour's, for the items that have both."""
         target, losses = passed[BEHAVIOR], [batch.richness.new_zeros(())]
         everyone, valid = (
             workers.gather_with_gradient(target.straight),

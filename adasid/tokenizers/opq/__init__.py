@@ -1,4 +1,4 @@
-"""OPQ: its settings; the class is in ``model``."""
+"""This package defines OPQ: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Optimised product quantization (Ge et al., CVPR 2013, as RPG uses it; methods 6.2) of the content, or of each
-modality."""
+"""OPQ is optimised product quantization (Ge et al., CVPR 2013, as RPG uses it; methods 6.2) of the joint content, or of
+each modality."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from adasid.tokenizers.spaces import Spaces
 
 
 class SubSpaces(nn.Module):
-    """Principal components, rotation and centroids of ``levels`` sub-spaces of vectors [n, ``dimensions``].
+    """``SubSpaces`` has the principal components, rotation and centroids of ``levels`` sub-spaces of vectors [n,
+    ``dimensions``].
 
-    Raises InputError where there are fewer dimensions than slots.
+    Raises InputError if there are fewer dimensions than slots.
     """
 
     def __init__(self, settings: OpqSettings, kind: str, levels: int, dimensions: int) -> None:
@@ -42,7 +43,7 @@ class SubSpaces(nn.Module):
         self.register_buffer("centroids", torch.zeros(levels, settings.codebook_size, width // levels))
 
     def fit(self, x: Tensor, generator: torch.Generator) -> None:
-        """From a sample ``x`` [n, D] of float32."""
+        """Fit components, rotation and centroids to a sample ``x`` [n, D] of float32."""
         s = self.settings
         components = principal_components(x, self.get_buffer("basis").shape[1], s.whiten)
         y = components.project(x)
@@ -54,8 +55,8 @@ class SubSpaces(nn.Module):
             self.get_buffer(name).copy_(value)
 
     def forward(self, x: Tensor, previous: PreviousCodes | None = None) -> tuple[Tensor, Tensor]:
-        """Codes [n, L] and the decoded vectors [n, D] of ``x`` [n, D] of float64, in which codes do not depend on the
-        batch; ``previous``: codes [n, L]."""
+        """Return the codes [n, L] and the decoded vectors [n, D] of ``x`` [n, D], in float64 so that codes do not
+        depend on the batch; ``previous``: codes [n, L]."""
         components = Components(*(self.get_buffer(name).double() for name in Components._fields))
         quantizer = ProductQuantizer(*(self.get_buffer(name).double() for name in ProductQuantizer._fields))
         codes = quantizer.codes(components.project(x), previous)
@@ -63,7 +64,7 @@ class SubSpaces(nn.Module):
 
 
 class Opq(Spaces):
-    """Slots o0 to o{L-1}, or by modality."""
+    """OPQ names its slots o0 to o{L-1}, or by modality."""
 
     interchangeable = True
     settings: OpqSettings
@@ -75,7 +76,7 @@ class Opq(Spaces):
         )
 
     def refine_space(self, kind: str, x: Tensor, rounds: int) -> None:
-        """Rounds of centroids and rotation; the components stay."""
+        """Update centroids and rotation for ``rounds`` rounds; the components stay fixed."""
         space = self.quantizers[kind]
         components = Components(*(space.get_buffer(name) for name in Components._fields))
         start = ProductQuantizer(*(space.get_buffer(name) for name in ProductQuantizer._fields))
@@ -84,5 +85,5 @@ class Opq(Spaces):
             space.get_buffer(name).copy_(value)
 
     def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:
-        """Components, rotation and centroids."""
+        """Fit components, rotation and centroids."""
         self.quantizers[kind].fit(x, generator)  # type: ignore[operator]

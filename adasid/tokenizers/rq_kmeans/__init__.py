@@ -1,4 +1,4 @@
-"""RQ-KMeans: its settings; the class is in ``model``."""
+"""This package defines RQ-KMeans: its settings here, the class in ``model``."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class RqKmeansSettings(SpacesSettings):
 
     @property
     def pairs(self) -> bool:
-        """Whether there is an aligner, which learns from pairs."""
+        """Return whether there is an aligner, which learns from pairs."""
         return self.aligner is not None
 
     @property
     def epochs(self) -> Training | None:
-        """The aligner's training loop."""
+        """Return the aligner's training loop."""
         return self.aligner.training if self.aligner else None
 
     @model_validator(mode="after")

@@ -1,5 +1,5 @@
-"""RQ-KMeans (OneRec, QARM; methods 6.3): residual k-means without an encoder; plain, balanced, aligned, or one for each
-modality."""
+"""RQ-KMeans (OneRec, QARM; methods 6.3) is residual k-means without an encoder; plain, balanced, aligned, or one for
+each modality."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from adasid.training.workers import Workers
 
 
 class ResidualCentroids(nn.Module):
-    """``levels`` codebooks of ``size`` centroids, each of the residual that the one before leaves; ``centroids`` [L, K,
-    d]."""
+    """``ResidualCentroids`` has ``levels`` codebooks of ``size`` centroids; each quantizes the residual of the one
+    before. ``centroids`` [L, K, d]."""
 
     def __init__(self, levels: int, size: int, width: int) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class ResidualCentroids(nn.Module):
         self.centroids: Tensor
 
     def fit(self, x: Tensor, rounds: int, generator: torch.Generator, balanced: bool) -> None:
-        """k-means level by level on ``x`` [n, d], n >= 1. Residuals are of the nearest centroid, as in
+        """Fit k-means level by level to ``x`` [n, d], n >= 1. Residuals are taken from the nearest centroid, as in
         :meth:`forward`."""
         for level, words in enumerate(self.centroids):
             self.centroids[level] = kmeans(x, len(words), rounds, generator, balanced)
             x = x - words[nearest_euclidean(x, words)]
 
     def forward(self, x: Tensor, previous: PreviousCodes | None = None) -> tuple[Tensor, Tensor]:
-        """Codes [n, L] and the sum of their centroids [n, d] of ``x`` [n, d]; ``previous``: codes [n, L]."""
+        """Return the codes [n, L] and the sum of their centroids [n, d] of ``x`` [n, d]; ``previous``: codes [n, L]."""
         codes, residual = [], x
         for level, words in enumerate(self.centroids.to(x)):
             codes.append(nearest_euclidean(residual, words, previous.of(level) if previous else None))
@@ -46,7 +46,7 @@ class ResidualCentroids(nn.Module):
 
 
 class RqKmeans(Spaces):
-    """Slots r0 to r{L-1}, or by modality."""
+    """RQ-KMeans names its slots r0 to r{L-1}, or by modality."""
 
     settings: RqKmeansSettings
 
@@ -60,7 +60,8 @@ class RqKmeans(Spaces):
         )
 
     def _spaces(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """The aligner's outputs are of unit norm: its loss reads their direction only."""
+        """Return the aligner's outputs, if there is one, with unit norm because its loss depends on their direction
+        only."""
         found = super()._spaces(batch)
         if self.encoder is None:
             return found
@@ -72,18 +73,18 @@ class RqKmeans(Spaces):
         return {"shared": (x, there)}
 
     def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:
-        """Residual k-means."""
+        """Fit residual k-means."""
         self.quantizers[kind].fit(x, self.settings.rounds, generator, self.settings.balanced)  # type: ignore[operator]
 
     def refine_space(self, kind: str, x: Tensor, rounds: int) -> None:
-        """Lloyd rounds of each level."""
+        """Run Lloyd rounds on each level."""
         for words in self.quantizers[kind].get_buffer("centroids"):
             for _ in range(rounds):
                 words.copy_(lloyd_round(x, words, self.settings.balanced)[0])
             x = x - words[nearest_euclidean(x, words)]
 
     def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
-        """The aligner's contrast of co-engaged items, among all workers' rows (QARM)."""
+        """Compute the aligner's contrastive loss of co-engaged items against all workers' rows (QARM)."""
         a = self.settings.aligner
         if a is None or self.encoder is None:
             return super().losses(batch, workers, progress)
@@ -94,5 +95,5 @@ class RqKmeans(Spaces):
         return Losses(total, {"loss": float(total.detach())})
 
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
-        """Nothing where the aligner's space is quantized."""
+        """Decode the vectors, or return no modality if the aligner's space is quantized."""
         return {} if self.encoder else super().reconstruct(batch)

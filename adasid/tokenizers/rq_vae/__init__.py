@@ -1,4 +1,4 @@
-"""RQ-VAE and RQ-VAE++: their settings; the classes are in ``model``."""
+"""This package defines RQ-VAE and RQ-VAE++: their settings here, the classes in ``model``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RqVaePlusSettings(ResidualSettings):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The modalities of ``levels``."""
+        """Return the modalities of ``levels``."""
         return tuple(self.levels)
 
     @classmethod

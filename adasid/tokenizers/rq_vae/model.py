@@ -1,6 +1,7 @@
-"""RQ-VAE (TIGER, arXiv 2305.05065) and RQ-VAE++ (a baseline of arXiv 2510.25622 v1): residual quantization of an
-encoder's latent (methods 6.1, 6.7). QuaSID and AdaSID are RQ-VAEs with ``repulsion`` and ``contrast`` set (methods 4,
-5)."""
+"""RQ-VAE (TIGER, arXiv 2305.05065) and RQ-VAE++ (a baseline of arXiv 2510.25622 v1) quantize an encoder's latent
+residually (methods 6.1, 6.7).
+
+QuaSID and AdaSID are RQ-VAEs with ``repulsion`` and ``contrast`` set (methods 4, 5)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from adasid.training.workers import Workers
 
 
 class Tower(nn.Module):
-    """Encoder, residual codebooks and decoder of the modalities ``reads``, which it takes side by side."""
+    """A tower is the encoder, residual codebooks and decoder of the concatenated modalities ``reads``."""
 
     def __init__(self, settings: ResidualSettings, reads: tuple[str, ...], width: int, levels: int) -> None:
         super().__init__()
@@ -34,8 +35,8 @@ class Tower(nn.Module):
 
 
 class Passed(NamedTuple):
-    """What a tower makes of a batch: ``z`` [B, d], ``quantized``, ``straight`` [B, d]: z in the gradient, z_q in value;
-    ``there`` [B] bool."""
+    """``Passed`` contains the outputs of a tower for a batch: ``z`` [B, d], ``quantized``, ``straight`` [B, d]
+    (straight-through: z in the gradient, z_q in value), ``there`` [B] bool (whether the item has the modality)."""
 
     z: Tensor
     quantized: Residual
@@ -44,7 +45,7 @@ class Passed(NamedTuple):
 
 
 class _Residual(TrainedTokenizer):
-    """One tower or several, each with its own levels."""
+    """A residual tokenizer has one tower or several, each with its own levels."""
 
     settings: ResidualSettings
     towers: nn.ModuleDict
@@ -55,7 +56,8 @@ class _Residual(TrainedTokenizer):
         widths: Mapping[str, int],
         plan: Mapping[str, tuple[tuple[str, ...], int]],
     ) -> None:
-        """``plan``: name of a tower -> (modalities, levels); the name is the kind of its slots."""
+        """Initialise the towers. ``plan``: name of a tower -> (modalities, levels); the name is the kind of its
+        slots."""
         numbers = {kind: levels for kind, (_, levels) in plan.items()}
         super().__init__(settings, widths, slots_of(numbers, settings.codebook_size))
         self.towers = nn.ModuleDict()
@@ -64,11 +66,11 @@ class _Residual(TrainedTokenizer):
         self._last: dict[str, Passed] = {}
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
-        """Scales of the inputs."""
+        """Compute the scales of the inputs."""
         self.inputs.fit(shard, workers)
 
     def tower(self, kind: str) -> Tower:
-        """The tower of that name."""
+        """Return the tower with the name ``kind``."""
         found = self.towers[kind]
         assert isinstance(found, Tower)
         return found
@@ -79,7 +81,7 @@ class _Residual(TrainedTokenizer):
         batch: Batch,
         balanced: tuple[float, int] | None = None,
     ) -> dict[str, Passed]:
-        """Every tower's latents and codes."""
+        """Compute every tower's latents and codes."""
         found, first = {}, 0
         for kind in self.towers:
             tower = self.tower(kind)
@@ -92,13 +94,13 @@ class _Residual(TrainedTokenizer):
         return found
 
     def keep_codes(self, previous: Tensor) -> None:
-        """See the base."""
+        """Exclude the ``previous`` codes from revival."""
         for kind in self.towers:
             self.tower(kind).codebooks.kept = previous[[slot.kind == kind for slot in self.slots]]
 
     @torch.no_grad()
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
-        """k-means of every level on the latents of a fixed sample of all workers' items (methods 9.3)."""
+        """Initialise every level by k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
         found: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in self.towers}
         for part in sample(shard, workers, self.settings.kmeans_samples):
             batch = part.to(self.quantizing.device)
@@ -118,7 +120,7 @@ class _Residual(TrainedTokenizer):
         self.quantizing.fill_(True)
 
     def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
-        """Reconstruction + residual quantization + what the subclass and the config add."""
+        """Compute reconstruction + residual quantization + the terms of the subclass and the config."""
         s, x = self.settings, self.inputs(batch)
         passed = self.passed(x, batch, self.balanced() if self.quantizing else None)
         reconstruction = self.reconstruction(passed, x, batch)
@@ -143,17 +145,17 @@ class _Residual(TrainedTokenizer):
         return Losses(total, {"loss": float(total.detach()), **parts})
 
     def quantization(self, passed: dict[str, Passed]) -> Tensor:
-        """L_rq of all towers."""
+        """Compute L_rq of all towers."""
         return torch.stack(
             [residual_loss(p.quantized, p.there, self.settings.commitment) for p in passed.values()],
         ).sum()
 
     def balanced(self) -> tuple[float, int] | None:
-        """Sinkhorn assignment of the last level in training."""
+        """Return the settings of the Sinkhorn assignment of the last level in training, or None."""
         return None
 
     def paired_view(self, passed: dict[str, Passed]) -> Tensor:
-        """What co-engaged pairs are contrasted on: the latents before quantization."""
+        """Return the vectors on which co-engaged pairs are contrasted: the latents before quantization."""
         return torch.cat([p.z for p in passed.values()], dim=1)
 
     def added(
@@ -163,17 +165,17 @@ class _Residual(TrainedTokenizer):
         batch: Batch,
         workers: Workers,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Further losses of a method."""
+        """Compute further losses of a method."""
         return batch.richness.new_zeros(()), {}
 
     def reconstruction(self, passed: dict[str, Passed], x: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Squared error of each modality by its mean over dimensions (inputs have unit variance: 1 is as bad as the
-        mean), absent ones left out."""
+        """Compute the squared error, the mean over the dimensions of each modality (inputs have unit variance, so 1 is
+        as bad as the mean); absent modalities do not count."""
         decoded = self.decoded({kind: p.straight for kind, p in passed.items()})
         return torch.stack([(((y - x[m]) ** 2).mean(1) * batch.present[m]).mean() for m, y in decoded.items()]).sum()
 
     def decoded(self, latents: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scaled vectors by modality, of the latents of each tower."""
+        """Decode each tower's latents to scaled vectors by modality."""
         found: dict[str, Tensor] = {}
         for kind, latent in latents.items():
             tower = self.tower(kind)
@@ -181,7 +183,7 @@ class _Residual(TrainedTokenizer):
         return found
 
     def codes_of(self, passed: dict[str, Passed]) -> Tensor:
-        """[B, L] int64; PAD where a tower's modality is absent."""
+        """Return the codes [B, L] int64; PAD where a tower's modality is absent."""
         return torch.cat([p.quantized.codes.masked_fill(~p.there[:, None], PAD) for p in passed.values()], dim=1)
 
     @torch.no_grad()
@@ -206,20 +208,20 @@ class _Residual(TrainedTokenizer):
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:
-        """Codes of all levels; weight 1 where there is a code."""
+        """Encode all levels; the weight is 1 where there is a code."""
         codes = self.codes_of(self.passed(self.inputs(batch), batch))
         return Codes(codes.int(), (codes != PAD).float(), codes != PAD)
 
     @torch.inference_mode()
     def reconstruct(self, batch: Batch) -> dict[str, Tensor]:
-        """Decode z_q back to the inputs' own scale."""
+        """Decode z_q to the scale of the inputs."""
         passed = self.passed(self.inputs(batch), batch)
         decoded = self.decoded({kind: p.quantized.quantized for kind, p in passed.items()})
         return {m: self.inputs.restore(m, y) for m, y in decoded.items()}
 
 
 class RqVae(_Residual):
-    """One tower over all content modalities; every item gets a SID."""
+    """RQ-VAE has one tower over all content modalities; every item gets a SID."""
 
     settings: RqVaeSettings
 
@@ -228,7 +230,7 @@ class RqVae(_Residual):
 
 
 class RqVaePlus(_Residual):
-    """A tower for each modality, behaviour among them."""
+    """RQ-VAE++ has a tower for each modality, including behaviour."""
 
     settings: RqVaePlusSettings
 

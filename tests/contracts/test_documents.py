@@ -230,7 +230,7 @@ def test_the_python_api_works_as_the_readme_shows(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.startswith("['<s0_")
+    assert done.stdout.startswith("['<r0_")
     assert (tmp_path / "my-tokenizer" / "manifest.json").exists()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from adasid import config
 from adasid.config.reference import render_reference
 from adasid.files import write_json
 from adasid.tokenizers import artifact
-from pipelines import chain, train
+from pipelines import chain, sids, train
 from pipelines.engines.lake import Lake
 from pipelines.stage import Stage
 
@@ -91,7 +91,7 @@ def rows() -> list[Row]:
     return result
 
 
-def declared(values: dict[str, object]) -> list[Stage]:
+def declared(values: Mapping[str, object]) -> list[Stage]:
     """The stages of the chain under a config, and the downstream models."""
     cfg, lake = config.build(values), Lake("/nonexistent", {})
     stages = [stage for stage in chain.declared(cfg, lake) if isinstance(stage, Stage)]
@@ -107,7 +107,7 @@ def settings(stage: Stage, cfg: config.Config, lake: Lake) -> tuple[str, ...]:
         return (
             tuple(stage.settings(known, lake))
             if stage.name != "sids"
-            else tuple(chain.sids.declare(known).settings(known, lake))
+            else tuple(sids.declare(known).settings(known, lake))
         )
 
 

@@ -35,7 +35,7 @@ if [ ! -e "$stamp" ]; then
         [ -n "$UV_DEFAULT_INDEX" ] || unset UV_DEFAULT_INDEX
         export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} UV_LINK_MODE=${UV_LINK_MODE:-copy}
         # shellcheck disable=SC2086
-        .venv/bin/uv pip install -q --python .venv/bin/python ${UV_INSTALL_ARGS:-} -e ".[$extras]" || stop "packages could not be installed; see the lines above, and check the package index that pip or uv is set to"
+        .venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python ${UV_INSTALL_ARGS:-} -e ".[$extras]" || stop "packages could not be installed; see the lines above, and check the package index that pip or uv is set to"
     else
         .venv/bin/python -m pip install -q -e ".[$extras]" || stop "packages could not be installed; see the lines above, and check the package index that pip is set to"
     fi

@@ -15,6 +15,9 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # the suite runs in two processes: more threads than cores only wait for each other
 
+# Jobs live for seconds: what the second JIT compiler would gain is less than it costs on two cores.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

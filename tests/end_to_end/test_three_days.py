@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines import generations
+from adasid.config import load
+from pipelines import chain, generations
 from tests.end_to_end.nights import rows_of
-from tests.end_to_end.running import ROOT, job, lake_of
+from tests.end_to_end.running import ROOT, lake_of, run_stage
 
 WIDTH, GROUPS, USERS = 12, 6, 60
 DAYS = ("2026-03-01", "2026-03-02", "2026-03-03")
@@ -74,17 +75,20 @@ class Source:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def published(spark, tmp_path_factory):
     """The source, the lake, and the environment of the schedulers."""
     folder = tmp_path_factory.mktemp("days")
     source, path = Source(folder), folder / "days.yaml"
     files = {name: str(folder / f"{name}.parquet") for name in ("items", "interactions")}
     tables = {"kind": "tables", "tables": {**files, "format": "parquet"}}
     path.write_text(yaml.safe_dump({"name": "days", "runs_dir": str(folder / "runs"), "source": tables, **SETTINGS}))
-    done = job("run_all", path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    cfg = load(path)
+    for name, _ in chain.STAGES:
+        run_stage(cfg, name)
+    for key in QUICK:
+        spark.conf.unset(key)
     names = {"ADASID_HOME": str(ROOT), "ADASID_CONFIG": str(path), "ADASID_DRIVER_MEMORY": "1g"}
-    return source, lake_of(folder, "days"), {**os.environ, **names, "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1"}
+    return source, lake_of(folder, "days"), {**os.environ, **names}
 
 
 def ran(words, environment):

@@ -121,7 +121,7 @@ def test_rows_that_item_features_lacks_are_not_lost(spark, lake, make_config):
     row["inputs"] = {"item_features": lake.write("item_features", rest.schema, rest.to_batches(), "less")}
     with pytest.raises(InputError, match="generation has 9 items but 8 of them are in item_features"):
         exports.write(make_config(), lake, SLOTS, row)
-    assert not (exports.folder(make_config()) / "1").exists()
+    assert not (Run(make_config()).exports / "1").exists()
 
 
 def test_ids_that_break_lines_are_refused(lake, make_config):
@@ -145,4 +145,4 @@ def test_exactly_the_ids_that_splitlines_splits_are_refused(text):
 
 def test_nothing_is_published_without_a_pointer(lake, make_config):
     exports.point(make_config(), lake)
-    assert generations.pointer(lake) is None and not exports.folder(make_config()).exists()
+    assert generations.pointer(lake) is None and not Run(make_config()).exports.exists()

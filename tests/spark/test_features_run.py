@@ -230,7 +230,7 @@ def test_every_item_has_a_row_of_features_also_the_cold(done):
         )
     assert all(rows[item]["stratum"] == "cold" and rows[item]["richness"] == 0 for item in COLD)
     assert len({row["fingerprint"] for row in rows.values()}) == len(rows)
-    stats = lake.read("catalog_stats").to_pylist()[0]
+    stats = lake.read("richness_stats").to_pylist()[0]
     assert stats["richness_source"] == "norm"
     assert second.facts["spearman"] == round(stats["spearman"], 3)
     assert "spearman" not in first.facts
@@ -331,8 +331,8 @@ def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
         vectors[COLD[0]],
         0,
     )
-    stats = lake.read("catalog_stats").to_pylist()[0]
-    assert (stats["richness_source"], stats["ranking_split"]) == ("count", "leave_one_out")  # rated, but without a time
+    stats, richness = (lake.read(name).to_pylist()[0] for name in ("catalog_stats", "richness_stats"))
+    assert (richness["richness_source"], stats["ranking_split"]) == ("count", "leave_one_out")  # rated, without times
     samples = lake.read("ranking_samples").to_pylist()
     assert {row["time"] for row in samples} == {None}
     of_user = [row["item_id"] for row in sorted(samples, key=lambda row: row["position"]) if row["user_id"] == "u03"]

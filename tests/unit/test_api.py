@@ -241,7 +241,8 @@ def test_wrong_names_and_settings_are_refused_with_the_nearest_one(name, setting
 
 def test_settings_may_be_numpy_numbers_and_parts_of_a_section(data):
     tokenizer = adasid.fit("rq-kmeans", data, progress=False, codebook_size=np.int64(5), levels=2, rounds=np.int32(3))
-    assert tokenizer.settings == config.RqKmeansSettings(codebook_size=5, levels=2, rounds=3, content=("text", "visual"))
+    expected = config.RqKmeansSettings(codebook_size=5, levels=2, rounds=3, content=("text", "visual"))
+    assert tokenizer.settings == expected
 
 
 @pytest.mark.parametrize(

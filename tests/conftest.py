@@ -18,6 +18,8 @@ os.environ.setdefault(
 # Jobs live for seconds: what the second JIT compiler would gain is less than it costs on two cores.
 os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
+INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+"""Spark settings for tables of a few rows, which run faster than they compile."""
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -26,7 +28,7 @@ def spark():
     from adasid.config import Spark
     from pipelines.engines.spark import session
 
-    spark = session(Spark(master="local[2]", driver_memory="2g", shuffle_partitions=2), "tests")
+    spark = session(Spark(master="local[2]", driver_memory="2g", shuffle_partitions=2, conf=INTERPRETED), "tests")
     yield spark
     spark.stop()
 

@@ -11,6 +11,7 @@ import yaml
 
 from pipelines import chain
 from pipelines.engines.lake import Lake
+from tests.conftest import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
 ITEMS = 600
@@ -38,7 +39,7 @@ SMALL = {
     },
     "sids": {"gates": {"max_collision": 1.0}},
     "retokenize": {"lease": {"seconds": 6.0, "wait": 60.0}, "exports": ["changes"]},
-    "spark": {"shuffle_partitions": 2, "driver_memory": "2g"},
+    "spark": {"shuffle_partitions": 2, "driver_memory": "2g", "conf": INTERPRETED},
     "ray": {"cpus_per_worker": 0.5, "gpus": "never"},
 }
 TABLES = (

@@ -17,21 +17,18 @@ import yaml
 
 from adasid.config import load
 from pipelines import chain, generations
+from tests.conftest import INTERPRETED
 from tests.end_to_end.nights import rows_of
 from tests.end_to_end.running import ROOT, lake_of, run_stage
 
 WIDTH, GROUPS, USERS = 12, 6, 60
 DAYS = ("2026-03-01", "2026-03-02", "2026-03-03")
-QUICK = {
-    "spark.sql.codegen.wholeStage": "false",
-    "spark.sql.adaptive.enabled": "false",
-}  # so few rows are not worth compiling
 SETTINGS = {
     "features": {"content": ["text"]},
     "behavior": {"width": 8, "blocks": 1, "epochs": 1, "batch_users": 32, "negatives": 32},
     "tokenizer": {"name": "rq-kmeans", "content": ["text"], "levels": 3, "codebook_size": 8, "rounds": 5},
     "retokenize": {"exports": ["changes"]},
-    "spark": {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 1, "conf": QUICK},
+    "spark": {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 1, "conf": INTERPRETED},
     "ray": {"workers": 0, "gpus": "never"},
 }
 
@@ -85,8 +82,6 @@ def published(spark, tmp_path_factory):
     cfg = load(path)
     for name, _ in chain.STAGES:
         run_stage(cfg, name)
-    for key in QUICK:
-        spark.conf.unset(key)
     names = {"ADASID_HOME": str(ROOT), "ADASID_CONFIG": str(path), "ADASID_DRIVER_MEMORY": "1g"}
     return source, lake_of(folder, "days"), {**os.environ, **names}
 

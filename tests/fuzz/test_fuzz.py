@@ -47,15 +47,9 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def screen(spark):
-    """The driver's log; plans of a few rows run faster without generated code."""
-    plain = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
-    for key, value in plain.items():
-        spark.conf.set(key, value)
     screen = contract.Screen(spark)
     yield screen
     screen.close()
-    for key in plain:
-        spark.conf.unset(key)
 
 
 @pytest.mark.parametrize("number", FIXED)

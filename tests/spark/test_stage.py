@@ -66,16 +66,16 @@ def ready(made, tmp_path):
 
 def meanwhile(monkeypatch, table, commit):
     """Let another process commit to ``table`` as soon as a stage has hashed its inputs."""
-    original, waiting = Lake.stamps, [table]
+    original, waiting = Lake.input_hashes, [table]
 
-    def stamps(self, versions):
+    def input_hashes(self, versions):
         found = original(self, versions)
         if waiting and table in versions:
             waiting.clear()
             commit()
         return found
 
-    monkeypatch.setattr(Lake, "input_hashes", stamps)
+    monkeypatch.setattr(Lake, "input_hashes", input_hashes)
 
 
 def changed(lake, table, schema, change):

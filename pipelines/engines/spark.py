@@ -36,11 +36,12 @@ writes the trace to a file."""
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 
 
+_PROGRESS = "spark.ui.showConsoleProgress"
 _DEFAULTS = {
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
     "spark.ui.enabled": "false",
-    "spark.ui.showConsoleProgress": "false",
+    _PROGRESS: "false",
     "spark.log.level": "ERROR",
 }
 """``spark-submit --conf`` and spark-defaults.conf may replace these settings."""
@@ -102,6 +103,8 @@ def _launch(settings: config.Spark) -> dict[str, str]:
     return {
         "spark.master": settings.master,
         "spark.driver.memory": settings.driver_memory,
+        # a Python process counts as a shell, for which Spark would set it to true
+        _PROGRESS: settings.conf.get(_PROGRESS, "false"),
         "spark.driver.extraJavaOptions": f"{options} {own}" if own else options,
     }
 

@@ -25,6 +25,12 @@ def test_the_config_wins_over_both_and_defaults_fill_the_rest():
     assert chosen(Spark(shuffle_partitions=8), {})["spark.sql.shuffle.partitions"] == "8"
 
 
+def test_no_progress_bar_is_drawn_over_the_lines_of_a_job():
+    key = "spark.ui.showConsoleProgress"
+    assert _launch(Spark())[key] == chosen(Spark(), {key: "true"}, _launch(Spark()))[key] == "false"
+    assert _launch(Spark(conf={key: "true"}))[key] == "true"
+
+
 def test_java_options_of_the_config_join_those_of_the_log():
     found = _launch(Spark(conf={"spark.driver.extraJavaOptions": "-Xss4m"}))["spark.driver.extraJavaOptions"]
     assert "log4j2.properties" in found and found.endswith(" -Xss4m")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from adasid.config.whole import Config, section_of
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers.registry import TOKENIZERS
 from adasid.tokenizers.settings import Adaptive, Hamr, TokenizerSettings
+
+_WIDTH = 120
 
 
 def render_base() -> str:
@@ -98,8 +101,17 @@ def _render(
         pad = "  " * depth
         if isinstance(inner, type) and issubclass(inner, BaseModel) and not isinstance(value, dict):
             hide = mark or ("# " if value is None else "")
-            lines.append(f"{hide}{pad}{name}:  # {field.description}")
+            lines += _described(f"{hide}{pad}", f"{name}:", str(field.description))
             _render(inner, value, depth + 1, lines, hide)
         else:
             text = "<required>" if values is None and field.is_required() else shown(value)
-            lines.append(f"{mark}{pad}{name}: {text}  # {field.description}")
+            lines += _described(f"{mark}{pad}", f"{name}: {text}", str(field.description))
+
+
+def _described(indent: str, entry: str, description: str) -> list[str]:
+    """Return an entry with its description beside it, or above it where the line would be too long."""
+    line = f"{indent}{entry}  # {description}"
+    if len(line) <= _WIDTH:
+        return [line]
+    above = textwrap.wrap(description, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+    return [*above, f"{indent}{entry}"]

@@ -33,11 +33,12 @@ def render_base() -> str:
         if model is not type(usual):
             values = model()
             shared = [name for name in model.model_fields if name != "name" and same(usual, values, name)]
-            lines += ["", f"# tokenizer:  # {summary(model)}"]
+            lines += ["", *_described("# ", "tokenizer:", summary(model))]
             _render(model, values, 1, lines, "# ", shared)
-            lines.append(f"#   # as above: {', '.join(shared)}")
+            listed, indent = f"as above: {', '.join(shared)}", "#   # "
+            lines += textwrap.wrap(listed, _WIDTH, initial_indent=indent, subsequent_indent=indent)
     for kind, repulsion in (("hamr", Hamr(kind="hamr")), ("adaptive", Adaptive(kind="adaptive"))):
-        lines += ["", f"# tokenizer.repulsion of kind {kind}:  # {summary(type(repulsion))}"]
+        lines += ["", *_described("# ", f"tokenizer.repulsion of kind {kind}:", summary(type(repulsion)))]
         _render(type(repulsion), repulsion, 1, lines, "# ")
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up a checkout on Debian or Ubuntu: virtual environment in .venv, packages, Java 17 or newer, Delta's two jars.
+# Sets up a checkout on Debian or Ubuntu: virtual environment in .venv, packages, Java 17 or newer, Delta's two jars, an
+# archive of Spark's classes.
 # Nothing is done twice. Mirrors: pip's and uv's own settings hold; UV_INSTALL_ARGS is passed on to `uv pip install`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -43,3 +44,4 @@ if [ ! -e "$stamp" ]; then
 fi
 
 .venv/bin/python -m pipelines.engines.jars 2>.venv/jars.log || stop "$(tail -n 1 .venv/jars.log)"
+.venv/bin/python -m pipelines.engines.class_archive 2>.venv/class-archive.log || stop "$(tail -n 1 .venv/class-archive.log)"

@@ -99,6 +99,8 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
 def _launch(settings: config.Spark) -> dict[str, str]:
     """Return the settings that the JVM needs at its start."""
     options = f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
+    if class_archive().exists():  # Java says nothing where it does not fit, and goes without
+        options = f"{options} -XX:SharedArchiveFile={class_archive()} -Xlog:disable -Xlog:all=error:stderr"
     own = settings.conf.get("spark.driver.extraJavaOptions")
     return {
         "spark.master": settings.master,
@@ -134,6 +136,11 @@ def _start_fix(error: Exception) -> str:
 def jar_folder() -> Path:
     """Return the folder in which Spark looks for jars, however it is started."""
     return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent) / "jars"
+
+
+def class_archive() -> Path:
+    """Return the path of the archive of Spark's classes (:mod:`pipelines.engines.class_archive`)."""
+    return jar_folder().parent / "adasid-classes.jsa"
 
 
 def struct(schema: pa.Schema) -> StructType:

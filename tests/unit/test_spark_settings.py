@@ -1,7 +1,7 @@
 """Test whose Spark settings win."""
 
 from adasid.config import Spark
-from pipelines.engines.spark import _EXTENSION, _REQUIRED, _launch, chosen
+from pipelines.engines.spark import _EXTENSION, _REQUIRED, _launch, chosen, class_archive
 
 GIVEN = {
     "spark.sql.shuffle.partitions": "512",
@@ -34,3 +34,8 @@ def test_no_progress_bar_is_drawn_over_the_lines_of_a_job():
 def test_java_options_of_the_config_join_those_of_the_log():
     found = _launch(Spark(conf={"spark.driver.extraJavaOptions": "-Xss4m"}))["spark.driver.extraJavaOptions"]
     assert "log4j2.properties" in found and found.endswith(" -Xss4m")
+
+
+def test_the_java_of_a_job_uses_the_class_archive_of_setup():
+    assert class_archive().exists()
+    assert f"-XX:SharedArchiveFile={class_archive()}" in _launch(Spark())["spark.driver.extraJavaOptions"]

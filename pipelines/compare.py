@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from pyspark import StorageLevel
 
 from adasid.config import Categories, Config, digest
+from adasid.data.shards import batch_of, find_widths
 from adasid.errors import InputError, first_line
 from adasid.files import write_json
 from adasid.metrics.probes import Readout, agreement, duplicates_kept, shared_cosine
 from adasid.report import comparison
+from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot
-from adasid.training.shards import batch_of, find_widths
 from pipelines import report, sids, stage, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine

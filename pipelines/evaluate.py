@@ -22,13 +22,13 @@ import torch
 
 from adasid import tables
 from adasid.config import Config, Ranking, Retrieval
+from adasid.data.sequences import Histories
 from adasid.errors import InputError
 from adasid.metrics.retrieval import DEEPEST, averages, gains
 from adasid.report import evaluation
 from adasid.report.cells import flat
 from adasid.tokenizers import artifact
 from adasid.training.retrieval import Ranked, by_stratum
-from adasid.training.sequences import Histories
 from pipelines import report, sids, stage, train
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine

@@ -21,9 +21,9 @@ from adasid.config import Config, Gates
 from adasid.errors import GateError, InputError
 from adasid.metrics.tally import Tally
 from adasid.report.words import mean, plain
+from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot
 from adasid.tokenizers.encode import ENCODED, READ, encoder
 from pipelines import generations, stage, staleness
 from pipelines.engines import spark as engine

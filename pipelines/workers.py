@@ -21,19 +21,19 @@ from safetensors.torch import save_file
 
 from adasid import tables
 from adasid.config import Config, TokenizerSettings
+from adasid.data.sequences import Histories
+from adasid.data.shards import Pairs, Shard
+from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import write_json, write_text
 from adasid.recommenders.tokens import ItemTokens
+from adasid.sid import Slot
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot
 from adasid.tokenizers.relabel import Relabelled
 from adasid.training.behavior import BehaviorData, BehaviorTraining
 from adasid.training.ranking import Events, RankingTraining
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
-from adasid.training.sequences import Histories
-from adasid.training.shards import Pairs, Shard
 from adasid.training.tokenizer import TokenizerTraining, summary
-from adasid.training.workers import Workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 

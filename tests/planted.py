@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from adasid import tables
+from adasid.data.shards import Pairs, Shard
 from adasid.tables import BEHAVIOR
-from adasid.training.shards import Pairs, Shard
 
 
 def catalogue(

@@ -16,12 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from adasid.api.items import Data, Items, vector, whole_numbers
 from adasid.config import TokenizerSettings
+from adasid.data.shards import Batch
 from adasid.errors import InputError
 from adasid.metrics.richness import RichnessScale, vector_norms
+from adasid.sid import Slot, token_names
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot, Tokenizer, token_names
-from adasid.training.shards import Batch
+from adasid.tokenizers.base import Tokenizer
 
 _CALLER = "SidTokenizer.encode"
 _UNKNOWN = 0.5

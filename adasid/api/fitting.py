@@ -21,14 +21,14 @@ from numpy.typing import ArrayLike, NDArray
 from adasid import config
 from adasid.api.encoding import SidTokenizer, check_richness
 from adasid.api.items import CHUNK, Data, Items, vector, whole_numbers
+from adasid.data.shards import Pairs, Read, Shard
 from adasid.datasets.arrow import vectors
+from adasid.distributed import Workers, settle
 from adasid.errors import ConfigError, InputError
 from adasid.metrics.richness import RichnessScale, fit_scale, vector_norms
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
-from adasid.training.shards import Pairs, Read, Shard
 from adasid.training.tokenizer import TokenizerTraining, summary
-from adasid.training.workers import Workers, settle
 
 _CALLER = "adasid.fit"
 _SHOWN = ("loss", "reconstruction", "utilisation", "entropy", "seconds")

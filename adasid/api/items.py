@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
+from adasid.data.shards import Batch
 from adasid.errors import InputError
-from adasid.training.shards import Batch
 
 CHUNK = 8192
 """Rows converted at a time."""

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adasid.metrics.codes import code_use, group_metrics
+from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD, STRATA
-from adasid.tokenizers.base import Slot
 
 RARE = [place for place, stratum in enumerate(STRATA) if stratum in ("tail", "cold")]
 """Indices of the strata whose items have few events."""

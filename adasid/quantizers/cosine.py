@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor, nn
+from torch import Tensor
 
-from adasid.quantizers.kmeans import PreviousCodes, means_of, previous_or_nearest, spherical_kmeans
+from adasid.quantizers.codebooks import Codebooks
+from adasid.quantizers.kmeans import means_of, previous_or_nearest, spherical_kmeans
+from adasid.sid import PreviousCodes
 
 
 class Quantized(NamedTuple):
@@ -21,17 +23,12 @@ class Quantized(NamedTuple):
     codewords: Tensor
 
 
-class CosineCodebooks(nn.Module):
+class CosineCodebooks(Codebooks):
     """``CosineCodebooks`` has ``slots`` codebooks of ``size`` codewords of ``width`` dimensions; only the direction of
     a codeword is used."""
 
     def __init__(self, slots: int, size: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(nnf.normalize(torch.randn(slots, size, width), dim=2))
-        self.register_buffer("used", torch.zeros(slots, size))
-        self.used: Tensor
-        self.kept: Tensor | None = None
-        """Codes that are never replaced, [L, K] bool."""
+        super().__init__(nnf.normalize(torch.randn(slots, size, width), dim=2))
 
     def codes(self, latents: Tensor, previous: PreviousCodes | None = None) -> Tensor:
         """Return argmax_j cos(latent, codeword_j): [L, B, d] -> [L, B]. The norm of a latent has no effect.
@@ -66,30 +63,11 @@ class CosineCodebooks(nn.Module):
                 self.weight[slot] = found
 
     @torch.no_grad()
-    def counts(self, codes: Tensor, active: Tensor) -> Tensor:
-        """Count how often each code is assigned in a batch of active assignments; [L, B] each -> [L, K]."""
-        return torch.zeros_like(self.used).scatter_add_(1, codes, active.to(self.used.dtype))
-
-    @torch.no_grad()
-    def revive(self, latents: Tensor, active: Tensor, min_share: float, generator: torch.Generator) -> Tensor:
-        """Replace codes used less than ``min_share`` of their fair share by random active latents of the batch.
-
-        ``used`` (usage since the last revival, over all workers), ``latents`` [L, B, d] and ``active`` [L, B] are the
-        same on all workers, so that all replace the same codes. Returns the mask [L, K] of replaced codes; usage is
-        reset to zero."""
-        dead = self.used < min_share * self.used.mean(dim=1, keepdim=True)
-        if self.kept is not None:
-            dead &= ~self.kept
-        for slot in torch.nonzero(dead.any(dim=1)).flatten().tolist():
-            rows = torch.nonzero(active[slot]).flatten()
-            codes = torch.nonzero(dead[slot]).flatten()
-            if not len(rows):
-                dead[slot] = False
-                continue
-            pick = rows[torch.randint(len(rows), (len(codes),), generator=generator).to(rows.device)]
-            self.weight[slot, codes] = nnf.normalize(latents[slot, pick], dim=1)
-        self.used.zero_()
-        return dead
+    def revive(self, vectors: Tensor, active: Tensor, min_share: float, generator: torch.Generator) -> Tensor:
+        """Replace dead codes by the directions of random active vectors, see :meth:`Codebooks.revive`."""
+        replaced = super().revive(vectors, active, min_share, generator)
+        self.weight[replaced] = nnf.normalize(self.weight[replaced], dim=1)
+        return replaced
 
 
 def codebook_loss(quantized: Quantized, active: Tensor, commitment: float) -> Tensor:

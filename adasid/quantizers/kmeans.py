@@ -5,33 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from adasid.sid import PreviousCodes
+
 _CHUNK = 4096
 """Rows whose products with all centroids are computed at a time, so that they are still in the cache for the search."""
 _SEEDED, _SAMPLED = (16, 4096), (64, 16_384)
 """Sample sizes for the seeds and for the first three quarters of the rounds: points per cluster, and minimum."""
-
-
-class PreviousCodes(NamedTuple):
-    """``PreviousCodes`` contains the previous codes of items (negative: none), and the tolerance ``slack`` within which
-    :func:`previous_or_nearest` preserves them."""
-
-    codes: Tensor
-    slack: float
-
-    def of(self, slots: slice | int) -> PreviousCodes:
-        """Return the previous codes of some slots; codes are [n, L]."""
-        return PreviousCodes(self.codes[:, slots], self.slack)
-
-    def at(self, progress: float) -> PreviousCodes:
-        """Return the previous codes with the tolerance at a share ``progress`` of training: nearly unlimited at first,
-        ``slack`` at the end."""
-        return PreviousCodes(self.codes, self.slack / max(progress, 1e-6))
 
 
 def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:

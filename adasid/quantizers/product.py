@@ -11,7 +11,8 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from adasid.errors import InputError
-from adasid.quantizers.kmeans import PreviousCodes, kmeans, lloyd_round, nearest_euclidean
+from adasid.quantizers.kmeans import kmeans, lloyd_round, nearest_euclidean
+from adasid.sid import PreviousCodes
 
 
 class Components(NamedTuple):

@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor, nn
+from torch import Tensor
 
-from adasid.quantizers.kmeans import (
-    PreviousCodes,
-    kmeans,
-    means_of,
-    nearest_euclidean,
-    previous_or_nearest,
-    squared_distances,
-)
+from adasid.quantizers.codebooks import Codebooks
+from adasid.quantizers.kmeans import kmeans, means_of, nearest_euclidean, previous_or_nearest, squared_distances
+from adasid.sid import PreviousCodes
 
 
 class Residual(NamedTuple):
@@ -29,39 +25,30 @@ class Residual(NamedTuple):
     codewords: Tensor
 
 
-class ResidualCodebooks(nn.Module):
+class ResidualCodebooks(Codebooks):
     """``ResidualCodebooks`` has ``levels`` codebooks of ``size`` codewords of ``width`` dimensions, used in order by
     Euclidean distance."""
 
     def __init__(self, levels: int, size: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(levels, size, width) / width**0.5)
-        self.register_buffer("used", torch.zeros(levels, size))
-        self.used: Tensor
-        self.kept: Tensor | None = None
-        """Codes that are never replaced, [L, K] bool."""
+        super().__init__(torch.randn(levels, size, width) / width**0.5)
 
     def forward(
         self, z: Tensor, balanced: tuple[float, int] | None = None, previous: PreviousCodes | None = None
     ) -> Residual:
         """Quantize latents [B, d]. ``balanced``: entropy and rounds of a Sinkhorn assignment of the last level, for
         training only, and only without previous codes; ``previous``: codes [B, L]."""
-        residual, codes, residuals, words = z, [], [], []
-        for level, book in enumerate(self.weight):
-            last = balanced is not None and level == len(self.weight) - 1
-            with torch.no_grad():
-                if previous:
-                    code = previous_or_nearest(squared_distances(residual, book), previous.of(level))
-                elif balanced and last:
-                    code = sinkhorn(squared_distances(residual, book), *balanced).argmax(1)
-                else:
-                    code = _distance(residual, book).argmin(1)
-            word = nnf.embedding(code, book)
-            codes.append(code)
-            residuals.append(residual)
-            words.append(word)
-            residual = residual - word.detach()
-        return Residual(torch.stack(codes, 1), torch.stack(words).sum(0), torch.stack(residuals), torch.stack(words))
+        last = len(self.weight) - 1
+
+        def assign(level: int, residual: Tensor, book: Tensor) -> Tensor:
+            if previous:
+                return previous_or_nearest(squared_distances(residual, book), previous.of(level))
+            if balanced and level == last:
+                return sinkhorn(squared_distances(residual, book), *balanced).argmax(1)
+            return _distance(residual, book).argmin(1)
+
+        levels = list(residual_pass(z, self.weight, assign))
+        codes, residuals, words = (torch.stack(part) for part in zip(*levels))
+        return Residual(codes.T.contiguous(), words.sum(0), residuals, words)
 
     @torch.no_grad()
     def initialise(
@@ -69,42 +56,33 @@ class ResidualCodebooks(nn.Module):
     ) -> None:
         """Initialise each level by k-means on the residuals of the levels before; a previous code becomes the mean of
         its rows. ``latents`` [n, d], ``previous`` [n, L]: codes (negative: none)."""
-        for level, book in enumerate(self.weight):
-            book.copy_(kmeans(latents, len(book), rounds, generator))
+
+        def fit(level: int, residual: Tensor, book: Tensor) -> Tensor:
+            book.copy_(kmeans(residual, len(book), rounds, generator))
             if previous is None:
-                codes = nearest_euclidean(latents, book)
-            else:
-                book.copy_(means_of(latents, previous[:, level], book))
-                codes = torch.where(previous[:, level] >= 0, previous[:, level], nearest_euclidean(latents, book))
-            latents = latents - book[codes]
+                return nearest_euclidean(residual, book)
+            codes = previous[:, level]
+            book.copy_(means_of(residual, codes, book))
+            return torch.where(codes >= 0, codes, nearest_euclidean(residual, book))
 
-    @torch.no_grad()
-    def count(self, codes: Tensor, there: Tensor) -> Tensor:
-        """Count how often each code is assigned; ``codes`` [B, L], ``there`` [B] bool -> [L, K]."""
-        return torch.zeros_like(self.used).scatter_add_(
-            1, codes.T, there.to(self.used.dtype).expand(codes.shape[1], -1)
-        )
+        for _ in residual_pass(latents, self.weight, fit):
+            pass
 
-    @torch.no_grad()
-    def revive(self, residuals: Tensor, there: Tensor, min_share: float, generator: torch.Generator) -> Tensor:
-        """Replace codes used less than ``min_share`` of their fair share by random residuals of the batch at their
-        level.
 
-        ``used`` (since the last revival, over all workers), ``residuals`` [L, B, d] and ``there`` [B] are the same on
-        all workers, so that all replace the same codes. Returns the mask [L, K] of replaced codes; usage is reset to
-        zero."""
-        dead = self.used < min_share * self.used.mean(dim=1, keepdim=True)
-        if self.kept is not None:
-            dead &= ~self.kept
-        rows = torch.nonzero(there).flatten()
-        if not len(rows):
-            return torch.zeros_like(dead)
-        for level in torch.nonzero(dead.any(dim=1)).flatten().tolist():
-            codes = torch.nonzero(dead[level]).flatten()
-            pick = rows[torch.randint(len(rows), (len(codes),), generator=generator).to(rows.device)]
-            self.weight[level, codes] = residuals[level, pick]
-        self.used.zero_()
-        return dead
+def residual_pass(
+    x: Tensor, books: Iterable[Tensor], assign: Callable[[int, Tensor, Tensor], Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Quantize ``x`` [n, d] level by level, each the residual of the levels before. ``books``: codewords [K, d] of each
+    level; ``assign(level, residual, book)`` returns codes [n], without gradients, and may fit the book first.
+
+    Yields, for each level, codes [n], the residual [n, d] before it and its codewords [n, d]. Gradients pass through a
+    residual to ``x`` only."""
+    for level, book in enumerate(books):
+        with torch.no_grad():
+            codes = assign(level, x, book)
+        words = nnf.embedding(codes, book)
+        yield codes, x, words
+        x = x - words.detach()
 
 
 def residual_loss(quantized: Residual, there: Tensor, commitment: float) -> Tensor:

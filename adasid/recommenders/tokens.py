@@ -14,8 +14,8 @@ from torch import Tensor
 
 from adasid.errors import InputError
 from adasid.ragged import runs
+from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
-from adasid.tokenizers.base import Slot
 
 _CLIP = 3.0
 """Largest loss weight of a token (methods 7.2)."""

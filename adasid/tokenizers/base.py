@@ -9,31 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adasid.tables import PAD
+from adasid.data.shards import Batch, Shard
+from adasid.distributed import Workers
+from adasid.sid import Codes, Slot
 from adasid.tokenizers.settings import TokenizerSettings
-from adasid.training.shards import Batch, Shard
-from adasid.training.workers import Workers
-
-
-class Slot(NamedTuple):
-    """A slot is one position of a SID. ``kind``: shared, behavior, or the content modality's name; ``size``: codes in
-    its codebook."""
-
-    name: str
-    kind: str
-    size: int
-
-
-class Codes(NamedTuple):
-    """``Codes`` contains the SIDs of a batch: ``codes`` [B, L] int32 (PAD where the item lacks the slot's modality),
-    ``weights`` [B, L] float32, ``active`` [B, L] bool."""
-
-    codes: Tensor
-    weights: Tensor
-    active: Tensor
 
 
 class Losses(NamedTuple):
@@ -121,33 +102,3 @@ def sample(shard: Shard, workers: Workers, items: int) -> Iterator[Batch]:
     rows = np.unique(np.linspace(0, len(shard) - 1, min(share, len(shard))).round().astype(np.int64))
     for start in range(0, len(rows), 4096):
         yield shard.take(rows[start : start + 4096])
-
-
-def slots_of(numbers: Mapping[str, int], size: int, prefixes: Mapping[str, str] | None = None) -> list[Slot]:
-    """Return ``numbers[kind]`` slots of each kind, of ``size`` codes each. A slot's name is the prefix of its kind, by
-    default that of :func:`letters`, and its number within the kind."""
-    prefixes = prefixes or letters(tuple(numbers))
-    return [Slot(f"{prefixes[kind]}{i}", kind, size) for kind, number in numbers.items() for i in range(number)]
-
-
-def letters(kinds: Sequence[str]) -> dict[str, str]:
-    """Return short prefixes of slot names: for each kind the shortest unique prefix of its name."""
-    return {
-        m: next((m[:n] for n in range(1, len(m)) if not any(o != m and o.startswith(m[:n]) for o in kinds)), m)
-        for m in kinds
-    }
-
-
-def token(slot: Slot, code: int) -> str:
-    """Return the text token of a code in a slot: ``<t0_17>``, or ``<v0_pad>``."""
-    return f"<{slot.name}_{'pad' if code == PAD else code}>"
-
-
-def token_names(slots: Sequence[Slot]) -> NDArray[np.object_]:
-    """Return text tokens by slot and code, [L, K + 1], K being the size of the largest codebook; the last column, index
-    PAD, is PAD's."""
-    names = np.full((len(slots), max(slot.size for slot in slots) + 1), "", dtype=object)
-    for index, slot in enumerate(slots):
-        names[index, : slot.size] = [token(slot, code) for code in range(slot.size)]
-        names[index, PAD] = token(slot, PAD)
-    return names

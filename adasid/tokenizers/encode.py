@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from adasid import tables
-from adasid.quantizers.kmeans import PreviousCodes
+from adasid.data.shards import Batch, batch_of
+from adasid.sid import PreviousCodes, token_names
 from adasid.tables import PAD
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Tokenizer, token_names
-from adasid.training.shards import Batch, batch_of
+from adasid.tokenizers.base import Tokenizer
 
 ENCODED = pa.schema(
     [tables.SIDS.field(name) for name in ("item_id", "codes", "weights", "active", "tokens", "fingerprint", "gauges")]

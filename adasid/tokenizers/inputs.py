@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from adasid.training.shards import Batch, Shard
-from adasid.training.workers import Workers
+from adasid.data.shards import Batch, Shard
+from adasid.distributed import Workers
 
 
 class Inputs(nn.Module):

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from adasid.quantizers.kmeans import PreviousCodes
+from adasid.data.shards import Batch, Shard
+from adasid.distributed import Workers
+from adasid.sid import Codes, PreviousCodes, Slot
 from adasid.tables import PAD
-from adasid.tokenizers.base import Codes, Slot, Tokenizer
-from adasid.training.shards import Batch, Shard
-from adasid.training.workers import Workers
+from adasid.tokenizers.base import Tokenizer
 
 
 class Relabelled(Tokenizer):

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from adasid.data.shards import Batch, Shard
+from adasid.distributed import Workers
 from adasid.errors import InputError
+from adasid.sid import Codes, slots_of
 from adasid.tables import PAD
-from adasid.tokenizers.base import Codes, Tokenizer, sample, slots_of
+from adasid.tokenizers.base import Tokenizer, sample
 from adasid.tokenizers.inputs import Inputs
 from adasid.tokenizers.settings import SpacesSettings
-from adasid.training.shards import Batch, Shard
-from adasid.training.workers import Workers
 
 
 class Spaces(Tokenizer):

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from adasid.data.shards import Batch
+from adasid.distributed import Workers
 from adasid.losses.overlap import AdaptiveRepulsion, moved, pair_contrast, repulsion
+from adasid.sid import Slot
 from adasid.tables import PAD
-from adasid.tokenizers.base import Slot, Tokenizer
+from adasid.tokenizers.base import Tokenizer
 from adasid.tokenizers.inputs import Inputs
 from adasid.tokenizers.settings import TrainedSettings
-from adasid.training.shards import Batch
-from adasid.training.workers import Workers
 
 
 class TrainedTokenizer(Tokenizer):

@@ -6,7 +6,6 @@ same result."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,19 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from adasid import config
-from adasid.errors import InputError, TrainingError
+from adasid.data.sequences import Histories, epoch_batches
+from adasid.distributed import Workers
+from adasid.errors import InputError
 from adasid.metrics.longtail import spearman
 from adasid.metrics.retrieval import recall_ndcg, target_ranks
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
-from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
-from adasid.training.epochs import best, unchosen
-from adasid.training.sequences import Histories
-from adasid.training.sequences import epoch as epochs
-from adasid.training.workers import Workers
+from adasid.training.checkpoint import Checkpoint
+from adasid.training.loop import Report, Row, TrainingLoop, best, replace_tensors, silent
 
-_WATCHED = "validation_ndcg@10"
 _SPEARMAN_SAMPLE = 1_000_000
 _SCORES = 1 << 26
 
@@ -56,8 +53,11 @@ class BehaviorResult:
     summary: dict[str, Any]
 
 
-class BehaviorTraining:
-    """``BehaviorTraining`` is one training run of SASRec on one worker; all workers have the same model."""
+class BehaviorTraining(TrainingLoop):
+    """``BehaviorTraining`` is one training run of SASRec on one worker; validation NDCG@10 selects the epoch."""
+
+    name = "behaviour"
+    monitor = "validation_ndcg@10"
 
     def __init__(
         self,
@@ -68,66 +68,54 @@ class BehaviorTraining:
         workers: Workers,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.settings, self.data, self.folder, self.seed, self.workers, self.device = (
-            settings,
-            data,
-            folder,
-            seed,
-            workers,
-            torch.device(device),
-        )
+        device = torch.device(device)
+        self.settings, self.data, self.seed = settings, data, seed
         torch.manual_seed(seed)
         s = settings
-        self.model = SASRec(len(data.counts), s.width, s.blocks, s.heads, s.max_length, s.dropout, self.device).to(
-            self.device
-        )
-        self.table = torch.nn.Parameter(self.model.table, requires_grad=True)
-        self.dense = torch.optim.Adam(self.model.parameters(), lr=s.lr, betas=(0.9, 0.98))
+        model = SASRec(len(data.counts), s.width, s.blocks, s.heads, s.max_length, s.dropout, device).to(device)
+        self.table = nn.Parameter(model.table, requires_grad=True)
+        self.dense = torch.optim.Adam(model.parameters(), lr=s.lr, betas=(0.9, 0.98))
         self.lazy = torch.optim.Adagrad([self.table], lr=s.table_lr)
-        self.log_q = (
-            torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(self.device)
-        )
-        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.log_q = torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(device)
+        optimizers = {"dense": self.dense, "lazy": self.lazy}
+        super().__init__(model, optimizers, s.epochs, folder, workers, device, data.version, s.patience)
 
-    def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> BehaviorResult:
-        """Train to early stopping. ``report`` gets all rows of metrics so far after each epoch, on every worker."""
+    def run(self, report: Report = silent) -> BehaviorResult:
+        """Train to early stopping. Raises InputError if no user has training events."""
         if not int(self.workers.sum(torch.tensor([len(self.data.train)], device=self.device))):
             raise InputError(f"behaviour: {self.data.version} has no user to train on: bring more events")
-        first, rows = self._resume()
-        for epoch in range(first, self.settings.epochs + 1):
-            if self._stop(rows):
-                break
-            started = time.monotonic()
-            loss = self._epoch(epoch)
-            row = {"epoch": float(epoch), "loss": loss, **self._evaluate()}
-            row["seconds"] = time.monotonic() - started
-            rows.append(row)
-            self._keep(epoch, rows)
-            report(rows)
-        return self._result(rows)
+        return self._result(self.run_epochs(report))
 
-    def _resume(self) -> tuple[int, list[dict[str, float]]]:
-        found = self.checkpoints.latest(self.workers)
-        if found is None:
-            return 1, []
-        self.model.load_state_dict(found.under("model"))
-        self.table.data.copy_(found.tensors["table"])
-        restore_optimizer(self.dense, found.under("dense"))
-        restore_optimizer(self.lazy, found.under("lazy"))
-        return int(found.state["epoch"]) + 1, list(found.state["rows"])
+    def epoch(self, number: int) -> Row:
+        """Train on all users once; compute the metrics of validation and test, and Spearman(norm, count)."""
+        started = time.monotonic()
+        row = {"epoch": float(number), "loss": self._train_epoch(number), **self._evaluate()}
+        return {**row, "seconds": time.monotonic() - started}
 
-    def _stop(self, rows: list[dict[str, float]]) -> bool:
-        chosen = best(rows, _WATCHED)
-        return chosen is not None and len(rows) - 1 - chosen >= self.settings.patience
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """Return the embedding table."""
+        return {"table": self.table}
 
-    def _epoch(self, epoch: int) -> float:
-        """Train on all users once and return the mean loss over all workers."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore the embedding table."""
+        self.table.data.copy_(checkpoint.tensors["table"])
+
+    def save_results(self, rows: list[Row]) -> None:
+        """Save the best embeddings, and the norms of the early epoch with the highest Spearman correlation."""
+        if self.improved(rows):
+            replace_tensors(self.folder / "best.safetensors", {"embeddings": self.table})
+        early = len(rows) <= self.settings.early_epochs
+        if early and best(rows, "spearman") in (None, len(rows) - 1):
+            replace_tensors(self.folder / "early.safetensors", {"norms": self.table.detach().norm(dim=1)})
+
+    def _train_epoch(self, epoch: int) -> float:
+        """Return the mean loss over all workers."""
         torch.manual_seed(self.seed + 1_000_003 * epoch + 7919 * self.workers.rank)
         self.model.train()
         total = torch.zeros(2, device=self.device)
         s = self.settings
         for step, events in enumerate(
-            epochs(self.data.train, s.batch_users, s.max_length + 1, self.seed, epoch, self.workers, self.device)
+            epoch_batches(self.data.train, s.batch_users, s.max_length + 1, self.seed, epoch, self.workers, self.device)
         ):
             total += torch.tensor([self._step(events, epoch, step), 1.0], device=self.device)
         total = self.workers.sum(total)
@@ -153,12 +141,8 @@ class BehaviorTraining:
         loss = sampled_softmax(
             states, own, others, self.log_q[positive], self.log_q[negative], positive[:, None] == negative[None, :]
         )
-        if not self.workers.agree(bool(torch.isfinite(loss)), self.device):
-            where = f"epoch {epoch}, step {step} (this worker: {loss.item()}), input {self.data.version}"
-            raise TrainingError(f"behaviour: loss is not finite at {where}; lower behavior.lr or behavior.table_lr")
-        self.dense.zero_grad(set_to_none=True)
-        loss.backward()
-        self.workers.average_gradients(self.model.parameters())
+        where = f"epoch {epoch}, step {step} (this worker: {loss.item()})"
+        self.backward(loss, where, "lower behavior.lr or behavior.table_lr")
         self.dense.step()
         self._update_table(distinct, rows.grad)
         return float(loss.detach())
@@ -212,27 +196,10 @@ class BehaviorTraining:
             known = np.random.default_rng(self.seed).choice(known, _SPEARMAN_SAMPLE, replace=False)
         return spearman(norms.cpu().numpy()[known].astype(np.float64), self.data.counts[known].astype(np.float64))
 
-    def _keep(self, epoch: int, rows: list[dict[str, float]]) -> None:
-        """Save best embeddings, early norms and then the checkpoint, which commits the epoch; rank 0 writes, all
-        wait."""
-        if self.workers.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if best(rows, _WATCHED) in (None, len(rows) - 1):
-                _replace(self.folder / "best.safetensors", {"embeddings": self.table.detach().cpu()})
-            early = rows[: self.settings.early_epochs]
-            if epoch <= self.settings.early_epochs and best(early, "spearman") in (None, len(rows) - 1):
-                _replace(self.folder / "early.safetensors", {"norms": self.table.detach().norm(dim=1).cpu()})
-            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {"table": self.table}
-            tensors |= {f"dense.{k}": v for k, v in optimizer_tensors(self.dense).items()} | {
-                f"lazy.{k}": v for k, v in optimizer_tensors(self.lazy).items()
-            }
-            self.checkpoints.save(epoch, tensors, {"epoch": epoch, "rows": rows})
-        self.workers.agree(True, self.device)
-
-    def _result(self, rows: list[dict[str, float]]) -> BehaviorResult:
-        chosen, first = best(rows, _WATCHED), rows[: self.settings.early_epochs]
-        found, earlier = rows[-1 if chosen is None else chosen], best(first, "spearman")
-        early = first[-1 if earlier is None else earlier]
+    def _result(self, rows: list[Row]) -> BehaviorResult:
+        (chosen, note), early_rows = self.best_row(rows), rows[: self.settings.early_epochs]
+        index = best(early_rows, "spearman")
+        early = early_rows[-1 if index is None else index]
         embeddings = load_file(self.folder / "best.safetensors")["embeddings"]
         use_early = self.settings.norm_checkpoint == "early"
         norms = load_file(self.folder / "early.safetensors")["norms"] if use_early else embeddings.norm(dim=1)
@@ -241,22 +208,16 @@ class BehaviorTraining:
             norms = torch.where(unseen, norms[~unseen].min(), norms)
         users = int(self.workers.sum(torch.tensor([len(self._scored(self.data.test))], device=self.device)))
         summary = {
-            "best_epoch": int(found["epoch"]),
-            **(unchosen("behaviour", _WATCHED) if chosen is None else {}),
+            "best_epoch": int(chosen["epoch"]),
+            **note,
             "early_epoch": int(early["epoch"]),
             "norm_checkpoint": self.settings.norm_checkpoint,
-            "spearman": (early if use_early else found).get("spearman"),
+            "spearman": (early if use_early else chosen).get("spearman"),
             "epochs": len(rows),
             "users": users,
             **{
-                split: {name.removeprefix(split + "_"): v for name, v in found.items() if name.startswith(split + "_")}
+                split: {name.removeprefix(split + "_"): v for name, v in chosen.items() if name.startswith(split + "_")}
                 for split in ("validation", "test")
             },
         }
         return BehaviorResult(embeddings, norms, summary)
-
-
-def _replace(path: Path, tensors: dict[str, Tensor]) -> None:
-    draft = path.with_suffix(".draft")
-    save_file(tensors, draft)
-    draft.replace(path)

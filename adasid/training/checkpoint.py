@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adasid.distributed import Workers
 from adasid.errors import InputError
-from adasid.training.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid import config
+from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics
 from adasid.recommenders.ppnet import PPNet
 from adasid.recommenders.tokens import ItemTokens
 from adasid.tables import RANKING_ONLY, RANKING_SCORES, SPLITS, STRATA
-from adasid.training.epochs import EpochTraining
-from adasid.training.workers import Workers
+from adasid.training.downstream import DownstreamTraining
 
 _DRAWS = 200
 Ints = NDArray[np.int64]
@@ -72,12 +72,12 @@ class Events:
         return np.where(place < before[:, None], self.visited[np.minimum(place, len(self.visited) - 1)], -1)
 
 
-class RankingTraining(EpochTraining):
+class RankingTraining(DownstreamTraining):
     """``RankingTraining`` is one training run on one worker; validation AUC selects the epoch. ``events``: of all
     users, of which this worker takes every ``world``-th; ``counts``, ``strata`` [M] as for retrieval; ``shards_from``:
     number of test samples of all workers from which scores are written to files."""
 
-    watched = "validation_auc"
+    monitor = "validation_auc"
     name = "ranking"
     model: PPNet
 

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid import config
+from adasid.data.sequences import Histories, epoch_batches
+from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.retrieval import DEEPEST, averages, gains, intervals, rank_histogram, shared_gains
 from adasid.ragged import runs
 from adasid.recommenders import retriever
 from adasid.recommenders.tokens import ItemTokens
 from adasid.tables import SPLITS, STRATA
-from adasid.training.epochs import EpochTraining
-from adasid.training.sequences import Histories, epoch
-from adasid.training.workers import Workers
+from adasid.training.downstream import DownstreamTraining
 
 _SCORES = 1 << 26
 _DRAWS = 1000
@@ -86,10 +86,10 @@ class Ranked:
         return Ranked.of(empty, empty, empty, empty, empty)
 
 
-class RetrievalTraining(EpochTraining):
+class RetrievalTraining(DownstreamTraining):
     """``RetrievalTraining`` is one training run on one worker; validation NDCG@10 selects the epoch."""
 
-    watched = "validation_ndcg@10"
+    monitor = "validation_ndcg@10"
     name = "retrieval"
     model: retriever.Retriever
 
@@ -131,7 +131,9 @@ class RetrievalTraining(EpochTraining):
         """Train on all users once."""
         total, length = torch.zeros(2, device=self.device), self.settings.max_length + 1
         for step, events in enumerate(
-            epoch(self.data.train, self.settings.batch_users, length, self.seed, number, self.workers, self.device)
+            epoch_batches(
+                self.data.train, self.settings.batch_users, length, self.seed, number, self.workers, self.device
+            )
         ):
             ids = torch.from_numpy(events).to(self.device)
             generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + number) * 1_000_003 + step) % 2**63)

@@ -1,12 +1,9 @@
-"""Train any tokenizer. This is plain torch; the workers are passed in.
-
-Data order, initialisation and revival depend only on (seed, epoch or step, rank), so an interrupted run resumes at its
-last checkpoint and gives the same result, bit for bit."""
+"""Train any tokenizer. This is plain torch; the workers are passed in."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from adasid import config
-from adasid.errors import TrainingError
+from adasid.data.shards import Batch, Shard
+from adasid.distributed import Workers
 from adasid.metrics.codes import code_use
 from adasid.tables import PAD
 from adasid.tokenizers.base import Tokenizer
-from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
-from adasid.training.shards import Shard
-from adasid.training.workers import Workers
+from adasid.training.loop import Report, Row, TrainingLoop, silent
 
-_NOTHING = config.Training()
+_DEFAULTS = config.Training()
 """Settings of the loop for a tokenizer that is only fitted."""
 _QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target", "least_active")
 
@@ -36,10 +32,11 @@ def summary(row: Mapping[str, float], modalities: Iterable[str]) -> dict[str, An
     return {**{name: row[name] for name in _QUALITY if name in row}, "fvu": fvu}
 
 
-class TokenizerTraining:
-    """``TokenizerTraining`` is one training run, or one fit, on one worker; all workers have the same tokenizer.
-    ``data_version``: name of the input in errors; ``warm``: whether training continues from the weights of the
-    tokenizer."""
+class TokenizerTraining(TrainingLoop):
+    """``TokenizerTraining`` is one training run, or one fit, on one worker. ``version``: name of the input in errors;
+    ``warm``: whether training continues from the weights of the tokenizer."""
+
+    name = "tokenizer"
 
     def __init__(
         self,
@@ -49,87 +46,72 @@ class TokenizerTraining:
         folder: Path,
         seed: int,
         workers: Workers,
-        data_version: str,
+        version: str,
         device: torch.device | str = "cpu",
         warm: config.Warm | None = None,
     ) -> None:
-        self.tokenizer, self.settings, self.shard, self.seed = (
-            tokenizer.to(device),
-            settings.epochs or _NOTHING,
-            shard,
-            seed,
-        )
-        self.epochs, self.pairs, self.warm = settings.epochs.epochs if settings.epochs else 0, settings.pairs, warm
+        device, training = torch.device(device), settings.epochs or _DEFAULTS
+        epochs = training.epochs if settings.epochs else 0
         if warm:
             limits = {"lr": warm.lr, "epochs": warm.epochs, "warmup_epochs": 0}
-            self.settings, self.epochs = self.settings.model_copy(update=limits), warm.epochs if self.epochs else 0
-        self.workers, self.data_version, self.device = workers, data_version, torch.device(device)
-        self.checkpoints = Checkpoints(folder / "checkpoints")
-        plain = tokenizer.no_decay()
-        decayed = [p for p in tokenizer.parameters() if p not in plain]
-        kept = [p for p in tokenizer.parameters() if p in plain]
-        groups = [
-            {"params": decayed, "weight_decay": self.settings.weight_decay},
-            {"params": kept, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, fused=True) if self.epochs else None
-        rows = max(1, self.settings.batch // workers.world)
-        largest = int(workers.gather(torch.tensor([len(shard)], device=self.device)).max())
+            training, epochs = training.model_copy(update=limits), warm.epochs if epochs else 0
+        self.tokenizer, self.settings, self.shard, self.seed = tokenizer.to(device), training, shard, seed
+        self.pairs, self.warm = settings.pairs, warm
+        self.log_epochs, self.checkpoint_epochs = training.log_epochs, training.checkpoint_epochs
+        optimizers = {"optimizer": self._optimizer()} if epochs else {}
+        super().__init__(tokenizer, optimizers, epochs, folder, workers, device, version)
+        rows = max(1, training.batch // workers.world)
+        largest = int(workers.gather(torch.tensor([len(shard)], device=device)).max())
         self.steps = -(-largest // rows)
-        self.share = (
-            max(1, rows // 2) if self.pairs else rows
-        )  # half of a batch of pairs are partners; steps and rows per epoch are as without pairs
-        self.waited = 0.0
+        # half of a batch of pairs are partners; steps and rows per epoch are as without pairs
+        self.share = max(1, rows // 2) if self.pairs else rows
         previous = shard.previous(max(slot.size for slot in tokenizer.slots))
         if previous is not None:
-            tokenizer.keep_codes(workers.sum(previous.to(self.device)) > 0)
+            tokenizer.keep_codes(workers.sum(previous.to(device)) > 0)
 
-    def run(self, report: Callable[[list[dict[str, float]]], None] = lambda rows: None) -> list[dict[str, float]]:
-        """Train all epochs, then fit; return the logged rows. ``report`` gets all rows so far, on every worker."""
-        first, rows = self._resume()
-        for epoch in range(first, self.epochs + 1):
-            if epoch == self.settings.warmup_epochs + 1 and not self.warm:
-                self.tokenizer.start_quantizing(self.shard, self.workers, self._generator(0))
-            row = self._epoch(epoch)
-            last = epoch == self.epochs
-            if not last and epoch % self.settings.log_epochs == 0:
-                rows.append(row | self.quality())
-                report(rows)
-            if last:
-                rows.append(row)
-            if (last or epoch % self.settings.checkpoint_epochs == 0) and self.workers.rank == 0:
-                self._save(epoch, rows)
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Return AdamW, with weight decay for the parameters that take it."""
+        plain = self.tokenizer.no_decay()
+        decayed = [p for p in self.tokenizer.parameters() if p not in plain]
+        others = [p for p in self.tokenizer.parameters() if p in plain]
+        groups = [
+            {"params": decayed, "weight_decay": self.settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.settings.lr, fused=True)
+
+    def run(self, report: Report = silent) -> list[Row]:
+        """Train all epochs, then fit; return the logged rows."""
+        rows = self.run_epochs(lambda rows: report(rows) if rows[-1]["epoch"] < self.epochs else None)
         started = time.monotonic()
         if self.warm:
             self.tokenizer.refine(self.shard, self.workers, self.warm.epochs, self._generator(0))
         else:
             self.tokenizer.fit(self.shard, self.workers, self._generator(0))
-        end = rows.pop() if self.epochs else {"epoch": 1.0, "step": 1.0, "seconds": time.monotonic() - started}
-        rows.append(end | self.quality())
+        last = rows.pop() if self.epochs else {"epoch": 1.0, "step": 1.0, "seconds": time.monotonic() - started}
+        rows.append(last | self.quality())
         report(rows)
         self.tokenizer.eval()
         return rows
 
-    def _resume(self) -> tuple[int, list[dict[str, float]]]:
-        found = self.checkpoints.latest(self.workers) if self.optimizer else None
-        if found is None or self.optimizer is None:
-            if not self.warm:
-                self.tokenizer.prepare(self.shard, self.workers)
-            return 1, []
-        self.tokenizer.load_state_dict(found.under("model"))
-        restore_optimizer(self.optimizer, found.under("optimizer"))
-        return int(found.state["epoch"]) + 1, list(found.state["rows"])
-
-    def _save(self, epoch: int, rows: list[dict[str, float]]) -> None:
-        tensors = {f"model.{name}": tensor for name, tensor in self.tokenizer.state_dict().items()}
-        assert self.optimizer is not None
-        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
-        self.checkpoints.save(epoch, tensors, {"epoch": epoch, "rows": rows})
+    def start(self) -> None:
+        """Set the constants that depend on the data, unless training continues."""
+        if not self.warm:
+            self.tokenizer.prepare(self.shard, self.workers)
 
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
 
-    def _epoch(self, epoch: int) -> dict[str, float]:
+    def epoch(self, number: int) -> Row:
+        """Train on the items once; before the first epoch after the warm-up initialise the codebooks. The quality of a
+        logged epoch is measured; that of the last one is left to the end of :meth:`run`."""
+        if number == self.settings.warmup_epochs + 1 and not self.warm:
+            self.tokenizer.start_quantizing(self.shard, self.workers, self._generator(0))
+        row = self._train_epoch(number)
+        logged = number < self.epochs and number % self.log_epochs == 0
+        return row | self.quality() if logged else row
+
+    def _train_epoch(self, epoch: int) -> Row:
         started, waited = time.monotonic(), 0.0
         random = np.random.default_rng([self.seed, epoch, self.workers.rank])
         order = random.permutation(len(self.shard))
@@ -145,37 +127,22 @@ class TokenizerTraining:
             for name, value in self._step((epoch - 1) * self.steps + index, batch, epoch).items():
                 sums[name] = sums.get(name, 0.0) + value
         seconds = time.monotonic() - started
-        means = (
-            self.workers.sum(torch.tensor([*sums.values(), waited / seconds], dtype=torch.float64, device=self.device))
-            / self.workers.world
-        )
+        shares = torch.tensor([*sums.values(), waited / seconds], dtype=torch.float64, device=self.device)
+        means = self.workers.sum(shares) / self.workers.world
         row = {name: float(value) / self.steps for name, value in zip(sums, means)}
-        return {
-            "epoch": float(epoch),
-            "step": float(epoch * self.steps),
-            **row,
-            "wait_share": float(means[-1]),
-            "seconds": seconds,
-        }
+        times = {"wait_share": float(means[-1]), "seconds": seconds}
+        return {"epoch": float(epoch), "step": float(epoch * self.steps), **row, **times}
 
-    def _step(self, step: int, batch: Any, epoch: int) -> dict[str, float]:
-        assert self.optimizer is not None
-        total = self.steps * self.epochs
-        for group in self.optimizer.param_groups:
+    def _step(self, step: int, batch: Batch, epoch: int) -> dict[str, float]:
+        optimizer, total = self.optimizers["optimizer"], self.steps * self.epochs
+        for group in optimizer.param_groups:
             group["lr"] = self.settings.lr * 0.5 * (1 + np.cos(np.pi * step / total))
         if batch.previous:
             batch = replace(batch, previous=batch.previous.at(step / total))
         losses = self.tokenizer.losses(batch, self.workers, step / total)
-        if not self.workers.agree(bool(torch.isfinite(losses.total)), self.device):
-            raise TrainingError(
-                f"tokenizer: loss is not finite at step {step} (epoch {epoch}), input {self.data_version}, on this "
-                f"worker {losses.parts}; "
-                "lower tokenizer.training.lr, or look at the features"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        self.workers.average_gradients(self.tokenizer.parameters())
-        self.optimizer.step()
+        where = f"step {step} (epoch {epoch}, on this worker {losses.parts})"
+        self.backward(losses.total, where, "lower tokenizer.training.lr, or look at the features")
+        optimizer.step()
         replaced = self.tokenizer.after_step(step + 1, (step + 1) / total, self.workers, self._generator(step + 1))
         for parameter, mask in replaced.items():
             self._forget(parameter, mask)
@@ -183,8 +150,7 @@ class TokenizerTraining:
 
     def _forget(self, parameter: nn.Parameter, mask: Tensor) -> None:
         """Clear the optimiser's moments at the replaced entries of a parameter."""
-        assert self.optimizer is not None
-        for value in self.optimizer.state.get(parameter, {}).values():
+        for value in self.optimizers["optimizer"].state.get(parameter, {}).values():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 value.masked_fill_(mask, 0.0)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from adasid import config, errors
+from adasid.distributed import settle
 from adasid.files import write_json
-from adasid.training.workers import settle
 
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "2147483648",

@@ -27,8 +27,8 @@ from adasid.config import Config
 from adasid.errors import InputError
 from adasid.files import write_json
 from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.sid import Slot
 from adasid.tables import SID_CHANGES
-from adasid.tokenizers.base import Slot
 from pipelines import generations
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from adasid.errors import InputError, first_line
 from adasid.metrics.tally import RARE, Tally
+from adasid.sid import Slot
 from adasid.tables import PAD, SID_CHANGES, SIDS, STRATA
-from adasid.tokenizers.base import Slot, Tokenizer
+from adasid.tokenizers.base import Tokenizer
 from adasid.tokenizers.encode import ENCODED, READ, encode_rows
 from pipelines import generations
 from pipelines.nightly import changes, differences, drift, verdict

@@ -14,8 +14,9 @@ from pyspark.sql import DataFrame, SparkSession
 from adasid.config import Config, digest
 from adasid.errors import InputError
 from adasid.report import nights
+from adasid.sid import Slot
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot, Tokenizer
+from adasid.tokenizers.base import Tokenizer
 from pipelines import generations, report, sids, train
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake

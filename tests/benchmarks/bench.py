@@ -30,17 +30,18 @@ from vector_quantize_pytorch import ResidualVQ
 
 import adasid
 from adasid import config
+from adasid.data.shards import Batch, Shard
+from adasid.distributed import Workers
 from adasid.quantizers.product import ProductQuantizer, fit_opq, fit_opq_faiss
 from adasid.recommenders import retriever
 from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.sid import Slot
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot, Tokenizer
+from adasid.tokenizers.base import Tokenizer
 from adasid.tokenizers.rq_kmeans.model import ResidualCentroids
 from adasid.tokenizers.rq_vae.model import RqVae
-from adasid.training.shards import Batch, Shard
 from adasid.training.tokenizer import TokenizerTraining
-from adasid.training.workers import Workers
 
 WIDTHS = {"text": 1024, "visual": 512, BEHAVIOR: 64}
 SETTINGS = config.AdcSidSettings(

@@ -33,13 +33,13 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from adasid.config import Config, load
+from adasid.data.shards import batch_of
+from adasid.distributed import Workers
 from adasid.recommenders.tokens import ItemTokens
 from adasid.report import style
+from adasid.sid import Slot
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
-from adasid.training.shards import batch_of
-from adasid.training.workers import Workers
 from pipelines import generations, sids, train, workers
 from pipelines.engines import spark as engine
 from pipelines.engines import tracking

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from adasid.config import load
 from adasid.errors import GateError, InputError
 from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.sid import Slot
 from adasid.tables import SIDS
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot
 from pipelines import generations
 from pipelines.engines import tracking
 from pipelines.nightly import exports, retokenize, upkeep

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from adasid import config, errors
-from adasid.training.workers import Workers
+from adasid.distributed import Workers
 from pipelines.engines import cluster
 
 SETTINGS = config.Ray(workers=2, cpus_per_worker=0.5, gpus="never", max_failures=1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adasid import tables
 from adasid.errors import InputError
-from adasid.tokenizers.base import Slot
+from adasid.sid import Slot
 from pipelines import generations
 from pipelines.nightly import exports
 from pipelines.run import Run

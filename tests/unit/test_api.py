@@ -13,6 +13,7 @@ import torch
 
 import adasid
 from adasid import config
+from adasid.distributed import Workers, settle
 from adasid.errors import ConfigError, InputError
 from adasid.metrics.longtail import spearman
 from adasid.metrics.richness import RichnessScale, fit_scale
@@ -20,7 +21,6 @@ from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.encode import encode_rows
 from adasid.training.tokenizer import TokenizerTraining
-from adasid.training.workers import Workers, settle
 from tests.planted import catalogue, shard
 
 TRAINING = {"epochs": 4, "batch": 128, "log_epochs": 2}
@@ -108,7 +108,7 @@ def test_weights_equal_those_of_the_pipelines_worker(name, table, data, pairs, t
     torch.manual_seed(17)
     shard_ = shard(table, settings.inputs)
     if settings.pairs:
-        from adasid.training.shards import Pairs, Shard
+        from adasid.data.shards import Pairs, Shard
 
         read = lambda columns: table.select(columns).to_batches(max_chunksize=97)  # noqa: E731
         shard_ = Shard(read, settings.inputs, pairs=Pairs(*pairs.T, lambda columns: []))

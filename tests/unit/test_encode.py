@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from adasid import config
+from adasid.data.shards import batch_of
 from adasid.tables import PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.encode import ENCODED, encode_rows
-from adasid.training.shards import batch_of
 
 WIDTHS = {"text": 6, "behavior": 3}
 

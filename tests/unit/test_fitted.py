@@ -11,6 +11,8 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from adasid import config
+from adasid.data.shards import Batch
+from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.quantizers import product
 from adasid.quantizers.kmeans import balanced_assignment, kmeans, lloyd_round, nearest_euclidean, squared_distances
@@ -19,8 +21,6 @@ from adasid.tokenizers.base import sample
 from adasid.tokenizers.controls.model import ItemId, RandomSid
 from adasid.tokenizers.opq.model import Opq
 from adasid.tokenizers.rq_kmeans.model import RqKmeans
-from adasid.training.shards import Batch
-from adasid.training.workers import Workers
 from tests.planted import catalogue, shard
 
 CONTENT = ("text", "visual")

@@ -21,7 +21,7 @@ from adasid.metrics.retrieval import (
     tie_order,
 )
 from adasid.metrics.tally import Tally
-from adasid.tokenizers.base import Slot
+from adasid.sid import Slot
 from pipelines.sids import check_gates, failures
 
 

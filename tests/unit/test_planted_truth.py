@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as nnf
 
 from adasid import config, tables
+from adasid.data.shards import Shard
 from adasid.datasets import synthetic
+from adasid.distributed import Workers
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers import artifact
-from adasid.training.shards import Shard
 from adasid.training.tokenizer import TokenizerTraining
-from adasid.training.workers import Workers
 
 SEEDS = (0, 1)
 

@@ -7,8 +7,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from adasid.experts import GroupedLinear, Trunk
 from adasid.quantizers.cosine import CosineCodebooks, codebook_loss
-from adasid.quantizers.kmeans import PreviousCodes, means_of, nearest, previous_or_nearest, spherical_kmeans
+from adasid.quantizers.kmeans import means_of, nearest, previous_or_nearest, spherical_kmeans
 from adasid.quantizers.residual import ResidualCodebooks
+from adasid.sid import PreviousCodes
 
 
 def generator(seed=0):
@@ -135,11 +136,11 @@ def test_a_kept_code_is_not_replaced_however_rare():
         nnf.normalize(torch.randn(1, 50, 4, generator=generator()), dim=2),
         torch.ones(1, 50, dtype=torch.bool),
     )
-    for books, there in ((CosineCodebooks(1, 3, 4), active), (ResidualCodebooks(1, 3, 4), active[0])):
+    for books in (CosineCodebooks(1, 3, 4), ResidualCodebooks(1, 3, 4)):
         books.used = torch.tensor([[98.0, 1.0, 1.0]])
         books.kept = torch.tensor([[False, True, False]])
         before = books.weight.detach().clone()
-        assert books.revive(latents, there, 0.25, generator()).tolist() == [[False, False, True]]
+        assert books.revive(latents, active, 0.25, generator()).tolist() == [[False, False, True]]
         assert torch.equal(books.weight[0, :2], before[0, :2]) and not torch.equal(books.weight[0, 2], before[0, 2])
 
 

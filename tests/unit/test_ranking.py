@@ -12,14 +12,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from adasid import config
+from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics, user_auc
 from adasid.recommenders.ppnet import Gate, ItemVectors, PPNet, prefixes
 from adasid.recommenders.tokens import ItemTokens
+from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD, RANKING_ONLY, RANKING_SCORES, SPLITS
-from adasid.tokenizers.base import Slot
 from adasid.training.ranking import Events, RankingTraining
-from adasid.training.workers import Workers
 
 SLOTS = (Slot("t0", "text", 4), Slot("b0", BEHAVIOR, 5))
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from adasid import config
-from adasid.quantizers.kmeans import PreviousCodes
+from adasid.data.shards import Batch
+from adasid.sid import PreviousCodes, Slot
 from adasid.tables import PAD
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot
 from adasid.tokenizers.relabel import Relabelled, match
-from adasid.training.shards import Batch
 
 SLOTS = (Slot("s0", "shared", 4), Slot("b0", "behavior", 4), Slot("b1", "behavior", 4))
 
@@ -88,7 +87,7 @@ def test_refining_goes_on_from_what_was_fitted(name):
         {**sections[name], "codebook_size": 8, "rounds": 4}
     )
     data = shard(table, CONTENT)
-    from adasid.training.workers import Workers
+    from adasid.distributed import Workers
 
     tokenizer = artifact.build(settings, data.widths)
     tokenizer.prepare(data, Workers())

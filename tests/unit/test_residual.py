@@ -89,7 +89,8 @@ def test_dead_codes_come_back_as_residuals_of_their_level():
     found.used.copy_(torch.full((3, 10), 5.0))
     found.used[1, 3] = 0
     before = found.weight.detach().clone()
-    dead = found.revive(out.residuals.detach(), torch.arange(64) % 2 == 0, 0.25, torch.Generator().manual_seed(0))
+    even = (torch.arange(64) % 2 == 0).expand(3, -1)
+    dead = found.revive(out.residuals.detach(), even, 0.25, torch.Generator().manual_seed(0))
     assert dead.nonzero().tolist() == [[1, 3]]
     assert (found.weight[1, 3] == out.residuals[1][::2]).all(1).any(), "a residual of an item that counts"
     assert torch.equal(found.weight[~dead], before[~dead])

@@ -11,15 +11,15 @@ import torch.nn.functional as nnf
 from safetensors.torch import load_file
 
 from adasid import config
+from adasid.data.sequences import Histories
+from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.retrieval import recall_ndcg
 from adasid.recommenders import retriever
 from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
-from adasid.tokenizers.base import Slot
 from adasid.training.retrieval import RetrievalData, RetrievalTraining, by_stratum
-from adasid.training.sequences import Histories
-from adasid.training.workers import Workers
 
 SLOTS = (Slot("t0", "text", 4), Slot("t1", "text", 3), Slot("b0", BEHAVIOR, 5))
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from adasid import config
+from adasid.data.sequences import Histories
+from adasid.distributed import Workers
 from adasid.errors import InputError, TrainingError
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
 from adasid.training.behavior import BehaviorData, BehaviorTraining
-from adasid.training.epochs import best
-from adasid.training.sequences import Histories
-from adasid.training.workers import Workers
+from adasid.training.loop import best
 
 
 def histories(rows, targets=None):

@@ -3,11 +3,11 @@ import pyarrow as pa
 import pytest
 import torch
 
+from adasid.data.shards import Pairs, Shard
+from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.tables import BEHAVIOR, PAD
 from adasid.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
-from adasid.training.shards import Pairs, Shard
-from adasid.training.workers import Workers
 from tests.planted import catalogue, shard
 
 

@@ -13,14 +13,13 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from adasid import config
+from adasid.distributed import Workers
 from adasid.errors import InputError, TrainingError
 from adasid.quantizers.cosine import Quantized
-from adasid.quantizers.kmeans import PreviousCodes
+from adasid.sid import PreviousCodes, Slot, token
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
-from adasid.tokenizers.base import Slot, token
 from adasid.training.tokenizer import TokenizerTraining
-from adasid.training.workers import Workers
 from tests.planted import catalogue, shard
 
 TRAINING = {"epochs": 80, "batch": 128, "lr": 0.003, "log_epochs": 1, "checkpoint_epochs": 10}

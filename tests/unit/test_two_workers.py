@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from adasid import config
+from adasid.distributed import Workers, settle
 from adasid.metrics.ranking import auc
 from adasid.tokenizers import artifact
 from adasid.training.behavior import BehaviorTraining
 from adasid.training.tokenizer import TokenizerTraining
-from adasid.training.workers import Workers, settle
 from tests.planted import catalogue
 from tests.unit.test_ranking import events
 from tests.unit.test_ranking import training as ranking

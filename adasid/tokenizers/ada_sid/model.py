@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from adasid.data.shards import Batch
+from adasid.distributed import Workers
+from adasid.sid import Codes
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.ada_sid import AdaSidSettings
 from adasid.tokenizers.adc_sid.model import AdcSid
-from adasid.tokenizers.base import Codes
-from adasid.training.shards import Batch
-from adasid.training.workers import Workers
 
 
 class AdaSid(AdcSid):

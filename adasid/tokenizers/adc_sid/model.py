@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adasid.data.shards import Batch, Shard
+from adasid.distributed import Workers
 from adasid.experts import Trunk, mlp
 from adasid.losses.alignment import alignment_weight, calibrated_beta, info_nce
 from adasid.losses.routing import SparsityController, item_sparsity_loss, sparsity_loss
 from adasid.quantizers.cosine import CosineCodebooks, Quantized, codebook_loss
-from adasid.quantizers.kmeans import PreviousCodes
+from adasid.sid import Codes, PreviousCodes, slots_of
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.adc_sid import AdcSidSettings
-from adasid.tokenizers.base import Codes, Losses, sample, slots_of
+from adasid.tokenizers.base import Losses, sample
 from adasid.tokenizers.trained import TrainedTokenizer
-from adasid.training.shards import Batch, Shard
-from adasid.training.workers import Workers
 
 _BINS = 10_000
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from adasid.data.shards import Batch, Shard
+from adasid.distributed import Workers
 from adasid.errors import InputError
-from adasid.tokenizers.base import Codes, Tokenizer, slots_of
+from adasid.sid import Codes, slots_of
+from adasid.tokenizers.base import Tokenizer
 from adasid.tokenizers.controls import ItemIdSettings, RandomSidSettings
-from adasid.training.shards import Batch, Shard
-from adasid.training.workers import Workers
 
 _ROUNDS = 2
 _GAMMA = 0x9E3779B97F4A7C15

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from adasid.data.shards import Batch
+from adasid.distributed import Workers
 from adasid.losses.alignment import info_nce
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers.das import DasSettings
 from adasid.tokenizers.rq_vae.model import Passed, RqVae
-from adasid.training.shards import Batch
-from adasid.training.workers import Workers
 
 
 class Das(RqVae):

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from adasid.data.shards import Batch
+from adasid.distributed import Workers
 from adasid.quantizers.kmeans import balanced_assignment, kmeans, squared_distances
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers.letter import LetterSettings
 from adasid.tokenizers.rq_vae.model import Passed, RqVae
-from adasid.training.shards import Batch
-from adasid.training.workers import Workers
 
 
 class Letter(RqVae):

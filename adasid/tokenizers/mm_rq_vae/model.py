@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from adasid.data.shards import Batch
+from adasid.distributed import Workers
 from adasid.losses.alignment import info_nce
 from adasid.losses.mmd import mmd
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers.mm_rq_vae import MmRqVaeSettings
 from adasid.tokenizers.rq_vae.model import Passed, RqVaePlus
-from adasid.training.shards import Batch
-from adasid.training.workers import Workers
 
 
 class MmRqVae(RqVaePlus):

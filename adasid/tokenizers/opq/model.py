@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from adasid.errors import InputError
-from adasid.quantizers.kmeans import PreviousCodes
 from adasid.quantizers.product import (
     Components,
     ProductQuantizer,
@@ -18,6 +17,7 @@ from adasid.quantizers.product import (
     principal_components,
     refine_opq,
 )
+from adasid.sid import PreviousCodes
 from adasid.tokenizers.opq import OpqSettings
 from adasid.tokenizers.spaces import Spaces
 

@@ -10,14 +10,16 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adasid.data.shards import Batch
+from adasid.distributed import Workers
 from adasid.experts import mlp
 from adasid.losses.overlap import pair_contrast
-from adasid.quantizers.kmeans import PreviousCodes, kmeans, lloyd_round, nearest_euclidean
+from adasid.quantizers.kmeans import kmeans, lloyd_round, nearest_euclidean
+from adasid.quantizers.residual import residual_pass
+from adasid.sid import PreviousCodes
 from adasid.tokenizers.base import Losses
 from adasid.tokenizers.rq_kmeans import RqKmeansSettings
 from adasid.tokenizers.spaces import Spaces
-from adasid.training.shards import Batch
-from adasid.training.workers import Workers
 
 
 class ResidualCentroids(nn.Module):
@@ -32,17 +34,34 @@ class ResidualCentroids(nn.Module):
     def fit(self, x: Tensor, rounds: int, generator: torch.Generator, balanced: bool) -> None:
         """Fit k-means level by level to ``x`` [n, d], n >= 1. Residuals are taken from the nearest centroid, as in
         :meth:`forward`."""
-        for level, words in enumerate(self.centroids):
-            self.centroids[level] = kmeans(x, len(words), rounds, generator, balanced)
-            x = x - words[nearest_euclidean(x, words)]
+
+        def assign(level: int, residual: Tensor, words: Tensor) -> Tensor:
+            words.copy_(kmeans(residual, len(words), rounds, generator, balanced))
+            return nearest_euclidean(residual, words)
+
+        for _ in residual_pass(x, self.centroids, assign):
+            pass
+
+    def refine(self, x: Tensor, rounds: int, balanced: bool) -> None:
+        """Run ``rounds`` Lloyd rounds on each level, from the present centroids."""
+
+        def assign(level: int, residual: Tensor, words: Tensor) -> Tensor:
+            for _ in range(rounds):
+                words.copy_(lloyd_round(residual, words, balanced)[0])
+            return nearest_euclidean(residual, words)
+
+        for _ in residual_pass(x, self.centroids, assign):
+            pass
 
     def forward(self, x: Tensor, previous: PreviousCodes | None = None) -> tuple[Tensor, Tensor]:
         """Return the codes [n, L] and the sum of their centroids [n, d] of ``x`` [n, d]; ``previous``: codes [n, L]."""
-        codes, residual = [], x
-        for level, words in enumerate(self.centroids.to(x)):
-            codes.append(nearest_euclidean(residual, words, previous.of(level) if previous else None))
-            residual = residual - words[codes[-1]]
-        return torch.stack(codes, dim=1), x - residual
+
+        def assign(level: int, residual: Tensor, words: Tensor) -> Tensor:
+            return nearest_euclidean(residual, words, previous.of(level) if previous else None)
+
+        levels = list(residual_pass(x, self.centroids.to(x), assign))
+        _, residual, words = levels[-1]
+        return torch.stack([codes for codes, *_ in levels], dim=1), x - (residual - words)
 
 
 class RqKmeans(Spaces):
@@ -78,10 +97,7 @@ class RqKmeans(Spaces):
 
     def refine_space(self, kind: str, x: Tensor, rounds: int) -> None:
         """Run Lloyd rounds on each level."""
-        for words in self.quantizers[kind].get_buffer("centroids"):
-            for _ in range(rounds):
-                words.copy_(lloyd_round(x, words, self.settings.balanced)[0])
-            x = x - words[nearest_euclidean(x, words)]
+        self.quantizers[kind].refine(x, rounds, self.settings.balanced)  # type: ignore[operator]
 
     def losses(self, batch: Batch, workers: Workers, progress: float) -> Losses:
         """Compute the aligner's contrastive loss of co-engaged items against all workers' rows (QARM)."""

@@ -11,16 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adasid.data.shards import Batch, Shard
+from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.experts import mlp
 from adasid.quantizers.residual import Residual, ResidualCodebooks, residual_loss
+from adasid.sid import Codes, slots_of
 from adasid.tables import PAD
-from adasid.tokenizers.base import Codes, Losses, sample, slots_of
+from adasid.tokenizers.base import Losses, sample
 from adasid.tokenizers.rq_vae import RqVaePlusSettings, RqVaeSettings
 from adasid.tokenizers.settings import ResidualSettings
 from adasid.tokenizers.trained import TrainedTokenizer
-from adasid.training.shards import Batch, Shard
-from adasid.training.workers import Workers
 
 
 class Tower(nn.Module):
@@ -140,7 +141,7 @@ class _Residual(TrainedTokenizer):
             parts["codebook"] = float(codebook.detach())
             for kind, p in passed.items():
                 books = self.tower(kind).codebooks
-                books.used += workers.sum(books.count(p.quantized.codes, p.there))
+                books.used += workers.sum(books.counts(p.quantized.codes.T, p.there.expand(len(books.used), -1)))
             self._last = passed
         return Losses(total, {"loss": float(total.detach()), **parts})
 
@@ -201,7 +202,7 @@ class _Residual(TrainedTokenizer):
         for kind, p in self._last.items():
             books = self.tower(kind).codebooks
             residuals = workers.gather(p.quantized.residuals.transpose(0, 1)).transpose(0, 1)
-            there = workers.gather(p.there.to(torch.uint8)).bool()
+            there = workers.gather(p.there.to(torch.uint8)).bool().expand(len(residuals), -1)
             dead = books.revive(residuals, there, self.settings.revival.min_share, generator)
             replaced[books.weight] = dead[:, :, None].expand_as(books.weight)
         return replaced

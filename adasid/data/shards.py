@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid.errors import InputError
-from adasid.quantizers.kmeans import PreviousCodes
+from adasid.sid import PreviousCodes
 from adasid.tables import PAD
 
 _IN_MEMORY = 4 << 30

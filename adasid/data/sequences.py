@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from adasid.training.workers import Workers
+from adasid.distributed import Workers
 
 
 class Histories(NamedTuple):
@@ -71,7 +71,7 @@ class Histories(NamedTuple):
         return np.where(inside, self.items[np.minimum(source, len(self.items) - 1)], -1)
 
 
-def epoch(
+def epoch_batches(
     histories: Histories, users: int, length: int, seed: int, number: int, workers: Workers, device: torch.device
 ) -> Iterator[NDArray[np.int64]]:
     """Yield the batches of epoch ``number``: this worker's share of ``users`` users per step, shuffled, their last

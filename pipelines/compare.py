@@ -26,7 +26,6 @@ from adasid.errors import InputError, first_line
 from adasid.files import write_json
 from adasid.metrics.probes import Readout, agreement, duplicates_kept, shared_cosine
 from adasid.report import comparison
-from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from pipelines import report, sids, stage, train
@@ -84,7 +83,7 @@ def _measure(inputs: Inputs, context: StageContext, folder: Path, kinds: dict[st
     features = engine.read(spark, lake, "item_features", version)
     encoded = sids.encode(spark, features, folder / "model", manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
     try:
-        found = sids.measure(encoded, [Slot(**slot) for slot in manifest["slots"]])
+        found = sids.measure(encoded, list(manifest.slots))
     finally:
         encoded.unpersist()
     row = {
@@ -95,16 +94,16 @@ def _measure(inputs: Inputs, context: StageContext, folder: Path, kinds: dict[st
         if known := [value for value in found[name] if value is not None]:  # null for a slot that no item fills
             row[name] = float(np.mean(known))
     row |= {
-        "length": len(manifest["slots"]),
-        "parameters": manifest["parameters"],
-        "seconds": manifest["seconds"],
-        "method": manifest["tokenizer"],
+        "length": len(manifest.slots),
+        "parameters": manifest.parameters,
+        "seconds": manifest.seconds,
+        "method": manifest.tokenizer,
     }
-    row |= {f"own_{m}": value for m, value in manifest["metrics"]["fvu"].items()}
+    row |= {f"own_{m}": value for m, value in manifest.metrics["fvu"].items()}
     return (
         row
         | _probe(cfg, lake, version, folder / "model", kinds)
-        | {"artifact": manifest["digest"], "mlflow_run": context.run_id}
+        | {"artifact": manifest.digest, "mlflow_run": context.run_id}
     )
 
 

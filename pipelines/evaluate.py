@@ -28,6 +28,7 @@ from adasid.metrics.retrieval import DEEPEST, averages, gains
 from adasid.report import evaluation
 from adasid.report.cells import flat
 from adasid.tokenizers import artifact
+from adasid.tokenizers.artifact import Manifest
 from adasid.training.retrieval import Ranked, by_stratum
 from pipelines import report, sids, stage, train
 from pipelines.engines import cluster, tracking
@@ -171,9 +172,9 @@ def _known(cell: Cell, lake: Lake) -> Row | None:
             return None
         manifest = artifact.read_manifest(model)
         table = _table(inputs)
-        if not lake.fresh(manifest["digest"], table):
+        if not lake.fresh(manifest.digest, table):
             return None
-        catalogue = {"table": table, "version": lake.version(table), "slots": manifest["slots"]}
+        catalogue = {"table": table, "version": lake.version(table), "slots": manifest.slots}
     inputs = train.resolve_downstream(cell.config, lake, cell.task, catalogue)
     path = train.downstream_folder(inputs, cell.task) / "result.json"
     return _of(json.loads(path.read_text(encoding="utf-8")), catalogue) if path.exists() else None
@@ -195,28 +196,28 @@ def _catalogue(cell: Cell, context: StageContext) -> train.Catalogue:
             train.fit_tokenizer(cfg, inner, _KIND, inputs)
     manifest, table = artifact.read_manifest(model), _table(inputs)
     stage.run(_trial_sids(table, model, manifest), cfg, context)
-    return {"table": table, "version": context.lake.version(table), "slots": manifest["slots"]}
+    return {"table": table, "version": context.lake.version(table), "slots": manifest.slots}
 
 
-def _trial_sids(table: str, model: Path, manifest: dict[str, Any]) -> Stage:
+def _trial_sids(table: str, model: Path, manifest: Manifest) -> Stage:
     """Declare the stage that writes the SIDs of a compared tokenizer into the trial table ``table``."""
 
     def write(inputs: Inputs, context: StageContext) -> dict[str, int]:
         cfg, lake, spark = inputs.cfg, inputs.lake, engine.session(inputs.cfg.spark)
         features = engine.read(spark, lake, "item_features")
         encoded = sids.encode(spark, features, model, manifest, cfg.sids.batch)
-        ranked = sids.ranked(encoded, manifest["digest"], 0)
-        return {table: engine.write(ranked, lake, table, tables.SIDS, manifest["digest"], sources=inputs.versions)}
+        ranked = sids.ranked(encoded, manifest.digest, 0)
+        return {table: engine.write(ranked, lake, table, tables.SIDS, manifest.digest, sources=inputs.versions)}
 
     return Stage(
         f"sids of {table}",
         "spark",
         reads=lambda cfg: ("item_features",),
         writes=lambda cfg: (table,),
-        settings=lambda cfg, lake: {"tokenizer": manifest["digest"]},
+        settings=lambda cfg, lake: {"tokenizer": manifest.digest},
         body=write,
         prefix="trial sids",
-        fresh=lambda inputs, lake: lake.fresh(manifest["digest"], table),
+        fresh=lambda inputs, lake: lake.fresh(manifest.digest, table),
     )
 
 

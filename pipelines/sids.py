@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -24,6 +23,7 @@ from adasid.report.words import mean, plain
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
+from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.encode import ENCODED, READ, encoder
 from pipelines import generations, stage, staleness
 from pipelines.engines import spark as engine
@@ -81,7 +81,7 @@ def declare(cfg: Config) -> Stage:
         writes=lambda cfg: ("sids", "sid_changes", "generations", "live", "leases"),
         also=("richness_stats", "item_stats", *pairs),
         settings=lambda cfg, lake: {
-            "tokenizer": artifact.read_manifest(_artifact(cfg, lake))["digest"],
+            "tokenizer": artifact.read_manifest(_artifact(cfg, lake)).digest,
             "sids.gates": cfg.sids.gates,
         },
         body=_body,
@@ -103,7 +103,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
     one_of = drift.every(items, cfg.retokenize.sample)
     encoded = encode(spark, features, folder, manifest, cfg.sids.batch, one_of).persist(StorageLevel.DISK_ONLY)
     try:
-        slots, broken = [Slot(**slot) for slot in manifest["slots"]], faults(encoded, manifest)
+        slots, broken = list(manifest.slots), faults(encoded, manifest)
         metrics = measure(encoded, slots)
         gates = check_gates(metrics, cfg.sids.gates, items, encoded.select("item_id").distinct().count(), broken)
         context.metrics({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
@@ -128,7 +128,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
         facts = {
             "generation": number,
             "inputs": read,
-            "tokenizer": manifest["digest"],
+            "tokenizer": manifest.digest,
             "artifact": str(folder.resolve()),
             "run_date": None,
             "policy": "full",
@@ -147,9 +147,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
             key,
             facts,
             before,
-            partial(
-                engine.write, ranked(encoded, manifest["digest"], number), lake, "sids", tables.SIDS, key, few=True
-            ),
+            partial(engine.write, ranked(encoded, manifest.digest, number), lake, "sids", tables.SIDS, key, few=True),
             None
             if moves is None
             else partial(
@@ -169,7 +167,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
             "not unique": f"{metrics['collision_items']:.2%}",
             "largest group": metrics["largest_group"],
             "utilisation": round(float(np.mean(metrics["utilisation"])), 4),
-            "mean entropy": f"{mean(entropy):.3f} of {math.log(manifest['slots'][0]['size']):.3f} nats",
+            "mean entropy": f"{mean(entropy):.3f} of {math.log(manifest.slots[0].size):.3f} nats",
         }
     )
 
@@ -195,15 +193,15 @@ def _replacing(
     return gates
 
 
-def check_features(features: StructType, manifest: dict[str, Any]) -> None:
+def check_features(features: StructType, manifest: Manifest) -> None:
     """Raise InputError unless every column exists in its type, before any task starts. Further columns are ignored."""
     expected = {
         field.name: field.dataType
-        for field in engine.struct(tables.item_features([m for m in manifest["widths"] if m != BEHAVIOR]))
+        for field in engine.struct(tables.item_features([m for m in manifest.widths if m != BEHAVIOR]))
     }
-    for column in (*READ, *manifest["widths"]):
+    for column in (*READ, *manifest.widths):
         if column not in features.fieldNames():
-            who = f"the tokenizer {manifest['digest']}" if column in manifest["widths"] else "the table of semantic IDs"
+            who = f"the tokenizer {manifest.digest}" if column in manifest.widths else "the table of semantic IDs"
             raise InputError(
                 f"{who} needs {column!r} but item_features has no such column: run jobs/build_features.py, or train on "
                 "these features"
@@ -220,7 +218,7 @@ def encode(
     spark: SparkSession,
     features: DataFrame,
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     batch: int,
     one_of: int | None = None,
     previous: tuple[DataFrame, float] | None = None,
@@ -230,8 +228,8 @@ def encode(
     [item_id, codes] and the tolerance within which items retain them."""
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
     sampled = (F.lit(False) if one_of is None else drift.in_sample(one_of)).alias("sampled")
-    text = json.dumps(manifest)
-    rows, slack = features.select(*READ, *manifest["widths"], sampled), 0.0
+    text = manifest.json_text()
+    rows, slack = features.select(*READ, *manifest.widths, sampled), 0.0
     if previous:
         published, slack = previous
         rows = rows.join(published.select("item_id", F.col("codes").alias("published")), "item_id", "left")
@@ -264,7 +262,7 @@ def ranked(
     return encoded.select("*", rank, F.lit(tokenizer).alias("tokenizer"), F.lit(generation).alias("generation"))
 
 
-def faults(encoded: DataFrame, manifest: dict[str, Any]) -> int:
+def faults(encoded: DataFrame, manifest: Manifest) -> int:
     """Count the items with a NaN or an infinity in a vector. Raises InputError where a vector's width is not the one
     that the tokenizer was trained on."""
     found = (
@@ -277,7 +275,7 @@ def faults(encoded: DataFrame, manifest: dict[str, Any]) -> int:
     for row in rows:
         if "width" in row["fault"]:
             raise InputError(
-                f"item_features.{row['fault']} as the tokenizer {manifest['digest']} was trained on (items: "
+                f"item_features.{row['fault']} as the tokenizer {manifest.digest} was trained on (items: "
                 f"{row['items']}, first {row['first']!r}): "
                 "train it on these features, or mend the embedding"
             )

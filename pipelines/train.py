@@ -22,6 +22,7 @@ from adasid.errors import InputError
 from adasid.files import write_json
 from adasid.report.words import DASH
 from adasid.tokenizers import artifact
+from adasid.tokenizers.artifact import Manifest
 from adasid.training.checkpoint import Checkpoints
 from pipelines import generations, scores, stage, staleness, workers
 from pipelines.engines import cluster
@@ -114,7 +115,7 @@ def tokenizer(cfg: Config, context: StageContext) -> None:
     inputs = stage.resolve(tokenizer_stage(), cfg, context.lake)
     staleness.check(context, inputs.versions["item_features"])
     manifest = fit_tokenizer(cfg, context, inputs=inputs)
-    register(cfg, context, tokenizer_folder(inputs) / "model", manifest["digest"], "candidate")
+    register(cfg, context, tokenizer_folder(inputs) / "model", manifest.digest, "candidate")
 
 
 def tokenizer_stage(kind: str = "tokenizer") -> Stage:
@@ -144,7 +145,7 @@ def tokenizer_folder(inputs: Inputs, kind: str = "tokenizer") -> Path:
 
 def fit_tokenizer(
     cfg: Config, context: StageContext, kind: str = "tokenizer", inputs: Inputs | None = None
-) -> dict[str, Any]:
+) -> Manifest:
     """Train or fit ``cfg.tokenizer`` unless its artifact exists; return its manifest."""
     step = tokenizer_stage(kind)
     inputs = inputs or stage.resolve(step, cfg, context.lake)
@@ -173,7 +174,7 @@ def train_tokenizer(
     folder: Path,
     start: Path | None = None,
     previous: PreviousTable | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Train or fit the tokenizer on the versions ``read`` into ``folder/model``; return its manifest. ``start``:
     continue from this artifact, under ``retokenize.warm``; ``previous``: previous codes that training retains within
     its tolerance."""
@@ -188,14 +189,14 @@ def train_tokenizer(
     cluster.fit(workers.tokenizer, payload, cfg.ray, f"tokenizer-{folder.name}", folder, show)
     manifest = artifact.read_manifest(folder / "model")
     Checkpoints(folder / "checkpoints").clear()
-    quality = manifest["metrics"]
+    quality = manifest.metrics
     if quality.get("least_active", 1.0) < 0.001:
         context.note(
             "warning: the gate has switched a behaviour slot off for all items; it cannot come back: lower "
             "router.sparsity or router.item_weight"
         )
     facts = {"utilisation": round(quality["utilisation"], 4), "entropy": round(quality["entropy"], 3)}
-    context.facts.update({"tokenizer": manifest["digest"], **facts})
+    context.facts.update({"tokenizer": manifest.digest, **facts})
     context.facts.update({f"FVU {m}": round(value, 3) for m, value in quality["fvu"].items()})
     return manifest
 
@@ -222,7 +223,7 @@ def _live(lake: Lake) -> Catalogue:
     """Return the live generation's SIDs."""
     generation = generations.live(lake)
     manifest = artifact.read_manifest(Path(generation["artifact"]))
-    return {"table": "sids", "version": generation["sids_version"], "slots": manifest["slots"]}
+    return {"table": "sids", "version": generation["sids_version"], "slots": manifest.slots}
 
 
 def _told(context: StageContext, result: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -409,7 +410,7 @@ def register(
     elif (folder / "manifest.json").exists():
         context.artifact(folder)
         source = f"{client.get_run(context.run_id).info.artifact_uri}/{folder.name}"
-        tags = {"digest": tokenizer, "tokenizer": artifact.read_manifest(folder)["tokenizer"]}
+        tags = {"digest": tokenizer, "tokenizer": artifact.read_manifest(folder).tokenizer}
         version = client.create_model_version(name, source, context.run_id, tags=tags)
     else:
         context.note(f"tokenizer {tokenizer} is neither in MLflow nor in {folder}: {alias} stays")

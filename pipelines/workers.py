@@ -77,7 +77,7 @@ def tokenizer(payload: dict[str, Any]) -> None:
     settings: TokenizerSettings = cfg.tokenizer
     if payload["start"]:
         started_from, known = artifact.read(Path(payload["start"]))
-        settings = artifact.settings_of(known)
+        settings = artifact.settings_of(known.config)
     mine = _modulo("item_index", workers) if workers.world > 1 else None
     shard = Shard(
         lambda columns: lake.batches("item_features", version, columns, mine),

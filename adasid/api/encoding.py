@@ -4,7 +4,6 @@ folder."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -63,15 +62,14 @@ class SidTokenizer:
     ``manifest``: description of the artifact (slots, widths, metrics, seed, digest of the weights, settings).
     """
 
-    def __init__(self, tokenizer: Tokenizer, manifest: Mapping[str, Any]) -> None:
-        self.tokenizer, self.manifest = tokenizer, dict(manifest)
-        scale = manifest.get("richness")
-        self._scale = RichnessScale(**scale) if scale else None
+    def __init__(self, tokenizer: Tokenizer, manifest: artifact.Manifest) -> None:
+        self.tokenizer, self.manifest = tokenizer, manifest
+        self._scale = RichnessScale(**manifest.richness) if manifest.richness else None
 
     @property
     def settings(self) -> TokenizerSettings:
         """Return all settings of the tokenizer."""
-        return artifact.settings_of(self.manifest)
+        return artifact.settings_of(self.manifest.config)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -87,12 +85,12 @@ class SidTokenizer:
     def digest(self) -> str:
         """Return the first 16 hex digits of the SHA-256 of the weights. Equal digests mean equal weights, bit for
         bit."""
-        return str(self.manifest["digest"])
+        return self.manifest.digest
 
     def __repr__(self) -> str:
         """Show the method, its slots and the digest of the weights."""
         names = " ".join(slot.name for slot in self.slots)
-        return f"SidTokenizer({self.manifest['tokenizer']!r}, slots={names!r}, digest={self.digest!r})"
+        return f"SidTokenizer({self.manifest.tokenizer!r}, slots={names!r}, digest={self.digest!r})"
 
     def encode(
         self,
@@ -119,7 +117,7 @@ class SidTokenizer:
         Raises InputError for a missing modality, a wrong width, or a value that is not finite.
         """
         items, widths = Items.of(data, _CALLER), self.tokenizer.widths
-        items.check(widths, f"{_CALLER}: tokenizer {self.manifest['tokenizer']!r}")
+        items.check(widths, f"{_CALLER}: tokenizer {self.manifest.tokenizer!r}")
         if batch_size < 1:
             raise InputError(f"{_CALLER}: batch_size is {batch_size}; it must be at least 1")
         given = self._given(items, counts, richness) if self._gated else None

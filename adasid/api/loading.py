@@ -92,7 +92,7 @@ def _artifact(run: Path, digest: str, recorded: Path | None) -> Path:
     or copied."""
     manifests = [recorded / "manifest.json"] if recorded else []
     for manifest in (*manifests, *sorted((run / "artifacts").glob("*/*/model/manifest.json"))):
-        if manifest.exists() and artifact.read_manifest(manifest.parent).get("digest") == digest:
+        if manifest.exists() and artifact.read_manifest(manifest.parent).digest == digest:
             return manifest.parent
     fix = "bring the artifact back, or train and publish again"
     why = f"tokenizer {digest}, which is live in {run}, is in no folder of {run / 'artifacts'}"

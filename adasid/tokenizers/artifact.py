@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_serializer
 from safetensors.torch import load, save
 
 from adasid import config
 from adasid.errors import InputError
+from adasid.sid import Slot
 from adasid.tokenizers.base import Tokenizer
 from adasid.tokenizers.relabel import Relabelled
 
@@ -25,20 +26,48 @@ FORMAT = 2
 _SETTINGS: TypeAdapter[config.TokenizerSettings] = TypeAdapter(config.AnyTokenizer)
 
 
+class Manifest(BaseModel):
+    """A manifest describes an artifact: the method ``tokenizer``, its ``slots``, the ``widths`` of its inputs, the
+    ``config`` section it was trained with, the ``digest`` of its weights, and whether its codes were ``relabelled``;
+    ``richness``: the scale of the richness of items (``adasid.fit``); ``metrics``, ``inputs`` (versions of the tables)
+    and ``seconds`` of the training. Further facts are extra fields."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    format: int
+    tokenizer: str
+    slots: tuple[Slot, ...]
+    widths: dict[str, int]
+    parameters: int
+    config: dict[str, Any]
+    digest: str
+    relabelled: bool = False
+    richness: dict[str, Any] | None = None
+    metrics: dict[str, Any] = {}
+    inputs: dict[str, int] = {}
+    seconds: float = 0.0
+
+    @field_serializer("slots")
+    def _slots(self, slots: tuple[Slot, ...]) -> list[dict[str, Any]]:
+        return [slot._asdict() for slot in slots]
+
+    def json_text(self) -> str:
+        """Return the content of ``manifest.json``."""
+        return json.dumps(self.model_dump(mode="json"), indent=1)
+
+
 def build(settings: config.TokenizerSettings, widths: Mapping[str, int]) -> Tokenizer:
     """Return the untrained tokenizer of ``settings``. ``widths``: modality -> width of all its inputs."""
     return settings.build(widths)
 
 
-def write(
-    folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings, facts: Mapping[str, Any]
-) -> dict[str, Any]:
+def write(folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings, facts: Mapping[str, Any]) -> Manifest:
     """Write the artifact and return its manifest. ``facts``: further entries of the manifest (inputs, seed, versions,
     metrics)."""
     manifest = {
         "format": FORMAT,
         "tokenizer": settings.name,
-        "slots": [slot._asdict() for slot in tokenizer.slots],
+        "slots": tokenizer.slots,
         "widths": tokenizer.widths,
         **tokenizer.facts(),
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
@@ -48,46 +77,51 @@ def write(
     return rewrite(folder, tokenizer, manifest)
 
 
-def rewrite(folder: Path, tokenizer: Tokenizer, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def rewrite(folder: Path, tokenizer: Tokenizer, manifest: Manifest | Mapping[str, Any]) -> Manifest:
     """Write the artifact with the ``manifest`` of another one; entries that depend on the weights are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()})
-    manifest = {
-        **manifest,
-        "digest": hashlib.sha256(weights).hexdigest()[:16],
-        "relabelled": isinstance(tokenizer, Relabelled),
-    }
-    for name, content in (("weights.safetensors", weights), ("manifest.json", json.dumps(manifest, indent=1).encode())):
+    entries = manifest.model_dump() if isinstance(manifest, Manifest) else manifest
+    digest = hashlib.sha256(weights).hexdigest()[:16]
+    written = Manifest(**{**entries, "digest": digest, "relabelled": isinstance(tokenizer, Relabelled)})
+    for name, content in (("weights.safetensors", weights), ("manifest.json", written.json_text().encode())):
         draft = folder / f".{name}.{os.getpid()}"
         draft.write_bytes(content)
         draft.replace(folder / name)
-    return dict(manifest)
+    return written
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest. Raises InputError if the folder has no artifact of this format."""
     try:
-        manifest = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+        entries = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
     except OSError:
         raise InputError(
             f"artifact {folder}: no manifest.json; train a tokenizer first (jobs/train.py --stage tokenizer)"
         ) from None
     except ValueError:
         raise InputError(f"artifact {folder}/manifest.json: not valid JSON; train the tokenizer again") from None
-    if manifest.get("format") != FORMAT:
+    if entries.get("format") != FORMAT:
         raise InputError(
-            f"artifact {folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; train the tokenizer "
+            f"artifact {folder}: format {entries.get('format')!r}, this version reads {FORMAT}; train the tokenizer "
             "again"
         )
-    return manifest
+    try:
+        return Manifest(**entries)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(
+            f"artifact {folder}/manifest.json: {where}: {problem['msg']}; train the tokenizer again"
+        ) from None
 
 
-def settings_of(manifest: Mapping[str, Any]) -> config.TokenizerSettings:
-    """Return the tokenizer section that the artifact was trained with."""
-    return _SETTINGS.validate_python(manifest["config"])
+def settings_of(section: Mapping[str, Any]) -> config.TokenizerSettings:
+    """Return the settings of a tokenizer section, such as the ``config`` of a manifest."""
+    return _SETTINGS.validate_python(section)
 
 
-def read(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+def read(folder: Path) -> tuple[Tokenizer, Manifest]:
     """Return the tokenizer, ready to encode, and its manifest."""
     manifest = read_manifest(folder)
     try:
@@ -97,21 +131,21 @@ def read(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
     return decode(manifest, weights), manifest
 
 
-def decode(manifest: Mapping[str, Any], weights: bytes) -> Tokenizer:
+def decode(manifest: Manifest, weights: bytes) -> Tokenizer:
     """Build the tokenizer from a manifest and the bytes of its weights. Raises InputError if they do not belong
     together."""
-    if hashlib.sha256(weights).hexdigest()[:16] != manifest["digest"]:
+    if hashlib.sha256(weights).hexdigest()[:16] != manifest.digest:
         raise InputError(
-            f"artifact {manifest['digest']}: the weights are damaged or belong to another manifest; train the "
+            f"artifact {manifest.digest}: the weights are damaged or belong to another manifest; train the "
             "tokenizer again"
         )
     try:
-        tokenizer = build(settings_of(manifest), manifest["widths"])
-        tokenizer = Relabelled(tokenizer) if manifest.get("relabelled") else tokenizer
+        tokenizer = build(settings_of(manifest.config), manifest.widths)
+        tokenizer = Relabelled(tokenizer) if manifest.relabelled else tokenizer
         tokenizer.load_state_dict(load(weights))
     except (ValidationError, RuntimeError, KeyError) as error:
         raise InputError(
-            f"artifact {manifest['digest']}: weights and config do not fit ({str(error).splitlines()[0]}); train the "
+            f"artifact {manifest.digest}: weights and config do not fit ({str(error).splitlines()[0]}); train the "
             "tokenizer again"
         ) from None
     return tokenizer.eval().requires_grad_(False)

@@ -5,7 +5,6 @@ Torch and Arrow are the heaviest imports here, so that a new worker process star
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -57,7 +56,7 @@ def loaded(manifest: str, weights: bytes) -> Tokenizer:
     """Return the tokenizer of a manifest (JSON text) and its weights, built once per process; Spark reuses Python
     workers between tasks."""
     torch.set_num_threads(1)
-    return artifact.decode(json.loads(manifest), weights)
+    return artifact.decode(artifact.Manifest.model_validate_json(manifest), weights)
 
 
 def encode_rows(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float = 0.0) -> pa.RecordBatch:

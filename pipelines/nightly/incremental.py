@@ -25,6 +25,7 @@ from adasid.errors import InputError, first_line
 from adasid.metrics.tally import RARE, Tally
 from adasid.sid import Slot
 from adasid.tables import PAD, SID_CHANGES, SIDS, STRATA
+from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.base import Tokenizer
 from adasid.tokenizers.encode import ENCODED, READ, encode_rows
 from pipelines import generations
@@ -49,7 +50,7 @@ class _Prepared:
     how: str
     counts: Counter[str]
     version: int = 0
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest | None = None
     rows: pa.Table | None = None
     moves: pa.Table | None = None
     gone: pa.Array | None = None
@@ -67,7 +68,7 @@ def publish(nightly: NightlyRun) -> bool:
         return False
     nightly.found(made.how, made.counts)
     rows, moves, facts = made.rows, made.moves, made.facts
-    if rows is None or moves is None:
+    if rows is None or moves is None or made.manifest is None:
         nightly.unchanged()
         return True
     nightly.measured(facts)
@@ -124,7 +125,7 @@ def _prepared(nightly: NightlyRun) -> _Prepared:
         counts,
         version,
         manifest,
-        rows=_with(encoded, generation=number, tokenizer=manifest["digest"], collision_rank=ranks)
+        rows=_with(encoded, generation=number, tokenizer=manifest.digest, collision_rank=ranks)
         .select(SIDS.names)
         .cast(SIDS),
         moves=_with(_moves(change, encoded), generation=number).select(SID_CHANGES.names).cast(SID_CHANGES),

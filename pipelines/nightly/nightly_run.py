@@ -16,6 +16,7 @@ from adasid.errors import InputError
 from adasid.report import nights
 from adasid.sid import Slot
 from adasid.tokenizers import artifact
+from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.base import Tokenizer
 from pipelines import generations, report, sids, train
 from pipelines.engines import spark as engine
@@ -73,18 +74,18 @@ class NightlyRun:
         return engine.read(self.spark, self.lake, "sids", self.live["sids_version"])
 
     @staticmethod
-    def slots(manifest: dict[str, Any]) -> list[Slot]:
+    def slots(manifest: Manifest) -> list[Slot]:
         """Return the slots of a tokenizer."""
-        return [Slot(**slot) for slot in manifest["slots"]]
+        return list(manifest.slots)
 
-    def champion(self) -> tuple[Tokenizer, dict[str, Any]]:
+    def champion(self) -> tuple[Tokenizer, Manifest]:
         """Return the live tokenizer and its manifest. Raises InputError where it is damaged, is another one, or does
         not take the current features."""
         tokenizer, manifest = artifact.read(self.artifact)  # damaged weights raise here, not in a task
         live = self.live["tokenizer"]
-        if manifest["digest"] != live:
+        if manifest.digest != live:
             raise InputError(
-                f"artifact {self.artifact}: tokenizer {manifest['digest']}, but the live SIDs are of {live}: put that "
+                f"artifact {self.artifact}: tokenizer {manifest.digest}, but the live SIDs are of {live}: put that "
                 "artifact back, or run "
                 "jobs/write_sids.py"
             )
@@ -136,7 +137,7 @@ class NightlyRun:
     def publish(
         self,
         facts: dict[str, Any],
-        manifest: dict[str, Any],
+        manifest: Manifest,
         input_hash: str,
         write_sids: Callable[[], object],
         write_changes: Callable[[], object],

@@ -4,7 +4,6 @@ codes and slots with them (``refit``)."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pyspark.sql import functions as F
@@ -13,6 +12,7 @@ from adasid import tables
 from adasid.config import TrainedSettings, digest
 from adasid.files import write_json
 from adasid.tokenizers import artifact
+from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.relabel import Relabelled
 from pipelines import sids, train
 from pipelines.engines import spark as engine
@@ -22,7 +22,7 @@ from pipelines.nightly.nightly_run import NightlyRun
 from pipelines.run import Run
 
 
-def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, dict[str, Any]]:
+def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, Manifest]:
     """Return the artifact of policy ``warm`` or ``refit`` on the current features, and its manifest. ``live``: the
     artifact of the live SIDs."""
     cfg, lake = nightly.cfg, nightly.lake
@@ -41,7 +41,7 @@ def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, dict[str, A
 
 def _trained(
     nightly: NightlyRun, folder: Path, start: Path | None, previous: train.PreviousTable | None = None
-) -> dict[str, Any]:
+) -> Manifest:
     """Return the manifest of the tokenizer in ``folder``; train it on the features of this run if it is missing."""
     cfg, context = nightly.cfg, nightly.context
     if (folder / "model" / "manifest.json").exists():
@@ -66,10 +66,10 @@ def _previous(nightly: NightlyRun, key: str) -> train.PreviousTable | None:
             nightly.published.select("item_id", "codes"), "item_id"
         )
         engine.write(codes, nightly.lake, "previous_codes", tables.PREVIOUS_CODES, key)
-    slots = artifact.read_manifest(Path(nightly.live["artifact"]))["slots"]
+    slots = artifact.read_manifest(Path(nightly.live["artifact"])).slots
     return {
         "version": nightly.lake.version("previous_codes"),
-        "slots": [[slot["kind"], slot["size"]] for slot in slots],
+        "slots": [[slot.kind, slot.size] for slot in slots],
         "slack": slack,
     }
 
@@ -82,8 +82,8 @@ def _match(nightly: NightlyRun, anew: Path, matched: Path) -> None:
     encoded = sids.encode(nightly.spark, sample, anew, manifest, nightly.cfg.sids.batch).select("item_id", "codes")
     pairs = encoded.join(old, "item_id").select("_old", "codes").collect()  # at most retokenize.sample rows
     renamed = Relabelled(tokenizer)
-    same = [(slot["kind"], slot["size"]) for slot in artifact.read_manifest(Path(nightly.live["artifact"]))["slots"]]
-    if pairs and same == [(slot["kind"], slot["size"]) for slot in manifest["slots"]]:
+    same = [(slot.kind, slot.size) for slot in artifact.read_manifest(Path(nightly.live["artifact"])).slots]
+    if pairs and same == [(slot.kind, slot.size) for slot in manifest.slots]:
         renamed.rename(*(np.array([pair[name] for pair in pairs], np.int32) for name in ("_old", "codes")))
     artifact.rewrite(matched, renamed, manifest)
     write_json(

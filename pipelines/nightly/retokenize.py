@@ -19,6 +19,7 @@ from adasid.config import Config, digest
 from adasid.errors import GateError, InputError
 from adasid.files import write_json
 from adasid.tables import SID_CHANGES, SIDS
+from adasid.tokenizers.artifact import Manifest
 from pipelines import generations, sids, staleness
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import StageContext
@@ -116,7 +117,7 @@ def _publish(nightly: NightlyRun) -> None:
 def _settle(nightly: NightlyRun, made: NewTable, policy: str, drifted: dict[str, Any]) -> None:
     """Measure and judge the table ``made`` under ``policy``, and publish it. ``drifted``: the current items against the
     live tokenizer's baseline. Raises GateError."""
-    number, input_hash = generations.next_number(nightly.lake), nightly.input_hash(policy, made.manifest["digest"])
+    number, input_hash = generations.next_number(nightly.lake), nightly.input_hash(policy, made.manifest.digest)
     moves = (
         changes.moved(made.touched, made.encoded, policy)
         .withColumn("generation", F.lit(number))
@@ -163,7 +164,7 @@ def _measurements(nightly: NightlyRun, made: NewTable, moves: DataFrame, drifted
     distinct, known = _counted(made.whole)
     return Measurements(
         folder=made.folder,
-        tokenizer=made.manifest["digest"],
+        tokenizer=made.manifest.digest,
         metrics=metrics,
         churn=changes.churn(moves, made.whole, metrics, nightly.live["items"]),
         baseline=made.baseline,
@@ -186,7 +187,7 @@ class NewTable:
     are not finite."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     encoded: DataFrame
     rows: DataFrame
     whole: DataFrame
@@ -202,9 +203,7 @@ class NewTable:
         self.whole.unpersist()
 
 
-def _frozen(
-    nightly: NightlyRun, folder: Path, manifest: dict[str, Any], found: DataFrame, today: DataFrame
-) -> NewTable:
+def _frozen(nightly: NightlyRun, folder: Path, manifest: Manifest, found: DataFrame, today: DataFrame) -> NewTable:
     """Encode the items in ``found``, whose rows are ``today``, with the live tokenizer; all others retain their
     published SIDs."""
     known, lake = nightly.live["drift"]["baseline"], nightly.lake
@@ -215,7 +214,7 @@ def _frozen(
     ).persist(StorageLevel.DISK_ONLY)
     broken = sids.faults(encoded, manifest)
     kept = nightly.published.join(found, "item_id", "left_anti")
-    new = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), kept, touched)
+    new = sids.ranked(encoded, manifest.digest, generations.next_number(lake), kept, touched)
     placed = kept.select("item_id", *verdict.MEASURED).join(
         nightly.features.select("item_id", "interactions", "stratum"), "item_id", "left"
     )
@@ -235,7 +234,7 @@ def _retrained(nightly: NightlyRun, policy: str, live: Path) -> NewTable:
         StorageLevel.DISK_ONLY
     )
     broken = sids.faults(encoded, manifest)
-    rows = sids.ranked(encoded, manifest["digest"], generations.next_number(lake), before=nightly.published)
+    rows = sids.ranked(encoded, manifest.digest, generations.next_number(lake), before=nightly.published)
     baseline = drift.measure(lake, encoded, one_of)
     drifted = drift.against(nightly.live["drift"]["baseline"], baseline)
     return NewTable(folder, manifest, encoded, rows, encoded, nightly.published, baseline, baseline, drifted, broken)

@@ -37,7 +37,6 @@ from adasid.data.shards import batch_of
 from adasid.distributed import Workers
 from adasid.recommenders.tokens import ItemTokens
 from adasid.report import style
-from adasid.sid import Slot
 from adasid.tokenizers import artifact
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from pipelines import generations, sids, train, workers
@@ -170,7 +169,7 @@ def recall(path: str, log: Path) -> None:
     with tracking.stage(cfg, "retrieval", journal=False) as context:
         train.retrieval(cfg, context)
         lake, live = context.lake, generations.live(context.lake)
-        slots = artifact.read_manifest(Path(live["artifact"]))["slots"]
+        slots = artifact.read_manifest(Path(live["artifact"])).slots
         source = {"table": "sids", "version": live["sids_version"], "slots": slots}
         folder = train.downstream_folder(train.resolve_downstream(cfg, lake, "retrieval", source), "retrieval")
     read = lake.versions("sequences", "item_stats")
@@ -201,7 +200,7 @@ def recall(path: str, log: Path) -> None:
         there = Lake(str(scratch / cfg.name / "lake"), {})
         items, codes, _ = encoded(there, scratch / "cold" / "model") if policy == "cold" else published(there)
         codes = codes[pc.index_in(ids, pa.array(items)).to_numpy()]
-        score(policy, ItemTokens.of(codes, [Slot(**slot) for slot in slots]))
+        score(policy, ItemTokens.of(codes, list(slots)))
 
 
 def tell(log: Path, row: dict[str, Any]) -> None:

@@ -148,10 +148,10 @@ def test_airflow_runs_the_night(on_ray, folder, tmp_path):
 def test_one_worker_and_two_give_the_same_quality(on_ray, folder, tmp_path):
     path, _ = on_ray
     with chain.tracking.stage(load(path, ["ray.workers=0"]), "tokenizer", journal=False) as context:
-        one = train.fit_tokenizer(context.cfg, context, "one_worker")["metrics"]
-    two = artifact.read_manifest(next((folder / "runs" / "ray" / "artifacts" / "tokenizer").iterdir()) / "model")[
-        "metrics"
-    ]
+        one = train.fit_tokenizer(context.cfg, context, "one_worker").metrics
+    two = artifact.read_manifest(
+        next((folder / "runs" / "ray" / "artifacts" / "tokenizer").iterdir()) / "model"
+    ).metrics
     assert context.status == "done"
     for name in ("entropy", "utilisation"):
         assert one[name] == pytest.approx(two[name], rel=0.08)

@@ -285,7 +285,7 @@ def test_small_moves_of_vectors_move_few_sids(shop, tmp_path, policy):
     assert len({(*row["codes"], row["collision_rank"]) for row in new.values()}) == len(new)
     assert kept > {"frozen": 0.99, "warm": 0.95, "refit": 0.85}[policy]
     _, manifest = artifact.read(Path(row["artifact"]))
-    assert manifest["relabelled"] == (policy == "refit")
+    assert manifest.relabelled == (policy == "refit")
     assert champion(path) == row["tokenizer"]
     assert night(path, "2026-01-04", f"retokenize.policy={policy}").status == "up to date"
 

@@ -39,7 +39,7 @@ def test_a_fit_on_the_runs_features_gives_the_runs_weights(shop, features):
     again = adasid.fit("adc-sid", features, progress=False, **SMALL["tokenizer"])
     assert again.settings == tokenizer.settings
     assert again.digest == tokenizer.digest
-    assert again.manifest["metrics"] == tokenizer.manifest["metrics"]
+    assert again.manifest.metrics == tokenizer.manifest.metrics
 
 
 def test_a_copied_run_is_loaded_with_and_without_delta(shop, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_an_artifact_from_other_features_is_refused(in_process, tmp_path):
     settings = load(in_process).tokenizer
     other = artifact.write(tmp_path, artifact.build(settings, {"text": 10, "visual": 12, "behavior": 16}), settings, {})
     with pytest.raises(
-        InputError, match=f"item_features.text has width 16, not 10 as the tokenizer {other['digest']} was trained on"
+        InputError, match=f"item_features.text has width 16, not 10 as the tokenizer {other.digest} was trained on"
     ):
         run_stage(load(in_process, [f"sids.artifact={tmp_path}"]), "sids")
 
@@ -203,7 +203,7 @@ def test_a_retriever_learns_from_the_live_table(in_process):
 def test_a_trainer_killed_in_mid_run_resumes_and_ends_as_it_would_have(in_process, folder):
     run = folder / "runs" / "alone" / "artifacts" / "tokenizer"
     (whole,) = run.iterdir()
-    expected = artifact.read_manifest(whole / "model")["digest"]
+    expected = artifact.read_manifest(whole / "model").digest
     whole.rename(folder / "kept")
     try:
         checkpoints = whole / "checkpoints"
@@ -216,7 +216,7 @@ def test_a_trainer_killed_in_mid_run_resumes_and_ends_as_it_would_have(in_proces
         reached = max(int(p.name[5:]) for p in checkpoints.glob("step-*"))
         assert 0 < reached < 40
         run_stage(load(in_process), "tokenizer")
-        assert artifact.read_manifest(whole / "model")["digest"] == expected
+        assert artifact.read_manifest(whole / "model").digest == expected
     finally:
         if not (whole / "model").exists():
             (folder / "kept").rename(whole)

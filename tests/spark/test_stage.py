@@ -127,7 +127,7 @@ def test_a_tokenizer_is_trained_on_the_version_that_was_hashed(ready, monkeypatc
     step = train.tokenizer_stage()
     pinned = stage.resolve(step, cfg, Lake(lake.root, {"item_features": 0}))
     manifest = artifact.read_manifest(train.tokenizer_folder(pinned) / "model")
-    assert manifest["inputs"] == {"item_features": 0} and lake.version("item_features") == 1
+    assert manifest.inputs == {"item_features": 0} and lake.version("item_features") == 1
     assert not stage.check_fresh(step, cfg, lake), "the next run must notice the commit"
 
 

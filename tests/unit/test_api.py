@@ -1,6 +1,5 @@
 """Test the public Python API: fit, encode, save, load and evaluate on planted data, and what it refuses."""
 
-import json
 import math
 import subprocess
 import sys
@@ -91,13 +90,13 @@ def test_the_example_of_the_documentation(table, data, tmp_path, monkeypatch):
     sids = tokenizer.encode({"text": text, "behavior": behavior})
     tokenizer.save("my-tokenizer")
     again = adasid.load("my-tokenizer")
-    assert again.digest == tokenizer.digest and again.manifest == json.loads(json.dumps(tokenizer.manifest))
+    assert again.digest == tokenizer.digest and again.manifest == tokenizer.manifest
     other = again.encode({"text": text, "behavior": behavior})
     for column in ("codes", "weights", "active", "tokens"):
         assert np.array_equal(getattr(sids, column), getattr(other, column))
     metrics = adasid.evaluate_codes(sids, {"text": text, "behavior": behavior})
     assert metrics.items == 400 and 0 < metrics.readout["text"] < 1
-    assert again.manifest["richness"]["source"] == "norm" and "adc-sid" in repr(again)
+    assert again.manifest.richness["source"] == "norm" and "adc-sid" in repr(again)
     assert tokenizer.settings.training.epochs == 4 and tokenizer.widths == {"text": 24, "behavior": 12}
 
 
@@ -116,8 +115,8 @@ def test_weights_equal_those_of_the_pipelines_worker(name, table, data, pairs, t
     loop = TokenizerTraining(artifact.build(settings, shard_.widths), settings, shard_, tmp_path, 17, Workers(), "v0")
     loop.run()
     manifest = artifact.write(tmp_path / "m", loop.tokenizer, settings, {})
-    assert fitted(name, data, pairs).digest == manifest["digest"]
-    assert fitted(name, data, pairs, seed=18).digest != manifest["digest"]
+    assert fitted(name, data, pairs).digest == manifest.digest
+    assert fitted(name, data, pairs, seed=18).digest != manifest.digest
 
 
 def test_one_item_many_items_and_none_give_the_same(data, pairs):
@@ -193,7 +192,7 @@ def test_where_richness_follows_counts_encode_asks_for_them(table, data):
     counts = table["interactions"].to_numpy()
     with pytest.warns(UserWarning, match=r"Spearman\(norm of behaviour, count\) is -0\.\d+, below 0.2"):
         tokenizer = adasid.fit("adc-sid", data, counts=counts, progress=False, **MIXTURE)
-    scale = RichnessScale(**tokenizer.manifest["richness"])
+    scale = RichnessScale(**tokenizer.manifest.richness)
     given = tokenizer.encode(data, counts=torch.from_numpy(counts.copy()))
     explicit = tokenizer.encode(data, richness=scale.richness(counts, ~np.isnan(data[BEHAVIOR]).any(1)))
     assert np.array_equal(given.weights, explicit.weights)

@@ -29,7 +29,7 @@ def test_a_tokenizer_has_a_name_a_class_and_one_settings_object(model):
     assert isinstance(tokenizer, Tokenizer) and settings.name and model.__name__.endswith("Settings")
     assert f"{type(tokenizer).__name__}Settings" in [base.__name__ for base in model.__mro__]
     assert [name for name, value in vars(tokenizer).items() if value is settings] == ["settings"]
-    assert artifact.settings_of({"config": settings.model_dump(mode="json")}) == settings
+    assert artifact.settings_of(settings.model_dump(mode="json")) == settings
     assert config.build({"tokenizer": {"name": settings.name}}).tokenizer == settings
 
 

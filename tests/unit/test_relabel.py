@@ -69,7 +69,7 @@ def test_a_renamed_tokenizer_decodes_as_before_and_survives_its_artifact(tmp_pat
     held = torch.where(shown == PAD, PAD, (shown + 2) % 5).long()
     assert torch.equal(turned.encode(replace(batch, previous=PreviousCodes(held, 1e9))).codes.long(), held)
     written = artifact.rewrite(tmp_path / "turned", turned, manifest)
-    assert written["relabelled"] and not manifest["relabelled"] and written["digest"] != manifest["digest"]
+    assert written.relabelled and not manifest.relabelled and written.digest != manifest.digest
     again, _ = artifact.read(tmp_path / "turned")
     assert isinstance(again, Relabelled)
     codes = again.encode(batch).codes

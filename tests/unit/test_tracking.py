@@ -139,7 +139,7 @@ def test_keys_that_mlflow_does_not_take_are_no_obstacle(cfg):
 
 def test_a_registered_model_that_was_deleted_is_made_again(cfg, tmp_path, capsys):
     settings, folder, client = config.RandomSidSettings(), tmp_path / "model", client_of(cfg)
-    digest = artifact.write(folder, artifact.build(settings, {}), settings, {})["digest"]
+    digest = artifact.write(folder, artifact.build(settings, {}), settings, {}).digest
     for _ in range(2):
         with tracking.stage(cfg, "sids") as context:
             train.register(cfg, context, folder, digest, "champion")

@@ -17,9 +17,11 @@ from adasid import config
 from adasid.config.reference import render_reference
 from adasid.files import write_json
 from adasid.tokenizers import artifact
-from pipelines import chain, sids, train
+from pipelines import chain, sids
 from pipelines.engines.lake import Lake
 from pipelines.stage import Stage
+from pipelines.training import downstream
+from pipelines.training.payload import Catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = {
@@ -95,8 +97,8 @@ def declared(values: Mapping[str, object]) -> list[Stage]:
     """The stages of the chain under a config, and the downstream models."""
     cfg, lake = config.build(values), Lake("/nonexistent", {})
     stages = [stage for stage in chain.declared(cfg, lake) if isinstance(stage, Stage)]
-    catalogue = {"table": "sids", "version": 0, "slots": []}
-    return [*stages, train.downstream_stage("retrieval", catalogue), train.downstream_stage("ranking", catalogue)]
+    catalogue = Catalogue(table="sids", version=0, slots=())
+    return [*stages, downstream.declare("retrieval", catalogue), downstream.declare("ranking", catalogue)]
 
 
 def settings(stage: Stage, cfg: config.Config, lake: Lake) -> tuple[str, ...]:

@@ -8,8 +8,14 @@ The retriever and the click-through model read the live semantic IDs. A killed r
 
 from pipelines import cli
 
+_ENTRIES = {
+    "tokenizer": "pipelines.training.tokenizer:run",
+    "behavior": "pipelines.training.behavior:run",
+    "retrieval": "pipelines.training.downstream:retrieval",
+    "ranking": "pipelines.training.downstream:ranking",
+}
+
 if __name__ == "__main__":
-    arguments = cli.choose(
-        None, __doc__, ("--stage", ("tokenizer", "behavior", "retrieval", "ranking"), "what to train")
-    )
-    cli.leave(cli.run(arguments, cli.stage(arguments.stage, cli.entry(f"pipelines.train:{arguments.stage}"))))
+    arguments = cli.choose(None, __doc__, ("--stage", tuple(_ENTRIES), "what to train"))
+    entry = cli.entry(_ENTRIES[arguments.stage])
+    cli.leave(cli.run(arguments, cli.stage(arguments.stage, entry)))

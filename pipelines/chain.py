@@ -9,20 +9,21 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from adasid.config import Config
-from pipelines import features, ingest, migrate, report, sids, stage, train
+from pipelines import features, ingest, migrate, report, sids, stage
 from pipelines.engines import cluster, tracking
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.features import events, items, pairs
 from pipelines.run import Run
 from pipelines.stage import Stage
+from pipelines.training import behavior, tokenizer
 
 STAGES: tuple[tuple[str, Callable[[Config, StageContext], None]], ...] = (
     ("ingest", ingest.run),
     ("features", lambda cfg, context: features.run(cfg, context, "events")),
-    ("behavior", train.behavior),
+    ("behavior", behavior.run),
     ("item features", lambda cfg, context: features.run(cfg, context, "items")),
-    ("tokenizer", train.tokenizer),
+    ("tokenizer", tokenizer.run),
     ("sids", sids.run),
     ("report", report.run),
 )
@@ -103,10 +104,10 @@ def declared(cfg: Config, lake: Lake) -> Iterator[Stage | Step]:
     yield events.EVENTS
     if cfg.tokenizer.pairs:
         yield pairs.ITEM_PAIRS
-    skipped = train.behavior_skipped(cfg, lake)
-    yield Step(train.BEHAVIOR.name, "skipped", skipped[1]) if skipped else train.BEHAVIOR
+    skipped = behavior.skipped(cfg, lake)
+    yield Step(behavior.BEHAVIOR.name, "skipped", skipped[1]) if skipped else behavior.BEHAVIOR
     yield items.ITEM_FEATURES
-    yield train.tokenizer_stage()
+    yield tokenizer.declare()
     yield sids.declare(cfg)
     yield report.REPORT
 

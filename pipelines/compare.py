@@ -28,7 +28,7 @@ from adasid.metrics.probes import Readout, agreement, duplicates_kept, shared_co
 from adasid.report import comparison
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
-from pipelines import report, sids, stage, train
+from pipelines import report, sids, stage
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
@@ -36,6 +36,7 @@ from pipelines.engines.tracking import StageContext
 from pipelines.features import pairs
 from pipelines.run import Run
 from pipelines.stage import Inputs
+from pipelines.training import tokenizer
 
 Row = dict[str, Any]
 
@@ -56,8 +57,8 @@ def run(cfg: Config, context: StageContext) -> None:
     try:
         for number, (label, seed) in enumerate(cells, 1):
             cell = cfg.model_copy(update={"tokenizer": cfg.compare.tokenizers[label], "seed": seed})
-            inputs = stage.resolve(train.tokenizer_stage("compare"), cell, context.lake)
-            folder = train.tokenizer_folder(inputs, "compare")
+            inputs = stage.resolve(tokenizer.declare("compare"), cell, context.lake)
+            folder = tokenizer.folder_of(inputs, "compare")
             result = folder / f"result-{digest(cfg.compare.model_dump(mode='json', include=_PROBES))}.json"
             if not result.exists():
                 with tracking.stage(cell, f"compare {label}, seed {seed}", journal=False) as inner:
@@ -78,7 +79,7 @@ _PROBES = {"sample", "queries", "neighbours", "near_duplicate", "categories"}
 
 def _measure(inputs: Inputs, context: StageContext, folder: Path, kinds: dict[str, int]) -> Row:
     cfg, lake, version = inputs.cfg, inputs.lake, inputs.versions["item_features"]
-    manifest = train.fit_tokenizer(cfg, context, "compare", inputs)
+    manifest = tokenizer.fit(cfg, context, "compare", inputs)
     spark = engine.session(cfg.spark)
     features = engine.read(spark, lake, "item_features", version)
     encoded = sids.encode(spark, features, folder / "model", manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)

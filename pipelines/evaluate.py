@@ -30,7 +30,7 @@ from adasid.report.cells import flat
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.training.retrieval import Ranked, by_stratum
-from pipelines import report, sids, stage, train
+from pipelines import report, sids, stage
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
@@ -38,17 +38,19 @@ from pipelines.engines.tracking import StageContext
 from pipelines.features import pairs
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
+from pipelines.training import downstream, tokenizer
+from pipelines.training.payload import Catalogue, Task
 
 Row = dict[str, Any]
 _KIND = "compare"
-_TOKENIZER = train.tokenizer_stage(_KIND)
+_TOKENIZER = tokenizer.declare(_KIND)
 
 
 class Cell(NamedTuple):
     """A cell is one training. ``model``: label of the retriever or ranker; ``config``: with the cell's seed, tokenizer
     and model; ``sids``: whether items are represented by SIDs."""
 
-    task: train.Task
+    task: Task
     tokenizer: str
     model: str
     config: Config
@@ -113,25 +115,25 @@ def _results(cfg: Config, cells: list[Cell], context: StageContext) -> dict[int,
     return found
 
 
-def _result(cell: Cell, tokenizer: Lock) -> Row:
+def _result(cell: Cell, lock: Lock) -> Row:
     with tracking.stage(
         cell.config, f"evaluate {cell.tokenizer}, {cell.model}, seed {cell.config.seed}", journal=False
     ) as context:
-        catalogue: train.Catalogue | None = None
+        catalogue: Catalogue | None = None
         if cell.sids:
-            with tokenizer:
+            with lock:
                 catalogue = _catalogue(cell, context)
-        return _of(train.fit_downstream(cell.config, context, cell.task, catalogue), catalogue)
+        return _of(downstream.fit(cell.config, context, cell.task, catalogue), catalogue)
 
 
 def _cells(cfg: Config) -> list[Cell]:
     e = cfg.evaluate
-    models: list[tuple[train.Task, str, Retrieval | Ranking]] = [("retrieval", *pair) for pair in e.retrievers.items()]
+    models: list[tuple[Task, str, Retrieval | Ranking]] = [("retrieval", *pair) for pair in e.retrievers.items()]
     models += [("ranking", *pair) for pair in e.rankers.items()]
-    controls: list[tuple[train.Task, str, Retrieval | Ranking]] = [("retrieval", *pair) for pair in e.controls.items()]
+    controls: list[tuple[Task, str, Retrieval | Ranking]] = [("retrieval", *pair) for pair in e.controls.items()]
     controls += [("ranking", *pair) for pair in e.ranking_controls.items()]
 
-    def cells(label: str, chosen: list[tuple[train.Task, str, Retrieval | Ranking]], sids: bool) -> list[Cell]:
+    def cells(label: str, chosen: list[tuple[Task, str, Retrieval | Ranking]], sids: bool) -> list[Cell]:
         own = {"tokenizer": cfg.compare.tokenizers[label]} if sids else {}
         seeds = (*e.seeds, *e.more_seeds.get(label, ()))
         everything = {model: seeds for _, model, _ in chosen}
@@ -160,43 +162,43 @@ def _cells(cfg: Config) -> list[Cell]:
 
 def _known(cell: Cell, lake: Lake) -> Row | None:
     """Return the cell's result if it exists, without any training."""
-    catalogue: train.Catalogue | None = None
+    catalogue: Catalogue | None = None
     if cell.sids:
         if cell.config.tokenizer.pairs and not (
             lake.exists(pairs.TABLE) and stage.check_fresh(pairs.ITEM_PAIRS, cell.config, lake)
         ):
             return None
         inputs = stage.resolve(_TOKENIZER, cell.config, lake)
-        model = train.tokenizer_folder(inputs, _KIND) / "model"
+        model = tokenizer.folder_of(inputs, _KIND) / "model"
         if not (model / "manifest.json").exists():
             return None
         manifest = artifact.read_manifest(model)
         table = _table(inputs)
         if not lake.fresh(manifest.digest, table):
             return None
-        catalogue = {"table": table, "version": lake.version(table), "slots": manifest.slots}
-    inputs = train.resolve_downstream(cell.config, lake, cell.task, catalogue)
-    path = train.downstream_folder(inputs, cell.task) / "result.json"
+        catalogue = Catalogue(table=table, version=lake.version(table), slots=manifest.slots)
+    inputs = downstream.resolve(cell.config, lake, cell.task, catalogue)
+    path = downstream.folder_of(inputs, cell.task) / "result.json"
     return _of(json.loads(path.read_text(encoding="utf-8")), catalogue) if path.exists() else None
 
 
-def _of(result: Row, catalogue: train.Catalogue | None) -> Row:
+def _of(result: Row, catalogue: Catalogue | None) -> Row:
     """Add the size of the SIDs to ``result``, such as 6×100."""
-    sizes = Counter(slot["size"] for slot in catalogue["slots"]) if catalogue else {}
+    sizes = Counter(slot.size for slot in catalogue.slots) if catalogue else {}
     return {**result, "codes": " + ".join(f"{slots}×{size}" for size, slots in sizes.items())}
 
 
-def _catalogue(cell: Cell, context: StageContext) -> train.Catalogue:
+def _catalogue(cell: Cell, context: StageContext) -> Catalogue:
     """Return the SIDs of the cell's tokenizer; train and write them first if they are missing."""
     cfg = cell.config
     inputs = stage.resolve(_TOKENIZER, cfg, context.lake)
-    model = train.tokenizer_folder(inputs, _KIND) / "model"
+    model = tokenizer.folder_of(inputs, _KIND) / "model"
     if not (model / "manifest.json").exists():
         with tracking.stage(cfg, f"tokenizer {cell.tokenizer}, seed {cfg.seed}", journal=False) as inner:
-            train.fit_tokenizer(cfg, inner, _KIND, inputs)
+            tokenizer.fit(cfg, inner, _KIND, inputs)
     manifest, table = artifact.read_manifest(model), _table(inputs)
     stage.run(_trial_sids(table, model, manifest), cfg, context)
-    return {"table": table, "version": context.lake.version(table), "slots": manifest.slots}
+    return Catalogue(table=table, version=context.lake.version(table), slots=manifest.slots)
 
 
 def _trial_sids(table: str, model: Path, manifest: Manifest) -> Stage:

@@ -32,7 +32,8 @@ from pipelines.engines.tracking import StageContext
 from pipelines.nightly import changes, drift, exports
 from pipelines.nightly.lease import Lease, leased
 from pipelines.stage import Inputs, Stage
-from pipelines.train import register, tokenizer_folder, tokenizer_stage
+from pipelines.training import tokenizer
+from pipelines.training.register import register
 
 _FAULTS = 100
 """At most this many kinds of faults are collected; there is one for each modality, and one for each wrong width."""
@@ -62,7 +63,7 @@ def _artifact(cfg: Config, lake: Lake) -> Path:
     tables."""
     if cfg.sids.artifact:
         return Path(cfg.sids.artifact)
-    return tokenizer_folder(stage.resolve(tokenizer_stage(), cfg, lake)) / "model"
+    return tokenizer.folder_of(stage.resolve(tokenizer.declare(), cfg, lake)) / "model"
 
 
 def _body(inputs: Inputs, context: StageContext) -> dict[str, int]:

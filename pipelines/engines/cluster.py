@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from adasid import config, errors
 from adasid.distributed import settle
@@ -29,10 +29,12 @@ METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"
 _JOINING = threading.Lock()
 
+P = TypeVar("P")
+
 
 def fit(
-    function: Callable[[dict[str, Any]], None],
-    payload: dict[str, Any],
+    function: Callable[[P], None],
+    payload: P,
     settings: config.Ray,
     name: str,
     folder: Path,
@@ -55,9 +57,7 @@ def fit(
             _fit_on_ray(function, payload, settings, name, folder)
 
 
-def _fit_on_ray(
-    function: Callable[[dict[str, Any]], None], payload: dict[str, Any], settings: config.Ray, name: str, folder: Path
-) -> None:
+def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray, name: str, folder: Path) -> None:
     import ray
     from ray.exceptions import AuthenticationError
     from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -18,7 +18,7 @@ from adasid.sid import Slot
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.base import Tokenizer
-from pipelines import generations, report, sids, train
+from pipelines import generations, report, sids
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
@@ -26,6 +26,7 @@ from pipelines.generations import Generation
 from pipelines.nightly import exports, verdict
 from pipelines.nightly.lease import Lease
 from pipelines.run import Run
+from pipelines.training.register import register
 
 
 @dataclass
@@ -94,7 +95,7 @@ class NightlyRun:
 
     def _champion(self, live: Generation) -> None:
         exports.point(self.cfg, self.lake)
-        train.register(self.cfg, self.context, Path(live["artifact"]), live["tokenizer"], "champion")
+        register(self.cfg, self.context, Path(live["artifact"]), live["tokenizer"], "champion")
 
     def measured(self, facts: dict[str, Any]) -> None:
         """Track the measurements of the table and every gate; in a dry run also on the screen and on the page."""

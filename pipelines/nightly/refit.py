@@ -14,12 +14,14 @@ from adasid.files import write_json
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.relabel import Relabelled
-from pipelines import sids, train
+from pipelines import sids
 from pipelines.engines import spark as engine
 from pipelines.features import items, pairs
 from pipelines.nightly import drift
 from pipelines.nightly.nightly_run import NightlyRun
 from pipelines.run import Run
+from pipelines.training.payload import PreviousTable
+from pipelines.training.tokenizer import train
 
 
 def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, Manifest]:
@@ -39,9 +41,7 @@ def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, Manifest]:
     return matched, artifact.read_manifest(matched)
 
 
-def _trained(
-    nightly: NightlyRun, folder: Path, start: Path | None, previous: train.PreviousTable | None = None
-) -> Manifest:
+def _trained(nightly: NightlyRun, folder: Path, start: Path | None, previous: PreviousTable | None = None) -> Manifest:
     """Return the manifest of the tokenizer in ``folder``; train it on the features of this run if it is missing."""
     cfg, context = nightly.cfg, nightly.context
     if (folder / "model" / "manifest.json").exists():
@@ -53,10 +53,10 @@ def _trained(
         pairs.check(cfg, context.lake)
         read |= context.lake.versions("item_pairs")
     context.inputs(read)
-    return train.train_tokenizer(cfg, context, read, folder, start, previous)
+    return train(cfg, context, read, folder, start, previous)
 
 
-def _previous(nightly: NightlyRun, key: str) -> train.PreviousTable | None:
+def _previous(nightly: NightlyRun, key: str) -> PreviousTable | None:
     """Return the previous codes of the current items; None for a tokenizer that cannot train on them."""
     slack = nightly.cfg.retokenize.refit_slack
     if not slack or not isinstance(nightly.cfg.tokenizer, TrainedSettings):
@@ -67,11 +67,8 @@ def _previous(nightly: NightlyRun, key: str) -> train.PreviousTable | None:
         )
         engine.write(codes, nightly.lake, "previous_codes", tables.PREVIOUS_CODES, key)
     slots = artifact.read_manifest(Path(nightly.live["artifact"])).slots
-    return {
-        "version": nightly.lake.version("previous_codes"),
-        "slots": [[slot.kind, slot.size] for slot in slots],
-        "slack": slack,
-    }
+    pairs = tuple((slot.kind, slot.size) for slot in slots)
+    return PreviousTable(version=nightly.lake.version("previous_codes"), slots=pairs, slack=slack)
 
 
 def _match(nightly: NightlyRun, anew: Path, matched: Path) -> None:

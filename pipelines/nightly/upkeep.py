@@ -12,13 +12,14 @@ from deltalake import DeltaTable
 
 from adasid.config import Config
 from adasid.errors import InputError
-from pipelines import generations, train
+from pipelines import generations
 from pipelines import migrate as formats
 from pipelines.engines.lake import properties
 from pipelines.engines.tracking import StageContext
 from pipelines.nightly import exports
 from pipelines.nightly.lease import leased
 from pipelines.run import Run
+from pipelines.training.register import register
 
 
 def rollback(cfg: Config, context: StageContext, number: int | None, hold: bool = False) -> None:
@@ -28,7 +29,7 @@ def rollback(cfg: Config, context: StageContext, number: int | None, hold: bool 
         row = generations.release(context) if number is None else generations.go_back(context, number, hold)
         context.facts["on hold"] = f"since {since}" if (since := generations.on_hold(context.lake)) else "no"
     exports.point(cfg, context.lake)
-    train.register(cfg, context, Path(row["artifact"]), row["tokenizer"], "champion")
+    register(cfg, context, Path(row["artifact"]), row["tokenizer"], "champion")
     context.facts.update({"generation": row["generation"], "items": row["items"], "run date": row["run_date"]})
 
 

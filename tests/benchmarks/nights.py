@@ -39,11 +39,13 @@ from adasid.recommenders.tokens import ItemTokens
 from adasid.report import style
 from adasid.tokenizers import artifact
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
-from pipelines import generations, sids, train, workers
+from pipelines import generations, sids
 from pipelines.engines import spark as engine
 from pipelines.engines import tracking
 from pipelines.engines.lake import Lake
 from pipelines.nightly import retokenize
+from pipelines.training import downstream, launch, tokenizer, workers
+from pipelines.training.payload import Catalogue
 from tests.end_to_end.nights import VECTORS, next_day, noisy, put
 
 TABLES = ("item_features", "item_stats", "sids", "generations", "live", "catalog_stats", "richness_stats")
@@ -150,7 +152,7 @@ def stability(path: str, log: Path) -> None:
         if policy == "cold":
             other, started = cfg.model_copy(update={"seed": cfg.seed + 1}), time.perf_counter()
             with tracking.stage(other, "cold", journal=False) as context:
-                train.train_tokenizer(other, context, lake.versions("item_features"), scratch / "cold")
+                tokenizer.train(other, context, lake.versions("item_features"), scratch / "cold")
             keep("cold", before, *encoded(lake, scratch / "cold" / "model"), time.perf_counter() - started)
             continue
         seconds = night(cfg, date(2026, 1, 1))
@@ -167,16 +169,15 @@ def recall(path: str, log: Path) -> None:
     log.unlink(missing_ok=True)
     cfg = load(path)
     with tracking.stage(cfg, "retrieval", journal=False) as context:
-        train.retrieval(cfg, context)
+        downstream.retrieval(cfg, context)
         lake, live = context.lake, generations.live(context.lake)
         slots = artifact.read_manifest(Path(live["artifact"])).slots
-        source = {"table": "sids", "version": live["sids_version"], "slots": slots}
-        folder = train.downstream_folder(train.resolve_downstream(cfg, lake, "retrieval", source), "retrieval")
+        source = Catalogue(table="sids", version=live["sids_version"], slots=slots)
+        folder = downstream.folder_of(downstream.resolve(cfg, lake, "retrieval", source), "retrieval")
     read = lake.versions("sequences", "item_stats")
     parts, settings = workers._histories(lake, read, Workers(), cfg), cfg.retrieval
-    known, counts, strata = workers._catalogue(
-        lake, {"read": read, "catalogue": source}, settings.inactive == "pad", settings.weights
-    )
+    payload = launch.payload(cfg, lake, read, folder).model_copy(update={"catalogue": source})
+    known, counts, strata = workers._catalogue(lake, payload, settings.inactive == "pad", settings.weights)
     ids = lake.read("item_stats", read["item_stats"], ["item_id", "item_index"]).sort_by("item_index")["item_id"]
 
     def score(policy: str, catalogue: ItemTokens) -> None:
@@ -312,7 +313,7 @@ def replay(path: str, log: Path, number: int = 30) -> None:
     for name in ("sids", "generations", "live"):
         shutil.rmtree(Path(lake.path(name)))
     with tracking.stage(cfg, "tokenizer", journal=False) as context:
-        train.train_tokenizer(cfg, context, lake.versions("item_features"), scratch / "tokenizer")
+        tokenizer.train(cfg, context, lake.versions("item_features"), scratch / "tokenizer")
     cfg = load(
         path, [f"runs_dir={scratch}", *OPEN, "sids.gates.max_group=1000000", f"sids.artifact={scratch}/tokenizer/model"]
     )

@@ -50,6 +50,44 @@ def test_imports_run_one_way(room, forbidden):
     assert not bad
 
 
+LAYERS = (
+    ("errors", "files", "settings", "tables", "ragged", "experts"),
+    ("sid", "distributed"),
+    ("data", "quantizers"),
+    ("config",),
+    ("losses", "metrics", "datasets"),
+    ("tokenizers",),
+    ("recommenders",),
+    ("training",),
+    ("report", "api"),
+    ("__init__",),
+)
+"""The parts of ``adasid``, each above those that it imports. The settings of tokenizers belong to ``config``."""
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+
+IMPLEMENTATION = ("base", "artifact", "encode", "inputs", "relabel", "spaces", "trained", "model")
+
+
+def level(module):
+    parts = module.split(".")[1:]
+    settings = parts[0] == "tokenizers" and parts[-1] not in IMPLEMENTATION
+    return LEVEL["config" if settings else parts[0]]
+
+
+def test_no_module_of_the_core_imports_one_of_a_layer_above():
+    upward = []
+    for path in sorted((ROOT / "adasid").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        mine = level(name.removesuffix(".__init__") if name.count(".") > 1 else name)
+        for node in ast.parse(path.read_text()).body:  # imports within functions run later
+            modules = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            if modules == ["adasid"]:
+                modules = [f"adasid.{alias.name}" for alias in node.names]
+            upward += [(name, other) for other in modules if other.startswith("adasid.") and level(other) > mine]
+    assert not upward
+
+
 def test_the_core_imports_without_engines():
     code = (
         "import sys, pkgutil, importlib\n"

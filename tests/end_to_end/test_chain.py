@@ -12,7 +12,8 @@ from mlflow.tracking import MlflowClient
 from adasid import tables
 from adasid.config import load
 from adasid.tokenizers import artifact
-from pipelines import chain, train
+from pipelines import chain
+from pipelines.training import tokenizer
 from tests.end_to_end.running import ITEMS, ROOT, TABLES, config_file, job, lake_of, sids
 
 
@@ -148,7 +149,7 @@ def test_airflow_runs_the_night(on_ray, folder, tmp_path):
 def test_one_worker_and_two_give_the_same_quality(on_ray, folder, tmp_path):
     path, _ = on_ray
     with chain.tracking.stage(load(path, ["ray.workers=0"]), "tokenizer", journal=False) as context:
-        one = train.fit_tokenizer(context.cfg, context, "one_worker").metrics
+        one = tokenizer.fit(context.cfg, context, "one_worker").metrics
     two = artifact.read_manifest(
         next((folder / "runs" / "ray" / "artifacts" / "tokenizer").iterdir()) / "model"
     ).metrics

@@ -12,9 +12,10 @@ from mlflow.tracking import MlflowClient
 from adasid.config import load
 from adasid.errors import InputError
 from adasid.tokenizers import artifact
-from pipelines import chain, cli, compare, train
+from pipelines import chain, cli, compare
 from pipelines import evaluate as pipeline
 from pipelines import sids as sids_stage
+from pipelines.training import downstream
 from tests.end_to_end.running import ITEMS, config_file, killed, lake_of, run_stage, sids
 
 
@@ -190,13 +191,13 @@ def test_a_retriever_learns_from_the_live_table(in_process):
     small = "{width: 16, blocks: 1, epochs: 2, batch_users: 64, negatives: 128}"
     cfg = load(in_process, [f"retrieval={small}"])
     with chain.tracking.stage(cfg, "retrieval") as context:
-        train.retrieval(cfg, context)
+        downstream.retrieval(cfg, context)
         assert 0 <= context.facts["test recall@10"] <= 1
     with chain.tracking.stage(cfg, "retrieval") as context:
-        train.retrieval(cfg, context)
+        downstream.retrieval(cfg, context)
         assert context.status == "up to date"
     with chain.tracking.stage(load(in_process, ["ranking={epochs: 1}"]), "ranking") as context:
-        train.ranking(context.cfg, context)
+        downstream.ranking(context.cfg, context)
         assert (context.facts["labels"], context.facts["split"]) == ("sampled", "leave_one_out")
 
 

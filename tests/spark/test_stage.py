@@ -14,12 +14,13 @@ from adasid import tables
 from adasid.config import Config, build
 from adasid.errors import InputError
 from adasid.tokenizers import artifact
-from pipelines import chain, evaluate, ingest, report, sids, stage, train
+from pipelines import chain, evaluate, ingest, report, sids, stage
 from pipelines.engines import tracking
 from pipelines.engines.lake import Lake
 from pipelines.features import events, items, pairs
 from pipelines.nightly import upkeep
 from pipelines.run import Run
+from pipelines.training import behavior, downstream, tokenizer
 from tests.spark.test_features_run import catalogue, config, embed, prepare, run
 
 KMEANS = {"name": "rq-kmeans", "levels": 2, "codebook_size": 4, "content": ["text"]}
@@ -31,10 +32,10 @@ def declared(cfg: Config) -> list[stage.Stage]:
     lake = Run(cfg).lake
     own = [
         *(step for step in chain.declared(cfg, lake) if isinstance(step, stage.Stage)),
-        train.BEHAVIOR,
+        behavior.BEHAVIOR,
         pairs.ITEM_PAIRS,
-        train.downstream_stage("retrieval", None),
-        train.downstream_stage("ranking", None),
+        downstream.declare("retrieval", None),
+        downstream.declare("ranking", None),
         evaluate._trial_sids("trials/x", Path("x"), {"digest": "d"}),
     ]
     return list({step.name: step for step in own}.values())
@@ -123,10 +124,10 @@ def test_a_tokenizer_is_trained_on_the_version_that_was_hashed(ready, monkeypatc
     schema = tables.item_features(("text", "visual"))
     meanwhile(monkeypatch, "item_features", lambda: changed(lake, "item_features", schema, lambda rows: rows[1:]))
     with tracking.stage(cfg, "tokenizer") as context:
-        train.tokenizer(cfg, context)
-    step = train.tokenizer_stage()
+        tokenizer.run(cfg, context)
+    step = tokenizer.declare()
     pinned = stage.resolve(step, cfg, Lake(lake.root, {"item_features": 0}))
-    manifest = artifact.read_manifest(train.tokenizer_folder(pinned) / "model")
+    manifest = artifact.read_manifest(tokenizer.folder_of(pinned) / "model")
     assert manifest.inputs == {"item_features": 0} and lake.version("item_features") == 1
     assert not stage.check_fresh(step, cfg, lake), "the next run must notice the commit"
 

@@ -10,9 +10,10 @@ from mlflow.tracking import MlflowClient
 from adasid import config
 from adasid.errors import AdasidError, BusyError, GateError, InputError
 from adasid.tokenizers import artifact
-from pipelines import cli, train
+from pipelines import cli
 from pipelines.engines import tracking
 from pipelines.run import Run
+from pipelines.training.register import register
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +143,10 @@ def test_a_registered_model_that_was_deleted_is_made_again(cfg, tmp_path, capsys
     digest = artifact.write(folder, artifact.build(settings, {}), settings, {}).digest
     for _ in range(2):
         with tracking.stage(cfg, "sids") as context:
-            train.register(cfg, context, folder, digest, "champion")
+            register(cfg, context, folder, digest, "champion")
         assert client.get_model_version_by_alias("adasid-t", "champion").tags["digest"] == digest
         client.delete_registered_model("adasid-t")
     shutil.rmtree(folder)
     with tracking.stage(cfg, "sids") as context:
-        train.register(cfg, context, folder, digest, "champion")
+        register(cfg, context, folder, digest, "champion")
     assert f"tokenizer {digest} is neither in MLflow nor in {folder}: champion stays" in capsys.readouterr().err

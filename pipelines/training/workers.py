@@ -1,5 +1,5 @@
 """Run on every training worker: read its part of the tables, train with ``adasid/training``, write the result into the
-fit's folder.
+folder of the training.
 
 Each worker process imports this module, which imports neither MLflow nor Spark.
 """
@@ -27,7 +27,6 @@ from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import write_json, write_text
 from adasid.recommenders.tokens import ItemTokens
-from adasid.sid import Slot
 from adasid.tokenizers import artifact
 from adasid.tokenizers.relabel import Relabelled
 from adasid.training.behavior import BehaviorData, BehaviorTraining
@@ -36,16 +35,17 @@ from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from adasid.training.tokenizer import TokenizerTraining, summary
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
+from pipelines.training.payload import Payload
 
 OUTCOME = "outcome.json"
 _SAMPLE = ["user_id", "position", "item_index", "label", "in_history", "split"]
 _PAIR = pa.schema([(name, pa.int64()) for name in ("item_index", "partner_index")])
 
 
-def behavior(payload: dict[str, Any]) -> None:
+def behavior(payload: Payload) -> None:
     """Train SASRec; write ``result.safetensors`` (embeddings and norms of all items) and ``result.json``."""
     cfg, workers, lake, folder = _opened(payload)
-    read = payload["read"]
+    read = payload.read
     counts = (
         lake.read("item_stats", read["item_stats"], ["item_index", "interactions"])
         .sort_by("item_index")["interactions"]
@@ -69,31 +69,31 @@ def behavior(payload: dict[str, Any]) -> None:
         write_json(folder / "result.json", {**result.summary, "inputs": read})
 
 
-def tokenizer(payload: dict[str, Any]) -> None:
-    """Train the tokenizer; write its artifact to ``model``. ``payload["start"]``: the artifact to continue from, under
-    ``retokenize.warm``; ``payload["previous"]``: the previous codes and their tolerance."""
+def tokenizer(payload: Payload) -> None:
+    """Train the tokenizer; write its artifact to ``model``. ``payload.start``: the artifact to continue from, under
+    ``retokenize.warm``; ``payload.previous``: the previous codes and their tolerance."""
     cfg, workers, lake, folder = _opened(payload)
-    version, started_from = payload["read"]["item_features"], None
+    version, started_from = payload.read["item_features"], None
     settings: TokenizerSettings = cfg.tokenizer
-    if payload["start"]:
-        started_from, known = artifact.read(Path(payload["start"]))
+    if payload.start:
+        started_from, known = artifact.read(payload.start)
         settings = artifact.settings_of(known.config)
     mine = _modulo("item_index", workers) if workers.world > 1 else None
     shard = Shard(
         lambda columns: lake.batches("item_features", version, columns, mine),
         settings.inputs,
         everyone=lambda columns: lake.batches("item_features", version, columns),
-        pairs=_pairs(lake, payload["read"], mine) if settings.pairs else None,
+        pairs=_pairs(lake, payload.read, mine) if settings.pairs else None,
     )
     torch.manual_seed(cfg.seed)
     tokenizer = started_from.requires_grad_(True) if started_from else artifact.build(settings, shard.widths)
-    previous = payload["previous"]
-    if previous and [[slot.kind, slot.size] for slot in tokenizer.slots] == previous["slots"]:
+    previous = payload.previous
+    if previous and tuple((slot.kind, slot.size) for slot in tokenizer.slots) == previous.slots:
         theirs = None if settings.pairs else mine  # partners may be other workers' items
         shard.hold(
-            lake.batches("previous_codes", previous["version"], ["item_index", "codes"], theirs),
+            lake.batches("previous_codes", previous.version, ["item_index", "codes"], theirs),
             len(tokenizer.slots),
-            previous["slack"],
+            previous.slack,
         )
     inner = tokenizer.inner if isinstance(tokenizer, Relabelled) else tokenizer
     name, warm = f"item_features version {version}", cfg.retokenize.warm if started_from else None
@@ -103,20 +103,20 @@ def tokenizer(payload: dict[str, Any]) -> None:
     if workers.rank == 0:
         facts = {
             "metrics": summary(rows[-1], tokenizer.widths),
-            "inputs": payload["read"],
+            "inputs": payload.read,
             "seed": cfg.seed,
             "seconds": round(time.monotonic() - started, 1),
-            "versions": payload["versions"],
+            "versions": payload.library_versions,
             "run": cfg.name,
         }
         artifact.write(folder / "model", tokenizer, settings, facts)
 
 
-def retrieval(payload: dict[str, Any]) -> None:
-    """Train a retriever on the SIDs of ``payload["catalogue"]`` (table, version and slots; None: one token an item);
+def retrieval(payload: Payload) -> None:
+    """Train a retriever on the SIDs of ``payload.catalogue`` (table, version and slots; None: one token an item);
     write ``best.safetensors`` and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
-    read, settings = payload["read"], cfg.retrieval
+    read, settings = payload.read, cfg.retrieval
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
     parts = _histories(lake, read, workers, cfg)
     data = RetrievalData(
@@ -126,10 +126,10 @@ def retrieval(payload: dict[str, Any]) -> None:
     _finish(payload, workers, training.run(_report(payload, workers)))
 
 
-def ranking(payload: dict[str, Any]) -> None:
+def ranking(payload: Payload) -> None:
     """Train a click-through model on the same SIDs; write ``best.safetensors`` and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
-    version, settings = payload["read"]["ranking_samples"], cfg.ranking
+    version, settings = payload.read["ranking_samples"], cfg.ranking
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
     events = Events.from_batches(lake.batches("ranking_samples", version, _SAMPLE))
     name = f"ranking_samples version {version}"
@@ -149,29 +149,29 @@ def ranking(payload: dict[str, Any]) -> None:
     _finish(payload, workers, training.run(_report(payload, workers)))
 
 
-def _finish(payload: dict[str, Any], workers: Workers, result: dict[str, Any]) -> None:
+def _finish(payload: Payload, workers: Workers, result: dict[str, Any]) -> None:
     if workers.rank == 0:
-        facts = {"seed": payload["config"]["seed"], "inputs": payload["read"], "versions": payload["versions"]}
-        write_json(Path(payload["folder"]) / OUTCOME, {**result, **facts})
+        facts = {"seed": payload.config.seed, "inputs": payload.read, "versions": payload.library_versions}
+        write_json(payload.folder / OUTCOME, {**result, **facts})
 
 
 def _catalogue(
-    lake: Lake, payload: dict[str, Any], pad: bool, weights: bool
+    lake: Lake, payload: Payload, pad: bool, weights: bool
 ) -> tuple[ItemTokens, NDArray[np.int64], NDArray[np.int64]]:
     """Return tokens, training counts and strata of all items, in the order of item_index. ``pad``: inactive slots are
     PAD; ``weights``: with the tokenizer's. Raises InputError where the SIDs are of other items."""
-    stats = lake.read("item_stats", payload["read"]["item_stats"], ["item_id", "item_index", "interactions", "stratum"])
+    stats = lake.read("item_stats", payload.read["item_stats"], ["item_id", "item_index", "interactions", "stratum"])
     stats = stats.sort_by("item_index").combine_chunks()
     counts = stats["interactions"].to_numpy().astype(np.int64)
     strata = pc.index_in(stats["stratum"], pa.array(tables.STRATA)).to_numpy().astype(np.int64)
-    chosen = payload["catalogue"]
+    chosen = payload.catalogue
     if not chosen:
         return ItemTokens.ids(len(stats)), counts, strata
-    rows = lake.read(chosen["table"], chosen["version"], ["item_id", "codes", "weights", "active"])
+    rows = lake.read(chosen.table, chosen.version, ["item_id", "codes", "weights", "active"])
     place = pc.index_in(stats["item_id"], rows["item_id"].combine_chunks())
     if place.null_count or len(rows) != len(stats):
         raise InputError(
-            f"{chosen['table']} version {chosen['version']} has {len(rows)} items, of which "
+            f"{chosen.table} version {chosen.version} has {len(rows)} items, of which "
             f"{len(stats) - place.null_count} are among the {len(stats)} of "
             "item_stats: write the SIDs of these items (jobs/write_sids.py)"
         )
@@ -181,8 +181,8 @@ def _catalogue(
         for name in ("codes", "weights", "active")
     )
     codes = np.where(active, codes, tables.PAD) if pad else codes
-    slots = [Slot(**slot) for slot in chosen["slots"]]
-    return ItemTokens.of(codes.astype(np.int32), slots, factors.astype(np.float32) if weights else None), counts, strata
+    tokens = ItemTokens.of(codes.astype(np.int32), chosen.slots, factors.astype(np.float32) if weights else None)
+    return tokens, counts, strata
 
 
 def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) -> dict[str, Histories]:
@@ -228,22 +228,17 @@ def _modulo(column: str, workers: Workers) -> pc.Expression:
     return pc.subtract(field, pc.multiply(pc.divide(field, workers.world), workers.world)) == workers.rank
 
 
-def _opened(payload: dict[str, Any]) -> tuple[Config, Workers, Lake, Path]:
-    return (
-        Config.model_validate(payload["config"]),
-        Workers.current(),
-        Lake(payload["lake"], {}),
-        Path(payload["folder"]),
-    )
+def _opened(payload: Payload) -> tuple[Config, Workers, Lake, Path]:
+    return payload.config, Workers.current(), Lake(payload.lake, {}), payload.folder
 
 
-def _report(payload: dict[str, Any], workers: Workers) -> Callable[[list[dict[str, float]]], None]:
+def _report(payload: Payload, workers: Workers) -> Callable[[list[dict[str, float]]], None]:
     """Return a callback: rank 0 writes ``metrics.jsonl``, which the driver reads; every rank reports to Ray Train."""
 
     def report(rows: list[dict[str, float]]) -> None:
         if workers.rank == 0:
-            write_text(Path(payload["folder"]) / cluster.METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-        if payload["config"]["ray"]["workers"]:
+            write_text(payload.folder / cluster.METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        if payload.config.ray.workers:
             import ray.train
 
             ray.train.report(rows[-1])

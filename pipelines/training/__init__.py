@@ -1,0 +1,1 @@
+"""Training stages, and what they run on every worker."""

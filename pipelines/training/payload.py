@@ -1,0 +1,54 @@
+"""What a training stage sends to its workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from adasid.config import Config
+from adasid.sid import Slot
+
+Task = Literal["retrieval", "ranking"]
+
+
+class Catalogue(BaseModel):
+    """A catalogue gives the SIDs that a downstream model reads: ``table`` and ``version``, and the ``slots`` of their
+    tokenizer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    table: str
+    version: int
+    slots: tuple[Slot, ...]
+
+
+class PreviousTable(BaseModel):
+    """A ``version`` of the table ``previous_codes``: the kind and size of each slot of its codes, and the tolerance
+    ``slack`` within which training preserves them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int
+    slots: tuple[tuple[str, int], ...]
+    slack: float
+
+
+class Payload(BaseModel):
+    """A payload tells a worker what to train: the ``config``, the root of the ``lake``, the versions of the tables to
+    ``read``, the ``folder`` of the result and the ``library_versions`` for its record.
+
+    ``catalogue``: the SIDs of a downstream model, None: one token an item; ``start``: the artifact from which a
+    tokenizer continues; ``previous``: previous codes that it preserves."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: Config
+    lake: str
+    read: dict[str, int]
+    folder: Path
+    library_versions: dict[str, str]
+    catalogue: Catalogue | None = None
+    start: Path | None = None
+    previous: PreviousTable | None = None

@@ -18,8 +18,13 @@ os.environ.setdefault(
 # Jobs live for seconds: what the second JIT compiler would gain is less than it costs on two cores.
 os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
-INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
-"""Spark settings for tables of a few rows, which run faster than they compile."""
+INTERPRETED = {
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.sql.adaptive.enabled": "false",
+    "spark.databricks.delta.snapshotPartitions": "1",
+}
+"""Spark settings for tables of a few rows, which run faster than they compile or are planned again."""
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

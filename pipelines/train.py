@@ -24,13 +24,14 @@ from adasid.report.words import DASH
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.training.checkpoint import Checkpoints
-from pipelines import generations, scores, stage, staleness, workers
+from pipelines import scores, stage, staleness, workers
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import session
 from pipelines.engines.spark import versions as library_versions
 from pipelines.engines.tracking import StageContext
 from pipelines.features import items, pairs
+from pipelines.publish import generations
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
 
@@ -222,8 +223,8 @@ def ranking(cfg: Config, context: StageContext) -> None:
 def _live(lake: Lake) -> Catalogue:
     """Return the live generation's SIDs."""
     generation = generations.live(lake)
-    manifest = artifact.read_manifest(Path(generation["artifact"]))
-    return {"table": "sids", "version": generation["sids_version"], "slots": manifest.slots}
+    manifest = artifact.read_manifest(Path(generation.artifact))
+    return {"table": "sids", "version": generation.sids_version, "slots": manifest.slots}
 
 
 def _told(context: StageContext, result: Mapping[str, Any], names: tuple[str, ...]) -> None:

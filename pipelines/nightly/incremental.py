@@ -43,8 +43,8 @@ file."""
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A prepared run may be published as ``candidate``, by the tokenizer of ``manifest``: the rows of ``sids`` and
-    ``moves`` (rows of ``sid_changes``) to write, the items ``removed``, the ``version`` of ``sids`` that they change."""
+    """A prepared run can be published as ``candidate``. ``manifest``: of its tokenizer; ``version``: of ``sids``, to
+    which ``rows`` are added and in which the items ``removed`` are deleted; ``moves``: rows of ``sid_changes``."""
 
     candidate: Candidate
     manifest: Manifest

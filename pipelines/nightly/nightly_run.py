@@ -143,8 +143,9 @@ class NightlyRun:
         write_sids: Callable[[], object],
         write_changes: Callable[[], object],
     ) -> None:
-        """Publish a table that passed its gates (:func:`pipelines.publish.generations.publish`), and report it; not in a dry
-        run, nor where it was published and then rolled back. Raises GateError where the live generation is on hold."""
+        """Publish a table that passed its gates (:func:`pipelines.publish.generations.publish`), and report it; not in
+        a dry run, nor where it was published and then rolled back. Raises GateError where the live generation is on
+        hold."""
         if self.dry:
             self.context.status = "dry run"
             self.context.note(f"dry run: all gates passed; generation {self.live.generation} stays live")

@@ -190,8 +190,8 @@ class NewTable:
     """A new table has ``rows`` of ``sids``, of which those ``encoded`` are new, by the artifact in ``folder``;
     ``whole``: the measured columns of all of them (:data:`verdict.MEASURED`); ``touched``: the published rows that do
     not stay; ``baseline``: the tokenizer's training data, as ``drift.measure`` describes it; ``current``: the current
-    items in its bins; ``drifted``: the current items against the live tokenizer's baseline; ``broken``: items whose vectors
-    are not finite."""
+    items in its bins; ``drifted``: the current items against the live tokenizer's baseline; ``broken``: items whose
+    vectors are not finite."""
 
     folder: Path
     manifest: Manifest

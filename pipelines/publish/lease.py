@@ -100,9 +100,9 @@ class Lease:
         """Raise BusyError unless this process is still the holder."""
         rows = DeltaTable(self.lake.path(_TABLE)).to_pyarrow_table().to_pylist()
         if self._lost.is_set() or not rows or rows[0]["holder"] != self.holder or rows[0]["expires"] <= self.now():
-            holder = rows[0]["holder"] if rows else None
+            last = rows[0]["holder"] if rows else None
             raise BusyError(
-                f"the lease of {self.lake.root} was lost (holder: {holder}): this run could not renew it for longer than "
+                f"the lease of {self.lake.root} was lost (holder: {last}): this run could not renew it for longer than "
                 "retokenize.lease.seconds; run it again"
             )
 

@@ -28,12 +28,14 @@ from adasid.metrics.probes import Readout, agreement, duplicates_kept, shared_co
 from adasid.report import comparison
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
-from pipelines import report, sids, stage
+from pipelines import report, stage
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.features import pairs
+from pipelines.publish.encode import encode
+from pipelines.publish.measure import measure
 from pipelines.run import Run
 from pipelines.stage import Inputs
 from pipelines.training import tokenizer
@@ -82,9 +84,9 @@ def _measure(inputs: Inputs, context: StageContext, folder: Path, kinds: dict[st
     manifest = tokenizer.fit(cfg, context, "compare", inputs)
     spark = engine.session(cfg.spark)
     features = engine.read(spark, lake, "item_features", version)
-    encoded = sids.encode(spark, features, folder / "model", manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
+    encoded = encode(spark, features, folder / "model", manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
     try:
-        found = sids.measure(encoded, list(manifest.slots))
+        found = measure(encoded, list(manifest.slots))
     finally:
         encoded.unpersist()
     row = {

@@ -30,12 +30,14 @@ from adasid.report.cells import flat
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.training.retrieval import Ranked, by_stratum
-from pipelines import report, sids, stage
+from pipelines import report, stage
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.features import pairs
+from pipelines.publish.collisions import ranked
+from pipelines.publish.encode import encode
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
 from pipelines.training import downstream, tokenizer
@@ -207,9 +209,9 @@ def _trial_sids(table: str, model: Path, manifest: Manifest) -> Stage:
     def write(inputs: Inputs, context: StageContext) -> dict[str, int]:
         cfg, lake, spark = inputs.cfg, inputs.lake, engine.session(inputs.cfg.spark)
         features = engine.read(spark, lake, "item_features")
-        encoded = sids.encode(spark, features, model, manifest, cfg.sids.batch)
-        ranked = sids.ranked(encoded, manifest.digest, 0)
-        return {table: engine.write(ranked, lake, table, tables.SIDS, manifest.digest, sources=inputs.versions)}
+        encoded = encode(spark, features, model, manifest, cfg.sids.batch)
+        rows = ranked(encoded, manifest.digest, 0)
+        return {table: engine.write(rows, lake, table, tables.SIDS, manifest.digest, sources=inputs.versions)}
 
     return Stage(
         f"sids of {table}",

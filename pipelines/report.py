@@ -14,10 +14,12 @@ from adasid.config import Config
 from adasid.errors import InputError
 from adasid.report import page, summary
 from adasid.report.material import Material, Training
-from pipelines import generations, stage, staleness
+from pipelines import stage, staleness
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.features.items import richness
+from pipelines.publish import generations
+from pipelines.publish.generations import Generation
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
 
@@ -73,16 +75,17 @@ def gather(cfg: Config, lake: Lake) -> Material:
     versions = {table: lake.version(table) for table in _SHOWN if lake.exists(table)}
     catalog = lake.read("catalog_stats", versions["catalog_stats"]).to_pylist() if "catalog_stats" in versions else []
     published = generations.history(lake)
-    live = next((row for row in published if row["live"]), None)
-    refused = published[-1] if published and not published[-1]["live"] else None
+    live = next((generation for generation in published if generation.live), None)
+    refused = published[-1] if published and not published[-1].live else None
+    shown = live or refused
     artifacts, stages = Run(cfg).artifacts, _rows(Run(cfg).journal)
     return Material(
         cfg,
         catalog=_catalog(catalog, richness(Run(cfg).lake)),
-        generation=live or refused,
-        refused=refused if live else None,
+        generation=shown.model_dump() if shown else None,
+        refused=refused.model_dump() if live and refused else None,
         behavior=_behavior(artifacts / "behavior") if cfg.behavior.source == "sasrec" else None,
-        tokenizer=_tokenizer(artifacts / "tokenizer", (live or refused or {}).get("tokenizer")),
+        tokenizer=_tokenizer(artifacts / "tokenizer", shown.tokenizer if shown else None),
         stages=stages,
         versions=versions,
         lags=_lags(Run(cfg).lake, live, stages),
@@ -90,16 +93,16 @@ def gather(cfg: Config, lake: Lake) -> Material:
     )
 
 
-def _lags(lake: Lake, live: generations.Generation | None, stages: Sequence[Mapping[str, Any]]) -> list[str]:
+def _lags(lake: Lake, live: Generation | None, stages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a sentence for each table that lags. A nightly run without changes has read ``item_features`` too, though
     it left no generation."""
     if not live:
         return staleness.sentences(staleness.lags(lake, "item_features")) if lake.exists("item_features") else []
-    read, own = dict(live["inputs"]), {"generation": live["generation"]}
+    read = dict(live.inputs)
     for facts in (row["facts"] for row in stages if row["stage"] == "retokenize" and row["status"] == "up to date"):
-        if "item_features" in facts and own.items() <= facts.items():
+        if "item_features" in facts and facts.get("generation") == live.generation:
             read["item_features"] = max(read["item_features"], facts["item_features"])
-    return staleness.sentences(staleness.lags(lake, "sids", live["sids_version"], read))
+    return staleness.sentences(staleness.lags(lake, "sids", live.sids_version, read))
 
 
 def _catalog(rows: list[dict[str, Any]], richness: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -119,14 +122,14 @@ def _behavior(folder: Path) -> Training | None:
 
 def _tokenizer(folder: Path, digest: str | None) -> Training | None:
     """Return the training of the artifact ``digest``, else the newest."""
-    found = [
+    manifests = [
         (path, _object(path))
         for path in sorted(folder.glob("*/model/manifest.json"), key=lambda path: path.stat().st_mtime)
     ]
-    if not found:
+    if not manifests:
         return None
     path, manifest = next(
-        (pair for pair in found if digest in {pair[1].get("digest"), pair[0].parents[1].name}), found[-1]
+        (pair for pair in manifests if digest in {pair[1].get("digest"), pair[0].parents[1].name}), manifests[-1]
     )
     return Training(
         _rows(path.parents[1] / "metrics.jsonl"),

@@ -1,4 +1,4 @@
-"""Find which items are new, changed or removed, and which SIDs differ from the live generation."""
+"""Find which items are new, changed or removed since the live generation, on Spark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from adasid.config import Config
 from pipelines.engines.lake import Lake
 
 _GRADUAL = {"MERGE", "UPDATE", "DELETE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
@@ -29,27 +28,27 @@ def detect(
     has single rows, so that no vector of another item is read; otherwise, or where history is gone, the fingerprints of
     ``features`` and ``published`` are compared.
     """
-    feed, now = _fed(spark, lake, since, until) if followed(lake, since, until) else None, features
+    feed, rows = _read_feed(spark, lake, since, until) if followed(lake, since, until) else None, features
     if feed is not None:
         published = published.join(feed.select("item_id").distinct(), "item_id", "left_semi")
-        now = _latest(feed).select(features.columns)
-    rows, now = now, now.select("item_id", F.col("fingerprint").alias("_now"))
+        rows = _latest(feed).select(features.columns)
+    now = rows.select("item_id", F.col("fingerprint").alias("_now"))
     then = published.select("item_id", F.col("fingerprint").alias("_then"))
     why = (
         F.when(F.col("_then").isNull(), "new")
         .when(F.col("_now").isNull(), "removed")
         .when(F.col("_now") != F.col("_then"), "changed")
     )
-    found = (
+    touched = (
         now.join(then, "item_id", "full")
         .select("item_id", why.alias("why"))
         .filter("why IS NOT NULL")
         .persist(StorageLevel.DISK_ONLY)
     )
-    return found, rows.join(found, "item_id", "left_semi"), how(feed is not None)
+    return touched, rows.join(touched, "item_id", "left_semi"), how(feed is not None)
 
 
-def _fed(spark: SparkSession, lake: Lake, since: int, until: int) -> DataFrame | None:
+def _read_feed(spark: SparkSession, lake: Lake, since: int, until: int) -> DataFrame | None:
     """Return the rows of the change feed; None where its files are gone."""
     feed = (
         spark.read.format("delta")
@@ -75,9 +74,9 @@ def _latest(feed: DataFrame) -> DataFrame:
     return feed.withColumn("_row", F.row_number().over(order)).filter("_row = 1 AND _change_type <> 'delete'")
 
 
-def how(fed: bool) -> str:
-    """Name the method by which changes are detected: whether by the change feed."""
-    return "change feed" if fed else "fingerprints"
+def how(by_feed: bool) -> str:
+    """Name the method by which changes are detected."""
+    return "change feed" if by_feed else "fingerprints"
 
 
 def followed(lake: Lake, since: int, until: int) -> bool:
@@ -92,90 +91,3 @@ def followed(lake: Lake, since: int, until: int) -> bool:
 
 def _appended(commit: dict[str, Any]) -> bool:
     return bool(commit["operation"] == "WRITE" and commit.get("operationParameters", {}).get("mode") == "Append")
-
-
-def moved(old: DataFrame, new: DataFrame, policy: str, every: bool = False) -> DataFrame:
-    """Return the rows of ``sid_changes`` without the generation, from SIDs before and after [item_id, codes,
-    fingerprint]; ``every``: of all items, as equal codes of other slots are other SIDs."""
-    before = old.select("item_id", F.col("codes").alias("old_codes"), F.col("fingerprint").alias("_then"))
-    after = new.select("item_id", F.col("codes").alias("new_codes"), F.col("fingerprint").alias("_now"))
-    why = (
-        F.when(F.col("_then").isNull(), "new")
-        .when(F.col("_now").isNull(), "removed")
-        .otherwise(F.when(F.col("_now") != F.col("_then"), "changed").otherwise(policy))
-    )
-    rows = before.join(after, "item_id", "full").select("item_id", "old_codes", "new_codes", why.alias("why"))
-    return rows if every else rows.filter("NOT (old_codes <=> new_codes)")
-
-
-def churn(moves: DataFrame, today: DataFrame, metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
-    """Aggregate the rows ``moves`` of :func:`moved` into :func:`churned`. ``today``: the items [item_id, interactions,
-    stratum]."""
-    slots = len(metrics["slots"])
-    differ = [
-        F.sum((~F.get("old_codes", F.lit(i)).eqNullSafe(F.get("new_codes", F.lit(i)))).cast("int")).alias(f"s{i}")
-        for i in range(slots)
-    ]
-    placed = moves.join(today.select("item_id", "interactions", "stratum"), "item_id", "left")
-    kind = (
-        F.when(F.col("old_codes").isNull(), "new")
-        .when(F.col("new_codes").isNull(), "removed")
-        .otherwise("moved")
-        .alias("kind")
-    )
-    groups = placed.groupBy("stratum", kind).agg(
-        F.count("*").alias("items"), F.sum("interactions").alias("events"), *differ
-    )
-    return churned([row.asDict() for row in groups.collect()], metrics, old_items)
-
-
-def churned(groups: list[dict[str, Any]], metrics: dict[str, Any], old_items: int) -> dict[str, Any]:
-    """Return the share of the items of both generations whose SID changed: overall, by slot, by stratum, and weighted
-    by training events; 1 where no live item is left. Slots and strata without such an item are left out. The gates'
-    shares are of the ``live`` items, or of the ``kept`` ones, which both generations have, and their ``events``.
-
-    ``groups``: of the items whose SID changed, by ``stratum`` and ``kind`` (new, moved, removed): their number
-    ``items``, their ``events``, and how many differ in each slot, ``s0``, ``s1``, ...; ``metrics``: those of
-    ``sids.measure`` of the new table.
-    """
-
-    def of(name: str, kind: str, stratum: str | None = None) -> int:
-        return sum((row[name] or 0) for row in groups if row["kind"] == kind and stratum in (None, row["stratum"]))
-
-    new, moved_items, removed = (of("items", kind) for kind in ("new", "moved", "removed"))
-    items, events = metrics["items_by_stratum"], metrics["events_by_stratum"]
-    kept, known = old_items - removed, sum(events.values()) - of("events", "new")
-    share = moved_items / kept if kept else float(old_items > 0)
-    return {
-        "live": old_items,
-        "kept": kept,
-        "events": known,
-        "new": new,
-        "removed": removed,
-        "changed": moved_items,
-        "unmoved": old_items - removed - moved_items,
-        "churn": share,
-        "weighted": of("events", "moved") / known if kept and known else share,
-        "by_slot": {name: of(f"s{i}", "moved") / kept for i, name in enumerate(metrics["slots"]) if kept},
-        "by_stratum": {
-            s: of("items", "moved", s) / old for s, count in items.items() if (old := count - of("items", "new", s))
-        },
-    }
-
-
-def gates(cfg: Config, churn: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the gates on how much a table may differ from the live one, by its :func:`churned`; ``of``: the
-    denominator of each share."""
-    limits, kept = cfg.retokenize.gates, f"{churn['kept']} items of both generations"
-    events = f"{churn['events']} events of the {kept}"
-    shares = (
-        ("removed", churn["removed"] / max(1, churn["live"]), limits.max_removed, f"{churn['live']} live items"),
-        ("churn", churn["churn"], limits.max_churn, kept),
-        ("churn, weighted by events", churn["weighted"], limits.max_weighted_churn, events),
-    )
-    return [{**gate(name, value, limit), "of": of} for name, value, limit, of in shares]
-
-
-def gate(name: str, value: float | None, limit: float) -> dict[str, Any]:
-    """Return a gate that allows at most ``limit``; it passes where ``value`` is None, a metric over no items."""
-    return {"gate": name, "value": value, "threshold": limit, "passed": value is None or bool(value <= limit)}

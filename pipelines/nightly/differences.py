@@ -46,9 +46,9 @@ class Side:
     stratum: Integers
     events: Integers
 
-    def of(self, chosen: Mask) -> Side:
-        """Return the rows that the boolean mask ``chosen`` selects."""
-        return Side(self.stratum[chosen], self.events[chosen])
+    def of(self, mask: Mask) -> Side:
+        """Return the rows that a boolean mask selects."""
+        return Side(self.stratum[mask], self.events[mask])
 
     def tail_only(self) -> Mask:
         """Return the boolean mask of the tail and cold items."""
@@ -86,7 +86,7 @@ class _Difference:
     version: pa.Array | None = None
 
 
-def _fed(nightly: NightlyRun, since: int, columns: list[str], modalities: list[str]) -> Iterator[pa.RecordBatch]:
+def _read_feed(nightly: NightlyRun, since: int, columns: list[str], modalities: list[str]) -> Iterator[pa.RecordBatch]:
     """Stream the change feed in batches, typed as ``tables`` types items with vectors of these ``modalities``."""
     schema = pa.schema([*_schema(columns, modalities), ("_change_type", pa.string()), ("_commit_version", pa.int64())])
     feed = DeltaTable(nightly.lake.path("item_features")).load_cdf(since + 1, nightly.version, columns=schema.names)
@@ -104,56 +104,55 @@ def read(nightly: NightlyRun, since: int, fed: bool) -> tuple[Change | None, boo
     """
     most = nightly.cfg.retokenize.small_night
     try:
-        told = _by_feed(nightly, since, _ROWS * most) if fed else _by_comparison(nightly, since, most)
+        difference = _by_feed(nightly, since, _ROWS * most) if fed else _by_comparison(nightly, since, most)
     except _Long:
-        told, fed = _by_comparison(nightly, since, most), False
-    if told is None:
+        difference, fed = _by_comparison(nightly, since, most), False
+    if difference is None:
         return None, fed
-    if told.ids.null_count or (told.last["fingerprint"].is_null().to_numpy() & told.now).any():
+    was, now = difference.was, difference.now
+    if difference.ids.null_count or (difference.last["fingerprint"].is_null().to_numpy() & now).any():
         raise NeedsFullRun("items without an id or a fingerprint")
-    published = _published(nightly, told.ids)
-    if (published["codes"].is_valid().to_numpy() != told.was).any():
+    published = _published(nightly, difference.ids)
+    if (published["codes"].is_valid().to_numpy() != was).any():
         raise NeedsFullRun("the changes of item_features do not fit the items of the live SIDs")
-    same = pc.equal(told.last["fingerprint"], published["fingerprint"]).fill_null(False).to_numpy()
-    was, now = told.was, told.now
+    same = pc.equal(difference.last["fingerprint"], published["fingerprint"]).fill_null(False).to_numpy()
     kind = np.select([was & now & same, was & now, now, was], ["same", "changed", "new", "removed"], "passing")
     if (differ := int((kind != "same").sum())) > most:
         raise NeedsFullRun(f"{differ} items have other vectors, more than retokenize.small_night")
     sides = list[Side]()
-    for there, side in ((was, told.first), (now, told.last)):
+    for exists, side in ((was, difference.first), (now, difference.last)):
         stratum = pc.index_in(side["stratum"], pa.array(STRATA)).fill_null(-1).to_numpy()
-        if (stratum[there] < 0).any():
+        if (stratum[exists] < 0).any():
             raise NeedsFullRun("items without a stratum")
         sides.append(
-            Side(np.where(there, stratum, -1), np.where(there, side["interactions"].fill_null(0).to_numpy(), 0))
+            Side(np.where(exists, stratum, -1), np.where(exists, side["interactions"].fill_null(0).to_numpy(), 0))
         )
     stays = kind != "passing"  # inserted and deleted again since
-    chosen = pa.array(stays)
-    version = told.version.filter(chosen) if told.version is not None else None
-    return Change(
-        told.ids.filter(chosen), kind[stays], sides[0].of(stays), sides[1].of(stays), published.filter(chosen), version
-    ), fed
+    mask = pa.array(stays)
+    version = difference.version.filter(mask) if difference.version is not None else None
+    ids, published = difference.ids.filter(mask), published.filter(mask)
+    return Change(ids, kind[stays], sides[0].of(stays), sides[1].of(stays), published, version), fed
 
 
 def vectors(nightly: NightlyRun, since: int, change: Change, columns: list[str], modalities: list[str]) -> pa.Table:
     """Return the current ``columns`` and vectors of the new and changed items, in the order of ``change``. Raises
     NeedsFullRun where one is missing or occurs twice."""
-    chosen = pa.array(change.of("new", "changed"))
-    ids, names, parts = change.ids.filter(chosen), [*columns, *modalities], list[pa.RecordBatch]()
+    mask = pa.array(change.of("new", "changed"))
+    ids, names, parts = change.ids.filter(mask), [*columns, *modalities], list[pa.RecordBatch]()
     schema = _schema(names, modalities)
     if change.version is None:
-        found = nightly.lake.batches("item_features", nightly.version, names, pc.field("item_id").isin(ids))
-        parts += [part.select(names).cast(schema) for part in found]
+        batches = nightly.lake.batches("item_features", nightly.version, names, pc.field("item_id").isin(ids))
+        parts += [part.select(names).cast(schema) for part in batches]
     else:
-        version = change.version.filter(chosen)
-        for part in _fed(nightly, since, names, modalities):
+        version = change.version.filter(mask)
+        for part in _read_feed(nightly, since, names, modalities):
             newest = pc.equal(part["_commit_version"], version.take(pc.index_in(part["item_id"], ids))).fill_null(False)
             parts.append(part.filter(pc.and_(newest, pc.is_in(part["_change_type"], LATE))).select(names))
     rows = pa.Table.from_batches(parts, schema)
-    place = pc.index_in(ids, rows["item_id"].combine_chunks())
-    if place.null_count or rows.num_rows != len(ids):
+    index = pc.index_in(ids, rows["item_id"].combine_chunks())
+    if index.null_count or rows.num_rows != len(ids):
         raise NeedsFullRun("the vectors of an item are missing or occur twice")
-    return rows.take(place)
+    return rows.take(index)
 
 
 def _schema(columns: list[str], modalities: list[str]) -> pa.Schema:
@@ -165,7 +164,7 @@ def _schema(columns: list[str], modalities: list[str]) -> pa.Schema:
 def _by_feed(nightly: NightlyRun, since: int, most: int) -> _Difference | None:
     """Return the differences in the feed, None for none. Raises _Long where it has more rows than ``most``."""
     parts, rows = list[pa.RecordBatch](), 0
-    for part in _fed(nightly, since, ["item_id", *_COLUMNS_COMPARED], []):
+    for part in _read_feed(nightly, since, ["item_id", *_COLUMNS_COMPARED], []):
         parts.append(part)
         rows += part.num_rows
         if rows > most:
@@ -178,7 +177,7 @@ def _by_feed(nightly: NightlyRun, since: int, most: int) -> _Difference | None:
         [("item_id", "ascending"), ("_commit_version", "ascending"), ("_late", "ascending")]
     ).combine_chunks()
     opens = np.append(True, pc.not_equal(feed["item_id"][1:], feed["item_id"][:-1]).to_numpy())
-    first, last = (feed.filter(pa.array(chosen)) for chosen in (opens, np.append(opens[1:], True)))
+    first, last = (feed.filter(pa.array(mask)) for mask in (opens, np.append(opens[1:], True)))
     was, now = ~first["_late"].to_numpy(), last["_late"].to_numpy()
     return _Difference(
         first["item_id"].combine_chunks(), was, now, first, last, last["_commit_version"].combine_chunks()
@@ -189,7 +188,7 @@ def _by_comparison(nightly: NightlyRun, since: int, most: int) -> _Difference | 
     """Compare every row of ``item_features`` with the one from which its live SID was computed. Returns None where no
     vectors differ. Raises NeedsFullRun where those of more than ``most`` items do, where an item has two rows or none,
     and where version ``since`` is gone."""
-    lake, live, today = nightly.lake, nightly.live, _schema(["item_id", *_COLUMNS_COMPARED], [])
+    lake, live, schema = nightly.lake, nightly.live, _schema(["item_id", *_COLUMNS_COMPARED], [])
     try:
         counts = _columns(
             lake.batches("item_features", since, ["item_id", *_COLUMNS_COMPARED[1:]]),
@@ -198,10 +197,10 @@ def _by_comparison(nightly: NightlyRun, since: int, most: int) -> _Difference | 
     except InputError as error:
         raise NeedsFullRun(f"item_features has no version {since} any more") from error
     then = _columns(
-        lake.batches("sids", live["sids_version"], ["item_id", _COLUMNS_COMPARED[0]]),
+        lake.batches("sids", live.sids_version, ["item_id", _COLUMNS_COMPARED[0]]),
         _schema(["item_id", _COLUMNS_COMPARED[0]], []),
     )
-    now = _columns(lake.batches("item_features", nightly.version, today.names), today)
+    now = _columns(lake.batches("item_features", nightly.version, schema.names), schema)
     if any(side[name].null_count for side in (then, now) for name in ("item_id", _COLUMNS_COMPARED[0])):
         raise NeedsFullRun("items without an id or a fingerprint")
     then = then.join(counts, "item_id", join_type="left outer")
@@ -220,8 +219,8 @@ def _by_comparison(nightly: NightlyRun, since: int, most: int) -> _Difference | 
         rows.select([f"{name} {side}" for name in _COLUMNS_COMPARED]).rename_columns(_COLUMNS_COMPARED)
         for side in ("then", "now")
     )
-    was, now_there = (side[_COLUMNS_COMPARED[0]].is_valid().to_numpy() for side in (first, last))
-    return _Difference(ids, was, now_there, first, last)
+    exists_before, exists_now = (side[_COLUMNS_COMPARED[0]].is_valid().to_numpy() for side in (first, last))
+    return _Difference(ids, exists_before, exists_now, first, last)
 
 
 def _columns(parts: Iterator[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
@@ -232,6 +231,6 @@ def _published(nightly: NightlyRun, ids: pa.Array) -> pa.Table:
     """Return the live rows of ``sids`` of these items, in their order."""
     names = ["item_id", "fingerprint", *MEASURED]
     schema = pa.schema([SIDS.field(name).with_nullable(True) for name in names])
-    parts = nightly.lake.batches("sids", nightly.live["sids_version"], names, pc.field("item_id").isin(ids))
+    parts = nightly.lake.batches("sids", nightly.live.sids_version, names, pc.field("item_id").isin(ids))
     rows = _columns(parts, schema).combine_chunks()
     return rows.take(pc.index_in(ids, rows["item_id"].combine_chunks()))

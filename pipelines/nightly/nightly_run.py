@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 
@@ -18,13 +17,16 @@ from adasid.sid import Slot
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.base import Tokenizer
-from pipelines import generations, report, sids
+from pipelines import report
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
-from pipelines.generations import Generation
-from pipelines.nightly import exports, verdict
-from pipelines.nightly.lease import Lease
+from pipelines.nightly import verdict
+from pipelines.publish import exports, generations
+from pipelines.publish.encode import check_features
+from pipelines.publish.gates import failures
+from pipelines.publish.generations import Candidate, Generation
+from pipelines.publish.lease import Lease
 from pipelines.run import Run
 from pipelines.training.register import register
 
@@ -52,7 +54,7 @@ class NightlyRun:
     @property
     def artifact(self) -> Path:
         """Return the folder of the live tokenizer."""
-        return Path(self.live["artifact"])
+        return Path(self.live.artifact)
 
     @property
     def refused(self) -> Path:
@@ -72,7 +74,7 @@ class NightlyRun:
     @cached_property
     def published(self) -> DataFrame:
         """Return the live rows of ``sids``."""
-        return engine.read(self.spark, self.lake, "sids", self.live["sids_version"])
+        return engine.read(self.spark, self.lake, "sids", self.live.sids_version)
 
     @staticmethod
     def slots(manifest: Manifest) -> list[Slot]:
@@ -83,31 +85,30 @@ class NightlyRun:
         """Return the live tokenizer and its manifest. Raises InputError where it is damaged, is another one, or does
         not take the current features."""
         tokenizer, manifest = artifact.read(self.artifact)  # damaged weights raise here, not in a task
-        live = self.live["tokenizer"]
+        live = self.live.tokenizer
         if manifest.digest != live:
             raise InputError(
                 f"artifact {self.artifact}: tokenizer {manifest.digest}, but the live SIDs are of {live}: put that "
-                "artifact back, or run "
-                "jobs/write_sids.py"
+                "artifact back, or run jobs/write_sids.py"
             )
-        sids.check_features(engine.struct(self.lake.schema("item_features", self.version)), manifest)
+        check_features(engine.struct(self.lake.schema("item_features", self.version)), manifest)
         return tokenizer, manifest
 
     def _champion(self, live: Generation) -> None:
         exports.point(self.cfg, self.lake)
-        register(self.cfg, self.context, Path(live["artifact"]), live["tokenizer"], "champion")
+        register(self.cfg, self.context, Path(live.artifact), live.tokenizer, "champion")
 
-    def measured(self, facts: dict[str, Any]) -> None:
+    def track(self, candidate: Candidate) -> None:
         """Track the measurements of the table and every gate; in a dry run also on the screen and on the page."""
-        self.context.metrics(verdict.tracked(facts))
-        self.context.client.log_dict(self.context.run_id, {"gates": facts["gates"]}, "gates.json")
+        self.context.metrics(verdict.tracked(candidate))
+        self.context.client.log_dict(self.context.run_id, candidate.model_dump(include={"gates"}), "gates.json")
         if self.dry:
-            for gate in facts["gates"]:
-                self.context.note(f"{'passed' if gate['passed'] else 'FAILED'}: {sids.failures([gate])}")
-            self._summarize(facts)
-            self.pages(facts)
+            for gate in candidate.gates:
+                self.context.note(f"{'passed' if gate.passed else 'FAILED'}: {failures([gate])}")
+            self._summarize(candidate)
+            self.pages(candidate)
 
-    def found(self, how: str, counts: Mapping[str, int]) -> None:
+    def note_changes(self, how: str, counts: Mapping[str, int]) -> None:
         """Note how many items are new, changed and removed, and the method of detection."""
         self.context.facts["detected by"] = how
         self.context.note(
@@ -116,7 +117,7 @@ class NightlyRun:
 
     def unchanged(self) -> None:
         """Report that there is nothing to publish."""
-        self._up_to_date(f"no item is new, changed or removed since generation {self.live['generation']}")
+        self._up_to_date(f"no item is new, changed or removed since generation {self.live.generation}")
         self.context.facts["item_features"] = self.version  # the report counts this version as read
 
     def _up_to_date(self, why: str) -> None:
@@ -125,11 +126,11 @@ class NightlyRun:
         if self.refused.exists() and not self.dry:
             self.refused.unlink()
             self.pages()
-        if since := self.live["hold"]:
-            self.context.note(f"generation {self.live['generation']} is on hold since {since}")
+        if since := self.live.hold:
+            self.context.note(f"generation {self.live.generation} is on hold since {since}")
         self.context.status = "up to date"
         self.context.note(why)
-        self.context.facts.update({"generation": self.live["generation"], "items": self.live["items"]})
+        self.context.facts.update({"generation": self.live.generation, "items": self.live.items})
 
     def input_hash(self, policy: str, tokenizer: str) -> str:
         """Return the input hash that the commits of the run carry."""
@@ -137,19 +138,20 @@ class NightlyRun:
 
     def publish(
         self,
-        facts: dict[str, Any],
+        candidate: Candidate,
         manifest: Manifest,
         input_hash: str,
         write_sids: Callable[[], object],
         write_changes: Callable[[], object],
     ) -> None:
-        """Publish a table that passed its gates (:func:`pipelines.generations.publish`), and report it; not in a dry
-        run, nor where it was published and then rolled back. Raises GateError where the live generation is on hold."""
+        """Publish a table that passed its gates (:func:`pipelines.publish.generations.publish`), and report it; not in
+        a dry run, nor where it was published and then rolled back. Raises GateError where the live generation is on
+        hold."""
         if self.dry:
             self.context.status = "dry run"
-            self.context.note(f"dry run: all gates passed; generation {self.live['generation']} stays live")
+            self.context.note(f"dry run: all gates passed; generation {self.live.generation} stays live")
             return
-        if self.live["hold"]:
+        if self.live.hold:
             self.pages()
             generations.check_hold(self.lake)
         if generations.settled(self.lake, input_hash):
@@ -160,36 +162,36 @@ class NightlyRun:
             )
             return
         exports.check(self.cfg, self.lake, self.version)
-        row = generations.publish(
+        generation = generations.publish(
             self.context,
             input_hash,
-            facts,
-            self.live["generation"],
+            candidate,
+            self.live.generation,
             write_sids,
             write_changes,
             before_live=partial(exports.write, self.cfg, self.lake, self.slots(manifest)),
             allowed=self.lease.check,
         )
-        self._champion(row)
+        self._champion(generation)
         self.context.status = "done"  # training the tokenizer may have set another status
         self.refused.unlink(missing_ok=True)
         self.pages()
-        self._summarize(facts)
+        self._summarize(candidate)
 
-    def _summarize(self, facts: dict[str, Any]) -> None:
+    def _summarize(self, candidate: Candidate) -> None:
         """Add what changed to the facts of the run."""
-        churned = facts["churn"]
-        number = f"{facts['generation']} (dry run)" if self.dry else facts["generation"]
-        said = {"generation": number, "policy": facts["policy"], "items": facts["items"]}
-        said |= {why: churned[why] for why in ("new", "changed", "removed")}
-        self.context.facts.update(said | {"churn": f"{churned['churn']:.2%}"})
+        churn = candidate.churn
+        number = f"{candidate.generation} (dry run)" if self.dry else candidate.generation
+        facts = {"generation": number, "policy": candidate.policy, "items": candidate.items}
+        facts |= {why: churn[why] for why in ("new", "changed", "removed")}
+        self.context.facts.update(facts | {"churn": f"{churn['churn']:.2%}"})
 
-    def pages(self, dry: dict[str, Any] | None = None) -> None:
+    def pages(self, dry: Candidate | None = None) -> None:
         """Write the page of the last generations and of a ``dry`` run to ``<run>/report/nights``, with its figures, and
         log it in MLflow."""
         folder = Run(self.cfg).report("nights")
-        left = json.loads(self.refused.read_text(encoding="utf-8")) if self.refused.exists() else None
-        rows = generations.history(self.lake)[-self.cfg.retokenize.keep :]
-        report.write(folder, nights.build(self.cfg.name, rows, left, dry))
+        refused = json.loads(self.refused.read_text(encoding="utf-8")) if self.refused.exists() else None
+        last = [generation.model_dump() for generation in generations.history(self.lake)[-self.cfg.retokenize.keep :]]
+        report.write(folder, nights.build(self.cfg.name, last, refused, dry.model_dump() if dry else None))
         self.context.artifact(folder)
         self.context.facts["page"] = str(folder / "index.html")

@@ -14,11 +14,11 @@ from adasid.files import write_json
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.relabel import Relabelled
-from pipelines import sids
 from pipelines.engines import spark as engine
 from pipelines.features import items, pairs
-from pipelines.nightly import drift
 from pipelines.nightly.nightly_run import NightlyRun
+from pipelines.publish import drift
+from pipelines.publish.encode import encode
 from pipelines.run import Run
 from pipelines.training.payload import PreviousTable
 from pipelines.training.tokenizer import train
@@ -29,8 +29,8 @@ def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, Manifest]:
     artifact of the live SIDs."""
     cfg, lake = nightly.cfg, nightly.lake
     settings = cfg.retokenize.warm if policy == "warm" else cfg.retokenize.refit_slack
-    made = lake.input_hashes({"item_features": nightly.version})
-    key = digest(policy, nightly.live["tokenizer"], nightly.live["generation"], cfg.tokenizer, settings, cfg.seed, made)
+    hashes = lake.input_hashes({"item_features": nightly.version})
+    key = digest(policy, nightly.live.tokenizer, nightly.live.generation, cfg.tokenizer, settings, cfg.seed, hashes)
     folder = Run(cfg).artifact("tokenizer", key)
     if policy == "warm":
         return folder / "model", _trained(nightly, folder, live)
@@ -66,24 +66,24 @@ def _previous(nightly: NightlyRun, key: str) -> PreviousTable | None:
             nightly.published.select("item_id", "codes"), "item_id"
         )
         engine.write(codes, nightly.lake, "previous_codes", tables.PREVIOUS_CODES, key)
-    slots = artifact.read_manifest(Path(nightly.live["artifact"])).slots
-    pairs = tuple((slot.kind, slot.size) for slot in slots)
-    return PreviousTable(version=nightly.lake.version("previous_codes"), slots=pairs, slack=slack)
+    slots = tuple((slot.kind, slot.size) for slot in artifact.read_manifest(nightly.artifact).slots)
+    return PreviousTable(version=nightly.lake.version("previous_codes"), slots=slots, slack=slack)
 
 
-def _match(nightly: NightlyRun, anew: Path, matched: Path) -> None:
-    """Rename the codes of the artifact in ``anew`` so that most published codes stay, estimated on a sample."""
-    tokenizer, manifest = artifact.read(anew)
+def _match(nightly: NightlyRun, retrained: Path, matched: Path) -> None:
+    """Rename the codes of the artifact in ``retrained`` so that most published codes stay, estimated on a sample."""
+    tokenizer, manifest = artifact.read(retrained)
     old = nightly.published.select("item_id", F.col("codes").alias("_old"))
-    sample = drift.sampled(nightly.features, drift.every(nightly.live["items"], nightly.cfg.retokenize.sample))
-    encoded = sids.encode(nightly.spark, sample, anew, manifest, nightly.cfg.sids.batch).select("item_id", "codes")
+    stride = drift.sampling_stride(nightly.live.items, nightly.cfg.retokenize.sample)
+    sample = drift.sampled(nightly.features, stride)
+    encoded = encode(nightly.spark, sample, retrained, manifest, nightly.cfg.sids.batch).select("item_id", "codes")
     pairs = encoded.join(old, "item_id").select("_old", "codes").collect()  # at most retokenize.sample rows
     renamed = Relabelled(tokenizer)
-    same = [(slot.kind, slot.size) for slot in artifact.read_manifest(Path(nightly.live["artifact"])).slots]
-    if pairs and same == [(slot.kind, slot.size) for slot in manifest.slots]:
+    live_slots = [(slot.kind, slot.size) for slot in artifact.read_manifest(nightly.artifact).slots]
+    if pairs and live_slots == [(slot.kind, slot.size) for slot in manifest.slots]:
         renamed.rename(*(np.array([pair[name] for pair in pairs], np.int32) for name in ("_old", "codes")))
     artifact.rewrite(matched, renamed, manifest)
     write_json(
         matched / "matched.json",
-        {"names": renamed.names.tolist(), "order": renamed.order.tolist(), "to": nightly.live["tokenizer"]},
+        {"names": renamed.names.tolist(), "order": renamed.order.tolist(), "to": nightly.live.tokenizer},
     )

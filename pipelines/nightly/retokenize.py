@@ -20,15 +20,23 @@ from adasid.errors import GateError, InputError
 from adasid.files import write_json
 from adasid.tables import SID_CHANGES, SIDS
 from adasid.tokenizers.artifact import Manifest
-from pipelines import generations, sids, staleness
+from pipelines import staleness
 from pipelines.engines import spark as engine
 from pipelines.engines.tracking import StageContext
-from pipelines.nightly import changes, drift, incremental, refit, verdict
-from pipelines.nightly.lease import leased
+from pipelines.nightly import changes, incremental, refit, verdict
 from pipelines.nightly.nightly_run import NightlyRun
 from pipelines.nightly.verdict import Measurements
+from pipelines.publish import drift, generations
+from pipelines.publish.churn import measure_churn, moved
+from pipelines.publish.collisions import ranked
+from pipelines.publish.encode import encode, faults
+from pipelines.publish.gates import failures
+from pipelines.publish.generations import Candidate
+from pipelines.publish.lease import leased
+from pipelines.publish.measure import measure
 
 _WORST = 10
+"""At most this many of the worst items of each kind are recorded with a refusal."""
 
 
 def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -> None:
@@ -42,10 +50,10 @@ def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -
     with leased(context, settings.lease) as lease:
         live, version = generations.live(lake), lake.version("item_features")
         staleness.check(context, version)
-        day, before = run_date.isoformat(), live["run_date"]
+        day, before = run_date.isoformat(), live.run_date
         if before and day < before:
             raise InputError(
-                f"run date {day} is before {before}, which generation {live['generation']} was published for: give "
+                f"run date {day} is before {before}, which generation {live.generation} was published for: give "
                 f"{before} or a later one"
             )
         key = digest(
@@ -55,13 +63,13 @@ def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -
             settings.refit_slack,
             settings.warm,
             settings.auto,
-            live["generation"],
-            live["tokenizer"],
+            live.generation,
+            live.tokenizer,
             lake.input_hashes({"item_features": version}),
         )
-        context.inputs({"item_features": version, "sids": live["sids_version"]})
+        context.inputs({"item_features": version, "sids": live.sids_version})
         nightly = NightlyRun(cfg, context, lease, live, version, day, key, dry)
-        if version == live["inputs"]["item_features"] and (settings.policy in {"frozen", "auto"} or before == day):
+        if version == live.inputs["item_features"] and (settings.policy in {"frozen", "auto"} or before == day):
             nightly.unchanged()
             return
         try:
@@ -69,7 +77,7 @@ def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -
                 _publish(nightly)
         except (Py4JJavaError, PySparkException, OSError) as error:
             raise InputError(
-                f"nightly run of {day}: item_features version {version} or sids version {live['sids_version']} cannot "
+                f"nightly run of {day}: item_features version {version} or sids version {live.sids_version} cannot "
                 f"be processed ({engine.root_cause(error)}); "
                 f"generation {generations.pointer(lake)} stays live: mend the table or the disk that it names, then "
                 "run it again"
@@ -80,63 +88,62 @@ def _publish(nightly: NightlyRun) -> None:
     """Detect changes, encode, measure, judge and publish on Spark, for any number of items."""
     cfg, live = nightly.cfg, nightly.live
     folder, (_, manifest) = nightly.artifact, nightly.champion()
-    found, today, how = changes.detect(
+    touched, current, how = changes.detect(
         nightly.spark,
         nightly.lake,
         nightly.features,
         nightly.published,
-        live["inputs"]["item_features"],
+        live.inputs["item_features"],
         nightly.version,
     )
-    counts = {row["why"]: row["count"] for row in found.groupBy("why").count().collect()}
-    nightly.found(how, counts)
+    counts = {row["why"]: row["count"] for row in touched.groupBy("why").count().collect()}
+    nightly.note_changes(how, counts)
     if not counts and cfg.retokenize.policy in {"frozen", "auto"}:
         nightly.unchanged()
         return
     try:
-        made = _frozen(nightly, folder, manifest, found, today)
-        drifted, policy = made.drifted, verdict.policy(cfg, made.drifted)
+        table = _frozen(nightly, folder, manifest, touched, current)
+        drifted, policy = table.drifted, verdict.policy(cfg, table.drifted)
         nightly.context.note(f"policy {policy}")
         if policy == "frozen":
-            _settle(nightly, made, policy, drifted)
+            _settle(nightly, table, policy, drifted)
             return
-        made.free()
-        told = dict(nightly.context.facts)
+        table.free()
+        facts_before = dict(nightly.context.facts)
         try:
             _settle(nightly, _retrained(nightly, policy, folder), policy, drifted)
         except GateError as refusal:
-            if cfg.retokenize.policy != "auto" or nightly.live["hold"]:
+            if cfg.retokenize.policy != "auto" or live.hold:
                 raise
             nightly.context.note(f"{refusal}. Policy frozen instead")
-            nightly.context.facts = told  # drop the facts of the refused tokenizer
-            _settle(nightly, _frozen(nightly, folder, manifest, found, today), "frozen", {**drifted, "asked": policy})
+            nightly.context.facts = facts_before  # drop the facts of the refused tokenizer
+            frozen = _frozen(nightly, folder, manifest, touched, current)
+            _settle(nightly, frozen, "frozen", {**drifted, "asked": policy})
     finally:
-        found.unpersist()
+        touched.unpersist()
 
 
-def _settle(nightly: NightlyRun, made: NewTable, policy: str, drifted: dict[str, Any]) -> None:
-    """Measure and judge the table ``made`` under ``policy``, and publish it. ``drifted``: the current items against the
-    live tokenizer's baseline. Raises GateError."""
-    number, input_hash = generations.next_number(nightly.lake), nightly.input_hash(policy, made.manifest.digest)
+def _settle(nightly: NightlyRun, table: NewTable, policy: str, drifted: dict[str, Any]) -> None:
+    """Measure and judge the table under ``policy``, and publish it. ``drifted``: the current items against the live
+    tokenizer's baseline. Raises GateError."""
+    number, input_hash = generations.next_number(nightly.lake), nightly.input_hash(policy, table.manifest.digest)
     moves = (
-        changes.moved(made.touched, made.encoded, policy)
+        moved(table.touched, table.encoded, policy)
         .withColumn("generation", F.lit(number))
         .persist(StorageLevel.DISK_ONLY)
     )
     try:
-        measured = verdict.facts(
-            nightly.cfg, nightly.live, nightly.version, _measurements(nightly, made, moves, drifted)
-        )
-        facts = {"generation": number, "policy": policy, "run_date": nightly.day, **measured}
-        nightly.measured(facts)
-        _judge(nightly, facts, moves, made.whole)
+        measured = _measurements(nightly, table, moves, drifted)
+        candidate = verdict.candidate(nightly.cfg, nightly.live, nightly.version, measured, number, policy, nightly.day)
+        nightly.track(candidate)
+        _judge(nightly, candidate, moves, table.whole)
         nightly.publish(
-            facts,
-            made.manifest,
+            candidate,
+            table.manifest,
             input_hash,
             partial(
                 engine.write,
-                made.rows.select([field.name for field in SIDS]),
+                table.rows.select([field.name for field in SIDS]),
                 nightly.lake,
                 "sids",
                 SIDS,
@@ -154,27 +161,27 @@ def _settle(nightly: NightlyRun, made: NewTable, policy: str, drifted: dict[str,
             ),
         )
     finally:
-        made.free()
+        table.free()
         moves.unpersist()
 
 
-def _measurements(nightly: NightlyRun, made: NewTable, moves: DataFrame, drifted: dict[str, Any]) -> Measurements:
+def _measurements(nightly: NightlyRun, table: NewTable, moves: DataFrame, drifted: dict[str, Any]) -> Measurements:
     """Measure the new table. ``drifted``: the current items against the live tokenizer's baseline."""
-    metrics = sids.measure(made.whole, nightly.slots(made.manifest))
-    distinct, known = _counted(made.whole)
+    metrics = measure(table.whole, nightly.slots(table.manifest))
+    distinct, known = _counted(table.whole)
     return Measurements(
-        folder=made.folder,
-        tokenizer=made.manifest.digest,
+        folder=table.folder,
+        tokenizer=table.manifest.digest,
         metrics=metrics,
-        churn=changes.churn(moves, made.whole, metrics, nightly.live["items"]),
-        baseline=made.baseline,
-        counts=made.day["counts"],
+        churn=measure_churn(moves, table.whole, metrics, nightly.live.items),
+        baseline=table.baseline,
+        counts=table.current["counts"],
         drifted=drifted,
         items=nightly.features.count(),
-        error=verdict.largest_error(made.drifted),
+        error=verdict.largest_error(table.drifted),
         distinct=distinct,
         known=known,
-        broken=made.broken,
+        broken=table.broken,
     )
 
 
@@ -182,9 +189,9 @@ def _measurements(nightly: NightlyRun, made: NewTable, moves: DataFrame, drifted
 class NewTable:
     """A new table has ``rows`` of ``sids``, of which those ``encoded`` are new, by the artifact in ``folder``;
     ``whole``: the measured columns of all of them (:data:`verdict.MEASURED`); ``touched``: the published rows that do
-    not stay; ``baseline``: the tokenizer's training data, as ``drift.measure`` describes it; ``day``: the current items
-    in its bins; ``drifted``: the current items against the live tokenizer's baseline; ``broken``: items whose vectors
-    are not finite."""
+    not stay; ``baseline``: the tokenizer's training data, as ``drift.measure`` describes it; ``current``: the current
+    items in its bins; ``drifted``: the current items against the live tokenizer's baseline; ``broken``: items whose
+    vectors are not finite."""
 
     folder: Path
     manifest: Manifest
@@ -193,7 +200,7 @@ class NewTable:
     whole: DataFrame
     touched: DataFrame
     baseline: dict[str, Any]
-    day: dict[str, Any]
+    current: dict[str, Any]
     drifted: dict[str, Any]
     broken: int
 
@@ -203,40 +210,42 @@ class NewTable:
         self.whole.unpersist()
 
 
-def _frozen(nightly: NightlyRun, folder: Path, manifest: Manifest, found: DataFrame, today: DataFrame) -> NewTable:
-    """Encode the items in ``found``, whose rows are ``today``, with the live tokenizer; all others retain their
-    published SIDs."""
-    known, lake = nightly.live["drift"]["baseline"], nightly.lake
-    touched = nightly.published.join(found, "item_id", "left_semi")
+def _frozen(
+    nightly: NightlyRun, folder: Path, manifest: Manifest, touched_items: DataFrame, features: DataFrame
+) -> NewTable:
+    """Encode the items in ``touched_items``, whose current rows are ``features``, with the live tokenizer; all others
+    retain their published SIDs."""
+    baseline, lake = nightly.live.drift["baseline"], nightly.lake
+    touched = nightly.published.join(touched_items, "item_id", "left_semi")
     previous = touched, nightly.cfg.retokenize.slack
-    encoded = sids.encode(
-        nightly.spark, today, folder, manifest, nightly.cfg.sids.batch, known["every"], previous
+    encoded = encode(
+        nightly.spark, features, folder, manifest, nightly.cfg.sids.batch, baseline["every"], previous
     ).persist(StorageLevel.DISK_ONLY)
-    broken = sids.faults(encoded, manifest)
-    kept = nightly.published.join(found, "item_id", "left_anti")
-    new = sids.ranked(encoded, manifest.digest, generations.next_number(lake), kept, touched)
-    placed = kept.select("item_id", *verdict.MEASURED).join(
+    broken = faults(encoded, manifest)
+    untouched = nightly.published.join(touched_items, "item_id", "left_anti")
+    new = ranked(encoded, manifest.digest, generations.next_number(lake), untouched, touched)
+    measured = untouched.select("item_id", *verdict.MEASURED).join(
         nightly.features.select("item_id", "interactions", "stratum"), "item_id", "left"
     )
-    whole = placed.unionByName(encoded.select(placed.columns)).persist()
-    day = drift.measure(lake, whole, known["every"], known["edges"])
-    rows = kept.unionByName(new.select(kept.columns))
-    return NewTable(folder, manifest, encoded, rows, whole, touched, known, day, drift.against(known, day), broken)
+    whole = measured.unionByName(encoded.select(measured.columns)).persist()
+    current = drift.measure(lake, whole, baseline["every"], baseline["edges"])
+    rows, drifted = untouched.unionByName(new.select(untouched.columns)), drift.against(baseline, current)
+    return NewTable(folder, manifest, encoded, rows, whole, touched, baseline, current, drifted, broken)
 
 
 def _retrained(nightly: NightlyRun, policy: str, live: Path) -> NewTable:
     """Train a new tokenizer and encode all items with it. ``live``: the folder of the live tokenizer's artifact."""
     cfg, lake = nightly.cfg, nightly.lake
     folder, manifest = refit.fit(nightly, policy, live)
-    one_of = drift.every(nightly.features.count(), cfg.retokenize.sample)
+    stride = drift.sampling_stride(nightly.features.count(), cfg.retokenize.sample)
     previous = nightly.published, cfg.retokenize.slack
-    encoded = sids.encode(nightly.spark, nightly.features, folder, manifest, cfg.sids.batch, one_of, previous).persist(
+    encoded = encode(nightly.spark, nightly.features, folder, manifest, cfg.sids.batch, stride, previous).persist(
         StorageLevel.DISK_ONLY
     )
-    broken = sids.faults(encoded, manifest)
-    rows = sids.ranked(encoded, manifest.digest, generations.next_number(lake), before=nightly.published)
-    baseline = drift.measure(lake, encoded, one_of)
-    drifted = drift.against(nightly.live["drift"]["baseline"], baseline)
+    broken = faults(encoded, manifest)
+    rows = ranked(encoded, manifest.digest, generations.next_number(lake), before=nightly.published)
+    baseline = drift.measure(lake, encoded, stride)
+    drifted = drift.against(nightly.live.drift["baseline"], baseline)
     return NewTable(folder, manifest, encoded, rows, encoded, nightly.published, baseline, baseline, drifted, broken)
 
 
@@ -246,12 +255,12 @@ def _counted(whole: DataFrame) -> tuple[int, int]:
     return (int(row["distinct"]), int(row["known"])) if row else (0, 0)
 
 
-def _judge(nightly: NightlyRun, facts: dict[str, Any], moves: DataFrame, whole: DataFrame) -> None:
+def _judge(nightly: NightlyRun, candidate: Candidate, moves: DataFrame, whole: DataFrame) -> None:
     """Raise GateError where a gate failed, with the worst items; the refusal is recorded for the report."""
-    failed = [gate for gate in facts["gates"] if not gate["passed"]]
+    failed = [gate for gate in candidate.gates if not gate.passed]
     if not failed:
         return
-    crowded = (
+    largest_groups = (
         whole.groupBy("codes")
         .agg(F.count("*").alias("n"), F.min("item_id").alias("item_id"))
         .orderBy(F.desc("n"), "item_id")
@@ -264,21 +273,21 @@ def _judge(nightly: NightlyRun, facts: dict[str, Any], moves: DataFrame, whole: 
         "most moved, by events": [
             row["item_id"] for row in churned.orderBy(F.desc("interactions"), "item_id").limit(_WORST).collect()
         ],
-        "of the largest groups": [f"{row['item_id']} ({row['n']})" for row in crowded.collect()],
+        "of the largest groups": [f"{row['item_id']} ({row['n']})" for row in largest_groups.collect()],
     }
-    nightly.context.client.log_dict(nightly.context.run_id, {"gates": facts["gates"], "worst": worst}, "refused.json")
+    gates = candidate.model_dump(include={"gates"})
+    nightly.context.client.log_dict(nightly.context.run_id, {**gates, "worst": worst}, "refused.json")
     if not nightly.dry:
-        kept = {name: value for name, value in facts.items() if name not in {"metrics", "drift"}}
-        write_json(nightly.refused, {**kept, "worst": worst})
+        write_json(nightly.refused, {**candidate.model_dump(exclude={"metrics", "drift"}), "worst": worst})
         nightly.pages()
-    text = sids.failures(failed)
-    if facts["policy"] != "frozen" and all(gate["gate"].startswith("churn") for gate in failed):
+    text = failures(failed)
+    if candidate.policy != "frozen" and all(gate.gate.startswith("churn") for gate in failed):
         text += (
-            f" (policy {facts['policy']}; to publish without moving SIDs: --set retokenize.policy=frozen; else "
+            f" (policy {candidate.policy}; to publish without moving SIDs: --set retokenize.policy=frozen; else "
             "raise retokenize.gates.max_churn)"
         )
-    text = f"{'dry run: ' if nightly.dry else ''}nightly run of {facts['run_date']} not published: {text}"
+    text = f"{'dry run: ' if nightly.dry else ''}nightly run of {candidate.run_date} not published: {text}"
     raise GateError(
-        f"{text}. Generation {nightly.live['generation']} stays live; worst items: "
+        f"{text}. Generation {nightly.live.generation} stays live; worst items: "
         + "; ".join(f"{name}: {', '.join(items[:3])}" for name, items in worst.items() if items)
     )

@@ -12,12 +12,11 @@ from deltalake import DeltaTable
 
 from adasid.config import Config
 from adasid.errors import InputError
-from pipelines import generations
 from pipelines import migrate as formats
 from pipelines.engines.lake import properties
 from pipelines.engines.tracking import StageContext
-from pipelines.nightly import exports
-from pipelines.nightly.lease import leased
+from pipelines.publish import exports, generations
+from pipelines.publish.lease import leased
 from pipelines.run import Run
 from pipelines.training.register import register
 
@@ -26,11 +25,11 @@ def rollback(cfg: Config, context: StageContext, number: int | None, hold: bool 
     """Make generation ``number`` live, on ``hold`` if asked for; None: end the hold of the live one. Raises InputError
     where it does not exist or cannot be read any more."""
     with leased(context, cfg.retokenize.lease):
-        row = generations.release(context) if number is None else generations.go_back(context, number, hold)
+        live = generations.release(context) if number is None else generations.go_back(context, number, hold)
         context.facts["on hold"] = f"since {since}" if (since := generations.on_hold(context.lake)) else "no"
     exports.point(cfg, context.lake)
-    register(cfg, context, Path(row["artifact"]), row["tokenizer"], "champion")
-    context.facts.update({"generation": row["generation"], "items": row["items"], "run date": row["run_date"]})
+    register(cfg, context, Path(live.artifact), live.tokenizer, "champion")
+    context.facts.update({"generation": live.generation, "items": live.items, "run date": live.run_date})
 
 
 def migrate(cfg: Config, context: StageContext) -> None:
@@ -38,10 +37,10 @@ def migrate(cfg: Config, context: StageContext) -> None:
     lake = context.lake
     lake.writable()
     with leased(context, cfg.retokenize.lease):
-        done = formats.migrate(lake)
-    for line in done:
+        steps = formats.migrate(lake)
+    for line in steps:
         context.note(line)
-    context.status = "done" if done else "up to date"
+    context.status = "done" if steps else "up to date"
     context.facts["format"] = formats.FORMAT
 
 
@@ -63,13 +62,14 @@ def maintain(cfg: Config, context: StageContext) -> None:
                 )
             if name not in {"sids", "live"}:  # their readers open a fixed version, which compaction does not change
                 compacted = table.optimize.compact(commit_properties=input_hash)["numFilesRemoved"]
-            kept = [version for version in sorted({*keep[name], table.version()}) if _readable(context, name, version)]
-            options: dict[str, Any] = {"enforce_retention_duration": False, "full": True, "keep_versions": kept}
+            retained = sorted({*keep[name], table.version()})
+            retained = [version for version in retained if _readable(context, name, version)]
+            options: dict[str, Any] = {"enforce_retention_duration": False, "full": True, "keep_versions": retained}
             unused = [file for file in table.vacuum(grace, dry_run=True, **options) if (log.parent / file).exists()]
             if unused:
                 lease.check()
                 table.vacuum(grace, dry_run=False, commit_properties=input_hash, **options)
-            context.facts[name] = f"{compacted} files compacted, {len(unused)} removed, {len(kept)} versions kept"
+            context.facts[name] = f"{compacted} files compacted, {len(unused)} removed, {len(retained)} versions kept"
             context.note(f"{name}: {context.facts[name]}")
 
 
@@ -88,17 +88,18 @@ def needed(context: StageContext) -> dict[str, set[int]]:
     one, their sources, the training data of the artifacts on disk, the versions that the runs of the last
     ``retokenize.lineage_days`` read and wrote, and the config's pins."""
     cfg, keep = context.cfg, defaultdict[str, set[int]](set)
-    rows = generations.history(context.lake)
-    for row in [*rows[-cfg.retokenize.keep :], *(row for row in rows if row["live"])]:
-        keep["sids"].add(row["sids_version"])
-        for table, version in row["inputs"].items():
+    history = generations.history(context.lake)
+    live = [generation for generation in history if generation.live]
+    for generation in [*history[-cfg.retokenize.keep :], *live]:
+        keep["sids"].add(generation.sids_version)
+        for table, version in generation.inputs.items():
             keep[table].add(version)
     for manifest in Run(cfg).artifacts.rglob("manifest.json"):
         for table, version in json.loads(manifest.read_text(encoding="utf-8")).get("inputs", {}).items():
             keep[table].add(version)
     for result in Run(cfg).artifacts.rglob("result.json"):
-        found = json.loads(result.read_text(encoding="utf-8")).get("inputs", {})
-        for table, version in found.items() if isinstance(found, dict) else ():
+        inputs = json.loads(result.read_text(encoding="utf-8")).get("inputs", {})
+        for table, version in inputs.items() if isinstance(inputs, dict) else ():
             keep[table].add(version)
     for table, version in [*cfg.pins.items(), *context.lineage(cfg.retokenize.lineage_days)]:
         keep[table].add(version)

@@ -1,4 +1,4 @@
-"""Judge a nightly run's table: derive the facts and gates of its generation from the measurements."""
+"""Judge a nightly run's table: derive a candidate and its gates from the measurements."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from adasid.config import Config
-from pipelines import sids
-from pipelines.generations import Generation
-from pipelines.nightly import changes, drift
+from pipelines.publish import drift
+from pipelines.publish.gates import Gate, Metrics, at_most, check_gates, churn_gates
+from pipelines.publish.generations import Candidate, Generation
 
 MEASURED = ("codes", "weights", "active", "gauges")
 """These columns of ``sids`` are measured, with the item's events and stratum."""
@@ -18,15 +18,15 @@ MEASURED = ("codes", "weights", "active", "gauges")
 @dataclass(frozen=True)
 class Measurements:
     """Measurements describe a new table: its ``tokenizer`` (digest) and the ``folder`` of its artifact; ``metrics``
-    (``sids.measure``) and ``churn`` (``changes.churn``); the ``counts`` of its norms and errors in the bins of
+    (``publish.measure``) and ``churn`` (``publish.churn``); the ``counts`` of its norms and errors in the bins of
     ``baseline``, the tokenizer's training data; ``drifted``: the current items against the live tokenizer's
     (``drift.against``); ``error``: the :func:`largest_error` of the new table; ``distinct``: different items, of which
     ``known`` are among the current ``items``; ``broken``: items with vectors that are not finite."""
 
     folder: Path
     tokenizer: str
-    metrics: dict[str, Any]
-    churn: dict[str, Any]
+    metrics: Metrics
+    churn: Metrics
     baseline: dict[str, Any]
     counts: dict[str, drift.Counts]
     drifted: dict[str, Any]
@@ -37,23 +37,32 @@ class Measurements:
     broken: int
 
 
-def facts(cfg: Config, live: Generation, version: int, found: Measurements) -> dict[str, Any]:
-    """Return the columns of the generation's row that describe the table, gates included. ``version``: of
+def candidate(
+    cfg: Config, live: Generation, version: int, measured: Measurements, number: int, policy: str, run_date: str
+) -> Candidate:
+    """Return the generation ``number`` that the measured table may become, gates included. ``version``: of
     ``item_features``."""
-    metrics, items = found.metrics, found.items
-    usage = drift.usage(live["metrics"], metrics)
-    gates = sids.check_gates(metrics, cfg.sids.gates, items, found.distinct, found.broken) + _gates(cfg, found)
-    cold = metrics["items_by_stratum"].get("cold", 0) / max(1, items)
-    return {
-        "inputs": {"item_features": version},
-        "tokenizer": found.tokenizer,
-        "artifact": str(found.folder),
-        "items": metrics["items"],
-        "metrics": metrics,
-        "gates": gates,
-        "churn": found.churn,
-        "drift": {**found.drifted, "cold": cold, "usage": usage, "baseline": found.baseline, "counts": found.counts},
-    }
+    metrics, items = measured.metrics, measured.items
+    gates = check_gates(metrics, cfg.sids.gates, items, measured.distinct, measured.broken) + _gates(cfg, measured)
+    return Candidate(
+        generation=number,
+        policy=policy,
+        run_date=run_date,
+        inputs={"item_features": version},
+        tokenizer=measured.tokenizer,
+        artifact=str(measured.folder),
+        items=metrics["items"],
+        metrics=metrics,
+        gates=tuple(gates),
+        churn=measured.churn,
+        drift={
+            **measured.drifted,
+            "cold": metrics["items_by_stratum"].get("cold", 0) / max(1, items),
+            "usage": drift.usage(live.metrics, metrics),
+            "baseline": measured.baseline,
+            "counts": measured.counts,
+        },
+    )
 
 
 def policy(cfg: Config, drifted: dict[str, Any]) -> str:
@@ -76,27 +85,24 @@ def largest_error(drifted: dict[str, Any]) -> float | None:
     return max((ratio["all"] for ratio in drifted["error_ratio"].values() if "all" in ratio), default=None)
 
 
-def _gates(cfg: Config, found: Measurements) -> list[dict[str, Any]]:
-    limits, metrics = cfg.retokenize.gates, found.metrics
-    values = {
-        "items without a SID, or SIDs without an item": (
-            float(metrics["items"] - found.known + abs(found.items - found.known)),
-            0.0,
-        ),
-        "collision rate, tail and cold": (metrics["collision_tail"], limits.max_tail_collision),
-        "largest group of tail and cold items": (metrics["largest_tail_group"], limits.max_tail_group),
-        "error against the tokenizer's data": (found.error, limits.max_error_ratio),
-    }
-    return changes.gates(cfg, found.churn) + [changes.gate(name, *pair) for name, pair in values.items()]
+def _gates(cfg: Config, measured: Measurements) -> list[Gate]:
+    limits, metrics = cfg.retokenize.gates, measured.metrics
+    mismatched = float(metrics["items"] - measured.known + abs(measured.items - measured.known))
+    return [
+        *churn_gates(cfg, measured.churn),
+        at_most("items without a SID, or SIDs without an item", mismatched, 0.0),
+        at_most("collision rate, tail and cold", metrics["collision_tail"], limits.max_tail_collision),
+        at_most("largest group of tail and cold items", metrics["largest_tail_group"], limits.max_tail_group),
+        at_most("error against the tokenizer's data", measured.error, limits.max_error_ratio),
+    ]
 
 
-def tracked(facts: dict[str, Any]) -> dict[str, float]:
+def tracked(candidate: Candidate) -> dict[str, float]:
     """Return the metrics that MLflow plots over the nightly runs."""
-    drifted, churn = facts["drift"], facts["churn"]
-    values = {name: value for name, value in facts["metrics"].items() if isinstance(value, (int, float))}
-    values |= {name: float(churn[name]) for name in ("new", "changed", "removed", "churn", "weighted")} | {
-        "cold": drifted["cold"]
-    }
+    drifted, churn = candidate.drift, candidate.churn
+    values = {name: value for name, value in candidate.metrics.items() if isinstance(value, (int, float))}
+    values |= {name: float(churn[name]) for name in ("new", "changed", "removed", "churn", "weighted")}
+    values |= {"cold": drifted["cold"]}
     groups = {
         "churn": churn["by_slot"] | churn["by_stratum"],
         "norm_index": drifted["norms"],

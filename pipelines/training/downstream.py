@@ -14,11 +14,12 @@ from adasid.errors import InputError
 from adasid.files import write_json
 from adasid.tokenizers import artifact
 from adasid.training.checkpoint import Checkpoints
-from pipelines import generations, scores, stage
+from pipelines import scores, stage
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import session
 from pipelines.engines.tracking import StageContext
 from pipelines.features import items
+from pipelines.publish import generations
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
 from pipelines.training import launch, workers
@@ -50,8 +51,8 @@ def ranking(cfg: Config, context: StageContext) -> None:
 def _live(lake: Lake) -> Catalogue:
     """Return the live generation's SIDs."""
     generation = generations.live(lake)
-    manifest = artifact.read_manifest(Path(generation["artifact"]))
-    return Catalogue(table="sids", version=generation["sids_version"], slots=manifest.slots)
+    manifest = artifact.read_manifest(Path(generation.artifact))
+    return Catalogue(table="sids", version=generation.sids_version, slots=manifest.slots)
 
 
 def _show_result(context: StageContext, result: Mapping[str, Any], names: tuple[str, ...]) -> None:

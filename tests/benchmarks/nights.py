@@ -39,11 +39,12 @@ from adasid.recommenders.tokens import ItemTokens
 from adasid.report import style
 from adasid.tokenizers import artifact
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
-from pipelines import generations, sids
+from pipelines import sids
 from pipelines.engines import spark as engine
 from pipelines.engines import tracking
 from pipelines.engines.lake import Lake
 from pipelines.nightly import retokenize
+from pipelines.publish import generations
 from pipelines.training import downstream, launch, tokenizer, workers
 from pipelines.training.payload import Catalogue
 from tests.end_to_end.nights import VECTORS, next_day, noisy, put
@@ -98,7 +99,7 @@ def encoded(lake: Lake, folder: Path) -> tuple[list[str], NDArray[np.int32], dic
 
 def published(lake: Lake) -> tuple[list[str], NDArray[np.int32], dict[str, float]]:
     """The same of the live table."""
-    rows = lake.read("sids", generations.live(lake)["sids_version"], ["item_id", "codes", "gauges"])
+    rows = lake.read("sids", generations.live(lake).sids_version, ["item_id", "codes", "gauges"])
     errors = dict[str, list[float]]()
     for gauges in rows["gauges"].to_pylist():
         for gauge in gauges:
@@ -146,7 +147,7 @@ def stability(path: str, log: Path) -> None:
         live = generations.live(lake)
         before = {
             row["item_id"]: row["codes"]
-            for row in lake.read("sids", live["sids_version"], ["item_id", "codes"]).to_pylist()
+            for row in lake.read("sids", live.sids_version, ["item_id", "codes"]).to_pylist()
         }
         put(lake, noisy(lake.read("item_features"), 1, 0.02), "noise")
         if policy == "cold":
@@ -156,7 +157,7 @@ def stability(path: str, log: Path) -> None:
             keep("cold", before, *encoded(lake, scratch / "cold" / "model"), time.perf_counter() - started)
             continue
         seconds = night(cfg, date(2026, 1, 1))
-        made = Path(generations.live(lake)["artifact"])
+        made = Path(generations.live(lake).artifact)
         keep(policy, before, *published(lake), seconds)
         if policy == "refit":
             keep("refit, no slack", before, *encoded(lake, made), seconds)
@@ -171,8 +172,8 @@ def recall(path: str, log: Path) -> None:
     with tracking.stage(cfg, "retrieval", journal=False) as context:
         downstream.retrieval(cfg, context)
         lake, live = context.lake, generations.live(context.lake)
-        slots = artifact.read_manifest(Path(live["artifact"])).slots
-        source = Catalogue(table="sids", version=live["sids_version"], slots=slots)
+        slots = artifact.read_manifest(Path(live.artifact)).slots
+        source = Catalogue(table="sids", version=live.sids_version, slots=slots)
         folder = downstream.folder_of(downstream.resolve(cfg, lake, "retrieval", source), "retrieval")
     read = lake.versions("sequences", "item_stats")
     parts, settings = workers._histories(lake, read, Workers(), cfg), cfg.retrieval
@@ -214,14 +215,14 @@ def tell(log: Path, row: dict[str, Any]) -> None:
 def told(lake: Lake, day: int, seconds: float) -> dict[str, Any]:
     """What a night was like."""
     live = generations.live(lake)
-    row: dict[str, Any] = {"day": day, "seconds": round(seconds, 1), "items": live["items"]}
-    row |= {name: live["metrics"][name] for name in ("collision_items", "largest_group")}
-    row |= {name: live["churn"][name] for name in ("new", "changed", "removed", "churn", "weighted")}
+    row: dict[str, Any] = {"day": day, "seconds": round(seconds, 1), "items": live.items}
+    row |= {name: live.metrics[name] for name in ("collision_items", "largest_group")}
+    row |= {name: live.churn[name] for name in ("new", "changed", "removed", "churn", "weighted")}
     row |= {
-        "error": {m: ratio["all"] for m, ratio in live["drift"]["error_ratio"].items()},
-        "norms": live["drift"]["norms"],
+        "error": {m: ratio["all"] for m, ratio in live.drift["error_ratio"].items()},
+        "norms": live.drift["norms"],
     }
-    return row | {"cold": live["drift"]["cold"]}
+    return row | {"cold": live.drift["cold"]}
 
 
 @style.styled
@@ -367,7 +368,7 @@ def cost(path: str, log: Path, items: int = 1_000_000, share: float = 0.01) -> N
             f"runs_dir={scratch}",
             *OPEN,
             "retokenize.exports=[]",
-            f"sids.artifact={live['artifact']}",
+            f"sids.artifact={live.artifact}",
             "sids.gates.max_group=1000000",
             "sids.gates.max_collision=1.0",
         ],

@@ -20,9 +20,10 @@ import pyarrow as pa
 import pytest
 
 from adasid.config import load
-from pipelines import cli, generations
+from pipelines import cli
 from pipelines.nightly import retokenize
-from pipelines.nightly.lease import Lease
+from pipelines.publish import generations
+from pipelines.publish.lease import Lease
 from tests.end_to_end.nights import by_item, copied, follow, merge, next_day, put
 from tests.end_to_end.running import ROOT, job
 
@@ -79,7 +80,7 @@ def ended(evening, folder, settings):
     done = night(path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert ("without Spark" in done.stderr) == (settings is OPEN)
-    return by_item(lake, generations.live(lake)["sids_version"]), time.monotonic() - started
+    return by_item(lake, generations.live(lake).sids_version), time.monotonic() - started
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
     start, settings, end = kinds[turn % len(kinds)]
     path, lake = copied(request.getfixturevalue(start), tmp_path / "night", retokenize=settings)
     expected, seconds = request.getfixturevalue(end)
-    before = by_item(lake, generations.live(lake)["sids_version"])
+    before = by_item(lake, generations.live(lake).sids_version)
     rng = np.random.default_rng(number)
     steps = STEPS if settings in (WARM, REFIT) else [step for step in STEPS if step != "training"]
     step = steps[turn % len(steps)] if number % 5 else None  # every fifth at a random time
@@ -164,15 +165,15 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
     if alive:
         os.killpg(process.pid, signal.SIGKILL)  # the night and its JVM
         process.wait()
-    left = by_item(lake, generations.live(lake)["sids_version"])
+    left = by_item(lake, generations.live(lake).sids_version)
     assert left.equals(before) or left.equals(expected)
     done = night(path)
     assert done.returncode == 0, done.stderr[-2000:]
-    after = by_item(lake, generations.live(lake)["sids_version"])
+    after = by_item(lake, generations.live(lake).sids_version)
     assert after.equals(expected)
-    assert [row["generation"] for row in generations.history(lake)] == [1, 2]
+    assert [generation.generation for generation in generations.history(lake)] == [1, 2]
     assert (
-        len(lake.read("sid_changes")) == generations.live(lake)["churn"]["changed"] + 18
+        len(lake.read("sid_changes")) == generations.live(lake).churn["changed"] + 18
     )  # 12 new and 6 removed: none twice
     if log := os.environ.get("ADASID_DRILLS_LOG"):
         row = {
@@ -207,8 +208,8 @@ def test_of_two_nights_started_together_one_publishes(on_spark, undisturbed):
     assert codes["waits"] == codes["waits too"] == 0 and codes["leaves"] in (0, 5), found
     if codes["leaves"]:
         assert "error: the lease of" in found["leaves"].stderr and "is held by" in found["leaves"].stderr
-    assert [row["generation"] for row in generations.history(lake)] == [1, 2]
-    assert by_item(lake, generations.live(lake)["sids_version"]).equals(undisturbed[0])
+    assert [generation.generation for generation in generations.history(lake)] == [1, 2]
+    assert by_item(lake, generations.live(lake).sids_version).equals(undisturbed[0])
 
 
 def here(path, capsys):
@@ -226,12 +227,12 @@ def refused(path, lake, capsys, words, code=3):
     found, last = here(path, capsys)
     assert found == code and last.startswith("error: ") and all(word in last for word in words), last
     assert generations.live(lake) == before
-    assert by_item(lake, before["sids_version"]).num_rows == before["items"]
+    assert by_item(lake, before.sids_version).num_rows == before.items
 
 
 def test_a_corrupt_artifact_is_refused(tonight, capsys):
     path, lake = tonight
-    weights = Path(generations.live(lake)["artifact"]) / "weights.safetensors"
+    weights = Path(generations.live(lake).artifact) / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-20] ^= 1
     weights.write_bytes(data)
@@ -284,7 +285,7 @@ def test_a_table_that_grew_a_column_is_no_trouble_and_one_that_changed_a_type_or
     refused(path, lake, capsys, ["items with vectors that are not finite is"], code=4)
     put(lake, table.append_column("price", pa.array(np.arange(table.num_rows))), "grown")
     assert here(path, capsys)[0] == 0
-    assert by_item(lake, generations.live(lake)["sids_version"]).equals(undisturbed[0])
+    assert by_item(lake, generations.live(lake).sids_version).equals(undisturbed[0])
 
 
 def test_a_clock_that_jumped_back_does_not_lock_the_lake(lake):
@@ -303,7 +304,7 @@ def test_a_night_after_the_clock_jumped_back_is_as_any_other(merged, tmp_path, u
         0
     )  # of a run that was killed a day ahead
     assert here(path, capsys)[0] == 0
-    assert by_item(lake, generations.live(lake)["sids_version"]).equals(undisturbed_small[0])
+    assert by_item(lake, generations.live(lake).sids_version).equals(undisturbed_small[0])
 
 
 @pytest.mark.skipif(KILLS < 3, reason="in `make drills` only")
@@ -322,17 +323,17 @@ def test_a_full_disk_ends_in_the_old_or_the_new_table(evening, settings, end, re
     try:
         path, lake = copied(evening, small / "night", retokenize=settings)
         expected, _ = request.getfixturevalue(end)
-        before = by_item(lake, generations.live(lake)["sids_version"])
+        before = by_item(lake, generations.live(lake).sids_version)
         free = os.statvfs(small)
         (small / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - 120_000))
         done = night(path)
         assert done.returncode in (1, 3, 5), done.stderr[-2000:]
         assert done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr[-2000:]
-        left = by_item(lake, generations.live(lake)["sids_version"])
+        left = by_item(lake, generations.live(lake).sids_version)
         assert left.equals(before) or left.equals(expected)
         (small / "ballast").unlink()
         time.sleep(OPEN["lease"]["seconds"])
         assert night(path).returncode == 0
-        assert by_item(lake, generations.live(lake)["sids_version"]).equals(expected)
+        assert by_item(lake, generations.live(lake).sids_version).equals(expected)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=False)

@@ -9,20 +9,20 @@ import pytest
 
 import adasid
 from adasid.errors import InputError
-from pipelines import generations
+from pipelines.publish import generations
 from tests.end_to_end.running import SMALL, lake_of, sids
 
 
 @pytest.fixture(scope="module")
 def features(shop):
     lake = lake_of(shop, "shop")
-    inputs = generations.live(lake)["inputs"]
+    inputs = generations.live(lake).inputs
     return lake.read("item_features", inputs["item_features"]).sort_by("item_index")
 
 
 def test_codes_equal_the_published_ones(shop, features):
     tokenizer, lake = adasid.load(shop / "runs" / "shop"), lake_of(shop, "shop")
-    assert tokenizer.digest == generations.live(lake)["tokenizer"]
+    assert tokenizer.digest == generations.live(lake).tokenizer
     result = tokenizer.encode(features)
     rows = {row["item_id"]: row for row in sids(lake).to_pylist()}
     published = [rows[item] for item in result.item_ids]

@@ -11,10 +11,11 @@ from adasid.config import load
 from adasid.errors import GateError, InputError
 from adasid.tables import LIVE
 from adasid.tokenizers import artifact
-from pipelines import generations, report, sids
+from pipelines import report, sids
 from pipelines.engines import tracking
 from pipelines.features import items
 from pipelines.nightly import retokenize, upkeep
+from pipelines.publish import generations
 from tests.end_to_end.nights import copied, next_day, noisy, put, rows_of
 from tests.end_to_end.running import ITEMS
 
@@ -92,7 +93,7 @@ def test_the_report_says_that_sids_lag_until_a_nightly_run_has_seen_the_items(sh
 
 def test_a_replacement_is_gated_as_a_nightly_run_is_unless_it_is_on_purpose(shop, tmp_path):
     path, lake = copied(shop, tmp_path / "shop")
-    model, before = generations.live(lake)["artifact"], state(lake)
+    model, before = generations.live(lake).artifact, state(lake)
     put(lake, lake.read("item_features").slice(0, ITEMS // 2), "half of it")
     line = rf"removed is 0\.5 of {ITEMS} live items, allowed 0\.1\. Generation 1 stays live; .* sids\.replace=true$"
     with pytest.raises(GateError, match=line):
@@ -106,9 +107,9 @@ def test_a_replacement_is_gated_as_a_nightly_run_is_unless_it_is_on_purpose(shop
     assert state(lake) == before
     context = stage(path, sids.run, *chosen, "sids.replace=true")
     row = generations.live(lake)
-    assert (row["generation"], row["items"], lake.read("sid_changes").num_rows) == (2, ITEMS // 2, ITEMS)
+    assert (row.generation, row.items, lake.read("sid_changes").num_rows) == (2, ITEMS // 2, ITEMS)
     assert (context.facts["removed"], context.facts["churn"]) == (ITEMS // 2, "100.00%")
-    overruled = [gate["gate"] for gate in row["gates"] if gate.get("overruled") == "sids.replace"]
+    overruled = [gate.gate for gate in row.gates if gate.overruled == "sids.replace"]
     assert overruled == ["churn", "churn, weighted by events"]
     assert stage(path, sids.run, *chosen).status == "up to date"
     stage(path, report.run)
@@ -118,7 +119,7 @@ def test_a_replacement_is_gated_as_a_nightly_run_is_unless_it_is_on_purpose(shop
 
 def test_a_hold_lasts_until_its_release(shop, tmp_path):
     path, lake = copied(shop, tmp_path / "shop")
-    model, old = generations.live(lake)["artifact"], pa.schema([field for field in LIVE if field.name != "hold"])
+    model, old = generations.live(lake).artifact, pa.schema([field for field in LIVE if field.name != "hold"])
     lake.write("live", old, lake.read("live").select(old.names).cast(old).to_batches(), "before there were holds")
     assert generations.on_hold(lake) is None
     assert roll(path, 1).status == "up to date"

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from adasid.config import load
-from pipelines import chain, generations
+from pipelines import chain
+from pipelines.publish import generations
 from tests.conftest import INTERPRETED
 from tests.end_to_end.nights import rows_of
 from tests.end_to_end.running import ROOT, lake_of, run_stage
@@ -143,13 +144,13 @@ def by_application(environment, day, monkeypatch):
 def test_what_the_source_adds_changes_and_removes_is_published_the_next_day(published, monkeypatch):
     source, lake, environment = published
     for number, (day, run) in enumerate(zip(DAYS, (by_timer, by_dag, by_application)), start=1):
-        before = rows_of(lake.read("sids", generations.live(lake)["sids_version"]))
+        before = rows_of(lake.read("sids", generations.live(lake).sids_version))
         added, changed, removed = source.next_day(number)
         with monkeypatch.context() as patch:
             said = run(environment, day, patch)
         row = generations.live(lake)
-        after = rows_of(lake.read("sids", row["sids_version"]))
-        assert (row["generation"], row["run_date"], row["policy"]) == (number + 1, day, "frozen"), said[-3000:]
+        after = rows_of(lake.read("sids", row.sids_version))
+        assert (row.generation, row.run_date, row.policy) == (number + 1, day, "frozen"), said[-3000:]
         assert set(after) == set(source.items) == (set(before) | set(added)) - set(removed)
         for item in changed:
             assert after[item]["fingerprint"] != before[item]["fingerprint"]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from adasid import tables
 from adasid.errors import InputError
 from adasid.sid import Slot
-from pipelines import generations
-from pipelines.nightly import exports
+from pipelines.publish import exports, generations
+from pipelines.publish.generations import Generation
 from pipelines.run import Run
 
 IDS = [
@@ -28,7 +28,7 @@ SLOTS = [Slot("s0", "shared", 8), Slot("t0", "text", 8)]
 
 
 def publish(lake, ids, number=1, live=True):
-    """A generation of ``ids`` as publication leaves it; returns its row. The first and the last item share a SID."""
+    """A generation of ``ids`` as publication leaves it; returns it. The first and the last item share a SID."""
     codes = [[i // 8 % 8, i % 8] for i in range(len(ids) - 1)] + [[0, 0]]
     order = np.random.default_rng(number).permutation(len(ids))
     rows = {"item_id": ids, "item_index": range(len(ids)), "codes": codes, "collision_rank": [*[0] * (len(ids) - 1), 1]}
@@ -39,16 +39,28 @@ def publish(lake, ids, number=1, live=True):
     features = lake.write("item_features", index.schema, index.to_batches(), "f")
     sids = table.drop_columns(["item_index"])
     version = lake.write("sids", sids.schema, sids.to_batches(), "s")
-    row = {"generation": number, "sids_version": version, "tokenizer": "d", "items": len(ids), "run_date": None}
-    inputs = {"item_features": features}
-    text = {**dict.fromkeys(("gates", "metrics", "drift", "churn"), "{}"), "inputs": json.dumps(inputs)}
+    generation = Generation(
+        generation=number,
+        policy="full",
+        run_date=None,
+        inputs={"item_features": features},
+        tokenizer="d",
+        artifact="a",
+        items=len(ids),
+        metrics={},
+        gates=(),
+        churn={},
+        drift={},
+        parent=None,
+        sids_version=version,
+        run="t",
+    )
     known = lake.read("generations").to_pylist() if lake.exists("generations") else []
-    rest = {"parent": None, "artifact": "a", "run": "t", "policy": "full"}
-    made = pa.Table.from_pylist([*known, {**row, **text, **rest}], schema=tables.GENERATIONS)
-    lake.write("generations", made.schema, made.to_batches(), "g")
+    written = pa.Table.from_pylist([*known, generation.row()], schema=tables.GENERATIONS)
+    lake.write("generations", written.schema, written.to_batches(), "g")
     if live:
         move(lake, number, version)
-    return {**row, "inputs": inputs, "policy": "full"}
+    return generation
 
 
 def move(lake, number, version):
@@ -62,9 +74,9 @@ def pointed(cfg, lake):
 
 
 def test_every_reader_finds_the_codes_of_each_item(spark, lake, make_config):
-    cfg, row = make_config(), publish(lake, IDS)
-    exports.check(cfg, lake, row["inputs"]["item_features"])
-    exports.write(cfg, lake, SLOTS, row)
+    cfg, generation = make_config(), publish(lake, IDS)
+    exports.check(cfg, lake, generation.inputs["item_features"])
+    exports.write(cfg, lake, SLOTS, generation)
     folder = Run(cfg).exports / pointed(cfg, lake)["folder"]
     right = {r["item_id"]: tuple(r["codes"]) for r in lake.read("sids").to_pylist()}
     assert len(right) == len(IDS)
@@ -96,7 +108,7 @@ def test_the_pointer_follows_the_live_generation(spark, lake, make_config):
     second = publish(lake, IDS[:12], number=2, live=False)
     exports.write(cfg, lake, SLOTS, second)
     assert pointed(cfg, lake) == facts, "a generation that was never live"
-    move(lake, 2, second["sids_version"])
+    move(lake, 2, second.sids_version)
     assert pointed(cfg, lake) == {**facts, "generation": 2, "folder": "2", "sids_version": 1}
     move(lake, 1, 0)
     (Run(cfg).exports / "1" / "manifest.json").unlink()
@@ -108,19 +120,21 @@ def test_the_pointer_follows_the_live_generation(spark, lake, make_config):
 
 def test_a_folder_of_an_earlier_lake_is_not_taken_for_the_generation(spark, lake, make_config):
     cfg = make_config(retokenize={"exports": ["array"]})
-    row = publish(lake, IDS[:9])
-    exports.write(cfg, lake, SLOTS, {**row, "tokenizer": "of the lake that was removed"})
+    generation = publish(lake, IDS[:9])
+    other = generation.model_copy(update={"tokenizer": "of the lake that was removed"})
+    exports.write(cfg, lake, SLOTS, other)
     assert pointed(cfg, lake)["folder"] is None
-    exports.write(cfg, lake, SLOTS, row)
+    exports.write(cfg, lake, SLOTS, generation)
     assert pointed(cfg, lake)["folder"] == "1"
 
 
 def test_rows_that_item_features_lacks_are_not_lost(spark, lake, make_config):
-    row = publish(lake, IDS[:9])
+    generation = publish(lake, IDS[:9])
     rest = lake.read("item_features").slice(1)
-    row["inputs"] = {"item_features": lake.write("item_features", rest.schema, rest.to_batches(), "less")}
+    inputs = {"item_features": lake.write("item_features", rest.schema, rest.to_batches(), "less")}
+    generation = generation.model_copy(update={"inputs": inputs})
     with pytest.raises(InputError, match="generation has 9 items but 8 of them are in item_features"):
-        exports.write(make_config(), lake, SLOTS, row)
+        exports.write(make_config(), lake, SLOTS, generation)
     assert not (Run(make_config()).exports / "1").exists()
 
 

@@ -12,9 +12,27 @@ from adasid.tables import SIDS
 from pipelines.nightly import changes, differences
 from pipelines.nightly.differences import NeedsFullRun
 from pipelines.nightly.nightly_run import NightlyRun
+from pipelines.publish.generations import Generation
 
 FEATURES = pa.schema(
     [("item_id", pa.string()), ("fingerprint", pa.string()), ("stratum", pa.string()), ("interactions", pa.int64())]
+)
+LIVE = Generation(
+    generation=1,
+    policy="full",
+    run_date=None,
+    inputs={"item_features": 0},
+    tokenizer="t",
+    artifact="a",
+    items=4,
+    metrics={},
+    gates=(),
+    churn={},
+    drift={},
+    parent=None,
+    sids_version=0,
+    run="r",
+    live=True,
 )
 FIRST = (("a", "1", "head", 9), ("b", "2", "mid", 5), ("c", "3", "tail", 1), ("d", "4", "tail", 1))
 
@@ -55,7 +73,7 @@ def night(lake, make_config):
             cfg,
             SimpleNamespace(lake=lake),
             None,
-            {"sids_version": 0},
+            LIVE,
             lake.version("item_features"),
             str(date(2026, 1, 2)),
             "key",

@@ -10,7 +10,7 @@ from deltalake import write_deltalake
 from adasid import config
 from adasid.errors import BusyError, InputError
 from pipelines.engines.tracking import stage
-from pipelines.nightly.lease import Lease, leased
+from pipelines.publish.lease import Lease, leased
 
 
 class Clock:

@@ -22,7 +22,7 @@ from adasid.metrics.retrieval import (
 )
 from adasid.metrics.tally import Tally
 from adasid.sid import Slot
-from pipelines.sids import check_gates, failures
+from pipelines.publish.gates import check_gates, failures
 
 
 def test_ranks_and_metrics_match_a_library():
@@ -117,8 +117,8 @@ def test_metrics_of_nothing_are_absent():
     found = Tally.none([Slot("t0", "text", 4)]).metrics([Slot("t0", "text", 4)])
     assert found["collision_tail"] is None and found["entropy"] == [None] and found["utilisation"] == [0.0]
     gates = check_gates(found, config.Gates(min_utilisation=0.0), 0, 0, 0)
-    assert [gate["gate"] for gate in gates if not gate["passed"]] == ["coverage", "collision rate"]
-    assert "collision rate is –, allowed 0.5" in failures([gate for gate in gates if not gate["passed"]])
+    assert [gate.gate for gate in gates if not gate.passed] == ["coverage", "collision rate"]
+    assert "collision rate is –, allowed 0.5" in failures([gate for gate in gates if not gate.passed])
 
 
 def test_bootstrap_intervals_are_those_of_the_normal_law():

@@ -5,7 +5,7 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 
 from adasid.metrics.stability import jensen_shannon, stability_index
-from pipelines.nightly import drift
+from pipelines.publish import drift
 
 
 def test_jensen_shannon_is_scipys():

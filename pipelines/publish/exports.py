@@ -29,10 +29,10 @@ from adasid.files import write_json
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.sid import Slot
 from adasid.tables import SID_CHANGES
-from pipelines import generations
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
-from pipelines.generations import Generation
+from pipelines.publish import generations
+from pipelines.publish.generations import Generation
 from pipelines.run import Run
 
 _ROWS, _PREFIXES = 65_536, 20_000_000
@@ -66,49 +66,58 @@ def point(cfg: Config, lake: Lake) -> None:
 
     Call it after the pointer has moved, and where it may have moved before an interrupted run ended.
     """
-    named = None
-    while named != (number := generations.pointer(lake)):  # another run may move the pointer meanwhile
-        row, named = generations.live(lake), number
-        manifest = Run(cfg).exports / str(number) / "manifest.json"
-        there = manifest.exists() and _same(json.loads(manifest.read_text(encoding="utf-8")), row)
+    written = None
+    while written != (number := generations.pointer(lake)):  # another run may move the pointer meanwhile
+        generation, written = generations.live(lake), number
+        exported = _exported(Run(cfg).exports / str(number), generation)
         Run(cfg).exports.mkdir(parents=True, exist_ok=True)
-        facts = {name: row[name] for name in ("generation", "sids_version", "tokenizer")}
-        write_json(Run(cfg).exports / "live.json", {**facts, "folder": str(number) if there else None})
+        content = _columns(generation, "generation", "sids_version", "tokenizer")
+        write_json(Run(cfg).exports / "live.json", {**content, "folder": str(number) if exported else None})
 
 
-def _same(manifest: dict[str, Any], row: Generation) -> bool:
+def _exported(folder: Path, generation: Generation) -> bool:
     """Return whether a folder is of this generation, not of one with its number in a lake that was removed."""
-    return all(manifest.get(name) == row[name] for name in ("generation", "sids_version", "tokenizer", "items"))
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        return False
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    columns = _columns(generation, "generation", "sids_version", "tokenizer", "items")
+    return all(content.get(name) == value for name, value in columns.items())
 
 
-def write(cfg: Config, lake: Lake, slots: list[Slot], row: Generation) -> None:
-    """Write the exports that the config asks for, of generation ``row``."""
+def _columns(generation: Generation, *names: str) -> dict[str, Any]:
+    """Return columns of a generation, in the order of ``names``."""
+    return {name: getattr(generation, name) for name in names}
+
+
+def write(cfg: Config, lake: Lake, slots: list[Slot], generation: Generation) -> None:
+    """Write the exports of ``generation`` that the config asks for."""
     wanted: set[str] = set(cfg.retokenize.exports)
-    target = Run(cfg).exports / str(row["generation"])
-    if row["items"] > _PREFIXES:
+    target = Run(cfg).exports / str(generation.generation)
+    if generation.items > _PREFIXES:
         wanted -= {"prefixes"}
-    manifest = target / "manifest.json"
-    if not wanted or (manifest.exists() and _same(json.loads(manifest.read_text(encoding="utf-8")), row)):
+    if not wanted or _exported(target, generation):
         return
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     if wanted - {"changes"}:
-        _table(cfg, lake, slots, row, draft, wanted)
+        _table(cfg, lake, slots, generation, draft, wanted)
     if "changes" in wanted and lake.exists("sid_changes"):
-        _changes(lake, row["generation"], draft / "changes")
-    facts = {name: row[name] for name in ("generation", "sids_version", "tokenizer", "items", "run_date", "policy")}
-    write_json(draft / "manifest.json", {**facts, "slots": [slot._asdict() for slot in slots]})
+        _changes(lake, generation.generation, draft / "changes")
+    columns = _columns(generation, "generation", "sids_version", "tokenizer", "items", "run_date", "policy")
+    write_json(draft / "manifest.json", {**columns, "slots": [slot._asdict() for slot in slots]})
     shutil.rmtree(target, ignore_errors=True)
     draft.replace(target)
 
 
-def _table(cfg: Config, lake: Lake, slots: list[Slot], row: Generation, draft: Path, wanted: set[str]) -> None:
+def _table(cfg: Config, lake: Lake, slots: list[Slot], generation: Generation, draft: Path, wanted: set[str]) -> None:
     """Write the exports of all rows."""
     spark = engine.session(cfg.spark)
-    index = engine.read(spark, lake, "item_features", row["inputs"]["item_features"]).select("item_id", "item_index")
+    features = engine.read(spark, lake, "item_features", generation.inputs["item_features"])
+    index = features.select("item_id", "item_index")
     sids = (
-        engine.read(spark, lake, "sids", row["sids_version"])
+        engine.read(spark, lake, "sids", generation.sids_version)
         .join(index, "item_id")
         .select("item_id", "item_index", "codes", "tokens", "collision_rank")
     )
@@ -120,7 +129,7 @@ def _table(cfg: Config, lake: Lake, slots: list[Slot], row: Generation, draft: P
         )
         sids.groupBy("codes").agg(members.alias("items")).write.parquet(str(draft / "items"))
     if wanted & {"array", "prefixes"}:
-        _array(draft, row["items"], len(slots))
+        _array(draft, generation.items, len(slots))
     if "index" in wanted:
         _index(draft)
     if "prefixes" in wanted:

@@ -8,32 +8,75 @@ the same inputs resumes an interrupted publication; until then it has no effect.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError
+from pydantic import BaseModel, ConfigDict
 
 from adasid import tables
 from adasid.errors import BusyError, GateError, InputError
 from pipelines.engines.lake import Lake, committed, properties
 from pipelines.engines.tracking import StageContext
+from pipelines.publish.gates import Gate, Metrics
 
-Generation = dict[str, Any]
 _ROLLBACK = "rollback to"
 _JSON = ("inputs", "gates", "metrics", "drift", "churn")
+"""These columns of ``generations`` contain JSON."""
+
+
+class Candidate(BaseModel):
+    """A candidate is a generation before it is published. ``generation``: its number; ``policy``: ``full``, ``frozen``,
+    ``warm`` or ``refit``; ``run_date``: of the nightly run, None outside of it; ``inputs``: table -> version that was
+    read; ``tokenizer``: digest of the artifact in the folder ``artifact``; ``metrics``: of
+    :func:`pipelines.publish.measure.measure`; ``churn``: of :func:`pipelines.publish.churn.churned`, empty for the
+    first generation; ``drift``: of :mod:`pipelines.publish.drift`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    generation: int
+    policy: str
+    run_date: str | None
+    inputs: dict[str, int]
+    tokenizer: str
+    artifact: str
+    items: int
+    metrics: Metrics
+    gates: tuple[Gate, ...]
+    churn: Metrics
+    drift: dict[str, Any]
+
+
+class Generation(Candidate):
+    """A generation is a published candidate. ``parent``: the generation that was live before; ``sids_version``: of its
+    rows; ``run``: name of the run; ``live``: whether the pointer is on it; ``hold``: the time since which it is on
+    hold, None where it is not."""
+
+    parent: int | None
+    sids_version: int
+    run: str
+    live: bool = False
+    hold: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Return the row of the table ``generations``."""
+        values = self.model_dump(exclude={"live", "hold"})
+        return values | {name: json.dumps(values[name]) for name in _JSON}
 
 
 def history(lake: Lake) -> list[Generation]:
-    """Return all generations, oldest first, with their JSON parsed; ``live``: whether the pointer is on it; ``hold``:
-    the time since which it is on hold, else None."""
+    """Return all generations, oldest first."""
     if not lake.exists("generations"):
         return []
-    at, since = pointer(lake), on_hold(lake)
+    number, since = pointer(lake), on_hold(lake)
     rows = sorted(lake.read("generations").to_pylist(), key=lambda row: row["generation"])
-    state = [{"live": row["generation"] == at, "hold": since if row["generation"] == at else None} for row in rows]
-    return [{**row, **{name: json.loads(row[name]) for name in _JSON}, **own} for row, own in zip(rows, state)]
+    generations = list[Generation]()
+    for row in rows:
+        parsed, live = {name: json.loads(row[name]) for name in _JSON}, row["generation"] == number
+        generations.append(Generation(**{**row, **parsed, "live": live, "hold": since if live else None}))
+    return generations
 
 
 def pointer(lake: Lake) -> int | None:
@@ -59,10 +102,10 @@ def check_hold(lake: Lake) -> None:
 
 def live(lake: Lake) -> Generation:
     """Return the live generation. Raises InputError where nothing was published."""
-    found = next((row for row in history(lake) if row["live"]), None)
-    if found is None:
+    generation = next((generation for generation in history(lake) if generation.live), None)
+    if generation is None:
         raise InputError(f"nothing is published in {lake.root}: run jobs/write_sids.py, or jobs/run_all.py, first")
-    return found
+    return generation
 
 
 def settled(lake: Lake, key: str) -> bool:
@@ -72,24 +115,23 @@ def settled(lake: Lake, key: str) -> bool:
 
 def next_number(lake: Lake) -> int:
     """Return the number after the last recorded generation, live or not."""
-    return max((row["generation"] for row in history(lake)), default=0) + 1
+    return max((generation.generation for generation in history(lake)), default=0) + 1
 
 
 def publish(
     context: StageContext,
     key: str,
-    facts: Mapping[str, Any],
+    candidate: Candidate,
     expected: int | None,
     write_sids: Callable[[], object],
     write_changes: Callable[[], object] | None,
-    before_live: Callable[[Generation], None] = lambda row: None,
+    before_live: Callable[[Generation], None] = lambda generation: None,
     allowed: Callable[[], None] = lambda: None,
 ) -> Generation:
-    """Publish what ``write_sids`` and ``write_changes`` (rows of ``sid_changes`` against the live generation) commit;
-    return the new generation.
+    """Publish what ``write_sids`` and ``write_changes`` (rows of ``sid_changes`` against the live generation) commit
+    as the generation ``candidate``, whose number is :func:`next_number`; return the generation.
 
     ``key``: input hash of the rows, which their commits carry; a step whose commit carries it is not repeated.
-    ``facts``: the row of ``generations`` except the columns added here; its number is :func:`next_number`.
     ``expected``: the generation that was live when the work began. ``before_live``: is called before the pointer moves.
     ``allowed``: is called before every commit, and raises where this process may no longer publish.
 
@@ -104,66 +146,65 @@ def publish(
         )
     before = snapshot(lake)
     if lake.fresh(key, "generations"):  # recorded, but interrupted before it was live
-        row = history(lake)[-1]
+        generation = history(lake)[-1]
     else:
-        number = facts["generation"]
         allowed()
         if not lake.fresh(key, "sids"):
             write_sids()
         version = lake.made("sids", key)
         if version is None:
             raise BusyError(
-                f"the rows of generation {number} cannot be found in {lake.path('sids')}: another run replaced them; "
-                "run this one again"
+                f"the rows of generation {candidate.generation} cannot be found in {lake.path('sids')}: another run "
+                "replaced them; run this one again"
             )
         if write_changes is not None and parent is not None:
             allowed()
             write_changes()
-        row = {"parent": parent, "sids_version": version, "run": context.cfg.name, **facts}
-        text = {name: json.dumps(row[name]) for name in _JSON}
+        generation = Generation(**dict(candidate), parent=parent, sids_version=version, run=context.cfg.name)
         allowed()
-        written = pa.Table.from_pylist([{**row, **text}], schema=tables.GENERATIONS)
+        written = pa.Table.from_pylist([generation.row()], schema=tables.GENERATIONS)
         target = DeltaTable(lake.path("generations")) if lake.exists("generations") else lake.path("generations")
         write_deltalake(target, written, mode="append", commit_properties=properties(key, retries=0))
-    before_live(row)
+    before_live(generation)
     allowed()
-    _point(lake, before, row, key)
+    _point(lake, before, generation, key)
     context.outputs(
-        {"sids": row["sids_version"], "generations": lake.version("generations"), "live": lake.version("live")}
+        {"sids": generation.sids_version, "generations": lake.version("generations"), "live": lake.version("live")}
     )
-    return {**row, "live": True}
+    return generation.model_copy(update={"live": True})
 
 
 def go_back(context: StageContext, number: int, hold: bool = False) -> Generation:
     """Make generation ``number`` live again, and put it on ``hold`` until :func:`release`; an existing hold stays.
     Raises InputError where there is no such generation, or its rows were vacuumed."""
     lake, before = context.lake, snapshot(context.lake)
-    rows = {row["generation"]: row for row in history(lake)}
-    if number not in rows:
-        known = f"{min(rows)} to {max(rows)}" if rows else "none"
+    existing = {generation.generation: generation for generation in history(lake)}
+    if number not in existing:
+        known = f"{min(existing)} to {max(existing)}" if existing else "none"
         raise InputError(f"generation {number} does not exist (existing: {known}): name one of them with --to")
-    row = rows[number]
-    gone = lake.missing("sids", row["sids_version"])
-    if gone:
+    generation = existing[number]
+    missing = lake.missing("sids", generation.sids_version)
+    if missing:
         raise InputError(
-            f"generation {number} cannot be read any more: {len(gone)} of its files were vacuumed; choose a later one"
+            f"generation {number} cannot be read any more: {len(missing)} of its files were vacuumed; choose a later "
+            "one"
         )
     since = on_hold(lake)
-    if row["live"] and (since or not hold):
+    if generation.live and (since or not hold):
         context.status = "up to date"
     else:
-        _point(lake, before, row, f"{_ROLLBACK} {number}", hold or since is not None)
-    return row
+        _point(lake, before, generation, f"{_ROLLBACK} {number}", hold or since is not None)
+    return generation
 
 
 def release(context: StageContext) -> Generation:
     """End the hold of the live generation; return that generation."""
-    row, before = live(context.lake), snapshot(context.lake)
+    generation, before = live(context.lake), snapshot(context.lake)
     if on_hold(context.lake):
-        _point(context.lake, before, row, f"release {row['generation']}")
+        _point(context.lake, before, generation, f"release {generation.generation}")
     else:
         context.status = "up to date"
-    return row
+    return generation
 
 
 def snapshot(lake: Lake) -> DeltaTable:
@@ -172,14 +213,14 @@ def snapshot(lake: Lake) -> DeltaTable:
     return DeltaTable(lake.path("live"))
 
 
-def _point(lake: Lake, before: DeltaTable, row: Generation, key: str, hold: bool = False) -> None:
+def _point(lake: Lake, before: DeltaTable, generation: Generation, key: str, hold: bool = False) -> None:
     """Move the pointer. Raises BusyError where another run has moved it since ``before`` was read."""
-    state = {"generation": row["generation"], "sids_version": row["sids_version"], "hold": hold}
-    there, input_hash = pa.Table.from_pylist([state], schema=tables.LIVE), properties(key, retries=0)
+    row = {"generation": generation.generation, "sids_version": generation.sids_version, "hold": hold}
+    written, input_hash = pa.Table.from_pylist([row], schema=tables.LIVE), properties(key, retries=0)
     try:
-        write_deltalake(before, there, mode="overwrite", schema_mode="overwrite", commit_properties=input_hash)
+        write_deltalake(before, written, mode="overwrite", schema_mode="overwrite", commit_properties=input_hash)
     except CommitFailedError:
         raise BusyError(
-            f"generation {row['generation']} is not live: another run moved the pointer of {lake.root} meanwhile; run "
-            "this one again"
+            f"generation {generation.generation} is not live: another run moved the pointer of {lake.root} meanwhile; "
+            "run this one again"
         ) from None

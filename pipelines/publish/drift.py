@@ -26,52 +26,52 @@ vectors that have an error."""
 _BINS = 10
 
 
-def every(items: int, sample: int) -> int:
+def sampling_stride(items: int, sample: int) -> int:
     """Return the sampling stride with which about ``sample`` of ``items`` are sampled for drift."""
     return max(1, items // sample)
 
 
-def sampled(features: DataFrame, one_of: int) -> DataFrame:
+def sampled(features: DataFrame, stride: int) -> DataFrame:
     """Return the items that are sampled for drift: the same ones in every nightly run, by a hash of the id."""
-    return features if one_of == 1 else features.filter(in_sample(one_of))
+    return features if stride == 1 else features.filter(in_sample(stride))
 
 
-def in_sample(one_of: int) -> Column:
+def in_sample(stride: int) -> Column:
     """Return whether an item is sampled for drift."""
-    return F.pmod(F.crc32(F.col("item_id").cast("binary")), F.lit(one_of)) == 0
+    return F.pmod(F.crc32(F.col("item_id").cast("binary")), F.lit(stride)) == 0
 
 
-def in_sample_rows(item_ids: pa.Array, one_of: int) -> pa.Array:
+def in_sample_rows(item_ids: pa.Array, stride: int) -> pa.Array:
     """Return the boolean mask of the ids that :func:`in_sample` selects."""
-    if one_of == 1:
+    if stride == 1:
         return pa.repeat(True, len(item_ids))
     return pa.array(
-        np.fromiter(map(zlib.crc32, item_ids.cast(pa.binary()).to_pylist()), np.int64, len(item_ids)) % one_of == 0
+        np.fromiter(map(zlib.crc32, item_ids.cast(pa.binary()).to_pylist()), np.int64, len(item_ids)) % stride == 0
     )
 
 
-def measure(lake: Lake, sids: DataFrame, one_of: int, edges: dict[str, list[float]] | None = None) -> dict[str, Any]:
+def measure(lake: Lake, sids: DataFrame, stride: int, edges: dict[str, list[float]] | None = None) -> dict[str, Any]:
     """Measure the items of ``sids`` [stratum, gauges], in the format of :func:`described`; bins end at the deciles of
-    norms, or at the given ``edges``. ``one_of``: the stride of :func:`every`."""
+    norms, or at the given ``edges``. ``stride``: of :func:`sampling_stride`."""
     rows = sids.select("stratum", F.inline("gauges"))
     if edges is None:
         deciles = F.percentile_approx("norm", [i / _BINS for i in range(1, _BINS)], 1000).alias("edges")
         edges = {row["modality"]: list(row["edges"]) for row in rows.groupBy("modality").agg(deciles).collect()}
     if not edges:  # a tokenizer that reads no vectors
-        return described(lake, {}, one_of, edges)
+        return described(lake, {}, stride, edges)
     above = F.create_map(*(part for m, values in edges.items() for part in (F.lit(m), F.array(*map(F.lit, values)))))
     bin = F.size(F.filter(above[F.col("modality")], lambda edge: F.col("norm") > edge)).alias("bin")
-    number = F.count("*").alias("items"), F.sum("error").alias("error"), F.count("error").alias("decoded")
+    totals = F.count("*").alias("items"), F.sum("error").alias("error"), F.count("error").alias("decoded")
     counts = dict[str, Counts]()
-    for row in rows.groupBy("modality", "stratum", bin).agg(*number).collect():
+    for row in rows.groupBy("modality", "stratum", bin).agg(*totals).collect():
         if row["modality"] in edges and row["stratum"]:
-            own = counts.setdefault(row["modality"], {}).setdefault(
+            count = counts.setdefault(row["modality"], {}).setdefault(
                 row["stratum"], {"bins": [0] * _BINS, "error": 0.0, "decoded": 0}
             )
-            own["bins"][row["bin"]] = row["items"]
-            own["error"] += row["error"] or 0.0
-            own["decoded"] += row["decoded"]
-    return described(lake, counts, one_of, edges)
+            count["bins"][row["bin"]] = row["items"]
+            count["error"] += row["error"] or 0.0
+            count["decoded"] += row["decoded"]
+    return described(lake, counts, stride, edges)
 
 
 def counted(
@@ -86,12 +86,12 @@ def counted(
     counts = dict[str, Counts]()
     for m, ends in edges.items():
         for s in sorted(set(stratum[modality == m])):
-            own = (modality == m) & (stratum == s)
-            bins = np.bincount(np.searchsorted(ends, norm[own], side="left"), minlength=_BINS).tolist()
+            mask = (modality == m) & (stratum == s)
+            bins = np.bincount(np.searchsorted(ends, norm[mask], side="left"), minlength=_BINS).tolist()
             counts.setdefault(m, {})[s] = {
                 "bins": bins,
-                "error": float(np.nansum(error[own])),
-                "decoded": int(np.isfinite(error[own]).sum()),
+                "error": float(np.nansum(error[mask])),
+                "decoded": int(np.isfinite(error[mask]).sum()),
             }
     return counts
 
@@ -109,7 +109,7 @@ def changed(known: dict[str, Counts], before: dict[str, Counts], after: dict[str
     return counts
 
 
-def described(lake: Lake, counts: dict[str, Counts], one_of: int, edges: dict[str, list[float]]) -> dict[str, Any]:
+def described(lake: Lake, counts: dict[str, Counts], stride: int, edges: dict[str, list[float]]) -> dict[str, Any]:
     """Describe a set of items: for every input of the tokenizer the share whose norm is in each bin, and the mean
     squared quantization error, by stratum too (none for a method without a decoder); Spearman(norm, count); the
     ``counts`` themselves."""
@@ -122,29 +122,31 @@ def described(lake: Lake, counts: dict[str, Counts], one_of: int, edges: dict[st
         sums["all"] = sum(total for total, _ in sums.values()), sum(number for _, number in sums.values())
         if sums["all"][1]:
             error[m] = {name: total / number for name, (total, number) in sums.items() if number}
-    found = richness(lake)
+    statistics = richness(lake)
     return {
-        "every": one_of,
+        "every": stride,
         "edges": edges,
         "counts": counts,
         "shares": shares,
         "error": error,
-        "spearman": found["spearman"] if found else None,
+        "spearman": statistics["spearman"] if statistics else None,
     }
 
 
-def against(baseline: dict[str, Any], day: dict[str, Any]) -> dict[str, Any]:
-    """Compare the current items (measured as ``day`` with the baseline's ``edges``) with those of ``baseline``: for
+def against(baseline: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """Compare the current items (``current``, measured with the baseline's ``edges``) with those of ``baseline``: for
     each modality the stability index of its norms, in the bins of the baseline's deciles, and the ratio of quantization
     errors, overall and by stratum."""
-    norms = _defined({m: stability_index(shares, day["shares"].get(m, ())) for m, shares in baseline["shares"].items()})
+    norms = _defined(
+        {m: stability_index(shares, current["shares"].get(m, ())) for m, shares in baseline["shares"].items()}
+    )
     ratios = {
         m: {
             s: value / baseline["error"][m][s] for s, value in by_stratum.items() if baseline["error"].get(m, {}).get(s)
         }
-        for m, by_stratum in day["error"].items()
+        for m, by_stratum in current["error"].items()
     }
-    return {"norms": norms, "error_ratio": ratios, "spearman": day["spearman"]}
+    return {"norms": norms, "error_ratio": ratios, "spearman": current["spearman"]}
 
 
 def usage(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:

@@ -41,7 +41,7 @@ class Lease:
         another run still has the lease, InputError where the table is of another version of adasid."""
         with suppress(CommitFailedError):  # another run has just created it
             DeltaTable.create(self.lake.path(_TABLE), schema=tables.LEASES, mode="ignore")
-        deadline, told = time.monotonic() + wait, ""
+        deadline, noted = time.monotonic() + wait, ""
         while True:
             table = self._table()
             other = self._holder(table)
@@ -57,8 +57,8 @@ class Lease:
                     f"the lease of {self.lake.root} is held by {who}: wait for it to end, or raise "
                     "retokenize.lease.wait"
                 )
-            if other and other[0] != told:
-                told = other[0]
+            if other and other[0] != noted:
+                noted = other[0]
                 note(
                     f"waiting at most {wait:.0f} s for the lease of {other[0]}, which ends in "
                     f"{other[1] - self.now():.0f} s unless it is renewed"
@@ -67,12 +67,11 @@ class Lease:
 
     def _table(self) -> DeltaTable:
         table = DeltaTable(self.lake.path(_TABLE))
-        found = [field.name for field in table.schema().fields]
-        if found != tables.LEASES.names:
+        names = [field.name for field in table.schema().fields]
+        if names != tables.LEASES.names:
             raise InputError(
-                f"{self.lake.path(_TABLE)} has columns {', '.join(found)}, expected {', '.join(tables.LEASES.names)}: "
-                "it is of another version of adasid; "
-                "remove it while no run is at work"
+                f"{self.lake.path(_TABLE)} has columns {', '.join(names)}, expected {', '.join(tables.LEASES.names)}: "
+                "it is of another version of adasid; remove it while no run is at work"
             )
         return table
 
@@ -101,9 +100,9 @@ class Lease:
         """Raise BusyError unless this process is still the holder."""
         rows = DeltaTable(self.lake.path(_TABLE)).to_pyarrow_table().to_pylist()
         if self._lost.is_set() or not rows or rows[0]["holder"] != self.holder or rows[0]["expires"] <= self.now():
-            now = rows[0]["holder"] if rows else None
+            last = rows[0]["holder"] if rows else None
             raise BusyError(
-                f"the lease of {self.lake.root} was lost (holder: {now}): this run could not renew it for longer than "
+                f"the lease of {self.lake.root} was lost (holder: {last}): this run could not renew it for longer than "
                 "retokenize.lease.seconds; run it again"
             )
 
@@ -112,14 +111,14 @@ class Lease:
         try:
             table = DeltaTable(self.lake.path(_TABLE))
             rows = table.to_pyarrow_table().to_pylist()
-            kept = (
+            renewed = (
                 bool(rows)
                 and rows[0]["holder"] == self.holder
                 and self._commit(table, self.holder, self.now() + self.seconds)
             )
         except Exception:
-            kept = False
-        if not kept:
+            renewed = False
+        if not renewed:
             self._lost.set()
 
     def give_back(self) -> None:
@@ -129,9 +128,14 @@ class Lease:
         if rows and rows[0]["holder"] == self.holder:
             self._commit(table, None, 0.0)
 
-    def _keep(self) -> None:
+    def renew_until_ended(self) -> None:
+        """Renew the lease at intervals, until :meth:`end` or until it is lost."""
         while not self._ended.wait(self.seconds / 3) and not self._lost.is_set():
             self.renew()
+
+    def end(self) -> None:
+        """Tell :meth:`renew_until_ended` to return."""
+        self._ended.set()
 
 
 @contextmanager
@@ -139,11 +143,11 @@ def leased(context: StageContext, settings: config.Lease) -> Iterator[Lease]:
     """Take the lease, renew it meanwhile, release it."""
     lease = Lease(context.lake, settings.seconds)
     lease.take(settings.wait, context.note)
-    keeper = threading.Thread(target=lease._keep, daemon=True)
-    keeper.start()
+    renewer = threading.Thread(target=lease.renew_until_ended, daemon=True)
+    renewer.start()
     try:
         yield lease
     finally:
-        lease._ended.set()
-        keeper.join()
+        lease.end()
+        renewer.join()
         lease.give_back()

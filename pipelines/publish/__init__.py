@@ -1,0 +1,1 @@
+"""Publish generations of the semantic-ID table: encode, rank collisions, measure, check gates, commit, export."""

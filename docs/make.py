@@ -104,7 +104,8 @@ def declared(values: Mapping[str, object]) -> list[Stage]:
 def settings(stage: Stage, cfg: config.Config, lake: Lake) -> tuple[str, ...]:
     """Names of the settings that a stage hashes. The stage of SIDs reads a manifest for that, so it is given one."""
     with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / "manifest.json", {"format": artifact.FORMAT, "digest": ""})
+        empty = {"slots": [], "widths": {}, "parameters": 0, "config": {}, "digest": ""}
+        write_json(Path(folder) / "manifest.json", {"format": artifact.FORMAT, "tokenizer": "", **empty})
         known = cfg.model_copy(update={"sids": cfg.sids.model_copy(update={"artifact": folder})})
         return (
             tuple(stage.settings(known, lake))

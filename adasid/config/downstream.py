@@ -180,6 +180,18 @@ class Evaluate(Section):
                 raise ValueError(f"evaluate.more_seeds.{label}: no tokenizer or control of evaluate has such a label")
         for label in set(self.retrievers) & set(self.rankers):
             raise ValueError(f"evaluate.retrievers and evaluate.rankers both name {label!r}: rename one")
+        for label in self.tokenizers:
+            if self.tokenizers.count(label) > 1:
+                raise ValueError(f"evaluate.tokenizers names {label!r} twice: remove one")
+        if self.tokenizers and self.reference not in self.tokenizers:
+            raise ValueError(
+                f"evaluate.reference is {self.reference!r}, which evaluate.tokenizers does not name: add it there, or "
+                "name another"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _models(self) -> Evaluate:
         for label, chosen in self.models.items():
             if label not in self.labels:
                 raise ValueError(f"evaluate.models.{label}: no tokenizer of evaluate has such a label")
@@ -197,14 +209,10 @@ class Evaluate(Section):
                     raise ValueError(
                         f"evaluate.models.{label}.{model}: no retriever or ranker of evaluate has such a label"
                     )
-        if self.tokenizers and self.reference not in self.tokenizers:
-            raise ValueError(
-                f"evaluate.reference is {self.reference!r}, which evaluate.tokenizers does not name: add it there, or "
-                "name another"
-            )
-        for label in self.tokenizers:
-            if self.tokenizers.count(label) > 1:
-                raise ValueError(f"evaluate.tokenizers names {label!r} twice: remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _controls(self) -> Evaluate:
         for label, settings in self.controls.items():
             if settings.head != "item":
                 raise ValueError(

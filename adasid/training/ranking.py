@@ -72,10 +72,20 @@ class Events:
         return np.where(place < before[:, None], self.visited[np.minimum(place, len(self.visited) - 1)], -1)
 
 
+@dataclass(frozen=True)
+class RankingData:
+    """``RankingData`` is the training and evaluation data: the ``events`` of all users, of which a worker takes every
+    ``world``-th; ``counts`` and ``strata`` [M] as in ``RetrievalData``; ``version``: name of the input in errors."""
+
+    events: Events
+    counts: Ints
+    strata: Ints
+    version: str
+
+
 class RankingTraining(DownstreamTraining):
-    """``RankingTraining`` is one training run on one worker; validation AUC selects the epoch. ``events``: of all
-    users, of which this worker takes every ``world``-th; ``counts``, ``strata`` [M] as for retrieval; ``shards_from``:
-    number of test samples of all workers from which scores are written to files."""
+    """``RankingTraining`` is one training run on one worker; validation AUC selects the epoch. ``shards_from``: number
+    of test samples of all workers from which scores are written to files."""
 
     monitor = "validation_auc"
     name = "ranking"
@@ -85,20 +95,17 @@ class RankingTraining(DownstreamTraining):
         self,
         settings: config.Ranking,
         catalogue: ItemTokens,
-        events: Events,
-        counts: Ints,
-        strata: Ints,
+        data: RankingData,
         folder: Path,
         seed: int,
         workers: Workers,
-        version: str,
         device: torch.device | str = "cpu",
         shards_from: int | None = None,
     ) -> None:
         self.shards_from = shards_from
-        self.settings, self.events, self.strata = settings, events, strata
+        self.settings, self.events, self.strata = settings, data.events, data.strata
         torch.manual_seed(seed)
-        model = PPNet(settings, catalogue.to(device), int(events.users.max(initial=-1)) + 1).to(device)
+        model = PPNet(settings, catalogue.to(device), int(data.events.users.max(initial=-1)) + 1).to(device)
         optimizers = {"adam": torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)}
         super().__init__(
             model,
@@ -108,10 +115,10 @@ class RankingTraining(DownstreamTraining):
             seed,
             workers,
             torch.device(device),
-            version,
+            data.version,
         )
         self.labels = self._labels()
-        popularity = np.maximum(counts, 0).astype(np.float64) ** settings.negative_power * (counts > 0)
+        popularity = np.maximum(data.counts, 0).astype(np.float64) ** settings.negative_power * (data.counts > 0)
         self.cdf = np.cumsum(popularity) / max(popularity.sum(), 1e-12)
         self.parts = {split: self._part(place) for place, split in enumerate(SPLITS)}
         self.drawn = {split: self._negatives(split) for split in SPLITS[1:]}

@@ -30,7 +30,7 @@ from adasid.recommenders.tokens import ItemTokens
 from adasid.tokenizers import artifact
 from adasid.tokenizers.relabel import Relabelled
 from adasid.training.behavior import BehaviorData, BehaviorTraining
-from adasid.training.ranking import Events, RankingTraining
+from adasid.training.ranking import Events, RankingData, RankingTraining
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from adasid.training.tokenizer import TokenizerTraining, summary
 from pipelines.engines import cluster
@@ -132,19 +132,9 @@ def ranking(payload: Payload) -> None:
     version, settings = payload.read["ranking_samples"], cfg.ranking
     catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
     events = Events.from_batches(lake.batches("ranking_samples", version, _SAMPLE))
-    name = f"ranking_samples version {version}"
+    data = RankingData(events, counts, strata, f"ranking_samples version {version}")
     training = RankingTraining(
-        settings,
-        catalogue,
-        events,
-        counts,
-        strata,
-        folder,
-        cfg.seed,
-        workers,
-        name,
-        _device(cfg),
-        cfg.spark.scores_from,
+        settings, catalogue, data, folder, cfg.seed, workers, _device(cfg), cfg.spark.scores_from
     )
     _finish(payload, workers, training.run(_report(payload, workers)))
 

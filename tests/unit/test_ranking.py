@@ -19,7 +19,7 @@ from adasid.recommenders.ppnet import Gate, ItemVectors, PPNet, prefixes
 from adasid.recommenders.tokens import ItemTokens
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD, RANKING_ONLY, RANKING_SCORES, SPLITS
-from adasid.training.ranking import Events, RankingTraining
+from adasid.training.ranking import Events, RankingData, RankingTraining
 
 SLOTS = (Slot("t0", "text", 4), Slot("b0", BEHAVIOR, 5))
 
@@ -160,13 +160,10 @@ def training(folder, table, epochs=6, workers=Workers(), **settings):
     return RankingTraining(
         chosen,
         ItemTokens.of(codes, SLOTS),
-        found,
-        counts,
-        np.arange(40) // 20,
+        RankingData(found, counts, np.arange(40) // 20, "ranking_samples version 0"),
         Path(folder),
         3,
         workers,
-        "ranking_samples version 0",
     )
 
 
@@ -202,9 +199,8 @@ def test_impressions_and_unrated_events(tmp_path):
     ]
     chosen = config.Ranking(width=8, hidden=(16,))
     catalogue = ItemTokens.of(np.zeros((40, 2), np.int32), SLOTS)
-    made = RankingTraining(
-        chosen, catalogue, found, np.ones(40, np.int64), np.zeros(40, np.int64), tmp_path, 3, Workers(), "v"
-    )
+    data = RankingData(found, np.ones(40, np.int64), np.zeros(40, np.int64), "v")
+    made = RankingTraining(chosen, catalogue, data, tmp_path, 3, Workers())
     assert [made.parts[split].tolist() for split in SPLITS] == [[1, 3], [4], [5]]
 
 

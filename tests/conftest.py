@@ -3,6 +3,7 @@ present."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ os.environ.setdefault(
 )  # the suite runs in two processes: more threads than cores only wait for each other
 
 # Jobs live for seconds: what the second JIT compiler would gain is less than it costs on two cores.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+# spark-submit starts its JVM itself, so it is told of the class archive here.
+_ARCHIVE = Path(importlib.util.find_spec("pyspark").origin).with_name("adasid-classes.jsa")
+os.environ.setdefault(
+    "SPARK_SUBMIT_OPTS", f"-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:SharedArchiveFile={_ARCHIVE} -Xlog:disable"
+)
 
 INTERPRETED = {
     "spark.sql.codegen.wholeStage": "false",

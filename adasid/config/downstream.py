@@ -47,11 +47,11 @@ class Retrieval(Section):
     continuations: Literal["all", "valid"] = Field(
         "all",
         description="autoregressive: a token's probability is among all tokens of its slot, or among the valid ones: "
-        "those with which the prefix goes on "
+        "those with which the prefix leads "
         "to an item; the probabilities of all SIDs then sum to 1",
     )
     beam: int = Field(
-        100, ge=100, description="autoregressive: prefixes kept at a time in the test; the deepest cut-off is 100"
+        100, ge=100, description="autoregressive: width of the beam in the test; the deepest cut-off is 100"
     )
     validation_beam: int = Field(20, ge=10, description="the same in validation, which looks at the first 10")
     epochs: int = Field(40, ge=1, description="upper bound of epochs")

@@ -66,7 +66,7 @@ class Lease(Section):
 class Retokenize(Section):
     policy: Literal["frozen", "warm", "refit", "auto"] = Field(
         "frozen",
-        description="frozen: live codebooks; warm: go on training; refit: train from scratch and match the codes; "
+        description="frozen: live codebooks; warm: continue the training; refit: train from scratch and match the codes; "
         "auto: by drift, and frozen where "
         "the table of the other fails a gate",
     )

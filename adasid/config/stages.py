@@ -16,7 +16,7 @@ class Pairs(Section):
         "swing",
         description="swing: users who share little else count more; cooccurrence: number of users who have both",
     )
-    per_item: int = Field(20, ge=1, description="partners kept for an item, the best by score")
+    per_item: int = Field(20, ge=1, description="largest number of partners of an item, the best by score")
     min_users: int = Field(2, ge=1, description="users who must have both items")
     max_user_items: int = Field(100, ge=2, description="of a longer history only the latest items make pairs")
     max_item_users: int = Field(
@@ -36,7 +36,7 @@ class Features(Section):
         0, ge=0, description="keep users and items with at least this many events, iterated; 0 switches it off"
     )
     k_core_rounds: int = Field(20, ge=1, description="upper bound of the k-core iteration")
-    max_length: int = Field(50, ge=2, description="longest history kept in a sequence, in events")
+    max_length: int = Field(50, ge=2, description="longest history of a sequence, in events")
     split: Literal["leave_one_out", "global_time"] = Field(
         "leave_one_out",
         description="leave_one_out: last event test, the one before validation; global_time: by two cut-off times",
@@ -64,7 +64,9 @@ class Features(Section):
         "without a click); all; positive: "
         "neither those nor events rated low. Ranking samples hold all events",
     )
-    max_user_events: int = Field(10_000, ge=2, description="of a user with more events the latest so many are kept")
+    max_user_events: int = Field(
+        10_000, ge=2, description="of a user with more events only the latest so many are used"
+    )
     first_year: int = Field(
         1990,
         ge=1,

@@ -37,7 +37,7 @@ class Config(Section):
         description="name of the run: its outputs lie in <runs_dir>/<name>",
     )
     seed: int = Field(17, ge=0, lt=2**31, description="the one seed")
-    runs_dir: str = Field("runs", description="where runs are kept")
+    runs_dir: str = Field("runs", description="folder of all runs")
     pins: dict[str, int] = Field({}, description="table -> version to read instead of the latest")
     source: Source = Field(
         Source(kind="synthetic", synthetic=Synthetic()), description="where items and interactions come from"

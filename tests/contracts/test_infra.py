@@ -56,7 +56,7 @@ def test_versions_are_those_that_are_installed():
     assert f'"{mlflow}"' in SETUP
 
 
-def test_kubernetes_runs_the_doors_with_flags_that_they_have():
+def test_kubernetes_runs_the_jobs_with_flags_that_they_have():
     template = SPARK["spec"]["template"]
     door = template["mainApplicationFile"].removeprefix("local:///opt/adasid/")
     assert f"COPY {door} {door}\n" in (INFRA / "images" / "spark.Dockerfile").read_text()

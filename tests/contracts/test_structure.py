@@ -39,11 +39,13 @@ def imported(path):
             yield node.module
 
 
-@pytest.mark.parametrize(("room", "forbidden"), [("adasid", {"pipelines", "jobs", *ENGINES}), ("pipelines", {"jobs"})])
-def test_imports_run_one_way(room, forbidden):
+@pytest.mark.parametrize(
+    ("package", "forbidden"), [("adasid", {"pipelines", "jobs", *ENGINES}), ("pipelines", {"jobs"})]
+)
+def test_imports_run_one_way(package, forbidden):
     bad = [
         (path.name, name)
-        for path in (ROOT / room).rglob("*.py")
+        for path in (ROOT / package).rglob("*.py")
         for name in imported(path)
         if name.split(".")[0] in forbidden
     ]
@@ -99,7 +101,7 @@ def test_the_core_imports_without_engines():
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_job_is_a_thin_door_with_help(job):
+def test_a_job_is_a_thin_entry_point_with_help(job):
     path = ROOT / "jobs" / f"{job}.py"
     assert len(path.read_text().splitlines()) <= 60
     shown = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
@@ -137,7 +139,7 @@ def test_exit_codes_and_one_line_errors(arguments, code, words, tmp_path):
 
 def test_nothing_is_loaded_that_could_run_code():
     code = "\n".join(
-        path.read_text() for room in ("adasid", "pipelines", "jobs") for path in (ROOT / room).rglob("*.py")
+        path.read_text() for package in ("adasid", "pipelines", "jobs") for path in (ROOT / package).rglob("*.py")
     )
     for word in ("yaml.load(", "import pickle", "pickle.load", "allow_pickle=True", "torch.load("):
         assert word not in code

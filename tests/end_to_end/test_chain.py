@@ -125,7 +125,7 @@ def test_a_second_run_changes_nothing(on_ray, folder):
 
 
 @pytest.mark.skipif(not shutil.which("airflow"), reason="Airflow is not on the PATH")
-def test_airflow_runs_the_night(on_ray, folder, tmp_path):
+def test_airflow_runs_the_nightly_job(on_ray, folder, tmp_path):
     path, _ = on_ray
     own = {
         "AIRFLOW_HOME": str(tmp_path),

@@ -132,7 +132,9 @@ def commits(lake, table):
 
 
 @pytest.mark.parametrize("number", range(KILLS))
-def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undisturbed(number, request, tmp_path):
+def test_a_killed_nightly_run_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undisturbed(
+    number, request, tmp_path
+):
     kinds, turn = KINDS[number % len(KINDS)], number // len(KINDS)
     start, settings, end = kinds[turn % len(kinds)]
     path, lake = copied(request.getfixturevalue(start), tmp_path / "night", retokenize=settings)
@@ -189,7 +191,7 @@ def test_a_killed_night_leaves_the_old_or_the_new_table_and_a_rerun_ends_as_undi
             file.write(json.dumps(row) + "\n")
 
 
-def test_of_two_nights_started_together_one_publishes(on_spark, undisturbed):
+def test_of_two_nightly_runs_started_together_one_publishes(on_spark, undisturbed):
     path, lake = on_spark
     found = {}
 
@@ -298,7 +300,7 @@ def test_a_clock_that_jumped_back_does_not_lock_the_lake(lake):
     early.check()
 
 
-def test_a_night_after_the_clock_jumped_back_is_as_any_other(merged, tmp_path, undisturbed_small, capsys):
+def test_a_nightly_run_after_the_clock_jumped_back_is_as_any_other(merged, tmp_path, undisturbed_small, capsys):
     path, lake = copied(merged, tmp_path / "night", retokenize=OPEN)
     Lease(lake, OPEN["lease"]["seconds"], now=lambda: time.time() + 86_400).take(
         0

@@ -122,7 +122,7 @@ def test_new_changed_and_removed_items_alone_are_touched(published, spark, feed)
 
 
 @pytest.mark.parametrize("how", ["change feed", "fingerprints"])
-def test_a_small_night_without_spark_is_the_night_of_spark(shop, tmp_path, spark, how):
+def test_a_small_nightly_run_without_spark_publishes_what_spark_would(shop, tmp_path, spark, how):
     """Two changes, one of them of counts and strata of items that keep their vectors; an item that comes and goes
     between two nights."""
     small, whole = (copied(shop, tmp_path / name / "shop", retokenize=OPEN) for name in ("small", "whole"))

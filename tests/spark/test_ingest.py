@@ -414,7 +414,7 @@ def test_rows_whose_columns_are_all_in_the_names_of_folders(make_config, tmp_pat
     ]
 
 
-def test_labels_and_ratings_are_told_apart(make_config, tmp_path):
+def test_labels_and_ratings_are_distinguished(make_config, tmp_path):
     items = parquet(tmp_path / "i.parquet", item_id=["x"], text=[[1.0]])
 
     def said(**columns):

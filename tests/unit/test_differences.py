@@ -47,8 +47,8 @@ def put(lake, *rows):
 
 
 @pytest.fixture
-def night(lake, make_config):
-    """A night after a generation of the four items."""
+def nightly(lake, make_config):
+    """A nightly after a generation of the four items."""
     row = {
         "codes": [0],
         "weights": [1.0],
@@ -82,43 +82,43 @@ def night(lake, make_config):
     return made
 
 
-def found(night, fed=False):
-    change, _ = differences.read(night, 0, fed)
+def found(nightly, fed=False):
+    change, _ = differences.read(nightly, 0, fed)
     return change and dict(zip(change.ids.to_pylist(), change.kind.tolist()))
 
 
-def test_new_changed_removed_and_those_whose_counts_alone_differ(lake, night):
+def test_new_changed_removed_and_those_whose_counts_alone_differ(lake, nightly):
     put(lake, ("a", "1", "head", 10), ("b", "2x", "mid", 5), ("c", "3", "tail", 1), ("e", "5", "cold", 0))
-    assert found(night()) == {"a": "same", "b": "changed", "d": "removed", "e": "new"}
-    change, fed = differences.read(night(), 0, False)
+    assert found(nightly()) == {"a": "same", "b": "changed", "d": "removed", "e": "new"}
+    change, fed = differences.read(nightly(), 0, False)
     assert not fed
     assert change.before.events.tolist() == [9, 5, 1, 0] and change.after.events.tolist() == [10, 5, 0, 0]
     assert change.before.stratum.tolist()[3] == change.after.stratum.tolist()[2] == -1
 
 
-def test_counts_alone_change_no_sid(lake, night):
+def test_counts_alone_change_no_sid(lake, nightly):
     put(lake, *((item, mark, stratum, events + 1) for item, mark, stratum, events in FIRST))
-    assert found(night()) is None
+    assert found(nightly()) is None
 
 
-def test_more_items_than_a_small_night_may_have(lake, night):
+def test_more_items_than_a_small_nightly_run_may_have(lake, nightly):
     put(lake, *((item, mark + "x", stratum, events) for item, mark, stratum, events in FIRST))
     with pytest.raises(NeedsFullRun, match=r"4 items have other vectors, more than retokenize\.small_night"):
-        found(night(3))
+        found(nightly(3))
 
 
-def test_a_table_that_was_built_anew_is_compared_with_the_published_rows(lake, night):
+def test_a_rebuilt_table_is_compared_with_the_published_rows(lake, nightly):
     """Version 0 is another table than the one that the live SIDs were made of."""
     shutil.rmtree(lake.path("item_features"))
     rebuilt = (("a", "1", "head", 9), ("b", "2x", "mid", 5), *FIRST[2:])
     put(lake, *rebuilt)
     put(lake, *rebuilt)
-    assert found(night()) == {"b": "changed"}
+    assert found(nightly()) == {"b": "changed"}
 
 
-def test_a_version_that_is_gone_is_for_spark(lake, night):
+def test_a_version_that_is_gone_is_for_spark(lake, nightly):
     with pytest.raises(NeedsFullRun, match="item_features has no version 7 any more"):
-        differences.read(night(), 7, False)
+        differences.read(nightly(), 7, False)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def test_a_version_that_is_gone_is_for_spark(lake, night):
         (("a", "1x", "head", 9), "two rows"),
     ],
 )
-def test_faulty_rows_are_for_spark(lake, night, row, why):
+def test_faulty_rows_are_for_spark(lake, nightly, row, why):
     put(lake, *FIRST[:2], ("c", "3x", "tail", 1), row, ("a", "1y", "head", 8) if why == "two rows" else FIRST[3])
     with pytest.raises(NeedsFullRun, match=why):
-        found(night())
+        found(nightly())
 
 
-def test_a_long_change_feed_is_not_read(lake, night):
+def test_a_long_change_feed_is_not_read(lake, nightly):
     """Counts of all items change by updates of single rows: eight rows of the feed, and no other vectors but of one
     item."""
     shutil.rmtree(lake.path("item_features"))
@@ -146,7 +146,9 @@ def test_a_long_change_feed_is_not_read(lake, night):
     DeltaTable(lake.path("item_features")).update({"fingerprint": "'3x'"}, predicate="item_id = 'c'")
     assert changes.followed(lake, 0, 2)
     assert (
-        found(night(), fed=True) == found(night(1), fed=True) == {"a": "same", "b": "same", "c": "changed", "d": "same"}
+        found(nightly(), fed=True)
+        == found(nightly(1), fed=True)
+        == {"a": "same", "b": "same", "c": "changed", "d": "same"}
     )
-    assert [differences.read(night(most), 0, True)[1] for most in (10, 1)] == [True, False]
-    assert differences.read(night(1), 1, True)[1], "one row of the feed alone"
+    assert [differences.read(nightly(most), 0, True)[1] for most in (10, 1)] == [True, False]
+    assert differences.read(nightly(1), 1, True)[1], "one row of the feed alone"

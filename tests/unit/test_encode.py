@@ -46,7 +46,7 @@ def rows(**changed):
     )
 
 
-def test_gauges_are_norms_and_squared_errors_of_the_items_that_are_to_be_gauged(tokenizer):
+def test_items_sampled_for_drift_have_norms_and_squared_errors(tokenizer):
     plain = rows()
     found = encode_rows(tokenizer, plain)
     assert found.schema.equals(ENCODED) and found.column("fault").null_count == 8
@@ -62,7 +62,7 @@ def test_gauges_are_norms_and_squared_errors_of_the_items_that_are_to_be_gauged(
             assert g["error"] == pytest.approx(((x - y) ** 2).sum().item(), rel=1e-5)
 
 
-def test_a_faulty_vector_is_told_and_leaves_the_other_items_alone(tokenizer):
+def test_a_faulty_vector_is_named_and_leaves_the_other_items_alone(tokenizer):
     plain = encode_rows(tokenizer, rows())
     found = encode_rows(tokenizer, rows(text={1: [0.0] * 7, 6: [float("nan")] * 6}, behavior={2: [1.0]}))
     faults = {1: "text has width 7, not 6", 2: "behavior has width 1, not 3", 6: "text is not finite"}

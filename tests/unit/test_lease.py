@@ -72,7 +72,7 @@ def test_of_many_at_once_one_gets_it(lake):
     found[0].check()
 
 
-def test_it_is_renewed_while_held_and_given_back(make_config):
+def test_it_is_renewed_while_the_run_works_and_released(make_config):
     with stage(make_config(), "lease") as context:
         with leased(context, config.Lease(seconds=0.6, wait=0.0)) as lease:
             time.sleep(1.5)

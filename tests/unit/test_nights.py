@@ -35,7 +35,7 @@ def generation(number, **changes):
     return {**row, "metrics": metrics, "churn": churn, "drift": drift, "gates": gates, **changes}
 
 
-def test_the_page_shows_the_nights_and_the_refused_one():
+def test_the_page_shows_the_nightly_runs_and_the_refused_one():
     rows = [
         generation(1, churn={}, drift={"baseline": {}}, policy="full", run_date=None),
         generation(2),
@@ -104,7 +104,7 @@ def test_auto_takes_the_first_policy_that_the_drift_reaches(error, norms, chosen
     assert verdict.policy(build({"retokenize": {"policy": "auto"}}), {"error_ratio": {}, "norms": {}}) == "frozen"
 
 
-def test_before_the_first_night():
+def test_before_the_first_nightly_run():
     first = nights.build("shop", [generation(1, churn={}, drift={"baseline": {}}, live=True)], None)
     assert [plot.name for plot in first.plots()] == ["gates"] and not first.warnings
     assert "Nothing is published yet." in page.render(nights.build("shop", [], None))[0]

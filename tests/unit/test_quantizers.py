@@ -122,7 +122,7 @@ def test_grouped_experts_equal_a_loop_over_experts():
     assert head.shape == (10, 2)
 
 
-def test_a_held_code_stays_while_it_is_nearly_the_nearest():
+def test_a_previous_code_stays_within_the_tolerance():
     distances = torch.tensor([[1.0, 1.4, 3.0], [2.0, 0.5, 0.7], [0.0, 0.1, 0.2]])
     held = torch.tensor([1, -1, 0])
     assert previous_or_nearest(distances, None).tolist() == [0, 1, 0]
@@ -144,7 +144,7 @@ def test_a_kept_code_is_not_replaced_however_rare():
         assert torch.equal(books.weight[0, :2], before[0, :2]) and not torch.equal(books.weight[0, 2], before[0, 2])
 
 
-def test_codebooks_that_start_from_held_codes_are_their_means():
+def test_codebooks_that_start_from_previous_codes_are_their_means():
     x, held = torch.tensor([[0.0, 0.0], [2.0, 0.0], [9.0, 9.0]]), torch.tensor([1, 1, -1])
     found = means_of(x, held, torch.full((3, 2), 5.0))
     assert found.tolist() == [[5, 5], [1, 0], [5, 5]]

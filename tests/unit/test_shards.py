@@ -129,7 +129,7 @@ def test_pairs_of_items_without_features_are_left_out():
     assert batch.paired.tolist() == [True, False, True]
 
 
-def test_held_codes_come_with_every_row_partners_too():
+def test_previous_codes_come_with_every_row_partners_too():
     table, cluster = catalogue(items=60)
     mine = shard(table, ("text",), 0, 2, cluster)
     assert mine.take(np.arange(3)).previous is None and mine.previous(9) is None

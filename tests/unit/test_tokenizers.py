@@ -237,7 +237,7 @@ def test_only_the_declared_inputs_are_read(trained):
 
 
 @pytest.mark.parametrize("name", ["adc-sid", "ada-sid", "rq-vae", "letter", "mm-rq-vae"])
-def test_one_that_is_trained_anew_holds_on_to_published_codes(name, tmp_path):
+def test_a_retrained_tokenizer_preserves_published_codes(name, tmp_path):
     settings, loop, _, data, _ = run_of(name)
     settings = settings.model_copy(update={"training": settings.training.model_copy(update={"epochs": 30})})
     published = loop.tokenizer.encode(everything(data)).codes
@@ -324,7 +324,7 @@ GATED = pytest.mark.parametrize("name", ["adc-sid", "adc-sid two experts", "ada-
 
 
 @GATED
-def test_the_gate_reaches_its_sparsity_target_and_the_controller_is_told(name):
+def test_the_gate_reaches_its_sparsity_target_and_so_says_the_log(name):
     settings, loop, rows, data, _ = run_of(name)
     assert rows[-1]["sparsity"] == pytest.approx(rows[-1]["sparsity_target"], abs=0.12)
     codes, weights, active = loop.tokenizer.encode(everything(data))

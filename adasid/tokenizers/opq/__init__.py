@@ -24,7 +24,7 @@ class OpqSettings(SpacesSettings):
     width: int = Field(
         96,
         ge=1,
-        description="principal components kept of a vector: at most those there are, and a multiple of its levels",
+        description="number of principal components of a vector: at most as many as it has, and a multiple of its levels",
     )
     whiten: bool = Field(True, description="scale the components to unit variance")
     rounds: int = Field(30, ge=1, description="rounds of the fit")
@@ -32,7 +32,7 @@ class OpqSettings(SpacesSettings):
         0.9,
         ge=0,
         lt=1,
-        description="engine own: how far the rotation goes on in the direction of its last step",
+        description="engine own: momentum of the rotation along its last step",
     )
     engine: Literal["own", "faiss"] = Field(
         "own",

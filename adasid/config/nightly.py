@@ -66,8 +66,8 @@ class Lease(Section):
 class Retokenize(Section):
     policy: Literal["frozen", "warm", "refit", "auto"] = Field(
         "frozen",
-        description="frozen: live codebooks; warm: continue the training; refit: train from scratch and match the codes; "
-        "auto: by drift, and frozen where "
+        description="frozen: live codebooks; warm: continue the training; refit: train from scratch and match the "
+        "codes; auto: by drift, and frozen where "
         "the table of the other fails a gate",
     )
     slack: float = Field(

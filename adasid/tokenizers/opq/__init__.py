@@ -24,7 +24,7 @@ class OpqSettings(SpacesSettings):
     width: int = Field(
         96,
         ge=1,
-        description="number of principal components of a vector: at most as many as it has, and a multiple of its levels",
+        description="principal components of a vector: at most as many as it has, and a multiple of its levels",
     )
     whiten: bool = Field(True, description="scale the components to unit variance")
     rounds: int = Field(30, ge=1, description="rounds of the fit")

@@ -122,10 +122,8 @@ def test_every_part_of_a_ray_cluster_has_the_token():
 
 def test_jobs_log_to_a_server_that_answers_them():
     server, ray = COMPOSE["services"]["mlflow"], COMPOSE["services"]["ray"]
-    (typed,) = re.findall(
-        r"#   docker compose -f infra/compose.yaml exec ray python (.*(?:\\\n#.*)*)",
-        (INFRA / "compose.yaml").read_text(),
-    )
+    text = (INFRA / "compose.yaml").read_text()
+    (typed,) = re.findall(r"#   docker compose -f infra/compose.yaml exec ray python ((?:.*\\\n#)*.*)", text)
     words = typed.replace("\\\n#", " ").split()
     found = load(
         ROOT / words[words.index("--config") + 1], [value for flag, value in zip(words, words[1:]) if flag == "--set"]

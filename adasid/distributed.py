@@ -89,9 +89,9 @@ class Workers:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Write rank 0's values into ``tensor`` on every worker, and return it."""
         if self.world > 1:
-            place = tensor.to("cuda") if dist.get_backend() == "nccl" else tensor
-            dist.broadcast(place, 0)
-            tensor.copy_(place)
+            on_device = tensor.to("cuda") if dist.get_backend() == "nccl" else tensor
+            dist.broadcast(on_device, 0)
+            tensor.copy_(on_device)
         return tensor
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -76,7 +76,7 @@ def plan(cfg: Config, after: str = "") -> list[Step]:
         if isinstance(make, Step):
             steps.append(make)
             continue
-        known, own = stage.recorded(make, cfg), dict[str, str | None]()
+        known, produced = stage.recorded(make, cfg), dict[str, str | None]()
         before = known["input_hashes"] if known else {}
         changed = [
             f"{name}, which {writer} {'makes' if name in make.uses else 'writes'}"
@@ -86,15 +86,15 @@ def plan(cfg: Config, after: str = "") -> list[Step]:
         ]
         if changed:
             steps.append(Step(make.name, "runs", f"reads {' and '.join(changed)}"))
-            own = dict.fromkeys((*make.writes(cfg), *make.makes))
+            produced = dict.fromkeys((*make.writes(cfg), *make.makes))
         else:
             inputs = stage.resolve(make, cfg, lake)
             if stage.up_to_date(make, inputs, lake):
                 steps.append(Step(make.name, "up to date"))
             else:
                 steps.append(Step(make.name, "runs", stage.reason(make, inputs, lake)))
-                own = dict.fromkeys(make.writes(cfg), inputs.hash) | dict.fromkeys(make.makes)
-        coming |= {name: (make.name, input_hash) for name, input_hash in own.items()}
+                produced = dict.fromkeys(make.writes(cfg), inputs.hash) | dict.fromkeys(make.makes)
+        coming |= {name: (make.name, input_hash) for name, input_hash in produced.items()}
     return steps
 
 
@@ -116,11 +116,11 @@ def summary(cfg: Config, seconds: float) -> str:
     """Format the status, time and facts of every stage, and the paths of the outputs."""
     rows = [json.loads(line) for line in Run(cfg).journal.read_text(encoding="utf-8").splitlines()]
     last = {row["stage"]: row for row in rows}
-    told = {row["stage"]: row["facts"] for row in rows if row["facts"]}
+    facts_of = {row["stage"]: row["facts"] for row in rows if row["facts"]}
     lines = ["", f"{cfg.name}: done in {seconds:.0f} s", ""]
     for name, _ in STAGES:
         row = last[name]
-        facts = "   ".join(f"{key}: {value}" for key, value in told.get(name, {}).items())
+        facts = "   ".join(f"{key}: {value}" for key, value in facts_of.get(name, {}).items())
         lines.append(f"  {name:<14}{row['seconds']:>7.1f} s  {row['status']:<11} {facts}")
     run = Run(cfg)
     lines += [

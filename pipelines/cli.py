@@ -143,8 +143,8 @@ def _stand_at_home() -> None:
 
 def _editable_home() -> str | None:
     """Return the folder from which the project was installed with ``pip install -e``, else None."""
-    for found in importlib.metadata.distributions(name="adasid"):
-        text = found.read_text("direct_url.json")
+    for distribution in importlib.metadata.distributions(name="adasid"):
+        text = distribution.read_text("direct_url.json")
         if text:
             direct = json.loads(text)
             if direct.get("dir_info", {}).get("editable"):

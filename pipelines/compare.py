@@ -86,15 +86,15 @@ def _measure(inputs: Inputs, context: StageContext, folder: Path, kinds: dict[st
     features = engine.read(spark, lake, "item_features", version)
     encoded = encode(spark, features, folder / "model", manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
     try:
-        found = measure(encoded, list(manifest.slots))
+        metrics = measure(encoded, list(manifest.slots))
     finally:
         encoded.unpersist()
     row = {
-        name: found[name]
+        name: metrics[name]
         for name in ("items", "distinct", "collision_items", "collision_distinct", "largest_group", "sid_entropy")
     }
     for name in ("entropy", "utilisation", "perplexity"):
-        if known := [value for value in found[name] if value is not None]:  # null for a slot that no item fills
+        if known := [value for value in metrics[name] if value is not None]:  # null for a slot that no item fills
             row[name] = float(np.mean(known))
     row |= {
         "length": len(manifest.slots),
@@ -141,19 +141,19 @@ def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, 
         stratum = rows.column("stratum").to_numpy(zero_copy_only=False)
         parts.append((codes.numpy(), kind, stratum, emitted.numpy(), content.numpy(), slots.numpy()))
     codes_, kind_, stratum, emitted_, content_, active_ = (np.concatenate(part) for part in zip(*parts))
-    found: Row = {f"readout_{m}": value for m, value in probe.unexplained().items()}
-    found["shared_cosine"] = shared_cosine(emitted_, content_)
+    row: Row = {f"readout_{m}": value for m, value in probe.unexplained().items()}
+    row["shared_cosine"] = shared_cosine(emitted_, content_)
     if (active_ < 1).any():
-        found |= {f"active_{name}": float(active_[stratum == name].mean()) for name in ("head", "tail")}
+        row |= {f"active_{name}": float(active_[stratum == name].mean()) for name in ("head", "tail")}
     everyone = np.unique(np.linspace(0, len(kind_) - 1, min(cfg.compare.queries, len(kind_))).round().astype(np.int64))
-    found["duplicates_kept"] = duplicates_kept(emitted_, content_, everyone, cfg.compare.near_duplicate)
+    row["duplicates_kept"] = duplicates_kept(emitted_, content_, everyone, cfg.compare.near_duplicate)
     if kinds:
         tail = np.flatnonzero(np.isin(stratum, ("tail", "cold")))
-        found["agreement"] = agreement(codes_, kind_, everyone, cfg.compare.neighbours)
-        found["agreement_tail"] = agreement(
+        row["agreement"] = agreement(codes_, kind_, everyone, cfg.compare.neighbours)
+        row["agreement_tail"] = agreement(
             codes_, kind_, tail[:: max(1, len(tail) // cfg.compare.queries)], cfg.compare.neighbours
         )
-    return {name: value for name, value in found.items() if np.isfinite(value)}
+    return {name: value for name, value in row.items() if np.isfinite(value)}
 
 
 def _chosen(cfg: Config, items: int) -> pc.Expression:
@@ -172,13 +172,13 @@ def _kinds(cfg: Config, lake: Lake) -> dict[str, int]:
     items = features.to_table(columns=["item_id"], filter=_chosen(cfg, features.count_rows()))["item_id"]
     wanted = pc.field("item_id").isin(items.combine_chunks())
     if cfg.compare.categories:
-        found, kinds = _categories(cfg.compare.categories, wanted)
+        ids, kinds = _categories(cfg.compare.categories, wanted)
     elif cfg.source.synthetic:
         truth = lake.open("truth").to_pyarrow_dataset().to_table(columns=["item_id", "topic"], filter=wanted)
-        found, kinds = truth["item_id"], truth["topic"].to_numpy()
+        ids, kinds = truth["item_id"], truth["topic"].to_numpy()
     else:
         return {}
-    return dict(zip(found.to_pylist(), kinds.tolist()))
+    return dict(zip(ids.to_pylist(), kinds.tolist()))
 
 
 def _categories(source: Categories, wanted: pc.Expression) -> tuple[pa.ChunkedArray, NDArray[np.int64]]:

@@ -75,11 +75,11 @@ def run(cfg: Config, context: StageContext, train_cells: bool = True) -> None:
         finally:
             cluster.shutdown()
     else:
-        results = {place: row for place, cell in enumerate(cells) if (row := _known(cell, context.lake)) is not None}
+        results = {index: row for index, cell in enumerate(cells) if (row := _known(cell, context.lake)) is not None}
     rows = [_popularity(cfg, context.lake)]
     rows += [
-        {"task": cells[place].task, "tokenizer": cells[place].tokenizer, "model": cells[place].model, **results[place]}
-        for place in sorted(results)
+        {"task": cells[index].task, "tokenizer": cells[index].tokenizer, "model": cells[index].model, **results[index]}
+        for index in sorted(results)
     ]
     folder = Run(cfg).report("evaluation")
     report.write(
@@ -93,28 +93,28 @@ def run(cfg: Config, context: StageContext, train_cells: bool = True) -> None:
 def _results(cfg: Config, cells: list[Cell], context: StageContext) -> dict[int, Row]:
     """Return the result of each cell by its index, training ``evaluate.parallel`` cells at a time. The first failure
     ends the command once the running cells have finished."""
-    found: dict[int, Row] = {
-        place: row for place, cell in enumerate(cells) if (row := _known(cell, context.lake)) is not None
+    results: dict[int, Row] = {
+        index: row for index, cell in enumerate(cells) if (row := _known(cell, context.lake)) is not None
     }
-    todo = [place for place in range(len(cells)) if place not in found]
+    todo = [index for index in range(len(cells)) if index not in results]
     tokenizers = {
         (cell.tokenizer, cell.config.seed): Lock() for cell in cells
     }  # the first cell that needs a tokenizer trains it, the others wait
     started = time.monotonic()
     with ThreadPoolExecutor(cfg.evaluate.parallel) as pool:
         running = {
-            pool.submit(_result, cells[place], tokenizers[cells[place].tokenizer, cells[place].config.seed]): place
-            for place in todo
+            pool.submit(_result, cells[index], tokenizers[cells[index].tokenizer, cells[index].config.seed]): index
+            for index in todo
         }
         try:
             for number, future in enumerate(as_completed(running), 1):
-                found[running[future]] = future.result()
+                results[running[future]] = future.result()
                 left = (time.monotonic() - started) / number * (len(todo) - number) / 60
                 context.note(f"{len(cells) - len(todo) + number} of {len(cells)} done, about {left:.0f} min left")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return found
+    return results
 
 
 def _result(cell: Cell, lock: Lock) -> Row:
@@ -136,7 +136,7 @@ def _cells(cfg: Config) -> list[Cell]:
     controls += [("ranking", *pair) for pair in e.ranking_controls.items()]
 
     def cells(label: str, chosen: list[tuple[Task, str, Retrieval | Ranking]], sids: bool) -> list[Cell]:
-        own = {"tokenizer": cfg.compare.tokenizers[label]} if sids else {}
+        update = {"tokenizer": cfg.compare.tokenizers[label]} if sids else {}
         seeds = (*e.seeds, *e.more_seeds.get(label, ()))
         everything = {model: seeds for _, model, _ in chosen}
         wanted = e.models.get(label, everything) if sids else everything
@@ -145,7 +145,7 @@ def _cells(cfg: Config) -> list[Cell]:
                 task,
                 label,
                 model if sids else "item ids",
-                cfg.model_copy(update={"seed": seed, task: settings, **own}),
+                cfg.model_copy(update={"seed": seed, task: settings, **update}),
                 sids,
             )
             for seed in dict.fromkeys(seed for some in wanted.values() for seed in some)
@@ -153,13 +153,13 @@ def _cells(cfg: Config) -> list[Cell]:
             if seed in wanted.get(model, ())
         ]
 
-    few = [model for place, model in enumerate(models) if place == 0 or model[0] == "ranking"]
-    found = [
+    few = [model for index, model in enumerate(models) if index == 0 or model[0] == "ranking"]
+    result = [
         cell
         for label in e.labels
         for cell in cells(label, models if label in (*e.tokenizers, *e.models) else few, True)
     ]
-    return found + [cell for control in controls for cell in cells(control[1], [control], False)]
+    return result + [cell for control in controls for cell in cells(control[1], [control], False)]
 
 
 def _known(cell: Cell, lake: Lake) -> Row | None:
@@ -236,26 +236,28 @@ def _popularity(cfg: Config, lake: Lake) -> Row:
     strata = pc.index_in(stats["stratum"].combine_chunks(), pa.array(tables.STRATA))
     kinds = torch.from_numpy(strata.to_numpy().astype(np.int64))
     chance = np.random.default_rng(0).permutation(stats.num_rows)
-    place = np.lexsort((chance, -stats["interactions"].to_numpy())).argsort()
-    found = Ranked.none()
+    popularity_rank = np.lexsort((chance, -stats["interactions"].to_numpy())).argsort()
+    ranked = Ranked.none()
     for rows in lake.batches("sequences", None, ["user_id", "history", "target"], pc.field("split") == "test"):
         if rows.num_rows:
             users = Histories.from_batches([rows])
             target = torch.from_numpy(users.targets)
-            own = place[users.targets]
-            ranks = everywhere = torch.from_numpy(own + 1)
+            target_rank = popularity_rank[users.targets]
+            ranks = everywhere = torch.from_numpy(target_rank + 1)
             if not cfg.retrieval.repeatable:
                 user = np.repeat(np.arange(len(users)), np.diff(users.starts))
                 user, seen = np.unique(np.stack([user, users.items]), axis=1)
-                ranks = ranks - torch.from_numpy(np.bincount(user[place[seen] < own[user]], minlength=len(users)))
+                ranks = ranks - torch.from_numpy(
+                    np.bincount(user[popularity_rank[seen] < target_rank[user]], minlength=len(users))
+                )
                 ranks[user[seen == users.targets[user]]] = DEEPEST + 1
-            found += Ranked.of(ranks, everywhere, ranks, kinds[target], torch.ones_like(target))
+            ranked += Ranked.of(ranks, everywhere, ranks, kinds[target], torch.ones_like(target))
     return {
         "task": "retrieval",
         "tokenizer": "popularity",
         "model": "item ids",
         "seed": cfg.seed,
-        "test": averages(found.targets.numpy(), gains()),
-        "test_repeatable": averages(found.everywhere.numpy(), gains()),
-        "strata": by_stratum(found, cfg.seed),
+        "test": averages(ranked.targets.numpy(), gains()),
+        "test_repeatable": averages(ranked.everywhere.numpy(), gains()),
+        "strata": by_stratum(ranked, cfg.seed),
     }

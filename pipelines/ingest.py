@@ -136,21 +136,21 @@ def _modalities(cfg: Config) -> tuple[str, ...]:
 def _inputs(cfg: Config) -> dict[str, tuple[str, str]]:
     """Map each config key to the (absolute path or URL, format) that the source reads."""
     source = cfg.source
-    found: dict[str, tuple[str, str]] = {}
+    sources: dict[str, tuple[str, str]] = {}
     if source.tables:
-        found = {
+        sources = {
             f"source.tables.{name}": (getattr(source.tables, name), source.tables.format)
             for name in ("items", "interactions")
         }
     elif source.arrays:
         files = {"items": source.arrays.items, "interactions": source.arrays.interactions}
         files.update({f"embeddings.{modality}": source.arrays.embeddings[modality] for modality in _modalities(cfg)})
-        found = {
+        sources = {
             f"source.arrays.{name}": (str(Path(source.arrays.folder) / file), "file") for name, file in files.items()
         }
     elif source.amazon:
-        found = {f"source.amazon.{name}": (getattr(source.amazon, name), "file") for name in ("reviews", "metadata")}
-    return {key: (path if "://" in path else str(Path(path).absolute()), form) for key, (path, form) in found.items()}
+        sources = {f"source.amazon.{name}": (getattr(source.amazon, name), "file") for name in ("reviews", "metadata")}
+    return {key: (path if "://" in path else str(Path(path).absolute()), form) for key, (path, form) in sources.items()}
 
 
 def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
@@ -172,14 +172,14 @@ def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
     spark = engine.session(cfg.spark)
     try:
         target = spark._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
-        files, found = target.getFileSystem(spark._jsc.hadoopConfiguration()).listFiles(target, True), []
+        files, names = target.getFileSystem(spark._jsc.hadoopConfiguration()).listFiles(target, True), []
         base = (
             target.getFileSystem(spark._jsc.hadoopConfiguration()).makeQualified(target).getParent().toUri().toString()
         )
         while files.hasNext():
             file = files.next()
             name = file.getPath().toUri().toString().removeprefix(base)
-            found.append([name, file.getLen(), file.getModificationTime()])
+            names.append([name, file.getLen(), file.getModificationTime()])
     except (Py4JJavaError, PySparkException) as error:
         problem = (
             "does not exist"
@@ -189,21 +189,21 @@ def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
         raise InputError(
             f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)"
         ) from None
-    return sorted(found)
+    return sorted(names)
 
 
 def _local_files(key: str, path: str, root: Path) -> list[Any]:
-    found = list[Any]()
+    results = list[Any]()
     for file, _ in parquet.listed(root):
         stat = os.stat(file)
         mark = stat.st_mtime_ns if stat.st_size > _READ_THROUGH else hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        found.append([os.path.relpath(file, root.parent), stat.st_size, mark])
-    if not found:
+        results.append([os.path.relpath(file, root.parent), stat.st_size, mark])
+    if not results:
         problem = "has no file" if root.exists() else "does not exist"
         raise InputError(
             f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)"
         )
-    return found
+    return results
 
 
 def _frames(

@@ -33,17 +33,17 @@ def current(lake: Lake) -> int | None:
 
 def check(lake: Lake) -> None:
     """Write the current format into a lake without tables. Raises InputError for a lake of another format."""
-    found = current(lake)
-    if found is None:
+    version = current(lake)
+    if version is None:
         write_json(Path(lake.root) / _FILE, {"format": FORMAT})
-    elif found < FORMAT:
+    elif version < FORMAT:
         raise InputError(
-            f"lake {lake.root} has format {found}, this version of adasid reads {FORMAT}: run `python jobs/maintain.py "
-            "--config FILE --migrate`"
+            f"lake {lake.root} has format {version}, this version of adasid reads {FORMAT}: run "
+            "`python jobs/maintain.py --config FILE --migrate`"
         )
-    elif found > FORMAT:
+    elif version > FORMAT:
         raise InputError(
-            f"lake {lake.root} has format {found}, this version of adasid reads {FORMAT}: it was written by a newer "
+            f"lake {lake.root} has format {version}, this version of adasid reads {FORMAT}: it was written by a newer "
             "version; install that one"
         )
 

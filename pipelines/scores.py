@@ -119,17 +119,17 @@ def _spread(users: DataFrame, totals: list[dict[str, Any]]) -> DataFrame:
 
 
 def _figures(total: dict[str, Any], spread: dict[str, Any] | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"gauc_users": float(total["both"]), "samples": float(total["p"] + total["n"])}
+    result: dict[str, Any] = {"gauc_users": float(total["both"]), "samples": float(total["p"] + total["n"])}
     if spread is None:
-        return found
+        return result
     for name, users in (("auc", "users"), ("gauc", "both")):
         if total[name] is not None:
             half = _NORMAL * sqrt(spread[name]) / total[users]
-            found |= {
+            result |= {
                 name: total[name],
                 f"{name}_interval": [max(0.0, total[name] - half), min(1.0, total[name] + half)],
             }
-    return found
+    return result
 
 
 def _exact(column: Column) -> Column:

@@ -144,13 +144,13 @@ def run(stage: Stage, cfg: Config, context: StageContext, inputs: Inputs | None 
         return inputs
     path = Run(cfg).record(stage.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = {
+    produced = {
         "hash": inputs.hash,
         "versions": inputs.versions,
         "input_hashes": inputs.input_hashes,
         "settings": flat(inputs.settings),
     }
-    write_json(path, made)
+    write_json(path, produced)
     return inputs
 
 
@@ -173,7 +173,7 @@ def reason(stage: Stage, inputs: Inputs, lake: Lake) -> str:
     last = recorded(stage, inputs.cfg)
     if last is None:
         return "no output yet" if not stage.writes(inputs.cfg) else "no record of the inputs of its output"
-    found = [
+    changes = [
         f"{table} is at version {version}, was {last['versions'].get(table, 'not read')}"
         for table, version in inputs.versions.items()
         if last["input_hashes"].get(table) != inputs.input_hashes[table]
@@ -183,8 +183,8 @@ def reason(stage: Stage, inputs: Inputs, lake: Lake) -> str:
         before, after = old.get(key), new.get(key)
         if before != after:
             short = all(len(str(value)) <= _LONG for value in (before, after))
-            found.append(f"{key} {before} -> {after}" if short else f"{key} changed")
-    return "; ".join(found) or "its output was replaced or removed since"
+            changes.append(f"{key} {before} -> {after}" if short else f"{key} changed")
+    return "; ".join(changes) or "its output was replaced or removed since"
 
 
 def recorded(stage: Stage, cfg: Config) -> dict[str, Any] | None:
@@ -195,11 +195,11 @@ def recorded(stage: Stage, cfg: Config) -> dict[str, Any] | None:
 
 def flat(settings: Mapping[str, object]) -> dict[str, Any]:
     """Flatten nested settings into dotted keys and plain values."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in settings.items():
         plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
         if isinstance(plain, Mapping) and plain:
-            found |= flat({f"{key}.{name}": part for name, part in plain.items()})
+            result |= flat({f"{key}.{name}": part for name, part in plain.items()})
         else:
-            found[key] = list(plain) if isinstance(plain, tuple) else plain
-    return found
+            result[key] = list(plain) if isinstance(plain, tuple) else plain
+    return result

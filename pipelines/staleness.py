@@ -39,21 +39,23 @@ def behind(lake: Lake, table: str, version: int | None = None, read: Mapping[str
     """Return the sources of ``table`` that are newer than those it was computed from; none where its commit does not
     name them. ``read``: source -> version, in place of what the commit names."""
     version = lake.version(table) if version is None else version
-    found = []
+    result = []
     for source, used in (lake.lineage(table, version) if read is None else read).items():
         if newer := lake.newer(source, used):
-            found.append(Lag(table, version, source, used, *newer, bool({table, source} & set(lake.pins))))
-    return found
+            result.append(Lag(table, version, source, used, *newer, bool({table, source} & set(lake.pins))))
+    return result
 
 
 def lags(lake: Lake, table: str, version: int | None = None, read: Mapping[str, int] | None = None) -> list[Lag]:
     """Return :func:`behind` of a table and, recursively, of all its sources."""
     version = lake.version(table) if version is None else version
     sources = lake.lineage(table, version) if read is None else read
-    found = behind(lake, table, version, sources)
+    behind_sources = behind(lake, table, version, sources)
     for source in sources:
-        found += [lag for lag in lags(lake, source) if lag not in found] if lake.exists(source) else []
-    return [lag._replace(pinned=lag.pinned or table in lake.pins) for lag in found]
+        behind_sources += (
+            [lag for lag in lags(lake, source) if lag not in behind_sources] if lake.exists(source) else []
+        )
+    return [lag._replace(pinned=lag.pinned or table in lake.pins) for lag in behind_sources]
 
 
 def unrecorded(lake: Lake) -> str | None:
@@ -65,14 +67,14 @@ def unrecorded(lake: Lake) -> str | None:
     return f"{table} version {lake.version(table)} does not say what it was trained on: {_FIXES[table]}"
 
 
-def sentences(found: list[Lag]) -> list[str]:
+def sentences(lags: list[Lag]) -> list[str]:
     """Return a sentence for each table that lags, with the fix."""
     lines = []
-    for table in dict.fromkeys(lag.table for lag in found):
-        own = [lag for lag in found if lag.table == table]
-        parts = [f"{lag.source} (read at version {lag.read}, now {lag.newest}: {_newer(lag)})" for lag in own]
-        fix = "pinned by the config" if all(lag.pinned for lag in own) else _FIXES.get(table, _FEATURES)
-        lines.append(f"{table} version {own[0].version} lags behind {' and '.join(parts)}: {fix}")
+    for table in dict.fromkeys(lag.table for lag in lags):
+        lags_of_table = [lag for lag in lags if lag.table == table]
+        parts = [f"{lag.source} (read at version {lag.read}, now {lag.newest}: {_newer(lag)})" for lag in lags_of_table]
+        fix = "pinned by the config" if all(lag.pinned for lag in lags_of_table) else _FIXES.get(table, _FEATURES)
+        lines.append(f"{table} version {lags_of_table[0].version} lags behind {' and '.join(parts)}: {fix}")
     return lines
 
 
@@ -83,12 +85,12 @@ def _newer(lag: Lag) -> str:
 def check(context: StageContext, version: int) -> None:
     """Note which tables below ``item_features`` at ``version`` lag. Raises InputError where new or changed items or
     events would be missed."""
-    found = lags(context.lake, "item_features", version)
-    missed = [lag for lag in found if not lag.pinned and lag.source in _EVERY_RUN.get(lag.table, ())]
+    result = lags(context.lake, "item_features", version)
+    missed = [lag for lag in result if not lag.pinned and lag.source in _EVERY_RUN.get(lag.table, ())]
     if missed:
         lines = (line.removesuffix(f": {_FEATURES}") for line in sentences(missed))
         raise InputError(f"{'; '.join(lines)}: {_FEATURES}, then this job again")
-    for line in [*sentences(found), *filter(None, [unrecorded(context.lake)])]:
+    for line in [*sentences(result), *filter(None, [unrecorded(context.lake)])]:
         context.note(line)
-    if found:
-        context.facts["lagging"] = ", ".join(dict.fromkeys(lag.table for lag in found))
+    if result:
+        context.facts["lagging"] = ", ".join(dict.fromkeys(lag.table for lag in result))

@@ -92,10 +92,10 @@ class Config(Section):
             raise ValueError(
                 f"runs_dir is {self.runs_dir!r}: must be a folder that all machines share, mounted under one path"
             )
-        place = str(Path(self.runs_dir).absolute())
-        if odd := next((c for c in place if c in _SPECIAL or not c.isprintable()), None):
+        folder = str(Path(self.runs_dir).absolute())
+        if odd := next((c for c in folder if c in _SPECIAL or not c.isprintable()), None):
             raise ValueError(
-                f"runs_dir is {self.runs_dir!r} ({place!r}): Spark, Delta or URLs read {odd!r} in another way; "
+                f"runs_dir is {self.runs_dir!r} ({folder!r}): Spark, Delta or URLs read {odd!r} in another way; "
                 f"choose a folder whose path has none of {' '.join(_SPECIAL)}"
             )
         if self.behavior.max_length > self.features.max_length:
@@ -202,9 +202,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 def _has_comment(text: str, value: Any) -> bool:
     """Return whether ``value`` is the text before a ``#``, which YAML reads as a comment."""
-    found = re.search(r"(^|\s)#", text)
+    match = re.search(r"(^|\s)#", text)
     try:
-        return found is not None and bool(value == yaml12.read(text[: found.start()]))
+        return match is not None and bool(value == yaml12.read(text[: match.start()]))
     except yaml.YAMLError:  # the value is quoted
         return False
 
@@ -253,9 +253,9 @@ def _keys(location: list[str]) -> list[str]:
 def section_of(annotation: Any) -> Any:
     """Return the model class inside ``Model`` or ``Model | None``, or the annotation itself if there is none or more
     than one."""
-    found = [
+    result = [
         candidate
         for candidate in (annotation, *get_args(annotation))
         if isinstance(candidate, type) and issubclass(candidate, BaseModel)
     ]
-    return found[0] if len(found) == 1 else annotation
+    return result[0] if len(result) == 1 else annotation

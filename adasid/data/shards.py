@@ -59,8 +59,8 @@ def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:
                 f"item_features has no column {modality!r} (it has {', '.join(rows.schema.names)}); name another "
                 "modality or add the embedding"
             )
-        values, there = _matrix(rows.column(modality), modality, width)
-        vectors[modality], present[modality] = torch.from_numpy(values), torch.from_numpy(there)
+        values, mask = _matrix(rows.column(modality), modality, width)
+        vectors[modality], present[modality] = torch.from_numpy(values), torch.from_numpy(mask)
     richness = rows.column("richness").to_numpy(zero_copy_only=False).astype(np.float32)
     return Batch(
         vectors,
@@ -71,7 +71,7 @@ def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:
 
 
 def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    there = column.is_valid().to_numpy(zero_copy_only=False)
+    mask = column.is_valid().to_numpy(zero_copy_only=False)
     lengths = column.drop_null().value_lengths().to_numpy(zero_copy_only=False)
     if len(lengths) and (lengths != width).any():
         other = int(lengths[lengths != width][0])
@@ -80,8 +80,8 @@ def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np
             "these features, or mend the embedding"
         )
     values = torch.zeros(len(column), width).numpy()  # torch's alignment: equal sums for any batch
-    values[there] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-    return values, there
+    values[mask] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return values, mask
 
 
 Read = Callable[[list[str]], Iterable[pa.RecordBatch]]
@@ -147,12 +147,12 @@ class Shard:
         ``length`` codes each."""
         codes, sorter = np.full((len(self._rows), length), PAD, np.int32), np.argsort(self._rows, kind="stable")
         for rows in read:
-            index, own = (
+            index, read_codes = (
                 rows.column("item_index").to_numpy(),
                 rows.column("codes").flatten().to_numpy().reshape(-1, length),
             )
             mine = np.isin(index, self._rows)
-            codes[sorter[np.searchsorted(self._rows, index[mine], sorter=sorter)]] = own[mine]
+            codes[sorter[np.searchsorted(self._rows, index[mine], sorter=sorter)]] = read_codes[mine]
         self._previous = codes, slack
 
     def previous(self, size: int) -> Tensor | None:
@@ -202,13 +202,13 @@ class Shard:
 
     def _load(self, read: Read, modalities: tuple[str, ...], order: NDArray[np.int64], start: int) -> None:
         for rows in read(["item_index", "richness", *modalities]):
-            place = start + np.searchsorted(order, rows.column("item_index").to_numpy())
+            index = start + np.searchsorted(order, rows.column("item_index").to_numpy())
             batch = batch_of(rows, self.widths)
             for m in modalities:
-                self._vectors[m][place] = batch.vectors[m].numpy()
-                self._present[m][place] = batch.present[m].numpy()
-            self._richness[place] = batch.richness.numpy()
-            self._loaded[place] = True
+                self._vectors[m][index] = batch.vectors[m].numpy()
+                self._present[m][index] = batch.present[m].numpy()
+            self._richness[index] = batch.richness.numpy()
+            self._loaded[index] = True
 
     def _link(self, pairs: Pairs) -> None:
         """Store the partners of each of the worker's rows as positions, in compressed rows; pairs of items without

@@ -52,10 +52,8 @@ def open_array(path: str, key: str) -> NDArray[np.floating]:
             f"{key} {path}: not a readable .npy array ({_line(error)}); write it with numpy.save"
         ) from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
-        found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
-        raise InputError(
-            f"{key} {path}: holds {found}; must be one float array (items, width), written with numpy.save"
-        )
+        kind = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
+        raise InputError(f"{key} {path}: holds {kind}; must be one float array (items, width), written with numpy.save")
     return array
 
 

@@ -124,15 +124,15 @@ def convert(batch: pa.RecordBatch, schema: pa.Schema, where: str) -> pa.RecordBa
     columns = []
     for field in schema:
         name, how = _SOURCES.get(field.name, ((field.name,), vectors))
-        found = next((candidate for candidate in name if candidate in given), None)
-        if field.name == "label" and found is None and "rating" in given and pt.is_boolean(given["rating"].type):
-            found = "rating"  # true and false are labels, whatever the column's name
-        elif field.name == "rating" and found and pt.is_boolean(given[found].type):
-            found = None
+        given_name = next((candidate for candidate in name if candidate in given), None)
+        if field.name == "label" and given_name is None and "rating" in given and pt.is_boolean(given["rating"].type):
+            given_name = "rating"  # true and false are labels, whatever the column's name
+        elif field.name == "rating" and given_name and pt.is_boolean(given[given_name].type):
+            given_name = None
         try:
-            column = how(given[found]) if found else None
+            column = how(given[given_name]) if given_name else None
         except InputError as error:
-            raise InputError(f"{where}: column {found!r} {error}") from None
+            raise InputError(f"{where}: column {given_name!r} {error}") from None
         columns.append(pa.nulls(batch.num_rows, field.type) if column is None else column)
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 

@@ -52,9 +52,9 @@ def _rows(file: DataFile, groups: list[int], schema: pa.Schema, key: str) -> Ite
             else:
                 read = parquet.iter_batches(_ROWS, row_groups=groups, columns=wanted)
                 parts = ((part.columns, part.num_rows) for part in read)
-            for found, size in parts:
+            for values, size in parts:
                 keys = [pa.repeat(pa.scalar(value, pa.string()), size) for value in partition.values()]
-                rows = pa.RecordBatch.from_arrays([*found, *keys], names=[*wanted, *partition])
+                rows = pa.RecordBatch.from_arrays([*values, *keys], names=[*wanted, *partition])
                 yield columns.convert(rows, schema, where)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{where}: not readable as parquet ({first_line(error)}); write the file again") from None

@@ -121,8 +121,8 @@ class Catalog:
             np.where(everywhere, 0, self.bounds[topic]),
             np.where(everywhere, self.params.items, self.bounds[topic + 1]) - 1,
         )
-        place = np.clip(np.searchsorted(self.cdf, low + uniform * (high - low), side="right"), first, last)
-        item: NDArray[np.int32] = self.order[place]
+        index = np.clip(np.searchsorted(self.cdf, low + uniform * (high - low), side="right"), first, last)
+        item: NDArray[np.int32] = self.order[index]
         return item
 
     def width(self, modality: str) -> int:
@@ -225,9 +225,9 @@ def _events(plan: Catalog, block: int, users: int) -> tuple[NDArray[np.int64], N
     interests = plan.topic[plan.pick(rng.random((users, INTERESTS)))]
     ends = np.cumsum(lengths)
     user = np.repeat(np.arange(users), lengths)
-    place = np.arange(ends[-1]) - (ends - lengths)[user]
+    position = np.arange(ends[-1]) - (ends - lengths)[user]
     chosen = np.where(
-        rng.random(len(user)) < IN_PHASE, place * INTERESTS // lengths[user], rng.integers(0, INTERESTS, len(user))
+        rng.random(len(user)) < IN_PHASE, position * INTERESTS // lengths[user], rng.integers(0, INTERESTS, len(user))
     )
     topic = np.where(rng.random(len(user)) < POPULAR, np.int32(-1), interests[user, chosen])
     item = plan.pick(rng.random(len(user)), topic)
@@ -237,7 +237,7 @@ def _events(plan: Catalog, block: int, users: int) -> tuple[NDArray[np.int64], N
     share = elapsed / elapsed[ends - 1][user]
     span = DAY * np.minimum(lengths, LONGEST_SPAN)
     # Adding the position makes the times of a user strictly increasing after rounding.
-    time = BASE_TIME + rng.integers(0, STARTS * DAY, users)[user] + (share * span[user]).astype(np.int64) + place
+    time = BASE_TIME + rng.integers(0, STARTS * DAY, users)[user] + (share * span[user]).astype(np.int64) + position
     return user, item, time
 
 

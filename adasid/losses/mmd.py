@@ -22,5 +22,5 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
     distance = (squares[:, None] + squares[None, :] - 2 * rows @ rows.T).clamp(min=0)
     width = 2 * ALPHA * distance.detach().mean()
     kernel = torch.exp(-distance / width.clamp(min=torch.finfo(rows.dtype).tiny))
-    own, cross, other = kernel[: len(x), : len(x)], kernel[: len(x), len(x) :], kernel[len(x) :, len(x) :]
-    return own.mean() + other.mean() - 2 * cross.mean()
+    first, cross, second = kernel[: len(x), : len(x)], kernel[: len(x), len(x) :], kernel[len(x) :, len(x) :]
+    return first.mean() + second.mean() - 2 * cross.mean()

@@ -72,7 +72,7 @@ class Overlaps(NamedTuple):
     def cosines(self, unit: Tensor) -> Tensor:
         """Compute u_i . u_j of unit vectors [B, d] -> [P], without gradient, in blocks of the upper triangle that fit
         in the cache."""
-        found = [self.key.new_zeros(0).to(unit)]
+        cosines = [self.key.new_zeros(0).to(unit)]
         starts = list(range(0, self.rows, _BLOCK))
         ends = torch.searchsorted(
             self.key, torch.tensor([(start + _BLOCK) * self.rows for start in starts], device=unit.device)
@@ -81,12 +81,12 @@ class Overlaps(NamedTuple):
             if end > begin:
                 products, key = unit[start : start + _BLOCK] @ unit[start:].T, self.key[begin:end]
                 # blocks have no columns before their first row
-                found.append(
+                cosines.append(
                     products.view(-1)[
                         key - start * (self.rows + 1) - (key.div(self.rows, rounding_mode="floor") - start) * start
                     ]
                 )
-        return torch.cat(found)
+        return torch.cat(cosines)
 
     def push(self, unit: Tensor, weights: Tensor) -> Tensor:
         """Compute ``sum_p weights_p u_i . u_j``, with gradient to ``unit`` but not to ``weights`` [P]."""
@@ -110,26 +110,26 @@ def overlaps(codes: Tensor, index: Tensor, paired: Tensor | None) -> Overlaps:
     for slot, column in enumerate(codes.T):
         order = column.argsort(stable=True)
         order = order[column[order] != PAD]
-        place = runs(column[order].unique_consecutive(return_counts=True)[1])[1]
-        later, nth = runs(place)  # each row of a run with all rows before it
-        keys.append(order[later - place[later] + nth] * size + order[later])
+        position = runs(column[order].unique_consecutive(return_counts=True)[1])[1]
+        later, nth = runs(position)  # each row of a run with all rows before it
+        keys.append(order[later - position[later] + nth] * size + order[later])
         bits.append(torch.full_like(keys[-1], 1 << slot))
     key, where, matching = torch.cat(keys).unique(return_inverse=True, return_counts=True)
     pattern = torch.zeros_like(key).index_add_(0, where, torch.cat(bits))
-    found = Overlaps(size, key, pattern, matching)
-    first, second = found.first, found.second
+    result = Overlaps(size, key, pattern, matching)
+    first, second = result.first, result.second
     allowed = index[first] != index[second]
     if paired is not None:
         allowed &= ~((second - first == len(paired)) & paired[first % len(paired)])
-    return found.where(allowed)
+    return result.where(allowed)
 
 
 @torch.no_grad()
-def loads(found: Overlaps, codes: Tensor, by_code: bool) -> Tensor:
+def loads(overlapping: Overlaps, codes: Tensor, by_code: bool) -> Tensor:
     """Return c_ij of each pair [P] int64, the number of ordered pairs of its kind. Two pairs are of one kind if they
     match in the same slots (kappa, methods 5.3) and, with ``by_code``, in the same codes, which are compared by 64-bit
     hashes."""
-    key = found.pattern
+    key = overlapping.pattern
     if by_code:
         factors = (
             torch.randint(-(2**62), 2**62, (codes.shape[1],), generator=torch.Generator().manual_seed(0)).to(
@@ -138,7 +138,7 @@ def loads(found: Overlaps, codes: Tensor, by_code: bool) -> Tensor:
             * 2
             + 1
         )
-        hashes = (factors * (codes + 1))[found.first]
+        hashes = (factors * (codes + 1))[overlapping.first]
         key = torch.stack([((key >> slot) & 1) * number for slot, number in enumerate(hashes.T)]).sum(0)
     _, kind, pairs = key.unique(return_inverse=True, return_counts=True)
     load: Tensor = 2 * pairs[kind]
@@ -164,19 +164,19 @@ class HammingRepulsion(nn.Module):
         """Return the weighted loss, and the number of full and partial overlaps (each pair once); ``progress`` has no
         effect."""
         s, slots, absent = self.settings, codes.shape[1], codes == PAD
-        found, unit = overlaps(codes, index, paired), nnf.normalize(z, dim=1)
-        found = found.where(
-            (slots - found.matching <= self.radius) | (found.matching == slots - absent.sum(1)[found.first])
+        pairs, unit = overlaps(codes, index, paired), nnf.normalize(z, dim=1)
+        pairs = pairs.where(
+            (slots - pairs.matching <= self.radius) | (pairs.matching == slots - absent.sum(1)[pairs.first])
         )
-        full = found.matching == slots - (absent[found.first] & absent[found.second]).sum(1)
-        partial = ~full & (slots - found.matching <= self.radius)
-        distance, loss = 1 - found.cosines(unit), z.new_zeros(())
+        full = pairs.matching == slots - (absent[pairs.first] & absent[pairs.second]).sum(1)
+        partial = ~full & (slots - pairs.matching <= self.radius)
+        distance, loss = 1 - pairs.cosines(unit), z.new_zeros(())
         for group, margin, weight in (
             (full, s.full_margin, s.full_weight),
             (partial, s.partial_margin, s.partial_weight),
         ):
             active = (group & (distance < margin)).to(z) * weight / group.sum().clamp(min=1)
-            loss = loss + (margin - 1) * active.sum() + found.push(unit, active)
+            loss = loss + (margin - 1) * active.sum() + pairs.push(unit, active)
         return loss, {"full_overlaps": float(full.sum()), "partial_overlaps": float(partial.sum())}
 
 
@@ -208,11 +208,11 @@ class AdaptiveRepulsion(nn.Module):
         """Return the loss times its weight at ``progress``, and the number of overlaps (each pair once), the share of
         spared ones, their mean strength, and the weight."""
         s, weight, unit = self.settings, self.weight(progress), nnf.normalize(z, dim=1)
-        found = overlaps(codes, index, paired)
-        cosine, load = found.cosines(unit), loads(found, codes, s.load == "code")
-        strength, spared = self._strength(load), cosine >= self.thresholds[found.matching - 1]
+        pairs = overlaps(codes, index, paired)
+        cosine, load = pairs.cosines(unit), loads(pairs, codes, s.load == "code")
+        strength, spared = self._strength(load), cosine >= self.thresholds[pairs.matching - 1]
         active = (strength * (~spared & (cosine > 1 - s.margin))).to(z)
-        loss = weight * ((s.margin - 1) * active.sum() + found.push(unit, active)) / max(1, len(spared))
+        loss = weight * ((s.margin - 1) * active.sum() + pairs.push(unit, active)) / max(1, len(spared))
         shares = {
             "spared": float(spared.sum()) / max(1, len(spared)),
             "strength": float(strength.sum()) / max(1, len(spared)),

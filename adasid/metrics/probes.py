@@ -80,8 +80,8 @@ def agreement(codes: NDArray[np.int32], kinds: NDArray[np.int64], queries: NDArr
     queries or with one item only."""
     known = kinds >= 0
     table, kind = torch.from_numpy(codes[known]), torch.from_numpy(kinds[known])
-    place = np.cumsum(known) - 1
-    rows = torch.from_numpy(place[queries[known[queries]]])
+    index = np.cumsum(known) - 1
+    rows = torch.from_numpy(index[queries[known[queries]]])
     total, neighbours = 0.0, min(neighbours, len(table) - 1)
     if neighbours < 1:
         return float("nan")
@@ -125,8 +125,8 @@ def shared_cosine(codes: NDArray[np.int32], vectors: NDArray[np.float32]) -> flo
     crowded = np.flatnonzero(size[group] > 1)
     if not len(crowded):
         return float("nan")
-    found, place = np.unique(group[crowded], return_inverse=True)
-    sums = np.zeros((len(found), vectors.shape[1]))
-    np.add.at(sums, place, vectors[crowded])
-    n = size[found].astype(np.float64)
+    groups, index = np.unique(group[crowded], return_inverse=True)
+    sums = np.zeros((len(groups), vectors.shape[1]))
+    np.add.at(sums, index, vectors[crowded])
+    n = size[groups].astype(np.float64)
     return float(((sums**2).sum(1) - n).sum() / (n * (n - 1)).sum())

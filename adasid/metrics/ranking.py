@@ -55,23 +55,23 @@ def ranking_metrics(
     """Compute ``auc``, ``gauc``, ``gauc_users`` (those with both classes), ``samples``; with ``draws`` the 95 %
     bootstrap intervals ``auc_interval`` and ``gauc_interval`` over users. Metrics that are undefined with one class are
     omitted."""
-    own, size = user_auc(users, scores, labels)
-    found: dict[str, float | list[float]] = {"gauc_users": float(len(own)), "samples": float(len(scores))}
+    aucs, size = user_auc(users, scores, labels)
+    result: dict[str, float | list[float]] = {"gauc_users": float(len(aucs)), "samples": float(len(scores))}
     if not 0 < labels.sum() < len(labels):
-        return found
-    found["auc"] = auc(scores, labels)
-    if len(own):
-        found["gauc"] = float((own * size).sum() / size.sum())
+        return result
+    result["auc"] = auc(scores, labels)
+    if len(aucs):
+        result["gauc"] = float((aucs * size).sum() / size.sum())
     if draws:
         rng = np.random.default_rng(seed)
-        place = np.unique(users, return_inverse=True)[1].reshape(-1)
-        everyone, ties = place.max() + 1, _sorted(scores)
-        drawn = [_auc(*ties, labels, _times(rng, everyone)[place]) for _ in range(draws)]
-        found["auc_interval"] = [float(x) for x in np.nanquantile(drawn, (0.025, 0.975))]
-        if len(own):
-            gauc = [np.average(own, weights=size * _times(rng, len(own))) for _ in range(draws)]
-            found["gauc_interval"] = [float(x) for x in np.quantile(gauc, (0.025, 0.975))]
-    return found
+        user_index = np.unique(users, return_inverse=True)[1].reshape(-1)
+        everyone, ties = user_index.max() + 1, _sorted(scores)
+        drawn = [_auc(*ties, labels, _times(rng, everyone)[user_index]) for _ in range(draws)]
+        result["auc_interval"] = [float(x) for x in np.nanquantile(drawn, (0.025, 0.975))]
+        if len(aucs):
+            gauc = [np.average(aucs, weights=size * _times(rng, len(aucs))) for _ in range(draws)]
+            result["gauc_interval"] = [float(x) for x in np.quantile(gauc, (0.025, 0.975))]
+    return result
 
 
 def _times(rng: np.random.Generator, users: int) -> Floats:

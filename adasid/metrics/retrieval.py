@@ -22,9 +22,9 @@ def tie_order(group: Tensor) -> Tensor:
     """
     sids = torch.randperm(int(group.max()) + 1 if len(group) else 0, generator=torch.Generator().manual_seed(0))
     order = sids.to(group.device)[group].argsort(stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    return place
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order), device=order.device)
+    return ranks
 
 
 def target_ranks(scores: Tensor, targets: Tensor, places: Tensor | None = None) -> Tensor:
@@ -34,14 +34,14 @@ def target_ranks(scores: Tensor, targets: Tensor, places: Tensor | None = None) 
     beyond all cut-offs.
     """
     items = scores.shape[1]
-    own = scores.gather(1, targets[:, None])
-    ranks = 1 + (scores > own).sum(1, dtype=torch.int32)
-    tied = torch.nonzero((scores >= own).sum(1, dtype=torch.int32) > ranks).flatten()
+    target_scores = scores.gather(1, targets[:, None])
+    ranks = 1 + (scores > target_scores).sum(1, dtype=torch.int32)
+    tied = torch.nonzero((scores >= target_scores).sum(1, dtype=torch.int32) > ranks).flatten()
     if len(tied):
         places = tie_order(torch.arange(items, device=scores.device)) if places is None else places
         before = places[None, :] < places[targets[tied], None]
-        ranks[tied] += ((scores[tied] == own[tied]) & before).sum(1)
-    return torch.where(own[:, 0].isnan(), items + DEEPEST + 1, ranks)
+        ranks[tied] += ((scores[tied] == target_scores[tied]) & before).sum(1)
+    return torch.where(target_scores[:, 0].isnan(), items + DEEPEST + 1, ranks)
 
 
 def recall_ndcg(ranks: Tensor, cutoffs: Iterable[int] = CUTOFFS) -> dict[str, float]:
@@ -89,13 +89,13 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """Compute bootstrap intervals over users of the metrics of :func:`averages`; resampling users is equivalent to
     drawing cells of ``counts`` (the gains' shape)."""
-    users, there = int(counts.sum()), counts > 0
+    users, nonzero = int(counts.sum()), counts > 0
     if not users:
         return {}
-    drawn = np.random.default_rng(seed).multinomial(users, counts[there] / users, size=draws)
+    drawn = np.random.default_rng(seed).multinomial(users, counts[nonzero] / users, size=draws)
     edges = ((1 - level) / 2, (1 + level) / 2)
     return {
         name: (float(low), float(high))
         for name, gain in of.items()
-        for low, high in (np.quantile(drawn @ gain[there] / users, edges),)
+        for low, high in (np.quantile(drawn @ gain[nonzero] / users, edges),)
     }

@@ -19,16 +19,16 @@ def jensen_shannon(first: ArrayLike, second: ArrayLike) -> float:
     middle = (p + q) / 2
 
     def divergence(x: NDArray[np.float64]) -> float:
-        there = x > 0
-        return float((x[there] * np.log2(x[there] / middle[there])).sum())
+        positive = x > 0
+        return float((x[positive] * np.log2(x[positive] / middle[positive])).sum())
 
     return (divergence(p) + divergence(q)) / 2
 
 
-def stability_index(expected: ArrayLike, found: ArrayLike) -> float:
+def stability_index(expected: ArrayLike, observed: ArrayLike) -> float:
     """Compute the population stability index ``sum (f - e) ln(f / e)`` of the shares [n] of the same bins; above .25 is
     usually called a large shift. NaN if either is empty."""
-    if not np.sum(expected) or not np.sum(found):
+    if not np.sum(expected) or not np.sum(observed):
         return float("nan")
-    e, f = (np.maximum(np.asarray(x, np.float64), _FLOOR) for x in (expected, found))
+    e, f = (np.maximum(np.asarray(x, np.float64), _FLOOR) for x in (expected, observed))
     return float(((f - e) * np.log(f / e)).sum())

@@ -68,11 +68,11 @@ class Tally:
         ``tables.STRATA`` and training ``events`` [n]. ``groups``, ``tail_only`` and ``shared`` depend on all other
         items and stay empty."""
         tally = Tally.none(slots)
-        there = codes != PAD
-        item, slot = np.nonzero(there)
-        behavior = [place for place, slot_ in enumerate(slots) if slot_.kind == BEHAVIOR]
+        coded = codes != PAD
+        item, slot = np.nonzero(coded)
+        behavior = [index for index, slot_ in enumerate(slots) if slot_.kind == BEHAVIOR]
         np.add.at(tally.codes, (slot, codes[item, slot]), 1)
-        np.add.at(tally.pad, np.nonzero(~there)[1], 1)
+        np.add.at(tally.pad, np.nonzero(~coded)[1], 1)
         np.add.at(tally.items, strata, 1)
         np.add.at(tally.events, strata, events)
         np.add.at(tally.weights, strata, weights)
@@ -126,7 +126,7 @@ class Tally:
         sizes = sorted(size for size, number in self.groups.items() if number)
         collisions = group_metrics(np.array(sizes, np.int64), np.array([self.groups[size] for size in sizes], np.int64))
         use = [code_use(row[: slot.size]) for row, slot in zip(self.codes, slots)]
-        present = [(place, stratum) for place, stratum in enumerate(STRATA) if self.items[place]]
+        present = [(index, stratum) for index, stratum in enumerate(STRATA) if self.items[index]]
         shares = {
             "weights_by_stratum": self.weights,
             "active_by_stratum": self.active,
@@ -143,10 +143,10 @@ class Tally:
             "tail_group_sizes": [[size, self.tail_only[size]] for size in sorted(self.tail_only)],
             "largest_tail_group": max(self.tail_only, default=0),
             "collision_tail": self.shared / tail if (tail := int(self.items[RARE].sum())) else None,
-            "items_by_stratum": {stratum: int(self.items[place]) for place, stratum in present},
-            "events_by_stratum": {stratum: int(self.events[place]) for place, stratum in present},
+            "items_by_stratum": {stratum: int(self.items[index]) for index, stratum in present},
+            "events_by_stratum": {stratum: int(self.events[index]) for index, stratum in present},
             **{
-                name: {stratum: (sums[place] / self.items[place]).tolist() for place, stratum in present}
+                name: {stratum: (sums[index] / self.items[index]).tolist() for index, stratum in present}
                 for name, sums in shares.items()
             },
         }

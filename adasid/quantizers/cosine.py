@@ -55,12 +55,12 @@ class CosineCodebooks(Codebooks):
         none)."""
         for slot, (rows, keep) in enumerate(zip(latents, active)):
             if keep.any():
-                found = spherical_kmeans(rows[keep], self.weight.shape[1], rounds, generator)
+                words = spherical_kmeans(rows[keep], self.weight.shape[1], rounds, generator)
                 if previous is not None:
-                    found = nnf.normalize(
-                        means_of(nnf.normalize(rows[keep], dim=1), previous[slot][keep], found), dim=1
+                    words = nnf.normalize(
+                        means_of(nnf.normalize(rows[keep], dim=1), previous[slot][keep], words), dim=1
                     )
-                self.weight[slot] = found
+                self.weight[slot] = words
 
     @torch.no_grad()
     def revive(self, vectors: Tensor, active: Tensor, min_share: float, generator: torch.Generator) -> Tensor:

@@ -82,10 +82,10 @@ def _lloyd(x: Tensor, centroids: Tensor, rounds: int, balanced: bool = False) ->
     """Run at most ``rounds`` rounds, fewer if the assignment converges."""
     before = None
     for _ in range(rounds):
-        found, assigned = lloyd_round(x, centroids, balanced)
+        updated, assigned = lloyd_round(x, centroids, balanced)
         if before is not None and torch.equal(assigned, before):
             break
-        centroids, before = found, assigned
+        centroids, before = updated, assigned
     return centroids
 
 
@@ -109,15 +109,15 @@ def previous_or_nearest(distances: Tensor, previous: PreviousCodes | None) -> Te
     if previous is None:
         return code
     codes, slack = previous
-    own = distances.gather(-1, codes.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return torch.where((codes >= 0) & (own <= (1 + slack) * least), codes, code)
+    previous_distance = distances.gather(-1, codes.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where((codes >= 0) & (previous_distance <= (1 + slack) * least), codes, code)
 
 
 def means_of(x: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
     """Return ``centroids`` [k, d] in which each code that rows of ``x`` [n, d] have (``codes`` [n], negative: none) is
     replaced by the mean of these rows."""
-    there = codes >= 0
-    counts, sums = _totals(x[there], codes[there], len(centroids))
+    assigned = codes >= 0
+    counts, sums = _totals(x[assigned], codes[assigned], len(centroids))
     return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
 
 
@@ -146,10 +146,10 @@ def balanced_assignment(costs: Tensor, capacity: int) -> Tensor:
         order = order[taken[rows[order]].argsort(stable=True)]
         rows, price = rows[order], price[order]
         counts = torch.bincount(taken[rows], minlength=k)
-        place = torch.arange(len(rows), device=costs.device) - (counts.cumsum(0) - counts)[taken[rows]]
-        last = place == capacity - 1
+        position = torch.arange(len(rows), device=costs.device) - (counts.cumsum(0) - counts)[taken[rows]]
+        last = position == capacity - 1
         limit[taken[rows[last]]] = price[last]
-        free = rows[place >= capacity]
+        free = rows[position >= capacity]
     return taken
 
 

@@ -94,12 +94,12 @@ def refine_opq(
     rotation, centroids = start
     before, turned, errors = rotation, x @ rotation, list[float]()
     for last in reversed(range(rounds)):
-        found = [
+        rotated = [
             lloyd_round(space.contiguous(), words)
             for space, words in zip(turned.chunk(len(centroids), dim=1), centroids)
         ]
-        centroids = torch.stack([words for words, _ in found])
-        decoded = torch.cat([nnf.embedding(codes, words) for words, codes in found], dim=1)
+        centroids = torch.stack([words for words, _ in rotated])
+        decoded = torch.cat([nnf.embedding(codes, words) for words, codes in rotated], dim=1)
         errors.append(float((turned - decoded).square().sum(1).mean()))
         now = procrustes(x, decoded)
         onward = momentum * (now - before) if last and errors[-1] == min(errors) else torch.zeros_like(now)
@@ -142,5 +142,5 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
 def orthogonal(matrix: Tensor) -> Tensor:
     """Return the orthogonal matrix nearest to ``matrix`` [w, w]."""
     u, _, vt = torch.linalg.svd(matrix.double())
-    found: Tensor = u @ vt
-    return found.to(matrix)
+    rotation: Tensor = u @ vt
+    return rotation.to(matrix)

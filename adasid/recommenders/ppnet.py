@@ -42,12 +42,12 @@ class ItemVectors(nn.Module):
 def prefixes(codes: Tensor, rows: int) -> Tensor:
     """Return the row of each prefix of the SIDs in a table of ``rows`` rows (Zheng et al., arXiv 2504.02137): a 64-bit
     hash of the codes of the prefix. ``codes`` [M, L] -> [M, L]."""
-    found, number = [], torch.zeros_like(codes[:, 0])
+    levels, number = [], torch.zeros_like(codes[:, 0])
     for level in range(codes.shape[1]):
         number = (number + codes[:, level] + 1) * -7046029254386353131  # 2^64 over the golden ratio; wraps
         number = number ^ ((number >> 29) & (2**35 - 1))
-        found.append(number.remainder(rows))
-    return torch.stack(found, dim=1)
+        levels.append(number.remainder(rows))
+    return torch.stack(levels, dim=1)
 
 
 class Gate(nn.Module):
@@ -86,8 +86,8 @@ class PPNet(nn.Module):
     def forward(self, users: Tensor, histories: Tensor, items: Tensor) -> Tensor:
         """Return logits [B]. ``users`` [B], ``items`` [B], ``histories`` [B / n, T] item_index padded with -1, each for
         n consecutive users and items."""
-        there = (histories >= 0).to(self.out.weight.dtype)[..., None]
-        past = (self.items(histories.clamp(min=0)) * there).sum(1) / there.sum(1).clamp(min=1)
+        mask = (histories >= 0).to(self.out.weight.dtype)[..., None]
+        past = (self.items(histories.clamp(min=0)) * mask).sum(1) / mask.sum(1).clamp(min=1)
         past = past.repeat_interleave(len(items) // len(histories), dim=0)
         features = torch.cat([self.users(users), past, self.items(items), self.weights[items][:, self.gated]], dim=1)
         prior = torch.cat([self.prior_users(users), self.prior_items(items), features.detach()], dim=1)

@@ -47,18 +47,18 @@ class Retriever(CausalEncoder, ABC):
     def states(self, histories: Tensor) -> Tensor:
         """Return the state after each event of ``histories`` [B, T], padded at the end with -1 -> [B, T, width]. Each
         distinct item is embedded once."""
-        distinct, place = torch.unique(histories.clamp(min=0), return_inverse=True)
-        rows: Tensor = self(nnf.embedding(place, self.vectors(distinct)))
+        distinct, inverse = torch.unique(histories.clamp(min=0), return_inverse=True)
+        rows: Tensor = self(nnf.embedding(inverse, self.vectors(distinct)))
         return rows
 
     def outputs(self, histories: Tensor, chosen: Tensor) -> Tensor:
         """Return the states after the ``chosen`` [B, T] events of ``histories`` [B, T], the first ones of each row, row
         by row -> [P, width]. Rows with similar numbers of them should be adjacent: they are processed in parts, each as
         long as its longest row."""
-        distinct, place = torch.unique(histories.clamp(min=0), return_inverse=True)
+        distinct, inverse = torch.unique(histories.clamp(min=0), return_inverse=True)
         vectors, parts = self.vectors(distinct), list[Tensor]()
         longest = torch.stack([part.max() for part in chosen.sum(1).chunk(_PARTS)]).clamp(min=1).tolist()
-        for rows, events, length in zip(place.chunk(_PARTS), chosen.chunk(_PARTS), longest):
+        for rows, events, length in zip(inverse.chunk(_PARTS), chosen.chunk(_PARTS), longest):
             parts.append(self(nnf.embedding(rows[:, :length], vectors))[events[:, :length]])
         return torch.cat(parts)
 
@@ -111,16 +111,16 @@ class _Scored(Retriever):
         item_index), but which of them the end of the list cuts off is undefined."""
         prepared, items = self.scorer(states), len(self.catalogue.rows)
         best = states.new_full((len(states), number), -torch.inf)
-        found = torch.full((len(states), number), -1, dtype=torch.int64, device=states.device)
+        best_items = torch.full((len(states), number), -1, dtype=torch.int64, device=states.device)
         for first in range(0, items, _CHUNK):
             part = _without(self.score(prepared, first, min(first + _CHUNK, items)), seen, first)
-            value, place = part.topk(min(number, part.shape[1]), dim=1)
-            together, ids = torch.cat([best, value], dim=1), torch.cat([found, place + first], dim=1)
+            value, index = part.topk(min(number, part.shape[1]), dim=1)
+            together, ids = torch.cat([best, value], dim=1), torch.cat([best_items, index + first], dim=1)
             order = self.places[ids].argsort(dim=1, stable=True)
             together, ids = together.gather(1, order), ids.gather(1, order)
             order = together.argsort(dim=1, descending=True, stable=True)[:, :number]
-            best, found = together.gather(1, order), ids.gather(1, order)
-        return found.masked_fill(best.isneginf(), -1), best
+            best, best_items = together.gather(1, order), ids.gather(1, order)
+        return best_items.masked_fill(best.isneginf(), -1), best
 
     def ranks(
         self, states: Tensor, targets: Tensor, beam: int = 0, seen: Tensor | None = None
@@ -130,16 +130,17 @@ class _Scored(Retriever):
         everywhere = target_ranks(scores, targets, places)
         if seen is None:
             return everywhere, everywhere
-        theirs, own, target = scores.gather(1, seen.clamp(min=0)), scores.gather(1, targets[:, None]), targets[:, None]
-        ahead = (seen >= 0) & ((theirs > own) | ((theirs == own) & (places[seen] < places[target])))
+        target = targets[:, None]
+        theirs, score = scores.gather(1, seen.clamp(min=0)), scores.gather(1, target)
+        ahead = (seen >= 0) & ((theirs > score) | ((theirs == score) & (places[seen] < places[target])))
         return (everywhere - ahead.sum(1)).masked_fill((seen == target).any(1), _beyond(self.catalogue)), everywhere
 
 
 def _without(scores: Tensor, seen: Tensor | None, first: int = 0) -> Tensor:
     """Set ``scores`` [B, m] of the items from ``first`` to -inf for items in ``seen`` [B, S], in place."""
     if seen is not None:
-        user, place = torch.nonzero((seen >= first) & (seen < first + scores.shape[1]), as_tuple=True)
-        scores[user, seen[user, place] - first] = -torch.inf
+        user, column = torch.nonzero((seen >= first) & (seen < first + scores.shape[1]), as_tuple=True)
+        scores[user, seen[user, column] - first] = -torch.inf
     return scores
 
 
@@ -163,11 +164,17 @@ class ItemRetriever(_Scored):
         """Compute the loss; items that share the target's SID are no negatives."""
         if not len(negatives):
             return nnf.cross_entropy(states @ self.vectors(self.first).T, self.catalogue.group[targets])
-        distinct, place = torch.unique(torch.cat([targets, negatives]), return_inverse=True)
-        own, others = nnf.embedding(place, self.vectors(distinct)).split([len(targets), len(negatives)])
+        distinct, inverse = torch.unique(torch.cat([targets, negatives]), return_inverse=True)
+        rows = nnf.embedding(inverse, self.vectors(distinct))
+        positive_rows, negative_rows = rows.split([len(targets), len(negatives)])
         group = self.catalogue.group
         return sampled_softmax(
-            states, own, others, log_q[targets], log_q[negatives], group[targets][:, None] == group[negatives][None, :]
+            states,
+            positive_rows,
+            negative_rows,
+            log_q[targets],
+            log_q[negatives],
+            group[targets][:, None] == group[negatives][None, :],
         )
 
     def scorer(self, states: Tensor) -> Tensor:
@@ -244,11 +251,11 @@ class AutoregressiveRetriever(Retriever):
         continue no item's prefix ``nodes`` [n]."""
         if self.settings.continuations == "all":
             return logits
-        distinct, place = torch.unique(nodes, return_inverse=True)
+        distinct, inverse = torch.unique(nodes, return_inverse=True)
         parent, child = self.prefixes.children(level, distinct)
         shut = torch.ones(len(distinct), logits.shape[1], dtype=torch.bool, device=logits.device)
         shut[parent, self.prefixes.token[level][child].long()] = False
-        return logits.masked_fill(shut[place], -torch.inf)
+        return logits.masked_fill(shut[inverse], -torch.inf)
 
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Compute the loss with teacher forcing, the weighted mean over slots and targets of the cross-entropy of each
@@ -281,11 +288,11 @@ class AutoregressiveRetriever(Retriever):
             token = prefixes.token[level][child].long()
             # dense columns for (beam, token); -inf where the catalogue has no such prefix
             columns = self._columns[level]
-            place = alive[parent] * size + columns[token]
+            cell = alive[parent] * size + columns[token]
             dense = value.new_full((value.numel() * size,), -torch.inf)
-            dense[place] = value.reshape(-1)[alive[parent]] + log_p[parent, token]
+            dense[cell] = value.reshape(-1)[alive[parent]] + log_p[parent, token]
             node = torch.zeros_like(dense, dtype=torch.int64)
-            node[place] = child
+            node[cell] = child
             dense, node = dense.view(users, -1), node.view(users, -1)
             value, chosen = dense.topk(min(beam, dense.shape[1]), dim=1)
             nodes = node.gather(1, chosen)
@@ -341,8 +348,8 @@ def token_loss(logits: list[Tensor], catalogue: ItemTokens, omega: Tensor, targe
     """Compute ``- sum_l omega_l log p(c_l) / sum_l omega_l`` over the slots of all targets (methods 7.2). ``logits``:
     [P, size] for each slot; ``omega`` [M, L]."""
     rows, weights = catalogue.rows[targets], omega[targets]
-    own = [rows[:, slot] - start for slot, start in enumerate(catalogue.starts)]
-    total = torch.stack([nnf.cross_entropy(x, code, reduction="none") for x, code in zip(logits, own)], dim=1)
+    local = [rows[:, slot] - start for slot, start in enumerate(catalogue.starts)]
+    total = torch.stack([nnf.cross_entropy(x, code, reduction="none") for x, code in zip(logits, local)], dim=1)
     return (total * weights).sum() / weights.sum().clamp(min=1e-6)
 
 

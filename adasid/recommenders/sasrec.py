@@ -41,6 +41,6 @@ def sampled_softmax(
 
     ``states`` [P, d], ``positives`` [P, d], ``negatives`` [N, d]; ``*_log_q`` [P], [N]: log sampling probability of
     each item; ``same`` [P, N]: True where a negative is the row's positive (masked out)."""
-    own = (states * positives).sum(1) - positive_log_q
-    others = (states @ negatives.T - negative_log_q).masked_fill(same, -torch.inf)
-    return (torch.logaddexp(own, others.logsumexp(1)) - own).mean()
+    positive_logits = (states * positives).sum(1) - positive_log_q
+    negative_logits = (states @ negatives.T - negative_log_q).masked_fill(same, -torch.inf)
+    return (torch.logaddexp(positive_logits, negative_logits.logsumexp(1)) - positive_logits).mean()

@@ -67,9 +67,9 @@ class ItemTokens:
                 + torch.tensor(self.sizes, device=self.rows.device)[slots]
                 - 1
             )
-            own, there = self.weights[:, slots], self.rows[:, slots] != last
-            mean = own[there].mean().clamp(min=1e-6) if there.any() else own.new_ones(())
-            loss[:, slots] = torch.where(there, (own / mean).clamp(0, _CLIP), 1.0)
+            weights, mask = self.weights[:, slots], self.rows[:, slots] != last
+            mean = weights[mask].mean().clamp(min=1e-6) if mask.any() else weights.new_ones(())
+            loss[:, slots] = torch.where(mask, (weights / mean).clamp(0, _CLIP), 1.0)
         return loss
 
     def to(self, device: torch.device | str) -> ItemTokens:
@@ -140,16 +140,18 @@ class Prefixes:
         """Return the children on ``level`` of ``nodes`` [n] of the level above (of the root, for level 0): the position
         in ``nodes`` of each child's parent and the child's node, both [children]."""
         if level == 0:
-            found = torch.arange(len(self.token[0]), device=nodes.device)
-            return torch.arange(len(nodes), device=nodes.device).repeat_interleave(len(found)), found.repeat(len(nodes))
+            children = torch.arange(len(self.token[0]), device=nodes.device)
+            return torch.arange(len(nodes), device=nodes.device).repeat_interleave(len(children)), children.repeat(
+                len(nodes)
+            )
         return self._spans(self.first[level - 1], nodes)
 
     def paths(self, items: Tensor) -> Tensor:
         """Return the node of ``items`` [n] on each level [n, L]."""
-        found = [self._place[items]]
+        levels = [self._place[items]]
         for first in reversed(self.first):
-            found.append(torch.searchsorted(first, found[-1], right=True) - 1)
-        return torch.stack(found[:0:-1], dim=1)
+            levels.append(torch.searchsorted(first, levels[-1], right=True) - 1)
+        return torch.stack(levels[:0:-1], dim=1)
 
     @cached_property
     def _place(self) -> Tensor:
@@ -158,11 +160,11 @@ class Prefixes:
 
     def members(self, leaves: Tensor) -> tuple[Tensor, Tensor]:
         """Return the items of ``leaves`` [n]: the position in ``leaves`` and the item_index of each, both [items]."""
-        where, place = self._spans(self.first[-1], leaves)
-        return where, self.items[place]
+        where, offset = self._spans(self.first[-1], leaves)
+        return where, self.items[offset]
 
     @staticmethod
     def _spans(first: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
         begin, count = first[nodes], first[nodes + 1] - first[nodes]
-        where, place = runs(count)
-        return where, begin[where] + place
+        where, offset = runs(count)
+        return where, begin[where] + offset

@@ -19,10 +19,10 @@ _CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
 
 def grouped(rows: Sequence[Row]) -> Cells:
     """Group cells of one task by (tokenizer, model), in the order of the rows."""
-    found: Cells = {}
+    cells: Cells = {}
     for row in rows:
-        found.setdefault((row["tokenizer"], row["model"]), []).append(row)
-    return found
+        cells.setdefault((row["tokenizer"], row["model"]), []).append(row)
+    return cells
 
 
 def of_task(rows: Sequence[Row], task: str) -> Cells:
@@ -68,8 +68,8 @@ def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "a
 def chosen(group: Sequence[Row], task: str) -> float:
     """Return the validation figure by which models are selected; lowest if there is none (a control that is not
     trained)."""
-    found = [row["validation"][_CHOOSES[task]] for row in group if _CHOOSES[task] in row.get("validation", {})]
-    return float(np.mean(found)) if found else -np.inf
+    values = [row["validation"][_CHOOSES[task]] for row in group if _CHOOSES[task] in row.get("validation", {})]
+    return float(np.mean(values)) if values else -np.inf
 
 
 def spread(group: Sequence[Row], key: str, stratum: str = "all") -> str:

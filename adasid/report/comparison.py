@@ -194,33 +194,37 @@ def _table(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str
 def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]], low: float = 0.0) -> Figure:
     """Draw horizontal bars that start at ``low``: one group per method, one bar per column that the method has;
     whiskers are the range over seeds."""
-    there = {
+    by_label = {
         label: {
             key: values for key, _ in columns if (values := [row[key] for row in group if row.get(key) is not None])
         }
         for label, group in groups.items()
     }
     tops = np.cumsum(
-        [0, *(len(found) + 1 for found in there.values())]
+        [0, *(len(metrics) + 1 for metrics in by_label.values())]
     )  # the height of a bar is 1, as is the gap between groups
     figure, (axes,) = style.canvas(title, 0.8 + 0.13 * int(tops[-1]))
-    for place, (key, name) in enumerate(columns):
-        own = [(top + list(found).index(key), found[key]) for top, found in zip(tops, there.values()) if key in found]
-        middle = np.array([np.mean(values) for _, values in own])
+    for index, (key, name) in enumerate(columns):
+        cells = [
+            (top + list(metrics).index(key), metrics[key])
+            for top, metrics in zip(tops, by_label.values())
+            if key in metrics
+        ]
+        middle = np.array([np.mean(values) for _, values in cells])
         whiskers = (
-            np.array([[m - min(values), max(values) - m] for m, (_, values) in zip(middle, own)]).reshape(-1, 2).T
+            np.array([[m - min(values), max(values) - m] for m, (_, values) in zip(middle, cells)]).reshape(-1, 2).T
         )
-        at = [top for top, _ in own]
+        at = [top for top, _ in cells]
         axes.barh(
             at,
             np.minimum(middle, 1.5),
             1,
             xerr=whiskers,
             label=name,
-            color=style.PALETTE[place % len(style.PALETTE)],
+            color=style.PALETTE[index % len(style.PALETTE)],
             error_kw={"lw": 0.8},
         )
-    axes.set_yticks([top + (len(found) - 1) / 2 for top, found in zip(tops, there.values())], list(groups))
+    axes.set_yticks([top + (len(found) - 1) / 2 for top, found in zip(tops, by_label.values())], list(groups))
     axes.set_xlim(low, None)
     axes.invert_yaxis()
     if len(columns) > 1 or columns[0][1] not in title:

@@ -97,8 +97,10 @@ def _retrieval(cells: Cells, settings: config.Evaluate) -> list[Section]:
 
 
 def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
-    found = sorted({row[key] for key in ("split", "labels") for group in cells.values() for row in group if key in row})
-    told = {
+    values = sorted(
+        {row[key] for key in ("split", "labels") for group in cells.values() for row in group if key in row}
+    )
+    result = {
         "sampled": "Labels are sampled: each event against items drawn for it by popularity (seeded, in the test the "
         "same for all).",
         "ratings": "Labels are the users' ratings.",
@@ -109,7 +111,7 @@ def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
         Section(
             "ranking",
             "Ranking",
-            lead=" ".join(told[value] for value in found)
+            lead=" ".join(result[value] for value in values)
             + " GAUC is the mean of the users' AUCs weighted by their samples, over the users that have both classes.",
             plots=[
                 Plot(
@@ -156,12 +158,12 @@ def _strata_table(title: str, cells: Cells, key: str) -> Table:
 def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Section:
     rows = []
     for (tokenizer, model), group in cells.items():
-        own = cells.get((settings.reference, model))
-        if own is None or tokenizer == settings.reference:
+        reference_group = cells.get((settings.reference, model))
+        if reference_group is None or tokenizer == settings.reference:
             continue
-        found = [paired(own, group, key) for key in _TESTED[task]]
-        if found[0]:
-            rows.append((tokenizer, model, str(found[0][3]), *(gained(gain) for gain in found)))
+        gains = [paired(reference_group, group, key) for key in _TESTED[task]]
+        if gains[0]:
+            rows.append((tokenizer, model, str(gains[0][3]), *(gained(gain) for gain in gains)))
     lead = (
         f"Relative gain of {settings.reference} over each other tokenizer under the same model and the same seeds, "
         "with the 95 % interval of the "
@@ -188,26 +190,28 @@ def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
     lengths or codebook sizes are compared separately."""
     said, key = [], _TESTED[task][0]
     for model in dict.fromkeys(key[1] for key in cells):
-        own = cells.get((settings.reference, model), [])
+        reference_group = cells.get((settings.reference, model), [])
         named = {
             label: group
             for (label, its), group in cells.items()
             if its == model and label != settings.reference and label in settings.tokenizers
         }
-        others = {label: group for label, group in named.items() if paired(own, group, key)}
+        others = {label: group for label, group in named.items() if paired(reference_group, group, key)}
         for alike in (True, False):
-            rivals = [label for label, group in others.items() if (codes_of(group) == codes_of(own)) == alike]
+            rivals = [
+                label for label, group in others.items() if (codes_of(group) == codes_of(reference_group)) == alike
+            ]
             best = max(rivals, key=lambda label: chosen(others[label], task), default=None)
-            if best and (found := paired(own, others[best], key)):
-                gain = found[0]
+            if best and (result := paired(reference_group, others[best], key)):
+                gain = result[0]
                 among = "the best other tokenizer"
                 if len(rivals) < len(others):
-                    size = f"{codes_of(others[best])}" + ("" if alike else f", not {codes_of(own)}")
+                    size = f"{codes_of(others[best])}" + ("" if alike else f", not {codes_of(reference_group)}")
                     among = f"the best other of {'the same' if alike else 'another'} size ({size})"
                 said.append(
                     f"With the model {model}, {settings.reference} is {abs(gain):.1%} "
                     f"{'ahead of' if gain > 0 else 'behind'} {among}, "
-                    f"{best}, in {measure(key)} ({sure(found)})."
+                    f"{best}, in {measure(key)} ({sure(result)})."
                 )
     return said
 
@@ -274,13 +278,16 @@ def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], sett
     def beside(task: str) -> list[Table]:
         keys, rows, gains = shown[task], list[tuple[str, ...]](), list[tuple[str, ...]]()
         for label, theirs in ((label, figures) for label, figures in published.ADC_SID.items() if keys[0] in figures):
-            group, own = both(everything[task], task, label, published.OURS)
-            model = " / ".join(dict.fromkeys(rows_[0]["model"] for rows_ in (group, own) if rows_ and group)) or DASH
+            group, ours = both(everything[task], task, label, published.OURS)
+            model = " / ".join(dict.fromkeys(rows_[0]["model"] for rows_ in (group, ours) if rows_ and group)) or DASH
             rows.append(
                 (label, model, *(text for key in keys for text in (number(theirs[key], 4), spread(group, key))))
             )
             pairs = [
-                (f"{published.ADC_SID[published.OURS][key] / theirs[key] - 1:+.2%}", gained(paired(own, group, key), 2))
+                (
+                    f"{published.ADC_SID[published.OURS][key] / theirs[key] - 1:+.2%}",
+                    gained(paired(ours, group, key), 2),
+                )
                 for key in keys
             ]
             gains += [(label, model, *(text for pair in pairs for text in pair))] if label != published.OURS else []
@@ -311,7 +318,7 @@ def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], sett
             " Our lists leave out the items of the history, which published systems do not all do: below, ours "
             "stand both ways."
         )
-    codes = {label: codes_of(group) for own in everything.values() for (label, _), group in own.items()}
+    codes = {label: codes_of(group) for groups in everything.values() for (label, _), group in groups.items()}
     rivals = [
         label
         for label in (*settings.labels, *settings.ranking_controls)
@@ -346,8 +353,8 @@ def _beside(claim: published.Claim, everything: Mapping[str, Cells]) -> str:
         if label != claim.base and key in claim.order[label]
     ):
         task = "ranking" if key in _SHOWN["ranking"] else "retrieval"
-        found = paired(*both(everything[task], task, label, claim.base), key, claim.stratum)
-        changes += [(label, key, found)] if found else []
+        gain = paired(*both(everything[task], task, label, claim.base), key, claim.stratum)
+        changes += [(label, key, gain)] if gain else []
     return claim.beside(changes)
 
 
@@ -397,9 +404,9 @@ def _bars(title: str, cells: Cells, key: str) -> Figure:
 def _strata(title: str, cells: Cells, task: str, key: str, low: float = 0.0) -> Figure:
     """Draw bars by stratum, each tokenizer with its best model."""
     best = best_of(cells, task)
-    there = [s for s in STRATA if any(key in row["strata"].get(s, {}) for group in best.values() for row in group)]
+    strata = [s for s in STRATA if any(key in row["strata"].get(s, {}) for group in best.values() for row in group)]
     groups = {
-        label: [{s: row["strata"][s][key] for s in there if key in row["strata"].get(s, {})} for row in group]
+        label: [{s: row["strata"][s][key] for s in strata if key in row["strata"].get(s, {})} for row in group]
         for label, group in best.items()
     }
-    return comparison.bars(title, groups, [(s, s.capitalize()) for s in there], low)
+    return comparison.bars(title, groups, [(s, s.capitalize()) for s in strata], low)

@@ -127,8 +127,8 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
 def churn(nights: Sequence[Row]) -> Figure:
     """Plot the churn of each generation: of items, and weighted by events."""
     figure, (axes,) = style.canvas("Items whose SID changed", 2.6)
-    for place, (key, label) in enumerate((("churn", "Of items"), ("weighted", "Weighted by events"))):
-        _line(axes, [row["generation"] for row in nights], [row["churn"][key] for row in nights], label, place)
+    for index, (key, label) in enumerate((("churn", "Of items"), ("weighted", "Weighted by events"))):
+        _line(axes, [row["generation"] for row in nights], [row["churn"][key] for row in nights], label, index)
     axes.set_ylim(0, None)
     style.percent(axes.yaxis)
     style.thousands(axes.xaxis)
@@ -141,7 +141,7 @@ def churn(nights: Sequence[Row]) -> Figure:
 def shared(generations: Sequence[Row]) -> Figure:
     """Plot the share of items that share their SID with another: of all items, and of the tail and cold items."""
     figure, (axes,) = style.canvas("Items whose SID is not unique", 2.6)
-    for place, (key, label) in enumerate(
+    for index, (key, label) in enumerate(
         (("collision_items", "Of all items"), ("collision_tail", "Of tail and cold items"))
     ):
         _line(
@@ -149,7 +149,7 @@ def shared(generations: Sequence[Row]) -> Figure:
             [row["generation"] for row in generations],
             [row["metrics"].get(key, np.nan) for row in generations],
             label,
-            place,
+            index,
         )
     axes.set_ylim(0, None)
     style.percent(axes.yaxis)
@@ -165,16 +165,16 @@ def ratios(nights: Sequence[Row]) -> Figure:
     norms, by modality."""
     figure, axes = style.canvas("Drift of the items", 3.8, (1, 1))
     modalities = list(dict.fromkeys(m for row in nights for m in row["drift"]["error_ratio"]))
-    for place, m in enumerate(modalities):
+    for index, m in enumerate(modalities):
         at = [row["generation"] for row in nights]
         _line(
             axes[0],
             at,
             [row["drift"]["error_ratio"].get(m, {}).get("all", np.nan) for row in nights],
             m.capitalize(),
-            place,
+            index,
         )
-        _line(axes[1], at, [row["drift"]["norms"].get(m, np.nan) for row in nights], "", place)
+        _line(axes[1], at, [row["drift"]["norms"].get(m, np.nan) for row in nights], "", index)
     axes[0].axhline(1, color=style.GREY, lw=0.8)
     axes[0].set_ylabel("Error, ratio")
     axes[1].set_ylabel("Norms, index")
@@ -189,13 +189,13 @@ def ratios(nights: Sequence[Row]) -> Figure:
 def usage(nights: Sequence[Row]) -> Figure:
     """Plot the Jensen-Shannon divergence of each slot's codes from the previous generation."""
     figure, (axes,) = style.canvas("Use of codes against the generation before", 2.6)
-    for place, slot in enumerate(nights[-1]["drift"]["usage"]):
+    for index, slot in enumerate(nights[-1]["drift"]["usage"]):
         _line(
             axes,
             [row["generation"] for row in nights],
             [row["drift"]["usage"].get(slot, np.nan) for row in nights],
             slot,
-            place,
+            index,
         )
     axes.set_ylim(0, None)
     axes.set_ylabel("Divergence, bits")

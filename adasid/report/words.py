@@ -91,15 +91,15 @@ def measure(key: str) -> str:
     return {"auc": "AUC", "gauc": "GAUC", "gauc_users": "Users in GAUC"}.get(key, plain)
 
 
-def gained(found: Gain | None, digits: int = 1) -> str:
+def gained(result: Gain | None, digits: int = 1) -> str:
     """Format a gain as ``+8.3% ± 2.1% (p 0.01)``; for one seed the gain alone."""
-    if found is None:
+    if result is None:
         return DASH
-    gain, half, p, seeds = found
+    gain, half, p, seeds = result
     return f"{gain:+.{digits}%}" + (f" ± {half:.{digits}%} (p {p:.2g})" if seeds > 1 else "")
 
 
-def sure(found: Gain) -> str:
+def sure(result: Gain) -> str:
     """Return whether the interval excludes 0."""
-    gain, half, _, seeds = found
+    gain, half, _, seeds = result
     return "one seed: not told from chance" if seeds == 1 else (BEYOND if abs(gain) > half else "within chance")

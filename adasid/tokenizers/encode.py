@@ -102,29 +102,29 @@ def _batch(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> Batch:
     if "published" not in rows.schema.names:
         return batch
     column, codes = rows.column("published"), np.full((rows.num_rows, length), PAD, np.int64)
-    there = pc.equal(pc.list_value_length(column), length).fill_null(False)
-    codes[there.to_numpy(zero_copy_only=False)] = column.filter(there).flatten().to_numpy().reshape(-1, length)
+    complete = pc.equal(pc.list_value_length(column), length).fill_null(False)
+    codes[complete.to_numpy(zero_copy_only=False)] = column.filter(complete).flatten().to_numpy().reshape(-1, length)
     return replace(batch, previous=PreviousCodes(torch.from_numpy(codes), slack))
 
 
 def _gauges(tokenizer: Tokenizer, rows: pa.RecordBatch, slack: float) -> pa.ListArray:
     """Compute the norm and squared error of the vectors of the rows sampled for drift."""
     names, sampled = list(tokenizer.widths), rows.column("sampled").to_numpy(zero_copy_only=False).astype(bool)
-    there = np.zeros((rows.num_rows, len(names)), bool)
-    norms, errors = np.zeros(there.shape), np.full(there.shape, np.nan)
+    mask = np.zeros((rows.num_rows, len(names)), bool)
+    norms, errors = np.zeros(mask.shape), np.full(mask.shape, np.nan)
     if sampled.any():
         batch = _batch(tokenizer, rows.filter(pa.array(sampled)), slack)
         decoded = tokenizer.reconstruct(batch)
         for i, m in enumerate(names):
-            there[sampled, i] = batch.present[m].numpy()
+            mask[sampled, i] = batch.present[m].numpy()
             norms[sampled, i] = np.round(
                 batch.vectors[m].double().norm(dim=1).numpy(), 5
             )  # so that unit vectors fall into one bin
             if m in decoded:
                 errors[sampled, i] = (decoded[m] - batch.vectors[m]).square().sum(1).double().numpy()
-    offsets = np.concatenate([[0], np.cumsum(there.sum(1))]).astype(np.int32)
-    modality = pa.array(np.tile(np.array(names, object), (rows.num_rows, 1))[there], pa.string())
-    error = pa.array(errors[there], pa.float64(), mask=np.isnan(errors[there]))
+    offsets = np.concatenate([[0], np.cumsum(mask.sum(1))]).astype(np.int32)
+    modality = pa.array(np.tile(np.array(names, object), (rows.num_rows, 1))[mask], pa.string())
+    error = pa.array(errors[mask], pa.float64(), mask=np.isnan(errors[mask]))
     kind = ENCODED.field("gauges").type
-    values = pa.StructArray.from_arrays([modality, pa.array(norms[there]), error], fields=list(kind.value_type))
+    values = pa.StructArray.from_arrays([modality, pa.array(norms[mask]), error], fields=list(kind.value_type))
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)

@@ -42,8 +42,8 @@ class Relabelled(Tokenizer):
         if batch.previous is None:
             return batch
         codes, slots = batch.previous.codes, torch.arange(len(self.slots), device=batch.previous.codes.device)
-        found = torch.where(codes < 0, codes, self.names.argsort(dim=1)[slots, codes.clamp(min=0)])
-        return replace(batch, previous=PreviousCodes(found[:, self.order.argsort()], batch.previous.slack))
+        codes_before = torch.where(codes < 0, codes, self.names.argsort(dim=1)[slots, codes.clamp(min=0)])
+        return replace(batch, previous=PreviousCodes(codes_before[:, self.order.argsort()], batch.previous.slack))
 
     def encode(self, batch: Batch) -> Codes:
         """Encode with the inner tokenizer and rename the codes."""
@@ -56,16 +56,16 @@ class Relabelled(Tokenizer):
         """Reconstruct with the inner tokenizer."""
         return self.inner.reconstruct(self._inner(batch))
 
-    def rename(self, published: NDArray[np.int32], found: NDArray[np.int32]) -> None:
+    def rename(self, published: NDArray[np.int32], current: NDArray[np.int32]) -> None:
         """Choose the names under which the inner codes ``found`` [n, L] of most items equal their ``published`` codes
         [n, L]."""
-        order, names = match(published, found, self.slots, self.inner.interchangeable)
+        order, names = match(published, current, self.slots, self.inner.interchangeable)
         self.order.copy_(torch.from_numpy(order))
         self.names.copy_(torch.from_numpy(names))
 
 
 def match(
-    published: NDArray[np.int32], found: NDArray[np.int32], slots: Sequence[Slot], interchangeable: bool
+    published: NDArray[np.int32], current: NDArray[np.int32], slots: Sequence[Slot], interchangeable: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return ``order`` [L] and ``names`` [L, K] of :class:`Relabelled`, optimal assignments (Kuhn, 1955) by the number
     of items that agree: of codes within each pair of slots of one kind and size, then, if ``interchangeable``, of
@@ -73,19 +73,21 @@ def match(
     length, size = len(slots), max(slot.size for slot in slots)
     order, names = np.arange(length), np.tile(np.arange(size), (length, 1))
     for kind in dict.fromkeys((slot.kind, slot.size) for slot in slots):
-        own = [index for index, slot in enumerate(slots) if (slot.kind, slot.size) == kind]
-        kept, given = np.zeros((len(own), len(own))), {}
-        for i, old in enumerate(own):
-            for j, new in enumerate(own):
+        slots_of_kind = [index for index, slot in enumerate(slots) if (slot.kind, slot.size) == kind]
+        kept, given = np.zeros((len(slots_of_kind), len(slots_of_kind))), {}
+        for i, old in enumerate(slots_of_kind):
+            for j, new in enumerate(slots_of_kind):
                 counts = np.zeros((kind[1], kind[1]), np.int64)
-                there = (published[:, old] != PAD) & (found[:, new] != PAD)
-                np.add.at(counts, (found[there, new], published[there, old]), 1)
+                both = (published[:, old] != PAD) & (current[:, new] != PAD)
+                np.add.at(counts, (current[both, new], published[both, old]), 1)
                 ties = np.eye(kind[1], dtype=np.int64)  # a code without items keeps its name
                 rows, columns = linear_sum_assignment(counts * (kind[1] + 1) + ties, maximize=True)
                 kept[i, j], given[i, j] = counts[rows, columns].sum(), columns
         for i, j in (
-            zip(*linear_sum_assignment(kept, maximize=True)) if interchangeable else ((i, i) for i in range(len(own)))
+            zip(*linear_sum_assignment(kept, maximize=True))
+            if interchangeable
+            else ((i, i) for i in range(len(slots_of_kind)))
         ):
-            order[own[i]] = own[j]
-            names[own[i], : kind[1]] = given[i, j]
+            order[slots_of_kind[i]] = slots_of_kind[j]
+            names[slots_of_kind[i], : kind[1]] = given[i, j]
     return order, names

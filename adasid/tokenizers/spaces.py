@@ -95,13 +95,13 @@ class Spaces(Tokenizer):
 
     def _quantized(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return codes, decoded vectors and which items have them, by kind of slot."""
-        found, first = {}, 0
+        result, first = {}, 0
         for kind, (x, there) in self._spaces(batch).items():
             length = sum(slot.kind == kind for slot in self.slots)
             previous = batch.previous.of(slice(first, first + length)) if batch.previous else None
-            found[kind] = (*self.quantizers[kind](x, previous), there)
+            result[kind] = (*self.quantizers[kind](x, previous), there)
             first += length
-        return found
+        return result
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Codes:

@@ -129,17 +129,22 @@ class BehaviorTraining(TrainingLoop):
         generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + step) % 2**63)
         pool = self.workers.gather_ragged(positive)
         negative = pool[torch.randint(len(pool), (self.settings.negatives,), generator=generator).to(self.device)]
-        distinct, place = torch.unique(
+        distinct, inverse = torch.unique(
             torch.cat([inputs.clamp(min=0).reshape(-1), positive, negative]), return_inverse=True
         )
         rows = self.table.detach()[distinct].requires_grad_()
         vectors = nnf.embedding(
-            place, rows
+            inverse, rows
         )  # deterministic: the gradient of plain indexing is accumulated atomically, in any order
-        history, own, others = vectors.split([inputs.numel(), len(positive), len(negative)])
+        history, positive_rows, negative_rows = vectors.split([inputs.numel(), len(positive), len(negative)])
         states = self.model(history.view(*inputs.shape, -1))[valid]
         loss = sampled_softmax(
-            states, own, others, self.log_q[positive], self.log_q[negative], positive[:, None] == negative[None, :]
+            states,
+            positive_rows,
+            negative_rows,
+            self.log_q[positive],
+            self.log_q[negative],
+            positive[:, None] == negative[None, :],
         )
         where = f"epoch {epoch}, step {step} (this worker: {loss.item()})"
         self.backward(loss, where, "lower behavior.lr or behavior.table_lr")
@@ -173,7 +178,7 @@ class BehaviorTraining(TrainingLoop):
         """Return the 1-based ranks of the targets of all workers' users, over the full catalogue including the
         history."""
         users = self._scored(histories)
-        found = [torch.zeros(0, dtype=torch.int64, device=self.device)]
+        ranks = [torch.zeros(0, dtype=torch.int64, device=self.device)]
         chunk = max(1, min(256, _SCORES // len(self.table)))
         for part in np.array_split(users, max(1, -(-len(users) // chunk))):
             if not len(part):
@@ -181,8 +186,8 @@ class BehaviorTraining(TrainingLoop):
             ids = torch.from_numpy(histories.last(part, self.settings.max_length)).to(self.device)
             states = self.model(self.table[ids.clamp(min=0)])
             state = states[torch.arange(len(part)), (ids >= 0).sum(1) - 1]
-            found.append(target_ranks(state @ self.table.T, torch.from_numpy(histories.targets[part]).to(self.device)))
-        return self.workers.gather_ragged(torch.cat(found))
+            ranks.append(target_ranks(state @ self.table.T, torch.from_numpy(histories.targets[part]).to(self.device)))
+        return self.workers.gather_ragged(torch.cat(ranks))
 
     def _scored(self, histories: Histories) -> NDArray[np.int64]:
         """Return this worker's users to evaluate: its share of ``eval_users``."""

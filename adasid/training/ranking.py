@@ -68,8 +68,8 @@ class Events:
         before = self.before[events]
         first = np.maximum(self.first[events], before - length)
         width = max(1, int((before - first).max(initial=1)))
-        place = first[:, None] + np.arange(width)
-        return np.where(place < before[:, None], self.visited[np.minimum(place, len(self.visited) - 1)], -1)
+        position = first[:, None] + np.arange(width)
+        return np.where(position < before[:, None], self.visited[np.minimum(position, len(self.visited) - 1)], -1)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class RankingTraining(DownstreamTraining):
         self.labels = self._labels()
         popularity = np.maximum(data.counts, 0).astype(np.float64) ** settings.negative_power * (data.counts > 0)
         self.cdf = np.cumsum(popularity) / max(popularity.sum(), 1e-12)
-        self.parts = {split: self._part(place) for place, split in enumerate(SPLITS)}
+        self.parts = {split: self._part(index) for index, split in enumerate(SPLITS)}
         self.drawn = {split: self._negatives(split) for split in SPLITS[1:]}
 
     def check(self) -> None:
@@ -163,9 +163,9 @@ class RankingTraining(DownstreamTraining):
         model and number of workers."""
         if self.labels == "ratings":
             return np.zeros((len(self.parts[split]), 0), np.int64)
-        place = np.flatnonzero(self.events.splits == SPLITS.index(split))
-        uniform = np.random.default_rng([1, SPLITS.index(split)]).random((len(place), self.settings.negatives))
-        return self._draw(uniform[np.searchsorted(place, self.parts[split])])
+        rows = np.flatnonzero(self.events.splits == SPLITS.index(split))
+        uniform = np.random.default_rng([1, SPLITS.index(split)]).random((len(rows), self.settings.negatives))
+        return self._draw(uniform[np.searchsorted(rows, self.parts[split])])
 
     def _draw(self, uniform: NDArray[np.float64]) -> Ints:
         return np.minimum(np.searchsorted(self.cdf, uniform, side="right"), len(self.cdf) - 1).astype(np.int64)
@@ -260,10 +260,10 @@ class RankingTraining(DownstreamTraining):
             return {"labels": self.labels, "scores": self._shards("test")}
         users, items, labels, scores = self._samples("test")
         strata = {"all": ranking_metrics(users, scores, labels, _DRAWS, self.seed)}
-        for place, stratum in enumerate(STRATA):
-            own = self.strata[items] == place
-            if own.any():
-                strata[stratum] = ranking_metrics(users[own], scores[own], labels[own], _DRAWS, self.seed)
+        for index, stratum in enumerate(STRATA):
+            mask = self.strata[items] == index
+            if mask.any():
+                strata[stratum] = ranking_metrics(users[mask], scores[mask], labels[mask], _DRAWS, self.seed)
         return {
             "labels": self.labels,
             "test": {key: strata["all"][key] for key in ("auc", "gauc") if key in strata["all"]},

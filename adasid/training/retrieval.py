@@ -58,8 +58,8 @@ class Ranked:
     def of(ranks: Tensor, everywhere: Tensor, firsts: Tensor, kinds: Tensor, size: Tensor) -> Ranked:
         """Count targets [B] from their ranks, the rank of the first item of their SID, their stratum, and the size of
         their SID."""
-        sizes, place = torch.unique(size, return_inverse=True)
-        groups = rank_histogram(firsts, kinds * len(sizes) + place, len(STRATA) * len(sizes))
+        sizes, size_index = torch.unique(size, return_inverse=True)
+        groups = rank_histogram(firsts, kinds * len(sizes) + size_index, len(STRATA) * len(sizes))
         total = rank_histogram(everywhere, torch.zeros_like(everywhere), 1)[0]
         return Ranked(
             rank_histogram(ranks, kinds, len(STRATA)),
@@ -155,22 +155,22 @@ class RetrievalTraining(DownstreamTraining):
 
     def validate(self) -> dict[str, float]:
         """Compute Recall and NDCG of a sample of ``eval_users`` users."""
-        found = self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users)
-        return averages(found.targets.numpy(), gains())
+        ranked = self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users)
+        return averages(ranked.targets.numpy(), gains())
 
     def test(self) -> dict[str, Any]:
         """Compute Recall and NDCG of all users, by stratum of the target; ``test_repeatable``: with lists that include
         the history; ``repeats``: share of targets that are in the history."""
         started = time.monotonic()
-        found = self._ranked(self.data.test, self.settings.beam)
+        ranked = self._ranked(self.data.test, self.settings.beam)
         seconds = time.monotonic() - started
         return {
-            "test": averages(found.targets.numpy(), gains()),
-            "test_repeatable": averages(found.everywhere.numpy(), gains()),
-            "strata": by_stratum(found, self.seed),
+            "test": averages(ranked.targets.numpy(), gains()),
+            "test_repeatable": averages(ranked.everywhere.numpy(), gains()),
+            "strata": by_stratum(ranked, self.seed),
             "repeats": float(self.workers.sum(torch.tensor(self.data.test.repeats(), device=self.device)))
-            / max(1.0, float(found.targets.sum())),
-            "test_users_per_second": float(found.targets.sum()) / max(seconds, 1e-9),
+            / max(1.0, float(ranked.targets.sum())),
+            "test_users_per_second": float(ranked.targets.sum()) / max(seconds, 1e-9),
         }
 
     @torch.inference_mode()
@@ -179,28 +179,28 @@ class RetrievalTraining(DownstreamTraining):
         mine = histories.sample(len(histories) if users is None else -(-users // self.workers.world))
         group, strata = self.model.catalogue.group, torch.from_numpy(self.data.strata).to(self.device)
         sizes, order = torch.bincount(group), group.argsort(stable=True)
-        place = torch.empty_like(order)  # index of an item within its SID
-        place[order] = runs(sizes)[1]
-        found = Ranked.none()
+        rank_in_sid = torch.empty_like(order)  # index of an item within its SID
+        rank_in_sid[order] = runs(sizes)[1]
+        ranked = Ranked.none()
         for part, states, targets in self._states(histories, mine, beam):
             seen = (
                 None if self.settings.repeatable else distinct(torch.from_numpy(histories.last(part)).to(self.device))
             )
             (ranks, everywhere), before, size = (
                 self.model.ranks(states, targets, beam, seen),
-                place[targets],
+                rank_in_sid[targets],
                 sizes[group[targets]],
             )
             if seen is not None:  # items excluded from a list do not count in it
                 mates = (seen >= 0) & (group[seen] == group[targets][:, None]) & (seen != targets[:, None])
                 before, size = before - (mates & (seen < targets[:, None])).sum(1), size - mates.sum(1)
-            found += Ranked.of(ranks, everywhere, ranks - before, strata[targets], size)
-        sizes = torch.unique(self.workers.gather_ragged(found.sizes.to(self.device)))
-        found = found.over(sizes.cpu())
+            ranked += Ranked.of(ranks, everywhere, ranks - before, strata[targets], size)
+        sizes = torch.unique(self.workers.gather_ragged(ranked.sizes.to(self.device)))
+        ranked = ranked.over(sizes.cpu())
         targets, everywhere, groups = (
-            self.workers.sum(part.to(self.device)).cpu() for part in (found.targets, found.everywhere, found.groups)
+            self.workers.sum(part.to(self.device)).cpu() for part in (ranked.targets, ranked.everywhere, ranked.groups)
         )
-        return Ranked(targets, everywhere, groups, found.sizes)
+        return Ranked(targets, everywhere, groups, ranked.sizes)
 
     def _states(
         self, histories: Histories, users: NDArray[np.int64], beam: int
@@ -226,16 +226,16 @@ def distinct(items: Tensor) -> Tensor:
     return items
 
 
-def by_stratum(found: Ranked, seed: int) -> dict[str, dict[str, Any]]:
+def by_stratum(ranked: Ranked, seed: int) -> dict[str, dict[str, Any]]:
     """Compute the metrics of all targets and of each non-empty stratum: ``corrected_*`` is the expectation under a
     random order of the items that share a SID (methods 8.6); ``intervals`` are 95 % bootstrap intervals over users, of
     both."""
-    metrics, targets, groups = dict[str, dict[str, Any]](), found.targets.numpy(), found.groups.numpy()
-    plain, shared = gains(), shared_gains(found.sizes.numpy())
+    metrics, targets, groups = dict[str, dict[str, Any]](), ranked.targets.numpy(), ranked.groups.numpy()
+    plain, shared = gains(), shared_gains(ranked.sizes.numpy())
     for name, rows in {"all": slice(None), **{stratum: slice(i, i + 1) for i, stratum in enumerate(STRATA)}}.items():
-        own, together = targets[rows].sum(0), groups[rows].sum(0)
-        if own.sum():
-            spread = intervals(own, plain, _DRAWS, seed) | intervals(together, shared, _DRAWS, seed)
-            metrics[name] = {"users": int(own.sum()), **averages(own, plain), **averages(together, shared)}
+        counts, shared_counts = targets[rows].sum(0), groups[rows].sum(0)
+        if counts.sum():
+            spread = intervals(counts, plain, _DRAWS, seed) | intervals(shared_counts, shared, _DRAWS, seed)
+            metrics[name] = {"users": int(counts.sum()), **averages(counts, plain), **averages(shared_counts, shared)}
             metrics[name]["intervals"] = {key: list(ends) for key, ends in spread.items()}
     return metrics

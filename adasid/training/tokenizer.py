@@ -169,11 +169,11 @@ class TokenizerTraining(TrainingLoop):
             codes = tokenizer.encode(batch).codes.long()
             used.scatter_add_(1, codes.T.clamp(min=0), (codes.T != PAD).double())
             for m, decoded in tokenizer.reconstruct(batch).items():
-                there = batch.present[m][:, None]
-                x = batch.vectors[m] * there
-                error = (((decoded - x) * there) ** 2).sum().double()
+                present = batch.present[m][:, None]
+                x = batch.vectors[m] * present
+                error = (((decoded - x) * present) ** 2).sum().double()
                 errors[m] += torch.cat(
-                    [x.double().sum(0), torch.stack([(x**2).sum().double(), error, there.sum().double()])]
+                    [x.double().sum(0), torch.stack([(x**2).sum().double(), error, present.sum().double()])]
                 )
         row = {}
         for m, width in tokenizer.widths.items():

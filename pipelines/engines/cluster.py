@@ -76,15 +76,15 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
             f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave "
             "ray.address null"
         ) from None
-    there = ray.cluster_resources()
-    gpus = int(there.get("GPU", 0)) if settings.gpus == "auto" else 0
+    available = ray.cluster_resources()
+    gpus = int(available.get("GPU", 0)) if settings.gpus == "auto" else 0
     workers = min(settings.workers, gpus) if gpus else settings.workers
     if workers < settings.workers:
         print(f"note: {workers} workers instead of {settings.workers}, one for each GPU", file=sys.stderr)
-    if there.get("CPU", 0) < workers * settings.cpus_per_worker:
+    if available.get("CPU", 0) < workers * settings.cpus_per_worker:
         need = workers * settings.cpus_per_worker
         print(
-            f"note: waiting for {need:g} CPUs, the Ray cluster has {there.get('CPU', 0):g}; lower ray.workers or "
+            f"note: waiting for {need:g} CPUs, the Ray cluster has {available.get('CPU', 0):g}; lower ray.workers or "
             "ray.cpus_per_worker",
             file=sys.stderr,
         )
@@ -122,10 +122,10 @@ def _watch(folder: Path, show: Callable[[dict[str, float]], None]) -> Iterator[N
         last = False
         while not last:
             last = stop.wait(1.0)
-            found = rows(folder)
-            for row in found[min(seen, len(found)) :]:
+            logged = rows(folder)
+            for row in logged[min(seen, len(logged)) :]:
                 show(row)
-            seen = len(found)
+            seen = len(logged)
 
     def guarded(seen: int) -> None:
         try:

@@ -43,8 +43,8 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 1
-        found = {jar: next(Path(ivy).rglob(f"*{jar}"), None) for jar in JARS}
-        for jar, path in found.items():
+        paths = {jar: next(Path(ivy).rglob(f"*{jar}"), None) for jar in JARS}
+        for jar, path in paths.items():
             if path is None:
                 print(f"Spark's resolver did not bring {jar}; put it into {folder}", file=sys.stderr)
                 return 1

@@ -155,8 +155,8 @@ class Lake:
 
     def made(self, table: str, digest: str) -> int | None:
         """Return the newest version whose commit carries this input hash; None for none."""
-        found = (int(entry["version"]) for entry in self.writes(table) if digest in str(entry.get("userMetadata")))
-        return next(found, None)
+        versions = (int(entry["version"]) for entry in self.writes(table) if digest in str(entry.get("userMetadata")))
+        return next(versions, None)
 
     def writes(self, table: str) -> Iterator[dict[str, Any]]:
         """Yield the commits that wrote rows, newest first, without those of maintenance."""
@@ -221,9 +221,9 @@ class Lake:
 
     def put(self, table: str, rows: pa.Table, where: str, digest: str) -> None:
         """Replace the rows that satisfy ``where`` by ``rows``, in one commit with the input hash ``digest``."""
-        there = DeltaTable(self.target(table)) if self.exists(table) else self.target(table)
+        target = DeltaTable(self.target(table)) if self.exists(table) else self.target(table)
         write_deltalake(
-            there,
+            target,
             rows,
             mode="overwrite",
             predicate=where if self.exists(table) else None,
@@ -276,15 +276,15 @@ def committed(commit: Mapping[str, Any]) -> datetime:
 def _metadata(commit: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata that adasid wrote into a commit, empty for a commit of another program."""
     try:
-        found = json.loads(commit["userMetadata"])
+        metadata = json.loads(commit["userMetadata"])
     except (ValueError, KeyError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _digest(commit: Mapping[str, Any]) -> str | None:
-    found = _metadata(commit).get(STAMP)
-    return None if found in (None, "None") else str(found)  # after maintenance of a table without a hash
+    value = _metadata(commit).get(STAMP)
+    return None if value in (None, "None") else str(value)  # after maintenance of a table without a hash
 
 
 def _nullable(schema: pa.Schema) -> pa.Schema:

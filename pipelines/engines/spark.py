@@ -101,13 +101,13 @@ def _launch(settings: config.Spark) -> dict[str, str]:
     options = f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
     if class_archive().exists():  # Java says nothing where it does not fit, and goes without
         options = f"{options} -XX:SharedArchiveFile={class_archive()} -Xlog:disable -Xlog:all=error:stderr"
-    own = settings.conf.get("spark.driver.extraJavaOptions")
+    extra = settings.conf.get("spark.driver.extraJavaOptions")
     return {
         "spark.master": settings.master,
         "spark.driver.memory": settings.driver_memory,
         # a Python process counts as a shell, for which Spark would set it to true
         _PROGRESS: settings.conf.get(_PROGRESS, "false"),
-        "spark.driver.extraJavaOptions": f"{options} {own}" if own else options,
+        "spark.driver.extraJavaOptions": f"{options} {extra}" if extra else options,
     }
 
 
@@ -201,8 +201,8 @@ def escaped(path: str, key: str) -> str:
 
 def input_error(error: Exception) -> InputError | None:
     """Return the InputError that a Python function raised on a Spark worker; None for any other error."""
-    found = re.search(r"adasid\.errors\.InputError: ([^\n]+)", str(error))
-    return InputError(found.group(1).strip()) if found else None
+    match = re.search(r"adasid\.errors\.InputError: ([^\n]+)", str(error))
+    return InputError(match.group(1).strip()) if match else None
 
 
 def root_cause(error: Exception) -> str:

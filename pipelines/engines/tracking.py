@@ -166,20 +166,20 @@ def _start(cfg: Config, name: str, uri: str) -> tuple[MlflowClient, str, str]:
 def _experiment(cfg: Config, client: MlflowClient, uri: str) -> str:
     """Return the experiment's id; create the experiment if there is none."""
     name, location = cfg.tracking.experiment, Run(cfg).tracked_artifacts.as_uri()
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return str(client.create_experiment(name, artifact_location=None if cfg.tracking.uri else location))
         except MlflowException as error:
-            found = client.get_experiment_by_name(name)  # another run may have created it concurrently
-            if found is None:
+            experiment = client.get_experiment_by_name(name)  # another run may have created it concurrently
+            if experiment is None:
                 raise error from None
-    if found.lifecycle_stage == LifecycleStage.DELETED:
+    if experiment.lifecycle_stage == LifecycleStage.DELETED:
         raise InputError(
             f"experiment {name!r} was deleted in MLflow ({_shown(uri)}): restore it "
-            f"(mlflow experiments restore --experiment-id {found.experiment_id}), or set tracking.experiment"
+            f"(mlflow experiments restore --experiment-id {experiment.experiment_id}), or set tracking.experiment"
         )
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def _shown(text: str) -> str:

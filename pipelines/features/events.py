@@ -71,8 +71,10 @@ def same_source(cfg: Config, lake: Lake) -> None:
     """Raise InputError where items and interactions are of two runs of ingest, and no pin asks for that."""
     if {"items", "interactions"} & set(cfg.pins):
         return
-    made = {lake.input_hash(name, version) for name, version in lake.versions("items", "interactions").items()} - {None}
-    if len(made) > 1:
+    input_hashes = {
+        lake.input_hash(name, version) for name, version in lake.versions("items", "interactions").items()
+    } - {None}
+    if len(input_hashes) > 1:
         raise InputError(
             "tables items and interactions come from different runs of ingest (was one cut off?): run jobs/ingest.py "
             "again"

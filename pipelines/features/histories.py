@@ -64,8 +64,8 @@ def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
     ``tied`` (whether another event has the same time and pos), ``split`` and ``ranking_split``. Both are ``train`` for
     the events that neither holds out: embeddings, counts and SIDs are computed from these. ``split`` is null where only
     ranking reads an event; an event outside histories is split with the next visit."""
-    own = Window.partitionBy("user_id")
-    ordered = own.orderBy(*chronological(seed))
+    by_user = Window.partitionBy("user_id")
+    ordered = by_user.orderBy(*chronological(seed))
     visits = F.sum(F.col("in_history").cast("bigint"))
     moment = F.struct("time", "pos")
     same = [neighbour(moment).over(ordered).eqNullSafe(moment) for neighbour in (F.lag, F.lead)]
@@ -82,7 +82,7 @@ def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
         visited = events.filter("in_history")
         held_out = _by_time(visited, (features.holdout, features.holdout), "split", "holdout", "leave_one_out")
     else:
-        placed = placed.select("*", visits.over(own).alias("_n"))
+        placed = placed.select("*", visits.over(by_user).alias("_n"))
         left = F.when(F.col("_n") >= 3, F.col("_n") - F.least("place", F.col("_n") - 1))
         held_out = F.when(left == 1, "test").when(left == 2, "validation")
     split = F.coalesce(held_out, F.lit("train"))

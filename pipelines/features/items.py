@@ -60,8 +60,8 @@ def check_split(cfg: Config, lake: Lake) -> None:
         return
     if (line := staleness.unrecorded(lake)) and EMBEDDINGS not in lake.pins:
         raise InputError(f"{line}; or use them as they are with --set behavior.refresh=keep")
-    if found := staleness.behind(lake, EMBEDDINGS):
-        text = f"{EMBEDDINGS} could know events of today's test: {staleness.sentences(found)[0]}"
+    if lags := staleness.behind(lake, EMBEDDINGS):
+        text = f"{EMBEDDINGS} could know events of today's test: {staleness.sentences(lags)[0]}"
         raise InputError(f"{text}; or use them as they are with --set behavior.refresh=keep")
 
 
@@ -99,8 +99,8 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
     features, schema = joined.select("*", richness.column.alias("richness")), tables.item_features(cfg.features.content)
     written = {"item_features": write(features, lake, "item_features", schema, input_hash, sources=versions)}
     if cfg.behavior.source == "sasrec":
-        made = read(spark, lake, "item_features", written["item_features"])
-        _note_missing(context, made.filter("interactions > 0 AND norm IS NULL").count(), made.count())
+        result = read(spark, lake, "item_features", written["item_features"])
+        _note_missing(context, result.filter("interactions > 0 AND norm IS NULL").count(), result.count())
     row = {"input_hash": input_hash, **richness.fields}
     written["richness_stats"] = lake.write_rows("richness_stats", tables.RICHNESS_STATS, [row], input_hash, versions)
     context.metrics({key: richness.fields[key] for key in ("spearman", "norm_low", "norm_high")})

@@ -23,22 +23,22 @@ def labelled(events: DataFrame, features: Features) -> DataFrame:
         F.max(rated).alias("highest"),
         F.sum("label").alias("positive"),
     ]
-    found = events.agg(*sums).first()
-    assert found is not None
+    totals = events.agg(*sums).first()
+    assert totals is not None
     limit = features.positive_rating
-    if found["ratings"] and found["highest"] <= limit:
-        fix = "call the column 'label' if 1 means positive, or set" if found["highest"] <= 1 else "set"
+    if totals["ratings"] and totals["highest"] <= limit:
+        fix = "call the column 'label' if 1 means positive, or set" if totals["highest"] <= 1 else "set"
         raise InputError(
-            f"table interactions: the highest rating is {found['highest']:g}, not above features.positive_rating "
+            f"table interactions: the highest rating is {totals['highest']:g}, not above features.positive_rating "
             f"{limit:g}, so no rated event is positive: "
             f"{fix} features.positive_rating below it"
         )
-    if found["labels"] and not found["positive"] and not found["ratings"]:
+    if totals["labels"] and not totals["positive"] and not totals["ratings"]:
         raise InputError(
             "table interactions: all labels are 0, so no event is positive: bring positive events, or leave the column "
             "out"
         )
-    unsaid = F.lit(None).cast("int") if found["labels"] or found["ratings"] else F.lit(1)
+    unsaid = F.lit(None).cast("int") if totals["labels"] or totals["ratings"] else F.lit(1)
     given = F.when(F.col("label").isNotNull(), F.col("label").cast("int"))
     label = F.coalesce(given, (F.col("rating") > limit).cast("int"), unsaid)
     shown = {

@@ -80,11 +80,13 @@ def mine(events: DataFrame, settings: Pairs) -> DataFrame:
 
 def histories(events: DataFrame, most: int) -> DataFrame:
     """Return user_id, item_index: the ``most`` latest items of each user with at least two."""
-    own = Window.partitionBy("user_id")
+    by_user = Window.partitionBy("user_id")
     last = events.groupBy("user_id", "item_index").agg(F.max("position").alias("last"))
-    recent = last.select("*", F.row_number().over(own.orderBy(F.desc("last"))).alias("_n")).filter(F.col("_n") <= most)
+    recent = last.select("*", F.row_number().over(by_user.orderBy(F.desc("last"))).alias("_n")).filter(
+        F.col("_n") <= most
+    )
     return (
-        recent.select("user_id", "item_index", F.count("*").over(own).alias("_items"))
+        recent.select("user_id", "item_index", F.count("*").over(by_user).alias("_items"))
         .filter("_items > 1")
         .drop("_items")
     )

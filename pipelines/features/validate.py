@@ -36,7 +36,7 @@ _BREAKS = r"[\p{Cc}\u2028\u2029]"
 def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
     """Count the rows of each width of a modality (the most frequent ones). Raises InputError for a modality without a
     column."""
-    found: Widths = {}
+    widths_found: Widths = {}
     for modality in modalities:
         if modality not in items.columns:
             raise InputError(
@@ -44,7 +44,7 @@ def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
                 f"{modality!r} out of the configuration "
                 "(features.content, behavior.source)"
             )
-        found[modality] = []
+        widths_found[modality] = []
     sizes = F.array(
         *(
             F.struct(
@@ -52,15 +52,15 @@ def widths(items: DataFrame, modalities: Iterable[str]) -> Widths:
                 F.array_size(present(m)).alias("width"),
                 present(m).isNotNull().alias("given"),
             )
-            for m in found
+            for m in widths_found
         )
     )
     counted = items.select(F.inline(sizes)).filter("given").groupBy("modality", "width").count()
     often = Window.partitionBy("modality").orderBy(F.desc("count"), "width")
     rows = counted.select("*", F.row_number().over(often).alias("rank")).filter(F.col("rank") <= _WIDTHS)
     for row in rows.orderBy("modality", "rank").collect():
-        found[row["modality"]].append((row["width"], row["count"]))
-    return found
+        widths_found[row["modality"]].append((row["width"], row["count"]))
+    return widths_found
 
 
 def present(modality: str) -> Column:
@@ -81,9 +81,9 @@ def judge_items(items: DataFrame, widths: Widths) -> DataFrame:
     kept = {modality: found[0][0] for modality, found in widths.items() if found}
     content = items.columns
     hashed = F.xxhash64(*content, *(F.col(name).isNull() for name in content))
-    own = items.select("*", _vector_fault(kept).alias("_fault"), hashed.alias("_hash"))
+    checked = items.select("*", _vector_fault(kept).alias("_fault"), hashed.alias("_hash"))
     same = Window.partitionBy("item_id").orderBy(F.col("_fault").isNotNull(), "_hash")
-    ranked = own.select("*", F.row_number().over(same).alias("_row"), F.rank().over(same).alias("_rank"))
+    ranked = checked.select("*", F.row_number().over(same).alias("_row"), F.rank().over(same).alias("_rank"))
     duplicate = (F.col("_rank") > 1) | (
         F.col("_fault").isNull() & (F.col("_row") > 1)
     )  # identical faulty rows share one reason
@@ -166,13 +166,13 @@ def advice(judged: DataFrame, counted: Mapping[str | None, int], first_year: int
     kinds = sorted(_TIMES & {reason for reason in counted if reason})
     if not kinds:
         return ""
-    found = (
+    counts = (
         judged.filter(F.col("reason").isin(kinds))
         .groupBy("reason")
         .agg(F.max(F.trim("timestamp")).alias("text"))
         .collect()
     )
-    parts = {row["reason"]: units.explain(row["text"], first_year, now) for row in found}
+    parts = {row["reason"]: units.explain(row["text"], first_year, now) for row in counts}
     return "; ".join(f"{kind.removesuffix('_timestamp')}: {parts[kind]}" for kind in kinds)
 
 
@@ -204,8 +204,8 @@ def alike(ids: DataFrame) -> str | None:
 
 def insist_vectors(widths: Widths) -> None:
     """Raise InputError where no item has a vector of a modality."""
-    for modality, found in widths.items():
-        if not found:
+    for modality, groups in widths.items():
+        if not groups:
             raise InputError(
                 f"table items: no item has a vector in column {modality!r} (empty and zero vectors do not count): "
                 f"bring some, or take {modality!r} out of the "

@@ -86,13 +86,13 @@ def listed(root: Path) -> list[DataFile]:
     not data."""
     if root.is_file():
         return [DataFile(str(root), ())]
-    found = []
+    schemas = []
     for folder, inner, names in os.walk(root, followlinks=True):
         inner[:] = [name for name in inner if not name.startswith(("_", "."))]
         pairs = (part.partition("=") for part in Path(folder).relative_to(root).parts)
         keys = tuple((name, None if value == _NO_PARTITION else unquote(value)) for name, mark, value in pairs if mark)
-        found += [DataFile(str(Path(folder) / name), keys) for name in names if not name.startswith(("_", "."))]
-    return sorted(found)
+        schemas += [DataFile(str(Path(folder) / name), keys) for name in names if not name.startswith(("_", "."))]
+    return sorted(schemas)
 
 
 def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callable[[str], None]) -> DataFrame:
@@ -157,15 +157,15 @@ def _check(
     distinct = dict[pa.Schema, str]()
     for file, footer in zip(files, footers):
         distinct.setdefault(footer.schema, file.path)
-    target.check(where, list(dict.fromkeys(name for own in distinct for name in own.names)))
-    for own, path in distinct.items():
+    target.check(where, list(dict.fromkeys(name for schema in distinct for name in schema.names)))
+    for schema, path in distinct.items():
         for name in target.every:
-            if name not in own.names:
+            if name not in schema.names:
                 raise InputError(
-                    f"{key} {path}: column {name!r} is missing (found: {', '.join(own.names)}), which other files "
+                    f"{key} {path}: column {name!r} is missing (found: {', '.join(schema.names)}), which other files "
                     "have; add it"
                 )
-        columns.problems(own, target.schema, f"{key} {path}")
+        columns.problems(schema, target.schema, f"{key} {path}")
     known = [{*footer.schema.names} for footer in footers]
     for name in sorted(columns.read_from(target.schema) & set().union(*known)):
         without = [file.path for file, names in zip(files, known) if name not in names]
@@ -174,8 +174,8 @@ def _check(
                 f"{where}: column {name!r} is missing in {len(without)} of {len(files)} files (first: {without[0]}): "
                 "it is null in their rows"
             )
-    for own in distinct:
-        _check_title(where, own, target, note)
+    for schema in distinct:
+        _check_title(where, schema, target, note)
 
 
 def _check_title(where: str, schema: pa.Schema, target: Target, note: Callable[[str], None]) -> None:

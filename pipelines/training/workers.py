@@ -158,14 +158,14 @@ def _catalogue(
     if not chosen:
         return ItemTokens.ids(len(stats)), counts, strata
     rows = lake.read(chosen.table, chosen.version, ["item_id", "codes", "weights", "active"])
-    place = pc.index_in(stats["item_id"], rows["item_id"].combine_chunks())
-    if place.null_count or len(rows) != len(stats):
+    index = pc.index_in(stats["item_id"], rows["item_id"].combine_chunks())
+    if index.null_count or len(rows) != len(stats):
         raise InputError(
             f"{chosen.table} version {chosen.version} has {len(rows)} items, of which "
-            f"{len(stats) - place.null_count} are among the {len(stats)} of "
+            f"{len(stats) - index.null_count} are among the {len(stats)} of "
             "item_stats: write the SIDs of these items (jobs/write_sids.py)"
         )
-    rows = rows.take(place).combine_chunks()
+    rows = rows.take(index).combine_chunks()
     codes, factors, active = (
         pc.list_flatten(rows[name]).to_numpy(zero_copy_only=False).reshape(len(rows), -1)
         for name in ("codes", "weights", "active")
@@ -178,16 +178,16 @@ def _catalogue(
 def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) -> dict[str, Histories]:
     """Return this worker's users of each split."""
     columns = ["user_id", "history", "target"]
-    found = {
+    splits = {
         split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split))
         for split in tables.SPLITS
     }
-    if len(found["train"]) < workers.world:
+    if len(splits["train"]) < workers.world:
         raise InputError(
-            f"sequences version {read['sequences']} has {len(found['train'])} users with at least two training events, "
-            f"fewer than ray.workers {workers.world}: bring more interactions"
+            f"sequences version {read['sequences']} has {len(splits['train'])} users with at least two training "
+            f"events, fewer than ray.workers {workers.world}: bring more interactions"
         )
-    return {split: histories.part(workers.rank, workers.world) for split, histories in found.items()}
+    return {split: histories.part(workers.rank, workers.world) for split, histories in splits.items()}
 
 
 def _pairs(lake: Lake, read: dict[str, int], mine: pc.Expression | None) -> Pairs:

@@ -28,11 +28,11 @@ class AdaSid(AdcSid):
         """Compute the alignment loss (eqs 15 to 17): content pairs both ways; behaviour (anchor) against h_t + h_v,
         weighted by the item's alignment strength."""
         content = self.settings.content
-        there = {m: batch.present[m] for m in h}
+        present = {m: batch.present[m] for m in h}
         joint = {**h, "content": torch.stack([h[m] for m in content]).sum(0)}
         one_way = self._contrast(
             joint,
-            {**there, "content": torch.stack([there[m] for m in content]).any(0)},
+            {**present, "content": torch.stack([present[m] for m in content]).any(0)},
             batch.index,
             workers,
         )

@@ -69,16 +69,16 @@ class AdcSid(TrainedTokenizer):
         projections [B, h] (eq 2)."""
         latents, weights, projections = {}, {}, {}
         for m in self.modalities:
-            there = batch.present[m][:, None].to(x[m].dtype)
+            present = batch.present[m][:, None].to(x[m].dtype)
             latents[m], heads = self.trunks[m](x[m])
-            projections[m] = heads[0] * there
+            projections[m] = heads[0] * present
             if len(heads) == 1:
-                gates = torch.ones_like(there).expand(-1, len(latents[m]))
+                gates = torch.ones_like(present).expand(-1, len(latents[m]))
             elif m == BEHAVIOR:
                 gates = self._scale(batch.richness)[:, None] * torch.relu(heads[1])
             else:
                 gates = torch.softmax(heads[1], dim=1)
-            weights[m] = (gates * there).T
+            weights[m] = (gates * present).T
         z, _ = self.shared(torch.cat([projections[m] for m in self.modalities], dim=1))
         ones = torch.ones(z.shape[:2], dtype=z.dtype, device=z.device)
         return torch.cat([z, *latents.values()]), torch.cat([ones, *weights.values()]), projections
@@ -138,8 +138,8 @@ class AdcSid(TrainedTokenizer):
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """Initialise the codebooks by k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
         parts = sample(shard, workers, self.settings.kmeans_samples)
-        found = zip(*(self._sample(part.to(self.theta.device)) for part in parts))
-        latents, active, previous = (workers.gather_ragged(torch.cat(part)) for part in found)
+        samples = zip(*(self._sample(part.to(self.theta.device)) for part in parts))
+        latents, active, previous = (workers.gather_ragged(torch.cat(part)) for part in samples)
         self.codebooks.initialise(latents.transpose(0, 1), active.T, self.settings.kmeans_rounds, generator, previous.T)
         workers.broadcast(self.codebooks.weight.data)
         self.quantizing.fill_(True)
@@ -220,8 +220,8 @@ class AdcSid(TrainedTokenizer):
         items = (index, workers.gather(index))
 
         def one_way(anchor: str, target: str, weight: Tensor | float) -> Tensor:
-            own = torch.arange(len(h[anchor]), device=h[anchor].device) + workers.rank * len(h[anchor])
-            loss = info_nce(h[anchor], everyone[target], own, self.settings.temperature, valid[target], items)
+            positives = torch.arange(len(h[anchor]), device=h[anchor].device) + workers.rank * len(h[anchor])
+            loss = info_nce(h[anchor], everyone[target], positives, self.settings.temperature, valid[target], items)
             return (loss * weight * (there[anchor] & there[target])).mean()
 
         return one_way
@@ -229,8 +229,8 @@ class AdcSid(TrainedTokenizer):
     def _routing(self, weights: Tensor, batch: Batch, workers: Workers) -> tuple[Tensor, dict[str, float]]:
         """Compute the sparsity loss (methods 1.7) for items with behaviour, and update the controller by the sparsity
         of all workers' items."""
-        router, there = self.settings.router, batch.present[BEHAVIOR]
-        gates, richness = weights[there], batch.richness[there].double()
+        router, present = self.settings.router, batch.present[BEHAVIOR]
+        gates, richness = weights[present], batch.richness[present].double()
         scalars = torch.stack([(1 - richness).sum(), richness.new_tensor(float(len(gates)))])
         total = workers.sum(torch.cat([(gates > 0).double().sum(0), scalars]))
         count = total[-1].clamp(min=1)

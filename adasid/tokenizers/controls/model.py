@@ -49,7 +49,7 @@ class ItemId(_Control):
 
     def __init__(self, settings: ItemIdSettings, widths: Mapping[str, int]) -> None:
         super().__init__(settings, "i")
-        powers = [min(settings.codebook_size**place, 2**62) for place in reversed(range(settings.levels))]
+        powers = [min(settings.codebook_size**digit, 2**62) for digit in reversed(range(settings.levels))]
         self.register_buffer("powers", torch.tensor(powers))
 
     def prepare(self, shard: Shard, workers: Workers) -> None:
@@ -74,10 +74,10 @@ class ItemId(_Control):
         powers, size = self.get_buffer("powers"), self.settings.codebook_size
         digits = batch.index[:, None] // powers % size
         for step in range(_ROUNDS * len(powers)):
-            place = step % len(powers)
-            others = (digits * powers).sum(1) - digits[:, place] * powers[place]
+            digit = step % len(powers)
+            others = (digits * powers).sum(1) - digits[:, digit] * powers[digit]
             shift = _splitmix(torch.full_like(others, step), others.bitwise_and(2**62 - 1))
-            digits[:, place] = (digits[:, place] + _shift(shift, 1)) % size
+            digits[:, digit] = (digits[:, digit] + _shift(shift, 1)) % size
         return _whole(digits)
 
 

@@ -34,18 +34,18 @@ class Das(RqVae):
         workers: Workers,
     ) -> tuple[Tensor, dict[str, float]]:
         """Contrast quantized content with behaviour; items without behaviour do not count."""
-        there = batch.present[BEHAVIOR]
-        everyone, valid = workers.gather(x[BEHAVIOR]), workers.gather(there.to(torch.uint8)).bool()
-        own = torch.arange(len(batch), device=there.device) + workers.rank * len(batch)
+        present = batch.present[BEHAVIOR]
+        everyone, valid = workers.gather(x[BEHAVIOR]), workers.gather(present.to(torch.uint8)).bool()
+        positives = torch.arange(len(batch), device=present.device) + workers.rank * len(batch)
         each = info_nce(
             self.project(passed["shared"].straight),
             everyone,
-            own,
+            positives,
             self.settings.temperature,
             valid,
             (batch.index, workers.gather(batch.index)),
         )
-        loss = (each * there).sum() / there.sum().clamp(min=1)
+        loss = (each * present).sum() / present.sum().clamp(min=1)
         return self.settings.behavior_weight * loss, {"alignment": float(loss.detach())}
 
     def paired_view(self, passed: dict[str, Passed]) -> Tensor:

@@ -76,15 +76,15 @@ class Letter(RqVae):
     def _collaborative(self, z: Tensor, behavior: Tensor, batch: Batch, workers: Workers) -> Tensor:
         """Compute L_CF: softmax over the inner products of z_q with all workers' behaviour vectors; items without
         behaviour do not count."""
-        there = batch.present[BEHAVIOR]
+        present = batch.present[BEHAVIOR]
         everyone, valid = (
             workers.gather_with_gradient(self.project(behavior)),
-            workers.gather(there.to(torch.uint8)).bool(),
+            workers.gather(present.to(torch.uint8)).bool(),
         )
-        own = torch.arange(len(batch), device=z.device) + workers.rank * len(batch)
-        again = (batch.index[:, None] == workers.gather(batch.index)[None, :]).scatter(1, own[:, None], False)
+        positives = torch.arange(len(batch), device=z.device) + workers.rank * len(batch)
+        again = (batch.index[:, None] == workers.gather(batch.index)[None, :]).scatter(1, positives[:, None], False)
         logits = (z @ everyone.T).masked_fill(~valid[None, :] | again, -1e4)
-        return (nnf.cross_entropy(logits, own, reduction="none") * there).sum() / there.sum().clamp(min=1)
+        return (nnf.cross_entropy(logits, positives, reduction="none") * present).sum() / present.sum().clamp(min=1)
 
     def _diversity(self, p: Passed) -> Tensor:
         """Compute L_div: for each level, softmax over the other codewords with the drawn codeword as positive; mean

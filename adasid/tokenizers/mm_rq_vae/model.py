@@ -46,13 +46,13 @@ class MmRqVae(RqVaePlus):
             workers.gather(target.there.to(torch.uint8)).bool(),
         )
         items = (batch.index, workers.gather(batch.index))
-        own = torch.arange(len(batch), device=valid.device) + workers.rank * len(batch)
+        positives = torch.arange(len(batch), device=valid.device) + workers.rank * len(batch)
         for kind, p in passed.items():
             both = p.there & target.there
             if kind == BEHAVIOR:
                 continue
             if self.settings.alignment == "contrastive":
-                each = info_nce(p.straight, everyone, own, self.settings.temperature, valid, items)
+                each = info_nce(p.straight, everyone, positives, self.settings.temperature, valid, items)
                 losses.append((each * both).sum() / both.sum().clamp(min=1))
             else:
                 losses.append(mmd(target.straight[both], p.straight[both]))

@@ -80,8 +80,8 @@ class Opq(Spaces):
         space = self.quantizers[kind]
         components = Components(*(space.get_buffer(name) for name in Components._fields))
         start = ProductQuantizer(*(space.get_buffer(name) for name in ProductQuantizer._fields))
-        found, _ = refine_opq(components.project(x), start, rounds, self.settings.momentum)
-        for name, value in found._asdict().items():
+        rotation, _ = refine_opq(components.project(x), start, rounds, self.settings.momentum)
+        for name, value in rotation._asdict().items():
             space.get_buffer(name).copy_(value)
 
     def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:

@@ -81,15 +81,15 @@ class RqKmeans(Spaces):
     def _spaces(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the aligner's outputs, if there is one, with unit norm because its loss depends on their direction
         only."""
-        found = super()._spaces(batch)
+        spaces = super()._spaces(batch)
         if self.encoder is None:
-            return found
-        x, there = found["shared"]
+            return spaces
+        x, present = spaces["shared"]
         x = nnf.normalize(
             functional_call(self.encoder, {name: p.double() for name, p in self.encoder.named_parameters()}, (x,)),
             dim=1,
         )
-        return {"shared": (x, there)}
+        return {"shared": (x, present)}
 
     def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:
         """Fit residual k-means."""

@@ -72,9 +72,9 @@ class _Residual(TrainedTokenizer):
 
     def tower(self, kind: str) -> Tower:
         """Return the tower with the name ``kind``."""
-        found = self.towers[kind]
-        assert isinstance(found, Tower)
-        return found
+        tower = self.towers[kind]
+        assert isinstance(tower, Tower)
+        return tower
 
     def passed(
         self,
@@ -83,16 +83,20 @@ class _Residual(TrainedTokenizer):
         balanced: tuple[float, int] | None = None,
     ) -> dict[str, Passed]:
         """Compute every tower's latents and codes."""
-        found, first = {}, 0
+        result, first = {}, 0
         for kind in self.towers:
             tower = self.tower(kind)
             previous = batch.previous.of(slice(first, first + len(tower.codebooks.weight))) if batch.previous else None
             first += len(tower.codebooks.weight)
             z = tower.encoder(torch.cat([x[m] for m in tower.reads], dim=1))
             quantized = tower.codebooks(z, balanced, previous)
-            there = batch.present[kind] if kind in batch.present else torch.ones_like(batch.richness, dtype=torch.bool)
-            found[kind] = Passed(z, quantized, z + (quantized.quantized - z).detach() if self.quantizing else z, there)
-        return found
+            present = (
+                batch.present[kind] if kind in batch.present else torch.ones_like(batch.richness, dtype=torch.bool)
+            )
+            result[kind] = Passed(
+                z, quantized, z + (quantized.quantized - z).detach() if self.quantizing else z, present
+            )
+        return result
 
     def keep_codes(self, previous: Tensor) -> None:
         """Exclude the ``previous`` codes from revival."""
@@ -102,13 +106,13 @@ class _Residual(TrainedTokenizer):
     @torch.no_grad()
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """Initialise every level by k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in self.towers}
+        samples: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in self.towers}
         for part in sample(shard, workers, self.settings.kmeans_samples):
             batch = part.to(self.quantizing.device)
             for kind, p in self.passed(self.inputs(batch), batch).items():
                 previous = self.previous_codes(batch)[:, [slot.kind == kind for slot in self.slots]]
-                found[kind].append((p.z[p.there], previous[p.there]))
-        for kind, parts in found.items():
+                samples[kind].append((p.z[p.there], previous[p.there]))
+        for kind, parts in samples.items():
             books = self.tower(kind).codebooks
             latents, previous = (workers.gather_ragged(torch.cat(part)) for part in zip(*parts))
             if not len(latents):
@@ -177,11 +181,11 @@ class _Residual(TrainedTokenizer):
 
     def decoded(self, latents: dict[str, Tensor]) -> dict[str, Tensor]:
         """Decode each tower's latents to scaled vectors by modality."""
-        found: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         for kind, latent in latents.items():
             tower = self.tower(kind)
-            found |= dict(zip(tower.reads, tower.decoder(latent).split([self.widths[m] for m in tower.reads], dim=1)))
-        return found
+            result |= dict(zip(tower.reads, tower.decoder(latent).split([self.widths[m] for m in tower.reads], dim=1)))
+        return result
 
     def codes_of(self, passed: dict[str, Passed]) -> Tensor:
         """Return the codes [B, L] int64; PAD where a tower's modality is absent."""
@@ -202,8 +206,8 @@ class _Residual(TrainedTokenizer):
         for kind, p in self._last.items():
             books = self.tower(kind).codebooks
             residuals = workers.gather(p.quantized.residuals.transpose(0, 1)).transpose(0, 1)
-            there = workers.gather(p.there.to(torch.uint8)).bool().expand(len(residuals), -1)
-            dead = books.revive(residuals, there, self.settings.revival.min_share, generator)
+            present = workers.gather(p.there.to(torch.uint8)).bool().expand(len(residuals), -1)
+            dead = books.revive(residuals, present, self.settings.revival.min_share, generator)
             replaced[books.weight] = dead[:, :, None].expand_as(books.weight)
         return replaced
 

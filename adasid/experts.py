@@ -27,8 +27,8 @@ class GroupedLinear(nn.Module):
 class Trunk(nn.Module):
     """A ``Trunk`` contains all MLPs and heads that read one input; their first layers are one matrix product.
 
-    There are ``experts`` MLPs and any number of two-layer heads. ``forward``: [B, width] -> latents [experts, B,
-    latent] and one [B, outputs] per head, in the order of ``heads`` = (hidden, outputs) pairs."""
+    There are ``experts`` MLPs, possibly none, and any number of two-layer heads. ``forward``: [B, width] -> latents
+    [experts, B, latent] and one [B, outputs] per head, in the order of ``heads`` = (hidden, outputs) pairs."""
 
     def __init__(
         self, width: int, experts: int, hidden: Sequence[int], latent: int, heads: Sequence[tuple[int, int]] = ()
@@ -39,10 +39,15 @@ class Trunk(nn.Module):
         self.rest = nn.ModuleList(GroupedLinear(experts, a, b) for a, b in zip(hidden, [*hidden[1:], latent]))
         self.heads = nn.ModuleList(nn.Linear(size, outputs) for size, outputs in heads)
 
+    def start_at_zero(self) -> None:
+        """Let all latents be zero before training."""
+        for parameter in self.rest[-1].parameters():
+            nn.init.zeros_(parameter)
+
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the latents and the outputs of the heads."""
         hidden, *heads = torch.relu_(self.first(x)).split(self.sizes, dim=1)
-        latents = hidden.view(len(x), self.experts, -1).transpose(0, 1)
+        latents = hidden.view(len(x), self.experts, self.sizes[0] // max(1, self.experts)).transpose(0, 1)
         for index, layer in enumerate(self.rest):
             latents = layer(torch.relu(latents) if index else latents)
         return latents, [head(part) for head, part in zip(self.heads, heads)]

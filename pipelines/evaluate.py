@@ -178,7 +178,7 @@ def _known(cell: Cell, lake: Lake) -> Row | None:
         table = _table(inputs)
         if not lake.fresh(manifest.digest, table):
             return None
-        catalogue = Catalogue(table=table, version=lake.version(table), slots=manifest.slots)
+        catalogue = Catalogue.of(table, lake.version(table), manifest)
     inputs = downstream.resolve(cell.config, lake, cell.task, catalogue)
     path = downstream.folder_of(inputs, cell.task) / "result.json"
     return _of(json.loads(path.read_text(encoding="utf-8")), catalogue) if path.exists() else None
@@ -200,7 +200,7 @@ def _catalogue(cell: Cell, context: StageContext) -> Catalogue:
             tokenizer.fit(cfg, inner, _KIND, inputs)
     manifest, table = artifact.read_manifest(model), _table(inputs)
     stage.run(_trial_sids(table, model, manifest), cfg, context)
-    return Catalogue(table=table, version=context.lake.version(table), slots=manifest.slots)
+    return Catalogue.of(table, context.lake.version(table), manifest)
 
 
 def _trial_sids(table: str, model: Path, manifest: Manifest) -> Stage:

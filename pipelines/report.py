@@ -122,19 +122,15 @@ def _behavior(folder: Path) -> Training | None:
 
 def _tokenizer(folder: Path, digest: str | None) -> Training | None:
     """Return the training of the artifact ``digest``, else the newest."""
-    manifests = [
-        (path, _object(path))
-        for path in sorted(folder.glob("*/model/manifest.json"), key=lambda path: path.stat().st_mtime)
-    ]
+    paths = [*folder.glob("*/model/manifest.json"), *folder.glob("*/matched/model/manifest.json")]
+    manifests = [(path, _object(path)) for path in sorted(paths, key=lambda path: path.stat().st_mtime)]
     if not manifests:
         return None
     path, manifest = next(
         (pair for pair in manifests if digest in {pair[1].get("digest"), pair[0].parents[1].name}), manifests[-1]
     )
-    return Training(
-        _rows(path.parents[1] / "metrics.jsonl"),
-        {"folder": path.parents[1].name, "digest": path.parents[1].name, **manifest},
-    )
+    training = path.parents[2] if path.parents[1].name == "matched" else path.parents[1]
+    return Training(_rows(training / "metrics.jsonl"), {"folder": training.name, "digest": training.name, **manifest})
 
 
 def _object(path: Path) -> dict[str, Any]:

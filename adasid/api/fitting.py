@@ -86,7 +86,7 @@ def fit(
     where = _device(device)
     linked = _pairs(pairs, items.n, chosen)
     values, scale = _richness(items, counts, richness, chosen)
-    read, started = _reader(items, chosen.inputs, values), time.monotonic()
+    read, started = _reader(items, chosen.inputs, values, _counts(items, counts)), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="adasid-fit-") as name, _deterministic(threads, where):
         folder, shard = Path(name), Shard(read, chosen.inputs, pairs=linked)
         torch.manual_seed(seed)
@@ -193,7 +193,13 @@ def _richness(
     return scale.richness(number, present), scale
 
 
-def _reader(items: Items, modalities: Sequence[str], richness: NDArray[np.float32]) -> Read:
+def _counts(items: Items, counts: ArrayLike | None) -> NDArray[np.int64]:
+    """Return training interactions [n], 0 where they are not given."""
+    given = items.extra.get("interactions") if counts is None else counts
+    return np.zeros(items.n, np.int64) if given is None else whole_numbers(given, items.n, "counts", _CALLER)
+
+
+def _reader(items: Items, modalities: Sequence[str], richness: NDArray[np.float32], counts: NDArray[np.int64]) -> Read:
     """Return a reader of the catalogue's rows as Arrow batches, from which a shard reads columns."""
     widths = items.widths(modalities, _CALLER)
     index = items.extra.get("item_index", np.arange(items.n)).astype(np.int64)
@@ -207,7 +213,8 @@ def _reader(items: Items, modalities: Sequence[str], richness: NDArray[np.float3
             asked = {m: width for m, width in widths.items() if m in columns}
             batch = items.batch(part.start, part.stop, asked)
             arrays = {m: vectors(batch.vectors[m].numpy(), batch.present[m].numpy()) for m in asked}
-            arrays |= {"item_index": pa.array(index[part]), "richness": pa.array(richness[part])}
+            plain: dict[str, NDArray[Any]] = {"item_index": index, "richness": richness, "interactions": counts}
+            arrays |= {name: pa.array(values[part]) for name, values in plain.items()}
             yield pa.RecordBatch.from_pydict({name: arrays[name] for name in columns})
 
     return read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,12 @@ def _rows(delta: Any, table: Path, columns: list[str]) -> list[dict[str, Any]]:
 def _artifact(run: Path, digest: str, recorded: Path | None) -> Path:
     """Return the folder of the artifact with this digest: ``recorded``, or below ``artifacts`` in a run that was moved
     or copied."""
-    manifests = [recorded / "manifest.json"] if recorded else []
-    for manifest in (*manifests, *sorted((run / "artifacts").glob("*/*/model/manifest.json"))):
-        if manifest.exists() and artifact.read_manifest(manifest.parent).digest == digest:
-            return manifest.parent
+    folders = [recorded] if recorded else []
+    folders += [path.parent for path in sorted((run / "artifacts").glob("**/model/manifest.json"))]
+    for folder in folders:
+        with suppress(InputError):  # another artifact may be damaged, or of another format
+            if artifact.read_manifest(folder).digest == digest:
+                return folder
     fix = "bring the artifact back, or train and publish again"
     why = f"tokenizer {digest}, which is live in {run}, is in no folder of {run / 'artifacts'}"
     raise InputError(f"{_CALLER}: {why}; {fix}")

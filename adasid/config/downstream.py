@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from adasid.settings import Names, Section, Share
+from adasid.settings import Names, NGrams, Section, Share
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(strict=False)]
 
@@ -17,6 +17,12 @@ class Retrieval(Section):
         description="item: an item is the sum of its tokens; parallel: all tokens at once; autoregressive: one after "
         "the other, beam search",
     )
+    ngrams: NGrams = Field(
+        "auto",
+        description="lists of slots, by name, whose codes together are a further token of an item; auto: prefixes of "
+        "residual slots, pairs of parallel ones, and pairs across modalities; none",
+    )
+    ngram_rows: int = Field(65_536, ge=1, lt=2**31, description="rows of the table that n-grams are hashed into")
     width: int = Field(64, ge=2, description="width of tokens and states")
     blocks: int = Field(2, ge=1, description="transformer blocks of the encoder")
     decoder_blocks: int = Field(1, ge=1, description="transformer blocks of the autoregressive decoder")
@@ -89,7 +95,12 @@ class Ranking(Section):
         description="an item's vector: its tokens' embeddings side by side, their sum, or the sum over prefixes "
         "(residual SIDs)",
     )
-    prefix_rows: int = Field(65_536, ge=1, description="prefix: rows of the table that prefixes are hashed into")
+    ngrams: NGrams = Field(
+        "auto", description="concat and sum: n-grams, as retrieval.ngrams, whose embeddings are added to that vector"
+    )
+    ngram_rows: int = Field(
+        65_536, ge=1, lt=2**31, description="rows of the table that n-grams, or prefixes, are hashed into"
+    )
     weights: bool = Field(
         True,
         description="the tokenizer's weights scale the tokens' embeddings, and those of behaviour tokens are features",

@@ -25,7 +25,8 @@ class Batch:
     modality -> [B] bool; ``richness`` [B] in [0, 1]; ``index`` [B] int64: the item's index in the catalogue. In a batch
     of pairs, rows i and i + B/2 are co-engaged items where ``paired`` [B/2] is true, and the same item where it is
     false. ``previous``: previous codes [B, L] int64 of the items (PAD: none), and the tolerance ``slack`` within which
-    they are preserved (``adasid.quantizers.kmeans.previous_or_nearest``)."""
+    they are preserved (``adasid.quantizers.kmeans.previous_or_nearest``). ``counts`` [B]: training interactions; None
+    where they are not known, as in encoding."""
 
     vectors: dict[str, Tensor]
     present: dict[str, Tensor]
@@ -33,6 +34,7 @@ class Batch:
     index: Tensor
     paired: Tensor | None = None
     previous: PreviousCodes | None = None
+    counts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.richness)
@@ -42,11 +44,9 @@ class Batch:
         vectors, present = (
             {name: value.to(device) for name, value in part.items()} for part in (self.vectors, self.present)
         )
-        paired, previous = (
-            None if self.paired is None else self.paired.to(device),
-            None if self.previous is None else PreviousCodes(self.previous.codes.to(device), self.previous.slack),
-        )
-        return Batch(vectors, present, self.richness.to(device), self.index.to(device), paired, previous)
+        paired, counts = (None if part is None else part.to(device) for part in (self.paired, self.counts))
+        previous = None if self.previous is None else PreviousCodes(self.previous.codes.to(device), self.previous.slack)
+        return Batch(vectors, present, self.richness.to(device), self.index.to(device), paired, previous, counts)
 
 
 def batch_of(rows: pa.RecordBatch, widths: dict[str, int]) -> Batch:
@@ -129,7 +129,7 @@ class Shard:
         self._rows = np.concatenate([self.item_index, partners])
         self._vectors: dict[str, NDArray[np.float32]] = {}
         self._present = {m: np.zeros(len(self._rows), bool) for m in modalities}
-        self._richness = np.zeros(len(self._rows), np.float32)
+        self._richness, self._counts = (np.zeros(len(self._rows), kind) for kind in (np.float32, np.int64))
         self._loaded = np.zeros(len(self._rows), bool)
         self._previous: tuple[NDArray[np.int32], float] | None = None
         self.widths = find_widths(everyone or read, modalities)
@@ -180,6 +180,7 @@ class Shard:
             torch.from_numpy(self._richness[rows]),
             torch.from_numpy(self._rows[rows]),
             previous=previous,
+            counts=torch.from_numpy(self._counts[rows]),
         )
 
     def take_pairs(self, rows: NDArray[np.int64], random: np.random.Generator) -> Batch:
@@ -201,13 +202,14 @@ class Shard:
             yield self.take(np.arange(start, min(start + size, len(self))))
 
     def _load(self, read: Read, modalities: tuple[str, ...], order: NDArray[np.int64], start: int) -> None:
-        for rows in read(["item_index", "richness", *modalities]):
+        for rows in read(["item_index", "richness", "interactions", *modalities]):
             index = start + np.searchsorted(order, rows.column("item_index").to_numpy())
             batch = batch_of(rows, self.widths)
             for m in modalities:
                 self._vectors[m][index] = batch.vectors[m].numpy()
                 self._present[m][index] = batch.present[m].numpy()
             self._richness[index] = batch.richness.numpy()
+            self._counts[index] = rows.column("interactions").to_numpy()
             self._loaded[index] = True
 
     def _link(self, pairs: Pairs) -> None:

@@ -1,5 +1,5 @@
 """This module defines what all trained codebooks share: counts of use, and the replacement of dead codes (methods
-9.5)."""
+9.4)."""
 
 from __future__ import annotations
 

@@ -18,18 +18,21 @@ _SEEDED, _SAMPLED = (16, 4096), (64, 16_384)
 """Sample sizes for the seeds and for the first three quarters of the rounds: points per cluster, and minimum."""
 
 
-def spherical_kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
-    """Fit ``k`` unit centroids that maximise the mean cosine to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
+def spherical_kmeans(
+    x: Tensor, k: int, rounds: int, generator: torch.Generator, weights: Tensor | None = None
+) -> Tensor:
+    """Fit ``k`` unit centroids that maximise the mean cosine to the nearest one, weighted by ``weights`` [n] > 0.
+    ``x`` [n, d], n >= 1 -> [k, d].
 
     Seeds by greedy k-means++ on squared chordal distance; an empty cluster restarts at the point that its centroid
     serves worst. With fewer points than ``k`` the surplus centroids are points with a little noise."""
     x = nnf.normalize(x, dim=1)
     if len(x) < k:
         return nnf.normalize(_surplus(x, k, 0.05, generator), dim=1)
-    centroids = _seed(x, k, generator, lambda some, points: (1 - some @ points.T).clamp(min=0))
+    centroids = _seed(x, k, generator, lambda some, points: (1 - some @ points.T).clamp(min=0), weights)
     for _ in range(rounds):
         cosine, assigned = nearest(x, centroids)
-        counts, sums = _totals(x, assigned, k)
+        counts, sums = _totals(x, assigned, k, weights)
         empty = torch.nonzero(counts == 0).flatten()
         sums[empty] = x[cosine.argsort()[: len(empty)]]
         centroids = nnf.normalize(sums, dim=1)
@@ -42,26 +45,34 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
-def kmeans(x: Tensor, k: int, rounds: int, generator: torch.Generator, balanced: bool = False) -> Tensor:
-    """Fit ``k`` centroids that give a small squared distance to the nearest one. ``x`` [n, d], n >= 1 -> [k, d].
+def kmeans(
+    x: Tensor, k: int, rounds: int, generator: torch.Generator, balanced: bool = False, weights: Tensor | None = None
+) -> Tensor:
+    """Fit ``k`` centroids that give a small squared distance to the nearest one, of which each point counts with its
+    weight. ``x`` [n, d], n >= 1, ``weights`` [n] > 0 -> [k, d].
 
     Seeds by greedy k-means++, then rounds of Lloyd's algorithm: three quarters of them on a sample if there are many
     points per cluster (balanced clusters use all points), fewer if the assignment converges. With fewer points than
     ``k`` the surplus centroids are points with a little noise."""
     if len(x) < k:
         return _surplus(x, k, 0.05 * float(x.square().mean().sqrt()), generator)
-    centroids, first = _seed(x, k, generator, squared_distances), 3 * rounds // 4
+    centroids, first = _seed(x, k, generator, squared_distances, weights), 3 * rounds // 4
     some = max(_SAMPLED[0] * k, _SAMPLED[1])
     if balanced or len(x) <= some:
-        return _lloyd(x, centroids, rounds, balanced)
-    return _lloyd(x, _lloyd(_sample(x, some, generator), centroids, first), rounds - first)
+        return _lloyd(x, centroids, rounds, balanced, weights)
+    points, their_weights = _sample(x, some, generator, weights)
+    return _lloyd(x, _lloyd(points, centroids, first, weights=their_weights), rounds - first, weights=weights)
 
 
-def lloyd_round(x: Tensor, centroids: Tensor, balanced: bool = False) -> tuple[Tensor, Tensor]:
-    """Assign ``x`` [n, d] to ``centroids`` [k, d]; return the means of the clusters [k, d] and the assignment [n].
+def lloyd_round(
+    x: Tensor, centroids: Tensor, balanced: bool = False, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Assign ``x`` [n, d] to ``centroids`` [k, d]; return the means of the clusters [k, d], in which a point counts
+    with its weight (``weights`` [n] > 0, default 1), and the assignment [n].
 
     ``balanced``: clusters of at most ceil(n / k) points, by :func:`balanced_assignment`. An empty cluster restarts at
-    the point farthest from its centroid. If there are more empty clusters than points, the last ones are unchanged."""
+    the point that its centroid serves worst, by weight times squared distance. If there are more empty clusters than
+    points, the last ones are unchanged."""
     k = len(centroids)
     if balanced:
         costs = squared_distances(x, centroids)
@@ -69,20 +80,22 @@ def lloyd_round(x: Tensor, centroids: Tensor, balanced: bool = False) -> tuple[T
         score = costs.gather(1, assigned[:, None])[:, 0] - x.square().sum(1)
     else:
         score, assigned = _lowest(x, centroids)
-    counts, sums = _totals(x, assigned, k)
-    means, empty = sums / counts.clamp(min=1)[:, None], torch.nonzero(counts == 0).flatten()
+    counts, sums = _totals(x, assigned, k, weights)
+    means, empty = sums / torch.where(counts > 0, counts, 1)[:, None], torch.nonzero(counts == 0).flatten()
     if len(empty):
-        worst = (score + x.square().sum(1)).argsort(descending=True, stable=True)[: len(empty)]
+        distance = score + x.square().sum(1)
+        distance = distance if weights is None else distance * weights
+        worst = distance.argsort(descending=True, stable=True)[: len(empty)]
         means[empty] = centroids[empty]  # more clusters than points: the surplus ones are unchanged
         means[empty[: len(worst)]] = x[worst]
     return means, assigned
 
 
-def _lloyd(x: Tensor, centroids: Tensor, rounds: int, balanced: bool = False) -> Tensor:
+def _lloyd(x: Tensor, centroids: Tensor, rounds: int, balanced: bool = False, weights: Tensor | None = None) -> Tensor:
     """Run at most ``rounds`` rounds, fewer if the assignment converges."""
     before = None
     for _ in range(rounds):
-        updated, assigned = lloyd_round(x, centroids, balanced)
+        updated, assigned = lloyd_round(x, centroids, balanced, weights)
         if before is not None and torch.equal(assigned, before):
             break
         centroids, before = updated, assigned
@@ -160,8 +173,11 @@ def _lowest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
-def _totals(x: Tensor, assigned: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Count the points of each cluster and sum them: [k], [k, d]."""
+def _totals(x: Tensor, assigned: Tensor, k: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum the weights (default 1) and the weighted points of each cluster: [k], [k, d]."""
+    if weights is not None:
+        counts = x.new_zeros(k).index_add_(0, assigned, weights)
+        return counts, x.new_zeros(k, x.shape[1]).index_add_(0, assigned, x * weights[:, None])
     return torch.bincount(assigned, minlength=k), x.new_zeros(k, x.shape[1]).index_add_(0, assigned, x)
 
 
@@ -171,24 +187,36 @@ def _surplus(x: Tensor, k: int, scale: float, generator: torch.Generator) -> Ten
     return torch.cat([x, extra + noise])
 
 
-def _seed(x: Tensor, k: int, generator: torch.Generator, distances: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _seed(
+    x: Tensor,
+    k: int,
+    generator: torch.Generator,
+    distances: Callable[[Tensor, Tensor], Tensor],
+    weights: Tensor | None = None,
+) -> Tensor:
     """Choose seeds by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): of a few candidates, drawn with
-    probability proportional to their distance from the seeds so far, the best. ``distances``: from points [n, d] to
-    seeds [c, d] -> [n, c]."""
-    x = _sample(x, max(_SEEDED[0] * k, _SEEDED[1]), generator)
+    probability proportional to their distance from the seeds so far times their weight, the best. ``distances``: from
+    points [n, d] to seeds [c, d] -> [n, c]."""
+    x, weights = _sample(x, max(_SEEDED[0] * k, _SEEDED[1]), generator, weights)
     trials = 2 + int(math.log(k))
     seeds = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
-    distance = distances(x, seeds)[:, 0]
+    factor = 1.0 if weights is None else weights[:, None]
+    distance = (distances(x, seeds) * factor)[:, 0]
     for _ in range(k - 1):
         mass = distance.double().cumsum(0)
         draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * mass[-1]
         candidates = x[torch.searchsorted(mass, draws).clamp(max=len(x) - 1)]
-        nearer = torch.minimum(distance[:, None], distances(x, candidates))
+        nearer = torch.minimum(distance[:, None], distances(x, candidates) * factor)
         best = int(nearer.sum(0).argmin())
         seeds, distance = torch.cat([seeds, candidates[best : best + 1]]), nearer[:, best]
     return seeds
 
 
-def _sample(x: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Draw ``number`` rows at random, or return all if there are fewer."""
-    return x if len(x) <= number else x[torch.randperm(len(x), generator=generator)[:number].to(x.device)]
+def _sample(
+    x: Tensor, number: int, generator: torch.Generator, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Draw ``number`` rows at random, or return all if there are fewer, and their weights."""
+    if len(x) <= number:
+        return x, weights
+    rows = torch.randperm(len(x), generator=generator)[:number].to(x.device)
+    return x[rows], None if weights is None else weights[rows]

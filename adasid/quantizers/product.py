@@ -73,7 +73,13 @@ def principal_components(x: Tensor, width: int, whiten: bool) -> Components:
 
 
 def fit_opq(
-    x: Tensor, parts: int, k: int, rounds: int, momentum: float, generator: torch.Generator
+    x: Tensor,
+    parts: int,
+    k: int,
+    rounds: int,
+    momentum: float,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
 ) -> tuple[ProductQuantizer, list[float]]:
     """Alternate a round of k-means in each of ``parts`` sub-spaces of x R, from the centroids before, and R = U V^T of
     svd(x^T x_q) = U S V^T, both for the same assignment. R is extrapolated in the direction of its last step by
@@ -81,27 +87,31 @@ def fit_opq(
     follows.
 
     ``x`` [n, w], w a multiple of ``parts``; R starts at random. Returns the quantizer and, before the step of R in each
-    of ``rounds`` >= 1 rounds, the mean squared error of a row."""
+    of ``rounds`` >= 1 rounds, the mean squared error of a row; ``weights`` [n] > 0: how much each row counts in k-means
+    and in R."""
     rotation = torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], generator=generator))[0].to(x)
-    centroids = torch.stack([kmeans(space, k, 0, generator) for space in (x @ rotation).chunk(parts, dim=1)])
-    return refine_opq(x, ProductQuantizer(rotation, centroids), rounds, momentum)
+    centroids = torch.stack(
+        [kmeans(space, k, 0, generator, weights=weights) for space in (x @ rotation).chunk(parts, dim=1)]
+    )
+    return refine_opq(x, ProductQuantizer(rotation, centroids), rounds, momentum, weights)
 
 
 def refine_opq(
-    x: Tensor, start: ProductQuantizer, rounds: int, momentum: float
+    x: Tensor, start: ProductQuantizer, rounds: int, momentum: float, weights: Tensor | None = None
 ) -> tuple[ProductQuantizer, list[float]]:
     """Continue the rounds of :func:`fit_opq` from ``start``."""
     rotation, centroids = start
     before, turned, errors = rotation, x @ rotation, list[float]()
     for last in reversed(range(rounds)):
         rotated = [
-            lloyd_round(space.contiguous(), words)
+            lloyd_round(space.contiguous(), words, weights=weights)
             for space, words in zip(turned.chunk(len(centroids), dim=1), centroids)
         ]
         centroids = torch.stack([words for words, _ in rotated])
         decoded = torch.cat([nnf.embedding(codes, words) for words, codes in rotated], dim=1)
-        errors.append(float((turned - decoded).square().sum(1).mean()))
-        now = procrustes(x, decoded)
+        distances = (turned - decoded).square().sum(1)
+        errors.append(float(distances.mean() if weights is None else (distances * weights).sum() / weights.sum()))
+        now = procrustes(x if weights is None else x * weights[:, None], decoded)
         onward = momentum * (now - before) if last and errors[-1] == min(errors) else torch.zeros_like(now)
         before, rotation = now, orthogonal(now + onward)
         turned = x @ rotation

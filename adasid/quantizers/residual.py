@@ -70,10 +70,11 @@ class ResidualCodebooks(Codebooks):
 
 
 def residual_pass(
-    x: Tensor, books: Iterable[Tensor], assign: Callable[[int, Tensor, Tensor], Tensor]
+    x: Tensor, books: Iterable[Tensor], assign: Callable[[int, Tensor, Tensor], Tensor], damping: float = 1.0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Quantize ``x`` [n, d] level by level, each the residual of the levels before. ``books``: codewords [K, d] of each
-    level; ``assign(level, residual, book)`` returns codes [n], without gradients, and may fit the book first.
+    level; ``assign(level, residual, book)`` returns codes [n], without gradients, and may fit the book first;
+    ``damping``: share of a codeword that is subtracted, from 0 (levels are parallel) to 1 (methods 6.6).
 
     Yields, for each level, codes [n], the residual [n, d] before it and its codewords [n, d]. Gradients pass through a
     residual to ``x`` only."""
@@ -82,7 +83,7 @@ def residual_pass(
             codes = assign(level, x, book)
         words = nnf.embedding(codes, book)
         yield codes, x, words
-        x = x - words.detach()
+        x = x - (words if damping == 1 else damping * words).detach()
 
 
 def residual_loss(quantized: Residual, there: Tensor, commitment: float) -> Tensor:

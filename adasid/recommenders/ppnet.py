@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from adasid import config
-from adasid.recommenders.tokens import ItemTokens
+from adasid.recommenders.ngrams import hashed
+from adasid.recommenders.tokens import ItemTokens, embedded_ngrams
 
 
 class ItemVectors(nn.Module):
     """``ItemVectors`` computes vectors of items from their tokens: ``concat`` (a narrow embedding of each token),
-    ``sum``, or ``prefix`` (one hashed embedding for each prefix of the SID; for residual SIDs, methods 7.6). ``width``:
-    of the vectors (concat: ``settings.width`` rounded up)."""
+    ``sum``, or ``prefix`` (one hashed embedding for each prefix of the SID; for residual SIDs, methods 7.6); to the
+    first two the embeddings of the n-grams are added. ``width``: of the vectors (concat: ``settings.width`` rounded
+    up)."""
 
     def __init__(self, settings: config.Ranking, catalogue: ItemTokens) -> None:
         super().__init__()
@@ -23,31 +25,25 @@ class ItemVectors(nn.Module):
         self.width = -(-s.width // slots) * slots if s.items == "concat" else s.width
         rows = catalogue.rows
         if s.items == "prefix":
-            rows = prefixes(rows - torch.tensor(catalogue.starts, device=rows.device), s.prefix_rows)
-        size = s.prefix_rows if s.items == "prefix" else sum(catalogue.sizes)
+            rows = hashed(catalogue.codes, [range(length + 1) for length in range(slots)], s.ngram_rows)
+        size = s.ngram_rows + 1 if s.items == "prefix" else sum(catalogue.sizes)
         self.table = nn.Embedding(size, self.width // slots if s.items == "concat" else s.width)
         nn.init.normal_(self.table.weight, std=0.01)
-        self.rows, self.weights = rows, catalogue.weights
+        self.rows, self.catalogue = rows, catalogue
+        self.ngrams: nn.Parameter | None = None
+        if catalogue.ngram_rows and s.items != "prefix":
+            self.ngrams = nn.Parameter(torch.zeros(catalogue.ngram_rows + 1, self.width))
 
     def forward(self, items: Tensor) -> Tensor:
         """Return the vectors of items: item_index [...] -> [..., width]. With ``weights`` a token's embedding is scaled
         by the tokenizer's weight of the token."""
         tokens = self.table(self.rows[items])
         if self.settings.weights:
-            tokens = tokens * self.weights[items][..., None]
+            tokens = tokens * self.catalogue.weights[items][..., None]
         vectors: Tensor = tokens.flatten(-2) if self.settings.items == "concat" else tokens.sum(-2)
+        if self.ngrams is not None:
+            vectors = vectors + embedded_ngrams(self.catalogue, self.ngrams, items.reshape(-1)).view(vectors.shape)
         return vectors
-
-
-def prefixes(codes: Tensor, rows: int) -> Tensor:
-    """Return the row of each prefix of the SIDs in a table of ``rows`` rows (Zheng et al., arXiv 2504.02137): a 64-bit
-    hash of the codes of the prefix. ``codes`` [M, L] -> [M, L]."""
-    levels, number = [], torch.zeros_like(codes[:, 0])
-    for level in range(codes.shape[1]):
-        number = (number + codes[:, level] + 1) * -7046029254386353131  # 2^64 over the golden ratio; wraps
-        number = number ^ ((number >> 29) & (2**35 - 1))
-        levels.append(number.remainder(rows))
-    return torch.stack(levels, dim=1)
 
 
 class Gate(nn.Module):

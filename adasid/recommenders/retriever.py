@@ -19,7 +19,7 @@ from adasid.metrics.retrieval import DEEPEST, target_ranks, tie_order
 from adasid.ragged import runs
 from adasid.recommenders.encoder import CausalEncoder
 from adasid.recommenders.sasrec import sampled_softmax
-from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.recommenders.tokens import ItemTokens, Prefixes, embedded_ngrams
 
 _CHUNK = 1 << 20
 """Items whose vectors or scores are computed at a time."""
@@ -37,12 +37,23 @@ class Retriever(CausalEncoder, ABC):
         self.catalogue = catalogue
         self.omega = catalogue.loss_weights()
         self.table = nn.Parameter(torch.randn(sum(catalogue.sizes), s.width) * 0.02)
+        self.ngrams: nn.Parameter | None = None
+        if catalogue.ngram_rows:  # zeros, so that an n-gram that training never sees changes nothing
+            self.ngrams = nn.Parameter(torch.zeros(catalogue.ngram_rows + 1, s.width))
+
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """Return the tables of tokens and n-grams, of which a step uses few rows."""
+        return [self.table] if self.ngrams is None else [self.table, self.ngrams]
 
     def vectors(self, items: Tensor) -> Tensor:
-        """Return the sum of the tokens' embeddings over sqrt(L), which has the variance of one token: item_index [...]
-        -> [..., width]."""
-        rows = self.catalogue.rows[items.reshape(-1)]
-        return nnf.embedding_bag(rows, self.table, mode="sum").view(*items.shape, -1) / math.sqrt(rows.shape[1])
+        """Return the sum of the embeddings of tokens and n-grams over sqrt(L), which at the start has the variance of
+        one token: item_index [...] -> [..., width]."""
+        flat = items.reshape(-1)
+        total = nnf.embedding_bag(self.catalogue.rows[flat], self.table, mode="sum")
+        if self.ngrams is not None:
+            total = total + embedded_ngrams(self.catalogue, self.ngrams, flat)
+        return total.view(*items.shape, -1) / math.sqrt(len(self.catalogue.sizes))
 
     def states(self, histories: Tensor) -> Tensor:
         """Return the state after each event of ``histories`` [B, T], padded at the end with -1 -> [B, T, width]. Each

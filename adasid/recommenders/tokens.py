@@ -4,16 +4,18 @@ object per item."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid.errors import InputError
 from adasid.ragged import runs
+from adasid.recommenders.ngrams import hashed
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
 
@@ -26,13 +28,16 @@ class ItemTokens:
     """``ItemTokens`` contains the tokens of a catalogue: ``rows`` [M, L] int64: row of an item's token in the table of
     all slots, where slot l has its codes and then PAD; ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the
     tokenizer's weight of each token; ``behavior``: the behaviour slots; ``group`` [M]: index of the item's SID among
-    the distinct ones."""
+    the distinct ones; ``ngrams`` [M, G] int32: row of each n-gram in a table of ``ngram_rows`` rows, that number where
+    the item lacks it."""
 
     rows: Tensor
     sizes: tuple[int, ...]
     weights: Tensor
     behavior: tuple[int, ...]
     group: Tensor
+    ngrams: Tensor
+    ngram_rows: int = 0
 
     @staticmethod
     def of(codes: NDArray[np.int32], slots: Sequence[Slot], weights: NDArray[np.float32] | None = None) -> ItemTokens:
@@ -48,13 +53,31 @@ class ItemTokens:
         group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
         given = np.ones(codes.shape, np.float32) if weights is None else weights
         behavior = tuple(index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR)
-        return ItemTokens(torch.from_numpy(rows), sizes, torch.from_numpy(given), behavior, torch.from_numpy(group))
+        return ItemTokens(
+            torch.from_numpy(rows),
+            sizes,
+            torch.from_numpy(given),
+            behavior,
+            torch.from_numpy(group),
+            _no_ngrams(len(rows)),
+        )
 
     @staticmethod
     def ids(items: int) -> ItemTokens:
         """Return one token per item: the control without semantic IDs."""
         index = torch.arange(items)
-        return ItemTokens(index[:, None], (items,), torch.ones(items, 1), (), index)
+        return ItemTokens(index[:, None], (items,), torch.ones(items, 1), (), index, _no_ngrams(items))
+
+    def with_ngrams(self, ngrams: Sequence[Sequence[int]], rows: int) -> ItemTokens:
+        """Return the same tokens with the n-grams of the slots ``ngrams`` (:func:`adasid.recommenders.ngrams.choose`),
+        hashed into ``rows`` rows."""
+        return replace(self, ngrams=hashed(self.codes, ngrams, rows), ngram_rows=rows if ngrams else 0)
+
+    @property
+    def codes(self) -> Tensor:
+        """Return the codes, PAD where a slot has none [M, L]."""
+        local = self.rows - torch.tensor(self.starts, device=self.rows.device)
+        return local.masked_fill(local == torch.tensor(self.sizes, device=self.rows.device) - 1, PAD)
 
     def loss_weights(self) -> Tensor:
         """Return the weight of each token in a loss [M, L]: for a behaviour token its weight, scaled to mean 1 over
@@ -74,9 +97,8 @@ class ItemTokens:
 
     def to(self, device: torch.device | str) -> ItemTokens:
         """Return the same tokens on another device."""
-        return ItemTokens(
-            self.rows.to(device), self.sizes, self.weights.to(device), self.behavior, self.group.to(device)
-        )
+        tensors = {name: getattr(self, name).to(device) for name in ("rows", "weights", "group", "ngrams")}
+        return replace(self, **tensors)
 
     def behavior_first(self) -> ItemTokens:
         """Return the same tokens with the behaviour slots before all others; their rows in the table move with them."""
@@ -84,7 +106,9 @@ class ItemTokens:
         sizes = tuple(self.sizes[slot] for slot in order)
         moved = torch.tensor(_starts(sizes)) - torch.tensor(self.starts)[order]
         rows = self.rows[:, order] + moved.to(self.rows.device)
-        return ItemTokens(rows, sizes, self.weights[:, order], tuple(range(len(self.behavior))), self.group)
+        return replace(
+            self, rows=rows, sizes=sizes, weights=self.weights[:, order], behavior=tuple(range(len(self.behavior)))
+        )
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -92,8 +116,18 @@ class ItemTokens:
         return _starts(self.sizes)
 
 
+def _no_ngrams(items: int) -> Tensor:
+    return torch.zeros(items, 0, dtype=torch.int32)
+
+
 def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist())
+
+
+def embedded_ngrams(catalogue: ItemTokens, table: Tensor, items: Tensor) -> Tensor:
+    """Return the sum of the embeddings of the n-grams of ``items`` [n] in ``table`` [ngram_rows + 1, width] -> [n,
+    width]; the last row is never used."""
+    return nnf.embedding_bag(catalogue.ngrams[items], table, mode="sum", padding_idx=catalogue.ngram_rows)
 
 
 @dataclass(frozen=True)

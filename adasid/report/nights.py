@@ -3,6 +3,7 @@ refused, if the last one was."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
                 "shared",
                 shared(generations),
                 "Share of items whose SID is not unique, by generation.",
-                "Rare: tail and cold items.",
+                "Items of few or no events are told apart by their content.",
             ),
         ]
     errors = [row for row in generations if row["drift"].get("error_ratio")]
@@ -235,7 +236,9 @@ def gates(generations: Sequence[Row], refused: Row | None) -> Figure:
 def allowance(gate: Mapping[str, Any]) -> float:
     """Return the share of a gate's allowance that a nightly run used, from 0 to 1.25, above 1 if the gate failed: the
     value over the threshold, or the reverse if the threshold is a minimum. A gate without allowance (a maximum of 0, a
-    minimum of 1) is at 0 or 1.25."""
+    minimum of 1) is at 0 or 1.25; one without a value, which was not measured, is NaN."""
+    if gate["value"] is None:
+        return math.nan
     value, threshold, passed = float(gate["value"]), float(gate["threshold"]), gate["passed"]
     if not threshold or (passed and value == threshold == 1):
         return 0.0 if passed else 1.25
@@ -313,4 +316,4 @@ def _gates(generations: Sequence[Row], refused: Row | None, dry: Row | None) -> 
             failed = f"overruled by {gate['overruled']}" if "overruled" in gate else "FAILED"
             result = "passed" if gate["passed"] else failed
             rows.append((name, what, number(gate["value"], 4), number(gate["threshold"], 4), result))
-    return Table("Gates", ("Run date", "Gate", "Value", "Threshold", "Result"), rows, words=2)
+    return Table("Gates", ("Nightly run", "Gate", "Value", "Threshold", "Result"), rows, words=2)

@@ -32,8 +32,6 @@ class Tokenizer(nn.Module, ABC):
     The loop calls, in this order: ``prepare``; for a tokenizer with epochs (``settings.epochs``), ``start_epoch``, then
     ``losses`` and ``after_step`` for every batch, with ``start_quantizing`` after the warm-up; ``fit`` at the end."""
 
-    interchangeable = False
-    """Whether slots of one kind may be permuted: experts and sub-spaces may, residual levels may not."""
     settings: TokenizerSettings
     """The config section that the tokenizer was built from; a subclass narrows the type."""
     slots: tuple[Slot, ...]

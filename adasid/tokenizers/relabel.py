@@ -1,6 +1,6 @@
 """Rename the slots and codes of a retrained tokenizer so that codes preserve their published meaning.
 
-Training from scratch permutes the clusters and, where slots are interchangeable, the slots. Both are undone by the
+Training from scratch permutes the clusters and, where slots are parallel, the slots. Both are undone by the
 assignment of new names to old ones under which most items preserve their codes."""
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ class Relabelled(Tokenizer):
         return self.inner.reconstruct(self._inner(batch))
 
     def rename(self, published: NDArray[np.int32], current: NDArray[np.int32]) -> None:
-        """Choose the names under which the inner codes ``found`` [n, L] of most items equal their ``published`` codes
+        """Choose the names under which the inner codes ``current`` [n, L] of most items equal their ``published`` codes
         [n, L]."""
-        order, names = match(published, current, self.slots, self.inner.interchangeable)
+        order, names = match(published, current, self.slots, self.inner.settings.parallel)
         self.order.copy_(torch.from_numpy(order))
         self.names.copy_(torch.from_numpy(names))
 
 
 def match(
-    published: NDArray[np.int32], current: NDArray[np.int32], slots: Sequence[Slot], interchangeable: bool
+    published: NDArray[np.int32], current: NDArray[np.int32], slots: Sequence[Slot], parallel: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return ``order`` [L] and ``names`` [L, K] of :class:`Relabelled`, optimal assignments (Kuhn, 1955) by the number
-    of items that agree: of codes within each pair of slots of one kind and size, then, if ``interchangeable``, of
+    of items that agree: of codes within each pair of slots of one kind and size, then, if ``parallel``, of
     slots. PAD stays PAD."""
     length, size = len(slots), max(slot.size for slot in slots)
     order, names = np.arange(length), np.tile(np.arange(size), (length, 1))
@@ -85,7 +85,7 @@ def match(
                 kept[i, j], given[i, j] = counts[rows, columns].sum(), columns
         for i, j in (
             zip(*linear_sum_assignment(kept, maximize=True))
-            if interchangeable
+            if parallel
             else ((i, i) for i in range(len(slots_of_kind)))
         ):
             order[slots_of_kind[i]] = slots_of_kind[j]

@@ -16,6 +16,8 @@ from adasid.tables import BEHAVIOR
 if TYPE_CHECKING:
     from adasid.tokenizers.base import Tokenizer
 
+SHARED = "shared"
+"""Kind of the slots that read all modalities."""
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Experts = Annotated[dict[str, int], Field(strict=False)]
 """Modality -> number of slots, in slot order."""
@@ -153,6 +155,12 @@ class TokenizerSettings(Section):
         raise NotImplementedError
 
     @property
+    def parallel(self) -> bool:
+        """Return whether slots of one kind do not depend on each other, as experts and sub-spaces, and may be permuted;
+        else each quantizes the residual of the one before."""
+        return False
+
+    @property
     def pairs(self) -> bool:
         """Return whether the tokenizer learns from co-engaged pairs (the table ``item_pairs``)."""
         return False
@@ -232,6 +240,11 @@ class FittedSettings(TokenizerSettings):
 
     fit_samples: int = Field(200_000, ge=1, description="items that the fit sees; all items are then assigned")
     rounds: int = Field(50, ge=1, description="rounds of the fit")
+    count_power: Share = Field(
+        0.0,
+        description="an item counts in k-means by (its training interactions + 1) to this power; 0: all items count "
+        "alike",
+    )
 
 
 class SpacesSettings(ContentSettings, FittedSettings):
@@ -240,32 +253,40 @@ class SpacesSettings(ContentSettings, FittedSettings):
 
     levels: int | Experts = Field(
         6,
-        description="slots of the joint content vector, or modality -> slots for one quantizer each",
+        description="slots of the joint content vector, or modality -> slots for one quantizer each (rq-kmeans: shared "
+        "first, for slots of the joint vector of all these modalities)",
     )
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Return the modalities of ``levels``, or the content modalities."""
-        return tuple(self.levels) if isinstance(self.levels, dict) else self.content
+        if not isinstance(self.levels, dict):
+            return self.content
+        return tuple(kind for kind in self.levels if kind != SHARED)
 
     @model_validator(mode="after")
     def _slots(self) -> SpacesSettings:
         if isinstance(self.levels, dict):
-            check_slots("levels", self.levels, behavior=True)
+            check_slots("levels", self.levels, behavior=True, shared=self.name == "rq-kmeans")
         elif self.levels < 1:
             raise ValueError(f"tokenizer.levels is {self.levels}: must be at least 1")
         return self
 
 
-def check_slots(key: str, numbers: Mapping[str, int], behavior: bool) -> None:
+def check_slots(key: str, numbers: Mapping[str, int], behavior: bool, shared: bool = False) -> None:
     """Check ``numbers``, modality -> slots, of ``tokenizer.<key>``. Raises ValueError if it is empty, for a number
-    below 1, for a name that is no modality (``behavior`` only if allowed), and for behaviour that is not last."""
+    below 1, for a name that is no modality (``behavior`` and ``shared`` only if allowed), for behaviour that is not
+    last and shared slots that are not first."""
     if not numbers:
         raise ValueError(f"tokenizer.{key} is empty: name at least one modality, for example text")
     for modality, number in numbers.items():
         if number < 1:
             raise ValueError(f"tokenizer.{key}.{modality} is {number}: must be at least 1, or leave the modality out")
-        if modality == "shared" or (modality == BEHAVIOR and not behavior):
+        if (modality == SHARED and not shared) or (modality == BEHAVIOR and not behavior):
             raise ValueError(f"tokenizer.{key}: {modality!r} is not a content modality")
+    if SHARED in numbers and (next(iter(numbers)) != SHARED or len(numbers) == 1):
+        raise ValueError(
+            f"tokenizer.{key}: name {SHARED!r} first and a modality after it, the slots of a SID are in this order"
+        )
     if BEHAVIOR in numbers and list(numbers)[-1] != BEHAVIOR:
         raise ValueError(f"tokenizer.{key}: name {BEHAVIOR!r} last, the slots of a SID are in this order")

@@ -134,8 +134,9 @@ class DownstreamTraining(TrainingLoop):
         return {"steps": self.steps}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Restore both."""
-        self.averaged, self.steps = checkpoint.under("average"), int(checkpoint.state["steps"])
+        """Restore both, on the model's device."""
+        self.averaged = {name: tensor.to(self.device) for name, tensor in checkpoint.under("average").items()}
+        self.steps = int(checkpoint.state["steps"])
 
     def save_results(self, rows: list[Row]) -> None:
         """Save the model if the last epoch is the best so far."""

@@ -106,10 +106,10 @@ class RetrievalTraining(DownstreamTraining):
         self.settings, self.data = settings, data
         torch.manual_seed(seed)
         model = retriever.build(settings, catalogue.to(device)).to(device)
-        dense = [p for p in model.parameters() if p is not model.table]
+        dense = [p for p in model.parameters() if all(p is not table for table in model.tables)]
         optimizers = {
             "dense": torch.optim.Adam(dense, lr=settings.lr, betas=(0.9, 0.98)),
-            "table": torch.optim.Adagrad([model.table], lr=settings.table_lr),
+            "table": torch.optim.Adagrad(model.tables, lr=settings.table_lr),
         }
         limits = (settings.epochs, settings.patience)
         super().__init__(

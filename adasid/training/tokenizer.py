@@ -57,6 +57,8 @@ class TokenizerTraining(TrainingLoop):
             training, epochs = training.model_copy(update=limits), warm.epochs if epochs else 0
         self.tokenizer, self.settings, self.shard, self.seed = tokenizer.to(device), training, shard, seed
         self.pairs, self.warm = settings.pairs, warm
+        own = "tokenizer.training.lr" if "training" in type(settings).model_fields else "tokenizer.aligner.training.lr"
+        self.lr_key = "retokenize.warm.lr" if warm else own
         self.log_epochs, self.checkpoint_epochs = training.log_epochs, training.checkpoint_epochs
         optimizers = {"optimizer": self._optimizer()} if epochs else {}
         super().__init__(tokenizer, optimizers, epochs, folder, workers, device, version)
@@ -141,7 +143,7 @@ class TokenizerTraining(TrainingLoop):
             batch = replace(batch, previous=batch.previous.at(step / total))
         losses = self.tokenizer.losses(batch, self.workers, step / total)
         where = f"step {step} (epoch {epoch}, on this worker {losses.parts})"
-        self.backward(losses.total, where, "lower tokenizer.training.lr, or look at the features")
+        self.backward(losses.total, where, f"lower {self.lr_key}, or look at the features")
         optimizer.step()
         replaced = self.tokenizer.after_step(step + 1, (step + 1) / total, self.workers, self._generator(step + 1))
         for parameter, mask in replaced.items():

@@ -3,11 +3,12 @@ item_pairs where the tokenizer learns from them: the first part of the features 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from adasid import tables
@@ -178,24 +179,27 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: C
         (F.col(name).isNotNull() & validate.present(name).isNull()).alias(f"_void_{i}") for i, name in enumerate(used)
     ]
     narrow = judged_items.select("item_id", "reason", *lacks, *voids).persist()
-    counted = validate.reasons(narrow) | _unparsed(lake, "items")
+    figures = validate.reasons(narrow, *_lacking(used), F.count_if(validate.odd("item_id")).alias("odd"))
+    counted = {reason: row["rows"] for reason, row in figures.items()} | _unparsed(lake, "items")
     copies = counted.pop(validate.COPY, 0)
     bad = validate.refused(judged_items, "items", items.columns, input_hash) if set(counted) - {None} else None
     try:
         validate.insist("items", counted, limit, widths)
         validate.insist_vectors(widths)
     except InputError:
-        _quarantine(spark, lake, input_hash, bad)
+        _quarantine(lake, input_hash, bad)
         raise
     accepted, interactions = narrow.filter("reason IS NULL"), read(spark, lake, "interactions")
     judged = validate.judge_events(interactions, accepted, now, features.first_year).repartition("user_id").persist()
-    counted_events = validate.reasons(judged) | _unparsed(lake, "interactions")
+    odd = [F.count_if(validate.odd(name)).alias(name) for name in ("user_id", "item_id")]
+    event_figures = validate.reasons(judged, *odd)
+    counted_events = {reason: row["rows"] for reason, row in event_figures.items()} | _unparsed(lake, "interactions")
     bad_events = (
         validate.refused(judged, "interactions", interactions.columns, input_hash)
         if set(counted_events) - {None}
         else None
     )
-    _quarantine(spark, lake, input_hash, bad, bad_events)
+    _quarantine(lake, input_hash, bad, bad_events)
     advice = validate.advice(judged, counted_events, features.first_year, now)
     validate.insist("interactions", counted_events, limit, advice=advice)
     if advice:
@@ -206,12 +210,16 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: C
         if "unknown_item" in counted_events
         else accepted.select("item_id")
     )
-    for table, ids in (("items", known), ("interactions", judged.filter("reason IS NULL").select("user_id"))):
-        if alike := validate.alike(ids):
+    odd_items = figures[None]["odd"] + event_figures.get("unknown_item", {}).get("item_id", 0)
+    for table, ids, number in (
+        ("items", known, odd_items),
+        ("interactions", judged.filter("reason IS NULL").select("user_id"), event_figures[None]["user_id"]),
+    ):
+        if number and (alike := validate.alike(ids)):
             note(f"{table}: {alike}; they count as different ids")
     names = sorted({reason for reason in (*counted, *counted_events) if reason})
     rejected = {name: counted.get(name, 0) + counted_events.get(name, 0) for name in names}
-    missing = _missing(accepted, used, note)
+    missing = _missing(figures[None], used, note)
     return Checked(accepted.select("item_id"), judged, counted_events[None], rejected, copies, missing)
 
 
@@ -227,13 +235,15 @@ def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:
     return {"unparsable_json": copies} if copies else {}
 
 
-def _missing(accepted: DataFrame, used: tuple[str, ...], note: Callable[[str], None]) -> dict[str, int]:
-    """Return modality -> accepted items without it; a note counts empty and zero vectors."""
-    sums = [
-        F.count_if(F.col(f"_{kind}_{i}")).alias(f"{kind}_{i}") for kind in ("lacks", "void") for i in range(len(used))
-    ]
-    row = accepted.agg(*sums).first()
-    assert row is not None
+def _lacking(used: tuple[str, ...]) -> list[Column]:
+    """Return counts of items without each modality, and of those with an empty or a zero vector."""
+    kinds = ("lacks", "void")
+    return [F.count_if(F.col(f"_{kind}_{i}")).alias(f"{kind}_{i}") for kind in kinds for i in range(len(used))]
+
+
+def _missing(row: Mapping[str, int], used: tuple[str, ...], note: Callable[[str], None]) -> dict[str, int]:
+    """Return modality -> accepted items without it, from their :func:`_lacking`; a note counts empty and zero
+    vectors."""
     for i, name in enumerate(used):
         if row[f"void_{i}"]:
             note(
@@ -320,20 +330,14 @@ def _catalog_row(input_hash: str, checked: Checked, clean: Clean, stats: Ranked,
     }
 
 
-def _quarantine(spark: SparkSession, lake: Lake, input_hash: str, *bad: DataFrame | None) -> None:
+def _quarantine(lake: Lake, input_hash: str, *bad: DataFrame | None) -> None:
     """Append rejected rows; with none, create the table if it is missing."""
     frames = [frame for frame in bad if frame is not None]
-    if not frames and lake.exists("rejected_rows"):
+    if not frames:
+        if not lake.exists("rejected_rows"):
+            lake.write_rows("rejected_rows", tables.REJECTED_ROWS, [], input_hash)
         return
-    frame = (
-        frames[0]
-        if frames
-        else spark.createDataFrame(
-            [], "input_hash string, table string, row_hash string, reason string, row string, copies bigint"
-        )
-    )
-    for other in frames[1:]:
-        frame = frame.unionByName(other)
+    frame = reduce(DataFrame.unionByName, frames)
     write(frame, lake, "rejected_rows", tables.REJECTED_ROWS, input_hash, append=(f"rejected_rows:{input_hash}", 1))
 
 

@@ -139,9 +139,16 @@ def clock(now: str | None) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
-def reasons(judged: DataFrame) -> dict[str | None, int]:
-    """Return reason -> rows; None for the accepted ones."""
-    return {row["reason"]: row["count"] for row in judged.groupBy("reason").count().collect()}
+def reasons(judged: DataFrame, *figures: Column) -> dict[str | None, dict[str, int]]:
+    """Return reason -> ``rows`` and the aggregates ``figures`` of these rows; None for the accepted ones."""
+    counted = judged.groupBy("reason").agg(F.count("*").alias("rows"), *figures)
+    return {row["reason"]: row.asDict() for row in counted.collect()}
+
+
+def odd(column: str) -> Column:
+    """Return whether an id has a character beyond printable ASCII, so that it may differ from another only in blanks
+    or Unicode form."""
+    return F.col(column).rlike(r"[^\x21-\x7e]")
 
 
 def refused(judged: DataFrame, table: str, columns: list[str], run: str) -> DataFrame:
@@ -177,13 +184,10 @@ def advice(judged: DataFrame, counted: Mapping[str | None, int], first_year: int
 
 
 def alike(ids: DataFrame) -> str | None:
-    """Describe ids (the one column of ``ids``) that differ from another one only in blanks at their ends or in
-    Unicode's form (NFC); None for none."""
+    """Describe ids (the one column of ``ids``, some of them :func:`odd`) that differ from another one only in blanks at
+    their ends or in Unicode's form (NFC); None for none."""
     (name,) = ids.columns
-    odd = ids.filter(F.col(name).rlike(r"[^\x21-\x7e]")).distinct()
-    if odd.isEmpty():
-        return None
-    plain = odd.mapInArrow(columns.plain_ids, "id string, plain string").persist()
+    plain = ids.filter(odd(name)).distinct().mapInArrow(columns.plain_ids, "id string, plain string").persist()
     others = ids.join(plain.select(F.col("plain").alias(name)).distinct(), name, "left_semi").distinct()
     every = plain.union(others.select(F.col(name).alias("id"), F.col(name).alias("plain"))).distinct()
     groups = (

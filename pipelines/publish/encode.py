@@ -51,8 +51,8 @@ def encode(
     previous: tuple[DataFrame, float] | None = None,
 ) -> DataFrame:
     """Return one row of :data:`ENCODED` for each row of ``features``; the weights are a broadcast of plain bytes.
-    ``stride``: of the items sampled for drift (``drift.every``), None: no item is sampled; ``previous``: published SIDs
-    [item_id, codes] and the tolerance within which items retain them."""
+    ``stride``: of the items sampled for drift (``drift.sampling_stride``), None: no item is sampled; ``previous``:
+    published SIDs [item_id, codes] and the tolerance within which items retain them."""
     weights = spark.sparkContext.broadcast((folder / "weights.safetensors").read_bytes())
     sampled = (F.lit(False) if stride is None else drift.in_sample(stride)).alias("sampled")
     text = manifest.json_text()

@@ -52,7 +52,7 @@ def _live(lake: Lake) -> Catalogue:
     """Return the live generation's SIDs."""
     generation = generations.live(lake)
     manifest = artifact.read_manifest(Path(generation.artifact))
-    return Catalogue(table="sids", version=generation.sids_version, slots=manifest.slots)
+    return Catalogue.of("sids", generation.sids_version, manifest)
 
 
 def _show_result(context: StageContext, result: Mapping[str, Any], names: tuple[str, ...]) -> None:

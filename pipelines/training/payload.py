@@ -9,19 +9,27 @@ from pydantic import BaseModel, ConfigDict
 
 from adasid.config import Config
 from adasid.sid import Slot
+from adasid.tokenizers.artifact import Manifest, settings_of
 
 Task = Literal["retrieval", "ranking"]
 
 
 class Catalogue(BaseModel):
     """A catalogue gives the SIDs that a downstream model reads: ``table`` and ``version``, and the ``slots`` of their
-    tokenizer."""
+    tokenizer, which are ``parallel`` (independent of each other) or residual."""
 
     model_config = ConfigDict(frozen=True)
 
     table: str
     version: int
     slots: tuple[Slot, ...]
+    parallel: bool = False
+
+    @staticmethod
+    def of(table: str, version: int, manifest: Manifest) -> Catalogue:
+        """Return the SIDs that the tokenizer of ``manifest`` wrote."""
+        parallel = settings_of(manifest.config).parallel
+        return Catalogue(table=table, version=version, slots=manifest.slots, parallel=parallel)
 
 
 class PreviousTable(BaseModel):

@@ -90,7 +90,7 @@ def train(
     if quality.get("least_active", 1.0) < 0.001:
         context.note(
             "warning: the gate has switched a behaviour slot off for all items; it cannot come back: lower "
-            "router.sparsity or router.item_weight"
+            "tokenizer.router.sparsity or tokenizer.router.item_weight"
         )
     facts = {"utilisation": round(quality["utilisation"], 4), "entropy": round(quality["entropy"], 3)}
     context.facts.update({"tokenizer": manifest.digest, **facts})

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from adasid import tables
-from adasid.config import Config, TokenizerSettings
+from adasid.config import Config, Ranking, Retrieval, TokenizerSettings
 from adasid.data.sequences import Histories
 from adasid.data.shards import Pairs, Shard
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import write_json, write_text
+from adasid.recommenders import ngrams
 from adasid.recommenders.tokens import ItemTokens
 from adasid.tokenizers import artifact
 from adasid.tokenizers.relabel import Relabelled
@@ -117,7 +118,7 @@ def retrieval(payload: Payload) -> None:
     write ``best.safetensors`` and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read, settings = payload.read, cfg.retrieval
-    catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
+    catalogue, counts, strata = _catalogue(lake, payload, settings)
     parts = _histories(lake, read, workers, cfg)
     data = RetrievalData(
         parts["train"], parts["validation"], parts["test"], counts, strata, f"sequences version {read['sequences']}"
@@ -130,7 +131,7 @@ def ranking(payload: Payload) -> None:
     """Train a click-through model on the same SIDs; write ``best.safetensors`` and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     version, settings = payload.read["ranking_samples"], cfg.ranking
-    catalogue, counts, strata = _catalogue(lake, payload, settings.inactive == "pad", settings.weights)
+    catalogue, counts, strata = _catalogue(lake, payload, settings)
     events = Events.from_batches(lake.batches("ranking_samples", version, _SAMPLE))
     data = RankingData(events, counts, strata, f"ranking_samples version {version}")
     training = RankingTraining(
@@ -146,10 +147,10 @@ def _finish(payload: Payload, workers: Workers, result: dict[str, Any]) -> None:
 
 
 def _catalogue(
-    lake: Lake, payload: Payload, pad: bool, weights: bool
+    lake: Lake, payload: Payload, settings: Retrieval | Ranking
 ) -> tuple[ItemTokens, NDArray[np.int64], NDArray[np.int64]]:
-    """Return tokens, training counts and strata of all items, in the order of item_index. ``pad``: inactive slots are
-    PAD; ``weights``: with the tokenizer's. Raises InputError where the SIDs are of other items."""
+    """Return tokens, training counts and strata of all items, in the order of item_index, as the model's
+    ``settings`` want them. Raises InputError where the SIDs are of other items."""
     stats = lake.read("item_stats", payload.read["item_stats"], ["item_id", "item_index", "interactions", "stratum"])
     stats = stats.sort_by("item_index").combine_chunks()
     counts = stats["interactions"].to_numpy().astype(np.int64)
@@ -170,9 +171,11 @@ def _catalogue(
         pc.list_flatten(rows[name]).to_numpy(zero_copy_only=False).reshape(len(rows), -1)
         for name in ("codes", "weights", "active")
     )
-    codes = np.where(active, codes, tables.PAD) if pad else codes
-    tokens = ItemTokens.of(codes.astype(np.int32), chosen.slots, factors.astype(np.float32) if weights else None)
-    return tokens, counts, strata
+    codes = np.where(active, codes, tables.PAD) if settings.inactive == "pad" else codes
+    weights = factors.astype(np.float32) if settings.weights else None
+    tokens = ItemTokens.of(codes.astype(np.int32), chosen.slots, weights)
+    combinations = ngrams.choose(settings.ngrams, chosen.slots, chosen.parallel)
+    return tokens.with_ngrams(combinations, settings.ngram_rows), counts, strata
 
 
 def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) -> dict[str, Histories]:

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from adasid.config import Config, load
 from adasid.data.shards import batch_of
 from adasid.distributed import Workers
+from adasid.recommenders import ngrams
 from adasid.recommenders.tokens import ItemTokens
 from adasid.report import style
 from adasid.tokenizers import artifact
@@ -172,13 +173,12 @@ def recall(path: str, log: Path) -> None:
     with tracking.stage(cfg, "retrieval", journal=False) as context:
         downstream.retrieval(cfg, context)
         lake, live = context.lake, generations.live(context.lake)
-        slots = artifact.read_manifest(Path(live.artifact)).slots
-        source = Catalogue(table="sids", version=live.sids_version, slots=slots)
+        source = Catalogue.of("sids", live.sids_version, artifact.read_manifest(Path(live.artifact)))
         folder = downstream.folder_of(downstream.resolve(cfg, lake, "retrieval", source), "retrieval")
     read = lake.versions("sequences", "item_stats")
     parts, settings = workers._histories(lake, read, Workers(), cfg), cfg.retrieval
     payload = launch.payload(cfg, lake, read, folder).model_copy(update={"catalogue": source})
-    known, counts, strata = workers._catalogue(lake, payload, settings.inactive == "pad", settings.weights)
+    known, counts, strata = workers._catalogue(lake, payload, settings)
     ids = lake.read("item_stats", read["item_stats"], ["item_id", "item_index"]).sort_by("item_index")["item_id"]
 
     def score(policy: str, catalogue: ItemTokens) -> None:
@@ -202,7 +202,8 @@ def recall(path: str, log: Path) -> None:
         there = Lake(str(scratch / cfg.name / "lake"), {})
         items, codes, _ = encoded(there, scratch / "cold" / "model") if policy == "cold" else published(there)
         codes = codes[pc.index_in(ids, pa.array(items)).to_numpy()]
-        score(policy, ItemTokens.of(codes, list(slots)))
+        chosen = ngrams.choose(settings.ngrams, source.slots, source.parallel)
+        score(policy, ItemTokens.of(codes, source.slots).with_ngrams(chosen, settings.ngram_rows))
 
 
 def tell(log: Path, row: dict[str, Any]) -> None:

@@ -48,6 +48,12 @@ def test_a_copied_run_is_loaded_with_and_without_delta(shop, tmp_path, monkeypat
     assert adasid.load(run).digest == number
     monkeypatch.setitem(sys.modules, "deltalake", None)
     assert (run / "exports" / "live.json").exists() and adasid.load(run).digest == number
+    (folder,) = {path.parent for path in (run / "artifacts").glob("tokenizer/*/model")}
+    (folder / "matched").mkdir()
+    shutil.move(folder / "model", folder / "matched" / "model")  # where a refit leaves the renamed tokenizer
+    (folder / "model").mkdir()
+    (folder / "model" / "manifest.json").write_text("{}", encoding="utf-8")
+    assert adasid.load(run).digest == number
     shutil.rmtree(run / "artifacts")
     with pytest.raises(InputError, match=f"tokenizer {number}, which is live in .*, is in no folder of"):
         adasid.load(run)

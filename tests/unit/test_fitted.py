@@ -20,7 +20,7 @@ from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.base import sample
 from adasid.tokenizers.controls.model import ItemId, RandomSid
 from adasid.tokenizers.opq.model import Opq
-from adasid.tokenizers.rq_kmeans.model import RqKmeans
+from adasid.tokenizers.rq_kmeans.model import ResidualCentroids, RqKmeans
 from tests.planted import catalogue, shard
 
 CONTENT = ("text", "visual")
@@ -60,7 +60,7 @@ def indices(index):
 def by_level(tokenizer, batch, modality):
     """Share of the modality's variance that is left after each number of levels."""
     words, left = tokenizer.quantizers[modality].centroids, []
-    x = tokenizer._spaces(batch)[modality][0][batch.present[modality]]
+    x = tokenizer._space(modality, batch, None)[0][batch.present[modality]]
     for level in range(len(words) + 1):
         left.append(float(x.square().sum()))
         if level < len(words):
@@ -79,6 +79,32 @@ def test_kmeans_recovers_planted_clusters_and_is_as_good_as_a_library():
     library = KMeans(30, n_init=3, random_state=0).fit(hard.numpy())
     assert inertia(hard, kmeans(hard, 30, 50, generator())) < 1.02 * library.inertia_
     assert torch.equal(kmeans(hard, 30, 5, generator(3)), kmeans(hard, 30, 5, generator(3)))
+
+
+def test_weighted_kmeans_is_that_of_repeated_points_and_as_good_as_a_library():
+    hard = torch.randn(600, 4, generator=generator(1))
+    weights = torch.randint(1, 9, (600,), generator=generator(2)).float()
+    start = hard[:10].clone()
+    once, repeated = start, start
+    for _ in range(4):
+        once, assigned = lloyd_round(hard, once, weights=weights)
+        repeated, _ = lloyd_round(hard.repeat_interleave(weights.long(), dim=0), repeated)
+        torch.testing.assert_close(once, repeated)
+
+    def cost(centroids):
+        return float((weights * (hard - centroids[nearest_euclidean(hard, centroids)]).square().sum(1)).sum())
+
+    library = KMeans(30, n_init=3, random_state=0).fit(hard.numpy(), sample_weight=weights.numpy())
+    fit = kmeans(hard, 30, 50, generator(), weights=weights)
+    assert cost(fit) < 1.03 * cost(torch.tensor(library.cluster_centers_))
+    assert cost(fit) < cost(kmeans(hard, 30, 50, generator()))
+
+
+def test_an_empty_cluster_restarts_at_the_point_of_the_largest_weighted_distance():
+    x = torch.tensor([[0.0], [1.0], [5.0], [3.0]])
+    means, assigned = lloyd_round(x, torch.tensor([[0.5], [100.0]]), weights=torch.tensor([1.0, 1.0, 1.0, 9.0]))
+    assert assigned.tolist() == [0, 0, 0, 0]
+    assert means[:, 0].tolist() == [(0 + 1 + 5 + 27) / 12, 3.0]
 
 
 def test_kmeans_restarts_empty_clusters_and_takes_fewer_points_than_clusters():
@@ -431,3 +457,104 @@ def test_random_codes_are_uniform_independent_and_of_the_seed():
     assert float(((pairs - expected / 32) ** 2 / (expected / 32)).sum()) < 1023 + 6 * 2046**0.5
     assert torch.equal(first, codes(1))
     assert (first == codes(2)).float().mean() < 0.05
+
+
+# soft residual
+
+
+def test_a_damped_slot_quantizes_what_half_of_the_earlier_codewords_leave():
+    x = torch.tensor([[4.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    quantizer = ResidualCentroids(3, 2, 2, damping=0.5)
+    quantizer.centroids.copy_(
+        torch.tensor([[[4.0, 0], [0, 4]], [[2.0, 0], [0, 0]], [[1.0, 1], [0, -1]]]),
+    )
+    result = quantizer(x)
+    # item 0: (4, 0) -> (4, 0); (2, 0) -> (2, 0); (1, 0) -> (1, 1)
+    # item 1: (0, 2) -> (0, 4); (0, 0) -> (0, 0); (0, 0) -> (0, -1)
+    assert result.codes.tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert result.decoded.tolist() == [[4.0, 1.0], [0.0, 1.0]]  # half of the first two, and the last
+    assert result.rest.tolist() == [[0.5, -0.5], [0.0, 0.5]]
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_damping_decides_what_the_fit_of_the_next_level_sees(damping):
+    table, _ = catalogue()
+    settings = config.RqKmeansSettings(levels={"text": 2}, codebook_size=8, rounds=10, damping=damping)
+    tokenizer = fitted(RqKmeans, settings, shard(table, ("text",)))
+    first, second = tokenizer.quantizers["text"].centroids
+    x = tokenizer._space("text", everything(shard(table, ("text",))), None)[0].float()
+    rest = x - damping * first[nearest_euclidean(x, first)]
+    means, assigned = lloyd_round(rest, second)
+    torch.testing.assert_close(means, second, atol=0.05, rtol=0)  # k-means of what is left has converged there
+    assert len(assigned.unique()) == 8
+
+
+def test_shared_slots_read_all_modalities_and_the_others_what_they_leave():
+    table, _ = catalogue()
+    data = shard(table, ("text", BEHAVIOR))
+    levels = {"shared": 1, "text": 1, BEHAVIOR: 2}
+    settings = config.RqKmeansSettings(levels=levels, codebook_size=8, rounds=10, damping=0.5, content_weight=0.7)
+    tokenizer, batch = fitted(RqKmeans, settings, data), everything(data)
+    assert [slot.name for slot in tokenizer.slots] == ["s0", "t0", "b0", "b1"]
+    inputs = tokenizer.inputs(batch)
+    width = {m: x.shape[1] for m, x in inputs.items()}
+    scale = {"text": 0.7 / width["text"] ** 0.5, BEHAVIOR: 1 / width[BEHAVIOR] ** 0.5}
+    joint = torch.cat([inputs[m] * scale[m] for m in width], dim=1).double()
+    words = tokenizer.quantizers["shared"].centroids[0].double()
+    codes = tokenizer.encode(batch).codes
+    assert torch.equal(codes[:, 0].long(), nearest_euclidean(joint, words))
+    rest = inputs["text"] - 0.5 * words[codes[:, 0].long()][:, : width["text"]] / scale["text"]
+    text = tokenizer.quantizers["text"].centroids[0].double()
+    assert torch.equal(codes[:, 1].long(), nearest_euclidean(rest, text))
+    absent = ~batch.present[BEHAVIOR]
+    assert absent.any()
+    assert (codes[absent, 2:] == PAD).all()
+    assert (codes[absent, :2] != PAD).all()
+    decoded = tokenizer.reconstruct(batch)
+    alone = fitted(RqKmeans, config.RqKmeansSettings(levels={"text": 1}, codebook_size=8, rounds=10), data)
+    error = [((out["text"] - batch.vectors["text"]) ** 2).sum() for out in (decoded, alone.reconstruct(batch))]
+    assert error[0] < error[1], "a shared and a text code say more of the text than a text code"
+
+
+def test_an_item_counts_by_its_interactions():
+    table, _ = catalogue()
+    data = shard(table, ("text",))
+    base = {"levels": {"text": 1}, "codebook_size": 8, "rounds": 30}
+    plain, weighted = (
+        fitted(RqKmeans, config.RqKmeansSettings(**base, count_power=power), data) for power in (0.0, 1.0)
+    )
+    batch = everything(data)
+    weights = (batch.counts + 1).double()
+
+    def cost(tokenizer):
+        x = tokenizer._space("text", batch, None)[0]
+        words = tokenizer.quantizers["text"].centroids[0].double()
+        return float((weights * (x - words[nearest_euclidean(x, words)]).square().sum(1)).sum())
+
+    assert cost(weighted) < cost(plain)
+    base = {"levels": {"text": 2}, "width": 24, "whiten": False, "codebook_size": 8, "rounds": 30}
+    turned = [fitted(Opq, config.OpqSettings(**base, count_power=power), data) for power in (0.0, 1.0)]
+    error = [
+        float((weights * (out.reconstruct(batch)["text"] - batch.vectors["text"]).square().sum(1)).sum())
+        for out in turned
+    ]
+    assert error[1] < error[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"levels": {"text": 2, "shared": 1}}, "name 'shared' first and a modality after it"),
+        ({"levels": {"shared": 1}}, "name 'shared' first and a modality after it"),
+        ({"balanced": True, "count_power": 0.5}, "clusters of equal size, but tokenizer.count_power is 0.5"),
+        ({"damping": 1.5}, "damping"),
+    ],
+)
+def test_settings_that_contradict_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config.RqKmeansSettings.model_validate(settings)
+
+
+def test_only_rq_kmeans_has_shared_slots_among_others():
+    with pytest.raises(ValueError, match="'shared' is not a content modality"):
+        config.OpqSettings.model_validate({"levels": {"shared": 1, "text": 2}})

@@ -1,5 +1,7 @@
 """Test the page of the nightly job."""
 
+import math
+
 import pytest
 
 from adasid.config import build
@@ -81,6 +83,10 @@ def test_what_is_used_of_a_gate(value, threshold, passed, used):
     found = nights.allowance({"gate": "g", "value": value, "threshold": threshold, "passed": passed})
     assert found == pytest.approx(used, rel=1e-4)
     assert (found > 1) != passed
+
+
+def test_a_gate_that_was_not_measured_has_no_share():
+    assert math.isnan(nights.allowance({"gate": "g", "value": None, "threshold": 0.1, "passed": True}))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from adasid.experts import GroupedLinear, Trunk
-from adasid.quantizers.cosine import CosineCodebooks, codebook_loss
+from adasid.quantizers.experts import ExpertCodebooks, codebook_loss
 from adasid.quantizers.kmeans import means_of, nearest, previous_or_nearest, spherical_kmeans
 from adasid.quantizers.residual import ResidualCodebooks
 from adasid.sid import PreviousCodes
@@ -50,7 +50,7 @@ def test_kmeans_is_deterministic_for_a_seed():
 
 def test_codes_are_the_largest_cosine_and_ignore_length():
     torch.manual_seed(0)
-    books = CosineCodebooks(3, 11, 8)
+    books = ExpertCodebooks(3, 11, 8)
     z = torch.randn(3, 50, 8)
     codes = books.codes(z)
     for slot in range(3):
@@ -62,7 +62,7 @@ def test_codes_are_the_largest_cosine_and_ignore_length():
 
 def test_straight_through_gives_codebooks_no_gradient_and_the_codebook_loss_does():
     torch.manual_seed(0)
-    books = CosineCodebooks(2, 5, 4)
+    books = ExpertCodebooks(2, 5, 4)
     latents = torch.randn(2, 7, 4, requires_grad=True)
     out = books(latents)
     z, z_q = out.latents.sum(0), out.codewords.sum(0)
@@ -74,7 +74,7 @@ def test_straight_through_gives_codebooks_no_gradient_and_the_codebook_loss_does
 
 
 def test_codebook_loss_by_hand():
-    books = CosineCodebooks(1, 2, 2)
+    books = ExpertCodebooks(1, 2, 2)
     books.weight.data = torch.tensor([[[2.0, 0.0], [0.0, 3.0]]])
     latents = torch.tensor([[[5.0, 0.0], [1.0, 1.0], [0.0, 9.0]]])
     active = torch.tensor([[True, True, False]])
@@ -84,7 +84,7 @@ def test_codebook_loss_by_hand():
 
 def test_dead_codes_come_back_from_active_latents():
     torch.manual_seed(0)
-    books = CosineCodebooks(2, 4, 3)
+    books = ExpertCodebooks(2, 4, 3)
     before = books.weight.detach().clone()
     latents = torch.randn(2, 6, 3)
     active = torch.tensor([[True] * 6, [False] * 5 + [True]])
@@ -101,7 +101,7 @@ def test_dead_codes_come_back_from_active_latents():
 
 
 def test_usage_counts_active_rows_only():
-    books = CosineCodebooks(1, 3, 2)
+    books = ExpertCodebooks(1, 3, 2)
     assert books.counts(torch.tensor([[0, 0, 2, 1]]), torch.tensor([[True, True, True, False]])).tolist() == [[2, 0, 1]]
 
 
@@ -136,7 +136,7 @@ def test_a_kept_code_is_not_replaced_however_rare():
         nnf.normalize(torch.randn(1, 50, 4, generator=generator()), dim=2),
         torch.ones(1, 50, dtype=torch.bool),
     )
-    for books in (CosineCodebooks(1, 3, 4), ResidualCodebooks(1, 3, 4)):
+    for books in (ExpertCodebooks(1, 3, 4), ResidualCodebooks(1, 3, 4)):
         books.used = torch.tensor([[98.0, 1.0, 1.0]])
         books.kept = torch.tensor([[False, True, False]])
         before = books.weight.detach().clone()
@@ -158,7 +158,7 @@ def test_codebooks_that_start_from_previous_codes_are_their_means():
     books.initialise(x, 5, torch.Generator().manual_seed(0), codes)
     torch.testing.assert_close(books.weight[0, 2], x[:2].mean(0))
     torch.testing.assert_close(books.weight[1, :2], x[:2] - x[:2].mean(0))
-    cosine = CosineCodebooks(1, 3, 2)
+    cosine = ExpertCodebooks(1, 3, 2)
     cosine.initialise(
         x[None, 1:], torch.ones(1, 2, dtype=torch.bool), 5, torch.Generator().manual_seed(0), held[None, 1:]
     )

@@ -15,7 +15,7 @@ from adasid import config
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics, user_auc
-from adasid.recommenders.ppnet import Gate, ItemVectors, PPNet, prefixes
+from adasid.recommenders.ppnet import Gate, ItemVectors, PPNet
 from adasid.recommenders.tokens import ItemTokens
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD, RANKING_ONLY, RANKING_SCORES, SPLITS
@@ -75,15 +75,6 @@ def test_items_are_their_tokens_scaled_by_the_tokenizers_weights(items):
         expected = torch.cat(parts) if items == "concat" else parts[0] + parts[1]
         torch.testing.assert_close(vectors(torch.tensor(item)), expected)
     assert vectors.width == 6
-
-
-def test_prefixes_that_are_equal_share_a_row_and_others_do_not():
-    codes = torch.tensor([[1, 2, 3], [1, 2, 0], [1, 0, 3], [0, 2, 3]])
-    rows = prefixes(codes, 10**6)
-    assert rows[0, 0] == rows[1, 0] == rows[2, 0] != rows[3, 0]
-    assert rows[0, 1] == rows[1, 1] != rows[2, 1]
-    assert len(set(rows.reshape(-1).tolist())) == 2 + 3 + 4
-    assert (prefixes(codes, 7) < 7).all()
 
 
 def test_a_gate_starts_near_one_and_stays_within_two():

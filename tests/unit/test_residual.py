@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adasid.quantizers.cosine import CosineCodebooks
+from adasid.quantizers.experts import ExpertCodebooks
 from adasid.quantizers.residual import Residual, ResidualCodebooks, residual_loss, sinkhorn
 
 
@@ -50,7 +50,7 @@ def test_cosine_codes_are_those_of_vector_quantize_pytorch():
         .VectorQuantize(dim=6, codebook_size=10, use_cosine_sim=True)
         .eval()
     )
-    ours = CosineCodebooks(1, 10, 6)
+    ours = ExpertCodebooks(1, 10, 6)
     with torch.no_grad():
         ours.weight.copy_(vq.codebook[None])
     z = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))

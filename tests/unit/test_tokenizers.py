@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 from adasid import config
 from adasid.distributed import Workers
 from adasid.errors import InputError, TrainingError
-from adasid.quantizers.cosine import Quantized
+from adasid.quantizers.experts import Quantized
 from adasid.sid import PreviousCodes, Slot, token
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact

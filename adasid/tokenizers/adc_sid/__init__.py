@@ -77,7 +77,39 @@ class AdcSidSettings(TrainedSettings):
         description="experts of each content modality (N_t, N_v, ...); not given: one for each of features.content",
     )
     behavior_experts: int = Field(3, ge=1, description="experts of the behaviour modality (N_b)")
-    latent_width: int = Field(64, ge=2, description="width of a latent and of a codeword (d)")
+    start: Literal["axes", "random"] = Field(
+        "random",
+        description="axes: an expert begins as the linear map to the principal axes of what it reads, each modality in "
+        "dimensions of its own; random: as a random network (the paper)",
+    )
+    experts: Literal["trained", "fixed"] = Field(
+        "trained", description="fixed: experts stay the linear maps of start: axes; trained: a network is added to them"
+    )
+    content_weight: float = Field(
+        0.7,
+        gt=0,
+        description="start: axes: weight of a content modality, against 1 for behaviour, in what shared experts read",
+    )
+    distance: Literal["cosine", "euclidean"] = Field(
+        "cosine", description="how the nearest codeword is found; cosine: by direction alone (the paper)"
+    )
+    damping: Share = Field(
+        0.0,
+        description="share of the codewords of shared slots and of earlier slots of its modality that a slot does not "
+        "quantize again (eta); 0: slots are parallel (the paper)",
+    )
+    count_power: Share = Field(
+        0.0,
+        description="an item counts when codebooks are initialised by (its training interactions + 1) to this power",
+    )
+    codebooks: Literal["trained", "fixed"] = Field(
+        "trained",
+        description="trained: codewords learn by the codebook loss, and dead ones are revived; fixed: they stay as the "
+        "initialisation leaves them",
+    )
+    latent_width: int = Field(
+        64, ge=2, description="width of a latent and of a codeword (d); start: axes: of each modality's part, at most"
+    )
     projector_width: int = Field(256, ge=2, description="width of the aligned space (d_h)")
     hidden: Sizes = Field((512, 256), description="hidden widths of an expert")
     decoder_hidden: Sizes = Field((256, 512), description="hidden widths of the decoder")
@@ -108,6 +140,11 @@ class AdcSidSettings(TrainedSettings):
         return AdcSid(self, widths)
 
     @property
+    def parallel(self) -> bool:
+        """Return whether experts do not depend on each other."""
+        return not self.damping
+
+    @property
     def content(self) -> tuple[str, ...]:
         """Return the content modalities in slot order."""
         return tuple(self.content_experts)
@@ -125,6 +162,8 @@ class AdcSidSettings(TrainedSettings):
     @model_validator(mode="after")
     def _fits(self) -> AdcSidSettings:
         check_slots("content_experts", self.content_experts, behavior=False)
+        if self.experts == "fixed" and self.start == "random":
+            raise ValueError("tokenizer.experts is 'fixed', which needs experts that begin well: set start: axes")
         if self.router.gate == "switch" and self.straight_through == "slots":
             fault = "tokenizer.router.gate is 'switch', whose slots close where gates learn by codewords"
             raise ValueError(f"{fault}: set tokenizer.straight_through: sum")

@@ -6,6 +6,7 @@ Equation numbers are the paper's; methods 1 lists the corrections and additions.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,10 +18,11 @@ from adasid.distributed import Workers
 from adasid.experts import Trunk, mlp
 from adasid.losses.alignment import alignment_weight, calibrated_beta, info_nce
 from adasid.losses.routing import SparsityController, item_sparsity_loss, sparsity_loss
-from adasid.quantizers.cosine import CosineCodebooks, Quantized, codebook_loss
+from adasid.quantizers.experts import ExpertCodebooks, Quantized, codebook_loss
 from adasid.sid import Codes, PreviousCodes, slots_of
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.adc_sid import AdcSidSettings
+from adasid.tokenizers.adc_sid.axes import Axes
 from adasid.tokenizers.base import Losses, sample
 from adasid.tokenizers.trained import TrainedTokenizer
 
@@ -34,7 +36,6 @@ class AdcSid(TrainedTokenizer):
     projector width.
     """
 
-    interchangeable = True
     settings: AdcSidSettings
 
     def __init__(self, settings: AdcSidSettings, widths: Mapping[str, int]) -> None:
@@ -43,17 +44,28 @@ class AdcSid(TrainedTokenizer):
         super().__init__(s, widths, slots_of(experts, s.codebook_size))
         self.modalities = s.inputs
         self.gated = s.router.gate != "equal"
-        self.trunks = nn.ModuleDict()
+        self.trunks, self.axes = nn.ModuleDict(), Axes(self.widths, s) if s.start == "axes" else None
+        width, trained = self.axes.width if self.axes else s.latent_width, s.experts == "trained"
         for m in self.modalities:
             gate = [(s.router.hidden, experts[m])] if (self.gated if m == BEHAVIOR else experts[m] > 1) else []
             heads = [(s.projector_width, s.projector_width), *gate]
-            self.trunks[m] = Trunk(self.widths[m], experts[m], s.hidden, s.latent_width, heads)
+            self.trunks[m] = Trunk(self.widths[m], experts[m] if trained else 0, s.hidden, width, heads)
         if self.gated:
             with torch.no_grad():
                 self.trunks[BEHAVIOR].get_parameter("heads.1.bias").fill_(1.0)  # the gate starts dense (ReMoE, stage I)
-        self.shared = Trunk(len(self.modalities) * s.projector_width, s.shared_experts, s.hidden, s.latent_width)
-        self.codebooks = CosineCodebooks(len(self.slots), s.codebook_size, s.latent_width)
-        self.decoder = mlp([s.latent_width, *s.decoder_hidden, sum(self.widths.values())])
+        joint = len(self.modalities) * s.projector_width
+        self.shared = Trunk(joint, s.shared_experts if trained else 0, s.hidden, width)
+        if self.axes and trained:
+            for trunk in (*self.trunks.values(), self.shared):  # the networks begin at zero, experts as the axes
+                trunk.start_at_zero()  # type: ignore[operator]
+        kinds = [slot.kind for slot in self.slots]
+        before = torch.tensor(
+            [[j < i and kinds[j] in ("shared", kind) for j in range(len(kinds))] for i, kind in enumerate(kinds)]
+        )
+        reads = torch.stack([self.axes.reads(kind) for kind in kinds]) if self.axes else None
+        self.codebooks = ExpertCodebooks(len(self.slots), s.codebook_size, width, s.distance, s.damping, before, reads)
+        self.codebooks.weight.requires_grad_(s.codebooks == "trained")
+        self.decoder = mlp([width, *s.decoder_hidden, sum(self.widths.values())])
         self.sparsity = SparsityController(s.router.lambda_start, s.router.lambda_step)
         self.register_buffer(
             "beta",
@@ -73,15 +85,20 @@ class AdcSid(TrainedTokenizer):
             latents[m], heads = self.trunks[m](x[m])
             projections[m] = heads[0] * present
             if len(heads) == 1:
-                gates = torch.ones_like(present).expand(-1, len(latents[m]))
+                gates = torch.ones_like(present).expand(-1, sum(slot.kind == m for slot in self.slots))
             elif m == BEHAVIOR:
                 gates = self._scale(batch.richness)[:, None] * torch.relu(heads[1])
             else:
                 gates = torch.softmax(heads[1], dim=1)
             weights[m] = (gates * present).T
-        z, _ = self.shared(torch.cat([projections[m] for m in self.modalities], dim=1))
-        ones = torch.ones(z.shape[:2], dtype=z.dtype, device=z.device)
-        return torch.cat([z, *latents.values()]), torch.cat([ones, *weights.values()]), projections
+        latents = {"shared": self.shared(torch.cat([projections[m] for m in self.modalities], dim=1))[0], **latents}
+        if self.axes:
+            starts = self.axes(x)
+            latents = {kind: starts[kind] + z if len(z) else starts[kind] for kind, z in latents.items()}
+        counts = Counter(slot.kind for slot in self.slots)
+        latents = {kind: z.expand(counts[kind], -1, -1) for kind, z in latents.items()}
+        ones = torch.ones(counts["shared"], len(batch), dtype=batch.richness.dtype, device=batch.richness.device)
+        return torch.cat(list(latents.values())), torch.cat([ones, *weights.values()]), projections
 
     def _scale(self, richness: Tensor) -> Tensor:
         """Compute s(e_b) of the behaviour gate (eq 22): sigmoid(richness), or the alignment weight."""
@@ -119,6 +136,8 @@ class AdcSid(TrainedTokenizer):
         """Compute the scales of the inputs, theta (methods 1.7) and, if configured, beta (methods 10 #14) from the
         richness of items with behaviour."""
         self.inputs.fit(shard, workers)
+        if self.axes:
+            self.axes.fit(self.inputs, sample(shard, workers, self.settings.kmeans_samples), workers)
         histogram = torch.zeros(_BINS + 1, dtype=torch.float64)
         for batch in shard.scan():
             known = batch.richness[batch.present[BEHAVIOR]].double()
@@ -139,8 +158,12 @@ class AdcSid(TrainedTokenizer):
         """Initialise the codebooks by k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
         parts = sample(shard, workers, self.settings.kmeans_samples)
         samples = zip(*(self._sample(part.to(self.theta.device)) for part in parts))
-        latents, active, previous = (workers.gather_ragged(torch.cat(part)) for part in samples)
-        self.codebooks.initialise(latents.transpose(0, 1), active.T, self.settings.kmeans_rounds, generator, previous.T)
+        latents, active, previous, counts = (workers.gather_ragged(torch.cat(part)) for part in samples)
+        power = self.settings.count_power
+        weights = ((counts + 1).double() ** power).to(latents.dtype) if power else None
+        self.codebooks.initialise(
+            latents.transpose(0, 1), active.T, self.settings.kmeans_rounds, generator, previous.T, weights
+        )
         workers.broadcast(self.codebooks.weight.data)
         self.quantizing.fill_(True)
 
@@ -148,9 +171,10 @@ class AdcSid(TrainedTokenizer):
         """Exclude the ``previous`` codes from revival."""
         self.codebooks.kept = previous
 
-    def _sample(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         latents, _, _ = self._experts(self.inputs(batch), batch)
-        return latents.transpose(0, 1), self._present(batch).T, self.previous_codes(batch)
+        counts = torch.zeros_like(batch.index) if batch.counts is None else batch.counts
+        return latents.transpose(0, 1), self._present(batch).T, self.previous_codes(batch), counts
 
     def _present(self, batch: Batch) -> Tensor:
         """Return whether the item has the slot's modality, [L, B] bool."""
@@ -263,7 +287,7 @@ class AdcSid(TrainedTokenizer):
         generator: torch.Generator,
     ) -> dict[nn.Parameter, Tensor]:
         """Revive dead codes every ``revival.every`` steps, from the latents of all workers' last batch."""
-        if self._last is None or not self.revival_due(step, progress):
+        if self._last is None or self.settings.codebooks == "fixed" or not self.revival_due(step, progress):
             return {}
         latents, active = self._last
         latents, active = (

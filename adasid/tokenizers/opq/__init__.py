@@ -45,6 +45,11 @@ class OpqSettings(SpacesSettings):
 
         return Opq(self, widths)
 
+    @property
+    def parallel(self) -> bool:
+        """Return True: sub-spaces do not depend on each other."""
+        return True
+
     @model_validator(mode="after")
     def _width(self) -> OpqSettings:
         for levels in self.levels.values() if isinstance(self.levels, dict) else (self.levels,):

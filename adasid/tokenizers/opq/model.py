@@ -19,7 +19,7 @@ from adasid.quantizers.product import (
 )
 from adasid.sid import PreviousCodes
 from adasid.tokenizers.opq import OpqSettings
-from adasid.tokenizers.spaces import Spaces
+from adasid.tokenizers.spaces import Quantized, Spaces
 
 
 class SubSpaces(nn.Module):
@@ -42,31 +42,31 @@ class SubSpaces(nn.Module):
         self.register_buffer("rotation", torch.eye(width))
         self.register_buffer("centroids", torch.zeros(levels, settings.codebook_size, width // levels))
 
-    def fit(self, x: Tensor, generator: torch.Generator) -> None:
-        """Fit components, rotation and centroids to a sample ``x`` [n, D] of float32."""
+    def fit(self, x: Tensor, generator: torch.Generator, weights: Tensor | None = None) -> None:
+        """Fit components, and to them rotation and centroids weighted by ``weights`` [n], to a sample ``x`` [n, D] of
+        float32."""
         s = self.settings
         components = principal_components(x, self.get_buffer("basis").shape[1], s.whiten)
         y = components.project(x)
         if s.engine == "faiss":
             quantizer = fit_opq_faiss(y, self.levels, s.codebook_size, s.rounds)
         else:
-            quantizer, _ = fit_opq(y, self.levels, s.codebook_size, s.rounds, s.momentum, generator)
+            quantizer, _ = fit_opq(y, self.levels, s.codebook_size, s.rounds, s.momentum, generator, weights)
         for name, value in (components._asdict() | quantizer._asdict()).items():
             self.get_buffer(name).copy_(value)
 
-    def forward(self, x: Tensor, previous: PreviousCodes | None = None) -> tuple[Tensor, Tensor]:
-        """Return the codes [n, L] and the decoded vectors [n, D] of ``x`` [n, D], in float64 so that codes do not
-        depend on the batch; ``previous``: codes [n, L]."""
+    def forward(self, x: Tensor, previous: PreviousCodes | None = None) -> Quantized:
+        """Quantize ``x`` [n, D] in float64, so that codes do not depend on the batch; ``previous``: codes [n, L]."""
         components = Components(*(self.get_buffer(name).double() for name in Components._fields))
         quantizer = ProductQuantizer(*(self.get_buffer(name).double() for name in ProductQuantizer._fields))
         codes = quantizer.codes(components.project(x), previous)
-        return codes, components.restore(quantizer.decode(codes))
+        decoded = components.restore(quantizer.decode(codes))
+        return Quantized(codes, decoded, x - decoded)
 
 
 class Opq(Spaces):
     """OPQ names its slots o0 to o{L-1}, or by modality."""
 
-    interchangeable = True
     settings: OpqSettings
 
     def __init__(self, settings: OpqSettings, widths: Mapping[str, int]) -> None:
@@ -75,15 +75,15 @@ class Opq(Spaces):
             {kind: SubSpaces(settings, kind, number, self.dimensions(kind)) for kind, number in self.levels.items()},
         )
 
-    def refine_space(self, kind: str, x: Tensor, rounds: int) -> None:
+    def refine_space(self, kind: str, x: Tensor, rounds: int, weights: Tensor | None) -> None:
         """Update centroids and rotation for ``rounds`` rounds; the components stay fixed."""
         space = self.quantizers[kind]
         components = Components(*(space.get_buffer(name) for name in Components._fields))
         start = ProductQuantizer(*(space.get_buffer(name) for name in ProductQuantizer._fields))
-        rotation, _ = refine_opq(components.project(x), start, rounds, self.settings.momentum)
+        rotation, _ = refine_opq(components.project(x), start, rounds, self.settings.momentum, weights)
         for name, value in rotation._asdict().items():
             space.get_buffer(name).copy_(value)
 
-    def fit_space(self, kind: str, x: Tensor, generator: torch.Generator) -> None:
+    def fit_space(self, kind: str, x: Tensor, generator: torch.Generator, weights: Tensor | None) -> None:
         """Fit components, rotation and centroids."""
-        self.quantizers[kind].fit(x, generator)  # type: ignore[operator]
+        self.quantizers[kind].fit(x, generator, weights)  # type: ignore[operator]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from adasid.settings import Section, Sizes
+from adasid.settings import Section, Share, Sizes
 from adasid.tokenizers.settings import SpacesSettings, Training
 
 if TYPE_CHECKING:
@@ -30,6 +30,16 @@ class RqKmeansSettings(SpacesSettings):
     name: Literal["rq-kmeans"] = Field(
         "rq-kmeans",
         description="residual k-means: plain, balanced, with an aligner trained on pairs, or for each modality",
+    )
+    damping: Share = Field(
+        1.0,
+        description="share of the codewords of earlier slots that a slot does not quantize again (eta): 1: residual "
+        "k-means, 0: parallel k-means, between: soft residual",
+    )
+    content_weight: float = Field(
+        0.7,
+        gt=0,
+        description="weight of each content modality, against 1 for behaviour, in what shared slots of levels read",
     )
     balanced: bool = Field(False, description="fit with clusters of equal size")
     aligner: Aligner | None = Field(
@@ -55,6 +65,11 @@ class RqKmeansSettings(SpacesSettings):
 
     @model_validator(mode="after")
     def _joint(self) -> RqKmeansSettings:
+        if self.balanced and self.count_power:
+            raise ValueError(
+                f"tokenizer.balanced makes clusters of equal size, but tokenizer.count_power is {self.count_power:g}: "
+                "set one of them"
+            )
         if isinstance(self.levels, dict) and self.aligner:
             fault = "tokenizer.aligner encodes the joint content vector, but tokenizer.levels names modalities"
             raise ValueError(f"{fault}: give a number, or no aligner")

@@ -1,0 +1,73 @@
+"""Combine the codes of several slots to n-grams, which are further tokens of an item (methods 7.7).
+
+An n-gram says what codes mean only together. Its row in the table is a hash that every language can compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from adasid.errors import InputError
+from adasid.settings import NGrams
+from adasid.sid import Slot
+from adasid.tables import PAD
+
+_OFFSET, _PRIME = 0xCBF29CE484222325 - 2**64, 0x100000001B3
+"""Offset basis, as int64, and prime of FNV-1a with 64 bits."""
+_CHUNK = 1 << 18
+"""Items whose n-grams are hashed at a time."""
+_LONGEST_PREFIX = 4
+_MOST_PAIRED = 4
+"""Largest group of parallel slots of which all pairs are n-grams; each slot of a larger one is in one pair."""
+
+
+def choose(ngrams: NGrams, slots: Sequence[Slot], parallel: bool) -> tuple[tuple[int, ...], ...]:
+    """Return the indices of the slots of each n-gram. ``parallel``: whether slots of one kind are independent of each
+    other, else each quantizes the residual of the one before.
+
+    ``auto``: by kind of slot the prefixes of up to 4 residual slots, or the pairs of parallel slots, and a pair of the
+    first slots of neighbouring kinds. Raises InputError for a name that is no slot."""
+    if ngrams == "none":
+        return ()
+    if ngrams != "auto":
+        index = {slot.name: position for position, slot in enumerate(slots)}
+        for name in {name for ngram in ngrams for name in ngram} - set(index):
+            raise InputError(f"ngrams: {name!r} is no slot of the tokenizer: name some of {', '.join(index)}")
+        return tuple(tuple(sorted(index[name] for name in ngram)) for ngram in ngrams)
+    groups = [
+        [index for index, slot in enumerate(slots) if slot.kind == kind]
+        for kind in dict.fromkeys(slot.kind for slot in slots)
+    ]
+    chosen = [ngram for group in groups for ngram in (_pairs(group) if parallel else _prefixes(group))]
+    return (*chosen, *((one[0], other[0]) for one, other in zip(groups, groups[1:])))
+
+
+def _prefixes(group: list[int]) -> list[tuple[int, ...]]:
+    return [tuple(group[:length]) for length in range(2, min(len(group), _LONGEST_PREFIX) + 1)]
+
+
+def _pairs(group: list[int]) -> list[tuple[int, ...]]:
+    return list(combinations(group, 2)) if len(group) <= _MOST_PAIRED else list(zip(group[::2], group[1::2]))
+
+
+def hashed(codes: Tensor, ngrams: Sequence[Sequence[int]], rows: int) -> Tensor:
+    """Return the row of each n-gram in a table of ``rows`` rows: ``codes`` [M, L] -> [M, G] int32; ``rows`` itself
+    where a code is PAD, so that such an item lacks the n-gram.
+
+    The hash is FNV-1a with 64 bits (Fowler, Noll and Vo; IETF draft-eastlake-fnv) of the pairs of slot index and code,
+    each as 4 bytes, least significant first; its halves are combined by exclusive or, then taken modulo ``rows``."""
+    table = torch.empty(len(codes), len(ngrams), dtype=torch.int32, device=codes.device)
+    for part, out in zip(codes.split(_CHUNK), table.split(_CHUNK)):
+        for column, ngram in enumerate(ngrams):
+            number = torch.full_like(part[:, 0], _OFFSET, dtype=torch.int64)
+            for slot in ngram:
+                for value in (torch.full_like(number, slot), part[:, slot].long()):
+                    for shift in (0, 8, 16, 24):
+                        number = (number ^ ((value >> shift) & 0xFF)) * _PRIME
+            folded = ((number >> 32) ^ number) & 0xFFFFFFFF
+            lacking = (part[:, list(ngram)] == PAD).any(1)
+            out[:, column] = torch.where(lacking, rows, folded % rows)
+    return table

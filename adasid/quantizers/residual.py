@@ -74,7 +74,7 @@ def residual_pass(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Quantize ``x`` [n, d] level by level, each the residual of the levels before. ``books``: codewords [K, d] of each
     level; ``assign(level, residual, book)`` returns codes [n], without gradients, and may fit the book first;
-    ``damping``: share of a codeword that is subtracted, from 0 (levels are parallel) to 1 (methods 6.6).
+    ``damping``: share of a codeword that is subtracted, from 0 (levels are parallel) to 1 (methods 6.3).
 
     Yields, for each level, codes [n], the residual [n, d] before it and its codewords [n, d]. Gradients pass through a
     residual to ``x`` only."""

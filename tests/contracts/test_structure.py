@@ -68,7 +68,7 @@ LAYERS = (
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 
-IMPLEMENTATION = ("base", "artifact", "encode", "inputs", "relabel", "spaces", "trained", "model")
+IMPLEMENTATION = ("base", "artifact", "axes", "encode", "inputs", "relabel", "spaces", "trained", "model")
 
 
 def level(module):

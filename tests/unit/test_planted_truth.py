@@ -24,6 +24,8 @@ SEEDS = (0, 1)
 def trained(settings, table, seed):
     """The tokenizer, and the whole table as a batch."""
     torch.manual_seed(seed)
+    if "interactions" not in table.column_names:
+        table = table.append_column("interactions", pa.array(np.zeros(len(table), np.int64)))
     shard = Shard(lambda columns: table.select(columns).to_batches(), settings.inputs)
     with tempfile.TemporaryDirectory() as folder:
         loop = TokenizerTraining(

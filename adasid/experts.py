@@ -36,7 +36,8 @@ class Trunk(nn.Module):
         super().__init__()
         self.experts, self.sizes = experts, [experts * hidden[0], *(size for size, _ in heads)]
         self.first = nn.Linear(width, sum(self.sizes))
-        self.rest = nn.ModuleList(GroupedLinear(experts, a, b) for a, b in zip(hidden, [*hidden[1:], latent]))
+        layers = zip(hidden, [*hidden[1:], latent]) if experts else ()
+        self.rest = nn.ModuleList(GroupedLinear(experts, a, b) for a, b in layers)
         self.heads = nn.ModuleList(nn.Linear(size, outputs) for size, outputs in heads)
 
     def start_at_zero(self) -> None:

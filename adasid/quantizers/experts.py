@@ -158,10 +158,11 @@ def _chosen(words: Tensor, codes: Tensor) -> Tensor:
     return words.gather(1, codes[:, :, None].expand(-1, -1, words.shape[2]))
 
 
-def codebook_loss(quantized: Quantized, active: Tensor, commitment: float) -> Tensor:
+def codebook_loss(quantized: Quantized, active: Tensor, commitment: float, scale: float = 1.0) -> Tensor:
     """Compute the codebook loss that the papers leave out (methods 1.4): sum over slots of the mean over the batch of
-    ``||sg(z) - q||^2 + commitment ||z - sg(q)||^2`` (VQ-VAE, arXiv 1711.00937, eq 3), only where ``active`` [L, B]."""
-    mask = active.to(quantized.latents.dtype)
+    ``||sg(z) - q||^2 + commitment ||z - sg(q)||^2`` (VQ-VAE, arXiv 1711.00937, eq 3), only where ``active`` [L, B];
+    ``scale``: the squared length that counts as 1."""
+    mask = active.to(quantized.latents.dtype) / scale
     codebook = ((quantized.latents.detach() - quantized.codewords) ** 2).sum(2)
     commit = ((quantized.latents - quantized.codewords.detach()) ** 2).sum(2)
     return ((codebook + commitment * commit) * mask).mean(1).sum()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -94,6 +96,11 @@ class Retriever(CausalEncoder, ABC):
         """Return the number of scores in memory for one user at a time."""
         return len(self.catalogue.rows)
 
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Compute once, within the context, what scores of many users need of the items."""
+        yield
+
 
 class _Scored(Retriever):
     """This head can score the whole catalogue."""
@@ -170,6 +177,7 @@ class ItemRetriever(_Scored):
         opens = torch.ones_like(order, dtype=torch.bool)
         opens[1:] = catalogue.group[order][1:] != catalogue.group[order][:-1]
         self.first = order[opens]  # one item of each SID, in the order of catalogue.group
+        self._items: Tensor | None = None
 
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Compute the loss; items that share the target's SID are no negatives."""
@@ -194,7 +202,19 @@ class ItemRetriever(_Scored):
 
     def score(self, prepared: Tensor, first: int, last: int) -> Tensor:
         """Return inner products."""
+        if self._items is not None:
+            return prepared @ self._items[first:last].T
         return prepared @ self.vectors(torch.arange(first, last, device=prepared.device)).T
+
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Compute the vectors of all items once, [M, width]."""
+        items = torch.arange(len(self.catalogue.rows), device=self.table.device)
+        self._items = torch.cat([self.vectors(part) for part in items.split(_CHUNK)])
+        try:
+            yield
+        finally:
+            self._items = None
 
 
 class ParallelRetriever(_Scored):

@@ -182,19 +182,16 @@ class RetrievalTraining(DownstreamTraining):
         rank_in_sid = torch.empty_like(order)  # index of an item within its SID
         rank_in_sid[order] = runs(sizes)[1]
         ranked = Ranked.none()
-        for part, states, targets in self._states(histories, mine, beam):
-            seen = (
-                None if self.settings.repeatable else distinct(torch.from_numpy(histories.last(part)).to(self.device))
-            )
-            (ranks, everywhere), before, size = (
-                self.model.ranks(states, targets, beam, seen),
-                rank_in_sid[targets],
-                sizes[group[targets]],
-            )
-            if seen is not None:  # items excluded from a list do not count in it
-                mates = (seen >= 0) & (group[seen] == group[targets][:, None]) & (seen != targets[:, None])
-                before, size = before - (mates & (seen < targets[:, None])).sum(1), size - mates.sum(1)
-            ranked += Ranked.of(ranks, everywhere, ranks - before, strata[targets], size)
+        with self.model.fixed_weights():
+            for part, states, targets in self._states(histories, mine, beam):
+                last = None if self.settings.repeatable else torch.from_numpy(histories.last(part)).to(self.device)
+                seen = None if last is None else distinct(last)
+                ranks, everywhere = self.model.ranks(states, targets, beam, seen)
+                before, size = rank_in_sid[targets], sizes[group[targets]]
+                if seen is not None:  # items excluded from a list do not count in it
+                    mates = (seen >= 0) & (group[seen] == group[targets][:, None]) & (seen != targets[:, None])
+                    before, size = before - (mates & (seen < targets[:, None])).sum(1), size - mates.sum(1)
+                ranked += Ranked.of(ranks, everywhere, ranks - before, strata[targets], size)
         sizes = torch.unique(self.workers.gather_ragged(ranked.sizes.to(self.device)))
         ranked = ranked.over(sizes.cpu())
         targets, everywhere, groups = (

@@ -1,11 +1,11 @@
 """Measure speed and memory as ratios to this machine's peak or to libraries that compute the same result.
 
-    python tests/benchmarks/bench.py [encoding single residual repulsion clusters product decoding waiting memory]
+    python tests/benchmarks/bench.py [encoding single residual repulsion clusters product decoding ngrams ...]
 
-The parts are encoding against the matrix-product peak, training and fitting against libraries, the cost of repulsion in
-a step, decoding, the share of an epoch spent waiting for data, memory against the size of the catalogue, and the time
-to encode one item through the Python API. Both sides of every ratio are measured in the same run, alternating, so that
-a slow or busy machine slows both.
+The parts are encoding against the matrix-product peak, training and fitting against libraries, the cost of repulsion
+in a step, decoding, n-grams of ten million items, the share of an epoch spent waiting for data, memory against the
+size of the catalogue, and the time to encode one item through the Python API. Both sides of every ratio are measured
+in the same run, alternating, so that a slow or busy machine slows both.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from adasid.data.shards import Batch, Shard
 from adasid.distributed import Workers
 from adasid.quantizers.product import ProductQuantizer, fit_opq, fit_opq_faiss
 from adasid.recommenders import retriever
+from adasid.recommenders.ngrams import choose
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR
@@ -322,6 +323,42 @@ def beam(items: int = 1_000_000, users: int = 128) -> None:
     print(f"prefixes                 {built:15.1f} s          peak memory above the imports {peak:.0f} MiB")
 
 
+def ngrams(items: int = 10_000_000, rows: int = 1 << 20) -> None:
+    """Print the time and memory of the n-grams of many items, and the time of a training step and of scoring a user
+    with them over that without."""
+    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (items, 6)))
+    slots = [Slot(f"{kind[0]}{i}", kind, 256) for kind in ("text", BEHAVIOR) for i in range(3)]
+    plain = ItemTokens(
+        codes + 257 * torch.arange(6), (257,) * 6, torch.ones(1, 6), (), torch.arange(items), torch.zeros(items, 0)
+    )
+    started = time.perf_counter()
+    combined = plain.with_ngrams(choose("auto", slots, parallel=False), rows)
+    size = combined.ngrams.numel() * combined.ngrams.element_size() / 2**20
+    print(f"n-grams                  {time.perf_counter() - started:15.1f} s          {items:,} items, {size:.0f} MiB")
+    steps, scored, drawn = list[float](), list[float](), torch.randint(items, (256, 21))
+    for tokens in (plain, combined):
+        model = retriever.build(config.Retrieval(), tokens)
+        optimizer, log_q = torch.optim.Adagrad(model.tables, lr=0.05), torch.zeros(items)
+
+        def step(
+            model: retriever.Retriever = model,
+            optimizer: torch.optim.Optimizer = optimizer,
+            log_q: torch.Tensor = log_q,
+        ) -> None:
+            optimizer.zero_grad()
+            valid = torch.ones(256, 20, dtype=torch.bool)
+            states, negatives = model.outputs(drawn[:, :-1], valid), drawn.flatten()[:1024]
+            model.loss(states, drawn[:, 1:].flatten(), negatives, log_q).backward()
+            optimizer.step()
+
+        steps.append(seconds(step, 3.0))
+        with torch.inference_mode(), model.fixed_weights():
+            state = torch.randn(64, model.settings.width)
+            scored.append(seconds(lambda model=model, state=state: model.top(state, 100), 3.0) / 64)  # type: ignore[misc]
+    text = f"with {rows:,} rows a step takes {steps[1]:.2f} s, {steps[1] / steps[0]:.2f} times that without; a user"
+    print(f"{'':41}{text} {1000 * scored[1]:.0f} ms, {scored[1] / scored[0]:.2f} times")
+
+
 def waiting(items: int = 20_000) -> None:
     """Print the share of an epoch that a worker waits for its batches."""
     shard, rows = train(items)
@@ -339,7 +376,11 @@ def train(items: int) -> tuple[Shard, list[dict[str, float]]]:
     def read(names: list[str]) -> Iterator[pa.RecordBatch]:
         for start in range(0, items, 4096):
             rng, index = np.random.default_rng(start), np.arange(start, min(start + 4096, items))
-            made = {"item_index": pa.array(index), "richness": pa.array(rng.random(len(index), np.float32))}
+            made = {
+                "item_index": pa.array(index),
+                "richness": pa.array(rng.random(len(index), np.float32)),
+                "interactions": pa.array(np.zeros(len(index), np.int64)),
+            }
             for m in set(names) & set(WIDTHS):
                 values = pa.array(rng.standard_normal(len(index) * WIDTHS[m], np.float32))
                 made[m] = pa.ListArray.from_arrays(np.arange(0, len(values) + 1, WIDTHS[m], dtype=np.int32), values)
@@ -361,6 +402,7 @@ PARTS: tuple[Callable[[], None], ...] = (
     clusters,
     product,
     decoding,
+    ngrams,
     waiting,
     memory,
 )

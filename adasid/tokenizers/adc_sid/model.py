@@ -24,6 +24,7 @@ from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.adc_sid import AdcSidSettings
 from adasid.tokenizers.adc_sid.axes import Axes
 from adasid.tokenizers.base import Losses, sample
+from adasid.tokenizers.settings import SHARED
 from adasid.tokenizers.trained import TrainedTokenizer
 
 _BINS = 10_000
@@ -54,13 +55,13 @@ class AdcSid(TrainedTokenizer):
             with torch.no_grad():
                 self.trunks[BEHAVIOR].get_parameter("heads.1.bias").fill_(1.0)  # the gate starts dense (ReMoE, stage I)
         joint = len(self.modalities) * s.projector_width
-        self.shared = Trunk(joint, s.shared_experts if trained else 0, s.hidden, width)
-        if self.axes and trained:
+        self.shared = Trunk(joint, s.shared_experts, s.hidden, width) if trained else None
+        if self.axes and self.shared:
             for trunk in (*self.trunks.values(), self.shared):  # the networks begin at zero, experts as the axes
                 trunk.start_at_zero()  # type: ignore[operator]
         kinds = [slot.kind for slot in self.slots]
         before = torch.tensor(
-            [[j < i and kinds[j] in ("shared", kind) for j in range(len(kinds))] for i, kind in enumerate(kinds)]
+            [[j < i and kinds[j] in (SHARED, kind) for j in range(len(kinds))] for i, kind in enumerate(kinds)]
         )
         reads = torch.stack([self.axes.reads(kind) for kind in kinds]) if self.axes else None
         self.codebooks = ExpertCodebooks(len(self.slots), s.codebook_size, width, s.distance, s.damping, before, reads)
@@ -91,13 +92,15 @@ class AdcSid(TrainedTokenizer):
             else:
                 gates = torch.softmax(heads[1], dim=1)
             weights[m] = (gates * present).T
-        latents = {"shared": self.shared(torch.cat([projections[m] for m in self.modalities], dim=1))[0], **latents}
+        if self.shared:
+            z, _ = self.shared(torch.cat([projections[m] for m in self.modalities], dim=1))
+            latents = {SHARED: z, **latents}
         if self.axes:
             starts = self.axes(x)
-            latents = {kind: starts[kind] + z if len(z) else starts[kind] for kind, z in latents.items()}
+            latents = {kind: starts[kind] + latents[kind] for kind in starts} if self.shared else starts
         counts = Counter(slot.kind for slot in self.slots)
         latents = {kind: z.expand(counts[kind], -1, -1) for kind, z in latents.items()}
-        ones = torch.ones(counts["shared"], len(batch), dtype=batch.richness.dtype, device=batch.richness.device)
+        ones = torch.ones(counts[SHARED], len(batch), dtype=batch.richness.dtype, device=batch.richness.device)
         return torch.cat(list(latents.values())), torch.cat([ones, *weights.values()]), projections
 
     def _scale(self, richness: Tensor) -> Tensor:
@@ -205,7 +208,8 @@ class AdcSid(TrainedTokenizer):
         for loss, figures in extra:
             total, parts = total + loss, {**parts, **figures}
         if self.quantizing:
-            codebook = codebook_loss(quantized, active, s.commitment)
+            scale = float(s.latent_width) if s.distance == "euclidean" else 1.0
+            codebook = codebook_loss(quantized, active, s.commitment, scale)
             total = total + s.codebook_weight * codebook
             parts["codebook"] = float(codebook.detach())
             self.codebooks.used += workers.sum(self.codebooks.counts(quantized.codes, active))

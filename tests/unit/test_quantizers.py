@@ -7,7 +7,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from adasid.experts import GroupedLinear, Trunk
 from adasid.quantizers.experts import ExpertCodebooks, codebook_loss
-from adasid.quantizers.kmeans import means_of, nearest, previous_or_nearest, spherical_kmeans
+from adasid.quantizers.kmeans import lloyd_round, means_of, nearest, previous_or_nearest, spherical_kmeans
 from adasid.quantizers.residual import ResidualCodebooks
 from adasid.sid import PreviousCodes
 
@@ -80,6 +80,36 @@ def test_codebook_loss_by_hand():
     active = torch.tensor([[True, True, False]])
     half = 2 - 2 * np.cos(np.pi / 4)
     assert codebook_loss(books(latents), active, 0.25).item() == pytest.approx(1.25 * half / 3, rel=1e-5)
+
+
+def test_a_damped_slot_quantizes_what_earlier_slots_leave_in_the_dimensions_that_it_reads():
+    before = torch.tensor([[False, False, False], [True, False, False], [True, True, False]])
+    reads = torch.tensor([[True, True], [True, False], [False, True]])
+    books = ExpertCodebooks(3, 2, 2, "euclidean", 0.5, before, reads)
+    books.weight.data = torch.tensor([[[4.0, 2], [0, 0]], [[1.0, 0], [3, 0]], [[0.0, 0], [0, -1]]])
+    latents = torch.tensor([[[5.0, 1]], [[5.0, 0]], [[0.0, 1]]])
+    # slot 0: (5, 1) -> (4, 2). Slot 1: (5, 0) - half of (4, .) -> (3, 0). Slot 2: (0, 1) - half of (., 2 + 0) -> (0, 0)
+    out = books(latents)
+    assert out.codes[:, 0].tolist() == [0, 1, 0]
+    assert out.latents[:, 0].tolist() == [[5, 1], [3, 0], [0, 0]]
+    assert torch.equal(books.codes(latents), out.codes)
+    held = books(latents, PreviousCodes(torch.tensor([[1], [0], [0]]), 100.0))
+    assert held.codes[:, 0].tolist() == [1, 0, 0], "previous codes are kept, and what they leave is quantized"
+    assert held.latents[:, 0].tolist() == [[5, 1], [5, 0], [0, 1]]
+
+
+def test_damped_codebooks_are_initialised_slot_by_slot_as_they_quantize():
+    rows = torch.randn(1, 500, 4, generator=generator()).expand(3, -1, -1)
+    before = torch.ones(3, 3).tril(-1).bool()
+    books = ExpertCodebooks(3, 16, 4, "euclidean", 1.0, before)
+    books.initialise(rows, torch.ones(3, 500, dtype=torch.bool), 20, generator(1))
+    with torch.no_grad():
+        out = books(rows)
+    error = [float((rows[0] - out.codewords[: slot + 1].sum(0)).square().sum()) for slot in range(3)]
+    assert error[0] > 2 * error[1] > 4 * error[2], "with damping 1 the slots are residual"
+    for slot in range(3):
+        means, _ = lloyd_round(out.latents[slot], books.weight[slot].detach())
+        assert (means - books.weight[slot]).norm() < 0.1 * books.weight[slot].norm()
 
 
 def test_dead_codes_come_back_from_active_latents():

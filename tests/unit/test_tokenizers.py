@@ -40,6 +40,14 @@ SECTIONS = {
         **{"name": "adc-sid", **MIXTURE, "router": {"hidden": 16, "gate": "switch"}},
         "straight_through": "sum",
     },
+    "adc-sid from axes": {
+        **{"name": "adc-sid", **MIXTURE, "router": {"hidden": 16}, "start": "axes", "distance": "euclidean"},
+        **{"shared_experts": 2, "content_experts": {"text": 2, "visual": 1}, "damping": 0.5, "count_power": 0.5},
+    },
+    "adc-sid fixed": {
+        **{"name": "adc-sid", **MIXTURE, "router": {"hidden": 16}, "start": "axes", "experts": "fixed"},
+        **{"codebooks": "fixed", "distance": "cosine", "damping": 0.5, "shared_experts": 2},
+    },
     "ada-sid": {
         **{"name": "ada-sid", **MIXTURE, "router": {"hidden": 16, "sparsity": 0.4, "item_weight": 0.1}},
         "behavior_experts": 4,
@@ -54,6 +62,10 @@ SECTIONS = {
     "rq-kmeans": {"name": "rq-kmeans", "codebook_size": 8, "levels": 3},
     "rq-kmeans balanced": {"name": "rq-kmeans", "codebook_size": 8, "levels": 3, "balanced": True},
     "rq-kmeans by modality": {"name": "rq-kmeans", "codebook_size": 8, "levels": EACH},
+    "rq-kmeans shared, soft": {
+        **{"name": "rq-kmeans", "codebook_size": 8, "levels": {"shared": 2, **EACH}},
+        **{"damping": 0.5, "count_power": 0.5},
+    },
     "rq-kmeans aligned": {
         **{"name": "rq-kmeans", "codebook_size": 8, "levels": 2},
         "aligner": {"width": 8, "hidden": [32], "training": {**TRAINING, "epochs": 40}},

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -51,12 +53,31 @@ def lake(tmp_path: Path):
     return Lake(str(tmp_path / "lake"), {})
 
 
+@cache
+def _store() -> bytes:
+    """Return an MLflow store without runs: creating its tables takes seconds, copying them none."""
+    from mlflow import MlflowClient
+
+    with TemporaryDirectory() as folder:
+        MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+        return (Path(folder) / "mlflow.db").read_bytes()
+
+
+def give_store(run: Path) -> None:
+    """Put an MLflow store without runs into the folder of a run that has none."""
+    if not (run / "mlflow.db").exists():
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "mlflow.db").write_bytes(_store())
+
+
 @pytest.fixture
 def make_config(tmp_path: Path):
     """Build a config whose runs live in the test's own folder."""
 
     def make(**sections: Any) -> Config:
-        return build({"name": "t", "runs_dir": str(tmp_path / "runs"), **sections})
+        cfg = build({"name": "t", "runs_dir": str(tmp_path / "runs"), **sections})
+        give_store(cfg.run_dir)
+        return cfg
 
     return make
 

@@ -11,7 +11,7 @@ import yaml
 
 from pipelines import chain
 from pipelines.engines.lake import Lake
-from tests.conftest import INTERPRETED
+from tests.conftest import INTERPRETED, give_store
 
 ROOT = Path(__file__).parents[2]
 ITEMS = 600
@@ -70,6 +70,7 @@ def config_file(folder, name, workers=0, **changes):
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(data))
+    give_store(folder / "runs" / name)
     return path
 
 

@@ -18,7 +18,7 @@ import yaml
 from adasid.config import load
 from pipelines import chain
 from pipelines.publish import generations
-from tests.conftest import INTERPRETED
+from tests.conftest import INTERPRETED, give_store
 from tests.end_to_end.nights import rows_of
 from tests.end_to_end.running import ROOT, lake_of, run_stage
 
@@ -79,6 +79,7 @@ def published(spark, tmp_path_factory):
     source, path = Source(folder), folder / "days.yaml"
     files = {name: str(folder / f"{name}.parquet") for name in ("items", "interactions")}
     tables = {"kind": "tables", "tables": {**files, "format": "parquet"}}
+    give_store(folder / "runs" / "days")
     path.write_text(yaml.safe_dump({"name": "days", "runs_dir": str(folder / "runs"), "source": tables, **SETTINGS}))
     cfg = load(path)
     for name, _ in chain.STAGES:

@@ -17,6 +17,7 @@ from pipelines import features, stage
 from pipelines.engines import tracking
 from pipelines.engines.spark import struct, write
 from pipelines.features import events, items
+from tests.conftest import give_store
 
 MODALITIES = ("text", "visual")
 COLD = ("i98", "i99")
@@ -45,6 +46,7 @@ def catalogue():
 
 
 def config(root, **sections):
+    give_store(root / "t")
     return build(
         {
             "name": "t",

@@ -54,7 +54,8 @@ def fit(
     modalities. ``behavior`` is the behaviour embedding, all others are content. A row of NaN or of zeros, or a null,
     says that the item lacks the modality. The columns ``item_id``, ``item_index``, ``interactions`` (counts) and
     ``richness`` of a table are read if present, so a run's table ``item_features`` can be passed as it is.
-    ``counts`` [n]: training interactions of each item.
+    ``counts`` [n]: training interactions of each item; without them all items count alike where ``count_power`` weighs
+    items by them.
     ``richness`` [n] in [0, 1]: how much is known about each item; replaces the richness computed from the data.
     ``pairs`` [p, 2]: row numbers of co-engaged items. An item (first column) is trained with its partners (second
     column), so give both directions. Needed by tokenizers that learn from pairs, refused by the others.

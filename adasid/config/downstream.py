@@ -22,7 +22,12 @@ class Retrieval(Section):
         description="lists of slots, by name, whose codes together are a further token of an item; auto: prefixes of "
         "residual slots, pairs of parallel ones, and pairs across modalities; none",
     )
-    ngram_rows: int = Field(65_536, ge=1, lt=2**31, description="rows of the table that n-grams are hashed into")
+    ngram_rows: int = Field(32_768, ge=1, lt=2**31, description="rows of the table that n-grams are hashed into")
+    ngram_dropout: Share = Field(
+        0.0,
+        description="share of items that are trained without their n-grams at a step, so that items without known "
+        "n-grams, the new ones, are ranked well among the others",
+    )
     width: int = Field(64, ge=2, description="width of tokens and states")
     blocks: int = Field(2, ge=1, description="transformer blocks of the encoder")
     decoder_blocks: int = Field(1, ge=1, description="transformer blocks of the autoregressive decoder")
@@ -99,7 +104,7 @@ class Ranking(Section):
         "auto", description="concat and sum: n-grams, as retrieval.ngrams, whose embeddings are added to that vector"
     )
     ngram_rows: int = Field(
-        65_536, ge=1, lt=2**31, description="rows of the table that n-grams, or prefixes, are hashed into"
+        32_768, ge=1, lt=2**31, description="rows of the table that n-grams, or prefixes, are hashed into"
     )
     weights: bool = Field(
         True,

@@ -54,8 +54,18 @@ class Retriever(CausalEncoder, ABC):
         flat = items.reshape(-1)
         total = nnf.embedding_bag(self.catalogue.rows[flat], self.table, mode="sum")
         if self.ngrams is not None:
-            total = total + embedded_ngrams(self.catalogue, self.ngrams, flat)
+            total = total + self._ngrams(flat)
         return total.view(*items.shape, -1) / math.sqrt(len(self.catalogue.sizes))
+
+    def _ngrams(self, items: Tensor) -> Tensor:
+        """Return the sum of the embeddings of the n-grams of ``items`` [n] -> [n, width]; in training none for a share
+        ``ngram_dropout`` of them."""
+        assert self.ngrams is not None
+        total = embedded_ngrams(self.catalogue, self.ngrams, items)
+        share = self.settings.ngram_dropout
+        if not self.training or not share:
+            return total
+        return total * (torch.rand(len(items), 1, device=items.device) >= share)
 
     def states(self, histories: Tensor) -> Tensor:
         """Return the state after each event of ``histories`` [B, T], padded at the end with -1 -> [B, T, width]. Each

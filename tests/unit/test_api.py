@@ -63,7 +63,8 @@ def pairs():
 
 def fitted(name, data, pairs, **changed):
     given = {"pairs": pairs} if name == "quasid" else {}
-    given = {"richness": np.linspace(1, 0, 400), "progress": False, **given}
+    counts = np.maximum(0, 200 - np.arange(400))  # as in the table
+    given = {"richness": np.linspace(1, 0, 400), "counts": counts, "progress": False, **given}
     return adasid.fit(name, data, **{**given, **FITS[name], **changed})
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from adasid.settings import Section, Share, Sizes
 from adasid.tables import BEHAVIOR
-from adasid.tokenizers.settings import Experts, TrainedSettings, check_slots
+from adasid.tokenizers.settings import Experts, Revival, TrainedSettings, Training, check_slots
 
 if TYPE_CHECKING:
     from adasid.tokenizers.base import Tokenizer
@@ -64,21 +64,37 @@ class Router(Section):
     hidden: int = Field(64, ge=1, description="hidden width of the gates")
 
 
+class ShortTraining(Training):
+    """The training loop of experts that begin as principal axes."""
+
+    epochs: int = Field(10, ge=2, description="epochs: each sees as many rows as there are items")
+    lr: float = Field(0.0001, gt=0, description="AdamW learning rate at the start; cosine decay to 0")
+
+
+class NoRevival(Revival):
+    """No code is replaced unless asked for: replacing codes that few items have takes those of popular items away."""
+
+    min_share: float = Field(
+        0.0, ge=0, description="a code used less than this share of its fair share 1/K is revived; 0: none"
+    )
+
+
 class AdcSidSettings(TrainedSettings):
-    """ADC-SID (arXiv 2510.25622 v3), with the paper's settings on Beauty where it states them."""
+    """ADC-SID (arXiv 2510.25622 v3), started from principal axes. The paper's form: start: random, distance: cosine,
+    damping: 0, count_power: 0, revival: {min_share: 0.25}, training: {epochs: 100, lr: 0.001}."""
 
     name: Literal["adc-sid"] = Field(
         "adc-sid",
         description="mixture of quantization, alignment by richness, weighted slots",
     )
-    shared_experts: int = Field(1, ge=1, description="experts that read all modalities (N_s)")
+    shared_experts: int = Field(2, ge=1, description="experts that read all modalities (N_s)")
     content_experts: Experts = Field(
         {"text": 1, "visual": 1},
         description="experts of each content modality (N_t, N_v, ...); not given: one for each of features.content",
     )
-    behavior_experts: int = Field(3, ge=1, description="experts of the behaviour modality (N_b)")
+    behavior_experts: int = Field(2, ge=1, description="experts of the behaviour modality (N_b)")
     start: Literal["axes", "random"] = Field(
-        "random",
+        "axes",
         description="axes: an expert begins as the linear map to the principal axes of what it reads, each modality in "
         "dimensions of its own; random: as a random network (the paper)",
     )
@@ -91,15 +107,15 @@ class AdcSidSettings(TrainedSettings):
         description="start: axes: weight of a content modality, against 1 for behaviour, in what shared experts read",
     )
     distance: Literal["cosine", "euclidean"] = Field(
-        "cosine", description="how the nearest codeword is found; cosine: by direction alone (the paper)"
+        "euclidean", description="how the nearest codeword is found; cosine: by direction alone (the paper)"
     )
     damping: Share = Field(
-        0.0,
+        0.5,
         description="share of the codewords of shared slots and of earlier slots of its modality that a slot does not "
         "quantize again (eta); 0: slots are parallel (the paper)",
     )
     count_power: Share = Field(
-        0.0,
+        0.5,
         description="an item counts when codebooks are initialised by (its training interactions + 1) to this power",
     )
     codebooks: Literal["trained", "fixed"] = Field(
@@ -132,6 +148,8 @@ class AdcSidSettings(TrainedSettings):
     )
     controller: Controller = Field(Controller(), description="alignment strength controller")
     router: Router = Field(Router(), description="dynamic behaviour gate")
+    revival: NoRevival = Field(NoRevival(), description="revival of dead codes")
+    training: ShortTraining = Field(ShortTraining(), description="the training loop")
 
     def build(self, widths: Mapping[str, int]) -> Tokenizer:
         """Return the untrained tokenizer."""

@@ -24,7 +24,7 @@ class Retrieval(Section):
     )
     ngram_rows: int = Field(32_768, ge=1, lt=2**31, description="rows of the table that n-grams are hashed into")
     ngram_dropout: Share = Field(
-        0.0,
+        0.2,
         description="share of items that are trained without their n-grams at a step, so that items without known "
         "n-grams, the new ones, are ranked well among the others",
     )

@@ -168,8 +168,8 @@ EXPERTS = Claim(
         TESTED,
         {
             "adc-sid, 1 behaviour expert": 1,
-            "adc-sid, 2 behaviour experts": 2,
-            OURS: 3,
+            OURS: 2,
+            "adc-sid, 3 behaviour experts": 3,
             "adc-sid, 5 behaviour experts": 5,
         },
     ),

@@ -105,8 +105,8 @@ def test_what_is_evaluated_derives_in_the_same_way():
 def test_an_override_of_the_base_reaches_what_derives_from_it():
     cfg = config.load(CONF / "beauty.yaml", ["compare.tokenizers.adc-sid.behavior_experts=4"])
     experts = {label: getattr(settings, "behavior_experts", 0) for label, settings in cfg.compare.tokenizers.items()}
-    assert experts["adc-sid"] == experts["adc-sid, switch"] == 4
-    assert experts["adc-sid, 1 behaviour expert"] == 1 and experts["ada-sid"] == 5
+    assert experts["adc-sid"] == experts["adc-sid, no alignment"] == 4
+    assert experts["adc-sid, as published"] == 3 and experts["ada-sid"] == 5
 
 
 @pytest.mark.parametrize(

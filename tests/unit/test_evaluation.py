@@ -222,11 +222,6 @@ def test_table_2_has_item_ids_and_both_gains_under_the_model_that_both_have():
             {"adc-sid": 0.2, "opq": 0.1, "letter": 0.3, "random": 0.9},
             ("Table 2 of", "agrees in opq (R@50 -50.0%", "contradicts it in letter (R@50 +50.0%"),
         ),
-        (
-            "What the gate learns by, and carries",
-            {"adc-sid": 0.2, "adc-sid, switch": 0.1, "adc-sid, equal gate": 0.1},
-            (),
-        ),
     ],
 )
 def test_a_study_says_what_the_paper_claims_and_what_ours_says_to_it(title, values, said):

@@ -79,7 +79,7 @@ def catalogue():
 @pytest.mark.parametrize("head", ["item", "parallel", "autoregressive"])
 def test_an_item_is_the_sum_of_its_tokens_and_ngrams(head, catalogue):
     torch.manual_seed(0)
-    model = retriever.build(config.Retrieval(head=head, width=8, dropout=0.0), catalogue)
+    model = retriever.build(config.Retrieval(head=head, width=8, dropout=0.0), catalogue).eval()
     items = torch.arange(4)
     plain = model.vectors(items)
     assert not model.ngrams.any(), "an n-gram starts at zero"
@@ -119,3 +119,16 @@ def test_prefixes_are_ngrams_of_all_lengths(catalogue):
     vectors = ItemVectors(config.Ranking(items="prefix", width=6, ngram_rows=1000), catalogue)
     assert torch.equal(vectors.rows, hashed(catalogue.codes, [(0,), (0, 1), (0, 1, 2)], 1000))
     assert vectors.ngrams is None
+
+
+def test_in_training_a_share_of_the_items_has_no_ngrams(catalogue):
+    torch.manual_seed(0)
+    model = retriever.build(config.Retrieval(width=8, dropout=0.0, ngram_dropout=0.3), catalogue)
+    items = torch.zeros(2000, dtype=torch.int64)
+    plain = model.vectors(items[:1])
+    torch.nn.init.normal_(model.ngrams)
+    whole = model.eval().vectors(items)
+    assert (whole == whole[0]).all() and not torch.equal(whole[:1], plain)
+    without = (model.train().vectors(items) - plain).abs().sum(1) < 1e-6
+    assert without.double().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.allclose(model.vectors(items).max(0).values, torch.maximum(whole[0], plain[0]))

@@ -14,6 +14,7 @@ from adasid.errors import InputError
 from adasid.settings import NGrams
 from adasid.sid import Slot
 from adasid.tables import PAD
+from adasid.tokenizers.settings import SHARED
 
 _OFFSET, _PRIME = 0xCBF29CE484222325 - 2**64, 0x100000001B3
 """Offset basis, as int64, and prime of FNV-1a with 64 bits."""
@@ -28,8 +29,9 @@ def choose(ngrams: NGrams, slots: Sequence[Slot], parallel: bool) -> tuple[tuple
     """Return the indices of the slots of each n-gram. ``parallel``: whether slots of one kind are independent of each
     other, else each quantizes the residual of the one before.
 
-    ``auto``: by kind of slot the prefixes of up to 4 residual slots, or the pairs of parallel slots, and a pair of the
-    first slots of neighbouring kinds. Raises InputError for a name that is no slot."""
+    ``auto``: by kind of slot the prefixes of up to 4 residual slots, which begin with the first shared slot if there are
+    shared slots, or the pairs of parallel slots; and a pair of the first slots of neighbouring kinds. Raises InputError
+    for a name that is no slot."""
     if ngrams == "none":
         return ()
     if ngrams != "auto":
@@ -37,12 +39,15 @@ def choose(ngrams: NGrams, slots: Sequence[Slot], parallel: bool) -> tuple[tuple
         for name in {name for ngram in ngrams for name in ngram} - set(index):
             raise InputError(f"ngrams: {name!r} is no slot of the tokenizer: name some of {', '.join(index)}")
         return tuple(tuple(sorted(index[name] for name in ngram)) for ngram in ngrams)
-    groups = [
-        [index for index, slot in enumerate(slots) if slot.kind == kind]
+    groups = {
+        kind: [index for index, slot in enumerate(slots) if slot.kind == kind]
         for kind in dict.fromkeys(slot.kind for slot in slots)
-    ]
-    chosen = [ngram for group in groups for ngram in (_pairs(group) if parallel else _prefixes(group))]
-    return (*chosen, *((one[0], other[0]) for one, other in zip(groups, groups[1:])))
+    }
+    shared = [] if parallel or len(groups) == 1 else groups.pop(SHARED, [])
+    paths = [shared, *(shared[:1] + group for group in groups.values())]
+    chosen = [ngram for path in paths for ngram in (_pairs(path) if parallel else _prefixes(path))]
+    modalities = list(groups.values())
+    return (*chosen, *((one[0], other[0]) for one, other in zip(modalities, modalities[1:])))
 
 
 def _prefixes(group: list[int]) -> list[tuple[int, ...]]:

@@ -29,9 +29,9 @@ def choose(ngrams: NGrams, slots: Sequence[Slot], parallel: bool) -> tuple[tuple
     """Return the indices of the slots of each n-gram. ``parallel``: whether slots of one kind are independent of each
     other, else each quantizes the residual of the one before.
 
-    ``auto``: by kind of slot the prefixes of up to 4 residual slots, which begin with the first shared slot if there are
-    shared slots, or the pairs of parallel slots; and a pair of the first slots of neighbouring kinds. Raises InputError
-    for a name that is no slot."""
+    ``auto``: by kind of slot the prefixes of up to 4 residual slots, beginning with the first shared slot where there
+    are shared slots, or the pairs of parallel slots; and a pair of the first slots of neighbouring kinds. Raises
+    InputError for a name that is no slot."""
     if ngrams == "none":
         return ()
     if ngrams != "auto":

@@ -50,8 +50,8 @@ def test_every_table_is_there_and_every_item_has_one_sid(on_ray, folder):
         assert len(row["codes"]) == len(row["weights"]) == len(row["active"]) == len(row["tokens"]) == 6
         assert row["active"] == [weight > 0 for weight in row["weights"]]
         if strata[row["item_id"]] == "cold":
-            assert row["codes"][3:] == [tables.PAD] * 3
-            assert row["tokens"][5] == "<b2_pad>"
+            assert row["codes"][4:] == [tables.PAD] * 2
+            assert row["tokens"][5] == "<b1_pad>"
 
 
 def test_collision_ranks_follow_count_then_id(on_ray, folder):

@@ -30,7 +30,6 @@ INTERPRETED = {
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.sql.adaptive.enabled": "false",
     "spark.databricks.delta.snapshotPartitions": "1",
-    "spark.databricks.delta.stats.collect": "false",
 }
 """Spark settings for tables of a few rows, which run faster than they compile or are planned again."""
 DATA = Path(__file__).parents[2] / "shared" / "data"

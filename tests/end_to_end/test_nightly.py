@@ -130,7 +130,7 @@ def test_a_small_nightly_run_without_spark_publishes_what_spark_would(shop, tmp_
         if how == "change feed":
             follow(spark, lake)
         features = lake.read("item_features")
-        step = next_day(features, seed=5)
+        step = next_day(features, seed=5, noise=1.5)
         merge(spark, lake, step) if how == "change feed" else put(lake, step, "step")
         kinds = step["stratum"].to_pylist()
         places = {
@@ -140,7 +140,7 @@ def test_a_small_nightly_run_without_spark_publishes_what_spark_would(shop, tmp_
         for name, column in places.items():
             place = step.column_names.index(name)
             step = step.set_column(place, step.schema.field(name), column)
-        gone = without(next_day(step, seed=6), ["new5-00000"])
+        gone = without(next_day(step, seed=6, noise=1.5), ["new5-00000"])
         if how == "change feed":
             merge(
                 spark,
@@ -299,7 +299,7 @@ def test_auto_follows_the_drift_and_stays_frozen_where_gates_refuse_the_other_po
     put(lake, noisy(lake.read("item_features"), 7, 0.02), "moved")
     auto = "retokenize.policy=auto", "retokenize.auto.refit_error=50", "retokenize.small_night=0"
     moved = "retokenize.auto.warm_norms=1.0e-9"
-    night(path, "2026-01-04", *auto, moved, "retokenize.warm.lr=0.01", "retokenize.gates.max_churn=0.1")
+    night(path, "2026-01-04", *auto, moved, "retokenize.warm.lr=0.1", "retokenize.gates.max_churn=0.001")
     row = generations.live(lake)
     assert (row.generation, row.policy, row.drift["asked"], row.tokenizer) == (2, "frozen", "warm", first)
     html = (load(path).run_dir / "report" / "nights" / "index.html").read_text(encoding="utf-8")

@@ -73,7 +73,7 @@ def test_tables_of_ones_own_become_sids_and_metrics_as_the_readme_says(tables):
         said.append((done.stdout + done.stderr).strip().splitlines()[-1])
     _, retrieval, ranking = said
     assert float(re.search(r"test recall@10 ([\d.]+)", retrieval)[1]) > 3 * 10 / ITEMS
-    assert 0 < float(re.search(r"test auc ([\d.]+)", ranking)[1]) < 1  # so few samples teach it little
+    assert 0.5 < float(re.search(r"test auc ([\d.]+)", ranking)[1]) <= 1  # a topic decides the rating
     assert "labels ratings | split global_time" in ranking
     (result,) = (tables / "runs" / "mine" / "artifacts" / "retrieval").glob("*/result.json")
     strata = json.loads(result.read_text(encoding="utf-8"))["strata"]

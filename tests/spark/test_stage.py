@@ -61,7 +61,7 @@ def made(spark, tmp_path_factory):
 def ready(made, tmp_path):
     """A config and its lake: a copy of the run, one for each test."""
     cfg = settings(tmp_path)
-    shutil.copytree(settings(made).run_dir, cfg.run_dir)
+    shutil.copytree(settings(made).run_dir, cfg.run_dir, dirs_exist_ok=True)
     return cfg, Run(cfg).lake
 
 

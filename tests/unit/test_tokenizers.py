@@ -26,19 +26,23 @@ SMALL = {"codebook_size": 8, "revival": {"every": 20}, "training": TRAINING}
 MIXTURE = {**SMALL, "latent_width": 16, "projector_width": 32, "hidden": [48, 32], "decoder_hidden": [32, 48]}
 RESIDUAL = {**SMALL, "latent_width": 8, "hidden": [48, 32], "levels": 3}
 EACH = {"text": 2, "visual": 1, "behavior": 1}
+PUBLISHED = {
+    **{"start": "random", "distance": "cosine", "damping": 0.0, "count_power": 0.0, "behavior_experts": 3},
+    "revival": {"every": 20, "min_share": 0.25},
+}
 SECTIONS = {
     "adc-sid": {"name": "adc-sid", **MIXTURE, "router": {"hidden": 16}},
     "adc-sid two experts": {
         **{"name": "adc-sid", **MIXTURE, "router": {"hidden": 16}},
-        **{"shared_experts": 2, "content_experts": {"text": 2, "visual": 2}},
+        **{**PUBLISHED, "shared_experts": 2, "content_experts": {"text": 2, "visual": 2}},
     },
     "adc-sid without its parts": {
         **{"name": "adc-sid", **MIXTURE, "router": {"gate": "equal"}},
         **{"controller": {"enabled": False}, "alignment_weight": 0.0},
     },
     "adc-sid switch": {
-        **{"name": "adc-sid", **MIXTURE, "router": {"hidden": 16, "gate": "switch"}},
-        "straight_through": "sum",
+        **{"name": "adc-sid", **MIXTURE, **PUBLISHED, "shared_experts": 1},
+        **{"router": {"hidden": 16, "gate": "switch"}, "straight_through": "sum"},
     },
     "adc-sid from axes": {
         **{"name": "adc-sid", **MIXTURE, "router": {"hidden": 16}, "start": "axes", "distance": "euclidean"},

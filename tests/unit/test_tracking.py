@@ -16,21 +16,9 @@ from pipelines.run import Run
 from pipelines.training.register import register
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder whose store is made once: its tables take seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    cfg = config.build({"name": "t", "runs_dir": str(folder)})
-    MlflowClient(Run(cfg).tracking_uri).search_experiments()
-    return cfg.run_dir / "mlflow.db"
-
-
 @pytest.fixture
-def cfg(made, make_config):
-    cfg = make_config()
-    cfg.run_dir.mkdir(parents=True)
-    shutil.copy(made, cfg.run_dir / "mlflow.db")
-    return cfg
+def cfg(make_config):
+    return make_config()
 
 
 def client_of(cfg):

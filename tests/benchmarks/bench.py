@@ -45,12 +45,14 @@ from adasid.tokenizers.rq_vae.model import RqVae
 from adasid.training.tokenizer import TokenizerTraining
 
 WIDTHS = {"text": 1024, "visual": 512, BEHAVIOR: 64}
-SETTINGS = config.AdcSidSettings(
-    codebook_size=300,
-    shared_experts=2,
-    content_experts={"text": 2, "visual": 2},
-    behavior_experts=4,
-    training=config.Training(epochs=2, log_epochs=1, checkpoint_epochs=2),
+SETTINGS = config.AdcSidSettings.model_validate(
+    {
+        "codebook_size": 300,
+        "shared_experts": 2,
+        "content_experts": {"text": 2, "visual": 2},
+        "behavior_experts": 4,
+        "training": {"epochs": 2, "log_epochs": 1, "checkpoint_epochs": 2},
+    }
 )
 RESIDUAL = config.RqVaeSettings(content=("text",))
 ROUNDS = 7

@@ -51,7 +51,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
                 "shared",
                 shared(generations),
                 "Share of items whose SID is not unique, by generation.",
-                "Items of few or no events are told apart by their content.",
+                "SIDs of items with few or no events depend on their content alone.",
             ),
         ]
     errors = [row for row in generations if row["drift"].get("error_ratio")]

@@ -93,9 +93,9 @@ def test_a_damped_slot_quantizes_what_earlier_slots_leave_in_the_dimensions_that
     assert out.codes[:, 0].tolist() == [0, 1, 0]
     assert out.latents[:, 0].tolist() == [[5, 1], [3, 0], [0, 0]]
     assert torch.equal(books.codes(latents), out.codes)
-    held = books(latents, PreviousCodes(torch.tensor([[1], [0], [0]]), 100.0))
-    assert held.codes[:, 0].tolist() == [1, 0, 0], "previous codes are kept, and what they leave is quantized"
-    assert held.latents[:, 0].tolist() == [[5, 1], [5, 0], [0, 1]]
+    kept = books(latents, PreviousCodes(torch.tensor([[1], [0], [0]]), 100.0))
+    assert kept.codes[:, 0].tolist() == [1, 0, 0], "previous codes are kept, and what they leave is quantized"
+    assert kept.latents[:, 0].tolist() == [[5, 1], [5, 0], [0, 1]]
 
 
 def test_damped_codebooks_are_initialised_slot_by_slot_as_they_quantize():

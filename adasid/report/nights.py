@@ -51,7 +51,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
                 "shared",
                 shared(generations),
                 "Share of items whose SID is not unique, by generation.",
-                "SIDs of items with few or no events depend on their content alone.",
+                "The second line counts tail and cold items only.",
             ),
         ]
     errors = [row for row in generations if row["drift"].get("error_ratio")]

@@ -14,6 +14,13 @@ from adasid.report.words import DASH, Gain, number
 Row = dict[str, Any]
 Cells = dict[tuple[str, str], list[Row]]
 
+SHOWN = {
+    "retrieval": ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "corrected_recall@10"),
+    "ranking": ("auc", "gauc", "gauc_users"),
+}
+"""Metrics of the tables, by task."""
+TESTED = {"retrieval": ("recall@50", "ndcg@50", "recall@10"), "ranking": ("auc", "gauc")}
+"""Metrics whose gains are tested, by task; the first decides."""
 _CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
 
 

@@ -9,23 +9,17 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from adasid import config
-from adasid.report import comparison, published
-from adasid.report.cells import Cells, Row, best_of, both, chosen, codes_of, of_task, paired, spread
+from adasid.report import comparison, papers, published
+from adasid.report.cells import SHOWN, TESTED, Cells, Row, best_of, chosen, codes_of, of_task, paired, spread
 from adasid.report.page import Page, Plot, Section, Table
 from adasid.report.words import DASH, count, gained, measure, number, plural, sure
 from adasid.tables import STRATA
-
-_SHOWN = {
-    "retrieval": ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "corrected_recall@10"),
-    "ranking": ("auc", "gauc", "gauc_users"),
-}
-_TESTED = {"retrieval": ("recall@50", "ndcg@50", "recall@10"), "ranking": ("auc", "gauc")}
 
 
 def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: int = 0) -> Page:
     """Build the page. ``rows``: one per cell: ``task``, ``tokenizer``, ``codes`` (slots × codes per slot), ``model``,
     ``seed`` and the result of its training; ``missing``: number of cells without a result."""
-    everything = {task: of_task(rows, task) for task in _SHOWN}
+    everything = {task: of_task(rows, task) for task in SHOWN}
     apart = set(settings.labels) - set(settings.tokenizers)
     cells = {
         task: {key: group for key, group in own.items() if key[0] not in apart} for task, own in everything.items()
@@ -45,12 +39,12 @@ def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: in
             sections += section(cells[task], settings)
             said += _verdicts(cells[task], task, settings)
     if settings.published == "beauty":
-        sections.append(_published(cells, everything, settings))
+        sections.append(papers.section(cells, everything, settings))
         sections.append(
             Section(
                 "head_tail",
                 "Head and tail, as claimed",
-                lead=" ".join(_beside(claim, everything) for claim in published.HEAD_TAIL),
+                lead=" ".join(papers.compared(claim, everything) for claim in published.HEAD_TAIL),
             )
         )
     claims = published.CLAIMS if settings.published == "beauty" else ()
@@ -133,7 +127,7 @@ def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
 def text(rows: Sequence[Row]) -> str:
     """Return the tables for a terminal: one line per combination."""
     lines, width = [], 2 + max(len(f"{row['tokenizer']} / {row['model']}") for row in rows)
-    for task, keys in _SHOWN.items():
+    for task, keys in SHOWN.items():
         cells = of_task(rows, task)
         if cells:
             lines += ["", f"{task:<{width}}" + "".join(f"{key.replace('corrected_', 'corr. '):>18}" for key in keys)]
@@ -144,10 +138,10 @@ def text(rows: Sequence[Row]) -> str:
 
 def _table(title: str, cells: Cells, task: str) -> Table:
     rows = [
-        (tokenizer, codes_of(group), model, *(spread(group, key) for key in _SHOWN[task]))
+        (tokenizer, codes_of(group), model, *(spread(group, key) for key in SHOWN[task]))
         for (tokenizer, model), group in cells.items()
     ]
-    return Table(title, ("Items as", "Codes", "Model", *map(measure, _SHOWN[task])), rows, words=3)
+    return Table(title, ("Items as", "Codes", "Model", *map(measure, SHOWN[task])), rows, words=3)
 
 
 def _strata_table(title: str, cells: Cells, key: str) -> Table:
@@ -161,7 +155,7 @@ def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Section:
         reference_group = cells.get((settings.reference, model))
         if reference_group is None or tokenizer == settings.reference:
             continue
-        gains = [paired(reference_group, group, key) for key in _TESTED[task]]
+        gains = [paired(reference_group, group, key) for key in TESTED[task]]
         if gains[0]:
             rows.append((tokenizer, model, str(gains[0][3]), *(gained(gain) for gain in gains)))
     lead = (
@@ -171,9 +165,7 @@ def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Section:
         "nothing is shown."
     )
     tables = (
-        [Table("Relative gain", ("Over", "Model", "Seeds", *map(measure, _TESTED[task])), rows, words=2)]
-        if rows
-        else []
+        [Table("Relative gain", ("Over", "Model", "Seeds", *map(measure, TESTED[task])), rows, words=2)] if rows else []
     )
     title = f"{task.capitalize()} against {settings.reference}"
     return Section(
@@ -188,7 +180,7 @@ def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Section:
 def _verdicts(cells: Cells, task: str, settings: config.Evaluate) -> list[str]:
     """Compare, for each model, the reference with the best of the others, selected on validation; tokenizers of other
     lengths or codebook sizes are compared separately."""
-    said, key = [], _TESTED[task][0]
+    said, key = [], TESTED[task][0]
     for model in dict.fromkeys(key[1] for key in cells):
         reference_group = cells.get((settings.reference, model), [])
         named = {
@@ -233,14 +225,14 @@ def _study(
             rows = []
             for label, group in own.items():
                 gains = [
-                    DASH if label == labels[0] else gained(paired(group, own[labels[0]], key)) for key in _TESTED[task]
+                    DASH if label == labels[0] else gained(paired(group, own[labels[0]], key)) for key in TESTED[task]
                 ]
                 rows.append(
-                    (label, *(cell for key, gain in zip(_TESTED[task], gains) for cell in (spread(group, key), gain)))
+                    (label, *(cell for key, gain in zip(TESTED[task], gains) for cell in (spread(group, key), gain)))
                 )
-            heads = (head for key in _TESTED[task] for head in (measure(key), "change"))
+            heads = (head for key in TESTED[task] for head in (measure(key), "change"))
             tables.append(Table(f"{task.capitalize()}, {model}", ("Tokenizer", *heads), rows))
-            key = _TESTED[task][0]
+            key = TESTED[task][0]
             if seeds := set.intersection(*({row["seed"] for row in group} for group in own.values())):
                 groups = {
                     label: [row["strata"]["all"] for row in group if row["seed"] in seeds]
@@ -264,98 +256,10 @@ def _study(
     for claim in claims:
         order = {label: figures for label, figures in claim.order.items() if label in labels}
         if claim.base in order and len(order) > 2:
-            lead += " " + _beside(claim._replace(order=order), everything)
+            lead += " " + papers.compared(claim._replace(order=order), everything)
     return Section(
         f"study{place}", title, lead=lead, plots=plots, tables=tables, missing="" if tables else "Not evaluated."
     )
-
-
-def _published(cells: Mapping[str, Cells], everything: Mapping[str, Cells], settings: config.Evaluate) -> Section:
-    """Compare our results with the published ones, and with the paper's claims. ``everything``: ``cells`` and the
-    studies' cells."""
-    shown = {"retrieval": ("recall@50", "recall@100", "ndcg@50", "ndcg@100"), "ranking": ("auc", "gauc")}
-
-    def beside(task: str) -> list[Table]:
-        keys, rows, gains = shown[task], list[tuple[str, ...]](), list[tuple[str, ...]]()
-        for label, theirs in ((label, figures) for label, figures in published.ADC_SID.items() if keys[0] in figures):
-            group, ours = both(everything[task], task, label, published.OURS)
-            model = " / ".join(dict.fromkeys(rows_[0]["model"] for rows_ in (group, ours) if rows_ and group)) or DASH
-            rows.append(
-                (label, model, *(text for key in keys for text in (number(theirs[key], 4), spread(group, key))))
-            )
-            pairs = [
-                (
-                    f"{published.ADC_SID[published.OURS][key] / theirs[key] - 1:+.2%}",
-                    gained(paired(ours, group, key), 2),
-                )
-                for key in keys
-            ]
-            gains += [(label, model, *(text for pair in pairs for text in pair))] if label != published.OURS else []
-        heads = ("Tokenizer", "Model", *(head for key in keys for head in (f"{measure(key)}, paper", "ours")))
-        title = f"ADC-SID, table 2, Amazon Beauty: {task}"
-        return [
-            Table(title, heads, rows, words=2),
-            Table(f"{title}, relative gain of adc-sid", ("Over", *heads[1:]), gains, words=2),
-        ]
-
-    keys = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-    protocol = [(label, *(number(theirs[key], 4) for key in keys)) for label, theirs in published.LEAVE_ONE_OUT.items()]
-    ours = list[tuple[str, ...]]()
-    for label, group in best_of(cells["retrieval"], "retrieval").items():
-        ours.append((f"{label} (ours)", *(spread(group, key) for key in keys)))
-        if not settings.repeatable:
-            again = [{**row, "strata": {"all": row["test_repeatable"]}} for row in group]
-            ours.append((f"{label} (ours, history in the list)", *(spread(again, key) for key in keys)))
-    lead = (
-        "The paper had images, another encoder, ratings, and an NDCG that no single-target protocol gives (its slopes "
-        "are too steep): compare the "
-        "order, not the figures. Ours: each tokenizer's model that is best on validation, of those under which adc-sid "
-        "stands too (item ids: their "
-        "own); where adc-sid's own best of those is another, it is named second."
-    )
-    if not settings.repeatable:
-        lead += (
-            " Our lists leave out the items of the history, which published systems do not all do: below, ours "
-            "stand both ways."
-        )
-    codes = {label: codes_of(group) for groups in everything.values() for (label, _), group in groups.items()}
-    rivals = [
-        label
-        for label in (*settings.labels, *settings.ranking_controls)
-        if label in codes and not label.startswith(published.OURS)
-    ]
-    size = codes.get(published.OURS)
-    for alike, those in ((True, f"of its size, {size}"), (False, "of another size, which the paper lacks, or of none")):
-        if named := [label for label in rivals if (codes[label] == size) == alike]:
-            order = published.ranks(published.TESTED, {published.OURS: 1, **dict.fromkeys(named, 0)})
-            lead += " " + _beside(
-                published.TABLE_2._replace(order=order, says=f"{published.TABLE_2.says}, here those {those}"),
-                everything,
-            )
-    tables = [
-        *(table for task in shown for table in beside(task)),
-        Table(
-            "Results under this protocol (last event of each user, all items ranked)",
-            ("System", *map(measure, keys)),
-            [*protocol, *ours],
-        ),
-    ]
-    return Section("published", "Beside published results", lead=lead, tables=tables)
-
-
-def _beside(claim: published.Claim, everything: Mapping[str, Cells]) -> str:
-    """Return the sentence of ``claim`` with all its evaluated cells."""
-    changes = []
-    for label, key in (
-        (label, key)
-        for label in claim.order
-        for key in published.TESTED
-        if label != claim.base and key in claim.order[label]
-    ):
-        task = "ranking" if key in _SHOWN["ranking"] else "retrieval"
-        gain = paired(*both(everything[task], task, label, claim.base), key, claim.stratum)
-        changes += [(label, key, gain)] if gain else []
-    return claim.beside(changes)
 
 
 def _cost(cells: Cells) -> Table:

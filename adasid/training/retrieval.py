@@ -19,7 +19,7 @@ from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.retrieval import DEEPEST, averages, gains, intervals, rank_histogram, shared_gains
 from adasid.ragged import runs
-from adasid.recommenders import retriever
+from adasid.recommenders import heads, retriever
 from adasid.recommenders.tokens import ItemTokens
 from adasid.tables import SPLITS, STRATA
 from adasid.training.downstream import DownstreamTraining
@@ -105,7 +105,7 @@ class RetrievalTraining(DownstreamTraining):
     ) -> None:
         self.settings, self.data = settings, data
         torch.manual_seed(seed)
-        model = retriever.build(settings, catalogue.to(device)).to(device)
+        model = heads.build(settings, catalogue.to(device)).to(device)
         dense = [p for p in model.parameters() if all(p is not table for table in model.tables)]
         optimizers = {
             "dense": torch.optim.Adam(dense, lr=settings.lr, betas=(0.9, 0.98)),

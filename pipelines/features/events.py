@@ -3,21 +3,20 @@ item_pairs where the tokenizer learns from them: the first part of the features 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import reduce
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from adasid import tables
 from adasid.config import Config, Features
 from adasid.errors import InputError
 from pipelines.engines.lake import Lake
-from pipelines.engines.spark import read, session, write
+from pipelines.engines.spark import session, write
 from pipelines.engines.tracking import StageContext
-from pipelines.features import histories, labels, validate
+from pipelines.features import histories, labels
+from pipelines.features.check import Checked, check, modalities
 from pipelines.features.ranks import Ranked
 from pipelines.features.statistics import item_stats, popularity
 from pipelines.stage import Inputs, Stage
@@ -35,28 +34,11 @@ _DROPPED = ("duplicates", "duplicate_items", "capped", "below_k_core", "tied", "
 _RANKING = {"ranking_split", "ranking_holdout"}
 
 
-class Checked(NamedTuple):
-    """Checked input has accepted item ids; interactions with ``time`` and ``reason``, partitioned by user; the number
-    of accepted ones; rejected rows by reason; identical copies of items; items without each modality."""
-
-    items: DataFrame
-    judged: DataFrame
-    good: int
-    rejected: dict[str, int]
-    duplicate_items: int
-    missing: dict[str, int]
-
-
 class Clean(NamedTuple):
     """Clean events are ordered and split; ``counts``: what was dropped, as ``tables.CATALOG_STATS`` counts it."""
 
     events: DataFrame
     counts: dict[str, int]
-
-
-def modalities(cfg: Config) -> tuple[str, ...]:
-    """Return the vector columns that ``items`` must have."""
-    return (*cfg.features.content, *([tables.BEHAVIOR] if cfg.behavior.source == "column" else []))
 
 
 def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
@@ -167,91 +149,6 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
     return written
 
 
-def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: Callable[[str], None]) -> Checked:
-    """Validate every input row. Rejected rows are written before anything is raised about them."""
-    features, used = cfg.features, modalities(cfg)
-    items = read(spark, lake, "items")
-    limit, now = features.max_rejected, validate.clock(features.now)
-    widths = validate.widths(items, used)
-    judged_items = validate.judge_items(items, widths)
-    lacks = [validate.present(name).isNull().alias(f"_lacks_{i}") for i, name in enumerate(used)]
-    voids = [
-        (F.col(name).isNotNull() & validate.present(name).isNull()).alias(f"_void_{i}") for i, name in enumerate(used)
-    ]
-    narrow = judged_items.select("item_id", "reason", *lacks, *voids).persist()
-    figures = validate.reasons(narrow, *_lacking(used), F.count_if(validate.odd("item_id")).alias("odd"))
-    counted = {reason: row["rows"] for reason, row in figures.items()} | _unparsed(lake, "items")
-    copies = counted.pop(validate.COPY, 0)
-    bad = validate.refused(judged_items, "items", items.columns, input_hash) if set(counted) - {None} else None
-    try:
-        validate.insist("items", counted, limit, widths)
-        validate.insist_vectors(widths)
-    except InputError:
-        _quarantine(lake, input_hash, bad)
-        raise
-    accepted, interactions = narrow.filter("reason IS NULL"), read(spark, lake, "interactions")
-    judged = validate.judge_events(interactions, accepted, now, features.first_year).repartition("user_id").persist()
-    odd = [F.count_if(validate.odd(name)).alias(name) for name in ("user_id", "item_id")]
-    event_figures = validate.reasons(judged, *odd)
-    counted_events = {reason: row["rows"] for reason, row in event_figures.items()} | _unparsed(lake, "interactions")
-    bad_events = (
-        validate.refused(judged, "interactions", interactions.columns, input_hash)
-        if set(counted_events) - {None}
-        else None
-    )
-    _quarantine(lake, input_hash, bad, bad_events)
-    advice = validate.advice(judged, counted_events, features.first_year, now)
-    validate.insist("interactions", counted_events, limit, advice=advice)
-    if advice:
-        note(f"interactions: times that are refused, {advice}")
-    unknown = judged.filter("reason = 'unknown_item'").select("item_id")
-    known = (
-        accepted.select("item_id").union(unknown.distinct())
-        if "unknown_item" in counted_events
-        else accepted.select("item_id")
-    )
-    odd_items = figures[None]["odd"] + event_figures.get("unknown_item", {}).get("item_id", 0)
-    for table, ids, number in (
-        ("items", known, odd_items),
-        ("interactions", judged.filter("reason IS NULL").select("user_id"), event_figures[None]["user_id"]),
-    ):
-        if number and (alike := validate.alike(ids)):
-            note(f"{table}: {alike}; they count as different ids")
-    names = sorted({reason for reason in (*counted, *counted_events) if reason})
-    rejected = {name: counted.get(name, 0) + counted_events.get(name, 0) for name in names}
-    missing = _missing(figures[None], used, note)
-    return Checked(accepted.select("item_id"), judged, counted_events[None], rejected, copies, missing)
-
-
-def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:
-    """Count the lines of this source that ingest could not parse."""
-    input_hash = lake.input_hash(table, lake.version(table))
-    if not input_hash or not lake.exists("rejected_rows"):
-        return {}
-    mine = (pc.field("input_hash") == input_hash) & (pc.field("table") == table)
-    copies = sum(
-        pc.sum(batch["copies"]).as_py() or 0 for batch in lake.batches("rejected_rows", None, ["copies"], mine)
-    )
-    return {"unparsable_json": copies} if copies else {}
-
-
-def _lacking(used: tuple[str, ...]) -> list[Column]:
-    """Return counts of items without each modality, and of those with an empty or a zero vector."""
-    kinds = ("lacks", "void")
-    return [F.count_if(F.col(f"_{kind}_{i}")).alias(f"{kind}_{i}") for kind in kinds for i in range(len(used))]
-
-
-def _missing(row: Mapping[str, int], used: tuple[str, ...], note: Callable[[str], None]) -> dict[str, int]:
-    """Return modality -> accepted items without it, from their :func:`_lacking`; a note counts empty and zero
-    vectors."""
-    for i, name in enumerate(used):
-        if row[f"void_{i}"]:
-            note(
-                f"items: {row[f'void_{i}']} have an empty or a zero vector in {name!r}: they count as items without it"
-            )
-    return {name: row[f"lacks_{i}"] for i, name in enumerate(used)}
-
-
 def prepare(checked: Checked, features: Features, context: StageContext, seed: int) -> Clean:
     """Label, de-duplicate, cap, apply the k-core, order and split the accepted events, without another exchange by
     user."""
@@ -328,17 +225,6 @@ def _catalog_row(input_hash: str, checked: Checked, clean: Clean, stats: Ranked,
         "ranking_split": features.split if features.ranking_split == "same" else features.ranking_split,
         **popularity(stats),
     }
-
-
-def _quarantine(lake: Lake, input_hash: str, *bad: DataFrame | None) -> None:
-    """Append rejected rows; with none, create the table if it is missing."""
-    frames = [frame for frame in bad if frame is not None]
-    if not frames:
-        if not lake.exists("rejected_rows"):
-            lake.write_rows("rejected_rows", tables.REJECTED_ROWS, [], input_hash)
-        return
-    frame = reduce(DataFrame.unionByName, frames)
-    write(frame, lake, "rejected_rows", tables.REJECTED_ROWS, input_hash, append=(f"rejected_rows:{input_hash}", 1))
 
 
 EVENTS = Stage(

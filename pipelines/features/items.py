@@ -17,7 +17,7 @@ from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
 from pipelines.engines.tracking import StageContext
 from pipelines.features import validate
-from pipelines.features.events import modalities
+from pipelines.features.check import modalities
 from pipelines.features.richness import measure
 from pipelines.stage import Inputs, Stage
 

@@ -34,7 +34,8 @@ from adasid import config
 from adasid.data.shards import Batch, Shard
 from adasid.distributed import Workers
 from adasid.quantizers.product import ProductQuantizer, fit_opq, fit_opq_faiss
-from adasid.recommenders import retriever
+from adasid.recommenders import heads, retriever
+from adasid.recommenders.autoregressive import AutoregressiveRetriever
 from adasid.recommenders.ngrams import choose
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.sid import Slot
@@ -293,7 +294,7 @@ def catalogue(items: int, slots: int = 6, size: int = 256) -> ItemTokens:
 def decoding(users: int = 4096) -> None:
     """Print users/s of exact parallel scoring, and of constrained beam search over a million items in a process of its
     own."""
-    exact = retriever.build(config.Retrieval(head="parallel"), catalogue(12_101, size=100)).eval()
+    exact = heads.build(config.Retrieval(head="parallel"), catalogue(12_101, size=100)).eval()
     states = torch.randn(users, exact.settings.width)
     with torch.inference_mode():
         rate = users / seconds(lambda: [exact.top(part, 100) for part in states.split(256)])
@@ -305,9 +306,9 @@ def beam(items: int = 1_000_000, users: int = 128) -> None:
     """Users/s and peak memory of beam search at beam 100, and the share of answers that are items."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tokens = catalogue(items)
-    model = retriever.build(config.Retrieval(head="autoregressive", beam=100), tokens).eval()
+    model = heads.build(config.Retrieval(head="autoregressive", beam=100), tokens).eval()
     torch.nn.init.normal_(model.table)
-    assert isinstance(model, retriever.AutoregressiveRetriever)
+    assert isinstance(model, AutoregressiveRetriever)
     started = time.perf_counter()
     model.prefixes = Prefixes.of(tokens)
     built = time.perf_counter() - started
@@ -340,7 +341,7 @@ def ngrams(items: int = 10_000_000, rows: int = 1 << 20) -> None:
     print(f"n-grams                  {time.perf_counter() - started:15.1f} s          {items:,} items, {size:.0f} MiB")
     steps, scored, drawn = list[float](), list[float](), torch.randint(items, (256, 21))
     for tokens in (plain, combined):
-        model = retriever.build(config.Retrieval(), tokens)
+        model = heads.build(config.Retrieval(), tokens)
         optimizer, log_q = torch.optim.Adagrad(model.tables, lr=0.05), torch.zeros(items)
 
         def step(

@@ -10,7 +10,7 @@ import pytest
 
 from adasid.config import Features
 from adasid.errors import InputError
-from pipelines.features import events, histories
+from pipelines.features import check, events, histories
 
 SCHEMA = "user_id string, item_id string, time timestamp, pos bigint, rating float, label int, in_history boolean"
 SEED = 17
@@ -255,7 +255,7 @@ def test_settings_that_the_data_cannot_meet(spark):
         .drop("in_history")
         .selectExpr("*", "CAST(NULL AS string) AS reason")
     )
-    checked = events.Checked(judged, judged, 2, {}, *NOTHING)
+    checked = check.Checked(judged, judged, 2, {}, *NOTHING)
     with pytest.raises(InputError, match=r"features.split is 'global_time' but 1 events have no timestamp"):
         events.prepare(checked, Features(split="global_time"), Notes(), SEED)
     with pytest.raises(
@@ -274,9 +274,7 @@ def test_settings_that_the_data_cannot_meet(spark):
             .selectExpr("*", "CAST(NULL AS string) AS reason")
             .drop("in_history")
         )
-        events.prepare(
-            events.Checked(twice, twice, 6, {}, *NOTHING), Features(k_core=2, k_core_rounds=1), Notes(), SEED
-        )
+        events.prepare(check.Checked(twice, twice, 6, {}, *NOTHING), Features(k_core=2, k_core_rounds=1), Notes(), SEED)
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_named(spark):
@@ -287,7 +285,7 @@ def test_a_split_that_leaves_nothing_to_train_on_is_named(spark):
         match=r"no event is left to train on: of 10 events 8 are outside histories .* set features.ranking_split: same",
     ):
         events.prepare(
-            events.Checked(judged, judged, 10, {}, *NOTHING), Features(ranking_split="global_time"), Notes(), SEED
+            check.Checked(judged, judged, 10, {}, *NOTHING), Features(ranking_split="global_time"), Notes(), SEED
         )
 
 

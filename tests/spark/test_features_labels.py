@@ -8,7 +8,7 @@ import pytest
 from adasid import tables
 from adasid.config import Features, build
 from adasid.errors import InputError
-from pipelines.features import events, labels
+from pipelines.features import check, events, labels
 
 GOOD = [1.0, 2.0]
 NAN = float("nan")
@@ -91,8 +91,8 @@ def test_lines_that_ingest_could_not_parse_count_in_the_limit(spark, lake):
         InputError,
         match=r"table items: 7 of 10 rows rejected, more than features.max_rejected 0.05 \(unparsable_json: 7\)",
     ):
-        events.check(spark, config(), lake, "m", notes.append)
-    checked = events.check(spark, config(max_rejected=0.8), lake, "m", notes.append)
+        check.check(spark, config(), lake, "m", notes.append)
+    checked = check.check(spark, config(max_rejected=0.8), lake, "m", notes.append)
     assert checked.rejected == {"unparsable_json": 7}
 
 
@@ -113,7 +113,7 @@ def test_what_is_odd_is_reported(spark, lake):
     ]
     write(lake, "interactions", tables.INTERACTIONS, seen)
     notes = []
-    checked = events.check(spark, config(max_rejected=0.3), lake, "m", notes.append)
+    checked = check.check(spark, config(max_rejected=0.3), lake, "m", notes.append)
     assert (checked.good, checked.rejected, checked.duplicate_items, checked.missing) == (
         3,
         {"implausible_timestamp": 1},
@@ -138,7 +138,7 @@ def test_what_is_odd_is_reported(spark, lake):
             r"2020-09-13: write dates as YYYY-MM-DD; look at them"
         ),
     ):
-        events.check(spark, config(), lake, "n", notes.append)
+        check.check(spark, config(), lake, "n", notes.append)
 
 
 def test_a_modality_that_no_item_has_is_named(spark, lake):
@@ -147,7 +147,7 @@ def test_a_modality_that_no_item_has_is_named(spark, lake):
         InputError,
         match=r"table items: no item has a vector in column 'text' \(empty and zero vectors do not count\): bring some",
     ):
-        events.check(spark, config(), lake, "m", print)
+        check.check(spark, config(), lake, "m", print)
 
 
 def test_tables_of_two_runs_of_ingest_are_refused(lake):
@@ -169,7 +169,7 @@ def test_a_heavy_user_is_capped_before_anything_is_counted(spark, lake):
     class StageContext:
         note = staticmethod(notes.append)
 
-    checked = events.check(spark, cfg, lake, "m", notes.append)
+    checked = check.check(spark, cfg, lake, "m", notes.append)
     clean = events.prepare(checked, cfg.features, StageContext(), cfg.seed)
     assert clean.counts == {
         "interactions": 6,

@@ -16,7 +16,7 @@ from adasid.errors import InputError
 from pipelines import features, stage
 from pipelines.engines import tracking
 from pipelines.engines.spark import struct, write
-from pipelines.features import events, items
+from pipelines.features import check, events, items
 from tests.conftest import give_store
 
 MODALITIES = ("text", "visual")
@@ -380,7 +380,7 @@ def test_shuffles_are_as_few_as_the_plan_needs(spark, done, broadcast):
     try:
         with tracking.stage(cfg, "count") as context:
             clean = events.prepare(
-                events.check(spark, cfg, lake, "count", context.note), cfg.features, context, cfg.seed
+                check.check(spark, cfg, lake, "count", context.note), cfg.features, context, cfg.seed
             )
             of_events = exchanges(spark, clean.events)
             spark.catalog.clearCache()

@@ -12,7 +12,7 @@ from adasid.config import build
 from adasid.errors import ConfigError, InputError
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import struct, write
-from pipelines.features import events, validate
+from pipelines.features import check, validate
 
 NAN, INF = float("nan"), float("inf")
 NOTES: list[str] = []
@@ -192,7 +192,7 @@ def lake(spark, tmp_path_factory):
 
 def test_refused_rows_are_kept_whole_once_a_run(spark, lake):
     for _ in range(2):
-        checked = events.check(spark, config(max_rejected=0.5), lake, "one", NOTES.append)
+        checked = check.check(spark, config(max_rejected=0.5), lake, "one", NOTES.append)
     assert (checked.good, checked.rejected) == (4, {"non_finite": 2, "unknown_item": 2})
     rows = {(row["table"], row["reason"]): row for row in lake.read("rejected_rows").to_pylist()}
     assert {key: (row["input_hash"], row["copies"]) for key, row in rows.items()} == {
@@ -219,7 +219,7 @@ def test_too_many_refused_rows_stop_the_stage_after_they_were_written(spark, lak
             r"\(non_finite: 2\); look at them in table rejected_rows"
         ),
     ):
-        events.check(spark, config(), lake, "two", NOTES.append)
+        check.check(spark, config(), lake, "two", NOTES.append)
     assert [row["table"] for row in lake.read("rejected_rows").to_pylist() if row["input_hash"] == "two"] == ["items"]
 
 

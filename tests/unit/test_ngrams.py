@@ -8,7 +8,7 @@ import torch
 
 from adasid import config
 from adasid.errors import InputError
-from adasid.recommenders import retriever
+from adasid.recommenders import heads
 from adasid.recommenders.ngrams import choose, hashed
 from adasid.recommenders.ppnet import ItemVectors
 from adasid.recommenders.tokens import ItemTokens
@@ -82,7 +82,7 @@ def catalogue():
 @pytest.mark.parametrize("head", ["item", "parallel", "autoregressive"])
 def test_an_item_is_the_sum_of_its_tokens_and_ngrams(head, catalogue):
     torch.manual_seed(0)
-    model = retriever.build(config.Retrieval(head=head, width=8, dropout=0.0), catalogue).eval()
+    model = heads.build(config.Retrieval(head=head, width=8, dropout=0.0), catalogue).eval()
     items = torch.arange(4)
     plain = model.vectors(items)
     assert not model.ngrams.any(), "an n-gram starts at zero"
@@ -100,7 +100,7 @@ def test_an_item_is_the_sum_of_its_tokens_and_ngrams(head, catalogue):
 
 def test_without_ngrams_a_model_has_no_table_of_them(catalogue):
     plain = catalogue.with_ngrams((), 50)
-    assert retriever.build(config.Retrieval(width=8), plain).ngrams is None
+    assert heads.build(config.Retrieval(width=8), plain).ngrams is None
     assert ItemVectors(config.Ranking(width=6), plain).ngrams is None
     assert plain.behavior_first().to("cpu").ngrams.shape == (4, 0)
     moved = catalogue.behavior_first().to("cpu")
@@ -126,7 +126,7 @@ def test_prefixes_are_ngrams_of_all_lengths(catalogue):
 
 def test_in_training_a_share_of_the_items_has_no_ngrams(catalogue):
     torch.manual_seed(0)
-    model = retriever.build(config.Retrieval(width=8, dropout=0.0, ngram_dropout=0.3), catalogue)
+    model = heads.build(config.Retrieval(width=8, dropout=0.0, ngram_dropout=0.3), catalogue)
     items = torch.zeros(2000, dtype=torch.int64)
     plain = model.vectors(items[:1])
     torch.nn.init.normal_(model.ngrams)

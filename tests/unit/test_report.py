@@ -19,7 +19,7 @@ import pytest
 
 from adasid.config import build as configure
 from adasid.errors import InputError
-from adasid.report import figures, page, sections, style, summary, words
+from adasid.report import curves, figures, page, sections, style, summary, words
 from adasid.report.material import Material, Training
 from adasid.tables import CATALOG_STATS, GENERATIONS, ITEM_STATS, LIVE, RICHNESS_STATS
 
@@ -431,20 +431,20 @@ def test_router_rows_may_hold_all_slots_or_behaviour_slots_only() -> None:
 
 def test_training_figures_plot_their_input() -> None:
     rows = behavior().rows
-    axes = figures.recall(rows, 17, 3).axes[0]
+    axes = curves.recall(rows, 17, 3).axes[0]
     assert data(axes)[1].tolist() == [row["validation_recall@10"] for row in rows] and data(axes, 1)[1].tolist() == [
         row["test_recall@10"] for row in rows
     ]
     assert data(axes, 2)[0].tolist() == [17, 17] and data(axes, 3)[0].tolist() == [3, 3]
-    assert data(figures.spearman(rows, 17, 3, 0.2).axes[0])[1].tolist() == [row["spearman"] for row in rows]
+    assert data(curves.spearman(rows, 17, 3, 0.2).axes[0])[1].tolist() == [row["spearman"] for row in rows]
     rows = tokenizer().rows
-    above, below = figures.sparsity(rows).axes
+    above, below = curves.sparsity(rows).axes
     assert data(above)[1].tolist() == [row["sparsity"] for row in rows] and data(below)[1].tolist() == [
         row["lambda"] for row in rows
     ]
-    assert data(figures.losses(rows).axes[0])[1].tolist() == [row["loss"] for row in rows]
-    assert [line.get_label() for line in figures.unexplained(rows).axes[0].lines] == ["text", "visual", "behavior"]
-    assert data(figures.code_use(rows, K).axes[0])[1].tolist() == [row["utilisation"] for row in rows]
+    assert data(curves.losses(rows).axes[0])[1].tolist() == [row["loss"] for row in rows]
+    assert [line.get_label() for line in curves.unexplained(rows).axes[0].lines] == ["text", "visual", "behavior"]
+    assert data(curves.code_use(rows, K).axes[0])[1].tolist() == [row["utilisation"] for row in rows]
 
 
 def test_series_skips_gaps_and_repeats() -> None:
@@ -457,9 +457,9 @@ def test_series_skips_gaps_and_repeats() -> None:
         {"epoch": 5, "a": [1, 2]},
         {"a": 3},
     ]
-    x, y = figures.series(rows, "a")
+    x, y = curves.series(rows, "a")
     assert x.tolist() == [1, 5] and y.tolist() == [2.0, 1.5]
-    assert all(len(part) == 0 for part in figures.series([], "a"))
+    assert all(len(part) == 0 for part in curves.series([], "a"))
 
 
 def test_words() -> None:

@@ -15,7 +15,7 @@ from adasid.data.sequences import Histories
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.retrieval import recall_ndcg
-from adasid.recommenders import retriever
+from adasid.recommenders import heads, retriever
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
@@ -36,7 +36,7 @@ def codes_of(items, seed=0):
 def model(head, items=60, **settings):
     torch.manual_seed(0)
     chosen = config.Retrieval.model_validate({"head": head, "width": 8, "max_length": 5}).model_copy(update=settings)
-    made = retriever.build(chosen, ItemTokens.of(codes_of(items), SLOTS))
+    made = heads.build(chosen, ItemTokens.of(codes_of(items), SLOTS))
     torch.nn.init.normal_(made.table)
     return made.eval()
 
@@ -371,7 +371,7 @@ def test_without_sampling_the_item_loss_is_the_softmax_over_all_sids(tmp_path):
 def clumped(run, groups):
     """With an untrained model of items that share SIDs: item i has SID ``groups[i]``."""
     codes = np.stack([groups, np.zeros(40), np.zeros(40)], axis=1).astype(np.int32)
-    run.model = retriever.build(
+    run.model = heads.build(
         run.settings, ItemTokens.of(codes, (Slot("a", "text", 5), Slot("b", "text", 8), Slot("c", BEHAVIOR, 5)))
     ).eval()
     torch.nn.init.normal_(run.model.table, generator=torch.Generator().manual_seed(1))
@@ -430,7 +430,7 @@ def test_a_split_without_users_is_named(tmp_path):
 def test_a_head_that_scores_all_items_alike_is_worth_what_chance_is(head, seen):
     settings = config.Retrieval.model_validate({"head": head, "width": 8, "max_length": 5, "beam": 400})
     codes = np.stack([np.arange(200) // 20, np.arange(200) % 20], axis=1).astype(np.int32)
-    made = retriever.build(settings, ItemTokens.of(codes, (Slot("a", "text", 10), Slot("b", "text", 20)))).eval()
+    made = heads.build(settings, ItemTokens.of(codes, (Slot("a", "text", 10), Slot("b", "text", 20)))).eval()
     with torch.no_grad():
         made.table.zero_()
         ranks, everywhere = made.ranks(torch.zeros(200, 8), torch.arange(200), 400, seen)

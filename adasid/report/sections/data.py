@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adasid.report import figures
+from adasid.report import curves, figures
 from adasid.report.material import Material, Row
 from adasid.report.page import Plot, Section, Table
 from adasid.report.words import BROUGHT, NOT_RUN, count, known, number, plural, share
@@ -136,21 +136,21 @@ def behavior(material: Material) -> Section:
 def _behavior_training(material: Material, rows: Sequence[Row], result: Row) -> tuple[list[Plot], Table]:
     best, early, used = result.get("best_epoch"), result.get("early_epoch"), result.get("norm_checkpoint", "early")
     plots = []
-    if len(figures.series(rows, "validation_recall@10")[0]):
+    if len(curves.series(rows, "validation_recall@10")[0]):
         plots.append(
             Plot(
                 "behavior_recall",
-                figures.recall(rows, best, early),
+                curves.recall(rows, best, early),
                 "Recall at 10 on validation and test users for each epoch, with the chosen epochs marked.",
                 f"The embeddings come from epoch {best}, the best NDCG@10 on validation; the test line was never used "
                 "to choose.",
             )
         )
-    if len(figures.series(rows, "spearman")[0]):
+    if len(curves.series(rows, "spearman")[0]):
         plots.append(
             Plot(
                 "behavior_spearman",
-                figures.spearman(rows, best, early, material.cfg.features.proxy_min_spearman),
+                curves.spearman(rows, best, early, material.cfg.features.proxy_min_spearman),
                 "Rank correlation of embedding norm and training count for each epoch, with the chosen epochs marked.",
                 f"The norm that measures richness comes from the {used} checkpoint (epoch "
                 f"{early if used == 'early' else best}, Spearman {number(result.get('spearman'), 2)}).",

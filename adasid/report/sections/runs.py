@@ -8,31 +8,31 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from adasid.config import digest
-from adasid.report import figures
+from adasid.report import curves
 from adasid.report.material import Material, Row, last_stages, part
 from adasid.report.page import Plot, Section, Table
 from adasid.report.words import DASH, NOT_RUN, count, known, listed, mean, number, plain, seconds, share
 
 _CURVES: tuple[tuple[str, str, Callable[[Sequence[Row], Any], Figure], str, str], ...] = (
     (
-        *("tokenizer_losses", "loss", lambda rows, size: figures.losses(rows)),
+        *("tokenizer_losses", "loss", lambda rows, size: curves.losses(rows)),
         "Lines of the total loss and of its parts over the epochs of training.",
         "The total should fall and level off. Parts are drawn before their weights; those below a thousandth of the "
         "largest are left out.",
     ),
     (
-        *("tokenizer_fvu", "fvu_", lambda rows, size: figures.unexplained(rows)),
+        *("tokenizer_fvu", "fvu_", lambda rows, size: curves.unexplained(rows)),
         "Unexplained variance of each modality over epochs.",
         "Lower is better: how much of each modality the codes fail to carry; 1 is no better than the mean.",
     ),
     (
-        *("tokenizer_sparsity", "sparsity", lambda rows, size: figures.sparsity(rows)),
+        *("tokenizer_sparsity", "sparsity", lambda rows, size: curves.sparsity(rows)),
         "Above: share of inactive behaviour slots and its target over epochs. Below: the weight λ of the sparsity "
         "loss, logarithmic.",
         "λ rises while too many slots are active and falls when too few are; the two lines above should meet.",
     ),
     (
-        *("tokenizer_use", "utilisation", figures.code_use),
+        *("tokenizer_use", "utilisation", curves.code_use),
         "Above: share of codes in use over epochs. Below: entropy of code use with its cap.",
         "Codes in use should reach 100 % and stay there; entropy near the cap means that they are used evenly.",
     ),
@@ -60,7 +60,7 @@ def tokenizer(material: Material) -> Section:
         ("Parameters", count(facts.get("parameters"))),
         ("Epochs", count(last.get("epoch"))),
         ("Steps", count(last.get("step"))),
-        ("Share of time waiting for data, mean", share(mean(figures.series(rows, "wait_share")[1].tolist()))),
+        ("Share of time waiting for data, mean", share(mean(curves.series(rows, "wait_share")[1].tolist()))),
         ("Alignment α", number(controller.get("alpha"), 2)),
         ("Alignment β", number(controller.get("beta"), 2)),
     ]

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from adasid.tokenizers.base import Tokenizer
 
 
+Start = Literal["axes", "random"]
+Distance = Literal["cosine", "euclidean"]
+
+
 class Controller(Section):
     """Strength of the alignment of an item's content with its behaviour, by richness."""
 
@@ -93,7 +97,7 @@ class AdcSidSettings(TrainedSettings):
         description="experts of each content modality (N_t, N_v, ...); not given: one for each of features.content",
     )
     behavior_experts: int = Field(2, ge=1, description="experts of the behaviour modality (N_b)")
-    start: Literal["axes", "random"] = Field(
+    start: Start = Field(
         "axes",
         description="axes: an expert begins as the linear map to the principal axes of what it reads, each modality in "
         "dimensions of its own; random: as a random network (the paper)",
@@ -106,7 +110,7 @@ class AdcSidSettings(TrainedSettings):
         gt=0,
         description="start: axes: weight of a content modality, against 1 for behaviour, in what shared experts read",
     )
-    distance: Literal["cosine", "euclidean"] = Field(
+    distance: Distance = Field(
         "euclidean", description="how the nearest codeword is found; cosine: by direction alone (the paper)"
     )
     damping: Share = Field(

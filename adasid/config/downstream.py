@@ -140,6 +140,15 @@ class Ranking(Section):
     epochs: int = Field(20, ge=1, description="upper bound of epochs")
     patience: int = Field(2, ge=1, description="epochs without a better validation AUC before stopping")
 
+    @model_validator(mode="after")
+    def _prefixes(self) -> Ranking:
+        if self.items == "prefix" and self.ngrams not in ("auto", "none"):
+            raise ValueError(
+                "ranking.ngrams lists n-grams, but ranking.items is 'prefix', whose n-grams are all prefixes: set "
+                "items: concat or sum, or leave ngrams out"
+            )
+        return self
+
 
 class Evaluate(Section):
     tokenizers: Names = Field((), description="labels of compare.tokenizers whose SIDs are put to use")

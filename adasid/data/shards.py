@@ -155,6 +155,10 @@ class Shard:
             codes[sorter[np.searchsorted(self._rows, index[mine], sorter=sorter)]] = read_codes[mine]
         self._previous = codes, slack
 
+    def having(self, modality: str) -> NDArray[np.int64]:
+        """Return the positions of the worker's items that have ``modality``."""
+        return np.flatnonzero(self._present[modality][: len(self)])
+
     def previous(self, size: int) -> Tensor | None:
         """Count the worker's items that have each previous code, [L, size] int64; None without previous codes."""
         if self._previous is None:

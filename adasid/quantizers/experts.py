@@ -73,6 +73,11 @@ class ExpertCodebooks(Codebooks):
             parts.append(Quantized(codes, rest, _chosen(words[its], codes)))
         return Quantized(*(torch.cat(part) for part in zip(*parts)))
 
+    def exact(self, latents: Tensor) -> Quantized:
+        """Return the latents [L, B, d] as if each were a codeword: what training uses before codebooks exist."""
+        latents = self._scaled(latents)
+        return Quantized(torch.zeros(latents.shape[:2], dtype=torch.int64, device=latents.device), latents, latents)
+
     def _words(self) -> Tensor:
         return self._scaled(self.weight)
 
@@ -124,6 +129,8 @@ class ExpertCodebooks(Codebooks):
                 self._fit(slot, rest[0, keep], chosen, rounds, generator, None if weights is None else weights[keep])
             words = self._words()[slot : slot + 1]
             codes = self._nearest(rest, words, None)
+            if previous is not None:
+                codes = torch.where(previous[slot] >= 0, previous[slot], codes)
             parts.append(Quantized(codes, rest, _chosen(words, codes) * keep[None, :, None]))
 
     def _fit(
@@ -141,7 +148,7 @@ class ExpertCodebooks(Codebooks):
         else:
             words = spherical_kmeans(rows, size, rounds, generator, weights)
         if previous is not None:
-            words = self._scaled(means_of(self._scaled(rows), previous, words))
+            words = self._scaled(means_of(self._scaled(rows), previous, words, weights))
         self.weight[slot] = words
 
     @torch.no_grad()

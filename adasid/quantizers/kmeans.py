@@ -126,12 +126,13 @@ def previous_or_nearest(distances: Tensor, previous: PreviousCodes | None) -> Te
     return torch.where((codes >= 0) & (previous_distance <= (1 + slack) * least), codes, code)
 
 
-def means_of(x: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
+def means_of(x: Tensor, codes: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return ``centroids`` [k, d] in which each code that rows of ``x`` [n, d] have (``codes`` [n], negative: none) is
-    replaced by the mean of these rows."""
+    replaced by the mean of these rows, weighted by ``weights`` [n]."""
     assigned = codes >= 0
-    counts, sums = _totals(x[assigned], codes[assigned], len(centroids))
-    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
+    weights = None if weights is None else weights[assigned]
+    counts, sums = _totals(x[assigned], codes[assigned], len(centroids), weights)
+    return torch.where(counts[:, None] > 0, sums / torch.where(counts > 0, counts, 1)[:, None], centroids)
 
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ from adasid.recommenders.retriever import CHUNK, Retriever, ScoredRetriever, tok
 from adasid.recommenders.sasrec import sampled_softmax
 from adasid.recommenders.tokens import ItemTokens
 
+_VECTORS = 4 << 30
+"""Bytes of item vectors that are in memory while many users are scored."""
+
 
 class ItemRetriever(ScoredRetriever):
     """The score is state . vector; the loss is the sampled softmax over items with logQ correction (methods 7.3, the
@@ -57,9 +60,12 @@ class ItemRetriever(ScoredRetriever):
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
-        """Compute the vectors of all items once, [M, width]."""
+        """Compute the vectors of all items once, [M, width], where they take at most 4 GiB."""
         items = torch.arange(len(self.catalogue.rows), device=self.table.device)
-        self._items = torch.cat([self.vectors(part) for part in items.split(CHUNK)])
+        if len(items) * self.table.shape[1] * self.table.element_size() <= _VECTORS:
+            self._items = self.table.new_empty(len(items), self.table.shape[1])
+            for part in items.split(CHUNK):
+                self._items[part] = self.vectors(part).detach()
         try:
             yield
         finally:

@@ -22,7 +22,8 @@ _CHUNK = 1 << 18
 """Items whose n-grams are hashed at a time."""
 _LONGEST_PREFIX = 4
 _MOST_PAIRED = 4
-"""Largest group of parallel slots of which all pairs are n-grams; each slot of a larger one is in one pair."""
+"""Largest group of parallel slots of which all pairs are n-grams; in a larger one, each slot is in a pair with a
+neighbour."""
 
 
 def choose(ngrams: NGrams, slots: Sequence[Slot], parallel: bool) -> tuple[tuple[int, ...], ...]:
@@ -55,12 +56,14 @@ def _prefixes(group: list[int]) -> list[tuple[int, ...]]:
 
 
 def _pairs(group: list[int]) -> list[tuple[int, ...]]:
-    return list(combinations(group, 2)) if len(group) <= _MOST_PAIRED else list(zip(group[::2], group[1::2]))
+    if len(group) <= _MOST_PAIRED:
+        return list(combinations(group, 2))
+    return list(dict.fromkeys([*zip(group[::2], group[1::2]), (group[-2], group[-1])]))
 
 
-def hashed(codes: Tensor, ngrams: Sequence[Sequence[int]], rows: int) -> Tensor:
+def hashed(codes: Tensor, ngrams: Sequence[Sequence[int]], rows: int, pad_lacks: bool = True) -> Tensor:
     """Return the row of each n-gram in a table of ``rows`` rows: ``codes`` [M, L] -> [M, G] int32; ``rows`` itself
-    where a code is PAD, so that such an item lacks the n-gram.
+    where a code is PAD, so that such an item lacks the n-gram. Without ``pad_lacks`` PAD is hashed as a code is.
 
     The hash is FNV-1a with 64 bits (Fowler, Noll and Vo; IETF draft-eastlake-fnv) of the pairs of slot index and code,
     each as 4 bytes, least significant first; its halves are combined by exclusive or, then taken modulo ``rows``."""
@@ -73,6 +76,6 @@ def hashed(codes: Tensor, ngrams: Sequence[Sequence[int]], rows: int) -> Tensor:
                     for shift in (0, 8, 16, 24):
                         number = (number ^ ((value >> shift) & 0xFF)) * _PRIME
             folded = ((number >> 32) ^ number) & 0xFFFFFFFF
-            lacking = (part[:, list(ngram)] == PAD).any(1)
+            lacking = (part[:, list(ngram)] == PAD).any(1) & pad_lacks
             out[:, column] = torch.where(lacking, rows, folded % rows)
     return table

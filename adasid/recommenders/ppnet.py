@@ -25,8 +25,9 @@ class ItemVectors(nn.Module):
         self.width = -(-s.width // slots) * slots if s.items == "concat" else s.width
         rows = catalogue.rows
         if s.items == "prefix":
-            rows = hashed(catalogue.codes, [range(length + 1) for length in range(slots)], s.ngram_rows)
-        size = s.ngram_rows + 1 if s.items == "prefix" else sum(catalogue.sizes)
+            prefixes = [range(length + 1) for length in range(slots)]
+            rows = hashed(catalogue.codes, prefixes, s.ngram_rows, pad_lacks=False)
+        size = s.ngram_rows if s.items == "prefix" else sum(catalogue.sizes)
         self.table = nn.Embedding(size, self.width // slots if s.items == "concat" else s.width)
         nn.init.normal_(self.table.weight, std=0.01)
         self.rows, self.catalogue = rows, catalogue

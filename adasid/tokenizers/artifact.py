@@ -23,6 +23,8 @@ from adasid.tokenizers.base import Tokenizer
 from adasid.tokenizers.relabel import Relabelled
 
 FORMAT = 2
+_FORMER = {"start": "random", "distance": "cosine", "damping": 0.0, "count_power": 0.0}
+"""What ADC-SID was before these settings existed."""
 _SETTINGS: TypeAdapter[config.TokenizerSettings] = TypeAdapter(config.AnyTokenizer)
 
 
@@ -117,8 +119,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def settings_of(section: Mapping[str, Any]) -> config.TokenizerSettings:
-    """Return the settings of a tokenizer section, such as the ``config`` of a manifest."""
-    return _SETTINGS.validate_python(section)
+    """Return the settings of the ``config`` of a manifest. Raises InputError if this version does not know them."""
+    former = _FORMER if section.get("name") == "adc-sid" and "start" not in section else {}
+    try:
+        return _SETTINGS.validate_python({**former, **section})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"][1:]))
+        raise InputError(
+            f"artifact: its config is of another version of adasid ({where}: {problem['msg']}); train the tokenizer "
+            "again"
+        ) from None
 
 
 def read(folder: Path) -> tuple[Tokenizer, Manifest]:

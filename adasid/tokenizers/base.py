@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adasid.data.shards import Batch, Shard
 from adasid.distributed import Workers
 from adasid.sid import Codes, Slot
-from adasid.tokenizers.settings import TokenizerSettings
+from adasid.tokenizers.settings import SHARED, TokenizerSettings
 
 
 class Losses(NamedTuple):
@@ -70,6 +70,10 @@ class Tokenizer(nn.Module, ABC):
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """Initialise the codebooks from the encoder's outputs, equal on all workers."""
 
+    def unfreeze(self) -> None:
+        """Let all parameters be trained that the settings train, as :meth:`artifact.read` does not."""
+        self.requires_grad_(True)
+
     def keep_codes(self, previous: Tensor) -> None:
         """Exclude codes from replacement as dead codes: ``previous`` [L, K] bool."""
 
@@ -93,10 +97,16 @@ class Tokenizer(nn.Module, ABC):
         return {p for name, p in self.named_parameters() if name.endswith("bias")}
 
 
-def sample(shard: Shard, workers: Workers, items: int) -> Iterator[Batch]:
-    """Yield this worker's part of a fixed, evenly spaced sample of ``items`` items of all workers, in batches of some
-    thousands."""
-    share = -(-items // workers.world)
-    rows = np.unique(np.linspace(0, len(shard) - 1, min(share, len(shard))).round().astype(np.int64))
+def sample(shard: Shard, workers: Workers, items: int, *kinds: str) -> Iterator[Batch]:
+    """Yield this worker's part of a fixed, evenly spaced sample of all workers' items, in batches of some thousands:
+    ``items`` items that have each modality of ``kinds`` (``shared``, and without ``kinds``: of all items). A worker
+    without such an item yields another one."""
+    share, rows = -(-items // workers.world), np.zeros(0, np.int64)
+    for kind in kinds or (SHARED,):
+        having = np.arange(len(shard)) if kind == SHARED else shard.having(kind)
+        if len(having):
+            chosen = np.linspace(0, len(having) - 1, min(share, len(having))).round().astype(np.int64)
+            rows = np.union1d(rows, having[chosen])
+    rows = rows if len(rows) else np.zeros(1, np.int64)
     for start in range(0, len(rows), 4096):
         yield shard.take(rows[start : start + 4096])

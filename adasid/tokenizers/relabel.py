@@ -37,6 +37,10 @@ class Relabelled(Tokenizer):
         """Prepare the inner tokenizer."""
         self.inner.prepare(shard, workers)
 
+    def unfreeze(self) -> None:
+        """Let the inner tokenizer be trained."""
+        self.inner.unfreeze()
+
     def _inner(self, batch: Batch) -> Batch:
         """Return ``batch`` with the previous codes under their inner names."""
         if batch.previous is None:

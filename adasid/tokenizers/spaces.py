@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from adasid.data.shards import Batch, Shard
 from adasid.distributed import Workers
-from adasid.errors import InputError
 from adasid.sid import Codes, slots_of
 from adasid.tables import PAD
 from adasid.tokenizers.base import Tokenizer, sample
@@ -73,7 +72,7 @@ class Spaces(Tokenizer):
         self.inputs.fit(shard, workers)
 
     def fit(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
-        """Fit to a fixed sample of all workers' items. Raises InputError if no item of it has a modality."""
+        """Fit to a fixed sample of all workers' items."""
         self._each(shard, workers, lambda kind, x, weights: self.fit_space(kind, x, generator, weights))
 
     def refine(self, shard: Shard, workers: Workers, rounds: int, generator: torch.Generator) -> None:
@@ -96,17 +95,12 @@ class Spaces(Tokenizer):
         device = self.inputs.get_buffer(f"mean_{s.inputs[0]}").device
         for kind, quantizer in self.quantizers.items():
             rows, counts = list[Tensor](), list[Tensor]()
-            for batch in (part.to(device) for part in sample(shard, workers, s.fit_samples)):
+            for batch in (part.to(device) for part in sample(shard, workers, s.fit_samples, kind)):
                 x, there = self._space(kind, batch, self._rest(kind, batch))
                 rows.append(x[there].float())
                 if s.count_power and batch.counts is not None:
                     counts.append(((batch.counts[there] + 1).double() ** s.count_power).float())
             x = workers.gather_ragged(torch.cat(rows))
-            if not len(x):
-                raise InputError(
-                    f"tokenizer.fit_samples {s.fit_samples}: none of these items has {kind!r}; raise it, or leave the "
-                    "modality out"
-                )
             fit(kind, x, workers.gather_ragged(torch.cat(counts)) if counts else None)
             for buffer in quantizer.buffers():
                 workers.broadcast(buffer)

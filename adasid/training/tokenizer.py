@@ -59,7 +59,8 @@ class TokenizerTraining(TrainingLoop):
         self.pairs, self.warm = settings.pairs, warm
         own = "tokenizer.training.lr" if "training" in type(settings).model_fields else "tokenizer.aligner.training.lr"
         self.lr_key = "retokenize.warm.lr" if warm else own
-        self.log_epochs, self.checkpoint_epochs = training.log_epochs, training.checkpoint_epochs
+        self.log_epochs = training.log_epochs
+        self.checkpoint_epochs = min(training.checkpoint_epochs, max(1, epochs // 5))
         optimizers = {"optimizer": self._optimizer()} if epochs else {}
         super().__init__(tokenizer, optimizers, epochs, folder, workers, device, version)
         rows = max(1, training.batch // workers.world)

@@ -87,7 +87,8 @@ def tokenizer(payload: Payload) -> None:
         pairs=_pairs(lake, payload.read, mine) if settings.pairs else None,
     )
     torch.manual_seed(cfg.seed)
-    tokenizer = started_from.requires_grad_(True) if started_from else artifact.build(settings, shard.widths)
+    tokenizer = started_from or artifact.build(settings, shard.widths)
+    tokenizer.unfreeze()
     previous = payload.previous
     if previous and tuple((slot.kind, slot.size) for slot in tokenizer.slots) == previous.slots:
         theirs = None if settings.pairs else mine  # partners may be other workers' items

@@ -85,7 +85,8 @@ class NoRevival(Revival):
 
 class AdcSidSettings(TrainedSettings):
     """ADC-SID (arXiv 2510.25622 v3), started from principal axes. The paper's form: start: random, distance: cosine,
-    damping: 0, count_power: 0, revival: {min_share: 0.25}, training: {epochs: 100, lr: 0.001}."""
+    damping: 0, count_power: 0, shared_experts: 1, behavior_experts: 3, straight_through: sum, revival: {min_share:
+    0.25}, training: {epochs: 100, lr: 0.001}."""
 
     name: Literal["adc-sid"] = Field(
         "adc-sid",
@@ -103,7 +104,9 @@ class AdcSidSettings(TrainedSettings):
         "dimensions of its own; random: as a random network (the paper)",
     )
     experts: Literal["trained", "fixed"] = Field(
-        "trained", description="fixed: experts stay the linear maps of start: axes; trained: a network is added to them"
+        "trained",
+        description="fixed: experts stay the linear maps of start: axes, and nothing is aligned; trained: a network is "
+        "added to them",
     )
     content_weight: float = Field(
         0.7,
@@ -186,6 +189,11 @@ class AdcSidSettings(TrainedSettings):
         check_slots("content_experts", self.content_experts, behavior=False)
         if self.experts == "fixed" and self.start == "random":
             raise ValueError("tokenizer.experts is 'fixed', which needs experts that begin well: set start: axes")
+        if self.codebooks == "fixed" and self.revival.min_share:
+            raise ValueError(
+                f"tokenizer.revival.min_share is {self.revival.min_share:g}, but tokenizer.codebooks is 'fixed', so "
+                "that no code is revived: set min_share: 0, or codebooks: trained"
+            )
         if self.router.gate == "switch" and self.straight_through == "slots":
             fault = "tokenizer.router.gate is 'switch', whose slots close where gates learn by codewords"
             raise ValueError(f"{fault}: set tokenizer.straight_through: sum")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from adasid.data.shards import Batch
+from adasid.data.shards import Shard
 from adasid.distributed import Workers
 from adasid.quantizers.product import principal_components
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers.adc_sid import AdcSidSettings
+from adasid.tokenizers.base import sample
 from adasid.tokenizers.inputs import Inputs
 from adasid.tokenizers.settings import SHARED
 
@@ -37,16 +38,12 @@ class Axes(nn.Module):
         return chosen
 
     @torch.no_grad()
-    def fit(self, inputs: Inputs, batches: Iterable[Batch], workers: Workers) -> None:
-        """Compute the axes of a sample of all workers' items."""
-        rows = {m: list[Tensor]() for m in self.parts}
-        device = self.get_buffer(f"basis_{next(iter(rows))}").device
-        for batch in (part.to(device) for part in batches):
-            for m, x in inputs(batch).items():
-                rows[m].append(x[batch.present[m]])
+    def fit(self, inputs: Inputs, shard: Shard, workers: Workers) -> None:
+        """Compute the axes of each modality from a sample of all workers' items that have it."""
         for m, part in self.parts.items():
-            x = workers.gather_ragged(torch.cat(rows.pop(m)))
             basis, weight = self.get_buffer(f"basis_{m}"), 1.0 if m == BEHAVIOR else self.settings.content_weight
+            batches = [b.to(basis.device) for b in sample(shard, workers, self.settings.kmeans_samples, m)]
+            x = workers.gather_ragged(torch.cat([inputs.scale(m, b.vectors[m][b.present[m]]) for b in batches]))
             factor = weight * (self.settings.latent_width / len(basis)) ** 0.5
             basis.copy_(principal_components(x, part.stop - part.start, whiten=False).basis * factor)
             workers.broadcast(basis)

@@ -65,7 +65,7 @@ class AdcSid(TrainedTokenizer):
         )
         reads = torch.stack([self.axes.reads(kind) for kind in kinds]) if self.axes else None
         self.codebooks = ExpertCodebooks(len(self.slots), s.codebook_size, width, s.distance, s.damping, before, reads)
-        self.codebooks.weight.requires_grad_(s.codebooks == "trained")
+        self.unfreeze()
         self.decoder = mlp([width, *s.decoder_hidden, sum(self.widths.values())])
         self.sparsity = SparsityController(s.router.lambda_start, s.router.lambda_step)
         self.register_buffer(
@@ -76,6 +76,11 @@ class AdcSid(TrainedTokenizer):
         self.beta: Tensor
         self.theta: Tensor
         self._last: tuple[Tensor, Tensor] | None = None
+
+    def unfreeze(self) -> None:
+        """Let all parameters be trained; not the codebooks where ``codebooks`` is ``fixed``."""
+        self.requires_grad_(True)
+        self.codebooks.weight.requires_grad_(self.settings.codebooks == "trained")
 
     def _experts(self, x: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return latents [L, B, d] (eqs 4, 6), gate weights [L, B] (eqs 12, 13, 22; 0 where the modality is absent) and
@@ -112,7 +117,7 @@ class AdcSid(TrainedTokenizer):
         return alignment_weight(richness, c.alpha, float(self.beta)) if c.enabled else torch.ones_like(richness)
 
     def _fuse(self, quantized: Quantized, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute z and z_q (eqs 10, 11), [B, d] each, from unit-norm latents and codewords. With ``router.gate:
+        """Compute z and z_q (eqs 10, 11), [B, d] each, from latents and codewords. With ``router.gate:
         switch`` an active behaviour slot has weight 1 in the sum, and its gate weight, clipped at 1, receives the
         gradient."""
         if self.settings.router.gate == "switch":
@@ -140,7 +145,7 @@ class AdcSid(TrainedTokenizer):
         richness of items with behaviour."""
         self.inputs.fit(shard, workers)
         if self.axes:
-            self.axes.fit(self.inputs, sample(shard, workers, self.settings.kmeans_samples), workers)
+            self.axes.fit(self.inputs, shard, workers)
         histogram = torch.zeros(_BINS + 1, dtype=torch.float64)
         for batch in shard.scan():
             known = batch.richness[batch.present[BEHAVIOR]].double()
@@ -159,7 +164,7 @@ class AdcSid(TrainedTokenizer):
     @torch.no_grad()
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """Initialise the codebooks by k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
-        parts = sample(shard, workers, self.settings.kmeans_samples)
+        parts = sample(shard, workers, self.settings.kmeans_samples, SHARED, *self.modalities)
         samples = zip(*(self._sample(part.to(self.theta.device)) for part in parts))
         latents, active, previous, counts = (workers.gather_ragged(torch.cat(part)) for part in samples)
         power = self.settings.count_power
@@ -191,12 +196,12 @@ class AdcSid(TrainedTokenizer):
         x = self.inputs(batch)
         latents, weights, projections = self._experts(x, batch)
         active = self._present(batch) & ((weights > 0) | self._content_slots()[:, None])
-        quantized = self.codebooks(latents, self._previous(batch))
+        quantized = self.codebooks(latents, self._previous(batch)) if self.quantizing else self.codebooks.exact(latents)
         z, _ = self._fuse(quantized, weights)
         decoded = self.decoder(self._straight_through(quantized, weights) if self.quantizing else z)
         reconstruction = self._reconstruction(decoded, x, batch)
         total, parts = s.reconstruction_weight * reconstruction, {"reconstruction": float(reconstruction.detach())}
-        if s.alignment_weight:
+        if s.alignment_weight and s.experts == "trained":
             alignment = self._alignment(projections, batch, workers)
             total, parts["alignment"] = total + s.alignment_weight * alignment, float(alignment.detach())
         extra = [

@@ -61,4 +61,9 @@ class OpqSettings(SpacesSettings):
         if self.engine == "faiss" and self.codebook_size & (self.codebook_size - 1):
             size = f"tokenizer.codebook_size {self.codebook_size}"
             raise ValueError(f"tokenizer.engine is 'faiss' but {size} is not a power of two: use engine: own")
+        if self.engine == "faiss" and self.count_power:
+            raise ValueError(
+                f"tokenizer.count_power is {self.count_power:g}, but tokenizer.engine is 'faiss', which weighs all "
+                "items alike: use engine: own, or count_power: 0"
+            )
         return self

@@ -54,6 +54,11 @@ class RqKmeansSettings(SpacesSettings):
         return RqKmeans(self, widths)
 
     @property
+    def parallel(self) -> bool:
+        """Return whether slots do not depend on each other."""
+        return not self.damping
+
+    @property
     def pairs(self) -> bool:
         """Return whether there is an aligner, which learns from pairs."""
         return self.aligner is not None

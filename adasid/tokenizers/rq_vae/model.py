@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from adasid.data.shards import Batch, Shard
 from adasid.distributed import Workers
-from adasid.errors import InputError
 from adasid.experts import mlp
 from adasid.quantizers.residual import Residual, ResidualCodebooks, residual_loss
 from adasid.sid import Codes, slots_of
@@ -106,20 +105,14 @@ class _Residual(TrainedTokenizer):
     @torch.no_grad()
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
         """Initialise every level by k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
-        samples: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in self.towers}
-        for part in sample(shard, workers, self.settings.kmeans_samples):
-            batch = part.to(self.quantizing.device)
-            for kind, p in self.passed(self.inputs(batch), batch).items():
+        for kind in self.towers:
+            books, parts = self.tower(kind).codebooks, list[tuple[Tensor, Tensor]]()
+            for part in sample(shard, workers, self.settings.kmeans_samples, kind):
+                batch = part.to(self.quantizing.device)
+                p = self.passed(self.inputs(batch), batch)[kind]
                 previous = self.previous_codes(batch)[:, [slot.kind == kind for slot in self.slots]]
-                samples[kind].append((p.z[p.there], previous[p.there]))
-        for kind, parts in samples.items():
-            books = self.tower(kind).codebooks
+                parts.append((p.z[p.there], previous[p.there]))
             latents, previous = (workers.gather_ragged(torch.cat(part)) for part in zip(*parts))
-            if not len(latents):
-                raise InputError(
-                    f"tokenizer.kmeans_samples {self.settings.kmeans_samples}: none of these items has {kind!r}; raise "
-                    "it, or leave the modality out"
-                )
             books.initialise(latents, self.settings.kmeans_rounds, generator, previous)
             workers.broadcast(books.weight.data)
         self.quantizing.fill_(True)

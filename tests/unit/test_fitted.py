@@ -365,9 +365,6 @@ def test_the_fit_sees_a_sample_and_all_items_are_assigned():
     assert not torch.equal(
         tokenizer.quantizers["shared"].centroids, fitted(*FITTED["plain"], data).quantizers["shared"].centroids[:2]
     )
-    late = shard(table.slice(3), CONTENT)
-    with pytest.raises(InputError, match=r"tokenizer\.fit_samples 1: none of these items has 'visual'"):
-        fitted(RqKmeans, config.RqKmeansSettings(levels={"text": 1, "visual": 1}, fit_samples=1), late)
 
 
 def test_opq_keeps_what_fits_and_refuses_too_many_slots():

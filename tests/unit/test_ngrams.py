@@ -37,6 +37,8 @@ def test_auto_takes_prefixes_of_residual_slots_pairs_of_parallel_ones_and_one_pa
     long = slots_of({"text": 6}, 10)
     assert choose("auto", long, parallel=False) == ((0, 1), (0, 1, 2), (0, 1, 2, 3))
     assert choose("auto", long, parallel=True) == ((0, 1), (2, 3), (4, 5))
+    odd = slots_of({"behavior": 5}, 10)
+    assert choose("auto", odd, parallel=True) == ((0, 1), (2, 3), (3, 4)), "no slot is without a pair"
 
 
 def test_named_slots_are_combined_in_the_order_of_the_sid_and_an_unknown_one_is_named():
@@ -120,8 +122,12 @@ def test_ngrams_are_added_to_the_vectors_of_a_ranking_model(items, catalogue):
 
 def test_prefixes_are_ngrams_of_all_lengths(catalogue):
     vectors = ItemVectors(config.Ranking(items="prefix", width=6, ngram_rows=1000), catalogue)
-    assert torch.equal(vectors.rows, hashed(catalogue.codes, [(0,), (0, 1), (0, 1, 2)], 1000))
+    assert torch.equal(vectors.rows, hashed(catalogue.codes, [(0,), (0, 1), (0, 1, 2)], 1000, False))
     assert vectors.ngrams is None
+    codes = torch.tensor([[PAD, PAD, 1], [PAD, PAD, 2], [PAD, 2, 2]])
+    absent = ItemVectors(vectors.settings, ItemTokens.of(codes.numpy().astype(np.int32), SLOTS))
+    assert len(absent.rows.unique(dim=0)) == 3, "codes after PAD tell items apart"
+    assert int(absent.rows.max()) < 1000
 
 
 def test_in_training_a_share_of_the_items_has_no_ngrams(catalogue):

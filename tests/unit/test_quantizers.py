@@ -112,6 +112,21 @@ def test_damped_codebooks_are_initialised_slot_by_slot_as_they_quantize():
         assert (means - books.weight[slot]).norm() < 0.1 * books.weight[slot].norm()
 
 
+def test_damped_codebooks_that_start_from_previous_codes_are_the_means_of_what_these_codes_leave():
+    x = torch.randn(1, 60, 4, generator=generator()).expand(2, -1, -1)
+    previous = torch.stack([torch.arange(60) % 3, torch.arange(60) // 20])
+    weights = torch.linspace(1, 5, 60)
+    books = ExpertCodebooks(2, 3, 4, "euclidean", 0.5, torch.ones(2, 2).tril(-1).bool())
+    books.initialise(x, torch.ones(2, 60, dtype=torch.bool), 5, generator(1), previous, weights)
+
+    def means(rows, codes):
+        return torch.stack([(rows * weights[:, None])[codes == c].sum(0) / weights[codes == c].sum() for c in range(3)])
+
+    first = means(x[0], previous[0])
+    torch.testing.assert_close(books.weight[0].detach(), first)
+    torch.testing.assert_close(books.weight[1].detach(), means(x[1] - 0.5 * first[previous[0]], previous[1]))
+
+
 def test_dead_codes_come_back_from_active_latents():
     torch.manual_seed(0)
     books = ExpertCodebooks(2, 4, 3)

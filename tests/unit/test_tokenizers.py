@@ -1,5 +1,6 @@
 """Test every tokenizer with one behavioural suite: to add one, add a line to SECTIONS."""
 
+import json
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -11,13 +12,16 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from adasid import config
+from adasid import config, tables
+from adasid.data.shards import Shard
 from adasid.distributed import Workers
-from adasid.errors import InputError, TrainingError
+from adasid.errors import ConfigError, InputError, TrainingError
 from adasid.quantizers.experts import Quantized
 from adasid.sid import PreviousCodes, Slot, token
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
+from adasid.tokenizers.base import sample
+from adasid.tokenizers.settings import SHARED
 from adasid.training.tokenizer import TokenizerTraining
 from tests.planted import catalogue, shard
 
@@ -322,6 +326,112 @@ def test_the_same_seed_gives_the_same_codes(name, tmp_path):
     two, _ = train(settings, planted, tmp_path / "b")
     batch = everything(data_of(settings, *planted))
     assert torch.equal(one.tokenizer.encode(batch).codes, two.tokenizer.encode(batch).codes)
+
+
+@pytest.mark.parametrize("name", ["adc-sid from axes", "mm-rq-vae", "rq-kmeans shared, soft", "opq by modality"])
+def test_a_modality_that_few_items_have_is_fitted_to_these_items(name, tmp_path):
+    table, cluster = catalogue()
+    few = [row if index in (101, 305, 477) else None for index, row in enumerate(table["visual"].to_pylist())]
+    rare = table.set_column(table.column_names.index("visual"), "visual", pa.array(few, tables.VECTOR))
+    samples = {key: 50 for key in ("kmeans_samples", "fit_samples") if key in type(TOKENIZERS[name]).model_fields}
+    settings = TOKENIZERS[name].model_copy(update=samples)
+    if settings.epochs:
+        training = settings.training.model_copy(update={"epochs": 3})
+        settings = settings.model_copy(update={"training": training})
+    loop, _ = train(settings, (rare, cluster), tmp_path)
+    batch = everything(loop.shard)
+    codes = loop.tokenizer.encode(batch).codes
+    slots = [index for index, slot in enumerate(loop.tokenizer.slots) if slot.kind == "visual"]
+    assert len(codes[batch.present["visual"]][:, slots].unique(dim=0)) == 3, "each of the three has a code of its own"
+
+
+def test_a_sample_has_items_of_each_modality():
+    data = shard(catalogue()[0])
+    lacking = np.setdiff1d(np.arange(600), data.having(BEHAVIOR))
+    assert lacking.tolist() == list(range(540, 600))
+    (batch,) = sample(data, Workers(), 40, BEHAVIOR)
+    assert len(batch) == 40 and batch.present[BEHAVIOR].all()
+    (both,) = sample(data, Workers(), 40, SHARED, BEHAVIOR)
+    assert set(batch.index.tolist()) < set(both.index.tolist()) and not both.present[BEHAVIOR].all()
+    table = catalogue()[0]
+    late = Shard(
+        lambda columns: table.slice(545).select(columns).to_batches(),
+        ("text", BEHAVIOR),
+        everyone=lambda columns: table.select(columns).to_batches(),
+    )
+    assert len(next(sample(late, Workers(), 40, "text"))) == 40
+    (empty,) = sample(late, Workers(), 40, BEHAVIOR)
+    assert not empty.present[BEHAVIOR].any(), "a worker without such items yields another one"
+
+
+def test_fixed_codebooks_stay_fixed_in_a_warm_run_too(tmp_path):
+    table = catalogue()
+    loop, _ = train(TOKENIZERS["adc-sid fixed"], table, tmp_path)
+    artifact.write(tmp_path / "model", loop.tokenizer, TOKENIZERS["adc-sid fixed"], {})
+    tokenizer, _ = artifact.read(tmp_path / "model")
+    before = tokenizer.codebooks.weight.clone()
+    tokenizer.unfreeze()
+    assert {name for name, p in tokenizer.named_parameters() if not p.requires_grad} == {"codebooks.weight"}
+    warm = config.Warm(epochs=2)
+    TokenizerTraining(
+        tokenizer, TOKENIZERS["adc-sid fixed"], loop.shard, tmp_path / "warm", 5, Workers(), "v1", warm=warm
+    ).run()
+    assert torch.equal(tokenizer.codebooks.weight, before)
+
+
+def test_a_short_training_has_checkpoints(tmp_path):
+    settings = config.AdcSidSettings(content_experts={"text": 1, "visual": 1})
+    data = data_of(settings, *catalogue())
+    loop = TokenizerTraining(artifact.build(settings, data.widths), settings, data, tmp_path, 5, Workers(), "v")
+    assert settings.training.epochs == 10 and loop.checkpoint_epochs == 2
+
+
+def test_before_codebooks_exist_latents_are_not_quantized():
+    settings = TOKENIZERS["adc-sid from axes"]
+    data = data_of(settings, *catalogue())
+    torch.manual_seed(0)
+    tokenizer = artifact.build(settings, data.widths)
+    tokenizer.prepare(data, Workers())
+    tokenizer.eval().requires_grad_(False)
+    losses = []
+    for scale in (1.0, 50.0):
+        tokenizer.codebooks.weight.mul_(scale)
+        losses.append(float(tokenizer.losses(everything(data), Workers(), 0.0).total))
+    assert losses[0] == losses[1]
+
+
+def test_an_artifact_of_before_start_and_damping_reads_as_it_was_trained(tmp_path):
+    settings = TOKENIZERS["adc-sid two experts"]
+    loop, _ = train(
+        settings.model_copy(update={"training": settings.training.model_copy(update={"epochs": 3})}),
+        catalogue(),
+        tmp_path / "run",
+    )
+    artifact.write(tmp_path / "model", loop.tokenizer, settings, {})
+    entries = json.loads((tmp_path / "model" / "manifest.json").read_text())
+    for key in ("start", "experts", "content_weight", "distance", "damping", "count_power", "codebooks"):
+        del entries["config"][key]
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps(entries))
+    tokenizer, manifest = artifact.read(tmp_path / "model")
+    batch = everything(loop.shard)
+    assert torch.equal(tokenizer.encode(batch).codes, loop.tokenizer.encode(batch).codes)
+    assert artifact.settings_of(manifest.config).parallel
+    entries["config"]["distance"] = "manhattan"
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps(entries))
+    with pytest.raises(InputError, match=r"config is of another version of adasid \(distance: Input should be"):
+        artifact.read(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "opq", "engine": "faiss", "codebook_size": 16, "count_power": 0.5}, "weighs all items alike"),
+        ({"name": "adc-sid", "codebooks": "fixed", "revival": {"min_share": 0.1}}, "no code is revived"),
+    ],
+)
+def test_settings_that_would_have_no_effect_are_refused(section, message):
+    with pytest.raises(ConfigError, match=message):
+        config.build({"features": {"content": ["text"]}, "tokenizer": section})
 
 
 def test_a_non_finite_loss_is_named(tmp_path):

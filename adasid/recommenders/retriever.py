@@ -38,7 +38,7 @@ class Retriever(CausalEncoder, ABC):
         self.omega = catalogue.loss_weights()
         self.table = nn.Parameter(torch.randn(sum(catalogue.sizes), s.width) * 0.02)
         self.ngrams: nn.Parameter | None = None
-        if catalogue.ngram_rows:  # zeros, so that an n-gram that training never sees changes nothing
+        if catalogue.ngram_rows:  # zeros: a row that training never uses changes nothing
             self.ngrams = nn.Parameter(torch.zeros(catalogue.ngram_rows + 1, s.width))
 
     @property

@@ -64,3 +64,11 @@ def test_a_named_config_key_exists(key):
 
 def test_no_line_is_longer_than_120_columns():
     assert [number for number, line in enumerate(TEXT.splitlines(), 1) if len(line) > 120] == []
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_no_equation_lost_a_backslash(path):
+    """Where ``\\text`` was written as a tab and ``ext``."""
+    assert not re.findall(r"[\x00-\x09\x0b-\x1f]\w*", path.read_text())

@@ -23,6 +23,12 @@ class Retrieval(Section):
         "residual slots, pairs of parallel ones, and pairs across modalities; none",
     )
     ngram_rows: int = Field(32_768, ge=1, lt=2**31, description="rows of the table that n-grams are hashed into")
+    ngram_min_items: int = Field(
+        1,
+        ge=1,
+        description="an n-gram that fewer items with training events have is not used; from 2 on, no n-gram stands for "
+        "one item, and new items are ranked better among the others",
+    )
     ngram_dropout: Share = Field(
         0.2,
         description="share of items that are trained without their n-grams at a step, so that items without known "
@@ -106,6 +112,7 @@ class Ranking(Section):
     ngram_rows: int = Field(
         32_768, ge=1, lt=2**31, description="rows of the table that n-grams, or prefixes, are hashed into"
     )
+    ngram_min_items: int = Field(1, ge=1, description="as retrieval.ngram_min_items; not for prefixes")
     weights: bool = Field(
         True,
         description="the tokenizer's weights scale the tokens' embeddings, and those of behaviour tokens are features",

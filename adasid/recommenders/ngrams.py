@@ -68,14 +68,32 @@ def hashed(codes: Tensor, ngrams: Sequence[Sequence[int]], rows: int, pad_lacks:
     The hash is FNV-1a with 64 bits (Fowler, Noll and Vo; IETF draft-eastlake-fnv) of the pairs of slot index and code,
     each as 4 bytes, least significant first; its halves are combined by exclusive or, then taken modulo ``rows``."""
     table = torch.empty(len(codes), len(ngrams), dtype=torch.int32, device=codes.device)
-    for part, out in zip(codes.split(_CHUNK), table.split(_CHUNK)):
-        for column, ngram in enumerate(ngrams):
-            number = torch.full_like(part[:, 0], _OFFSET, dtype=torch.int64)
-            for slot in ngram:
-                for value in (torch.full_like(number, slot), part[:, slot].long()):
-                    for shift in (0, 8, 16, 24):
-                        number = (number ^ ((value >> shift) & 0xFF)) * _PRIME
+    for column, ngram in enumerate(ngrams):
+        for part, out in zip(codes.split(_CHUNK), table.split(_CHUNK)):
+            number = _fnv_1a(part, ngram)
             folded = ((number >> 32) ^ number) & 0xFFFFFFFF
             lacking = (part[:, list(ngram)] == PAD).any(1) & pad_lacks
             out[:, column] = torch.where(lacking, rows, folded % rows)
     return table
+
+
+def rare(codes: Tensor, ngrams: Sequence[Sequence[int]], trained: Tensor, min_items: int) -> Tensor:
+    """Return which n-grams of items fewer than ``min_items`` of the ``trained`` [M] items have, [M, G] bool. An n-gram
+    of one item would stand for that item as an item id does."""
+    mask = torch.empty(len(codes), len(ngrams), dtype=torch.bool, device=codes.device)
+    for column, ngram in enumerate(ngrams):
+        numbers = torch.cat([_fnv_1a(part, ngram) for part in codes.split(_CHUNK)])
+        distinct, key = torch.unique(numbers, return_inverse=True)
+        items = torch.zeros(len(distinct), dtype=torch.int64, device=codes.device).index_add_(0, key, trained.long())
+        mask[:, column] = items[key] < min_items
+    return mask
+
+
+def _fnv_1a(codes: Tensor, ngram: Sequence[int]) -> Tensor:
+    """Return the hash of the slots ``ngram`` of ``codes`` [n, L] as int64 [n]."""
+    number = torch.full_like(codes[:, 0], _OFFSET, dtype=torch.int64)
+    for slot in ngram:
+        for value in (torch.full_like(number, slot), codes[:, slot].long()):
+            for shift in (0, 8, 16, 24):
+                number = (number ^ ((value >> shift) & 0xFF)) * _PRIME
+    return number

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adasid.errors import InputError
 from adasid.ragged import runs
-from adasid.recommenders.ngrams import hashed
+from adasid.recommenders.ngrams import hashed, rare
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
 
@@ -68,10 +68,17 @@ class ItemTokens:
         index = torch.arange(items)
         return ItemTokens(index[:, None], (items,), torch.ones(items, 1), (), index, _no_ngrams(items))
 
-    def with_ngrams(self, ngrams: Sequence[Sequence[int]], rows: int) -> ItemTokens:
+    def with_ngrams(
+        self, ngrams: Sequence[Sequence[int]], rows: int, trained: Tensor | None = None, min_items: int = 1
+    ) -> ItemTokens:
         """Return the same tokens with the n-grams of the slots ``ngrams`` (:func:`adasid.recommenders.ngrams.choose`),
-        hashed into ``rows`` rows."""
-        return replace(self, ngrams=hashed(self.codes, ngrams, rows), ngram_rows=rows if ngrams else 0)
+        hashed into ``rows`` rows. With ``trained`` [M], which items have training events, an item lacks the n-grams
+        that fewer than ``min_items`` of these have."""
+        codes = self.codes
+        table = hashed(codes, ngrams, rows)
+        if trained is not None and ngrams:
+            table = table.masked_fill(rare(codes, ngrams, trained, min_items), rows)
+        return replace(self, ngrams=table, ngram_rows=rows if ngrams else 0)
 
     @property
     def codes(self) -> Tensor:

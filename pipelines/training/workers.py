@@ -176,7 +176,9 @@ def _catalogue(
     weights = factors.astype(np.float32) if settings.weights else None
     tokens = ItemTokens.of(codes.astype(np.int32), chosen.slots, weights)
     combinations = ngrams.choose(settings.ngrams, chosen.slots, chosen.parallel)
-    return tokens.with_ngrams(combinations, settings.ngram_rows), counts, strata
+    trained = torch.from_numpy(counts > 0)
+    tokens = tokens.with_ngrams(combinations, settings.ngram_rows, trained, settings.ngram_min_items)
+    return tokens, counts, strata
 
 
 def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) -> dict[str, Histories]:

@@ -336,7 +336,7 @@ def ngrams(items: int = 10_000_000, rows: int = 1 << 20) -> None:
         codes + 257 * torch.arange(6), (257,) * 6, torch.ones(1, 6), (), torch.arange(items), torch.zeros(items, 0)
     )
     started = time.perf_counter()
-    combined = plain.with_ngrams(choose("auto", slots, parallel=False), rows)
+    combined = plain.with_ngrams(choose("auto", slots, parallel=False), rows, torch.ones(items, dtype=torch.bool), 2)
     size = combined.ngrams.numel() * combined.ngrams.element_size() / 2**20
     print(f"n-grams                  {time.perf_counter() - started:15.1f} s          {items:,} items, {size:.0f} MiB")
     steps, scored, drawn = list[float](), list[float](), torch.randint(items, (256, 21))

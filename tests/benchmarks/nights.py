@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.torch import load_file
@@ -203,7 +204,12 @@ def recall(path: str, log: Path) -> None:
         items, codes, _ = encoded(there, scratch / "cold" / "model") if policy == "cold" else published(there)
         codes = codes[pc.index_in(ids, pa.array(items)).to_numpy()]
         chosen = ngrams.choose(settings.ngrams, source.slots, source.parallel)
-        score(policy, ItemTokens.of(codes, source.slots).with_ngrams(chosen, settings.ngram_rows))
+        score(
+            policy,
+            ItemTokens.of(codes, source.slots).with_ngrams(
+                chosen, settings.ngram_rows, torch.from_numpy(counts > 0), settings.ngram_min_items
+            ),
+        )
 
 
 def tell(log: Path, row: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 from adasid import config
 from adasid.errors import InputError
 from adasid.recommenders import heads
-from adasid.recommenders.ngrams import choose, hashed
+from adasid.recommenders.ngrams import choose, hashed, rare
 from adasid.recommenders.ppnet import ItemVectors
 from adasid.recommenders.tokens import ItemTokens
 from adasid.sid import Slot, slots_of
@@ -66,6 +66,25 @@ def test_an_ngram_with_pad_is_lacking_and_equal_codes_share_a_row():
     tokens = ItemTokens.of(codes.numpy().astype(np.int32), SLOTS)
     assert torch.equal(tokens.codes, codes)
     assert torch.equal(tokens.with_ngrams([(0, 1), (1, 2)], 1000).ngrams, rows)
+
+
+def test_an_ngram_of_few_trained_items_is_lacking():
+    codes = np.array([[0, 1, 2], [0, 1, 3], [0, 1, 3], [1, 1, 3], [PAD, 1, 3]], np.int32)
+    trained = torch.tensor([True, True, False, False, True])
+    grams = [(0, 1), (1, 2)]
+    assert rare(torch.from_numpy(codes), grams, trained, 1).tolist() == [
+        [False, False],
+        [False, False],
+        [False, False],
+        [True, False],
+        [False, False],
+    ]
+    assert rare(torch.from_numpy(codes), grams, trained, 2)[:, 0].tolist() == [False, False, False, True, True]
+    assert rare(torch.from_numpy(codes), grams, trained, 2)[:, 1].tolist() == [True, False, False, False, False]
+    tokens = ItemTokens.of(codes, SLOTS)
+    every, common = tokens.with_ngrams(grams, 50), tokens.with_ngrams(grams, 50, trained, 2)
+    expected = every.ngrams.masked_fill(rare(tokens.codes, grams, trained, 2), 50)
+    assert torch.equal(common.ngrams, expected) and (common.ngrams[3, 0], common.ngrams[4, 0]) == (50, 50)
 
 
 def test_rows_spread_evenly():

@@ -23,7 +23,7 @@ from adasid.tokenizers.base import Tokenizer
 from adasid.tokenizers.relabel import Relabelled
 
 FORMAT = 2
-_FORMER = {"start": "random", "distance": "cosine", "damping": 0.0, "count_power": 0.0}
+_FORMER = {"start": "random", "distance": "cosine", "damping": 0.0, "count_power": 0.0, "expert_lr": 1.0}
 """What ADC-SID was before these settings existed."""
 _SETTINGS: TypeAdapter[config.TokenizerSettings] = TypeAdapter(config.AnyTokenizer)
 

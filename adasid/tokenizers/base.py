@@ -92,6 +92,10 @@ class Tokenizer(nn.Module, ABC):
         """Return entries for the manifest beyond the config (for example the calibrated controller), as JSON data."""
         return {}
 
+    def learning_rates(self) -> Mapping[nn.Parameter, float]:
+        """Return the factor of the learning rate of the parameters for which it is not 1."""
+        return {}
+
     def no_decay(self) -> set[nn.Parameter]:
         """Return the parameters without weight decay: biases and, in subclasses, codebooks."""
         return {p for name, p in self.named_parameters() if name.endswith("bias")}

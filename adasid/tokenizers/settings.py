@@ -36,7 +36,7 @@ class Training(Section):
     weight_decay: float = Field(0.0001, ge=0, description="AdamW weight decay (not on codebooks and biases)")
     warmup_epochs: int = Field(1, ge=1, description="epochs without quantization, before the k-means initialisation")
     checkpoint_epochs: int = Field(20, ge=1, description="epochs between two checkpoints, at most a fifth of epochs")
-    log_epochs: int = Field(5, ge=1, description="epochs between two rows of metrics")
+    log_epochs: int = Field(5, ge=1, description="epochs between two rows of metrics, at most a fifth of epochs")
 
     @model_validator(mode="after")
     def _warmup(self) -> Training:

@@ -59,8 +59,10 @@ class TokenizerTraining(TrainingLoop):
         self.pairs, self.warm = settings.pairs, warm
         own = "tokenizer.training.lr" if "training" in type(settings).model_fields else "tokenizer.aligner.training.lr"
         self.lr_key = "retokenize.warm.lr" if warm else own
-        self.log_epochs = training.log_epochs
-        self.checkpoint_epochs = min(training.checkpoint_epochs, max(1, epochs // 5))
+        fifth = max(1, epochs // 5)
+        self.log_epochs, self.checkpoint_epochs = (
+            min(wanted, fifth) for wanted in (training.log_epochs, training.checkpoint_epochs)
+        )
         optimizers = {"optimizer": self._optimizer()} if epochs else {}
         super().__init__(tokenizer, optimizers, epochs, folder, workers, device, version)
         rows = max(1, training.batch // workers.world)
@@ -73,15 +75,20 @@ class TokenizerTraining(TrainingLoop):
             tokenizer.keep_codes(workers.sum(previous.to(device)) > 0)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        """Return AdamW, with weight decay for the parameters that take it."""
-        plain = self.tokenizer.no_decay()
-        decayed = [p for p in self.tokenizer.parameters() if p not in plain]
-        others = [p for p in self.tokenizer.parameters() if p in plain]
-        groups = [
-            {"params": decayed, "weight_decay": self.settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.settings.lr, fused=True)
+        """Return AdamW, with weight decay for the parameters that take it, and a ``factor`` of the learning rate for
+        each group."""
+        plain, factors = self.tokenizer.no_decay(), self.tokenizer.learning_rates()
+        groups = dict[tuple[bool, float], list[nn.Parameter]]()
+        for p in self.tokenizer.parameters():
+            groups.setdefault((p in plain, factors.get(p, 1.0)), []).append(p)
+        return torch.optim.AdamW(
+            [
+                {"params": params, "weight_decay": 0.0 if bare else self.settings.weight_decay, "factor": factor}
+                for (bare, factor), params in sorted(groups.items(), key=lambda group: group[0])
+            ],
+            lr=self.settings.lr,
+            fused=True,
+        )
 
     def run(self, report: Report = silent) -> list[Row]:
         """Train all epochs, then fit; return the logged rows."""
@@ -139,7 +146,7 @@ class TokenizerTraining(TrainingLoop):
     def _step(self, step: int, batch: Batch, epoch: int) -> dict[str, float]:
         optimizer, total = self.optimizers["optimizer"], self.steps * self.epochs
         for group in optimizer.param_groups:
-            group["lr"] = self.settings.lr * 0.5 * (1 + np.cos(np.pi * step / total))
+            group["lr"] = self.settings.lr * group["factor"] * 0.5 * (1 + np.cos(np.pi * step / total))
         if batch.previous:
             batch = replace(batch, previous=batch.previous.at(step / total))
         losses = self.tokenizer.losses(batch, self.workers, step / total)

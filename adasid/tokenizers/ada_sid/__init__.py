@@ -30,6 +30,7 @@ class AdaSidSettings(AdcSidSettings):
     distance: Distance = Field("cosine", description=_MEANING["distance"])
     damping: Share = Field(0.0, description=_MEANING["damping"])
     count_power: Share = Field(0.0, description=_MEANING["count_power"])
+    expert_lr: Share = Field(1.0, description=_MEANING["expert_lr"])
     behavior_experts: int = Field(5, ge=1, description=_MEANING["behavior_experts"])
     threshold: float = Field(0.0, ge=0, description="a behaviour slot whose weight is not above it becomes PAD")
     router: Router = Field(Router(sparsity=0.4, item_weight=0.1), description="dynamic behaviour gate")

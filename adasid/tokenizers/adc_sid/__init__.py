@@ -72,7 +72,6 @@ class ShortTraining(Training):
     """The training loop of experts that begin as principal axes."""
 
     epochs: int = Field(10, ge=2, description="epochs: each sees as many rows as there are items")
-    lr: float = Field(0.0001, gt=0, description="AdamW learning rate at the start; cosine decay to 0")
 
 
 class NoRevival(Revival):
@@ -84,9 +83,9 @@ class NoRevival(Revival):
 
 
 class AdcSidSettings(TrainedSettings):
-    """ADC-SID (arXiv 2510.25622 v3), started from principal axes. The paper's form: start: random, distance: cosine,
-    damping: 0, count_power: 0, shared_experts: 1, behavior_experts: 3, straight_through: sum, revival: {min_share:
-    0.25}, training: {epochs: 100, lr: 0.001}."""
+    """ADC-SID (arXiv 2510.25622 v3), started from principal axes. The paper's form: shared_experts: 1,
+    behavior_experts: 3, start: random, distance: cosine, damping: 0, count_power: 0, expert_lr: 1, straight_through:
+    sum, revival: {min_share: 0.25}, training: {epochs: 100}."""
 
     name: Literal["adc-sid"] = Field(
         "adc-sid",
@@ -124,6 +123,11 @@ class AdcSidSettings(TrainedSettings):
     count_power: Share = Field(
         0.5,
         description="an item counts when codebooks are initialised by (its training interactions + 1) to this power",
+    )
+    expert_lr: Share = Field(
+        0.1,
+        description="learning rate of experts and codebooks as a share of training.lr; gates, projectors and decoder "
+        "learn at training.lr",
     )
     codebooks: Literal["trained", "fixed"] = Field(
         "trained",

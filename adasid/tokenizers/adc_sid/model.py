@@ -57,8 +57,8 @@ class AdcSid(TrainedTokenizer):
         joint = len(self.modalities) * s.projector_width
         self.shared = Trunk(joint, s.shared_experts, s.hidden, width) if trained else None
         if self.axes and self.shared:
-            for trunk in (*self.trunks.values(), self.shared):  # the networks begin at zero, experts as the axes
-                trunk.start_at_zero()  # type: ignore[operator]
+            for trunk in self._all_trunks():  # the networks begin at zero, experts as the axes
+                trunk.start_at_zero()
         kinds = [slot.kind for slot in self.slots]
         before = torch.tensor(
             [[j < i and kinds[j] in (SHARED, kind) for j in range(len(kinds))] for i, kind in enumerate(kinds)]
@@ -81,6 +81,14 @@ class AdcSid(TrainedTokenizer):
         """Let all parameters be trained; not the codebooks where ``codebooks`` is ``fixed``."""
         self.requires_grad_(True)
         self.codebooks.weight.requires_grad_(self.settings.codebooks == "trained")
+
+    def learning_rates(self) -> Mapping[nn.Parameter, float]:
+        """Return ``expert_lr`` for the layers of experts behind the first and for the codebooks."""
+        slow = [*self.codebooks.parameters(), *(p for trunk in self._all_trunks() for p in trunk.rest.parameters())]
+        return dict.fromkeys(slow, self.settings.expert_lr)
+
+    def _all_trunks(self) -> list[Trunk]:
+        return [trunk for trunk in (*self.trunks.values(), self.shared) if isinstance(trunk, Trunk)]
 
     def _experts(self, x: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return latents [L, B, d] (eqs 4, 6), gate weights [L, B] (eqs 12, 13, 22; 0 where the modality is absent) and

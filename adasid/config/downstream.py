@@ -158,7 +158,7 @@ class Ranking(Section):
 
 
 class Evaluate(Section):
-    tokenizers: Names = Field((), description="labels of compare.tokenizers whose SIDs are put to use")
+    tokenizers: Names = Field((), description="labels of compare.tokenizers whose SIDs are evaluated")
     retrievers: dict[str, Retrieval] = Field(
         {},
         description="label -> retrieval section: each on the SIDs of each tokenizer, unless evaluate.models says which",

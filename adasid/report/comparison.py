@@ -128,7 +128,7 @@ def build(name: str, rows: Sequence[Row]) -> Page:
                 _table("Active behaviour slots", gated, active),
             ],
         ),
-        Section("cost", "What it took", tables=[_table("Cost", groups, _COST)]),
+        Section("cost", "Time and size", tables=[_table("Cost", groups, _COST)]),
     ]
     seeds = sorted({len(group) for group in groups.values()})
     said = [

@@ -32,7 +32,7 @@ def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: in
         "a figure after ± is the standard deviation over seeds.",
     ]
     if missing:
-        said.append(f"Not all is there yet: {plural(missing, 'cell')} of the config still to be evaluated.")
+        said.append(f"{plural(missing, 'cell')} of the config still to be evaluated.")
     sections = []
     for task, section in (("retrieval", _retrieval), ("ranking", _ranking)):
         if cells[task]:
@@ -52,8 +52,8 @@ def build(name: str, rows: Sequence[Row], settings: config.Evaluate, missing: in
         _study(number_, title, labels, everything, claims)
         for number_, (title, labels) in enumerate(settings.studies.items(), 1)
     ]
-    sections.append(Section("cost", "What it took", tables=[_cost(own) for own in everything.values() if own]))
-    return Page(f"Semantic IDs put to use: {name}", said, [], [], sections, f"Evaluation of run {name}.")
+    sections.append(Section("cost", "Time and size", tables=[_cost(own) for own in everything.values() if own]))
+    return Page(f"Semantic IDs in retrieval and ranking: {name}", said, [], [], sections, f"Evaluation of run {name}.")
 
 
 def _retrieval(cells: Cells, settings: config.Evaluate) -> list[Section]:
@@ -63,7 +63,7 @@ def _retrieval(cells: Cells, settings: config.Evaluate) -> list[Section]:
             "Retrieval",
             lead="The held-out event of each user, ranked among all "
             f"items{'' if settings.repeatable else ' but those of the history'}; one list, cut at "
-            "several depths. Items that share a SID stand in the order of their training counts; corrected: what a "
+            "several depths. Items that share a SID are in the order of their training counts; corrected: what a "
             "random order of them gives on "
             "average. Epochs are chosen on validation, figures are of the test.",
             plots=[
@@ -161,7 +161,7 @@ def _differences(cells: Cells, task: str, settings: config.Evaluate) -> Section:
     lead = (
         f"Relative gain of {settings.reference} over each other tokenizer under the same model and the same seeds, "
         "with the 95 % interval of the "
-        "paired t distribution over seeds. A plus sign says that it is ahead; an interval that holds 0 says that "
+        "paired t distribution over seeds. A plus sign says that it is ahead; an interval that includes 0 says that "
         "nothing is shown."
     )
     tables = (

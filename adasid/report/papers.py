@@ -57,7 +57,7 @@ def section(cells: Mapping[str, Cells], everything: Mapping[str, Cells], setting
     if not settings.repeatable:
         lead += (
             " Our lists leave out the items of the history, which published systems do not all do: below, ours "
-            "stand both ways."
+            "are given both ways."
         )
     codes = {label: codes_of(group) for groups in everything.values() for (label, _), group in groups.items()}
     rivals = [

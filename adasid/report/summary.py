@@ -26,7 +26,7 @@ def summary(material: Material) -> list[str]:
     said, stats, codes = [], material.catalog, material.codes
     if stats:
         said.append(
-            f"The catalogue holds {plural(stats['items'], 'item')}, {plural(stats['users'], 'user')} and "
+            f"The catalogue has {plural(stats['items'], 'item')}, {plural(stats['users'], 'user')} and "
             f"{plural(stats['interactions'], 'event')}. "
             f"Its {plural(stats['strata'].get('head', 0), 'most popular item')} take "
             f"{share(stats['head_interactions'])} of the training events (Gini {number(stats['gini'], 2)})."
@@ -46,8 +46,8 @@ def summary(material: Material) -> list[str]:
         said.append(
             f"{name} gives {plural(codes['items'], 'item')} {plural(codes['distinct'], 'distinct ID')} of "
             f"{plural(len(codes['slots']), 'code')}; "
-            f"{share(codes['collision_items'])} of the items share theirs, and no ID is carried by more than "
-            f"{count(codes['largest_group'])}. "
+            f"{share(codes['collision_items'])} of the items share theirs, and at most "
+            f"{count(codes['largest_group'])} have one ID. "
             f"{share(sum(codes['utilisation']) / len(codes['utilisation']), 2)} of the {len(codes['slots'])} × "
             f"{codes['codebook_size']} codes are in use."
         )

@@ -59,7 +59,7 @@ def _routing(material: Material) -> list[Plot]:
             "weights_by_stratum",
             "Router weights by stratum",
             "mean weight",
-            "Popular items should lean on their behaviour codes more than rare ones; cold items have none, so their "
+            "In the papers, popular items have larger weights than rare ones; cold items have no behaviour, so their "
             "weight is 0.",
         ),
         (
@@ -67,7 +67,7 @@ def _routing(material: Material) -> list[Plot]:
             "active_by_stratum",
             "Active behaviour slots by stratum",
             "share of items with slot active",
-            "The share of items that carry each behaviour code, from the most to the least popular stratum.",
+            "The share of items for which each behaviour slot is active, from the most to the least popular stratum.",
         ),
     ):
         values = _strata(material, metric)
@@ -75,12 +75,13 @@ def _routing(material: Material) -> list[Plot]:
             drawing = figures.by_stratum(
                 values, list(material.behavior_slots.values()), heading, label, shares=metric == "active_by_stratum"
             )
+            less = bool(np.mean(values.get("head", 1)) < np.mean(values.get("tail", 0)))
             plots.append(
                 Plot(
                     name,
                     drawing,
                     f"Grouped bars, one group a stratum ({', '.join(values)}), one bar a behaviour slot: {label}.",
-                    text,
+                    text + " Here it is the reverse." * (less and name == "router_weights"),
                 )
             )
     counts = _ordered(material.codes.get("active_count_by_stratum") or {})
@@ -129,7 +130,7 @@ def semantic_ids(material: Material) -> Section:
             figures.usage(codes["slots"], codes["codes"], codes["utilisation"], codes["entropy"]),
             "One small chart a codebook: number of items for each code, most used first. Slots "
             f"{', '.join(codes['slots'])}; lowest utilisation {used}.",
-            "A flat profile near the dashed line (even use) is good; a spike at the left means that few codes carry "
+            "A flat profile near the dashed line (even use) is good; a peak at the left means that few codes have "
             "most items. Entropy is given against its cap ln K.",
         ),
         Plot(
@@ -137,7 +138,7 @@ def semantic_ids(material: Material) -> Section:
             figures.groups(
                 codes["group_sizes"], codes["collision_distinct"], codes["collision_items"], codes["largest_group"]
             ),
-            "Bars on logarithmic axes: number of semantic IDs carried by one item, two items, three items and so on.",
+            "Bars on logarithmic axes: number of semantic IDs that one item has, two items, three items and so on.",
             "The first bar counts items with an ID of their own; everything to its right is shared.",
         ),
     ]
@@ -206,7 +207,7 @@ def _code_metrics(material: Material) -> Table:
         ),
         (
             *("Perplexity, lowest", number(min(codes["perplexity"], default=None), 1)),
-            "exp(entropy): codes that carry the load, worst codebook",
+            "exp(entropy): codes in even use that have this entropy, worst codebook",
         ),
         ("Perplexity, mean", number(mean(codes["perplexity"]), 1), "over codebooks"),
         (

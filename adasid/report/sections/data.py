@@ -23,7 +23,7 @@ def catalogue(material: Material) -> Section:
             "popularity",
             figures.popularity(stats["popularity"], strata.get("head")),
             "Line on logarithmic axes: training events of an item, falling with its popularity rank.",
-            "Each step right is a less popular item; the steeper the fall, the fewer items hold the events."
+            "Each step right is a less popular item; the steeper the fall, the fewer items have most of the events."
             + (" Items without a training event lie below the picture." if silent else ""),
         ),
         Plot(
@@ -31,7 +31,7 @@ def catalogue(material: Material) -> Section:
             figures.lorenz(stats["lorenz"], stats["gini"]),
             f"Lorenz curve of training events over items, Gini coefficient {number(stats['gini'], 2)}, below the "
             "diagonal of equality.",
-            "The further the curve sags below the diagonal, the longer the tail: "
+            "The further the curve lies below the diagonal, the longer the tail: "
             f"the most popular {plural(strata.get('head', 0), 'item')} take {share(stats['head_interactions'])} of the "
             "training events.",
         ),
@@ -104,10 +104,10 @@ def behavior(material: Material) -> Section:
     if stats.get("norm_by_count"):
         fallen = stats["richness_source"] == "count"
         use = (
-            f"The correlation is below {material.cfg.features.proxy_min_spearman:g}, so richness rests on the count "
-            "instead of the norm."
+            f"The correlation is below {material.cfg.features.proxy_min_spearman:g}, so richness is computed from the "
+            "count instead of the norm."
             if fallen
-            else "Richness rests on the norm."
+            else "Richness is computed from the norm."
         )
         plots.append(
             Plot(
@@ -120,7 +120,7 @@ def behavior(material: Material) -> Section:
         )
         rows = [
             ("Spearman(norm, count), items with events", number(stats["spearman"])),
-            ("Richness rests on", "the count" if fallen else "the norm"),
+            ("Richness is computed from", "the count" if fallen else "the norm"),
             ("Norm mapped to richness 0", number(stats["norm_low"])),
             ("Norm mapped to richness 1", number(stats["norm_high"])),
         ]

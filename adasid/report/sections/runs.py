@@ -23,7 +23,7 @@ _CURVES: tuple[tuple[str, str, Callable[[Sequence[Row], Any], Figure], str, str]
     (
         *("tokenizer_fvu", "fvu_", lambda rows, size: curves.unexplained(rows)),
         "Unexplained variance of each modality over epochs.",
-        "Lower is better: how much of each modality the codes fail to carry; 1 is no better than the mean.",
+        "Lower is better: how much of each modality the codes do not explain; 1 is no better than the mean.",
     ),
     (
         *("tokenizer_sparsity", "sparsity", lambda rows, size: curves.sparsity(rows)),

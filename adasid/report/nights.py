@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from adasid.report import style
 from adasid.report.page import Page, Plot, Section, Table
-from adasid.report.words import DASH, count, number, share
+from adasid.report.words import DASH, count, number, plain, share
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
                 "churn",
                 churn(nights),
                 "Share of items whose SID changed, by generation.",
-                "What readers of the table had to follow.",
+                "Readers of the table see these changes.",
             ),
             Plot(
                 "shared",
@@ -61,7 +61,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
                 "error",
                 ratios(errors),
                 "Quantization error by modality and generation.",
-                "At 1 the tokenizer knows today's items as well as its own.",
+                "At 1 the error is that on the tokenizer's training data.",
             )
         ]
         if errors
@@ -97,7 +97,7 @@ def build(name: str, generations: Sequence[Row], refused: Row | None, dry: Row |
                     "How much of what each gate allows was used, by generation; the refused run comes last."
                     if refused
                     else "How much of what each gate allows was used, by generation.",
-                    "At 100 % nothing is left; above it the run is refused.",
+                    "Above 100 % the run is refused.",
                 )
             ]
             if generations
@@ -315,5 +315,5 @@ def _gates(generations: Sequence[Row], refused: Row | None, dry: Row | None) -> 
             what = f"{gate['gate']}, of {gate['of']}" if "of" in gate else gate["gate"]
             failed = f"overruled by {gate['overruled']}" if "overruled" in gate else "FAILED"
             result = "passed" if gate["passed"] else failed
-            rows.append((name, what, number(gate["value"], 4), number(gate["threshold"], 4), result))
+            rows.append((name, what, plain(gate["value"]), plain(gate["threshold"]), result))
     return Table("Gates", ("Nightly run", "Gate", "Value", "Threshold", "Result"), rows, words=2)

@@ -71,7 +71,7 @@ class Retokenize(Section):
         "the table of the other fails a gate",
     )
     slack: float = Field(
-        0.5,
+        0.1,
         ge=0,
         description="an item keeps a published code whose squared distance is at most 1 + slack times that of the "
         "nearest; 0: always the nearest",

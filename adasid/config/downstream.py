@@ -24,7 +24,7 @@ class Retrieval(Section):
     )
     ngram_rows: int = Field(32_768, ge=1, lt=2**31, description="rows of the table that n-grams are hashed into")
     ngram_min_items: int = Field(
-        1,
+        2,
         ge=1,
         description="an n-gram that fewer items with training events have is not used; from 2 on, no n-gram stands for "
         "one item, and new items are ranked better among the others",

@@ -125,7 +125,7 @@ class AdcSidSettings(TrainedSettings):
         description="an item counts when codebooks are initialised by (its training interactions + 1) to this power",
     )
     expert_lr: Share = Field(
-        0.1,
+        0.01,
         description="learning rate of experts and codebooks as a share of training.lr; gates, projectors and decoder "
         "learn at training.lr",
     )

@@ -74,6 +74,7 @@ def copied(path: str, folder: Path, *overrides: str) -> tuple[Config, Lake]:
     shutil.rmtree(folder, ignore_errors=True)
     for table in TABLES:
         shutil.copytree(cfg.run_dir / "lake" / table, folder / cfg.name / "lake" / table)
+    shutil.copy(cfg.run_dir / "lake" / "format.json", folder / cfg.name / "lake")
     there = load(path, [f"runs_dir={folder}", *OPEN, *overrides])
     return there, tracking.open_lake(there)
 

@@ -105,7 +105,7 @@ def test_parallel_scores_are_sums_of_token_log_probabilities():
 
 @pytest.mark.parametrize("head", ["item", "parallel"])
 def test_the_exact_list_is_the_sorted_catalogue(head, monkeypatch):
-    monkeypatch.setattr(retriever, "_CHUNK", 13)
+    monkeypatch.setattr(retriever, "CHUNK", 13)
     made = model(head)
     states = torch.randn(6, 8)
     items, scores = made.top(states, 20)
@@ -121,7 +121,7 @@ SEEN = torch.tensor([[3, 7, -1, 20], [-1, -1, -1, -1], [0, 1, 59, -1]])
 
 @pytest.mark.parametrize("head", ["item", "parallel", "autoregressive"])
 def test_what_a_user_has_seen_leaves_the_list_and_takes_no_place_in_it(head, monkeypatch):
-    monkeypatch.setattr(retriever, "_CHUNK", 13)
+    monkeypatch.setattr(retriever, "CHUNK", 13)
     made = model(head, beam=200)
     states = torch.randn(3, 8)
     with torch.no_grad():

@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from adasid.config import Config, yaml12
+from adasid.config.secrets import masked_config, masked_text
 from adasid.errors import InputError, first_line
 from adasid.files import write_json
 from pipelines import migrate
@@ -125,7 +126,7 @@ def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) 
         yield context
     except BaseException as error:
         with _best_effort(context, "the failure"):
-            client.set_tag(run_id, "error", str(error)[:500])
+            client.set_tag(run_id, "error", masked_text(str(error))[:500])
             client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
             client.set_terminated(parent, "FAILED")
         if isinstance(error, MlflowException):
@@ -159,7 +160,7 @@ def _start(cfg: Config, name: str, uri: str) -> tuple[MlflowClient, str, str]:
     parent = _parent(cfg, client, experiment)
     tags = {"mlflow.parentRunId": parent, "stage": name[:250], "run": cfg.name}
     run_id = str(client.create_run(experiment, run_name=name[:250], tags=tags).info.run_id)
-    client.log_text(run_id, yaml12.write(cfg.model_dump(mode="json")), "config.yaml")
+    client.log_text(run_id, yaml12.write(masked_config(cfg).model_dump(mode="json")), "config.yaml")
     return client, parent, run_id
 
 
@@ -176,20 +177,15 @@ def _experiment(cfg: Config, client: MlflowClient, uri: str) -> str:
                 raise error from None
     if experiment.lifecycle_stage == LifecycleStage.DELETED:
         raise InputError(
-            f"experiment {name!r} was deleted in MLflow ({_shown(uri)}): restore it "
+            f"experiment {name!r} was deleted in MLflow ({masked_text(uri)}): restore it "
             f"(mlflow experiments restore --experiment-id {experiment.experiment_id}), or set tracking.experiment"
         )
     return str(experiment.experiment_id)
 
 
-def _shown(text: str) -> str:
-    """Remove the user and password of a URL."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
-
-
 def _unusable(uri: str, error: Exception) -> InputError:
     fix = "check tracking.uri, or leave it null for a local store"
-    return InputError(_shown(f"MLflow store {uri}: {first_line(error)}; {fix}"))
+    return InputError(masked_text(f"MLflow store {uri}: {first_line(error)}; {fix}"))
 
 
 @contextmanager
@@ -198,7 +194,7 @@ def _best_effort(context: StageContext, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        context.note(f"MLflow has not recorded {what} of this stage ({_shown(first_line(error))})")
+        context.note(f"MLflow has not recorded {what} of this stage ({masked_text(first_line(error))})")
 
 
 def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
@@ -219,9 +215,9 @@ def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
 
 
 def parameters(cfg: Config) -> dict[str, Any]:
-    """Return the config as flat keys and values, without the sections of comparisons, whose labels may be any text and
+    """Return the config, its secrets masked, as flat keys and values, without the sections of comparisons, whose labels may be any text and
     whose values are in each cell's own config."""
-    sections = cfg.model_dump(mode="json", exclude={"compare", "evaluate"})
+    sections = masked_config(cfg).model_dump(mode="json", exclude={"compare", "evaluate"})
     flat = {key: value for section, values in sections.items() for key, value in _flatten(values, section).items()}
     return {re.sub(r"[^\w./ :-]", "_", key): value for key, value in flat.items()}  # MLflow allows no others
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from adasid.config import Config
+from adasid.config.secrets import masked_config
 from adasid.errors import InputError
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
@@ -15,8 +16,10 @@ from pipelines.training.payload import Payload
 
 
 def payload(cfg: Config, lake: Lake, read: Mapping[str, int], folder: Path) -> Payload:
-    """Return what the workers need to train on the versions ``read`` into ``folder``."""
-    return Payload(config=cfg, lake=lake.root, read=dict(read), folder=folder, library_versions=library_versions())
+    """Return what the workers need to train on the versions ``read`` into ``folder``; they get no secrets."""
+    return Payload(
+        config=masked_config(cfg), lake=lake.root, read=dict(read), folder=folder, library_versions=library_versions()
+    )
 
 
 def fit(

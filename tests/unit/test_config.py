@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from adasid import config
-from adasid.config import yaml12
+from adasid.config import secrets, yaml12
 from adasid.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -296,3 +296,37 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path):
 def test_text_that_looks_like_a_number_asks_for_quotes():
     with pytest.raises(ConfigError, match=re.escape("name is 7: input should be a valid string (put it in quotes)")):
         config.load(CONF / "demo.yaml", ["name=007"])
+
+
+@pytest.mark.parametrize(
+    ("key", "secret"),
+    [
+        ("spark.hadoop.fs.s3a.secret.key", True),
+        ("spark.hadoop.fs.s3a.access.key", True),
+        ("fs.azure.account.key.store.dfs.core.windows.net", True),
+        ("MLFLOW_TRACKING_TOKEN", True),
+        ("spark.ssl.keyPassword", True),
+        ("tokenizers", False),
+        ("codebook_size", False),
+        ("spark.hadoop.fs.s3a.endpoint", False),
+        ("key", False),
+    ],
+)
+def test_keys_that_name_a_secret(key, secret):
+    assert secrets.names_secret(key) == secret
+
+
+def test_a_config_without_its_secrets_is_the_config_otherwise():
+    cfg = config.build(
+        {
+            "features": {"content": ["text"]},
+            "spark": {"conf": {"spark.hadoop.fs.s3a.secret.key": "s3cr3t", "spark.ui.port": "4050"}},
+            "tracking": {"uri": "https://user:s3cr3t@mlflow.example/x"},
+        }
+    )
+    hidden = secrets.masked_config(cfg)
+    assert "s3cr3t" not in hidden.model_dump_json() and "s3cr3t" in cfg.model_dump_json()
+    assert hidden.spark.conf == {"spark.hadoop.fs.s3a.secret.key": secrets.MASK, "spark.ui.port": "4050"}
+    assert hidden.tracking.uri == "https://mlflow.example/x"
+    plain = config.build({"features": {"content": ["text"]}})
+    assert secrets.masked_config(plain) == plain

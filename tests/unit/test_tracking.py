@@ -13,6 +13,7 @@ from adasid.tokenizers import artifact
 from pipelines import cli
 from pipelines.engines import tracking
 from pipelines.run import Run
+from pipelines.training import launch
 from pipelines.training.register import register
 
 
@@ -138,3 +139,16 @@ def test_a_registered_model_that_was_deleted_is_made_again(cfg, tmp_path, capsys
     with tracking.stage(cfg, "sids") as context:
         register(cfg, context, folder, digest, "champion")
     assert f"tokenizer {digest} is neither in MLflow nor in {folder}: champion stays" in capsys.readouterr().err
+
+
+def test_no_secret_of_the_config_is_in_the_store_or_a_file(cfg):
+    conf = {"spark.hadoop.fs.s3a.secret.key": "planted-s3cr3t", "spark.ui.enabled": "false"}
+    secret = cfg.model_copy(update={"spark": cfg.spark.model_copy(update={"conf": conf})})
+    with tracking.stage(secret, "a stage") as context:
+        sent = launch.payload(secret, context.lake, {}, Run(secret).folder)
+    with pytest.raises(InputError), tracking.stage(secret, "another"):
+        raise InputError("s3://someone:planted-s3cr3t@bucket: refused")
+    assert "planted-s3cr3t" not in sent.model_dump_json()
+    files = [path for path in Run(secret).folder.rglob("*") if path.is_file()]
+    assert any(path.name == "config.yaml" and "spark.ui.enabled" in path.read_text() for path in files)
+    assert [path for path in files if b"planted-s3cr3t" in path.read_bytes()] == []

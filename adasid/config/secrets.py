@@ -1,0 +1,58 @@
+"""Mask secrets in a config: values of keys that name one, and users and passwords of URLs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+MASK = "***"
+_NAMES = {
+    "secret",
+    "secrets",
+    "password",
+    "passwd",
+    "passphrase",
+    "token",
+    "credential",
+    "credentials",
+    "sas",
+    "apikey",
+}
+_BEFORE_KEY = {"access", "account", "api", "private", "secret", "shared"}
+_USER = re.compile(r"(?<=://)[^/@\s]+@")
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def names_secret(key: str) -> bool:
+    """Return whether a key such as ``spark.hadoop.fs.s3a.secret.key`` names a secret."""
+    parts = [part.lower() for part in re.split(r"[^A-Za-z0-9]+|(?<=[a-z])(?=[A-Z])", key) if part]
+    return any(part in _NAMES for part in parts) or any(
+        part == "key" and before in _BEFORE_KEY for before, part in zip(parts, parts[1:])
+    )
+
+
+def masked_text(text: str) -> str:
+    """Return ``text`` without the users and passwords of its URLs."""
+    return _USER.sub("", text)
+
+
+def masked(value: Any, key: str = "") -> Any:
+    """Return a value of a config with its secrets masked, of the same type; ``key``: its name."""
+    if isinstance(value, BaseModel):
+        return masked_config(value)
+    if isinstance(value, Mapping):
+        return {name: masked(inner, str(name)) for name, inner in value.items()}
+    if value is not None and names_secret(key):
+        return MASK
+    if isinstance(value, (list, tuple)):
+        return type(value)(masked(inner) for inner in value)
+    return masked_text(value) if isinstance(value, str) else value
+
+
+def masked_config(model: Model) -> Model:
+    """Return a copy of a section, or of the whole config, with its secrets masked."""
+    return model.model_copy(update={name: masked(getattr(model, name), name) for name in type(model).model_fields})

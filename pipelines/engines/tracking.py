@@ -215,8 +215,8 @@ def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
 
 
 def parameters(cfg: Config) -> dict[str, Any]:
-    """Return the config, its secrets masked, as flat keys and values, without the sections of comparisons, whose labels may be any text and
-    whose values are in each cell's own config."""
+    """Return the config, its secrets masked, as flat keys and values, without the sections of comparisons, whose labels
+    may be any text and whose values are in each cell's own config."""
     sections = masked_config(cfg).model_dump(mode="json", exclude={"compare", "evaluate"})
     flat = {key: value for section, values in sections.items() for key, value in _flatten(values, section).items()}
     return {re.sub(r"[^\w./ :-]", "_", key): value for key, value in flat.items()}  # MLflow allows no others

@@ -120,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def settings_of(section: Mapping[str, Any]) -> config.TokenizerSettings:
     """Return the settings of the ``config`` of a manifest. Raises InputError if this version does not know them."""
-    former = _FORMER if section.get("name") == "adc-sid" and "start" not in section else {}
+    former = _FORMER if section.get("name") == "adc-sid" else {}
     try:
         return _SETTINGS.validate_python({**former, **section})
     except ValidationError as error:

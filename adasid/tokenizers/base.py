@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adasid.data.shards import Batch, Shard
@@ -101,16 +102,18 @@ class Tokenizer(nn.Module, ABC):
         return {p for name, p in self.named_parameters() if name.endswith("bias")}
 
 
-def sample(shard: Shard, workers: Workers, items: int, *kinds: str) -> Iterator[Batch]:
-    """Yield this worker's part of a fixed, evenly spaced sample of all workers' items, in batches of some thousands:
-    ``items`` items that have each modality of ``kinds`` (``shared``, and without ``kinds``: of all items). A worker
-    without such an item yields another one."""
-    share, rows = -(-items // workers.world), np.zeros(0, np.int64)
-    for kind in kinds or (SHARED,):
-        having = np.arange(len(shard)) if kind == SHARED else shard.having(kind)
-        if len(having):
-            chosen = np.linspace(0, len(having) - 1, min(share, len(having))).round().astype(np.int64)
-            rows = np.union1d(rows, having[chosen])
-    rows = rows if len(rows) else np.zeros(1, np.int64)
+def sampled(shard: Shard, workers: Workers, items: int, kind: str = SHARED) -> NDArray[np.int64]:
+    """Return the positions of this worker's part of a fixed, evenly spaced sample of ``items`` items of all workers:
+    of those that have the modality ``kind``, or of all items (``shared``). A worker without such an item returns
+    another one."""
+    share, having = -(-items // workers.world), np.arange(len(shard)) if kind == SHARED else shard.having(kind)
+    if not len(having):
+        return np.zeros(1, np.int64)
+    return having[np.linspace(0, len(having) - 1, min(share, len(having))).round().astype(np.int64)]
+
+
+def sample(shard: Shard, workers: Workers, items: int, kind: str = SHARED) -> Iterator[Batch]:
+    """Yield the items of :func:`sampled` in batches of some thousands."""
+    rows = sampled(shard, workers, items, kind)
     for start in range(0, len(rows), 4096):
         yield shard.take(rows[start : start + 4096])

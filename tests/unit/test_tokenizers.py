@@ -1,5 +1,6 @@
 """Test every tokenizer with one behavioural suite: to add one, add a line to SECTIONS."""
 
+import copy
 import json
 import tempfile
 from dataclasses import replace
@@ -21,7 +22,6 @@ from adasid.sid import PreviousCodes, Slot, token
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
 from adasid.tokenizers.base import sample
-from adasid.tokenizers.settings import SHARED
 from adasid.training.tokenizer import TokenizerTraining
 from tests.planted import catalogue, shard
 
@@ -353,8 +353,8 @@ def test_a_sample_has_items_of_each_modality():
     assert lacking.tolist() == list(range(540, 600))
     (batch,) = sample(data, Workers(), 40, BEHAVIOR)
     assert len(batch) == 40 and batch.present[BEHAVIOR].all()
-    (both,) = sample(data, Workers(), 40, SHARED, BEHAVIOR)
-    assert set(batch.index.tolist()) < set(both.index.tolist()) and not both.present[BEHAVIOR].all()
+    (every,) = sample(data, Workers(), 40)
+    assert len(every) == 40 and not every.present[BEHAVIOR].all()
     table = catalogue()[0]
     late = Shard(
         lambda columns: table.slice(545).select(columns).to_batches(),
@@ -381,6 +381,32 @@ def test_fixed_codebooks_stay_fixed_in_a_warm_run_too(tmp_path):
     assert torch.equal(tokenizer.codebooks.weight, before)
 
 
+def test_shared_codebooks_start_from_a_sample_of_all_items(monkeypatch):
+    """And not from more of the items that have a modality that few have."""
+    settings = TOKENIZERS["adc-sid from axes"].model_copy(update={"kmeans_samples": 100})
+    data = data_of(settings, *catalogue())
+    tokenizer = artifact.build(settings, data.widths)
+    tokenizer.prepare(data, Workers())
+    given = {}
+    monkeypatch.setattr(tokenizer.codebooks, "initialise", lambda *args: given.update(active=args[1]))
+    tokenizer.start_quantizing(data, Workers(), torch.Generator())
+    rows = dict(zip([slot.name for slot in tokenizer.slots], given["active"].sum(1).tolist()))
+    assert rows == dict.fromkeys(rows, 100)
+    both = given["active"][[slot.kind == BEHAVIOR for slot in tokenizer.slots]][0] & given["active"][0]
+    assert both.sum() < 100
+
+
+def test_a_warm_run_trains_the_codebooks_at_its_own_learning_rate(tmp_path):
+    settings, loop, _, data, _ = run_of("adc-sid")
+    tokenizer = copy.deepcopy(loop.tokenizer)
+    before = tokenizer.codebooks.weight.detach().clone()
+    warm = TokenizerTraining(
+        tokenizer, settings, data, tmp_path, 5, Workers(), "v", warm=config.Warm(epochs=1, lr=0.01)
+    )
+    warm.run()
+    assert (tokenizer.codebooks.weight - before).abs().max() > 0.005
+
+
 def test_a_short_training_has_checkpoints(tmp_path):
     settings = config.AdcSidSettings(content_experts={"text": 1, "visual": 1})
     data = data_of(settings, *catalogue())
@@ -401,7 +427,7 @@ def test_experts_and_codebooks_learn_at_their_share_of_the_learning_rate(tmp_pat
     before = {name: p.detach().clone() for name, p in tokenizer.named_parameters()}
     loop.run()
     moved = {name for name, p in tokenizer.named_parameters() if not torch.equal(p, before[name])}
-    assert {name for name in moved if ".rest." in name} == set()
+    assert {name for name in moved if ".rest." in name or name.startswith("shared.")} == set()
     assert {"trunks.behavior.heads.1.weight", "trunks.text.first.weight", "decoder.0.weight"} <= moved
 
 
@@ -428,7 +454,7 @@ def test_an_artifact_of_before_start_and_damping_reads_as_it_was_trained(tmp_pat
     )
     artifact.write(tmp_path / "model", loop.tokenizer, settings, {})
     entries = json.loads((tmp_path / "model" / "manifest.json").read_text())
-    for key in ("start", "experts", "content_weight", "distance", "damping", "count_power", "codebooks"):
+    for key in ("start", "experts", "content_weight", "distance", "damping", "count_power", "codebooks", "expert_lr"):
         del entries["config"][key]
     (tmp_path / "model" / "manifest.json").write_text(json.dumps(entries))
     tokenizer, manifest = artifact.read(tmp_path / "model")

@@ -126,8 +126,8 @@ class AdcSidSettings(TrainedSettings):
     )
     expert_lr: Share = Field(
         0.01,
-        description="learning rate of experts and codebooks as a share of training.lr; gates, projectors and decoder "
-        "learn at training.lr",
+        description="learning rate of codebooks and experts, but for first layers that gates share, as a share of "
+        "training.lr, at which all else learns; not under retokenize.warm",
     )
     codebooks: Literal["trained", "fixed"] = Field(
         "trained",

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from adasid.sid import Codes, PreviousCodes, slots_of
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers.adc_sid import AdcSidSettings
 from adasid.tokenizers.adc_sid.axes import Axes
-from adasid.tokenizers.base import Losses, sample
+from adasid.tokenizers.base import Losses, sampled
 from adasid.tokenizers.settings import SHARED
 from adasid.tokenizers.trained import TrainedTokenizer
 
@@ -83,8 +84,10 @@ class AdcSid(TrainedTokenizer):
         self.codebooks.weight.requires_grad_(self.settings.codebooks == "trained")
 
     def learning_rates(self) -> Mapping[nn.Parameter, float]:
-        """Return ``expert_lr`` for the layers of experts behind the first and for the codebooks."""
+        """Return ``expert_lr`` for the codebooks and the experts, but for their first layers where gates and projectors
+        share these."""
         slow = [*self.codebooks.parameters(), *(p for trunk in self._all_trunks() for p in trunk.rest.parameters())]
+        slow += self.shared.first.parameters() if self.shared else ()
         return dict.fromkeys(slow, self.settings.expert_lr)
 
     def _all_trunks(self) -> list[Trunk]:
@@ -171,10 +174,18 @@ class AdcSid(TrainedTokenizer):
 
     @torch.no_grad()
     def start_quantizing(self, shard: Shard, workers: Workers, generator: torch.Generator) -> None:
-        """Initialise the codebooks by k-means on the latents of a fixed sample of all workers' items (methods 9.3)."""
-        parts = sample(shard, workers, self.settings.kmeans_samples, SHARED, *self.modalities)
-        samples = zip(*(self._sample(part.to(self.theta.device)) for part in parts))
-        latents, active, previous, counts = (workers.gather_ragged(torch.cat(part)) for part in samples)
+        """Initialise the codebooks by k-means on latents (methods 9.3): of slots of a modality on a fixed sample of all
+        workers' items that have it, of shared slots on one of all items."""
+        size, device = self.settings.kmeans_samples, self.theta.device
+        drawn = {kind: sampled(shard, workers, size, kind) for kind in (SHARED, *self.modalities)}
+        rows, parts = np.unique(np.concatenate(list(drawn.values()))), list[tuple[Tensor, Tensor, Tensor, Tensor]]()
+        for start in range(0, len(rows), 4096):
+            part = rows[start : start + 4096]
+            within = {kind: torch.from_numpy(np.isin(part, of_kind)).to(device) for kind, of_kind in drawn.items()}
+            latents, active, previous, counts = self._sample(shard.take(part).to(device))
+            active = active & torch.stack([within[slot.kind] for slot in self.slots], dim=1)
+            parts.append((latents, active, previous, counts))
+        latents, active, previous, counts = (workers.gather_ragged(torch.cat(part)) for part in zip(*parts))
         power = self.settings.count_power
         weights = ((counts + 1).double() ** power).to(latents.dtype) if power else None
         self.codebooks.initialise(

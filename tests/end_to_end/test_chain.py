@@ -105,7 +105,7 @@ def test_summary_report_and_tracking(on_ray, folder):
     assert parent.data.params["tokenizer.codebook_size"] == "16"
     tokenizer = children["tokenizer"]
     assert [i.dataset.name for i in tokenizer.inputs.dataset_inputs] == ["item_features"]
-    assert len(client.get_metric_history(tokenizer.info.run_id, "reconstruction")) == 4
+    assert len(client.get_metric_history(tokenizer.info.run_id, "reconstruction")) == 5
     version = client.get_model_version_by_alias("adasid-ray", "candidate")
     assert version.run_id == tokenizer.info.run_id
     assert {f.path for f in client.list_artifacts(tokenizer.info.run_id, "model")} == {

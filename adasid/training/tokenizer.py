@@ -146,8 +146,7 @@ class TokenizerTraining(TrainingLoop):
     def _step(self, step: int, batch: Batch, epoch: int) -> dict[str, float]:
         optimizer, total = self.optimizers["optimizer"], self.steps * self.epochs
         for group in optimizer.param_groups:
-            factor = 1.0 if self.warm else group["factor"]
-            group["lr"] = self.settings.lr * factor * 0.5 * (1 + np.cos(np.pi * step / total))
+            group["lr"] = self.settings.lr * group["factor"] * 0.5 * (1 + np.cos(np.pi * step / total))
         if batch.previous:
             batch = replace(batch, previous=batch.previous.at(step / total))
         losses = self.tokenizer.losses(batch, self.workers, step / total)

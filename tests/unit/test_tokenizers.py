@@ -1,6 +1,5 @@
 """Test every tokenizer with one behavioural suite: to add one, add a line to SECTIONS."""
 
-import copy
 import json
 import tempfile
 from dataclasses import replace
@@ -394,17 +393,6 @@ def test_shared_codebooks_start_from_a_sample_of_all_items(monkeypatch):
     assert rows == dict.fromkeys(rows, 100)
     both = given["active"][[slot.kind == BEHAVIOR for slot in tokenizer.slots]][0] & given["active"][0]
     assert both.sum() < 100
-
-
-def test_a_warm_run_trains_the_codebooks_at_its_own_learning_rate(tmp_path):
-    settings, loop, _, data, _ = run_of("adc-sid")
-    tokenizer = copy.deepcopy(loop.tokenizer)
-    before = tokenizer.codebooks.weight.detach().clone()
-    warm = TokenizerTraining(
-        tokenizer, settings, data, tmp_path, 5, Workers(), "v", warm=config.Warm(epochs=1, lr=0.01)
-    )
-    warm.run()
-    assert (tokenizer.codebooks.weight - before).abs().max() > 0.005
 
 
 def test_a_short_training_has_checkpoints(tmp_path):

@@ -127,7 +127,7 @@ class AdcSidSettings(TrainedSettings):
     expert_lr: Share = Field(
         0.01,
         description="learning rate of codebooks and experts, but for first layers that gates share, as a share of "
-        "training.lr, at which all else learns; not under retokenize.warm",
+        "training.lr (of retokenize.warm.lr in a warm run), at which all else learns",
     )
     codebooks: Literal["trained", "fixed"] = Field(
         "trained",

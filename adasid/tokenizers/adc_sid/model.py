@@ -182,9 +182,11 @@ class AdcSid(TrainedTokenizer):
         for start in range(0, len(rows), 4096):
             part = rows[start : start + 4096]
             within = {kind: torch.from_numpy(np.isin(part, of_kind)).to(device) for kind, of_kind in drawn.items()}
-            latents, active, previous, counts = self._sample(shard.take(part).to(device))
-            active = active & torch.stack([within[slot.kind] for slot in self.slots], dim=1)
-            parts.append((latents, active, previous, counts))
+            batch = shard.take(part).to(device)
+            assert batch.counts is not None
+            active = self._present(batch).T & torch.stack([within[slot.kind] for slot in self.slots], dim=1)
+            latents = self._experts(self.inputs(batch), batch)[0].transpose(0, 1)
+            parts.append((latents, active, self.previous_codes(batch), batch.counts))
         latents, active, previous, counts = (workers.gather_ragged(torch.cat(part)) for part in zip(*parts))
         power = self.settings.count_power
         weights = ((counts + 1).double() ** power).to(latents.dtype) if power else None
@@ -197,11 +199,6 @@ class AdcSid(TrainedTokenizer):
     def keep_codes(self, previous: Tensor) -> None:
         """Exclude the ``previous`` codes from revival."""
         self.codebooks.kept = previous
-
-    def _sample(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        latents, _, _ = self._experts(self.inputs(batch), batch)
-        counts = torch.zeros_like(batch.index) if batch.counts is None else batch.counts
-        return latents.transpose(0, 1), self._present(batch).T, self.previous_codes(batch), counts
 
     def _present(self, batch: Batch) -> Tensor:
         """Return whether the item has the slot's modality, [L, B] bool."""
@@ -318,10 +315,8 @@ class AdcSid(TrainedTokenizer):
         if self._last is None or self.settings.codebooks == "fixed" or not self.revival_due(step, progress):
             return {}
         latents, active = self._last
-        latents, active = (
-            workers.gather(latents.transpose(0, 1)).transpose(0, 1),
-            workers.gather(active.T.to(torch.uint8)).T.bool(),
-        )
+        latents = workers.gather(latents.transpose(0, 1)).transpose(0, 1)
+        active = workers.gather(active.T.to(torch.uint8)).T.bool()
         dead = self.codebooks.revive(latents, active, self.settings.revival.min_share, generator)
         return {self.codebooks.weight: dead[:, :, None].expand_as(self.codebooks.weight)}
 

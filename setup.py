@@ -11,6 +11,7 @@ ENGINES = [
     "ray[default,data,train]==2.60.*",
     "mlflow>=3.17,<4",
 ]
+S3 = ["obstore>=0.12,<1", "boto3>=1.35"]  # MLflow needs boto3 for artifacts in S3
 REPORT = ["matplotlib>=3.9", "jinja2>=3.1"]
 TEST = [
     "pytest>=8",
@@ -21,6 +22,7 @@ TEST = [
     "faiss-cpu>=1.9",
     "vector-quantize-pytorch>=1.20",
     "psutil>=5.9",
+    "moto[server]==5.2.5",
 ]
 
 setup(
@@ -30,7 +32,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["adasid*", "pipelines*"]),
-    package_data={"adasid.report": ["*.html"], "pipelines.engines": ["*.properties"]},
+    package_data={"adasid.report": ["*.html"], "pipelines.engines": ["*.properties", "*.java"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
@@ -42,9 +44,10 @@ setup(
     ],
     extras_require={
         "engines": ENGINES,
+        "s3": S3,
         "report": REPORT,
         "test": TEST,
         "lint": ["ruff", "mypy", "types-PyYAML"],
-        "all": [*ENGINES, *REPORT, *TEST],
+        "all": [*ENGINES, *S3, *REPORT, *TEST],
     },
 )

@@ -34,6 +34,13 @@ class GateError(AdasidError):
     exit_code = 4
 
 
+class TransientError(AdasidError):
+    """Something outside failed that may work the next time: a server, a network, a machine (exit code 75,
+    EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
 class TrainingError(AdasidError):
     """Training cannot continue, for example because a loss is not finite (exit code 1)."""
 

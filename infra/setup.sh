@@ -43,5 +43,6 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 
-.venv/bin/python -m pipelines.engines.jars 2>.venv/jars.log || stop "$(tail -n 1 .venv/jars.log)"
+jars=; case ",$extras," in *,s3,*|*,all,*) jars=--s3 ;; esac
+.venv/bin/python -m pipelines.engines.jars $jars 2>.venv/jars.log || stop "$(tail -n 1 .venv/jars.log)"
 .venv/bin/python -m pipelines.engines.class_archive 2>.venv/class-archive.log || stop "$(tail -n 1 .venv/class-archive.log)"

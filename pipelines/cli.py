@@ -12,12 +12,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from adasid import config
 from adasid.errors import AdasidError, first_line
+from adasid.files import Location, write_text
+from adasid.storage import configure
 
 if TYPE_CHECKING:
     from pipelines.engines.tracking import StageContext
@@ -49,9 +50,10 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) -> int:
     """Load the config and call ``body``; turn errors into one line on standard error. Returns the exit code."""
-    log: Path | None = None
+    log: Location | None = None
     try:
         cfg = config.load(arguments.config, arguments.overrides)
+        configure(cfg.storage.options)
         _stand_at_home()
         log = _error_log(cfg)
         body(cfg)
@@ -108,19 +110,18 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-def _error_log(cfg: config.Config) -> Path:
+def _error_log(cfg: config.Config) -> Location:
     from pipelines.run import Run
 
     return Run(cfg).error_log
 
 
-def _keep_trace(log: Path | None) -> str:
+def _keep_trace(log: Location | None) -> str:
     if log is None:
         return ""
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(traceback.format_exc(), encoding="utf-8")
-    except OSError:
+        write_text(log, traceback.format_exc())
+    except (OSError, AdasidError):
         return ""
     return f" (whole trace: {log})"
 

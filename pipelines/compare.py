@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from pyspark import StorageLevel
 from adasid.config import Categories, Config, digest
 from adasid.data.shards import batch_of, find_widths
 from adasid.errors import InputError, first_line
-from adasid.files import write_json
+from adasid.files import Location, write_json
 from adasid.metrics.probes import Readout, agreement, duplicates_kept, shared_cosine
 from adasid.report import comparison
 from adasid.tables import BEHAVIOR, PAD
@@ -79,7 +78,7 @@ def run(cfg: Config, context: StageContext) -> None:
 _PROBES = {"sample", "queries", "neighbours", "near_duplicate", "categories"}
 
 
-def _measure(inputs: Inputs, context: StageContext, folder: Path, kinds: dict[str, int]) -> Row:
+def _measure(inputs: Inputs, context: StageContext, folder: Location, kinds: dict[str, int]) -> Row:
     cfg, lake, version = inputs.cfg, inputs.lake, inputs.versions["item_features"]
     manifest = tokenizer.fit(cfg, context, "compare", inputs)
     spark = engine.session(cfg.spark)
@@ -110,7 +109,7 @@ def _measure(inputs: Inputs, context: StageContext, folder: Path, kinds: dict[st
     )
 
 
-def _probe(cfg: Config, lake: Lake, version: int, model: Path, kinds: dict[str, int]) -> Row:
+def _probe(cfg: Config, lake: Lake, version: int, model: Location, kinds: dict[str, int]) -> Row:
     """Measure the readout of every modality and the agreement of neighbours, on a sample of the catalogue that is
     evenly spaced by popularity. An inactive slot counts as PAD here (collisions and code use are of the emitted
     codes)."""

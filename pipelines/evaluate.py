@@ -11,7 +11,6 @@ import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from adasid import tables
 from adasid.config import Config, Ranking, Retrieval
 from adasid.data.sequences import Histories
 from adasid.errors import InputError
+from adasid.files import Location
 from adasid.metrics.retrieval import DEEPEST, averages, gains
 from adasid.report import evaluation
 from adasid.report.cells import flat
@@ -203,7 +203,7 @@ def _catalogue(cell: Cell, context: StageContext) -> Catalogue:
     return Catalogue.of(table, context.lake.version(table), manifest)
 
 
-def _trial_sids(table: str, model: Path, manifest: Manifest) -> Stage:
+def _trial_sids(table: str, model: Location, manifest: Manifest) -> Stage:
     """Declare the stage that writes the SIDs of a compared tokenizer into the trial table ``table``."""
 
     def write(inputs: Inputs, context: StageContext) -> dict[str, int]:

@@ -169,9 +169,10 @@ def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
     root = parquet.local(path)
     if root is not None:
         return _local_files(key, path, root)
+    engine.check_scheme(path)
     spark = engine.session(cfg.spark)
     try:
-        target = spark._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
+        target = spark._jvm.org.apache.hadoop.fs.Path(engine.uri(path))  # type: ignore[union-attr]
         files, names = target.getFileSystem(spark._jsc.hadoopConfiguration()).listFiles(target, True), []
         base = (
             target.getFileSystem(spark._jsc.hadoopConfiguration()).makeQualified(target).getParent().toUri().toString()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ import pyarrow.dataset as ds
 
 from adasid import tables
 from adasid.errors import InputError
-from adasid.files import write_json
+from adasid.files import location, write_json
 from pipelines.engines.lake import Lake
 
 FORMAT = 2
@@ -25,17 +24,17 @@ _FILE = "format.json"
 
 def current(lake: Lake) -> int | None:
     """Return the format of a lake; None where it has no table yet."""
-    path = Path(lake.root) / _FILE
+    path = location(lake.root) / _FILE
     if path.exists():
         return int(json.loads(path.read_text(encoding="utf-8"))["format"])
-    return 1 if any(Path(lake.root).glob("*/_delta_log")) else None
+    return 1 if lake.tables() else None
 
 
 def check(lake: Lake) -> None:
     """Write the current format into a lake without tables. Raises InputError for a lake of another format."""
     version = current(lake)
     if version is None:
-        write_json(Path(lake.root) / _FILE, {"format": FORMAT})
+        write_json(location(lake.root) / _FILE, {"format": FORMAT})
     elif version < FORMAT:
         raise InputError(
             f"lake {lake.root} has format {version}, this version of adasid reads {FORMAT}: run "
@@ -54,7 +53,7 @@ def migrate(lake: Lake) -> list[str]:
     done = list[str]()
     if current(lake) == 1:
         done += _from_1(Lake(lake.root, {}))
-        write_json(Path(lake.root) / _FILE, {"format": FORMAT})
+        write_json(location(lake.root) / _FILE, {"format": FORMAT})
     check(lake)
     return done
 

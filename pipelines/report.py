@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from adasid import tables
 from adasid.config import Config
 from adasid.errors import InputError
+from adasid.files import Location, modified, write_bytes, write_text
 from adasid.report import page, summary
 from adasid.report.material import Material, Training
 from pipelines import stage, staleness
@@ -52,21 +53,21 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     return {}
 
 
-def write(folder: Path, content: page.Page, cells: Sequence[Mapping[str, Any]] = ()) -> int:
+def write(folder: Location, content: page.Page, cells: Sequence[Mapping[str, Any]] = ()) -> int:
     """Write the page as ``index.html`` with its PNG figures, and the ``cells`` of a comparison as ``cells.csv``; return
     the number of figures."""
     html, pictures = page.render(content)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in set(folder.glob("*.png")) - {folder / name for name in pictures}:
-        stale.unlink()
+    for stale in {str(path): path for path in folder.glob("*.png") if path.name not in pictures}.values():
+        stale.unlink(missing_ok=True)
     for name, data in pictures.items():
-        (folder / name).write_bytes(data)
-    (folder / "index.html").write_text(html, encoding="utf-8")
+        write_bytes(folder / name, data)
+    write_text(folder / "index.html", html)
     if cells:
-        with (folder / "cells.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in cells for key in row)))
-            writer.writeheader()
-            writer.writerows(cells)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(dict.fromkeys(key for row in cells for key in row)))
+        writer.writeheader()
+        writer.writerows(cells)
+        write_text(folder / "cells.csv", table.getvalue())
     return len(pictures)
 
 
@@ -115,25 +116,26 @@ def _catalog(rows: list[dict[str, Any]], richness: Mapping[str, Any] | None) -> 
     return {**later, **rows[0], **maps}
 
 
-def _behavior(folder: Path) -> Training | None:
-    results = sorted(folder.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
+def _behavior(folder: Location) -> Training | None:
+    results = sorted(folder.glob("*/result.json"), key=modified)
     return Training(_rows(results[-1].parent / "metrics.jsonl"), _object(results[-1])) if results else None
 
 
-def _tokenizer(folder: Path, digest: str | None) -> Training | None:
+def _tokenizer(folder: Location, digest: str | None) -> Training | None:
     """Return the training of the artifact ``digest``, else the newest."""
     paths = [*folder.glob("*/model/manifest.json"), *folder.glob("*/matched/model/manifest.json")]
-    manifests = [(path, _object(path)) for path in sorted(paths, key=lambda path: path.stat().st_mtime)]
+    manifests = [(path, _object(path)) for path in sorted(paths, key=modified)]
     if not manifests:
         return None
     path, manifest = next(
-        (pair for pair in manifests if digest in {pair[1].get("digest"), pair[0].parents[1].name}), manifests[-1]
+        (pair for pair in manifests if digest in {pair[1].get("digest"), pair[0].parent.parent.name}), manifests[-1]
     )
-    training = path.parents[2] if path.parents[1].name == "matched" else path.parents[1]
+    fitted = path.parent.parent
+    training = fitted.parent if fitted.name == "matched" else fitted
     return Training(_rows(training / "metrics.jsonl"), {"folder": training.name, "digest": training.name, **manifest})
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Location) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -141,7 +143,7 @@ def _object(path: Path) -> dict[str, Any]:
     return dict(value)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Location) -> list[dict[str, Any]]:
     """Return the rows of a JSON-lines file, none where there is no file. A last line that a killed job left incomplete
     is dropped."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adasid.config import Config
+from adasid.errors import InputError
+from adasid.files import Location, location
 from pipelines.engines.lake import Lake
 
 
@@ -17,9 +19,9 @@ class Run:
     cfg: Config
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Location:
         """Return the run's folder, absolute."""
-        return self.cfg.run_dir.resolve()
+        return location(self.cfg.runs_dir).resolve() / self.cfg.name
 
     @property
     def lake(self) -> Lake:
@@ -27,55 +29,60 @@ class Run:
         return Lake(str(self.folder / "lake"), self.cfg.pins)
 
     @property
-    def artifacts(self) -> Path:
+    def artifacts(self) -> Location:
         """Return the folder of all models."""
         return self.folder / "artifacts"
 
-    def artifact(self, kind: str, key: str) -> Path:
+    def artifact(self, kind: str, key: str) -> Location:
         """Return the folder of one model, its checkpoints and its metrics: ``kind`` such as tokenizer, ``key`` its
         input hash."""
         return self.artifacts / kind / key
 
-    def report(self, page: str = "") -> Path:
+    def report(self, page: str = "") -> Location:
         """Return the folder of the report's main page, or of a further ``page``."""
         return self.folder / "report" / page if page else self.folder / "report"
 
     @property
-    def exports(self) -> Path:
+    def exports(self) -> Location:
         """Return the folder of the exported generations."""
         return self.folder / "exports"
 
     @property
-    def journal(self) -> Path:
+    def journal(self) -> Location:
         """Return the path of the JSON lines with one row for each stage that succeeded."""
         return self.folder / "stages.jsonl"
 
-    def record(self, stage: str) -> Path:
+    def record(self, stage: str) -> Location:
         """Return the path of the JSON file with the inputs of a stage's last outputs (:mod:`pipelines.stage`)."""
         return self.folder / "stages" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', stage)}.json"
 
     @property
-    def pipeline(self) -> Path:
+    def pipeline(self) -> Location:
         """Return the path of the JSON file with the parent MLflow run of the next stages."""
         return self.folder / "pipeline.json"
 
     @property
-    def refused(self) -> Path:
+    def refused(self) -> Location:
         """Return the path of the JSON file of the last table that the gates of a nightly run refused, while it is
         refused."""
         return self.folder / "refused.json"
 
     @property
-    def error_log(self) -> Path:
+    def error_log(self) -> Location:
         """Return the path of the stack trace of the last error that was reported in one line."""
         return self.folder / "error.log"
 
     @property
     def tracking_uri(self) -> str:
         """Return the MLflow server that the config names, else an SQLite store in the run's folder."""
-        return self.cfg.tracking.uri or f"sqlite:///{self.folder / 'mlflow.db'}"
+        if self.cfg.tracking.uri or isinstance(self.folder, Path):
+            return self.cfg.tracking.uri or f"sqlite:///{self.folder / 'mlflow.db'}"
+        raise InputError(
+            f"runs_dir is {self.cfg.runs_dir}, where MLflow cannot have its database: set tracking.uri to a server, or "
+            "to a local store such as sqlite:///mlflow.db"
+        )
 
     @property
-    def tracked_artifacts(self) -> Path:
+    def tracked_artifacts(self) -> Location:
         """Return the folder of MLflow's artifacts, used where no server stores them."""
         return self.artifacts / "mlflow"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from pyspark import StorageLevel
@@ -13,6 +12,7 @@ from pyspark.sql import functions as F
 from adasid import tables
 from adasid.config import Config
 from adasid.errors import GateError
+from adasid.files import Location, location
 from adasid.report.words import mean
 from adasid.tokenizers import artifact
 from pipelines import stage, staleness
@@ -48,14 +48,14 @@ def run(cfg: Config, context: StageContext) -> None:
         context.status = "up to date"
     live = generations.live(context.lake)
     exports.point(cfg, context.lake)
-    register(cfg, context, Path(live.artifact), live.tokenizer, "champion")
+    register(cfg, context, location(live.artifact), live.tokenizer, "champion")
 
 
-def _artifact(cfg: Config, lake: Lake) -> Path:
+def _artifact(cfg: Config, lake: Lake) -> Location:
     """Return the artifact to publish: that of ``sids.artifact``, else the one that the config trains on these
     tables."""
     if cfg.sids.artifact:
-        return Path(cfg.sids.artifact)
+        return location(cfg.sids.artifact)
     return tokenizer.folder_of(stage.resolve(tokenizer.declare(), cfg, lake)) / "model"
 
 

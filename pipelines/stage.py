@@ -143,7 +143,6 @@ def run(stage: Stage, cfg: Config, context: StageContext, inputs: Inputs | None 
     if not context.journal:  # a cell of a comparison: many cells share a stage
         return inputs
     path = Run(cfg).record(stage.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     produced = {
         "hash": inputs.hash,
         "versions": inputs.versions,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from adasid.config.names import check_modalities
+from adasid.config.secrets import names_secret
 from adasid.settings import Names, Section, Share
 from adasid.tokenizers.registry import AnyTokenizer
 
@@ -226,6 +227,20 @@ class Compare(Section):
         for label in self.more_seeds:
             if label not in self.tokenizers:
                 raise ValueError(f"compare.more_seeds.{label}: compare.tokenizers has no such label")
+        return self
+
+
+class Storage(Section):
+    options: dict[str, str] = Field(
+        {},
+        description="environment variables of the object store's clients that are no secret, such as AWS_ENDPOINT_URL "
+        "and AWS_REGION; the environment itself wins",
+    )
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Storage:
+        if secret := next((name for name in self.options if names_secret(name)), None):
+            raise ValueError(f"storage.options.{secret} is a secret: set it in the environment of the job instead")
         return self
 
 

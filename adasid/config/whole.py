@@ -19,9 +19,11 @@ from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.names import check_labels
 from adasid.config.nightly import Retokenize
 from adasid.config.sources import Source, Synthetic
-from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Tracking
+from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Storage, Tracking
 from adasid.errors import ConfigError
+from adasid.files import Location, location
 from adasid.settings import Section
+from adasid.storage import SCHEMES, is_remote
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers.adc_sid import AdcSidSettings
 from adasid.tokenizers.registry import BY_NAME, AnyTokenizer
@@ -37,7 +39,10 @@ class Config(Section):
         description="name of the run: its outputs lie in <runs_dir>/<name>",
     )
     seed: int = Field(17, ge=0, lt=2**31, description="the one seed")
-    runs_dir: str = Field("runs", description="folder of all runs")
+    runs_dir: str = Field(
+        "runs", description="folder of all runs; or a prefix in object storage, such as s3://bucket/prefix"
+    )
+    storage: Storage = Field(Storage(), description="object storage")
     pins: dict[str, int] = Field({}, description="table -> version to read instead of the latest")
     source: Source = Field(
         Source(kind="synthetic", synthetic=Synthetic()), description="where items and interactions come from"
@@ -88,11 +93,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _lengths(self) -> Config:
-        if "://" in self.runs_dir:
+        if "://" in self.runs_dir and not is_remote(self.runs_dir):
             raise ValueError(
-                f"runs_dir is {self.runs_dir!r}: must be a folder that all machines share, mounted under one path"
+                f"runs_dir is {self.runs_dir!r}: must be a folder that all machines share, mounted under one path, or "
+                f"a bucket ({', '.join(f'{scheme}://' for scheme in SCHEMES)})"
             )
-        folder = str(Path(self.runs_dir).absolute())
+        folder = self.runs_dir.partition("://")[2] if is_remote(self.runs_dir) else str(Path(self.runs_dir).absolute())
         if odd := next((c for c in folder if c in _SPECIAL or not c.isprintable()), None):
             raise ValueError(
                 f"runs_dir is {self.runs_dir!r} ({folder!r}): Spark, Delta or URLs read {odd!r} in another way; "
@@ -141,8 +147,8 @@ class Config(Section):
         return self
 
     @property
-    def run_dir(self) -> Path:
-        return Path(self.runs_dir) / self.name
+    def run_dir(self) -> Location:
+        return location(self.runs_dir) / self.name
 
 
 def digest(*parts: object) -> str:

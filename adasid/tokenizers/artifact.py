@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_serializer
 from safetensors.torch import load, save
 
-from adasid import config
+from adasid import config, files
 from adasid.errors import InputError
+from adasid.files import Location
 from adasid.sid import Slot
 from adasid.tokenizers.base import Tokenizer
 from adasid.tokenizers.relabel import Relabelled
@@ -63,7 +62,9 @@ def build(settings: config.TokenizerSettings, widths: Mapping[str, int]) -> Toke
     return settings.build(widths)
 
 
-def write(folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings, facts: Mapping[str, Any]) -> Manifest:
+def write(
+    folder: Location, tokenizer: Tokenizer, settings: config.TokenizerSettings, facts: Mapping[str, Any]
+) -> Manifest:
     """Write the artifact and return its manifest. ``facts``: further entries of the manifest (inputs, seed, versions,
     metrics)."""
     manifest = {
@@ -79,21 +80,18 @@ def write(folder: Path, tokenizer: Tokenizer, settings: config.TokenizerSettings
     return rewrite(folder, tokenizer, manifest)
 
 
-def rewrite(folder: Path, tokenizer: Tokenizer, manifest: Manifest | Mapping[str, Any]) -> Manifest:
+def rewrite(folder: Location, tokenizer: Tokenizer, manifest: Manifest | Mapping[str, Any]) -> Manifest:
     """Write the artifact with the ``manifest`` of another one; entries that depend on the weights are replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()})
     entries = manifest.model_dump() if isinstance(manifest, Manifest) else manifest
     digest = hashlib.sha256(weights).hexdigest()[:16]
     written = Manifest(**{**entries, "digest": digest, "relabelled": isinstance(tokenizer, Relabelled)})
     for name, content in (("weights.safetensors", weights), ("manifest.json", written.json_text().encode())):
-        draft = folder / f".{name}.{os.getpid()}"
-        draft.write_bytes(content)
-        draft.replace(folder / name)
+        files.write_bytes(folder / name, content)
     return written
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """Read and check the manifest. Raises InputError if the folder has no artifact of this format."""
     try:
         entries = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
@@ -132,7 +130,7 @@ def settings_of(section: Mapping[str, Any]) -> config.TokenizerSettings:
         ) from None
 
 
-def read(folder: Path) -> tuple[Tokenizer, Manifest]:
+def read(folder: Location) -> tuple[Tokenizer, Manifest]:
     """Return the tokenizer, ready to encode, and its manifest."""
     manifest = read_manifest(folder)
     try:

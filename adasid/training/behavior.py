@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adasid import config
 from adasid.data.sequences import Histories, epoch_batches
 from adasid.distributed import Workers
 from adasid.errors import InputError
+from adasid.files import Location
 from adasid.metrics.longtail import spearman
 from adasid.metrics.retrieval import recall_ndcg, target_ranks
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
-from adasid.training.checkpoint import Checkpoint
-from adasid.training.loop import Report, Row, TrainingLoop, best, replace_tensors, silent
+from adasid.training.checkpoint import Checkpoint, read_tensors, write_tensors
+from adasid.training.loop import Report, Row, TrainingLoop, best, silent
 
 _SPEARMAN_SAMPLE = 1_000_000
 _SCORES = 1 << 26
@@ -63,7 +62,7 @@ class BehaviorTraining(TrainingLoop):
         self,
         settings: config.Behavior,
         data: BehaviorData,
-        folder: Path,
+        folder: Location,
         seed: int,
         workers: Workers,
         device: torch.device | str = "cpu",
@@ -103,10 +102,10 @@ class BehaviorTraining(TrainingLoop):
     def save_results(self, rows: list[Row]) -> None:
         """Save the best embeddings, and the norms of the early epoch with the highest Spearman correlation."""
         if self.improved(rows):
-            replace_tensors(self.folder / "best.safetensors", {"embeddings": self.table})
+            write_tensors(self.folder / "best.safetensors", {"embeddings": self.table})
         early = len(rows) <= self.settings.early_epochs
         if early and best(rows, "spearman") in (None, len(rows) - 1):
-            replace_tensors(self.folder / "early.safetensors", {"norms": self.table.detach().norm(dim=1)})
+            write_tensors(self.folder / "early.safetensors", {"norms": self.table.detach().norm(dim=1)})
 
     def _train_epoch(self, epoch: int) -> float:
         """Return the mean loss over all workers."""
@@ -205,9 +204,9 @@ class BehaviorTraining(TrainingLoop):
         (chosen, note), early_rows = self.best_row(rows), rows[: self.settings.early_epochs]
         index = best(early_rows, "spearman")
         early = early_rows[-1 if index is None else index]
-        embeddings = load_file(self.folder / "best.safetensors")["embeddings"]
+        embeddings = read_tensors(self.folder / "best.safetensors")["embeddings"]
         use_early = self.settings.norm_checkpoint == "early"
-        norms = load_file(self.folder / "early.safetensors")["norms"] if use_early else embeddings.norm(dim=1)
+        norms = read_tensors(self.folder / "early.safetensors")["norms"] if use_early else embeddings.norm(dim=1)
         unseen = torch.from_numpy(self.data.counts == 0)
         if (~unseen).any():
             norms = torch.where(unseen, norms[~unseen].min(), norms)

@@ -1,20 +1,20 @@
-"""Write checkpoints atomically: a folder is written under a temporary name and renamed when complete."""
+"""Write checkpoints whole or not at all: a checkpoint without ``state.json``, which is written last, does not count."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adasid import files
 from adasid.distributed import Workers
 from adasid.errors import InputError
+from adasid.files import Location
 
 
 @dataclass(frozen=True)
@@ -37,35 +37,28 @@ class Checkpoint:
 class Checkpoints:
     """``Checkpoints`` stores the checkpoints of one training in ``folder`` and retains the newest two."""
 
-    folder: Path
+    folder: Location
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write the checkpoint of ``step``. Call on one worker only."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        target, draft = self.folder / f"step-{step:09d}", self.folder / f".draft-{os.getpid()}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            draft / "tensors.safetensors",
-        )
-        (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        draft.rename(target)
+        target = self._of(step)
+        self._remove(step)
+        write_tensors(target / "tensors.safetensors", tensors)
+        files.write_text(target / "state.json", json.dumps(state))
         for old in self._complete()[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
+            self._remove(old)
 
     def latest(self, workers: Workers) -> Checkpoint | None:
         """Return the newest complete checkpoint that rank 0 sees, the same on all workers, or None. Raises InputError
         if it cannot be read."""
         complete = self._complete()
-        step = int(workers.broadcast(torch.tensor([int(complete[-1].name.removeprefix("step-")) if complete else -1])))
+        step = int(workers.broadcast(torch.tensor([complete[-1] if complete else -1])))
         if step < 0:
             return None
-        folder = self.folder / f"step-{step:09d}"
+        folder = self._of(step)
         try:
             return Checkpoint(
-                load_file(folder / "tensors.safetensors"),
+                read_tensors(folder / "tensors.safetensors"),
                 json.loads((folder / "state.json").read_text(encoding="utf-8")),
             )
         except Exception as error:
@@ -76,10 +69,30 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all checkpoints, once the training's result is stored."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        files.remove(self.folder)
 
-    def _complete(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+    def _of(self, step: int) -> Location:
+        return self.folder / f"step-{step:09d}"
+
+    def _remove(self, step: int) -> None:
+        (self._of(step) / "state.json").unlink(missing_ok=True)
+        files.remove(self._of(step))
+
+    def _complete(self) -> list[int]:
+        """Return the steps of the complete checkpoints, in order."""
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in self.folder.glob("step-*/state.json"))
+
+
+def write_tensors(path: Location, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with files.replacing(path) as draft:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
+
+
+def read_tensors(path: Location) -> dict[str, Tensor]:
+    """Read a safetensors file."""
+    with files.local(path) as file:
+        return load_file(file)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

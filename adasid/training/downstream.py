@@ -7,19 +7,18 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from adasid.distributed import Workers
 from adasid.errors import TrainingError
-from adasid.training.checkpoint import Checkpoint
-from adasid.training.loop import Report, Row, TrainingLoop, replace_tensors, silent
+from adasid.files import Location
+from adasid.training.checkpoint import Checkpoint, read_tensors, write_tensors
+from adasid.training.loop import Report, Row, TrainingLoop, silent
 
 _PREFIX = "validation_"
 
@@ -35,7 +34,7 @@ class DownstreamTraining(TrainingLoop):
         model: nn.Module,
         optimizers: Mapping[str, torch.optim.Optimizer],
         limits: tuple[int, int],
-        folder: Path,
+        folder: Location,
         seed: int,
         workers: Workers,
         device: torch.device,
@@ -71,7 +70,7 @@ class DownstreamTraining(TrainingLoop):
         self.check()
         rows = self.run_epochs(report)
         chosen, note = self.best_row(rows)
-        self.model.load_state_dict(load_file(self.folder / "best.safetensors"))
+        self.model.load_state_dict(read_tensors(self.folder / "best.safetensors"))
         self.model.eval()
         validation = {name: value for name, value in chosen.items() if name.startswith(_PREFIX)}
         validation.pop("validation_seconds")
@@ -142,7 +141,7 @@ class DownstreamTraining(TrainingLoop):
         """Save the model if the last epoch is the best so far."""
         if self.improved(rows):
             with self._averaged_weights():
-                replace_tensors(self.folder / "best.safetensors", self.model.state_dict())
+                write_tensors(self.folder / "best.safetensors", self.model.state_dict())
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:

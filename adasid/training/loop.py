@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adasid.distributed import Workers
 from adasid.errors import TrainingError
+from adasid.files import Location
 from adasid.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
 
 Row = dict[str, float]
@@ -53,7 +52,7 @@ class TrainingLoop(ABC):
         model: nn.Module,
         optimizers: Mapping[str, torch.optim.Optimizer],
         epochs: int,
-        folder: Path,
+        folder: Location,
         workers: Workers,
         device: torch.device,
         version: str,
@@ -144,11 +143,3 @@ class TrainingLoop(ABC):
         for name, optimizer in self.optimizers.items():
             tensors |= {f"{name}.{key}": tensor for key, tensor in optimizer_tensors(optimizer).items()}
         self.checkpoints.save(number, tensors, {"epoch": number, "rows": rows, **self.extra_state()})
-
-
-def replace_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
-    draft.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adasid import config
+from adasid import config, files
 from adasid.distributed import Workers
 from adasid.errors import InputError
+from adasid.files import Location
 from adasid.metrics.ranking import auc, ranking_metrics
 from adasid.recommenders.ppnet import PPNet
 from adasid.recommenders.tokens import ItemTokens
@@ -96,7 +96,7 @@ class RankingTraining(DownstreamTraining):
         settings: config.Ranking,
         catalogue: ItemTokens,
         data: RankingData,
-        folder: Path,
+        folder: Location,
         seed: int,
         workers: Workers,
         device: torch.device | str = "cpu",
@@ -232,8 +232,10 @@ class RankingTraining(DownstreamTraining):
         they are complete."""
         folder, world = self.folder / "scores", self.workers.world
         names = [f"{rank}-of-{world}.parquet" for rank in range(world)]
-        folder.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(folder / names[self.workers.rank], RANKING_SCORES) as file:
+        with (
+            files.replacing(folder / names[self.workers.rank]) as draft,
+            pq.ParquetWriter(draft, RANKING_SCORES) as file,
+        ):
             for rows in self._scored(split):
                 users, items, labels, scores = rows.cpu().numpy().T
                 strata = pa.array(STRATA).take(pa.array(self.strata[items.astype(np.int64)]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from adasid import config
 from adasid.data.sequences import Histories, epoch_batches
 from adasid.distributed import Workers
 from adasid.errors import InputError
+from adasid.files import Location
 from adasid.metrics.retrieval import DEEPEST, averages, gains, intervals, rank_histogram, shared_gains
 from adasid.ragged import runs
 from adasid.recommenders import heads, retriever
@@ -98,7 +98,7 @@ class RetrievalTraining(DownstreamTraining):
         settings: config.Retrieval,
         catalogue: ItemTokens,
         data: RetrievalData,
-        folder: Path,
+        folder: Location,
         seed: int,
         workers: Workers,
         device: torch.device | str = "cpu",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from adasid import config
 from adasid.data.shards import Batch, Shard
 from adasid.distributed import Workers
+from adasid.files import Location
 from adasid.metrics.codes import code_use
 from adasid.tables import PAD
 from adasid.tokenizers.base import Tokenizer
@@ -43,7 +43,7 @@ class TokenizerTraining(TrainingLoop):
         tokenizer: Tokenizer,
         settings: config.TokenizerSettings,
         shard: Shard,
-        folder: Path,
+        folder: Location,
         seed: int,
         workers: Workers,
         version: str,

@@ -10,12 +10,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from adasid import config, errors
 from adasid.distributed import settle
-from adasid.files import write_json
+from adasid.files import Location, location, write_json
 
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "2147483648",
@@ -37,7 +36,7 @@ def fit(
     payload: P,
     settings: config.Ray,
     name: str,
-    folder: Path,
+    folder: Location,
     show: Callable[[dict[str, float]], None],
 ) -> None:
     """Run ``function(payload)`` on ``settings.workers`` Ray Train workers with a torch process group, or in this
@@ -47,7 +46,6 @@ def fit(
     of the ``metrics.jsonl`` that the function writes in ``folder``. Raises the workers' own AdasidError, or
     TrainingError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / _FAILURE).unlink(missing_ok=True)
     with _watch(folder, show):
         if settings.workers == 0:
@@ -57,7 +55,7 @@ def fit(
             _fit_on_ray(function, payload, settings, name, folder)
 
 
-def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray, name: str, folder: Path) -> None:
+def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray, name: str, folder: Location) -> None:
     import ray
     from ray.exceptions import AuthenticationError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -106,14 +104,14 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
     _raise_failure(folder, ("TrainingError",))  # a retry has recovered from any other kind
 
 
-def rows(folder: Path) -> list[dict[str, float]]:
+def rows(folder: Location) -> list[dict[str, float]]:
     """Return the metrics that the function has written so far, one row an epoch."""
     path = folder / METRICS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 @contextmanager
-def _watch(folder: Path, show: Callable[[dict[str, float]], None]) -> Iterator[None]:
+def _watch(folder: Location, show: Callable[[dict[str, float]], None]) -> Iterator[None]:
     """Call ``show`` with each new row of metrics (also where another machine writes it); raise its error at the end."""
     stop = threading.Event()
     failed: list[Exception] = []
@@ -189,14 +187,14 @@ def _guarded(call: dict[str, Any]) -> None:
     try:
         call["function"](call["payload"])
     except errors.AdasidError as error:
-        write_json(Path(call["folder"]) / _FAILURE, {"kind": type(error).__name__, "message": str(error)})
+        write_json(location(call["folder"]) / _FAILURE, {"kind": type(error).__name__, "message": str(error)})
         if not isinstance(
             error, errors.TrainingError
         ):  # all workers raise a TrainingError together: a retry would fail again, and no worker waits
             raise
 
 
-def _raise_failure(folder: Path, kinds: tuple[str, ...] = ("TrainingError", "InputError", "ConfigError")) -> None:
+def _raise_failure(folder: Location, kinds: tuple[str, ...] = ("TrainingError", "InputError", "ConfigError")) -> None:
     path = folder / _FAILURE
     if path.exists():
         failure = json.loads(path.read_text(encoding="utf-8"))

@@ -6,13 +6,13 @@ nothing to do, which makes every stage safe to run again. Derived tables also ca
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,7 +22,10 @@ import pyarrow.dataset as ds
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
+from adasid import files
 from adasid.errors import BusyError, InputError, first_line
+from adasid.files import location
+from adasid.storage import ObjectPath, fault, is_remote
 
 _WRITES = {
     "WRITE",
@@ -77,16 +80,49 @@ class Lake:
 
     def missing(self, table: str, version: int) -> list[str]:
         """Return the files of a version that no longer exist."""
-        return [file for file in self.open(table, version).file_uris() if not Path(unquote(file)).exists()]
+        wanted = [unquote(file) for file in self.open(table, version).file_uris()]
+        exists = self.existing(table)
+        return [file for file in wanted if not exists(file.removeprefix(f"{self.path(table)}/"))]
+
+    def existing(self, table: str) -> Callable[[str], bool]:
+        """Return a function: whether a file of the table's folder, named relative to it, exists."""
+        folder = location(self.path(table))
+        if isinstance(folder, ObjectPath):  # one listing instead of a request a file
+            names = {str(file.relative_to(folder)) for file in folder.files()}
+            return names.__contains__
+        return lambda name: (folder / name).exists()
+
+    def tables(self) -> list[str]:
+        """Return the names of all tables, in order."""
+        folder = location(self.root)
+        if isinstance(folder, ObjectPath):
+            return sorted(_tables(folder))
+        return sorted(str(log.parent.relative_to(folder)) for log in folder.rglob("_delta_log"))
 
     def writable(self) -> None:
         """Raise InputError unless tables can be created under ``root``."""
+        folder = location(self.root)
+        probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
+        if isinstance(probe, ObjectPath):
+            probe.write_bytes(b"")
+            probe.unlink(missing_ok=True)
+            return
+        link = probe.with_suffix(".link")
         try:
-            Path(self.root).mkdir(parents=True, exist_ok=True)
-            probe = Path(self.root) / f".probe-{os.getpid()}"
+            folder.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            try:
+                os.link(probe, link)
+                link.unlink()
+            finally:
+                probe.unlink()
         except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM) and error.filename2:
+                raise InputError(
+                    f"lake {self.root}: this file system has no hard links ({error.strerror}), by which Delta commits "
+                    "exclude each other: mount one that has (NFS, Lustre, CephFS), or name a bucket in runs_dir "
+                    "(s3://bucket/prefix)"
+                ) from None
             raise InputError(
                 f"lake {self.root}: not writable ({error.strerror}); choose another with --set runs_dir=PATH, or mend "
                 "its permissions"
@@ -103,6 +139,8 @@ class Lake:
                 "(see docs/architecture.md)"
             ) from None
         except Exception as error:
+            if is_remote(self.root) and "version" not in str(error).lower():
+                raise fault(error, "read", self.path(table)) from error
             raise InputError(
                 f"table {table} in {self.root} cannot be read at version {version}: {first_line(error)}"
             ) from None
@@ -234,7 +272,7 @@ class Lake:
         """Restore the rows and the input hash of ``version``, as a new version; None: the table did not exist, and its
         folder is removed."""
         if version is None:
-            shutil.rmtree(self.path(table), ignore_errors=True)
+            files.remove(location(self.path(table)))
         else:
             DeltaTable(self.path(table)).restore(version, commit_properties=properties(self.input_hash(table, version)))
 
@@ -266,6 +304,16 @@ class Lake:
             raise BusyError(
                 f"{table}: another run wrote to {self.path(table)} after version {version}; run this one again"
             ) from None
+
+
+def _tables(folder: ObjectPath, prefix: str = "") -> Iterator[str]:
+    """Yield the tables below a prefix, without listing their files."""
+    for inner in folder.folders():
+        if inner.name == "_delta_log":
+            yield prefix.rstrip("/")
+            return
+    for inner in folder.folders() if prefix.count("/") < 3 else ():
+        yield from _tables(inner, f"{prefix}{inner.name}/")
 
 
 def committed(commit: Mapping[str, Any]) -> datetime:

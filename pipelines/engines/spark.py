@@ -21,9 +21,12 @@ from pyspark.sql.types import StructType
 
 from adasid import config
 from adasid.errors import InputError
+from adasid.files import Location
 from pipelines.engines.lake import Lake, stamped
 
 JARS = ("delta-spark_4.2_2.13-4.4.0.jar", "delta-storage-4.4.0.jar")
+S3_JAR = "hadoop-aws-3.5.0.jar"
+LOG_STORE_JAR = "adasid-log-store-1.jar"
 _TASK_LOGS = (
     "org.apache.spark.util.Utils",
     "org.apache.spark.executor.Executor",
@@ -34,6 +37,7 @@ _TASK_LOGS = (
 """These loggers of the driver print a task's stack trace before its error reaches the job, which prints one line and
 writes the trace to a file."""
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
+_LOG_STORE = "adasid.ExclusiveLogStore"
 
 
 _PROGRESS = "spark.ui.showConsoleProgress"
@@ -45,8 +49,13 @@ _DEFAULTS = {
     "spark.log.level": "ERROR",
 }
 """``spark-submit --conf`` and spark-defaults.conf may replace these settings."""
+_S3A = {"attempts.maximum": "3", "retry.limit": "4", "connection.establish.timeout": "5s"}
+"""A store that does not answer is told of within a minute, not ten."""
 _REQUIRED = {
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    # commits exclude each other: ExclusiveLogStore.java
+    "spark.delta.logStore.file.impl": _LOG_STORE,
+    "spark.delta.logStore.s3a.impl": _LOG_STORE,
     "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
     # versions that a generation needs stay readable
     "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",
@@ -77,18 +86,24 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     try:
         SparkContext._ensure_initialized(conf=start)
         builder = SparkSession.builder.appName(name)
-        for key, value in chosen(settings, dict(SparkConf().getAll()), dict(start.getAll())).items():
+        options = chosen(settings, dict(SparkConf().getAll()), dict(start.getAll()))
+        for key, value in options.items():
             builder = builder.config(key, value)
         spark = builder.getOrCreate()
+        hadoop = spark.sparkContext._jsc.hadoopConfiguration()
+        for key, value in options.items():
+            if key.startswith("spark.hadoop."):  # a context that runs already does not take it from its session
+                hadoop.set(key.removeprefix("spark.hadoop."), value)
     except Exception as error:
         raise InputError(f"Spark did not start ({root_cause(error)}): {_start_fix(error)}") from None
     try:
         thread = spark._jvm.java.lang.Thread.currentThread()  # type: ignore[union-attr]
-        thread.getContextClassLoader().loadClass(_EXTENSION)
+        for required in (_EXTENSION, _LOG_STORE):
+            thread.getContextClassLoader().loadClass(required)
     except Exception:
         raise InputError(
-            f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or "
-            "`make setup`"
+            f"Delta's jars are not in {jar_folder()} ({', '.join((*JARS, LOG_STORE_JAR))}): run "
+            "`python -m pipelines.engines.jars`, or `make setup`"
         ) from None
     log4j = spark._jvm.org.apache.logging.log4j  # type: ignore[union-attr]
     for logger in _TASK_LOGS:
@@ -114,7 +129,7 @@ def _launch(settings: config.Spark) -> dict[str, str]:
 def chosen(settings: config.Spark, given: Mapping[str, str], launch: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the settings of a session. ``given``: those of spark-submit and spark-defaults.conf; ``launch``: those
     with which the JVM was started."""
-    defaults = {"spark.sql.shuffle.partitions": str(settings.shuffle_partitions), **_DEFAULTS}
+    defaults = {"spark.sql.shuffle.partitions": str(settings.shuffle_partitions), **_DEFAULTS, **_object_store()}
     extensions = [part for part in given.get("spark.sql.extensions", "").split(",") if part and part != _EXTENSION]
     return {
         **{key: value for key, value in defaults.items() if key not in given},
@@ -123,6 +138,18 @@ def chosen(settings: config.Spark, given: Mapping[str, str], launch: Mapping[str
         **{key: str(value) for key, value in settings.conf.items()},
         **(launch or {}),
     }
+
+
+def _object_store() -> dict[str, str]:
+    """Return the settings of s3a that the environment implies. Its keys are no part: Hadoop reads AWS_ACCESS_KEY_ID and
+    AWS_SECRET_ACCESS_KEY, or the machine's role, itself."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    settings = {"endpoint.region": region} if region else {}
+    if endpoint:
+        secure = str(not endpoint.startswith("http:")).lower()
+        settings |= {"endpoint": endpoint, "path.style.access": "true", "connection.ssl.enabled": secure}
+    return {f"spark.hadoop.fs.s3a.{key}": value for key, value in {**_S3A, **settings}.items()}
 
 
 def _start_fix(error: Exception) -> str:
@@ -150,8 +177,9 @@ def struct(schema: pa.Schema) -> StructType:
 
 def read(spark: SparkSession, lake: Lake, table: str, version: int | None = None) -> DataFrame:
     """Read the table at ``version``, its pin, or its latest version."""
+    check_scheme(lake.root)
     version = lake.open(table, version).version()
-    return spark.read.format("delta").option("versionAsOf", version).load(lake.path(table))
+    return spark.read.format("delta").option("versionAsOf", version).load(uri(lake.path(table)))
 
 
 def write(
@@ -172,6 +200,7 @@ def write(
     last. ``replace``: replace only the rows that satisfy this condition, which all of ``frame`` must satisfy. ``few``:
     write few large files, whatever the partitions, at the price of a shuffle.
     """
+    check_scheme(lake.root)
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
     writer = frame.select(*columns).write.format("delta").mode("append" if append else "overwrite")
@@ -185,8 +214,25 @@ def write(
             if replace and lake.exists(table)
             else writer.option("overwriteSchema", "true")
         )
-    writer.save(lake.target(table))
+    writer.save(uri(lake.target(table)))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
+
+
+def uri(path: str | Location) -> str:
+    """Return a path as Spark takes it: with a scheme, whatever its default file system is."""
+    text = str(path)
+    if text.startswith("s3://"):
+        return f"s3a{text[2:]}"
+    return text if "://" in text or text.startswith("file:") else f"file://{Path(text).absolute()}"
+
+
+def check_scheme(path: str) -> None:
+    """Raise InputError where Spark lacks the jars of the path's scheme."""
+    if uri(path).startswith("s3a://") and not (jar_folder() / S3_JAR).exists():
+        raise InputError(
+            f"{path}: {S3_JAR} is not in {jar_folder()}, so Spark cannot read s3://: run `make setup EXTRAS=s3`, or "
+            "`python -m pipelines.engines.jars --s3`"
+        )
 
 
 def escaped(path: str, key: str) -> str:

@@ -25,7 +25,7 @@ from mlflow.tracking import MlflowClient
 from adasid.config import Config, yaml12
 from adasid.config.secrets import masked_config, masked_text
 from adasid.errors import InputError, first_line
-from adasid.files import write_json
+from adasid.files import Location, append_line, local, write_json
 from pipelines import migrate
 from pipelines.engines.lake import Lake
 from pipelines.run import Run
@@ -86,13 +86,13 @@ class StageContext:
             if not page:
                 return
 
-    def artifact(self, path: Path | str) -> None:
+    def artifact(self, path: Location) -> None:
         """Log a file, or a folder with all its files."""
-        path = Path(path)
-        if path.is_dir():
-            self.client.log_artifacts(self.run_id, str(path), path.name)
-        else:
-            self.client.log_artifact(self.run_id, str(path))
+        with local(path) as there:
+            if there.is_dir():
+                self.client.log_artifacts(self.run_id, str(there), path.name)
+            else:
+                self.client.log_artifact(self.run_id, str(there))
 
 
 def open_lake(cfg: Config) -> Lake:
@@ -141,8 +141,7 @@ def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) 
     row = {"stage": name, "status": context.status, "seconds": round(seconds, 1), "mlflow_run": run_id}
     row["facts"] = context.facts
     if journal:
-        with Run(cfg).journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, default=str) + "\n")
+        append_line(Run(cfg).journal, json.dumps(row, default=str))
     context.note(
         f"{context.status} in {seconds:.1f} s" + "".join(f" | {key} {value}" for key, value in context.facts.items())
     )
@@ -166,11 +165,12 @@ def _start(cfg: Config, name: str, uri: str) -> tuple[MlflowClient, str, str]:
 
 def _experiment(cfg: Config, client: MlflowClient, uri: str) -> str:
     """Return the experiment's id; create the experiment if there is none."""
-    name, location = cfg.tracking.experiment, Run(cfg).tracked_artifacts.as_uri()
+    name, folder = cfg.tracking.experiment, Run(cfg).tracked_artifacts
+    place = folder.as_uri() if isinstance(folder, Path) else str(folder)
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=None if cfg.tracking.uri else location))
+            return str(client.create_experiment(name, artifact_location=None if cfg.tracking.uri else place))
         except MlflowException as error:
             experiment = client.get_experiment_by_name(name)  # another run may have created it concurrently
             if experiment is None:

@@ -11,6 +11,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
+from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 
 _GRADUAL = {"MERGE", "UPDATE", "DELETE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
@@ -58,7 +59,7 @@ def _read_feed(spark: SparkSession, lake: Lake, since: int, until: int) -> DataF
     )
     try:
         rows = (
-            feed.load(lake.path("item_features"))
+            feed.load(engine.uri(lake.path("item_features")))
             .filter("_change_type <> 'update_preimage'")
             .persist(StorageLevel.DISK_ONLY)
         )

@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 
 from pyspark.sql import DataFrame, SparkSession
 
 from adasid.config import Config, digest
 from adasid.errors import InputError
+from adasid.files import Location, location
 from adasid.report import nights
 from adasid.sid import Slot
 from adasid.tokenizers import artifact
@@ -52,12 +52,12 @@ class NightlyRun:
         return self.context.lake
 
     @property
-    def artifact(self) -> Path:
+    def artifact(self) -> Location:
         """Return the folder of the live tokenizer."""
-        return Path(self.live.artifact)
+        return location(self.live.artifact)
 
     @property
-    def refused(self) -> Path:
+    def refused(self) -> Location:
         """Return the path at which a refusal is recorded for the report."""
         return Run(self.cfg).refused
 
@@ -96,7 +96,7 @@ class NightlyRun:
 
     def _champion(self, live: Generation) -> None:
         exports.point(self.cfg, self.lake)
-        register(self.cfg, self.context, Path(live.artifact), live.tokenizer, "champion")
+        register(self.cfg, self.context, location(live.artifact), live.tokenizer, "champion")
 
     def track(self, candidate: Candidate) -> None:
         """Track the measurements of the table and every gate; in a dry run also on the screen and on the page."""

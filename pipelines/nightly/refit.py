@@ -3,14 +3,12 @@ codes and slots with them (``refit``)."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from pyspark.sql import functions as F
 
 from adasid import tables
 from adasid.config import TrainedSettings, digest
-from adasid.files import write_json
+from adasid.files import Location, write_json
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.relabel import Relabelled
@@ -24,7 +22,7 @@ from pipelines.training.payload import PreviousTable
 from pipelines.training.tokenizer import train
 
 
-def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, Manifest]:
+def fit(nightly: NightlyRun, policy: str, live: Location) -> tuple[Location, Manifest]:
     """Return the artifact of policy ``warm`` or ``refit`` on the current features, and its manifest. ``live``: the
     artifact of the live SIDs."""
     cfg, lake = nightly.cfg, nightly.lake
@@ -41,7 +39,9 @@ def fit(nightly: NightlyRun, policy: str, live: Path) -> tuple[Path, Manifest]:
     return matched, artifact.read_manifest(matched)
 
 
-def _trained(nightly: NightlyRun, folder: Path, start: Path | None, previous: PreviousTable | None = None) -> Manifest:
+def _trained(
+    nightly: NightlyRun, folder: Location, start: Location | None, previous: PreviousTable | None = None
+) -> Manifest:
     """Return the manifest of the tokenizer in ``folder``; train it on the features of this run if it is missing."""
     cfg, context = nightly.cfg, nightly.context
     if (folder / "model" / "manifest.json").exists():
@@ -70,7 +70,7 @@ def _previous(nightly: NightlyRun, key: str) -> PreviousTable | None:
     return PreviousTable(version=nightly.lake.version("previous_codes"), slots=slots, slack=slack)
 
 
-def _match(nightly: NightlyRun, retrained: Path, matched: Path) -> None:
+def _match(nightly: NightlyRun, retrained: Location, matched: Location) -> None:
     """Rename the codes of the artifact in ``retrained`` so that most published codes stay, estimated on a sample."""
     tokenizer, manifest = artifact.read(retrained)
     old = nightly.published.select("item_id", F.col("codes").alias("_old"))

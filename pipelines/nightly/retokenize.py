@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
@@ -17,7 +16,7 @@ from pyspark.sql import functions as F
 
 from adasid.config import Config, digest
 from adasid.errors import GateError, InputError
-from adasid.files import write_json
+from adasid.files import Location, write_json
 from adasid.tables import SID_CHANGES, SIDS
 from adasid.tokenizers.artifact import Manifest
 from pipelines import staleness
@@ -193,7 +192,7 @@ class NewTable:
     items in its bins; ``drifted``: the current items against the live tokenizer's baseline; ``broken``: items whose
     vectors are not finite."""
 
-    folder: Path
+    folder: Location
     manifest: Manifest
     encoded: DataFrame
     rows: DataFrame
@@ -211,7 +210,7 @@ class NewTable:
 
 
 def _frozen(
-    nightly: NightlyRun, folder: Path, manifest: Manifest, touched_items: DataFrame, features: DataFrame
+    nightly: NightlyRun, folder: Location, manifest: Manifest, touched_items: DataFrame, features: DataFrame
 ) -> NewTable:
     """Encode the items in ``touched_items``, whose current rows are ``features``, with the live tokenizer; all others
     retain their published SIDs."""
@@ -233,7 +232,7 @@ def _frozen(
     return NewTable(folder, manifest, encoded, rows, whole, touched, baseline, current, drifted, broken)
 
 
-def _retrained(nightly: NightlyRun, policy: str, live: Path) -> NewTable:
+def _retrained(nightly: NightlyRun, policy: str, live: Location) -> NewTable:
     """Train a new tokenizer and encode all items with it. ``live``: the folder of the live tokenizer's artifact."""
     cfg, lake = nightly.cfg, nightly.lake
     folder, manifest = refit.fit(nightly, policy, live)

@@ -50,8 +50,8 @@ def maintain(cfg: Config, context: StageContext) -> None:
     lake, grace = context.lake, cfg.retokenize.grace_hours
     with leased(context, cfg.retokenize.lease) as lease:
         keep = needed(context)
-        for log in sorted(Path(lake.root).rglob("_delta_log")):
-            name, table = str(log.parent.relative_to(lake.root)), DeltaTable(str(log.parent))
+        for name in lake.tables():
+            table = DeltaTable(lake.path(name))
             if name == "leases":
                 continue
             lease.check()
@@ -64,8 +64,9 @@ def maintain(cfg: Config, context: StageContext) -> None:
                 compacted = table.optimize.compact(commit_properties=input_hash)["numFilesRemoved"]
             retained = sorted({*keep[name], table.version()})
             retained = [version for version in retained if _readable(context, name, version)]
+            exists = lake.existing(name)
             options: dict[str, Any] = {"enforce_retention_duration": False, "full": True, "keep_versions": retained}
-            unused = [file for file in table.vacuum(grace, dry_run=True, **options) if (log.parent / file).exists()]
+            unused = [file for file in table.vacuum(grace, dry_run=True, **options) if exists(file)]
             if unused:
                 lease.check()
                 table.vacuum(grace, dry_run=False, commit_properties=input_hash, **options)

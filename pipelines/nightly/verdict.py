@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from adasid.config import Config
+from adasid.files import Location
 from pipelines.publish import drift
 from pipelines.publish.gates import Gate, Metrics, at_most, check_gates, churn_gates
 from pipelines.publish.generations import Candidate, Generation
@@ -23,7 +23,7 @@ class Measurements:
     (``drift.against``); ``error``: the :func:`largest_error` of the new table; ``distinct``: different items, of which
     ``known`` are among the current ``items``; ``broken``: items with vectors that are not finite."""
 
-    folder: Path
+    folder: Location
     tokenizer: str
     metrics: Metrics
     churn: Metrics

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from adasid import tables
 from adasid.errors import InputError
+from adasid.files import Location
 from adasid.tables import BEHAVIOR
 from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.encode import ENCODED, READ, encoder
@@ -44,7 +43,7 @@ def check_features(features: StructType, manifest: Manifest) -> None:
 def encode(
     spark: SparkSession,
     features: DataFrame,
-    folder: Path,
+    folder: Location,
     manifest: Manifest,
     batch: int,
     stride: int | None = None,

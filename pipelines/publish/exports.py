@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from safetensors.torch import save_file
 
 from adasid.config import Config
 from adasid.errors import InputError
-from adasid.files import write_json
+from adasid.files import Location, local, remove, write_json
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.sid import Slot
 from adasid.tables import SID_CHANGES
@@ -70,12 +72,11 @@ def point(cfg: Config, lake: Lake) -> None:
     while written != (number := generations.pointer(lake)):  # another run may move the pointer meanwhile
         generation, written = generations.live(lake), number
         exported = _exported(Run(cfg).exports / str(number), generation)
-        Run(cfg).exports.mkdir(parents=True, exist_ok=True)
         content = _columns(generation, "generation", "sids_version", "tokenizer")
         write_json(Run(cfg).exports / "live.json", {**content, "folder": str(number) if exported else None})
 
 
-def _exported(folder: Path, generation: Generation) -> bool:
+def _exported(folder: Location, generation: Generation) -> bool:
     """Return whether a folder is of this generation, not of one with its number in a lake that was removed."""
     manifest = folder / "manifest.json"
     if not manifest.exists():
@@ -98,21 +99,46 @@ def write(cfg: Config, lake: Lake, slots: list[Slot], generation: Generation) ->
         wanted -= {"prefixes"}
     if not wanted or _exported(target, generation):
         return
-    draft = target.with_name(f".{target.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    if wanted - {"changes"}:
-        _table(cfg, lake, slots, generation, draft, wanted)
-    if "changes" in wanted and lake.exists("sid_changes"):
-        _changes(lake, generation.generation, draft / "changes")
     columns = _columns(generation, "generation", "sids_version", "tokenizer", "items", "run_date", "policy")
-    write_json(draft / "manifest.json", {**columns, "slots": [slot._asdict() for slot in slots]})
-    shutil.rmtree(target, ignore_errors=True)
-    draft.replace(target)
+    with _publishing(target) as (folder, draft):
+        if wanted - {"changes"}:
+            _table(cfg, lake, slots, generation, folder, draft, wanted)
+        if "changes" in wanted and lake.exists("sid_changes"):
+            _changes(lake, generation.generation, draft / "changes")
+        write_json(draft / "manifest.json", {**columns, "slots": [slot._asdict() for slot in slots]})
 
 
-def _table(cfg: Config, lake: Lake, slots: list[Slot], generation: Generation, draft: Path, wanted: set[str]) -> None:
-    """Write the exports of all rows."""
+@contextmanager
+def _publishing(target: Location) -> Iterator[tuple[Location, Path]]:
+    """Yield the folder in which Spark writes and the local one of other files; at the end both are ``target``, of which
+    ``manifest.json`` is the last file."""
+    if isinstance(target, Path):
+        draft = target.with_name(f".{target.name}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft, draft
+        shutil.rmtree(target, ignore_errors=True)
+        draft.replace(target)
+        return
+    (target / "manifest.json").unlink(missing_ok=True)
+    target.remove()
+    with tempfile.TemporaryDirectory(prefix="adasid-export-") as name:
+        yield target, Path(name)
+        files = [path for path in Path(name).rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == "manifest.json"):
+            (target / path.relative_to(name).as_posix()).upload(path)
+
+
+def _table(
+    cfg: Config,
+    lake: Lake,
+    slots: list[Slot],
+    generation: Generation,
+    folder: Location,
+    draft: Path,
+    wanted: set[str],
+) -> None:
+    """Write the exports of all rows: Spark's into ``folder``, others into ``draft``."""
     spark = engine.session(cfg.spark)
     features = engine.read(spark, lake, "item_features", generation.inputs["item_features"])
     index = features.select("item_id", "item_index")
@@ -122,22 +148,23 @@ def _table(cfg: Config, lake: Lake, slots: list[Slot], generation: Generation, d
         .select("item_id", "item_index", "codes", "tokens", "collision_rank")
     )
     ordered = sids.repartitionByRange("item_index", "item_id").sortWithinPartitions("item_index", "item_id")
-    ordered.drop("collision_rank", "item_index").write.parquet(str(draft / "sids"))
+    ordered.drop("collision_rank", "item_index").write.parquet(engine.uri(folder / "sids"))
     if "parquet" in wanted:
         members = F.transform(
             F.array_sort(F.collect_list(F.struct("collision_rank", "item_id"))), lambda x: x["item_id"]
         )
-        sids.groupBy("codes").agg(members.alias("items")).write.parquet(str(draft / "items"))
-    if wanted & {"array", "prefixes"}:
-        _array(draft, generation.items, len(slots))
-    if "index" in wanted:
-        _index(draft)
+        sids.groupBy("codes").agg(members.alias("items")).write.parquet(engine.uri(folder / "items"))
+    with local(folder / "sids") as rows:
+        if wanted & {"array", "prefixes"}:
+            _array(rows, draft, generation.items, len(slots))
+        if "index" in wanted:
+            _index(rows, draft)
     if "prefixes" in wanted:
         _prefixes(draft, slots)
-    for name, parts in {"parquet": ["sids"], "array": ["codes.npy", "item_ids.txt"]}.items():
-        for part in parts if name not in wanted else []:
-            path = draft / part
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if "parquet" not in wanted:
+        remove(folder / "sids")
+    for part in ("codes.npy", "item_ids.txt") if "array" not in wanted else ():
+        (draft / part).unlink(missing_ok=True)
 
 
 def _changes(lake: Lake, generation: int, target: Path) -> None:
@@ -146,17 +173,17 @@ def _changes(lake: Lake, generation: int, target: Path) -> None:
     ds.write_dataset((part.cast(schema) for part in parts), target, schema=schema, format="parquet")
 
 
-def _batches(draft: Path) -> Iterator[pa.RecordBatch]:
+def _batches(rows: Path) -> Iterator[pa.RecordBatch]:
     """Yield the exported rows, in order."""
-    files = sorted((draft / "sids").glob("part-*.parquet"))
+    files = sorted(rows.glob("part-*.parquet"))
     yield from ds.dataset([str(file) for file in files], format="parquet").to_batches(batch_size=_ROWS)
 
 
-def _array(draft: Path, items: int, length: int) -> None:
+def _array(rows: Path, draft: Path, items: int, length: int) -> None:
     codes = np.lib.format.open_memmap(draft / "codes.npy", mode="w+", dtype=np.int32, shape=(items, length))
     start = 0
     with (draft / "item_ids.txt").open("w", encoding="utf-8", newline="\n") as ids:
-        for batch in _batches(draft):
+        for batch in _batches(rows):
             if batch.num_rows:
                 codes[start : start + batch.num_rows] = (
                     batch.column("codes").flatten().to_numpy().reshape(batch.num_rows, length)
@@ -176,12 +203,12 @@ def _array(draft: Path, items: int, length: int) -> None:
     codes.flush()
 
 
-def _index(draft: Path) -> None:
+def _index(rows: Path, draft: Path) -> None:
     """Write JSON by string operations on whole columns: no row is a Python object."""
     with (draft / "index.json").open("w", encoding="utf-8") as file:
         file.write("{")
         start = 0
-        for batch in _batches(draft):
+        for batch in _batches(rows):
             if batch.num_rows:
                 tokens = pc.binary_join(batch.column("tokens"), '", "')
                 keys = pc.cast(pa.array(np.arange(start, start + batch.num_rows)), pa.string())

@@ -219,7 +219,7 @@ def _by_spark(
     """Read all of ``path``, or some ``files`` below it, by Spark's own reader."""
     where = f"{key} {path}"
     try:
-        frame = reader.load(path if files is None else files)
+        frame = reader.load(engine.uri(path) if files is None else files)
     except (Py4JJavaError, PySparkException) as error:
         raise InputError(
             f"{where}: not readable ({engine.root_cause(error)}); correct the path or the format"

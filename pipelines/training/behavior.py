@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from safetensors.torch import load_file
 
 from adasid import tables
 from adasid.config import Config
 from adasid.report.words import DASH
-from adasid.training.checkpoint import Checkpoints
+from adasid.training.checkpoint import Checkpoints, read_tensors
 from pipelines import stage
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
@@ -52,7 +51,7 @@ def _train_behavior(inputs: Inputs, context: StageContext) -> dict[str, int]:
     folder = Run(cfg).artifact("behavior", inputs.hash)
     payload = launch.payload(cfg, lake, read, folder)
     launch.fit(workers.behavior, payload, context, "behavior", cfg.behavior.epochs, _SHOWN)
-    result = load_file(folder / "result.safetensors")
+    result = read_tensors(folder / "result.safetensors")
     stats = _items(lake, read["item_stats"], len(result["norms"]))
     batches, name = _embedding_batches(stats, result), "behavior_embeddings"
     written = {name: lake.write(name, tables.BEHAVIOR_EMBEDDINGS, batches, inputs.hash, read)}

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from adasid import tables
 from adasid.config import Config
 from adasid.errors import InputError
-from adasid.files import write_json
+from adasid.files import Location, location, remove, write_json
 from adasid.tokenizers import artifact
 from adasid.training.checkpoint import Checkpoints
 from pipelines import scores, stage
 from pipelines.engines.lake import Lake
-from pipelines.engines.spark import session
+from pipelines.engines.spark import session, uri
 from pipelines.engines.tracking import StageContext
 from pipelines.features import items
 from pipelines.publish import generations
@@ -51,7 +49,7 @@ def ranking(cfg: Config, context: StageContext) -> None:
 def _live(lake: Lake) -> Catalogue:
     """Return the live generation's SIDs."""
     generation = generations.live(lake)
-    manifest = artifact.read_manifest(Path(generation.artifact))
+    manifest = artifact.read_manifest(location(generation.artifact))
     return Catalogue.of("sids", generation.sids_version, manifest)
 
 
@@ -137,22 +135,22 @@ def _train_downstream(
     Checkpoints(folder / "checkpoints").clear()
 
 
-def folder_of(inputs: Inputs, task: Task) -> Path:
+def folder_of(inputs: Inputs, task: Task) -> Location:
     """Return the folder of the model of these inputs; it may not exist yet."""
     return Run(inputs.cfg).artifact(task, inputs.hash)
 
 
-def _outcome(cfg: Config, folder: Path) -> dict[str, Any]:
+def _outcome(cfg: Config, folder: Location) -> dict[str, Any]:
     """Return the workers' outcome; where they wrote their scores in shards, add the metrics that Spark computes from
     them."""
     outcome: dict[str, Any] = json.loads((folder / workers.OUTCOME).read_text(encoding="utf-8"))
     if "scores" in outcome:
-        shards = [str(folder / "scores" / name) for name in outcome.pop("scores")]
+        shards = [uri(folder / "scores" / name) for name in outcome.pop("scores")]
         strata = scores.ranking_metrics(session(cfg.spark).read.parquet(*shards))
         outcome["test"] = {key: strata["all"][key] for key in ("auc", "gauc") if key in strata["all"]}
         outcome["strata"] = {name: strata[name] for name in ("all", *tables.STRATA) if name in strata}
         write_json(folder / workers.OUTCOME, outcome)
-    shutil.rmtree(folder / "scores", ignore_errors=True)
+    remove(folder / "scores")
     return outcome
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from adasid.config import Config
 from adasid.config.secrets import masked_config
 from adasid.errors import InputError
+from adasid.files import Location
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import versions as library_versions
@@ -15,7 +15,7 @@ from pipelines.engines.tracking import StageContext
 from pipelines.training.payload import Payload
 
 
-def payload(cfg: Config, lake: Lake, read: Mapping[str, int], folder: Path) -> Payload:
+def payload(cfg: Config, lake: Lake, read: Mapping[str, int], folder: Location) -> Payload:
     """Return what the workers need to train on the versions ``read`` into ``folder``; they get no secrets."""
     return Payload(
         config=masked_config(cfg), lake=lake.root, read=dict(read), folder=folder, library_versions=library_versions()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from adasid.config import Config
+from adasid.files import Location
 from adasid.sid import Slot
 from adasid.tokenizers.artifact import Manifest, settings_of
 
@@ -55,8 +55,8 @@ class Payload(BaseModel):
     config: Config
     lake: str
     read: dict[str, int]
-    folder: Path
+    folder: Location
     library_versions: dict[str, str]
     catalogue: Catalogue | None = None
-    start: Path | None = None
+    start: Location | None = None
     previous: PreviousTable | None = None

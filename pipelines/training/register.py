@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from mlflow.exceptions import MlflowException
 
 from adasid.config import Config
+from adasid.files import Location
 from adasid.tokenizers import artifact
 from pipelines.engines.tracking import StageContext
 
 
 def register(
-    cfg: Config, context: StageContext, folder: Path, tokenizer: str, alias: Literal["candidate", "champion"]
+    cfg: Config, context: StageContext, folder: Location, tokenizer: str, alias: Literal["candidate", "champion"]
 ) -> None:
     """Set ``alias`` of the registered model to the tokenizer (its digest), whose artifact in ``folder`` is logged
     unless it was: ``candidate`` is the one trained last by jobs/train.py, ``champion`` that of the live semantic

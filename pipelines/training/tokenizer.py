@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from adasid.config import Config
+from adasid.files import Location
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.training.checkpoint import Checkpoints
@@ -50,7 +50,7 @@ def declare(kind: str = "tokenizer") -> Stage:
     )
 
 
-def folder_of(inputs: Inputs, kind: str = "tokenizer") -> Path:
+def folder_of(inputs: Inputs, kind: str = "tokenizer") -> Location:
     """Return the folder of the tokenizer of these inputs; it may not exist yet."""
     return Run(inputs.cfg).artifact(kind, inputs.hash)
 
@@ -72,8 +72,8 @@ def train(
     cfg: Config,
     context: StageContext,
     read: Mapping[str, int],
-    folder: Path,
-    start: Path | None = None,
+    folder: Location,
+    start: Location | None = None,
     previous: PreviousTable | None = None,
 ) -> Manifest:
     """Train or fit the tokenizer on the versions ``read`` into ``folder/model``; return its manifest. ``start``:

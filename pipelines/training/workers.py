@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from adasid import tables
 from adasid.config import Config, Ranking, Retrieval, TokenizerSettings
@@ -25,12 +23,14 @@ from adasid.data.sequences import Histories
 from adasid.data.shards import Pairs, Shard
 from adasid.distributed import Workers
 from adasid.errors import InputError
-from adasid.files import write_json, write_text
+from adasid.files import Location, write_json, write_text
 from adasid.recommenders import ngrams
 from adasid.recommenders.tokens import ItemTokens
+from adasid.storage import configure
 from adasid.tokenizers import artifact
 from adasid.tokenizers.relabel import Relabelled
 from adasid.training.behavior import BehaviorData, BehaviorTraining
+from adasid.training.checkpoint import write_tensors
 from adasid.training.ranking import Events, RankingData, RankingTraining
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from adasid.training.tokenizer import TokenizerTraining, summary
@@ -63,10 +63,7 @@ def behavior(payload: Payload) -> None:
     training = BehaviorTraining(cfg.behavior, data, folder, cfg.seed, workers, _device(cfg))
     result = training.run(_report(payload, workers))
     if workers.rank == 0:
-        save_file(
-            {"embeddings": result.embeddings.contiguous(), "norms": result.norms.contiguous()},
-            folder / "result.safetensors",
-        )
+        write_tensors(folder / "result.safetensors", {"embeddings": result.embeddings, "norms": result.norms})
         write_json(folder / "result.json", {**result.summary, "inputs": read})
 
 
@@ -224,7 +221,8 @@ def _modulo(column: str, workers: Workers) -> pc.Expression:
     return pc.subtract(field, pc.multiply(pc.divide(field, workers.world), workers.world)) == workers.rank
 
 
-def _opened(payload: Payload) -> tuple[Config, Workers, Lake, Path]:
+def _opened(payload: Payload) -> tuple[Config, Workers, Lake, Location]:
+    configure(payload.config.storage.options)
     return payload.config, Workers.current(), Lake(payload.lake, {}), payload.folder
 
 

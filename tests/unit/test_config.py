@@ -46,7 +46,7 @@ def test_every_shipped_config_is_valid(path):
         ("tokenizer.router.sparsity=1.0", ["tokenizer.router.sparsity is 1.0"]),
         ("name=../x", ["name is '../x'"]),
         ("tokenizer.training.warmup_epochs=200", ["warmup_epochs 200", "is not below"]),
-        ("runs_dir=s3://bucket/runs", ["runs_dir is", "folder"]),
+        ("runs_dir=ftp://bucket/runs", ["runs_dir is", "folder"]),
         ("seed=99999999999", ["seed is 99999999999"]),
         ("source.synthetic.users=90000", ["interactions 400000 is less than 5 a user", "90000 users"]),
         ("novalue", ["dotted.key=value"]),

@@ -1,0 +1,245 @@
+"""Files in object storage (``s3://``, ``gs://``, ``abfss://``), by the names of :class:`pathlib.Path`, through obstore.
+
+delta-rs uses the same client, so one set of environment variables (AWS_*, GOOGLE_*, AZURE_*) serves tables and files.
+There is no rename and no append: a file is put whole, and is visible when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from adasid.errors import AdasidError, InputError, TransientError, first_line
+
+SCHEMES = ("s3", "gs", "abfss")
+_RETRIES: dict[str, Any] = {"max_retries": 6, "retry_timeout": timedelta(seconds=30)}
+_CLIENT = {"connect_timeout": "5 seconds", "timeout": "60 seconds"}
+_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound", re.I)
+_REFUSED = re.compile(
+    r"\b40[13]\b|AccessDenied|Forbidden|PermissionDenied|Unauthenticated|InvalidAccessKeyId|SignatureDoesNotMatch|"
+    r"ExpiredToken|InvalidToken|lacked valid authentication|necessary privileges",
+    re.I,
+)
+_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|instance metadata|NoCredential|no valid credential|credential", re.I)
+
+
+def configure(options: Mapping[str, str]) -> None:
+    """Set the environment variables ``options`` (``storage.options``) that the environment does not set."""
+    for name, value in options.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        os.environ.setdefault("AWS_ALLOW_HTTP", "true")
+
+
+def is_remote(path: object) -> bool:
+    """Return whether ``path`` is the URI of an object store."""
+    return str(path).partition("://")[0] in SCHEMES and "://" in str(path)
+
+
+@dataclass(frozen=True, order=True)
+class ObjectPath:
+    """The path of one object, or of a prefix. ``root``: scheme and bucket, such as s3://bucket; ``key``: without a
+    slash at its ends.
+
+    Methods raise FileNotFoundError for an object that does not exist, InputError for a missing bucket or refused
+    credentials, TransientError for a store that does not answer.
+    """
+
+    root: str
+    key: str
+
+    @classmethod
+    def of(cls, uri: str) -> ObjectPath:
+        """Parse a URI."""
+        scheme, _, rest = uri.partition("://")
+        bucket, _, key = rest.partition("/")
+        return cls(f"{scheme}://{bucket}", "/".join(part for part in key.split("/") if part))
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.key}" if self.key else self.root
+
+    def __truediv__(self, part: str) -> ObjectPath:
+        return ObjectPath.of(f"{self}/{part}")
+
+    @property
+    def name(self) -> str:
+        """Return the last part of the key."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> ObjectPath:
+        """Return the path without its last part."""
+        return ObjectPath(self.root, self.key.rpartition("/")[0])
+
+    def with_name(self, name: str) -> ObjectPath:
+        """Return the path with another last part."""
+        return self.parent / name
+
+    def relative_to(self, other: ObjectPath) -> PurePosixPath:
+        """Return the path below ``other``. Raises ValueError where it does not lie there."""
+        return PurePosixPath(self.key).relative_to(PurePosixPath(other.key))
+
+    def exists(self) -> bool:
+        """Return whether the object exists; a prefix is no object (:meth:`is_dir`)."""
+        return self.head() is not None
+
+    def head(self) -> dict[str, Any] | None:
+        """Return size, e_tag and last_modified of the object, None where it does not exist."""
+        with _asking("HEAD", self):
+            try:
+                return dict(_obstore().head(_store(self.root), self.key))
+            except FileNotFoundError as error:
+                if _NO_BUCKET.search(str(error)):
+                    raise
+                return None
+
+    def is_dir(self) -> bool:
+        """Return whether an object lies below this prefix."""
+        return next(iter(self.files()), None) is not None
+
+    def files(self) -> Iterator[ObjectPath]:
+        """Yield all objects below this prefix, in the order of their keys."""
+        with _asking("LIST", self):
+            for batch in _obstore().list(_store(self.root), f"{self.key}/" if self.key else None):
+                yield from (ObjectPath(self.root, entry["path"]) for entry in batch)
+
+    def folders(self) -> list[ObjectPath]:
+        """Return the prefixes directly below this one."""
+        with _asking("LIST", self):
+            found = _obstore().list_with_delimiter(_store(self.root), f"{self.key}/" if self.key else None)
+        return [ObjectPath(self.root, str(prefix).strip("/")) for prefix in found["common_prefixes"]]
+
+    def glob(self, pattern: str) -> Iterator[ObjectPath]:
+        """Yield the objects below this prefix whose parts match those of ``pattern``, one by one."""
+        wanted = pattern.split("/")
+        for path in self.files():
+            parts = path.relative_to(self).parts
+            if len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted)):
+                yield path
+
+    def rglob(self, pattern: str) -> Iterator[ObjectPath]:
+        """Yield the objects below this prefix whose last parts match ``pattern``."""
+        return (path for path in self.files() if path.relative_to(self).match(pattern))
+
+    def read_bytes(self) -> bytes:
+        """Return the content."""
+        with _asking("GET", self):
+            return bytes(_obstore().get(_store(self.root), self.key).bytes())
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """Return the content as text."""
+        return self.read_bytes().decode(encoding)
+
+    def download(self, target: Path) -> None:
+        """Write the content into a local file."""
+        with _asking("GET", self), target.open("wb") as file:
+            for part in _obstore().get(_store(self.root), self.key).stream():
+                file.write(part)
+
+    def write_bytes(self, content: bytes) -> None:
+        """Put the object; a reader sees the old content or the new."""
+        with _asking("PUT", self):
+            _obstore().put(_store(self.root), self.key, content)
+
+    def write_text(self, content: str, encoding: str = "utf-8") -> None:
+        """Put text with :meth:`write_bytes`."""
+        self.write_bytes(content.encode(encoding))
+
+    def upload(self, source: Path) -> None:
+        """Put the content of a local file, in parts where it is large."""
+        with _asking("PUT", self):
+            _obstore().put(_store(self.root), self.key, source)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the object. Removing one that does not exist is no error in most stores, whatever ``missing_ok``."""
+        with _asking("DELETE", self):
+            try:
+                _obstore().delete(_store(self.root), self.key)
+            except FileNotFoundError:
+                if not missing_ok:
+                    raise
+
+    def remove(self) -> None:
+        """Remove all objects below this prefix."""
+        keys = [path.key for path in self.files()]
+        with _asking("DELETE", self):
+            for start in range(0, len(keys), 1000):
+                _obstore().delete(_store(self.root), keys[start : start + 1000])
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Do nothing: a prefix exists as soon as an object lies below it."""
+
+    def resolve(self) -> ObjectPath:
+        """Return the path itself: a URI is absolute."""
+        return self
+
+
+def fault(error: Exception, operation: str, where: object) -> AdasidError:
+    """Return the error to raise for one of the store's client (obstore and delta-rs word them alike)."""
+    text = str(error)
+    bucket = ObjectPath.of(str(where)).root
+    what = f"{operation} {where}"
+    if _NO_BUCKET.search(text):
+        return InputError(f"{what}: {bucket} does not exist: create it, or name another bucket in runs_dir")
+    if _NO_CREDENTIALS.search(text) and "InvalidAccessKeyId" not in text and not re.search(r"\b40[13]\b", text):
+        return InputError(
+            f"{what}: the store's client has no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or those "
+            "of GOOGLE_* or AZURE_*) in the environment, or give the machine a role"
+        )
+    if _REFUSED.search(text):
+        return InputError(
+            f"{what}: the store refused it ({_code(text)}): check the credentials of the environment (AWS_*, GOOGLE_*, "
+            f"AZURE_*), and that they may read, write, list and delete in {bucket}"
+        )
+    return TransientError(
+        f"{what}: the store does not answer ({first_line(error)[:200]}): check AWS_ENDPOINT_URL and the network; run "
+        "the command again, which resumes"
+    )
+
+
+def _code(text: str) -> str:
+    """Return the store's own code for a refusal."""
+    match = re.search(r"<Code>([^<]+)</Code>", text) or re.search(r"\b40[13] \w+", text)
+    return match.group(match.lastindex or 0) if match else "access denied"
+
+
+@contextmanager
+def _asking(operation: str, path: ObjectPath) -> Iterator[None]:
+    """Turn errors of the store's client into those of :func:`fault`."""
+    try:
+        yield
+    except AdasidError:
+        raise
+    except FileNotFoundError as error:
+        if not _NO_BUCKET.search(str(error)):
+            raise FileNotFoundError(f"{path} does not exist") from None
+        raise fault(error, operation, path) from error
+    except Exception as error:
+        if not type(error).__module__.startswith("obstore"):
+            raise
+        raise fault(error, operation, path) from error
+
+
+def _obstore() -> Any:
+    try:
+        return import_module("obstore")
+    except ImportError:
+        raise InputError(
+            "object storage needs the package obstore: run `make setup EXTRAS=s3`, or `pip install 'adasid[s3]'`"
+        ) from None
+
+
+@lru_cache(maxsize=16)
+def _store(root: str) -> Any:
+    _obstore()
+    options = {**_CLIENT, "allow_http": os.environ.get("AWS_ALLOW_HTTP", "false")}
+    return import_module("obstore.store").from_url(root, retry_config=_RETRIES, client_options=options)

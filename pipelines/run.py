@@ -9,6 +9,7 @@ from pathlib import Path
 from adasid.config import Config
 from adasid.errors import InputError
 from adasid.files import Location, location
+from adasid.storage import is_remote
 from pipelines.engines.lake import Lake
 
 
@@ -37,6 +38,16 @@ class Run:
         """Return the folder of one model, its checkpoints and its metrics: ``kind`` such as tokenizer, ``key`` its
         input hash."""
         return self.artifacts / kind / key
+
+    def named(self, artifact: Location) -> str:
+        """Return how tables name an artifact: relative to the run's folder where it lies there, so that a run that is
+        moved or copied still names its own."""
+        path, folder = str(artifact.resolve()), f"{self.folder}/"
+        return path.removeprefix(folder)
+
+    def of_name(self, name: str) -> Location:
+        """Return the artifact that :meth:`named` names."""
+        return location(name) if is_remote(name) or name.startswith("/") else self.folder / name
 
     def report(self, page: str = "") -> Location:
         """Return the folder of the report's main page, or of a further ``page``."""

@@ -27,6 +27,7 @@ from pipelines.publish.gates import Gate, Metrics, check_gates, churn_gates, fai
 from pipelines.publish.generations import Candidate, Generation
 from pipelines.publish.lease import Lease, leased
 from pipelines.publish.measure import measure
+from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
 from pipelines.training import tokenizer
 from pipelines.training.register import register
@@ -48,7 +49,7 @@ def run(cfg: Config, context: StageContext) -> None:
         context.status = "up to date"
     live = generations.live(context.lake)
     exports.point(cfg, context.lake)
-    register(cfg, context, location(live.artifact), live.tokenizer, "champion")
+    register(cfg, context, Run(cfg).of_name(live.artifact), live.tokenizer, "champion")
 
 
 def _artifact(cfg: Config, lake: Lake) -> Location:
@@ -125,7 +126,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
             run_date=None,
             inputs=inputs.versions,
             tokenizer=manifest.digest,
-            artifact=str(folder.resolve()),
+            artifact=Run(cfg).named(folder),
             items=metrics["items"],
             metrics=metrics,
             gates=tuple(gates),

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +17,7 @@ from typing import Any
 import pytest
 
 from adasid.config import Config, build
+from tests import s3
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -43,6 +48,32 @@ def spark():
     spark = session(Spark(master="local[2]", driver_memory="2g", shuffle_partitions=2, conf=INTERPRETED), "tests")
     yield spark
     spark.stop()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[int]:
+    """Serve S3 on loopback, and set the environment of its clients; return the port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.s3", "0", "lake"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    port = int(process.stdout.readline())
+    before = {name: os.environ.get(name) for name in s3.environment(port)}
+    os.environ.update(s3.environment(port))
+    s3.ask(port, "/_ready")
+    yield port
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def bucket(server: int) -> str:
+    """Return the URI of an empty prefix of a bucket."""
+    return f"s3://lake/{uuid.uuid4().hex}"
 
 
 @pytest.fixture

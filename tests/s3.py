@@ -2,25 +2,29 @@
 PUTs cannot race.
 
 Run as a program: ``python -m tests.s3 PORT [BUCKET ...]``. ``GET /_requests`` returns the requests so far as JSON;
-``PUT /_fault`` sets what the server does instead of answering (:data:`FAULTS`, none for an empty body).
+``PUT /_fault`` sets what the server does instead of answering (:data:`FAULTS`, none for an empty body); ``PUT /_rival``
+gives the content of a commit that another writer puts just before the next Delta commit arrives.
 """
 
 from __future__ import annotations
 
 import collections
+import io
 import json
-import os
 import re
 import sys
+import threading
 import time
 import urllib.request
 
+import pyarrow as pa
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 FAULTS = ("down", "commits", "denied", "read-only", "slow")
 """``down``: every request fails with 503; ``commits``: only PUTs of Delta commits do; ``denied``: 403 to all;
 ``read-only``: 403 to what writes; ``slow``: two seconds more for every request."""
+SCHEMA = pa.schema([("item_id", pa.string())])
 ENVIRONMENT = {
     "AWS_REGION": "us-east-1",
     "AWS_DEFAULT_REGION": "us-east-1",
@@ -43,6 +47,9 @@ def ask(port: int, path: str, method: str = "GET", body: bytes = b"") -> bytes:
         return bytes(answer.read())
 
 
+_COMMIT = re.compile(r"/_delta_log/\d{20}\.json$")
+
+
 class _Quiet(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -57,17 +64,27 @@ class Server:
         self.inner = DomainDispatcherApplication(create_backend_app)
         self.requests: collections.Counter[str] = collections.Counter()
         self.bytes: collections.Counter[str] = collections.Counter()
-        self.fault = ""
+        self.fault, self.rival = "", b""
 
     def __call__(self, environ, start):
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-        if path == "/_requests":
+        if path in ("/_requests", "/_ready"):
             start("200 OK", [("Content-Type", "application/json")])
             return [json.dumps({"requests": self.requests, "bytes": self.bytes}).encode()]
         if path == "/_fault":
             self.fault = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)).decode()
             start("200 OK", [("Content-Length", "0")])
             return [b""]
+        if path == "/_rival":
+            self.rival = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            start("200 OK", [("Content-Length", "0")])
+            return [b""]
+        if self.rival and method == "PUT" and _COMMIT.search(path):
+            content, self.rival = self.rival, b""
+            theirs = {**environ, "wsgi.input": io.BytesIO(content), "CONTENT_LENGTH": str(len(content))}
+            for name in [name for name in theirs if name.startswith(("HTTP_X_AMZ", "HTTP_IF", "HTTP_TRANSFER"))]:
+                del theirs[name]
+            list(self.inner(theirs, lambda status, headers, info=None: None))
         kind = "LIST" if method == "GET" and "list-type" in environ.get("QUERY_STRING", "") else method
         self.requests[kind] += 1
         self.bytes[kind] += int(environ.get("CONTENT_LENGTH") or 0)
@@ -90,7 +107,7 @@ class Server:
         writes = method in ("PUT", "POST", "DELETE")
         if self.fault == "slow":
             time.sleep(2)
-        commit = re.search(r"/_delta_log/\d{20}\.json$", path)
+        commit = _COMMIT.search(path)
         if self.fault == "down" or (self.fault == "commits" and writes and commit):
             return "503 Service Unavailable", "ServiceUnavailable"
         if self.fault == "denied" or (self.fault == "read-only" and writes):
@@ -101,11 +118,13 @@ class Server:
 def main(port: int, buckets: list[str]) -> None:
     """Serve until the process ends."""
     server = make_server("127.0.0.1", port, Server(), threaded=False, request_handler=_Quiet)
-    if os.fork() == 0:
+
+    def create() -> None:
         for bucket in buckets:
             ask(server.port, f"/{bucket}", "PUT")
-        os._exit(0)
-    print(server.port, flush=True)
+        print(server.port, flush=True)
+
+    threading.Thread(target=create, daemon=True).start()
     server.serve_forever()
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from adasid.api.encoding import SidTokenizer
 from adasid.errors import InputError, first_line
+from adasid.files import Location, location
+from adasid.storage import ObjectPath, is_remote
 from adasid.tokenizers import artifact
 
 _CALLER = "adasid.load"
@@ -24,7 +26,8 @@ def load(source: str | Path) -> SidTokenizer:
 
     ``source``: a folder that :meth:`SidTokenizer.save` or a training job wrote; the folder of a run (``runs/<name>``),
     for the tokenizer of its live generation; or an MLflow URI such as ``models:/adasid-demo@champion`` or
-    ``runs:/<id>/model``.
+    ``runs:/<id>/model``. Both folders may lie in object storage (``s3://bucket/prefix``), whose credentials come from
+    the environment.
 
     The live generation is read from the Delta tables of the run, which needs the package deltalake; without it, from
     ``exports/live.json`` if the run has that file. An MLflow URI needs mlflow, and is looked up on the tracking server
@@ -32,9 +35,9 @@ def load(source: str | Path) -> SidTokenizer:
 
     Raises InputError if the tokenizer is missing or damaged, or a package is missing.
     """
-    if isinstance(source, str) and _URI.match(source):
+    if isinstance(source, str) and _URI.match(source) and not is_remote(source):
         return _download(source)
-    folder = Path(source).expanduser()
+    folder = ObjectPath.of(str(source)) if is_remote(source) else Path(source).expanduser()
     if (folder / "manifest.json").exists():
         return SidTokenizer(*artifact.read(folder))
     if (folder / "lake").is_dir():
@@ -56,7 +59,7 @@ def _download(uri: str) -> SidTokenizer:
         return SidTokenizer(*artifact.read(path))
 
 
-def _live(run: Path) -> Path:
+def _live(run: Location) -> Location:
     """Return the folder of the artifact of a run's live generation."""
     nothing = "run jobs/write_sids.py first, or give the folder of an artifact (artifacts/tokenizer/<key>/model)"
     exported = run / "exports" / "live.json"
@@ -74,12 +77,14 @@ def _live(run: Path) -> Path:
     number = live[0]["generation"]
     for row in _rows(delta, run / "lake" / "generations", ["generation", "tokenizer", "artifact"]):
         if row["generation"] == number:
-            return _artifact(run, row["tokenizer"], Path(row["artifact"]))
+            return _artifact(
+                run, row["tokenizer"], location(name) if is_remote(name := row["artifact"]) else run / name
+            )
     why = f"generation {number} is live in {run}, but the table generations has no such row"
     raise InputError(f"{_CALLER}: {why}; {nothing}")
 
 
-def _rows(delta: Any, table: Path, columns: list[str]) -> list[dict[str, Any]]:
+def _rows(delta: Any, table: Location, columns: list[str]) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = delta.DeltaTable(str(table)).to_pyarrow_table(columns=columns).to_pylist()
     except Exception as error:
@@ -88,11 +93,12 @@ def _rows(delta: Any, table: Path, columns: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _artifact(run: Path, digest: str, recorded: Path | None) -> Path:
+def _artifact(run: Location, digest: str, recorded: Location | None) -> Location:
     """Return the folder of the artifact with this digest: ``recorded``, or below ``artifacts`` in a run that was moved
     or copied."""
     folders = [recorded] if recorded else []
-    folders += [path.parent for path in sorted((run / "artifacts").glob("**/model/manifest.json"))]
+    others: list[Location] = [path.parent for path in (run / "artifacts").rglob("model/manifest.json")]
+    folders += sorted(others, key=str)
     for folder in folders:
         with suppress(InputError):  # another artifact may be damaged, or of another format
             if artifact.read_manifest(folder).digest == digest:

@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from adasid.config import Config, digest
 from adasid.errors import InputError
-from adasid.files import Location, location
+from adasid.files import Location
 from adasid.report import nights
 from adasid.sid import Slot
 from adasid.tokenizers import artifact
@@ -54,7 +54,7 @@ class NightlyRun:
     @property
     def artifact(self) -> Location:
         """Return the folder of the live tokenizer."""
-        return location(self.live.artifact)
+        return Run(self.cfg).of_name(self.live.artifact)
 
     @property
     def refused(self) -> Location:
@@ -96,7 +96,7 @@ class NightlyRun:
 
     def _champion(self, live: Generation) -> None:
         exports.point(self.cfg, self.lake)
-        register(self.cfg, self.context, location(live.artifact), live.tokenizer, "champion")
+        register(self.cfg, self.context, Run(self.cfg).of_name(live.artifact), live.tokenizer, "champion")
 
     def track(self, candidate: Candidate) -> None:
         """Track the measurements of the table and every gate; in a dry run also on the screen and on the page."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from deltalake import DeltaTable
@@ -28,7 +27,7 @@ def rollback(cfg: Config, context: StageContext, number: int | None, hold: bool 
         live = generations.release(context) if number is None else generations.go_back(context, number, hold)
         context.facts["on hold"] = f"since {since}" if (since := generations.on_hold(context.lake)) else "no"
     exports.point(cfg, context.lake)
-    register(cfg, context, Path(live.artifact), live.tokenizer, "champion")
+    register(cfg, context, Run(cfg).of_name(live.artifact), live.tokenizer, "champion")
     context.facts.update({"generation": live.generation, "items": live.items, "run date": live.run_date})
 
 

@@ -10,6 +10,7 @@ from adasid.files import Location
 from pipelines.publish import drift
 from pipelines.publish.gates import Gate, Metrics, at_most, check_gates, churn_gates
 from pipelines.publish.generations import Candidate, Generation
+from pipelines.run import Run
 
 MEASURED = ("codes", "weights", "active", "gauges")
 """These columns of ``sids`` are measured, with the item's events and stratum."""
@@ -50,7 +51,7 @@ def candidate(
         run_date=run_date,
         inputs={"item_features": version},
         tokenizer=measured.tokenizer,
-        artifact=str(measured.folder),
+        artifact=Run(cfg).named(measured.folder),
         items=metrics["items"],
         metrics=metrics,
         gates=tuple(gates),

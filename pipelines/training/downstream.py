@@ -9,7 +9,7 @@ from typing import Any
 from adasid import tables
 from adasid.config import Config
 from adasid.errors import InputError
-from adasid.files import Location, location, remove, write_json
+from adasid.files import Location, remove, write_json
 from adasid.tokenizers import artifact
 from adasid.training.checkpoint import Checkpoints
 from pipelines import scores, stage
@@ -31,7 +31,7 @@ _SHOWN = ("loss", "validation_ndcg@10", "validation_recall@10", "validation_auc"
 def retrieval(cfg: Config, context: StageContext) -> None:
     """Train a retriever on ``sequences`` and the live ``sids`` in ``artifacts/retrieval/<key>``; log its metrics in
     MLflow."""
-    result = fit(cfg, context, "retrieval", _live(context.lake))
+    result = fit(cfg, context, "retrieval", _live(cfg, context.lake))
     _show_result(context, result, ("recall@10", "ndcg@10", "recall@50"))
     if cfg.retrieval.repeatable and not result["repeats"]:
         context.facts["hint"] = (
@@ -42,14 +42,14 @@ def retrieval(cfg: Config, context: StageContext) -> None:
 def ranking(cfg: Config, context: StageContext) -> None:
     """Train a click-through model on ``ranking_samples`` and the live ``sids`` in ``artifacts/ranking/<key>``; log its
     metrics in MLflow."""
-    result = fit(cfg, context, "ranking", _live(context.lake))
+    result = fit(cfg, context, "ranking", _live(cfg, context.lake))
     _show_result(context, result, ("auc", "gauc"))
 
 
-def _live(lake: Lake) -> Catalogue:
+def _live(cfg: Config, lake: Lake) -> Catalogue:
     """Return the live generation's SIDs."""
     generation = generations.live(lake)
-    manifest = artifact.read_manifest(location(generation.artifact))
+    manifest = artifact.read_manifest(Run(cfg).of_name(generation.artifact))
     return Catalogue.of("sids", generation.sids_version, manifest)
 
 

@@ -1,0 +1,100 @@
+"""Test files in object storage against moto's server: whole or not at all, and faults as one line with the fix."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from adasid import files, storage
+from adasid.errors import InputError, TransientError
+from adasid.storage import ObjectPath
+from pipelines.engines.lake import Lake
+from tests import s3
+
+
+def test_a_file_is_read_listed_copied_and_removed(bucket, tmp_path):
+    folder = ObjectPath.of(f"{bucket}/a run")
+    files.write_json(folder / "x" / "state.json", {"step": 1})
+    files.append_line(folder / "lines.jsonl", "1")
+    files.append_line(folder / "lines.jsonl", "2")
+    assert (folder / "x" / "state.json").exists()
+    assert not (folder / "x").exists()
+    assert (folder / "x").is_dir()
+    assert (folder / "lines.jsonl").read_text() == "1\n2\n"
+    assert [path.name for path in folder.glob("*/state.json")] == ["state.json"]
+    assert [path.name for path in folder.rglob("*.json")] == ["state.json"]
+    with files.local(folder) as copy:
+        assert sorted(path.name for path in copy.rglob("*") if path.is_file()) == ["lines.jsonl", "state.json"]
+    files.remove(folder)
+    assert list(folder.files()) == []
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        (folder / "lines.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_write_that_fails_publishes_nothing(place, bucket, tmp_path):
+    path = (tmp_path if place == "disk" else ObjectPath.of(bucket)) / "half.bin"
+
+    def half() -> None:
+        with files.replacing(path) as draft:
+            draft.write_bytes(b"half")
+            raise KeyError(path)
+
+    for before in (None, b"old"):
+        if before:
+            files.write_bytes(path, before)
+        with pytest.raises(KeyError):
+            half()
+        assert (path.read_bytes() if path.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        ("denied", InputError, "check the credentials"),
+        ("read-only", InputError, "read, write, list and delete in s3://lake"),
+        ("down", TransientError, "does not answer"),
+    ],
+)
+def test_a_fault_is_one_line_with_bucket_operation_and_fix(fault, error, words, bucket, server, monkeypatch):
+    monkeypatch.setattr(storage, "_RETRIES", {"max_retries": 1})
+    storage._store.cache_clear()
+    s3.ask(server, "/_fault", "PUT", fault.encode())
+    try:
+        with pytest.raises(error) as caught:
+            Lake(f"{bucket}/lake", {}).writable()
+    finally:
+        s3.ask(server, "/_fault", "PUT")
+        storage._store.cache_clear()
+    text = str(caught.value)
+    assert text.startswith("PUT s3://lake/")
+    assert words in text
+    assert "\n" not in text
+    assert s3.ENVIRONMENT["AWS_SECRET_ACCESS_KEY"] not in text
+
+
+def test_a_bucket_that_does_not_exist_is_named(server):
+    with pytest.raises(InputError, match="s3://absent does not exist: create it"):
+        Lake("s3://absent/lake", {}).writable()
+
+
+def test_a_store_that_is_not_there_is_a_passing_fault():
+    code = "from pipelines.engines.lake import Lake; Lake('s3://lake/x', {}).writable()"
+    environment = {**os.environ, **s3.environment(9)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "TransientError: PUT s3://lake/x/.probe" in done.stderr.splitlines()[-1]
+    assert "does not answer" in done.stderr.splitlines()[-1]
+
+
+def test_tables_are_listed_without_their_files(bucket):
+    lake = Lake(f"{bucket}/tables", {})
+    for name in ("items", "trials/one"):
+        lake.write_rows(name, s3.SCHEMA, [{"item_id": "a"}], "digest")
+    assert lake.tables() == ["items", "trials/one"]
+    assert lake.missing("items", 0) == []
+    for path in ObjectPath.of(lake.path("items")).rglob("*.parquet"):
+        path.unlink()
+    assert len(lake.missing("items", 0)) == 1
+    lake.restore("items", None)
+    assert lake.tables() == ["trials/one"]

@@ -23,6 +23,7 @@ from adasid.errors import AdasidError, InputError, TransientError, first_line
 SCHEMES = ("s3", "gs", "abfss")
 _RETRIES: dict[str, Any] = {"max_retries": 6, "retry_timeout": timedelta(seconds=30)}
 _CLIENT = {"connect_timeout": "5 seconds", "timeout": "60 seconds"}
+_DELTA = {"max_retries": "6", "retry_timeout": "30s", "connect_timeout": "5s", "timeout": "60s"}
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound", re.I)
 _REFUSED = re.compile(
     r"\b40[13]\b|AccessDenied|Forbidden|PermissionDenied|Unauthenticated|InvalidAccessKeyId|SignatureDoesNotMatch|"
@@ -43,6 +44,11 @@ def configure(options: Mapping[str, str]) -> None:
 def is_remote(path: object) -> bool:
     """Return whether ``path`` is the URI of an object store."""
     return str(path).partition("://")[0] in SCHEMES and "://" in str(path)
+
+
+def delta_options(path: object) -> dict[str, str] | None:
+    """Return delta-rs' ``storage_options`` for a table: the patience of this module's client; None for a local one."""
+    return dict(_DELTA) if is_remote(path) else None
 
 
 @dataclass(frozen=True, order=True)

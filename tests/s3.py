@@ -21,9 +21,10 @@ import pyarrow as pa
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-FAULTS = ("down", "commits", "denied", "read-only", "slow")
+FAULTS = ("down", "commits", "denied", "read-only", "slow", "dies N")
 """``down``: every request fails with 503; ``commits``: only PUTs of Delta commits do; ``denied``: 403 to all;
-``read-only``: 403 to what writes; ``slow``: two seconds more for every request."""
+``read-only``: 403 to what writes; ``slow``: two seconds more for every request; ``dies N``: from the N-th Delta commit
+on, every request fails with 503."""
 SCHEMA = pa.schema([("item_id", pa.string())])
 ENVIRONMENT = {
     "AWS_REGION": "us-east-1",
@@ -108,6 +109,9 @@ class Server:
         if self.fault == "slow":
             time.sleep(2)
         commit = _COMMIT.search(path)
+        if self.fault.startswith("dies ") and method == "PUT" and commit:
+            left = int(self.fault.removeprefix("dies ")) - 1
+            self.fault = f"dies {left}" if left else "down"
         if self.fault == "down" or (self.fault == "commits" and writes and commit):
             return "503 Service Unavailable", "ServiceUnavailable"
         if self.fault == "denied" or (self.fault == "read-only" and writes):

@@ -25,7 +25,7 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from adasid import files
 from adasid.errors import BusyError, InputError, first_line
 from adasid.files import location
-from adasid.storage import ObjectPath, fault, is_remote
+from adasid.storage import ObjectPath, delta_options, fault, is_remote
 
 _WRITES = {
     "WRITE",
@@ -76,7 +76,7 @@ class Lake:
 
     def exists(self, table: str) -> bool:
         """Return whether the table has a first version."""
-        return DeltaTable.is_deltatable(self.path(table))
+        return DeltaTable.is_deltatable(self.path(table), storage_options=delta_options(self.root))
 
     def missing(self, table: str, version: int) -> list[str]:
         """Return the files of a version that no longer exist."""
@@ -132,7 +132,7 @@ class Lake:
         """Open the table at ``version``, its pin, or its latest version. Raises InputError where there is none."""
         version = self.pins.get(table) if version is None else version
         try:
-            return DeltaTable(self.path(table), version=version)
+            return self.delta(table, version)
         except TableNotFoundError:
             raise InputError(
                 f"table {table} does not exist in {self.root}: run the stage that writes it first "
@@ -144,6 +144,11 @@ class Lake:
             raise InputError(
                 f"table {table} in {self.root} cannot be read at version {version}: {first_line(error)}"
             ) from None
+
+    def delta(self, table: str, version: int | None = None) -> DeltaTable:
+        """Return delta-rs' table at ``version`` (default: the latest), whatever the pins say. Raises what delta-rs
+        raises."""
+        return DeltaTable(self.path(table), version=version, storage_options=delta_options(self.root))
 
     def version(self, table: str) -> int:
         """Return the version that a reader gets: the pin, else the latest."""
@@ -171,7 +176,7 @@ class Lake:
         another input hash; None where the latest has the same hash as ``version``."""
         if not self.exists(table):
             return None
-        latest = DeltaTable(self.path(table))
+        latest = self.delta(table)
         newest = latest.version()
         if newest <= version:
             return None
@@ -186,7 +191,7 @@ class Lake:
         """Return the commit of ``version`` (default: the latest), empty for none."""
         if not self.exists(table):
             return {}
-        latest = DeltaTable(self.path(table))
+        latest = self.delta(table)
         version = latest.version() if version is None else version
         entries = latest.history(max(1, latest.version() - version + 1))
         return next((entry for entry in entries if entry["version"] == version), {})
@@ -198,7 +203,7 @@ class Lake:
 
     def writes(self, table: str) -> Iterator[dict[str, Any]]:
         """Yield the commits that wrote rows, newest first, without those of maintenance."""
-        for entry in DeltaTable(self.path(table)).history() if self.exists(table) else ():
+        for entry in self.delta(table).history() if self.exists(table) else ():
             if entry.get("operation") in _WRITES:
                 yield entry
 
@@ -241,9 +246,14 @@ class Lake:
         reader = pa.RecordBatchReader.from_batches(schema, batches)
         input_hash = properties(digest, sources=sources)
         write_deltalake(
-            self.target(table), reader, mode="overwrite", schema_mode="overwrite", commit_properties=input_hash
+            self.target(table),
+            reader,
+            mode="overwrite",
+            schema_mode="overwrite",
+            commit_properties=input_hash,
+            storage_options=delta_options(self.root),
         )
-        return DeltaTable(self.path(table)).version()
+        return self.delta(table).version()
 
     def write_rows(
         self,
@@ -259,13 +269,15 @@ class Lake:
 
     def put(self, table: str, rows: pa.Table, where: str, digest: str) -> None:
         """Replace the rows that satisfy ``where`` by ``rows``, in one commit with the input hash ``digest``."""
-        target = DeltaTable(self.target(table)) if self.exists(table) else self.target(table)
+        path = self.target(table)
+        target = self.delta(table) if self.exists(table) else path
         write_deltalake(
             target,
             rows,
             mode="overwrite",
             predicate=where if self.exists(table) else None,
             commit_properties=properties(digest),
+            storage_options=delta_options(self.root),
         )
 
     def restore(self, table: str, version: int | None) -> None:
@@ -274,7 +286,7 @@ class Lake:
         if version is None:
             files.remove(location(self.path(table)))
         else:
-            DeltaTable(self.path(table)).restore(version, commit_properties=properties(self.input_hash(table, version)))
+            self.delta(table).restore(version, commit_properties=properties(self.input_hash(table, version)))
 
     def change(self, table: str, version: int, rows: pa.Table, gone: pa.Array, digest: str) -> None:
         """Update the rows of the items in ``rows`` (each once), insert those of new items, and delete those of the
@@ -286,7 +298,7 @@ class Lake:
         )
         source = pa.concat_tables([rows.cast(_nullable(rows.schema)), leaving], promote_options="default")
         values = {name: f"s.{name}" for name in rows.column_names if name != "_gone"}
-        merge = DeltaTable(self.path(table), version=version).merge(
+        merge = self.delta(table, version).merge(
             source,
             "t.item_id = s.item_id",
             source_alias="s",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltalake import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark import StorageLevel
 from pyspark.errors import PySparkException
@@ -82,7 +81,7 @@ def how(by_feed: bool) -> str:
 
 def followed(lake: Lake, since: int, until: int) -> bool:
     """Return whether the change feed has every commit from ``since`` to ``until`` as single rows."""
-    table = DeltaTable(lake.path("item_features"))
+    table = lake.delta("item_features")
     if table.metadata().configuration.get("delta.enableChangeDataFeed") != "true" or not since < until:
         return False
     commits = {entry["version"]: entry for entry in table.history(table.version() - since)}

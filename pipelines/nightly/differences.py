@@ -9,7 +9,6 @@ from functools import reduce
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
 from numpy.typing import NDArray
 
 from adasid import tables
@@ -89,7 +88,7 @@ class _Difference:
 def _read_feed(nightly: NightlyRun, since: int, columns: list[str], modalities: list[str]) -> Iterator[pa.RecordBatch]:
     """Stream the change feed in batches, typed as ``tables`` types items with vectors of these ``modalities``."""
     schema = pa.schema([*_schema(columns, modalities), ("_change_type", pa.string()), ("_commit_version", pa.int64())])
-    feed = DeltaTable(nightly.lake.path("item_features")).load_cdf(since + 1, nightly.version, columns=schema.names)
+    feed = nightly.lake.delta("item_features").load_cdf(since + 1, nightly.version, columns=schema.names)
     for part in pa.RecordBatchReader.from_stream(feed):
         yield part.select(schema.names).cast(schema)
 

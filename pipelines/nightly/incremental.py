@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from adasid.errors import InputError, first_line
@@ -138,7 +137,7 @@ def _prepare(nightly: NightlyRun) -> tuple[str, Counter[str], _Prepared | None]:
 def _base(nightly: NightlyRun) -> int:
     """Return the newest version of ``sids``. Raises NeedsFullRun unless it has the live rows, or those of this very
     run, which was interrupted."""
-    newest = DeltaTable(nightly.lake.path("sids"))
+    newest = nightly.lake.delta("sids")
     files = newest.file_uris()
     if not nightly.lake.fresh(nightly.input_hash("frozen", nightly.live.tokenizer), "sids"):
         if set(files) != set(nightly.lake.open("sids", nightly.live.sids_version).file_uris()):

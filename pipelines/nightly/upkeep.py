@@ -7,8 +7,6 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from deltalake import DeltaTable
-
 from adasid.config import Config
 from adasid.errors import InputError
 from pipelines import migrate as formats
@@ -50,7 +48,7 @@ def maintain(cfg: Config, context: StageContext) -> None:
     with leased(context, cfg.retokenize.lease) as lease:
         keep = needed(context)
         for name in lake.tables():
-            table = DeltaTable(lake.path(name))
+            table = lake.delta(name)
             if name == "leases":
                 continue
             lease.check()

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from adasid import tables
 from adasid.errors import BusyError, GateError, InputError
+from adasid.storage import delta_options
 from pipelines.engines.lake import Lake, committed, properties
 from pipelines.engines.tracking import StageContext
 from pipelines.publish.gates import Gate, Metrics
@@ -163,8 +164,14 @@ def publish(
         generation = Generation(**dict(candidate), parent=parent, sids_version=version, run=context.cfg.name)
         allowed()
         written = pa.Table.from_pylist([generation.row()], schema=tables.GENERATIONS)
-        target = DeltaTable(lake.path("generations")) if lake.exists("generations") else lake.path("generations")
-        write_deltalake(target, written, mode="append", commit_properties=properties(key, retries=0))
+        target = lake.delta("generations") if lake.exists("generations") else lake.path("generations")
+        write_deltalake(
+            target,
+            written,
+            mode="append",
+            commit_properties=properties(key, retries=0),
+            storage_options=delta_options(lake.root),
+        )
     before_live(generation)
     allowed()
     _point(lake, before, generation, key)
@@ -209,8 +216,9 @@ def release(context: StageContext) -> Generation:
 
 def snapshot(lake: Lake) -> DeltaTable:
     """Return the pointer's table at its current version; create it if it is missing."""
-    DeltaTable.create(lake.path("live"), schema=tables.LIVE, mode="ignore")
-    return DeltaTable(lake.path("live"))
+    options = delta_options(lake.root)
+    DeltaTable.create(lake.path("live"), schema=tables.LIVE, mode="ignore", storage_options=options)
+    return lake.delta("live")
 
 
 def _point(lake: Lake, before: DeltaTable, generation: Generation, key: str, hold: bool = False) -> None:

@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tests.end_to_end.running import config_file, lake_of
+from adasid.storage import ObjectPath
+from pipelines.engines.lake import Lake
+from tests.end_to_end.running import config_file, config_on_s3, lake_of
 
 VECTORS = ("text", "visual", "behavior")
 
@@ -108,13 +110,15 @@ def without(table: pa.Table, ids) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["item_id"], pa.array(list(ids)))))
 
 
-def copied(shop, folder, **changes):
-    """A copy of a shop in ``folder``: its config file and its lake. The live tokenizer's folder is the copy's."""
-    shutil.copytree(shop, folder)
-    path, lake = config_file(folder, "shop", **changes), lake_of(folder, "shop")
-    rows = lake.read("generations")
-    place = rows.column_names.index("artifact")
-    moved = pa.array([str(folder) + row.removeprefix(str(shop)) for row in rows["artifact"].to_pylist()])
-    rows = rows.set_column(place, rows.schema.field("artifact"), moved)
-    lake.write("generations", rows.schema, rows.to_batches(), lake.input_hash("generations"))
-    return path, lake
+def copied(shop, folder, bucket=None, **changes):
+    """A copy of a shop in ``folder``, or of its run in ``bucket`` with the config and MLflow's store in ``folder``: its
+    config file and its lake."""
+    if bucket is None:
+        shutil.copytree(shop, folder)
+        return config_file(folder, "shop", **changes), lake_of(folder, "shop")
+    target = ObjectPath.of(f"{bucket}/shop")
+    for file in (shop / "runs" / "shop").rglob("*"):
+        if file.is_file() and not file.name.startswith("mlflow.db"):
+            (target / file.relative_to(shop / "runs" / "shop").as_posix()).upload(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    return config_on_s3(folder, "shop", bucket, **changes), Lake(str(target / "lake"), {})

@@ -11,6 +11,7 @@ import yaml
 
 from pipelines import chain
 from pipelines.engines.lake import Lake
+from tests import s3
 from tests.conftest import INTERPRETED, give_store
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,26 @@ def config_file(folder, name, workers=0, **changes):
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(data))
     give_store(folder / "runs" / name)
+    return path
+
+
+def config_on_s3(folder, name, bucket, **changes):
+    """A config whose run lies in a bucket. MLflow's store is in ``folder``; the JVM of the suite, which is older than
+    the server, gets the keys of the test by the config."""
+    give_store(folder / "mlflow")
+    keys = {"access.key": "AWS_ACCESS_KEY_ID", "secret.key": "AWS_SECRET_ACCESS_KEY"}
+    conf = {f"spark.hadoop.fs.s3a.{key}": s3.ENVIRONMENT[value] for key, value in keys.items()}
+    data = {
+        **SMALL,
+        "name": name,
+        "runs_dir": bucket,
+        "spark": {**SMALL["spark"], "conf": {**INTERPRETED, **conf}},
+        "ray": {**SMALL["ray"], "workers": 0},
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow/mlflow.db"},
+        **changes,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(data))
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 from adasid import config, errors
 from adasid.distributed import settle
 from adasid.files import Location, location, write_json
+from pipelines.engines import code
 
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "2147483648",
@@ -26,6 +28,8 @@ training on CPUs)."""
 
 METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"
+_SHARED = "shared.json"
+"""The driver writes this file, for every worker to see that it shares the folder."""
 _JOINING = threading.Lock()
 
 P = TypeVar("P")
@@ -47,6 +51,7 @@ def fit(
     TrainingError.
     """
     (folder / _FAILURE).unlink(missing_ok=True)
+    write_json(folder / _SHARED, {"host": socket.gethostname()})
     with _watch(folder, show):
         if settings.workers == 0:
             settle(_threads(settings))
@@ -97,6 +102,8 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
         trainer.fit()
     except Exception as error:
         _raise_failure(folder)
+        if lost := re.search(r"adasid\.errors\.InputError: ([^\n]+ of the driver is not there on [^\n]+)", str(error)):
+            raise errors.InputError(lost.group(1)) from error
         raise errors.TrainingError(
             f"{name}: the workers failed ({_first_line(error)}); run the command again to resume from the last "
             "checkpoint"
@@ -166,8 +173,11 @@ def _connect(settings: config.Ray) -> None:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     if address and address.startswith("http"):  # the address of the jobs API, which a driver cannot join
         address = "auto"
+    runtime: dict[str, Any] = {"env_vars": environment}
+    if address and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job sends its working_dir
+        runtime["py_modules"] = [str(package) for package in code.PACKAGES]
     options: dict[str, Any] = {
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": runtime,
         "log_to_driver": False,
         "logging_level": "ERROR",
     }
@@ -184,10 +194,16 @@ def _connect(settings: config.Ray) -> None:
 def _guarded(call: dict[str, Any]) -> None:
     """Run the function on a worker; write an expected error to the file that the driver reads."""
     settle(call["threads"])
+    folder = location(call["folder"])
+    if not (folder / _SHARED).exists():
+        raise errors.InputError(
+            f"{folder} of the driver is not there on {socket.gethostname()}: mount one folder on all machines, or name "
+            "a bucket in runs_dir (s3://bucket/prefix)"
+        )
     try:
         call["function"](call["payload"])
     except errors.AdasidError as error:
-        write_json(location(call["folder"]) / _FAILURE, {"kind": type(error).__name__, "message": str(error)})
+        write_json(folder / _FAILURE, {"kind": type(error).__name__, "message": str(error)})
         if not isinstance(
             error, errors.TrainingError
         ):  # all workers raise a TrainingError together: a retry would fail again, and no worker waits

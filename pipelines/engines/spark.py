@@ -22,6 +22,7 @@ from pyspark.sql.types import StructType
 from adasid import config
 from adasid.errors import InputError
 from adasid.files import Location
+from pipelines.engines import code
 from pipelines.engines.lake import Lake, stamped
 
 JARS = ("delta-spark_4.2_2.13-4.4.0.jar", "delta-storage-4.4.0.jar")
@@ -105,10 +106,17 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
             f"Delta's jars are not in {jar_folder()} ({', '.join((*JARS, LOG_STORE_JAR))}): run "
             "`python -m pipelines.engines.jars`, or `make setup`"
         ) from None
+    if not str(spark.sparkContext.master).startswith("local") and not _sent(spark):
+        spark.sparkContext.addPyFile(str(code.archive()))
     log4j = spark._jvm.org.apache.logging.log4j  # type: ignore[union-attr]
     for logger in _TASK_LOGS:
         log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)
     return spark
+
+
+def _sent(spark: SparkSession) -> bool:
+    """Return whether the executors have the packages' code: by an earlier call, or by spark-submit --py-files."""
+    return any("adasid" in file.rpartition("/")[2] for file in spark.sparkContext.listFiles)
 
 
 def _launch(settings: config.Spark) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from pydantic import BaseModel, ConfigDict
 
 from adasid import tables
@@ -139,12 +139,13 @@ def publish(
     """
     lake = context.lake
     check_hold(lake)
+    before = snapshot(lake)  # the commits of live and generations succeed only on the versions that are read here
+    recorded = DeltaTable(lake.path("generations")) if lake.exists("generations") else None
     parent = pointer(lake)
     if parent != expected:
         raise BusyError(
             f"generation {parent} went live in {lake.root} while this run was at work on {expected}: run it again"
         )
-    before = snapshot(lake)
     if lake.fresh(key, "generations"):  # recorded, but interrupted before it was live
         generation = history(lake)[-1]
     else:
@@ -162,9 +163,7 @@ def publish(
             write_changes()
         generation = Generation(**dict(candidate), parent=parent, sids_version=version, run=context.cfg.name)
         allowed()
-        written = pa.Table.from_pylist([generation.row()], schema=tables.GENERATIONS)
-        target = DeltaTable(lake.path("generations")) if lake.exists("generations") else lake.path("generations")
-        write_deltalake(target, written, mode="append", commit_properties=properties(key, retries=0))
+        _record(lake, recorded, generation, key)
     before_live(generation)
     allowed()
     _point(lake, before, generation, key)
@@ -211,6 +210,24 @@ def snapshot(lake: Lake) -> DeltaTable:
     """Return the pointer's table at its current version; create it if it is missing."""
     DeltaTable.create(lake.path("live"), schema=tables.LIVE, mode="ignore")
     return DeltaTable(lake.path("live"))
+
+
+def _record(lake: Lake, recorded: DeltaTable | None, generation: Generation, key: str) -> None:
+    """Add the row of a generation. Raises BusyError where another run has added one since ``recorded`` was read (None:
+    there was no table)."""
+    row, input_hash = pa.Table.from_pylist([generation.row()], schema=tables.GENERATIONS), properties(key, retries=0)
+    try:
+        if recorded is None:
+            write_deltalake(lake.path("generations"), row, mode="error", commit_properties=input_hash)
+        else:
+            write_deltalake(recorded, row, mode="append", commit_properties=input_hash)
+    except DeltaError as error:
+        if not isinstance(error, CommitFailedError) and "already exists" not in str(error):
+            raise
+        raise BusyError(
+            f"generation {generation.generation} is not recorded: another run wrote to {lake.path('generations')} "
+            "meanwhile; run this one again"
+        ) from None
 
 
 def _point(lake: Lake, before: DeltaTable, generation: Generation, key: str, hold: bool = False) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,15 @@ def _columns(generation: Generation, *names: str) -> dict[str, Any]:
     return {name: getattr(generation, name) for name in names}
 
 
-def write(cfg: Config, lake: Lake, slots: list[Slot], generation: Generation) -> None:
-    """Write the exports of ``generation`` that the config asks for."""
+def write(
+    cfg: Config,
+    lake: Lake,
+    slots: list[Slot],
+    generation: Generation,
+    allowed: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the exports of ``generation`` that the config asks for. ``allowed``: is called before they replace a
+    folder, and raises where this process may no longer publish."""
     wanted: set[str] = set(cfg.retokenize.exports)
     target = Run(cfg).exports / str(generation.generation)
     if generation.items > _PREFIXES:
@@ -107,6 +114,7 @@ def write(cfg: Config, lake: Lake, slots: list[Slot], generation: Generation) ->
         _changes(lake, generation.generation, draft / "changes")
     columns = _columns(generation, "generation", "sids_version", "tokenizer", "items", "run_date", "policy")
     write_json(draft / "manifest.json", {**columns, "slots": [slot._asdict() for slot in slots]})
+    allowed()
     shutil.rmtree(target, ignore_errors=True)
     draft.replace(target)
 

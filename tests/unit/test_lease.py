@@ -1,4 +1,4 @@
-"""Test the lease on a real Delta table: one holder, waiting, death, renewal, loss, clocks, a process that was stopped."""
+"""Test the lease on a real Delta table: one holder, waiting, death, renewal, loss, clocks, a stopped process."""
 
 import os
 import signal
@@ -184,10 +184,14 @@ def test_a_renewal_that_fails_is_repeated_and_loses_the_lease_only_when_it_expir
 
 
 def test_a_release_that_fails_does_not_replace_the_error_of_the_run(make_config, capsys):
-    with stage(make_config(), "lease") as context:
-        with pytest.raises(GateError, match="refused"), leased(context, config.Lease(seconds=60.0, wait=0.0)):
-            Path(context.lake.path("leases")).rename(Path(context.lake.root) / "unmounted")
-            raise GateError("refused")
+    cfg = make_config()
+    with (
+        pytest.raises(GateError, match="refused"),
+        stage(cfg, "lease") as context,
+        leased(context, config.Lease(seconds=60.0, wait=0.0)),
+    ):
+        Path(context.lake.path("leases")).rename(Path(context.lake.root) / "unmounted")
+        raise GateError("refused")
     assert "the lease could not be released" in capsys.readouterr().err
 
 

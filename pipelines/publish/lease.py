@@ -27,7 +27,7 @@ from pipelines.engines.tracking import StageContext
 
 _TABLE = "leases"
 _POLL = 1.0
-_LOG = {"delta.enableExpiredLogCleanup": "true", "delta.logRetentionDuration": "interval 1 days"}
+LOG = {"delta.enableExpiredLogCleanup": "true", "delta.logRetentionDuration": "interval 1 days"}
 """Every renewal is a commit: without these properties the table's log would grow without end."""
 
 
@@ -50,7 +50,7 @@ class Lease:
         """Become the holder, waiting at most ``wait`` seconds for another one, after a ``note``. Raises BusyError where
         another run still has the lease, InputError where the table is of another version of adasid."""
         with suppress(CommitFailedError):  # another run has just created it
-            DeltaTable.create(self.lake.path(_TABLE), schema=tables.LEASES, mode="ignore", configuration=_LOG)
+            DeltaTable.create(self.lake.path(_TABLE), schema=tables.LEASES, mode="ignore", configuration=LOG)
         deadline, noted, seen, since = self.clock() + wait, "", -1, 0.0
         while True:
             now, table = self.clock(), self._table()

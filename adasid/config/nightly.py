@@ -59,7 +59,8 @@ class Lease(Section):
     wait: float = Field(
         90.0,
         ge=0,
-        description="seconds to wait for another run to end, or for the lease of a killed one; 0: leave at once",
+        description="seconds to wait for another run to end, or for the lease of a killed one, which takes "
+        "`seconds`; 0: leave at once",
     )
 
 

@@ -109,7 +109,7 @@ def trim_artifacts(context: StageContext) -> None:
     history = kept(generations.history(context.lake), cfg.retokenize.keep)
     used = {Path(row.artifact).resolve() for row in history}
     used |= {Path(cfg.sids.artifact).resolve()} if cfg.sids.artifact else set()
-    tokenizers, hashes = {row.tokenizer for row in history} | set(_aliased(context)), _last_hashes(context)
+    tokenizers, hashes = {row.tokenizer for row in history} | _aliased(context), _last_hashes(context)
     since = time.time() - _DAY * context.cfg.retokenize.retention.artifact_days
     for model in sorted(folder.glob("*/*")):
         if model.parent.name == other or model.name in hashes or trees.changed(model) >= since:
@@ -131,15 +131,15 @@ def _digests(model: Path) -> Iterator[str]:
         yield str(json.loads(file.read_text(encoding="utf-8")).get("digest"))
 
 
-def _aliased(context: StageContext) -> dict[str, str]:
-    """Return the tokenizers that an alias of the registered model names: digest -> the run that logged it."""
+def _aliased(context: StageContext) -> set[str]:
+    """Return the digests of the tokenizers that an alias of the registered model names."""
     name, client = model_name(context.cfg), context.client
     try:
         aliases = client.get_registered_model(name).aliases
-    except MlflowException:
-        return {}
+    except MlflowException:  # no model is registered yet
+        return set()
     versions = [client.get_model_version(name, str(number)) for number in aliases.values()]
-    return {str(version.tags.get("digest")): str(version.run_id) for version in versions}
+    return {str(version.tags.get("digest")) for version in versions}
 
 
 def trim_tracking(context: StageContext) -> None:
@@ -147,7 +147,7 @@ def trim_tracking(context: StageContext) -> None:
     consist of them, unless an alias or a kept generation needs these; metrics, parameters and tags stay."""
     client, name, now = context.client, model_name(context.cfg), time.time()
     history = kept(generations.history(context.lake), context.cfg.retokenize.keep)
-    tokenizers = {row.tokenizer for row in history} | set(_aliased(context))
+    tokenizers = {row.tokenizer for row in history} | _aliased(context)
     versions = defaultdict[str, list[Any]](list)
     for version in client.search_model_versions(f"name = '{name}'"):
         versions[str(version.run_id)].append(version)

@@ -1,6 +1,6 @@
 # One word a task. Everything runs in .venv; nothing outside the checkout is changed, except Java where there is none.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench drills fuzz conf docs clean
+.PHONY: help setup demo test lint bench drills fuzz conf docs lock clean
 
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -38,6 +38,9 @@ docs: setup  ## write the generated parts of docs from the stages and the settin
 
 conf: setup  ## write conf/base.yaml from adasid/config and adasid/tokenizers
 	@$(BIN)/python -c "from pathlib import Path; from adasid.config import render; render.write(Path())"
+
+lock: setup  ## write the lock files from setup.py; what they have stays unless UPGRADE="--upgrade", or "--upgrade-package NAME"
+	@infra/lock.sh $(UPGRADE)
 
 clean:  ## remove runs and caches, keep .venv
 	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache spark-warehouse

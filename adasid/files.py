@@ -90,12 +90,27 @@ def append_line(path: Location, line: str) -> None:
     path.write_text(f"{before}{line}\n")
 
 
-def remove(folder: Location) -> None:
-    """Remove a folder with all its files; there may be none."""
+def remove(folder: Location) -> int:
+    """Remove a folder with all its files, or a file; return their bytes. There may be none."""
     if isinstance(folder, ObjectPath):
-        folder.remove()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+        return folder.remove()
+    size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+    shutil.rmtree(folder, ignore_errors=True)
+    return size
+
+
+def children(folder: Location) -> list[Location]:
+    """Return the files and folders directly below a folder, in the order of their names; none where there is no
+    folder."""
+    inner: list[Location] = list(folder.iterdir()) if folder.is_dir() else []
+    return sorted(inner, key=lambda path: path.name)
+
+
+def newest(folder: Location) -> float:
+    """Return the unix time at which a file of the folder was changed last, 0 where there is none."""
+    if isinstance(folder, ObjectPath):
+        return max((time for _, _, time in folder.entries()), default=0.0)
+    return max((path.stat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0)
 
 
 def modified(path: Location) -> float:

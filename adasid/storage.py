@@ -112,17 +112,32 @@ class ObjectPath:
         """Return whether an object lies below this prefix."""
         return next(iter(self.files()), None) is not None
 
-    def files(self) -> Iterator[ObjectPath]:
-        """Yield all objects below this prefix, in the order of their keys."""
+    def entries(self) -> Iterator[tuple[ObjectPath, int, float]]:
+        """Yield all objects below this prefix, in the order of their keys, with their bytes and the unix time of their
+        last change."""
         with _asking("LIST", self):
             for batch in _obstore().list(_store(self.root), f"{self.key}/" if self.key else None):
-                yield from (ObjectPath(self.root, entry["path"]) for entry in batch)
+                for entry in batch:
+                    yield ObjectPath(self.root, entry["path"]), entry["size"], entry["last_modified"].timestamp()
+
+    def files(self) -> Iterator[ObjectPath]:
+        """Yield all objects below this prefix, in the order of their keys."""
+        return (path for path, _, _ in self.entries())
 
     def folders(self) -> list[ObjectPath]:
         """Return the prefixes directly below this one."""
+        return self._below()[0]
+
+    def iterdir(self) -> Iterator[ObjectPath]:
+        """Yield the prefixes and the objects directly below this prefix."""
+        folders, objects = self._below()
+        yield from (*folders, *objects)
+
+    def _below(self) -> tuple[list[ObjectPath], list[ObjectPath]]:
         with _asking("LIST", self):
             found = _obstore().list_with_delimiter(_store(self.root), f"{self.key}/" if self.key else None)
-        return [ObjectPath(self.root, str(prefix).strip("/")) for prefix in found["common_prefixes"]]
+        folders = [ObjectPath(self.root, str(prefix).strip("/")) for prefix in found["common_prefixes"]]
+        return folders, [ObjectPath(self.root, entry["path"]) for entry in found["objects"]]
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """Yield the objects below this prefix whose parts match those of ``pattern``, one by one."""
@@ -174,12 +189,14 @@ class ObjectPath:
                 if not missing_ok:
                     raise
 
-    def remove(self) -> None:
-        """Remove all objects below this prefix."""
-        keys = [path.key for path in self.files()]
+    def remove(self) -> int:
+        """Remove all objects below this prefix; return their bytes."""
+        found = [(path.key, size) for path, size, _ in self.entries()]
+        keys = [key for key, _ in found]
         with _asking("DELETE", self):
             for start in range(0, len(keys), 1000):
                 _obstore().delete(_store(self.root), keys[start : start + 1000])
+        return sum(size for _, size in found)
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: a prefix exists as soon as an object lies below it."""

@@ -277,5 +277,6 @@ LIVE = _schema(("generation", pa.int64(), False), ("sids_version", pa.int64(), F
 commit. ``hold``: while true, no other generation is published (null, or missing in older tables: false)."""
 
 LEASES = _schema(("holder", pa.string(), True), ("expires", pa.float64(), False), ("seconds", pa.float64(), False))
-"""One row: the process that may publish, until when (unix seconds), and the duration of its lease. ``holder`` is null
-while the lease is free."""
+"""One row: the process that may publish, and for how many seconds after its last renewal, which is the table's last
+commit. ``holder`` is null while the lease is free. ``expires`` (unix seconds, by the holder's clock) is for people;
+nothing compares it."""

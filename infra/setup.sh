@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Sets up a checkout on Debian or Ubuntu: virtual environment in .venv, packages, Java 17 or newer, Delta's two jars, an
 # archive of Spark's classes.
-# Nothing is done twice. Mirrors: pip's and uv's own settings hold; UV_INSTALL_ARGS is passed on to `uv pip install`.
+# Nothing is done twice. Packages are those of requirements.lock, by hash (`make lock` renews it). Mirrors: pip's and
+# uv's own settings hold; UV_INSTALL_ARGS is passed on to `uv pip install`. EXTRAS: other extras of setup.py, at the
+# versions of the lock. LOCK: another lock file; with an empty LOCK the newest packages that setup.py allows, without
+# hashes: for an index whose files are others, such as that of torch's CPU builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras=${EXTRAS:-all,lint}
+extras=${EXTRAS:-all,lint} lock=${LOCK-requirements.lock}
 python=${PYTHON:-python3}
 stop() { echo "setup: $1" >&2; exit 1; }
 
@@ -26,19 +29,28 @@ if ! java_works; then
     java_works || stop "no Java 17 or newer, and it could not be installed; install it (apt-get install openjdk-17-jre-headless) or set JAVA_HOME"
 fi
 
-stamp=.venv/.ready-$(cat setup.py infra/setup.sh | sha256sum | cut -c1-12)-$extras
+[ -z "$lock" ] || [ -r "$lock" ] || stop "no lock file $lock; set LOCK to one, or make it with: make lock"
+
+stamp=.venv/.ready-$(cat setup.py infra/setup.sh infra/installer.lock $lock | sha256sum | cut -c1-12)-$extras${lock:+-locked}
 if [ ! -e "$stamp" ]; then
     echo "setup: installing packages into .venv (about two minutes on a good line)" >&2
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    if .venv/bin/python -m pip install -q uv; then
+    if .venv/bin/python -m pip install -q --require-hashes -r infra/installer.lock; then
         # uv does not read pip's settings: hand it the mirror that pip uses
         export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}}
         [ -n "$UV_DEFAULT_INDEX" ] || unset UV_DEFAULT_INDEX
         export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} UV_LINK_MODE=${UV_LINK_MODE:-copy}
-        # shellcheck disable=SC2086
-        .venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python ${UV_INSTALL_ARGS:-} -e ".[$extras]" || stop "packages could not be installed; see the lines above, and check the package index that pip or uv is set to"
+        # shellcheck disable=SC2206
+        install=(.venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python ${UV_INSTALL_ARGS:-})
     else
-        .venv/bin/python -m pip install -q -e ".[$extras]" || stop "packages could not be installed; see the lines above, and check the package index that pip is set to"
+        install=(.venv/bin/python -m pip install -q)
+    fi
+    failed="packages could not be installed; see the lines above, and check the package index that pip or uv is set to (LOCK= where its files are not those of $lock)"
+    if [ -n "$lock" ] && [ "$extras" = all,lint ]; then
+        "${install[@]}" --require-hashes -r "$lock" && "${install[@]}" --no-deps --no-build-isolation -e . || stop "$failed"
+    else
+        sed 's/ *\\$//; /^ *--hash=/d' ${lock:-/dev/null} > .venv/versions.txt
+        "${install[@]}" -c .venv/versions.txt -e ".[$extras]" || stop "$failed"
     fi
     touch "$stamp"
 fi

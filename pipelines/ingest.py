@@ -79,8 +79,8 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
                     "truth": tables.TRUTH,
                     "rejected_rows": tables.REJECTED_ROWS,
                 }[name]
-                append = (f"{name}:{inputs.hash}", 1) if name == "rejected_rows" else None
-                versions[name] = engine.write(frame, lake, name, schema, inputs.hash, append)
+                added = f"input_hash = '{inputs.hash}'" if name == "rejected_rows" else None
+                versions[name] = engine.write(frame, lake, name, schema, inputs.hash, replace=added)
                 context.note(f"{name} written at version {versions[name]}")
     except BaseException:
         _undo(context, before, versions)

@@ -148,7 +148,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
             else partial(
                 engine.write, moves, lake, "sid_changes", tables.SID_CHANGES, key, replace=f"generation = {number}"
             ),
-            before_live=partial(exports.write, cfg, lake, slots),
+            before_live=partial(exports.write, cfg, lake, slots, allowed=lease.check),
             allowed=lease.check,
         )
     finally:

@@ -59,8 +59,23 @@ class Lease(Section):
     wait: float = Field(
         90.0,
         ge=0,
-        description="seconds to wait for another run to end, or for the lease of a killed one; 0: leave at once",
+        description="seconds to wait for another run to end, or for the lease of a killed one, which takes "
+        "`seconds`; 0: leave at once",
     )
+
+
+class Retention(Section):
+    """``jobs/maintain.py`` removes what is older, unless something needs it."""
+
+    sources: int = Field(
+        3, ge=1, description="generations whose sources, such as item_features, stay readable; the SIDs of `keep` stay"
+    )
+    exports: int = Field(7, ge=1, description="generations whose exported files stay")
+    artifact_days: int = Field(
+        30, ge=1, description="models stay so long after their last change; those that are in use stay longer"
+    )
+    tracking_days: int = Field(90, ge=1, description="files of MLflow's runs stay so long, their metrics always")
+    rejected: int = Field(10, ge=1, description="runs of ingest and features whose rejected rows stay")
 
 
 class Retokenize(Section):
@@ -99,7 +114,7 @@ class Retokenize(Section):
         10_000_000,
         ge=0,
         description="live items up to which a nightly run may do without Spark: comparing and merging take up to 800 "
-        "bytes for each in memory",
+        "bytes for each in memory; where less is left, Spark does it",
     )
     sample: int = Field(20_000, ge=100, description="items, always the same ones, on which drift is measured")
     exports: Exports = Field(
@@ -108,8 +123,9 @@ class Retokenize(Section):
     )
     keep: int = Field(30, ge=1, description="generations that jobs/maintain.py keeps, and that the report shows")
     lineage_days: int = Field(
-        30,
+        3,
         ge=0,
         description="jobs/maintain.py keeps the versions that a run in MLflow of so many days has read or written",
     )
-    grace_hours: int = Field(168, ge=0, description="jobs/maintain.py: unused files younger than this stay")
+    grace_hours: int = Field(48, ge=0, description="jobs/maintain.py: unused files of tables younger than this stay")
+    retention: Retention = Field(Retention(), description="what else jobs/maintain.py keeps")

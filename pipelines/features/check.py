@@ -116,14 +116,15 @@ def _missing(row: Mapping[str, int], used: tuple[str, ...], note: Callable[[str]
 
 
 def _quarantine(lake: Lake, input_hash: str, *bad: DataFrame | None) -> None:
-    """Append rejected rows; with none, create the table if it is missing."""
+    """Add rejected rows, in place of those of an earlier run on the same inputs; with none, create the table if it is
+    missing."""
     frames = [frame for frame in bad if frame is not None]
     if not frames:
         if not lake.exists("rejected_rows"):
             lake.write_rows("rejected_rows", tables.REJECTED_ROWS, [], input_hash)
         return
     frame = reduce(DataFrame.unionByName, frames)
-    write(frame, lake, "rejected_rows", tables.REJECTED_ROWS, input_hash, append=(f"rejected_rows:{input_hash}", 1))
+    write(frame, lake, "rejected_rows", tables.REJECTED_ROWS, input_hash, replace=f"input_hash = '{input_hash}'")
 
 
 def modalities(cfg: Config) -> tuple[str, ...]:

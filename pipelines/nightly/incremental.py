@@ -26,6 +26,7 @@ from adasid.tables import SID_CHANGES, SIDS, STRATA
 from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.base import Tokenizer
 from adasid.tokenizers.encode import ENCODED, READ, encode_rows
+from pipelines.engines import memory
 from pipelines.nightly import changes, differences, verdict
 from pipelines.nightly.differences import Change, Integers, NeedsFullRun, Side
 from pipelines.nightly.nightly_run import NightlyRun
@@ -95,6 +96,7 @@ def _prepare(nightly: NightlyRun) -> tuple[str, Counter[str], _Prepared | None]:
         raise NeedsFullRun
     if live.items > settings.small_table:
         raise NeedsFullRun(f"{live.items} items are more than retokenize.small_table")
+    _check_memory(nightly)
     if "counts" not in live.drift or "tail_group_sizes" not in live.metrics:
         raise NeedsFullRun(f"generation {live.generation} was published without its counts")
     version = _base(nightly)
@@ -132,6 +134,18 @@ def _prepare(nightly: NightlyRun) -> tuple[str, Counter[str], _Prepared | None]:
             removed,
         ),
     )
+
+
+def _check_memory(nightly: NightlyRun) -> None:
+    """Raise NeedsFullRun where the live table could take more memory than is left beside the JVM."""
+    whole, heap = memory.limit(), memory.jvm(nightly.cfg.spark.driver_memory)
+    needed, left = memory.small_night(nightly.live.items), whole - heap - memory.taken()
+    if needed > left:
+        raise NeedsFullRun(
+            f"{nightly.live.items} items take up to {needed / 2**30:.1f} GiB outside the JVM, and of the limit of "
+            f"{whole / 2**30:.1f} GiB only {max(0, left) / 2**30:.1f} GiB are left beside this process and a heap of "
+            f"{heap / 2**30:.1f} GiB: raise the limit of the container, or lower the driver's memory"
+        )
 
 
 def _base(nightly: NightlyRun) -> int:

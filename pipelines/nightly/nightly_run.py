@@ -169,7 +169,7 @@ class NightlyRun:
             self.live.generation,
             write_sids,
             write_changes,
-            before_live=partial(exports.write, self.cfg, self.lake, self.slots(manifest)),
+            before_live=partial(exports.write, self.cfg, self.lake, self.slots(manifest), allowed=self.lease.check),
             allowed=self.lease.check,
         )
         self._champion(generation)

@@ -1,10 +1,8 @@
-"""Roll back and maintain: files that a retained generation, a model or the lineage of a recent run refers to are never
-removed."""
+"""Roll back and maintain: what a retained generation, a model in use or a recent run refers to is never removed
+(:mod:`pipelines.nightly.retention`)."""
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from typing import Any
 
 from adasid.config import Config
@@ -12,6 +10,7 @@ from adasid.errors import InputError
 from pipelines import migrate as formats
 from pipelines.engines.lake import properties
 from pipelines.engines.tracking import StageContext
+from pipelines.nightly import retention
 from pipelines.publish import exports, generations
 from pipelines.publish.lease import leased
 from pipelines.run import Run
@@ -42,11 +41,21 @@ def migrate(cfg: Config, context: StageContext) -> None:
 
 
 def maintain(cfg: Config, context: StageContext) -> None:
-    """Compact every table and vacuum its files, except those of the versions in :func:`needed` and those younger than
-    ``grace_hours``. A table retains its input hash, its lineage, and the log of all its versions."""
+    """Remove exports, models, MLflow's files and rejected rows beyond ``retokenize.retention``; then compact every
+    table and vacuum its files, except those of the versions in :func:`retention.needed` and those younger than
+    ``grace_hours``. A table retains its input hash, its lineage, and the log of all its versions (but ``leases``)."""
     lake, grace = context.lake, cfg.retokenize.grace_hours
     with leased(context, cfg.retokenize.lease) as lease:
-        keep = needed(context)
+        for trim in (
+            retention.trim_exports,
+            retention.trim_artifacts,
+            retention.trim_tracking,
+            retention.trim_rejected,
+            retention.trim_leases,
+        ):
+            lease.check()
+            trim(context)
+        keep = retention.needed(context)
         for name in lake.tables():
             table = lake.delta(name)
             if name == "leases":
@@ -79,26 +88,3 @@ def _readable(context: StageContext, name: str, version: int) -> bool:
         context.note(f"{name} version {version} is needed but its log is gone: it cannot be retained")
         return False
     return True
-
-
-def needed(context: StageContext) -> dict[str, set[int]]:
-    """Return table -> versions that must stay readable: those of the last ``retokenize.keep`` generations and the live
-    one, their sources, the training data of the artifacts on disk, the versions that the runs of the last
-    ``retokenize.lineage_days`` read and wrote, and the config's pins."""
-    cfg, keep = context.cfg, defaultdict[str, set[int]](set)
-    history = generations.history(context.lake)
-    live = [generation for generation in history if generation.live]
-    for generation in [*history[-cfg.retokenize.keep :], *live]:
-        keep["sids"].add(generation.sids_version)
-        for table, version in generation.inputs.items():
-            keep[table].add(version)
-    for manifest in Run(cfg).artifacts.rglob("manifest.json"):
-        for table, version in json.loads(manifest.read_text(encoding="utf-8")).get("inputs", {}).items():
-            keep[table].add(version)
-    for result in Run(cfg).artifacts.rglob("result.json"):
-        inputs = json.loads(result.read_text(encoding="utf-8")).get("inputs", {})
-        for table, version in inputs.items() if isinstance(inputs, dict) else ():
-            keep[table].add(version)
-    for table, version in [*cfg.pins.items(), *context.lineage(cfg.retokenize.lineage_days)]:
-        keep[table].add(version)
-    return keep

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,15 @@ def _columns(generation: Generation, *names: str) -> dict[str, Any]:
     return {name: getattr(generation, name) for name in names}
 
 
-def write(cfg: Config, lake: Lake, slots: list[Slot], generation: Generation) -> None:
-    """Write the exports of ``generation`` that the config asks for."""
+def write(
+    cfg: Config,
+    lake: Lake,
+    slots: list[Slot],
+    generation: Generation,
+    allowed: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the exports of ``generation`` that the config asks for. ``allowed``: is called before they replace a
+    folder, and raises where this process may no longer publish."""
     wanted: set[str] = set(cfg.retokenize.exports)
     target = Run(cfg).exports / str(generation.generation)
     if generation.items > _PREFIXES:
@@ -100,7 +107,7 @@ def write(cfg: Config, lake: Lake, slots: list[Slot], generation: Generation) ->
     if not wanted or _exported(target, generation):
         return
     columns = _columns(generation, "generation", "sids_version", "tokenizer", "items", "run_date", "policy")
-    with _publishing(target) as (folder, draft):
+    with _publishing(target, allowed) as (folder, draft):
         if wanted - {"changes"}:
             _table(cfg, lake, slots, generation, folder, draft, wanted)
         if "changes" in wanted and lake.exists("sid_changes"):
@@ -109,22 +116,25 @@ def write(cfg: Config, lake: Lake, slots: list[Slot], generation: Generation) ->
 
 
 @contextmanager
-def _publishing(target: Location) -> Iterator[tuple[Location, Path]]:
+def _publishing(target: Location, allowed: Callable[[], None]) -> Iterator[tuple[Location, Path]]:
     """Yield the folder in which Spark writes and the local one of other files; at the end both are ``target``, of which
-    ``manifest.json`` is the last file."""
+    ``manifest.json`` is the last file. ``allowed`` is called before a folder of this name is replaced."""
     if isinstance(target, Path):
         draft = target.with_name(f".{target.name}.draft")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         yield draft, draft
+        allowed()
         shutil.rmtree(target, ignore_errors=True)
         draft.replace(target)
         return
+    allowed()
     (target / "manifest.json").unlink(missing_ok=True)
     target.remove()
     with tempfile.TemporaryDirectory(prefix="adasid-export-") as name:
         yield target, Path(name)
         files = [path for path in Path(name).rglob("*") if path.is_file()]
+        allowed()
         for path in sorted(files, key=lambda path: path.name == "manifest.json"):
             (target / path.relative_to(name).as_posix()).upload(path)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from pydantic import BaseModel, ConfigDict
 
 from adasid import tables
@@ -140,12 +140,13 @@ def publish(
     """
     lake = context.lake
     check_hold(lake)
+    before = snapshot(lake)  # the commits of live and generations succeed only on the versions that are read here
+    recorded = lake.delta("generations") if lake.exists("generations") else None
     parent = pointer(lake)
     if parent != expected:
         raise BusyError(
             f"generation {parent} went live in {lake.root} while this run was at work on {expected}: run it again"
         )
-    before = snapshot(lake)
     if lake.fresh(key, "generations"):  # recorded, but interrupted before it was live
         generation = history(lake)[-1]
     else:
@@ -163,15 +164,7 @@ def publish(
             write_changes()
         generation = Generation(**dict(candidate), parent=parent, sids_version=version, run=context.cfg.name)
         allowed()
-        written = pa.Table.from_pylist([generation.row()], schema=tables.GENERATIONS)
-        target = lake.delta("generations") if lake.exists("generations") else lake.path("generations")
-        write_deltalake(
-            target,
-            written,
-            mode="append",
-            commit_properties=properties(key, retries=0),
-            storage_options=delta_options(lake.root),
-        )
+        _record(lake, recorded, generation, key)
     before_live(generation)
     allowed()
     _point(lake, before, generation, key)
@@ -219,6 +212,27 @@ def snapshot(lake: Lake) -> DeltaTable:
     options = delta_options(lake.root)
     DeltaTable.create(lake.path("live"), schema=tables.LIVE, mode="ignore", storage_options=options)
     return lake.delta("live")
+
+
+def _record(lake: Lake, recorded: DeltaTable | None, generation: Generation, key: str) -> None:
+    """Add the row of a generation. Raises BusyError where another run has added one since ``recorded`` was read (None:
+    there was no table)."""
+    row, input_hash = pa.Table.from_pylist([generation.row()], schema=tables.GENERATIONS), properties(key, retries=0)
+    try:
+        if recorded is None:
+            options = delta_options(lake.root)
+            write_deltalake(
+                lake.path("generations"), row, mode="error", commit_properties=input_hash, storage_options=options
+            )
+        else:
+            write_deltalake(recorded, row, mode="append", commit_properties=input_hash)
+    except DeltaError as error:
+        if not isinstance(error, CommitFailedError) and "already exists" not in str(error):
+            raise
+        raise BusyError(
+            f"generation {generation.generation} is not recorded: another run wrote to {lake.path('generations')} "
+            "meanwhile; run this one again"
+        ) from None
 
 
 def _point(lake: Lake, before: DeltaTable, generation: Generation, key: str, hold: bool = False) -> None:

@@ -12,13 +12,18 @@ from adasid.tokenizers import artifact
 from pipelines.engines.tracking import StageContext
 
 
+def model_name(cfg: Config) -> str:
+    """Return the name of the registered model."""
+    return cfg.tracking.model or f"adasid-{cfg.name}"
+
+
 def register(
     cfg: Config, context: StageContext, folder: Location, tokenizer: str, alias: Literal["candidate", "champion"]
 ) -> None:
     """Set ``alias`` of the registered model to the tokenizer (its digest), whose artifact in ``folder`` is logged
     unless it was: ``candidate`` is the one trained last by jobs/train.py, ``champion`` that of the live semantic
     IDs."""
-    name, client = cfg.tracking.model or f"adasid-{cfg.name}", context.client
+    name, client = model_name(cfg), context.client
     try:
         client.create_registered_model(name)
     except MlflowException as error:

@@ -14,6 +14,7 @@ import yaml
 from mlflow.server.security_utils import is_allowed_host_header
 
 from adasid.config import load
+from pipelines.engines import memory
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -52,8 +53,6 @@ def test_versions_are_those_that_are_installed():
     assert (
         f'"ray[default,data,train]=={".".join(RAY["spec"]["rayClusterSpec"]["rayVersion"].split(".")[:2])}.*"' in SETUP
     )
-    mlflow = re.search(r'"(mlflow[^"]+)"', (INFRA / "images" / "mlflow.Dockerfile").read_text()).group(1)
-    assert f'"{mlflow}"' in SETUP
 
 
 def test_kubernetes_runs_the_jobs_with_flags_that_they_have():
@@ -108,6 +107,50 @@ def test_kubernetes_runs_the_chain_in_order_and_stops_where_a_job_fails(tmp_path
     assert code == 4 and [Path(words[0]).stem for words in ran] == ["ingest", "build_features"]
 
 
+def test_pods_have_no_privileges_and_bounded_disks():
+    template, ray = SPARK["spec"]["template"], RAY["spec"]["rayClusterSpec"]
+    pods = []
+    for part in ("driver", "executor"):
+        pod = template[part]
+        (container,) = pod["template"]["spec"]["containers"]
+        assert container["name"] == f"spark-kubernetes-{part}"
+        pods.append((pod["podSecurityContext"], pod["securityContext"], container["resources"], pod["volumeMounts"]))
+        assert any(mount["name"].startswith("spark-local-dir-") for mount in pod["volumeMounts"])
+    groups = [ray["headGroupSpec"], *ray["workerGroupSpecs"]]
+    for group in groups:
+        spec = group["template"]["spec"]
+        (container,) = spec["containers"]
+        parts = (container["securityContext"], container["resources"], container["volumeMounts"])
+        pods.append((spec["securityContext"], *parts))
+    user = re.search(r"USER (\d+)", (INFRA / "images" / "spark.Dockerfile").read_text()).group(1)
+    for pod, container, resources, mounts in pods:
+        assert pod["runAsNonRoot"] and pod["runAsUser"] == pod["fsGroup"] == int(user)
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not container["allowPrivilegeEscalation"] and container["capabilities"] == {"drop": ["ALL"]}
+        assert container["readOnlyRootFilesystem"] and "/tmp" in {mount["mountPath"] for mount in mounts}
+        assert all("ephemeral-storage" in resources[kind] for kind in ("requests", "limits"))
+    empty = [volume["emptyDir"] for volume in template["volumes"] if "emptyDir" in volume]
+    assert len(empty) == 2 and all(volume["sizeLimit"] for volume in empty)
+    gpus = [group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu") for group in groups]
+    assert gpus == [None, None, "1"] and [group.get("replicas") for group in groups[1:]] == [8, 0]
+    assert groups[2]["rayStartParams"] == {"num-gpus": "1"}
+
+
+def test_a_driver_has_memory_for_a_small_nightly_run():
+    table = load(ROOT / "conf" / "cluster.yaml").retokenize.small_table
+    driver = SPARK["spec"]["template"]["driver"]
+    needed = memory.small_night(table) / 2**30
+    assert int(driver["memoryOverhead"].removesuffix("g")) >= needed
+    service = (INFRA / "systemd" / "adasid-nightly.service").read_text()
+    assert int(re.search(r"^MemoryMax=(\d+)G$", service, re.M).group(1)) >= int(driver["memory"][:-1]) + needed
+
+
+def test_ports_are_published_on_this_machine_alone():
+    for name, service in COMPOSE["services"].items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+
+
 def test_every_part_of_a_ray_cluster_has_the_token():
     spec = RAY["spec"]
     assert spec["rayClusterSpec"]["authOptions"] == {
@@ -131,7 +174,7 @@ def test_jobs_log_to_a_server_that_answers_them():
     assert (
         (ROOT / words[0]).exists()
         and found.tracking.uri == "http://mlflow:5000"
-        and server["ports"] == ["5000:5000"]
+        and server["ports"] == ["127.0.0.1:5000:5000"]
         and "mlflow" in ray["depends_on"]
     )
     assert f"runs:{found.runs_dir}" in ray["volumes"] and ray["environment"] == {
@@ -174,6 +217,12 @@ def test_the_timer_starts_the_same_chain():
     assert found.returncode == 2 and "error: conf/none.yaml: cannot be read" in found.stdout, found.stderr
     service = (INFRA / "systemd" / "adasid-nightly.service").read_text()
     assert "RestartPreventExitStatus=2 3 4 5" in service and "ExecStart=/opt/adasid/infra/systemd/nightly.sh" in service
+    for line in ("NoNewPrivileges=true", "ProtectSystem=strict", "ProtectHome=true", "PrivateTmp=true"):
+        assert f"\n{line}\n" in service
+    unit, section = service.split("[Service]")
+    assert "StartLimitIntervalSec=" in unit and "StartLimitBurst=" in unit
+    writable = re.search(r"^ReadWritePaths=(.+)$", section, re.M).group(1).replace("-/", "/").split()
+    assert any(load(ROOT / "conf" / "cluster.yaml").run_dir.is_relative_to(path) for path in writable)
     if shutil.which("systemd-analyze"):
         found = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", str(INFRA / "systemd" / "adasid-nightly.timer")],

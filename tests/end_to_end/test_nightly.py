@@ -332,7 +332,7 @@ def test_rollback_and_maintenance(published, monkeypatch):
         pytest.raises(InputError, match="no space"),
     ):  # a later night is cut off before it is live, and run again
         put(lake, next_day(lake.read("item_features"), seed=77), "after the roll-back")
-        cut.setattr(exports, "write", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        cut.setattr(exports, "write", lambda *_, **__: (_ for _ in ()).throw(OSError("no space")))
         night(path, last.run_date)
     assert generations.live(lake).generation == 1 and generations.history(lake)[-1].generation == last.generation + 1
     assert pointed(path) == 1

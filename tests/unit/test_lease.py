@@ -1,65 +1,97 @@
-"""Test the lease on a real Delta table: one holder, waiting, death, renewal, loss."""
+"""Test the lease on a real Delta table: one holder, waiting, death, renewal, loss, clocks, a stopped process."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from deltalake import write_deltalake
+from deltalake import DeltaTable, write_deltalake
 
-from adasid import config
-from adasid.errors import BusyError, InputError
+from adasid import config, tables
+from adasid.errors import BusyError, GateError, InputError
 from pipelines.engines.tracking import stage
+from pipelines.publish import generations
 from pipelines.publish.lease import Lease, leased
+from tests.unit.test_generations import candidate
+
+ROOT = Path(__file__).parents[2]
 
 
 class Clock:
     """A clock that is set by hand."""
 
-    def __init__(self):
-        self.time = 1_000.0
+    def __init__(self, start=1_000.0):
+        self.time = start
 
     def __call__(self):
         return self.time
 
 
-def test_a_second_one_leaves_with_a_message_and_a_dead_holders_lease_ends(lake):
-    clock = Clock()
-    first, second = Lease(lake, 30.0, clock), Lease(lake, 30.0, clock)
+def watched(monkeypatch, lease, clock, step, wait, meanwhile=lambda: None):
+    """Take a lease, where ``step`` seconds pass by the taker's clock between two looks at the table."""
+
+    def sleep(seconds):
+        clock.time += step
+        meanwhile()
+
+    monkeypatch.setattr("pipelines.publish.lease.time.sleep", sleep)
+    lease.take(wait)
+
+
+def test_a_second_one_leaves_with_a_message_and_a_dead_holders_lease_ends(lake, monkeypatch):
+    mine, theirs = Clock(), Clock(50.0)
+    first, second = Lease(lake, 30.0, mine), Lease(lake, 30.0, theirs)
     first.take(0)
-    with pytest.raises(
-        BusyError,
-        match=rf"the lease of .* is held by {first.holder}, for 30 s more unless it renews: .*retokenize.lease.wait",
-    ):
+    with pytest.raises(BusyError, match=rf"is held by {first.holder}: .*30 s after this job .*retokenize.lease.wait"):
         second.take(0)
     first.check()
-    clock.time += 29
-    first.renew()
-    clock.time += 29
     with pytest.raises(BusyError):
-        second.take(0)
-    clock.time += 2
-    second.take(0)
+        watched(monkeypatch, second, theirs, 7, 21)
+    watched(monkeypatch, second, theirs, 7, 60)
     with pytest.raises(BusyError, match=rf"was lost \(holder: {second.holder}\)"):
         first.check()
-    first.renew()
+    assert not first.renew()
     second.check()
     first.give_back()  # not its own any more
     second.check()
     second.give_back()
-    first_again = Lease(lake, 30.0, clock)
-    first_again.take(0)
+    Lease(lake, 30.0).take(0)
+
+
+@pytest.mark.parametrize("skew", [-600.0, 600.0])
+def test_wall_clocks_that_differ_neither_steal_nor_block(lake, monkeypatch, skew):
+    mine, theirs, walls = Clock(), Clock(), Clock(time.time())
+    monkeypatch.setattr("pipelines.publish.lease.time.time", walls)
+    first, second = Lease(lake, 30.0, mine), Lease(lake, 30.0, theirs)
+    first.take(0)
+    walls.time += skew
+
+    def renewed():
+        mine.time += 10
+        assert first.renew()
+
+    with pytest.raises(BusyError):  # a holder that renews is never robbed
+        watched(monkeypatch, second, theirs, 10, 300, renewed)
+    first.check()
+    watched(monkeypatch, second, theirs, 10, 60)  # and one that does not, is after 30 s
+    assert theirs.time - 1_000 < 400
+    second.check()
 
 
 def test_of_many_at_once_one_gets_it(lake):
-    found, barrier = [], threading.Barrier(6)
+    winners, barrier = [], threading.Barrier(6)
 
     def run():
         lease = Lease(lake, 60.0)
         barrier.wait()
         try:
             lease.take(0)
-            found.append(lease)
+            winners.append(lease)
         except BusyError:
             pass
 
@@ -68,8 +100,29 @@ def test_of_many_at_once_one_gets_it(lake):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 1
-    found[0].check()
+    assert len(winners) == 1
+    winners[0].check()
+
+
+def test_of_many_that_watch_a_dead_holder_one_gets_it(lake):
+    Lease(lake, 0.5).take(0)
+    winners = []
+
+    def run():
+        lease = Lease(lake, 60.0)
+        try:
+            lease.take(3)
+            winners.append(lease)
+        except BusyError:
+            pass
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(winners) == 1
+    winners[0].check()
 
 
 def test_it_is_renewed_while_the_run_works_and_released(make_config):
@@ -96,31 +149,122 @@ def test_one_that_waits_gets_it_when_it_is_free(lake):
     assert got and len(notes) == 1 and f"waiting at most 20 s for the lease of {first.holder}" in notes[0]
 
 
-def test_another_length_of_lease_is_respected_and_an_expired_one_is_lost(lake):
-    clock = Clock()
-    long, short = Lease(lake, 600.0, clock), Lease(lake, 10.0, clock)
+def test_the_holder_counts_its_own_time_and_another_length_is_respected(lake, monkeypatch):
+    mine, theirs = Clock(), Clock()
+    long, short = Lease(lake, 600.0, mine), Lease(lake, 10.0, theirs)
     long.take(0)
     with pytest.raises(BusyError):
-        short.take(0)
-    clock.time += 601
-    with pytest.raises(BusyError, match="was lost"):
+        watched(monkeypatch, short, theirs, 50, 500)
+    mine.time += 599
+    long.check()
+    mine.time += 601
+    with pytest.raises(BusyError, match=r"was lost \(it expired\)"):
         long.check()
+    assert not long.renew()
 
 
-def test_a_renewal_that_cannot_be_written_loses_the_lease(lake, monkeypatch):
-    lease = Lease(lake, 30.0)
+def test_a_renewal_that_fails_is_repeated_and_loses_the_lease_only_when_it_expires(lake, monkeypatch):
+    clock = Clock()
+    lease = Lease(lake, 30.0, clock)
     lease.take(0)
-
-    def full(*args):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(lease, "_commit", full)
-    lease.renew()
+    place, aside = Path(lake.path("leases")), Path(lake.root) / "unmounted"
+    place.rename(aside)  # storage does not answer
+    clock.time += 29
+    assert not lease.renew()
+    lease.check()
+    aside.rename(place)
+    assert lease.renew()
+    place.rename(aside)
+    clock.time += 31
+    with pytest.raises(BusyError, match="was lost"):
+        lease.check()
+    aside.rename(place)
     with pytest.raises(BusyError, match="was lost"):
         lease.check()
 
 
-def test_a_lease_of_another_layout_is_named(lake):
-    write_deltalake(lake.path("leases"), pa.table({"owner": ["x"]}))
+def test_a_release_that_fails_does_not_replace_the_error_of_the_run(make_config, capsys):
+    cfg = make_config()
+    with (
+        pytest.raises(GateError, match="refused"),
+        stage(cfg, "lease") as context,
+        leased(context, config.Lease(seconds=60.0, wait=0.0)),
+    ):
+        Path(context.lake.path("leases")).rename(Path(context.lake.root) / "unmounted")
+        raise GateError("refused")
+    assert "the lease could not be released" in capsys.readouterr().err
+
+
+def test_a_row_of_an_earlier_version_is_read_and_a_lease_of_another_layout_is_named(lake, monkeypatch):
+    row = pa.table({"holder": ["old:1:a"], "expires": [1e12], "seconds": [30.0]}, schema=tables.LEASES)
+    write_deltalake(lake.path("leases"), row)
+    clock = Clock()
+    watched(monkeypatch, Lease(lake, 30.0, clock), clock, 11, 60)
+    assert 30 <= clock.time - 1_000 <= 44
+    write_deltalake(lake.path("leases"), pa.table({"owner": ["x"]}), mode="overwrite", schema_mode="overwrite")
     with pytest.raises(InputError, match=r"leases has columns owner, expected holder, expires, seconds: .* remove it"):
         Lease(lake, 30.0).take(0.0)
+
+
+PUBLISHER = """
+import sys, time
+from pathlib import Path
+import pyarrow as pa
+from adasid import config
+from adasid.errors import BusyError
+from pipelines.engines.tracking import stage
+from pipelines.publish import generations
+from pipelines.publish.lease import leased
+from tests.unit.test_generations import candidate
+
+runs, folder, checks = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "checks"
+with stage(config.build({"name": "t", "runs_dir": runs}), "publisher") as context:
+    lake = context.lake
+
+    def write_sids():
+        lake.write("sids", pa.schema([("item_id", pa.string())]), pa.table({"item_id": ["late"]}).to_batches(), "late")
+        (folder / "at sids").touch()
+        while not (folder / "go on").exists():
+            time.sleep(0.02)
+
+    with leased(context, config.Lease(seconds=1.0, wait=0.0)) as lease:
+        allowed = lease.check if checks else lambda: None
+        try:
+            generations.publish(context, "late", candidate(generation=1), None, write_sids, None, allowed=allowed)
+        except BusyError as error:
+            print("busy:", error)
+"""
+
+
+@pytest.mark.parametrize("how", ["checks", "does not check"])
+def test_a_process_that_was_stopped_changes_nothing_after_another_has_published(make_config, tmp_path, how):
+    """Without its checks, too: the commits themselves fail."""
+    cfg = make_config()
+    code = [sys.executable, "-c", PUBLISHER, str(cfg.runs_dir), str(tmp_path), how]
+    process = subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+    try:
+        limit = time.monotonic() + 60
+        while not (tmp_path / "at sids").exists():
+            assert process.poll() is None and time.monotonic() < limit
+            time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)
+        with stage(cfg, "other") as context, leased(context, config.Lease(seconds=60.0, wait=30.0)) as lease:
+            lake = context.lake
+
+            def write_sids():
+                rows = pa.table({"item_id": ["good"]})
+                lake.write("sids", rows.schema, rows.to_batches(), "good")
+
+            generations.publish(context, "good", candidate(generation=1), None, write_sids, None, allowed=lease.check)
+            before = {name: DeltaTable(lake.path(name)).version() for name in ("live", "generations", "sids")}
+            (tmp_path / "go on").touch()
+            process.send_signal(signal.SIGCONT)
+            out, _ = process.communicate(timeout=60)
+            assert "busy: " in out and ("lease" in out) == (how == "checks"), out
+            lease.check()
+        assert before == {name: DeltaTable(lake.path(name)).version() for name in before}
+        live = generations.live(lake)
+        assert lake.read("sids", live.sids_version)["item_id"].to_pylist() == ["good"]
+    finally:
+        process.kill()
+        process.wait()

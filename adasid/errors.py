@@ -34,6 +34,13 @@ class GateError(AdasidError):
     exit_code = 4
 
 
+class TransientError(AdasidError):
+    """A fault that passes, such as a full disk, a lost executor or a server that is away (exit code 75, EX_TEMPFAIL):
+    the same command succeeds later."""
+
+    exit_code = 75
+
+
 class TrainingError(AdasidError):
     """Training cannot continue, for example because a loss is not finite (exit code 1)."""
 

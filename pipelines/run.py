@@ -79,3 +79,8 @@ class Run:
     def tracked_artifacts(self) -> Path:
         """Return the folder of MLflow's artifacts, used where no server stores them."""
         return self.artifacts / "mlflow"
+
+    @property
+    def spool(self) -> Path:
+        """Return the folder of what MLflow has not taken yet (:mod:`pipelines.engines.spool`)."""
+        return self.folder / "mlflow-spool"

@@ -276,7 +276,7 @@ def _judge(nightly: NightlyRun, candidate: Candidate, moves: DataFrame, whole: D
         "of the largest groups": [f"{row['item_id']} ({row['n']})" for row in largest_groups.collect()],
     }
     gates = candidate.model_dump(include={"gates"})
-    nightly.context.client.log_dict(nightly.context.run_id, {**gates, "worst": worst}, "refused.json")
+    nightly.context.document("refused.json", {**gates, "worst": worst})
     if not nightly.dry:
         write_json(nightly.refused, {**candidate.model_dump(exclude={"metrics", "drift"}), "worst": worst})
         nightly.pages()

@@ -50,6 +50,9 @@ def maintain(cfg: Config, context: StageContext) -> None:
     lake, grace = context.lake, cfg.retokenize.grace_hours
     with leased(context, cfg.retokenize.lease) as lease:
         keep = needed(context)
+        if keep is None:
+            context.status = "removed no file"
+            context.note("MLflow does not answer: what recent runs read is unknown, so no file is removed", "WARN")
         for log in sorted(Path(lake.root).rglob("_delta_log")):
             name, table = str(log.parent.relative_to(lake.root)), DeltaTable(str(log.parent))
             if name == "leases":
@@ -62,6 +65,10 @@ def maintain(cfg: Config, context: StageContext) -> None:
                 )
             if name not in {"sids", "live"}:  # their readers open a fixed version, which compaction does not change
                 compacted = table.optimize.compact(commit_properties=input_hash)["numFilesRemoved"]
+            if keep is None:
+                context.facts[name] = f"{compacted} files compacted"
+                context.note(f"{name}: {context.facts[name]}")
+                continue
             retained = sorted({*keep[name], table.version()})
             retained = [version for version in retained if _readable(context, name, version)]
             options: dict[str, Any] = {"enforce_retention_duration": False, "full": True, "keep_versions": retained}
@@ -83,10 +90,10 @@ def _readable(context: StageContext, name: str, version: int) -> bool:
     return True
 
 
-def needed(context: StageContext) -> dict[str, set[int]]:
+def needed(context: StageContext) -> dict[str, set[int]] | None:
     """Return table -> versions that must stay readable: those of the last ``retokenize.keep`` generations and the live
     one, their sources, the training data of the artifacts on disk, the versions that the runs of the last
-    ``retokenize.lineage_days`` read and wrote, and the config's pins."""
+    ``retokenize.lineage_days`` read and wrote, and the config's pins. None where MLflow does not answer."""
     cfg, keep = context.cfg, defaultdict[str, set[int]](set)
     history = generations.history(context.lake)
     live = [generation for generation in history if generation.live]
@@ -101,6 +108,9 @@ def needed(context: StageContext) -> dict[str, set[int]]:
         inputs = json.loads(result.read_text(encoding="utf-8")).get("inputs", {})
         for table, version in inputs.items() if isinstance(inputs, dict) else ():
             keep[table].add(version)
-    for table, version in [*cfg.pins.items(), *context.lineage(cfg.retokenize.lineage_days)]:
+    lineage = context.lineage(cfg.retokenize.lineage_days)
+    if lineage is None:
+        return None
+    for table, version in [*cfg.pins.items(), *lineage]:
         keep[table].add(version)
     return keep

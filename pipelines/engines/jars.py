@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
+from pipelines import log
 from pipelines.engines.spark import JARS, jar_folder
 
 PACKAGES = "io.delta:delta-spark_4.2_2.13:4.4.0,io.delta:delta-storage:4.4.0"
@@ -37,16 +38,16 @@ def main() -> int:
             )
             builder.config("spark.jars.packages", PACKAGES).config("spark.jars.excludes", EXCLUDES).getOrCreate().stop()
         except Exception as error:
-            print(
+            log.line(
                 f"Delta's jars could not be resolved ({str(error).splitlines()[0]}); put {' and '.join(JARS)} into "
                 f"{folder}",
-                file=sys.stderr,
+                "ERROR",
             )
             return 1
         paths = {jar: next(Path(ivy).rglob(f"*{jar}"), None) for jar in JARS}
         for jar, path in paths.items():
             if path is None:
-                print(f"Spark's resolver did not bring {jar}; put it into {folder}", file=sys.stderr)
+                log.line(f"Spark's resolver did not bring {jar}; put it into {folder}", "ERROR")
                 return 1
             shutil.copy(path, folder / jar)
     return 0

@@ -23,6 +23,7 @@ from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
 from adasid.errors import BusyError, InputError, first_line
+from adasid.faults import wrapped
 
 _WRITES = {
     "WRITE",
@@ -87,10 +88,11 @@ class Lake:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise InputError(
+            raise wrapped(
+                error,
                 f"lake {self.root}: not writable ({error.strerror}); choose another with --set runs_dir=PATH, or mend "
-                "its permissions"
-            ) from None
+                "its permissions",
+            ) from error
 
     def open(self, table: str, version: int | None = None) -> DeltaTable:
         """Open the table at ``version``, its pin, or its latest version. Raises InputError where there is none."""
@@ -103,9 +105,9 @@ class Lake:
                 "(see docs/architecture.md)"
             ) from None
         except Exception as error:
-            raise InputError(
-                f"table {table} in {self.root} cannot be read at version {version}: {first_line(error)}"
-            ) from None
+            raise wrapped(
+                error, f"table {table} in {self.root} cannot be read at version {version}: {first_line(error)}"
+            ) from error
 
     def version(self, table: str) -> int:
         """Return the version that a reader gets: the pin, else the latest."""

@@ -65,22 +65,28 @@ class Server:
         Raises InputError where it was deleted."""
         name = name or self.experiment
         if name not in self._experiments:
-            found = self.client.get_experiment_by_name(name)
+            found = self.found(name)
             if found is None:
                 try:
-                    self._experiments[name] = str(self.client.create_experiment(name, self.location))
-                    return self._experiments[name]
+                    found = str(self.client.create_experiment(name, self.location))
                 except MlflowException:
-                    found = self.client.get_experiment_by_name(name)  # another run may have created it concurrently
+                    found = self.found(name)  # another run may have created it concurrently
                     if found is None:
                         raise
-            if found.lifecycle_stage == LifecycleStage.DELETED:
-                raise InputError(
-                    f"experiment {name!r} was deleted in MLflow ({self.uri}): restore it (mlflow experiments restore "
-                    f"--experiment-id {found.experiment_id}), or set tracking.experiment"
-                )
-            self._experiments[name] = str(found.experiment_id)
+            self._experiments[name] = found
         return self._experiments[name]
+
+    def found(self, name: str = "") -> str | None:
+        """Return the id of an experiment, None if there is none. Raises InputError where it was deleted."""
+        found = self.client.get_experiment_by_name(name or self.experiment)
+        if found is None:
+            return None
+        if found.lifecycle_stage == LifecycleStage.DELETED:
+            raise InputError(
+                f"experiment {name or self.experiment!r} was deleted in MLflow ({self.uri}): restore it (mlflow "
+                f"experiments restore --experiment-id {found.experiment_id}), or set tracking.experiment"
+            )
+        return str(found.experiment_id)
 
     def run_id(self, run: str, experiment: str = "") -> str:
         """Return the id of a run that is named by its key or its id; the key itself where MLflow has no such run."""

@@ -21,6 +21,7 @@ from pyspark.sql.types import StructType
 
 from adasid import config
 from adasid.errors import InputError
+from adasid.faults import wrapped
 from pipelines.engines.lake import Lake, stamped
 
 JARS = ("delta-spark_4.2_2.13-4.4.0.jar", "delta-storage-4.4.0.jar")
@@ -81,15 +82,15 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
             builder = builder.config(key, value)
         spark = builder.getOrCreate()
     except Exception as error:
-        raise InputError(f"Spark did not start ({root_cause(error)}): {_start_fix(error)}") from None
+        raise wrapped(error, f"Spark did not start ({root_cause(error)}): {_start_fix(error)}") from error
     try:
         thread = spark._jvm.java.lang.Thread.currentThread()  # type: ignore[union-attr]
         thread.getContextClassLoader().loadClass(_EXTENSION)
-    except Exception:
+    except Exception as error:
         raise InputError(
             f"Delta's jars are not in {jar_folder()} ({', '.join(JARS)}): run `python -m pipelines.engines.jars`, or "
             "`make setup`"
-        ) from None
+        ) from error
     log4j = spark._jvm.org.apache.logging.log4j  # type: ignore[union-attr]
     for logger in _TASK_LOGS:
         log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)

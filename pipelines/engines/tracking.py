@@ -25,7 +25,7 @@ from adasid.files import write_json
 from pipelines import log, migrate
 from pipelines.engines import records
 from pipelines.engines.lake import Lake
-from pipelines.engines.recorder import Recorder
+from pipelines.engines.recorder import Recorder, within
 from pipelines.engines.records import Server
 from pipelines.engines.spool import Spool
 from pipelines.run import Run
@@ -174,20 +174,28 @@ def _recorder(cfg: Config, name: str) -> Recorder:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would name every connection that is tried again
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    run = Run(cfg)
-    uri, settings = run.tracking_uri, cfg.tracking
+    server, spool = _server(cfg), Spool(Run(cfg).spool, cfg.tracking.experiment)
+    recorder = Recorder(server, spool, cfg.tracking.timeout, lambda text: log.line(text, "WARN", name))
+    recorder.open()
+    return recorder
+
+
+def _server(cfg: Config) -> Server:
+    uri, settings = Run(cfg).tracking_uri, cfg.tracking
     try:
         mlflow.set_tracking_uri(uri)
         client = MlflowClient(uri)
     except MlflowException as error:
         fix = "correct tracking.uri, or leave it null for a local store"
         raise InputError(masked_text(f"tracking.uri {uri}: {first_line(error)}; {fix}")) from error
-    location = None if settings.uri else run.tracked_artifacts.as_uri()
-    server = Server(client, settings.experiment, location, masked_text(uri))
-    spool = Spool(run.spool, settings.experiment)
-    recorder = Recorder(server, spool, settings.timeout, lambda text: log.line(text, "WARN", name))
-    recorder.open()
-    return recorder
+    location = None if settings.uri else Run(cfg).tracked_artifacts.as_uri()
+    return Server(client, settings.experiment, location, masked_text(uri))
+
+
+def reach(cfg: Config) -> None:
+    """Ask the tracking server for the experiment, and create nothing. Raises InputError where it was deleted, else what
+    MLflow raises."""
+    within(cfg.tracking.timeout, _server(cfg).found)
 
 
 def _parent(cfg: Config, recorder: Recorder) -> str:

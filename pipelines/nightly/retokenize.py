@@ -17,6 +17,7 @@ from pyspark.sql import functions as F
 
 from adasid.config import Config, digest
 from adasid.errors import GateError, InputError
+from adasid.faults import wrapped
 from adasid.files import write_json
 from adasid.tables import SID_CHANGES, SIDS
 from adasid.tokenizers.artifact import Manifest
@@ -76,11 +77,12 @@ def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -
             if not incremental.publish(nightly):
                 _publish(nightly)
         except (Py4JJavaError, PySparkException, OSError) as error:
-            raise InputError(
+            raise wrapped(
+                error,
                 f"nightly run of {day}: item_features version {version} or sids version {live.sids_version} cannot "
                 f"be processed ({engine.root_cause(error)}); "
                 f"generation {generations.pointer(lake)} stays live: mend the table or the disk that it names, then "
-                "run it again"
+                "run it again",
             ) from error
 
 

@@ -43,11 +43,12 @@ _WORDS = re.compile(
     # Spark's executors and Python workers, and the JVM itself
     r"|ExecutorLostFailure|[Ee]xecutor heartbeat timed out|FetchFailed|executor \S+ exited|Lost executor"
     r"|Python worker exited unexpectedly|Cannot call methods on a stopped SparkContext|SparkContext was shut down"
+    r"|adasid\.errors\.TransientError"
     r"|Answer from Java side is empty|An error occurred while trying to connect to the Java server"
 )
 _TYPES = {"Py4JNetworkError", "ActorDiedError", "ActorUnavailableError", "NodeDiedError", "WorkerCrashedError"}
 _TYPES |= {"RaySystemError", "OutOfMemoryError", "WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError"}
-"""Types of Py4J and Ray by name, so that neither is imported here."""
+"""Types of Py4J and Ray by name, as this module imports no engine."""
 
 
 def passing(error: BaseException) -> bool:
@@ -82,11 +83,9 @@ def _passes(error: BaseException) -> bool:
         return True
     if isinstance(error, AdasidError):  # its message is that of a cause, which is asked itself
         return False
-    if isinstance(error, socket.gaierror):
-        return error.errno == socket.EAI_AGAIN
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
-    if isinstance(error, OSError) and error.errno in _ERRNOS:
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno in _ERRNOS:
         return True
     try:
         text = str(error)

@@ -42,6 +42,7 @@ _JAVA = 17
 
 def run(cfg: Config, job: str) -> int:
     """Print one line for each check of a job; return 0, or the exit code of the first fault."""
+    log.place(cfg.name, job)
     log.line("config ok")
     code = 0
     for name, check in _checks(cfg, job):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from pipelines.engines.records import Server, upload
 from pipelines.engines.spool import Kept, Record, Spool
 
 _REFUSED = {
-    "BAD_REQUEST",
     "INVALID_PARAMETER_VALUE",
     "INVALID_STATE",
     "NOT_FOUND",
@@ -28,7 +26,7 @@ _REFUSED = {
 }
 """MLflow would refuse such a record every time."""
 
-_UPLOAD = 12
+UPLOAD = 12
 """An upload may take this many times as long as another call."""
 
 _SHARE = 0.1
@@ -55,8 +53,6 @@ class Recorder:
         self.away = False
         self._named = set[str]()
         self._lock, self._spent, self._started = threading.RLock(), 0.0, time.monotonic()
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{_UPLOAD * seconds:.0f}")
 
     def open(self) -> None:
         """Call the server for the first time, and send the spool. Raises InputError where the experiment was
@@ -113,11 +109,11 @@ class Recorder:
         """Call the server, for a limited time unless it is a local store."""
         if self.seconds is None:
             return call()
-        limit, started = self.seconds * (_UPLOAD if long else 1), time.monotonic()
+        limit, started = self.seconds * (UPLOAD if long else 1), time.monotonic()
         answer = within(limit, call)
         self._spent += time.monotonic() - started
         elapsed = time.monotonic() - self._started
-        if self._spent > max(_UPLOAD * self.seconds, _SHARE * elapsed):
+        if self._spent > max(UPLOAD * self.seconds, _SHARE * elapsed):
             self._leave(TimeoutError(f"its answers took {self._spent:.0f} s of {elapsed:.0f} s"))
         return answer
 
@@ -129,7 +125,7 @@ class Recorder:
         _resting[self.server.uri] = time.monotonic() + pause
         if not known:
             self.warn(
-                f"MLflow at {self.server.uri} does not answer ({_reason(error)}): records go to {self.spool.folder}, "
+                f"MLflow at {self.server.uri} fails ({_reason(error)}): records go to {self.spool.folder}, "
                 "and the next stage that reaches it sends them"
             )
 

@@ -25,7 +25,7 @@ from adasid.files import write_json
 from pipelines import log, migrate
 from pipelines.engines import records
 from pipelines.engines.lake import Lake
-from pipelines.engines.recorder import Recorder, within
+from pipelines.engines.recorder import UPLOAD, Recorder, within
 from pipelines.engines.records import Server
 from pipelines.engines.spool import Spool
 from pipelines.run import Run
@@ -170,10 +170,6 @@ def _end(recorder: Recorder, status: str, *runs: str) -> None:
 def _recorder(cfg: Config, name: str) -> Recorder:
     """Return a recorder that has called the server. Raises InputError for a deleted experiment and for a URI that
     MLflow cannot read: both need the user."""
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would name every connection that is tried again
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     server, spool = _server(cfg), Spool(Run(cfg).spool, cfg.tracking.experiment)
     recorder = Recorder(server, spool, cfg.tracking.timeout, lambda text: log.line(text, "WARN", name))
     recorder.open()
@@ -182,6 +178,12 @@ def _recorder(cfg: Config, name: str) -> Recorder:
 
 def _server(cfg: Config) -> Server:
     uri, settings = Run(cfg).tracking_uri, cfg.tracking
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would name every connection that is tried again
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{UPLOAD * settings.timeout:.0f}")
     try:
         mlflow.set_tracking_uri(uri)
         client = MlflowClient(uri)

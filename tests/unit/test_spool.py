@@ -5,9 +5,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,25 +27,56 @@ from pipelines.training.register import register
 ROWS = pa.schema([("item_id", pa.string())])
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+class Door:
+    """A port that leads to a server while it is open, and refuses while it is not."""
+
+    def __init__(self, goal):
+        self.goal, self.listener, self.open_sockets = goal, None, []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+
+    def __enter__(self):
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+        return MlflowClient(f"http://127.0.0.1:{self.goal}")
+
+    def __exit__(self, *error):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        for end in (self.listener, *self.open_sockets):
+            end.close()
+        self.open_sockets = []
+
+    def _accept(self, listener):
+        with suppress(OSError):
+            while True:
+                ends = listener.accept()[0], socket.create_connection(("127.0.0.1", self.goal))
+                self.open_sockets += ends
+                for source, target in (ends, ends[::-1]):
+                    threading.Thread(target=_forward, args=(source, target), daemon=True).start()
 
 
-@contextmanager
-def server(folder, port):
-    """An MLflow server whose store and artifacts lie in ``folder``."""
+def _forward(source, target):
+    with suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The port of an MLflow server."""
+    folder, port = tmp_path_factory.mktemp("server"), Door(0).port
     store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/artifacts"]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with (folder / "server.log").open("a") as log:
+    with (folder / "server.log").open("w") as log:
         process = subprocess.Popen([*command, *store], stdout=log, stderr=log, cwd=folder)
     try:
         deadline = time.monotonic() + 120
         while not _healthy(port):
             assert process.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()[-3000:]
             time.sleep(0.1)
-        yield MlflowClient(f"http://127.0.0.1:{port}")
+        yield port
     finally:
         process.terminate()
         process.wait()
@@ -55,6 +87,11 @@ def _healthy(port):
         return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
     except OSError:
         return False
+
+
+@pytest.fixture
+def door(server):
+    return Door(server)
 
 
 @pytest.fixture(autouse=True)
@@ -113,9 +150,9 @@ def test_a_hanging_server_delays_a_refusal_by_one_time_out_and_leaves_its_exit_c
     assert {"do": "end", "status": "FAILED"}.items() <= kept[-1].items()
 
 
-def test_what_was_kept_is_sent_by_the_next_stage_that_reaches_the_server(away, tmp_path, capsys):
-    port, settings, model = free_port(), config.RandomSidSettings(), tmp_path / "model"
-    cfg = away(port)
+def test_what_was_kept_is_sent_by_the_next_stage_that_reaches_the_server(away, door, tmp_path, capsys):
+    settings, model = config.RandomSidSettings(), tmp_path / "model"
+    cfg = away(door.port, experiment="kept")
     digest = artifact.write(model, artifact.build(settings, {}), settings, {}).digest
     with pytest.raises(GateError), tracking.stage(cfg, "first") as first:
         first.inputs({"items": 3})
@@ -128,7 +165,7 @@ def test_what_was_kept_is_sent_by_the_next_stage_that_reaches_the_server(away, t
         register(cfg, second, model, digest, "champion")
     assert len(warnings(capsys)) == 1  # one process names the server once
     assert first.lineage(30) is None and second.run_id == second.key
-    with server(tmp_path, port) as client:
+    with door as client:
         before = tmp_path / "before"
         shutil.copytree(Run(cfg).spool, before)
         with tracking.stage(cfg, "third") as third:
@@ -136,8 +173,7 @@ def test_what_was_kept_is_sent_by_the_next_stage_that_reaches_the_server(away, t
         assert not list(Run(cfg).spool.glob("*.jsonl"))
         assert sorted(third.lineage(30)) == [("items", 3), ("sids", 5)]
         found = {
-            run.info.run_name: run
-            for run in client.search_runs([client.get_experiment_by_name("adasid").experiment_id])
+            run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("kept").experiment_id])
         }
         assert set(found) == {"t", "first", "second", "third"} and found["third"].info.run_id == third.run_id
         parent = found["t"]
@@ -157,22 +193,20 @@ def test_what_was_kept_is_sent_by_the_next_stage_that_reaches_the_server(away, t
             shutil.copy(path, Run(cfg).spool)
         with tracking.stage(cfg, "fourth"):
             pass
-        again = client.search_runs([client.get_experiment_by_name("adasid").experiment_id])
+        again = client.search_runs([client.get_experiment_by_name("kept").experiment_id])
         assert sorted(run.info.run_name for run in again) == ["first", "fourth", "second", "t", "third"]
         assert len(client.get_metric_history(two.info.run_id, "recall_at_10")) == 1
 
 
-def test_a_server_that_goes_away_within_a_stage_gets_the_rest_later(away, tmp_path, capsys):
-    port = free_port()
-    cfg = away(port)
-    with server(tmp_path, port):
-        opened = tracking.stage(cfg, "first")
-        first = opened.__enter__()
-        run_id = first.run_id
-    first.metrics({"loss": 1.0}, 2)  # the server is gone
-    opened.__exit__(None, None, None)
-    assert len(warnings(capsys)) == 1
-    with server(tmp_path, port) as client:
+def test_a_server_that_goes_away_within_a_stage_gets_the_rest_later(away, door, capsys):
+    cfg = away(door.port, experiment="within")
+    with ExitStack() as stack:
+        with door:
+            first = stack.enter_context(tracking.stage(cfg, "first"))
+            run_id = first.run_id
+        first.metrics({"loss": 1.0}, 2)
+    assert len(warnings(capsys)) == 1 and run_id != first.key
+    with door as client:
         with tracking.stage(cfg, "second"):
             pass
         run = client.get_run(run_id)
@@ -201,7 +235,7 @@ def test_maintenance_removes_no_file_while_the_lineage_is_unknown(away, make_con
 
 
 def test_a_full_spool_is_named_and_its_lineage_counts_as_unknown(away, monkeypatch, capsys):
-    cfg, local = away(free_port()), away(free_port()).model_copy(update={"tracking": config.Tracking()})
+    cfg, local = away(Door(0).port), away(Door(0).port).model_copy(update={"tracking": config.Tracking()})
     monkeypatch.setattr(spool, "_FILES", 1)
     for name in ("first", "second"):
         with tracking.stage(cfg, name):

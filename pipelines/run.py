@@ -67,7 +67,7 @@ class Run:
 
     @property
     def error_log(self) -> Path:
-        """Return the path of the stack trace of the last error that was reported in one line."""
+        """Return the path of the stack traces of the last errors (:mod:`pipelines.traces`)."""
         return self.folder / "error.log"
 
     @property

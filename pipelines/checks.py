@@ -149,7 +149,7 @@ def _lake(cfg: Config) -> str:
 
 
 def _mlflow(cfg: Config) -> str:
-    from pipelines.engines import tracking
+    from pipelines.engines import recorder, tracking
     from pipelines.engines.spool import Spool
 
     run = Run(cfg)
@@ -163,7 +163,7 @@ def _mlflow(cfg: Config) -> str:
         raise
     except Exception as error:
         fix = "start the server, or correct tracking.uri"
-        text = f"{run.tracking_uri} does not answer ({first_line(error)[:300]}); {fix}"
+        text = f"{run.tracking_uri} does not answer ({recorder.reason(error)}); {fix}"
         raise wrapped(error, masked_text(text)) from error
     return masked_text(f"{run.tracking_uri}{spool}")
 

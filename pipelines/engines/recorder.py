@@ -125,7 +125,7 @@ class Recorder:
         _resting[self.server.uri] = time.monotonic() + pause
         if not known:
             self.warn(
-                f"MLflow at {self.server.uri} fails ({_reason(error)}): records go to {self.spool.folder}, "
+                f"MLflow at {self.server.uri} fails ({reason(error)}): records go to {self.spool.folder}, "
                 "and the next stage that reaches it sends them"
             )
 
@@ -140,7 +140,7 @@ class Recorder:
             if not self.spool.add(record):
                 self.warn(f"{self.spool.folder} is full: {record['do']} is lost; start MLflow, or correct tracking.uri")
         except OSError as error:
-            self.warn(f"{self.spool.folder} cannot be written ({_reason(error)}): {record['do']} is lost")
+            self.warn(f"{self.spool.folder} cannot be written ({reason(error)}): {record['do']} is lost")
 
     def _send_file(self, path: Path) -> bool:
         """Send a file of the spool and remove it; return whether its records were sent or given up."""
@@ -149,7 +149,7 @@ class Recorder:
         except FileNotFoundError:
             return True
         except ValueError as error:
-            self.warn(f"{path}: not readable ({_reason(error)}); remove it")
+            self.warn(f"{path}: not readable ({reason(error)}); remove it")
             return True
         for number, record in enumerate(kept.records):
             try:
@@ -210,10 +210,10 @@ def _refused(error: Exception) -> bool:
 
 
 def _not_taken(record: Record, error: Exception) -> str:
-    return f"MLflow has not taken a record of this stage ({record['do']}: {_reason(error)})"
+    return f"MLflow has not taken a record of this stage ({record['do']}: {reason(error)})"
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Return the cause of an error in a few words: of a chain of connection errors, the last part."""
     line = masked_text(first_line(error))
     return line.rpartition("Caused by ")[2].rstrip(")")[:300] if "Caused by " in line else line[:300]

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from adasid.config.secrets import masked_text
 from adasid.errors import InputError, first_line
+from pipelines import log
 from pipelines.engines.records import Server, upload
 from pipelines.engines.spool import Kept, Record, Spool
 
@@ -45,10 +46,11 @@ T = TypeVar("T")
 
 
 class Recorder:
-    """Records of one stage are sent to MLflow or kept. ``seconds``: what a call may take; ``warn``: shows a line."""
+    """Records of one stage are sent to MLflow or kept. ``seconds``: what a call may take; ``stage``: named in
+    lines."""
 
-    def __init__(self, server: Server, spool: Spool, seconds: float, warn: Callable[[str], None]) -> None:
-        self.server, self.spool, self.warn = server, spool, warn
+    def __init__(self, server: Server, spool: Spool, seconds: float, stage: str) -> None:
+        self.server, self.spool, self.stage = server, spool, stage
         self.seconds = seconds if urlparse(server.uri).scheme not in {"", "file", "sqlite"} else None
         self.away = False
         self._named = set[str]()
@@ -75,8 +77,12 @@ class Recorder:
             sent += 1
         if files:
             left = "" if sent == len(files) else f"; {len(files) - sent} are left for the next stage"
-            self.warn(f"MLflow: {sent} files of {self.spool.folder} were sent{left}")
+            log.line(f"MLflow: {sent} files of {self.spool.folder} were sent{left}", stage=self.stage)
         self.away = self.away or sent < len(files)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        log.line(text, "WARN", self.stage)
 
     def put(self, record: Record) -> None:
         """Send a record, or keep it where the server does not answer; a record that MLflow refuses is named in one

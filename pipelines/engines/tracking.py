@@ -171,7 +171,7 @@ def _recorder(cfg: Config, name: str) -> Recorder:
     """Return a recorder that has called the server. Raises InputError for a deleted experiment and for a URI that
     MLflow cannot read: both need the user."""
     server, spool = _server(cfg), Spool(Run(cfg).spool, cfg.tracking.experiment)
-    recorder = Recorder(server, spool, cfg.tracking.timeout, lambda text: log.line(text, "WARN", name))
+    recorder = Recorder(server, spool, cfg.tracking.timeout, name)
     recorder.open()
     return recorder
 

@@ -141,7 +141,7 @@ def test_a_hanging_server_delays_a_refusal_by_one_time_out_and_leaves_its_exit_c
 
     started = time.monotonic()
     assert job(cfg, tmp_path, refuse) == 4
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[1].endswith("ERROR t/retokenize: churn is 0.5, allowed 0.1")
     assert f"fails (no answer within 0.5 s): records go to {Run(cfg).spool}, and the next stage" in lines[0]
@@ -211,7 +211,8 @@ def test_a_server_that_goes_away_within_a_stage_gets_the_rest_later(away, door, 
             pass
         run = client.get_run(run_id)
         assert run.info.status == "FINISHED" and run.data.metrics["loss"] == 1.0
-    assert len(warnings(capsys)) == 1  # how many files were sent
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if " MLflow: 1 files of " in line] == said[:1] and " WARN " not in "".join(said)
 
 
 def test_maintenance_removes_no_file_while_the_lineage_is_unknown(away, make_config, hanging, capsys):
@@ -231,7 +232,7 @@ def test_maintenance_removes_no_file_while_the_lineage_is_unknown(away, make_con
     with tracking.stage(local, "maintain") as context:  # sends what was kept
         upkeep.maintain(local, context)
     assert len(set(Path(lake.path("items")).glob("*.parquet"))) == 1
-    assert not warnings(capsys)[1:]
+    assert not warnings(capsys)
 
 
 def test_a_full_spool_is_named_and_its_lineage_counts_as_unknown(away, monkeypatch, capsys):

@@ -35,8 +35,8 @@ class GateError(AdasidError):
 
 
 class TransientError(AdasidError):
-    """Something outside failed that may work the next time: a server, a network, a machine (exit code 75,
-    EX_TEMPFAIL)."""
+    """A fault that passes, such as a full disk, a lost executor or a server that is away (exit code 75, EX_TEMPFAIL):
+    the same command succeeds later."""
 
     exit_code = 75
 

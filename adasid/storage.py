@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from adasid.errors import AdasidError, InputError, TransientError, first_line
+from adasid.errors import AdasidError, InputError, TransientError
 
 SCHEMES = ("s3", "gs", "abfss")
 _RETRIES: dict[str, Any] = {"max_retries": 6, "retry_timeout": timedelta(seconds=30)}
@@ -208,7 +208,7 @@ class ObjectPath:
 
 def fault(error: Exception, operation: str, where: object) -> AdasidError:
     """Return the error to raise for one of the store's client (obstore and delta-rs word them alike)."""
-    text = str(error)
+    text = re.sub(r"\x1b\[\d*m|[^\S\n]*↳ *", "", str(error))
     bucket = ObjectPath.of(str(where)).root
     what = f"{operation} {where}"
     if _NO_BUCKET.search(text):
@@ -224,9 +224,37 @@ def fault(error: Exception, operation: str, where: object) -> AdasidError:
             f"AZURE_*), and that they may read, write, list and delete in {bucket}"
         )
     return TransientError(
-        f"{what}: the store does not answer ({first_line(error)[:200]}): check AWS_ENDPOINT_URL and the network; run "
+        f"{what}: the store does not answer ({_reason(text)}): check AWS_ENDPOINT_URL and the network; run "
         "the command again, which resumes"
     )
+
+
+def translated(error: BaseException) -> AdasidError | None:
+    """Return the error of :func:`fault` for one of delta-rs or of Hadoop's s3a that speaks of an object store; None for
+    any other."""
+    if isinstance(error, AdasidError) or not isinstance(error, Exception):
+        return None
+    text = re.sub(r"\x1b\[\d*m", "", str(error))
+    if request := re.search(r"Error performing (\w+) (https?://[^\s?]+)", text):
+        operation, url = request.groups()
+        return fault(error, operation, _uri(url))
+    hadoop = re.search(r"(?:(\w+) on )?(s3a://[^\s:,]+)", text)
+    if hadoop and re.search(r"AWS\w*Exception|AccessDenied|UnknownHost|Status Code: \d+|SdkClientException", text):
+        return fault(error, hadoop.group(1) or "access to", f"s3{hadoop.group(2)[3:]}")
+    return None
+
+
+def _uri(url: str) -> str:
+    """Return the URI of an object for the URL by which its store was asked."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "").rstrip("/")
+    return f"s3:/{url.removeprefix(endpoint)}" if endpoint and url.startswith(endpoint) else url
+
+
+def _reason(text: str) -> str:
+    """Return what the client says of its last attempt, in one line."""
+    line = " ".join(text.split())
+    found = re.search(r"<Code>([^<]+)</Code>|HTTP error: [^.<]*|Status Code: \d+|status code:? [^<]{0,40}", line)
+    return (found.group(1) or found.group()) if found else line[:200]
 
 
 def _code(text: str) -> str:

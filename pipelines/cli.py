@@ -10,22 +10,21 @@ import importlib.metadata
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from adasid import config
-from adasid.errors import AdasidError, first_line
-from adasid.files import Location, write_text
+from adasid.errors import AdasidError, TransientError, first_line
 from adasid.storage import configure
+from pipelines import log, traces
 
 if TYPE_CHECKING:
     from pipelines.engines.tracking import StageContext
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed, 5 another "
-    "run is at work. Every key with its default: conf/base.yaml."
+    "run is at work, 75 a fault that passes: run it again. Every key with its default: conf/base.yaml."
 )
 
 
@@ -45,30 +44,45 @@ def parser(description: str) -> argparse.ArgumentParser:
         dest="overrides",
         help="override one key, for example --set seed=3 (repeatable)",
     )
+    parsed.add_argument(
+        "--check",
+        action="store_true",
+        help="check config, versions, engines, sources, storage, MLflow and Ray, one line each; run and write nothing",
+    )
+    parsed.set_defaults(job=parsed.prog.removesuffix(".py"))
     return parsed
 
 
 def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) -> int:
-    """Load the config and call ``body``; turn errors into one line on standard error. Returns the exit code."""
-    log: Location | None = None
+    """Load the config and call ``body``, or the checks of ``--check``; turn errors into one line on standard error.
+    Returns the exit code."""
+    cfg: config.Config | None = None
+    log.place("")
+    checks = getattr(arguments, "check", False)
     try:
         cfg = config.load(arguments.config, arguments.overrides)
+        log.place(cfg.name)
         configure(cfg.storage.options)
         _stand_at_home()
-        log = _error_log(cfg)
+        if checks:
+            from pipelines.checks import run as check
+
+            return check(cfg, arguments.job)
         body(cfg)
-    except AdasidError as error:
-        if error.__cause__:  # an engine's error: keep its stack trace
-            _keep_trace(log)
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted; run the command again to resume", file=sys.stderr)
+        log.line("interrupted; run the command again to resume", "ERROR")
         return 1
     except Exception as error:
-        where = _keep_trace(log)
-        print(f"error: {type(error).__name__}: {first_line(error)[:300]}{where}", file=sys.stderr)
-        return 1
+        kept = traces.keep(cfg, error) if cfg and not checks else ""
+        if isinstance(error, AdasidError):
+            log.line(str(error), "ERROR")
+            return error.exit_code
+        from adasid.faults import passing
+
+        again = passing(error)
+        hint = "; this fault passes: run the command again" if again else ""
+        log.line(f"{type(error).__name__}: {first_line(error)[:300]}{hint}{kept}", "ERROR")
+        return TransientError.exit_code if again else 1
     return 0
 
 
@@ -90,6 +104,7 @@ def stage(
     older format is allowed."""
 
     def body(cfg: config.Config) -> None:
+        log.place(cfg.name, name)
         from pipelines.engines.tracking import stage as tracked
 
         with tracked(cfg, name, migrates=migrates) as context:
@@ -110,22 +125,6 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-def _error_log(cfg: config.Config) -> Location:
-    from pipelines.run import Run
-
-    return Run(cfg).error_log
-
-
-def _keep_trace(log: Location | None) -> str:
-    if log is None:
-        return ""
-    try:
-        write_text(log, traceback.format_exc())
-    except (OSError, AdasidError):
-        return ""
-    return f" (whole trace: {log})"
-
-
 def _stand_at_home() -> None:
     """Change to the project's folder in a Ray job, whose working directory is a temporary copy, so that relative paths
     mean the same."""
@@ -135,10 +134,9 @@ def _stand_at_home() -> None:
     if home:
         os.chdir(home)
     else:
-        print(
-            "note: inside a Ray job relative paths lead into its temporary copy; set ADASID_HOME or an absolute "
-            "runs_dir",
-            file=sys.stderr,
+        log.line(
+            "inside a Ray job relative paths lead into its temporary copy; set ADASID_HOME or an absolute runs_dir",
+            "WARN",
         )
 
 

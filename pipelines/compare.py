@@ -22,6 +22,7 @@ from pyspark import StorageLevel
 from adasid.config import Categories, Config, digest
 from adasid.data.shards import batch_of, find_widths
 from adasid.errors import InputError, first_line
+from adasid.faults import wrapped
 from adasid.files import Location, write_json
 from adasid.metrics.probes import Readout, agreement, duplicates_kept, shared_cosine
 from adasid.report import comparison
@@ -184,10 +185,11 @@ def _categories(source: Categories, wanted: pc.Expression) -> tuple[pa.ChunkedAr
     try:
         table = ds.dataset(source.file, format="parquet").to_table(columns=["item_id", source.column], filter=wanted)
     except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise InputError(
+        raise wrapped(
+            error,
             f"compare.categories {source.file}: cannot be read ({first_line(error)}); give a Parquet file with item_id "
-            f"and {source.column}"
-        ) from None
+            f"and {source.column}",
+        ) from error
     column = table[source.column]
     if pa.types.is_list(column.type):
         column = pc.binary_join(pc.list_slice(column, 0, source.depth), "/")

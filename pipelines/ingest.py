@@ -22,6 +22,7 @@ from adasid.config import ArraysSource, Config, TablesSource
 from adasid.datasets import arrays, synthetic
 from adasid.datasets.arrow import over_ranges
 from adasid.errors import InputError
+from adasid.faults import wrapped
 from pipelines import stage
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
@@ -59,14 +60,14 @@ def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
         "format": _FORMAT,
         "source": cfg.source,
         "seed": cfg.seed if cfg.source.kind in {"synthetic", "amazon"} else None,
-        "modalities": _modalities(cfg),
-        "files": {key: _fingerprint(cfg, key, path, form) for key, (path, form) in _inputs(cfg).items()},
+        "modalities": modalities_of(cfg),
+        "files": {key: _fingerprint(cfg, key, path, form) for key, (path, form) in inputs_of(cfg).items()},
     }
 
 
 def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     cfg, lake, spark = inputs.cfg, inputs.lake, engine.session(inputs.cfg.spark)
-    modalities, names = _modalities(cfg), _writes(cfg)
+    modalities, names = modalities_of(cfg), _writes(cfg)
     newest = Lake(lake.root, {})
     before = {name: newest.version(name) if newest.exists(name) else None for name in names}
     versions = dict[str, int]()
@@ -104,7 +105,7 @@ def _undo(context: StageContext, before: Mapping[str, int | None], written: Mapp
             context.note(f"{name} is as it was before: not all tables of the source could be read")
 
 
-def _modalities(cfg: Config) -> tuple[str, ...]:
+def modalities_of(cfg: Config) -> tuple[str, ...]:
     """Return the vector columns of ``items``. Raises InputError where the source lacks one."""
     wanted = (*cfg.features.content, *((tables.BEHAVIOR,) if cfg.behavior.source == "column" else ()))
     source = cfg.source
@@ -133,7 +134,7 @@ def _modalities(cfg: Config) -> tuple[str, ...]:
     return wanted
 
 
-def _inputs(cfg: Config) -> dict[str, tuple[str, str]]:
+def inputs_of(cfg: Config) -> dict[str, tuple[str, str]]:
     """Map each config key to the (absolute path or URL, format) that the source reads."""
     source = cfg.source
     sources: dict[str, tuple[str, str]] = {}
@@ -144,7 +145,7 @@ def _inputs(cfg: Config) -> dict[str, tuple[str, str]]:
         }
     elif source.arrays:
         files = {"items": source.arrays.items, "interactions": source.arrays.interactions}
-        files.update({f"embeddings.{modality}": source.arrays.embeddings[modality] for modality in _modalities(cfg)})
+        files.update({f"embeddings.{modality}": source.arrays.embeddings[modality] for modality in modalities_of(cfg)})
         sources = {
             f"source.arrays.{name}": (str(Path(source.arrays.folder) / file), "file") for name, file in files.items()
         }
@@ -161,10 +162,11 @@ def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
         try:
             table = DeltaTable(path)
         except Exception as error:
-            raise InputError(
+            raise wrapped(
+                error,
                 f"{key} {path}: not a Delta table ({engine.root_cause(error)}); correct the path, or set "
-                "source.tables.format: parquet"
-            ) from None
+                "source.tables.format: parquet",
+            ) from error
         return [str(table.metadata().id), table.version()]
     root = parquet.local(path)
     if root is not None:
@@ -187,9 +189,9 @@ def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
             if "FileNotFound" in engine.root_cause(error)
             else f"cannot be listed ({engine.root_cause(error)})"
         )
-        raise InputError(
-            f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)"
-        ) from None
+        raise wrapped(
+            error, f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)"
+        ) from error
     return sorted(names)
 
 
@@ -215,7 +217,7 @@ def _frames(
     note: Callable[[str], None],
 ) -> dict[str, DataFrame]:
     prints = cast(dict[str, list[Any]], inputs.settings["files"])
-    paths = {key.rsplit(".", 1)[-1]: path for key, (path, _) in _inputs(cfg).items()}
+    paths = {key.rsplit(".", 1)[-1]: path for key, (path, _) in inputs_of(cfg).items()}
     if cfg.source.synthetic:
         params, make = cfg.source.synthetic, (cfg.source.synthetic, cfg.seed)
         return {
@@ -298,9 +300,10 @@ def _reading(cfg: Config) -> Iterator[None]:
     try:
         yield
     except (Py4JJavaError, PySparkException) as error:
-        raise engine.input_error(error) or InputError(
+        raise engine.input_error(error) or wrapped(
+            error,
             f"source.{cfg.source.kind} could not be copied into the lake ({engine.root_cause(error)}); check the files "
-            "it names"
+            "it names",
         ) from error
 
 

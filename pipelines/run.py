@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adasid.config import Config
-from adasid.errors import InputError
 from adasid.files import Location, location
 from adasid.storage import is_remote
 from pipelines.engines.lake import Lake
@@ -80,20 +79,23 @@ class Run:
 
     @property
     def error_log(self) -> Location:
-        """Return the path of the stack trace of the last error that was reported in one line."""
+        """Return the path of the stack traces of the last errors (:mod:`pipelines.traces`)."""
         return self.folder / "error.log"
 
     @property
     def tracking_uri(self) -> str:
-        """Return the MLflow server that the config names, else an SQLite store in the run's folder."""
-        if self.cfg.tracking.uri or isinstance(self.folder, Path):
-            return self.cfg.tracking.uri or f"sqlite:///{self.folder / 'mlflow.db'}"
-        raise InputError(
-            f"runs_dir is {self.cfg.runs_dir}, where MLflow cannot have its database: set tracking.uri to a server, or "
-            "to a local store such as sqlite:///mlflow.db"
-        )
+        """Return the MLflow server that the config names, else an SQLite store in the run's folder; empty in object
+        storage, where there can be none: then all records stay in :attr:`spool`."""
+        if self.cfg.tracking.uri or not isinstance(self.folder, Path):
+            return self.cfg.tracking.uri or ""
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
 
     @property
     def tracked_artifacts(self) -> Location:
         """Return the folder of MLflow's artifacts, used where no server stores them."""
         return self.artifacts / "mlflow"
+
+    @property
+    def spool(self) -> Location:
+        """Return the folder of what MLflow has not taken yet (:mod:`pipelines.engines.spool`)."""
+        return self.folder / "mlflow-spool"

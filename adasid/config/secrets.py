@@ -22,6 +22,7 @@ _NAMES = {
     "apikey",
 }
 _BEFORE_KEY = {"access", "account", "api", "private", "secret", "shared"}
+_SHORTEST = 6
 _USER = re.compile(r"(?<=://)[^/@\s]+@")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -38,6 +39,20 @@ def names_secret(key: str) -> bool:
 def masked_text(text: str) -> str:
     """Return ``text`` without the users and passwords of its URLs."""
     return _USER.sub("", text)
+
+
+def hidden(text: str, model: BaseModel) -> str:
+    """Return ``text``, such as a stack trace, without the secrets of a config and without those of URLs."""
+    for secret in sorted(_secrets(model.model_dump(mode="json")), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    return masked_text(text)
+
+
+def _secrets(value: Any, key: str = "") -> set[str]:
+    """Return the values of keys that name a secret; none so short that it would be found in other words."""
+    if isinstance(value, Mapping):
+        return {secret for name, inner in value.items() for secret in _secrets(inner, str(name))}
+    return {value} if isinstance(value, str) and len(value) >= _SHORTEST and names_secret(key) else set()
 
 
 def masked(value: Any, key: str = "") -> Any:

@@ -246,5 +246,11 @@ class Storage(Section):
 
 class Tracking(Section):
     uri: str | None = Field(None, description="MLflow tracking server; null: sqlite in the run's folder")
+    timeout: float = Field(
+        5.0,
+        gt=0,
+        description="seconds to wait for an answer of the server, twelve times that for an upload; what it has not "
+        "taken by then goes to <run>/mlflow-spool, and the next stage that reaches it sends that first",
+    )
     experiment: str = Field("adasid", description="MLflow experiment")
     model: str | None = Field(None, description="name in the model registry; null: adasid-<run name>")

@@ -16,6 +16,7 @@ from adasid import tables
 from adasid.datasets.arrow import vectors
 from adasid.datasets.columns import convert
 from adasid.errors import InputError
+from adasid.faults import wrapped
 
 BATCH = 8192
 _LINES = pa.csv.ParseOptions(delimiter="\x01", quote_char=False, ignore_empty_lines=False)
@@ -28,10 +29,11 @@ def check(items: str, embeddings: Mapping[str, str]) -> int:
     try:
         rows = sum(len(batch) for batch in item_rows(items, 0, None))
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-        raise InputError(
+        raise wrapped(
+            error,
             f"source.arrays.items {items}: not readable ({_line(error)}); give one Parquet file with item_id, or a "
-            ".txt with one id a line"
-        ) from None
+            ".txt with one id a line",
+        ) from error
     for modality, path in embeddings.items():
         array = open_array(path, f"source.arrays.embeddings.{modality}")
         if len(array) != rows:
@@ -48,9 +50,9 @@ def open_array(path: str, key: str) -> NDArray[np.floating]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{key} {path}: not a readable .npy array ({_line(error)}); write it with numpy.save"
-        ) from None
+        raise wrapped(
+            error, f"{key} {path}: not a readable .npy array ({_line(error)}); write it with numpy.save"
+        ) from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
         kind = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
         raise InputError(f"{key} {path}: holds {kind}; must be one float array (items, width), written with numpy.save")

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from adasid.datasets import columns
-from adasid.errors import InputError, first_line
+from adasid.errors import first_line
+from adasid.faults import wrapped
 
 _ROWS = 8192
 
@@ -57,7 +58,7 @@ def _rows(file: DataFile, groups: list[int], schema: pa.Schema, key: str) -> Ite
                 rows = pa.RecordBatch.from_arrays([*values, *keys], names=[*wanted, *partition])
                 yield columns.convert(rows, schema, where)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{where}: not readable as parquet ({first_line(error)}); write the file again") from None
+        raise wrapped(error, f"{where}: not readable as parquet ({first_line(error)}); write the file again") from error
 
 
 def convert_batches(schema: pa.Schema, where: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

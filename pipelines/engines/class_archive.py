@@ -17,7 +17,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from adasid.config import Spark
-from adasid.errors import InputError
+from adasid.errors import AdasidError
+from pipelines import log
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import class_archive, read, session, write
 
@@ -36,8 +37,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             spark = session(Spark(master="local[2]", driver_memory="1g", shuffle_partitions=2), "class archive")
-        except InputError as error:
-            print(error, file=sys.stderr)
+        except AdasidError as error:
+            log.line(str(error), "ERROR")
             return 1
         _load_classes(spark, Lake(folder, {}))
         gateway = spark.sparkContext._gateway
@@ -48,7 +49,7 @@ def main() -> int:
     if draft.exists():
         draft.replace(target)
     else:
-        print("Java wrote no class archive: jobs start more slowly", file=sys.stderr)
+        log.line("Java wrote no class archive: jobs start more slowly", "WARN")
     return 0
 
 

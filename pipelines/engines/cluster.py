@@ -7,7 +7,6 @@ import math
 import os
 import re
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,9 @@ from typing import Any, TypeVar
 
 from adasid import config, errors
 from adasid.distributed import settle
+from adasid.faults import passing, wrapped
 from adasid.files import Location, location, write_json
+from pipelines import log
 from pipelines.engines import code
 
 MALLOC = {
@@ -72,24 +73,25 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
         raise errors.InputError(
             f"Ray refused the connection ({errors.first_line(error)}): export RAY_AUTH_MODE=token, as where the "
             "cluster was started"
-        ) from None
+        ) from error
     except OSError as error:  # ConnectionError, and a time-out
         where = settings.address or os.environ.get("RAY_ADDRESS")
-        raise errors.InputError(
+        raise wrapped(
+            error,
             f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave "
-            "ray.address null"
-        ) from None
+            "ray.address null",
+        ) from error
     available = ray.cluster_resources()
     gpus = int(available.get("GPU", 0)) if settings.gpus == "auto" else 0
     workers = min(settings.workers, gpus) if gpus else settings.workers
     if workers < settings.workers:
-        print(f"note: {workers} workers instead of {settings.workers}, one for each GPU", file=sys.stderr)
+        log.line(f"{workers} workers instead of {settings.workers}, one for each GPU", "WARN")
     if available.get("CPU", 0) < workers * settings.cpus_per_worker:
         need = workers * settings.cpus_per_worker
-        print(
-            f"note: waiting for {need:g} CPUs, the Ray cluster has {available.get('CPU', 0):g}; lower ray.workers or "
+        log.line(
+            f"waiting for {need:g} CPUs, the Ray cluster has {available.get('CPU', 0):g}; lower ray.workers or "
             "ray.cpus_per_worker",
-            file=sys.stderr,
+            "WARN",
         )
     resources = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpus else {})}
     scaling = ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources)
@@ -104,7 +106,7 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
         _raise_failure(folder)
         if lost := re.search(r"adasid\.errors\.InputError: ([^\n]+ of the driver is not there on [^\n]+)", str(error)):
             raise errors.InputError(lost.group(1)) from error
-        raise errors.TrainingError(
+        raise (errors.TransientError if passing(error) else errors.TrainingError)(
             f"{name}: the workers failed ({_first_line(error)}); run the command again to resume from the last "
             "checkpoint"
         ) from error
@@ -210,7 +212,9 @@ def _guarded(call: dict[str, Any]) -> None:
             raise
 
 
-def _raise_failure(folder: Location, kinds: tuple[str, ...] = ("TrainingError", "InputError", "ConfigError")) -> None:
+def _raise_failure(
+    folder: Location, kinds: tuple[str, ...] = ("TrainingError", "InputError", "ConfigError", "TransientError")
+) -> None:
     path = folder / _FAILURE
     if path.exists():
         failure = json.loads(path.read_text(encoding="utf-8"))

@@ -24,8 +24,9 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
 from adasid import files
 from adasid.errors import BusyError, InputError, first_line
+from adasid.faults import wrapped
 from adasid.files import location
-from adasid.storage import ObjectPath, delta_options, fault, is_remote
+from adasid.storage import ObjectPath, delta_options
 
 _WRITES = {
     "WRITE",
@@ -122,11 +123,12 @@ class Lake:
                     f"lake {self.root}: this file system has no hard links ({error.strerror}), by which Delta commits "
                     "exclude each other: mount one that has (NFS, Lustre, CephFS), or name a bucket in runs_dir "
                     "(s3://bucket/prefix)"
-                ) from None
-            raise InputError(
+                ) from error
+            raise wrapped(
+                error,
                 f"lake {self.root}: not writable ({error.strerror}); choose another with --set runs_dir=PATH, or mend "
-                "its permissions"
-            ) from None
+                "its permissions",
+            ) from error
 
     def open(self, table: str, version: int | None = None) -> DeltaTable:
         """Open the table at ``version``, its pin, or its latest version. Raises InputError where there is none."""
@@ -139,11 +141,9 @@ class Lake:
                 "(see docs/architecture.md)"
             ) from None
         except Exception as error:
-            if is_remote(self.root) and "version" not in str(error).lower():
-                raise fault(error, "read", self.path(table)) from error
-            raise InputError(
-                f"table {table} in {self.root} cannot be read at version {version}: {first_line(error)}"
-            ) from None
+            raise wrapped(
+                error, f"table {table} in {self.root} cannot be read at version {version}: {first_line(error)}"
+            ) from error
 
     def delta(self, table: str, version: int | None = None) -> DeltaTable:
         """Return delta-rs' table at ``version`` (default: the latest), whatever the pins say. Raises what delta-rs

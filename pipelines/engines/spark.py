@@ -21,6 +21,7 @@ from pyspark.sql.types import StructType
 
 from adasid import config
 from adasid.errors import InputError
+from adasid.faults import wrapped
 from adasid.files import Location
 from pipelines.engines import code
 from pipelines.engines.lake import Lake, stamped
@@ -96,16 +97,16 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
             if key.startswith("spark.hadoop."):  # a context that runs already does not take it from its session
                 hadoop.set(key.removeprefix("spark.hadoop."), value)
     except Exception as error:
-        raise InputError(f"Spark did not start ({root_cause(error)}): {_start_fix(error)}") from None
+        raise wrapped(error, f"Spark did not start ({root_cause(error)}): {_start_fix(error)}") from error
     try:
         thread = spark._jvm.java.lang.Thread.currentThread()  # type: ignore[union-attr]
         for required in (_EXTENSION, _LOG_STORE):
             thread.getContextClassLoader().loadClass(required)
-    except Exception:
+    except Exception as error:
         raise InputError(
             f"Delta's jars are not in {jar_folder()} ({', '.join((*JARS, LOG_STORE_JAR))}): run "
             "`python -m pipelines.engines.jars`, or `make setup`"
-        ) from None
+        ) from error
     if not str(spark.sparkContext.master).startswith("local") and not _sent(spark):
         spark.sparkContext.addPyFile(str(code.archive()))
     log4j = spark._jvm.org.apache.logging.log4j  # type: ignore[union-attr]

@@ -7,92 +7,117 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.data.delta_dataset_source import DeltaDatasetSource
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from adasid.config import Config, yaml12
 from adasid.config.secrets import masked_config, masked_text
 from adasid.errors import InputError, first_line
-from adasid.files import Location, append_line, local, write_json
-from pipelines import migrate
+from adasid.files import Location, append_line, write_json
+from adasid.storage import translated
+from pipelines import log, migrate
+from pipelines.engines import records
 from pipelines.engines.lake import Lake
+from pipelines.engines.recorder import UPLOAD, Recorder, within
+from pipelines.engines.records import Server
+from pipelines.engines.spool import Spool
 from pipelines.run import Run
+
+_DAY = 86_400
 
 
 @dataclass
 class StageContext:
-    """A stage runs in a context: its MLflow run. ``status``: ``done``, ``up to date`` or another word for the end;
-    ``journal``: whether its end is written to the run's journal; ``facts``: shown in the printed summary."""
+    """A stage runs in a context: its MLflow run. ``key``: names the run, also before MLflow has created it;
+    ``status``: ``done``, ``up to date`` or another word for the end; ``journal``: whether its end is written to the
+    run's journal; ``facts``: shown in the printed summary. No fault of MLflow is raised (:class:`Recorder`)."""
 
     cfg: Config
     lake: Lake
     stage: str
-    client: MlflowClient
-    run_id: str
+    recorder: Recorder
+    key: str
     status: str = "done"
     journal: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
-    def note(self, text: str) -> None:
+    @property
+    def client(self) -> MlflowClient:
+        """Return MLflow's client."""
+        return self.recorder.server.client
+
+    @property
+    def run_id(self) -> str:
+        """Return the id of the MLflow run; its key, which is its tag ``adasid.key``, before MLflow has created it."""
+        return self.recorder.server.ids.get(self.key, self.key)
+
+    def note(self, text: str, level: log.Level = "INFO") -> None:
         """Print one line of progress on standard error."""
-        print(f"[{self.stage} {time.monotonic() - self.started:6.1f}s] {text}", file=sys.stderr, flush=True)
+        log.line(text, level, self.stage)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers; names are restricted to MLflow's characters (``@`` becomes ``_at_``)."""
-        now = int(time.time() * 1000)
-        metrics = [Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()]
-        self.client.log_batch(self.run_id, metrics=metrics)
+        numbers = {name.replace("@", "_at_"): float(value) for name, value in values.items()}
+        self.recorder.put(records.batch(self.key, numbers, step=step))
 
     def inputs(self, versions: Mapping[str, int]) -> None:
         """Record the table versions that were read, as dataset lineage and as tags."""
+        self._tags("in", versions)
         for table, version in versions.items():
-            source = DeltaDatasetSource(path=self.lake.path(table), delta_table_version=version)
-            dataset = MetaDataset(source, name=table, digest=f"v{version}")  # type: ignore[abstract]
-            entity = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", self.stage)])
-            self.client.log_inputs(self.run_id, [entity])
-            self.client.set_tag(self.run_id, f"in.{table}", version)
+            row = {"do": "input", "run": self.key, "table": table, "version": version}
+            self.recorder.put({**row, "path": self.lake.path(table), "context": self.stage})
 
     def outputs(self, versions: Mapping[str, int]) -> None:
         """Record the table versions that were written."""
-        for table, version in versions.items():
-            self.client.set_tag(self.run_id, f"out.{table}", version)
+        self._tags("out", versions)
 
-    def lineage(self, days: int) -> Iterator[tuple[str, int]]:
-        """Yield tables and their versions that this pipeline's runs of the last ``days`` days read or wrote; runs
-        deleted in MLflow do not count."""
-        since, page = int((time.time() - 86_400 * days) * 1000), None
-        experiment = self.client.get_run(self.run_id).info.experiment_id
+    def _tags(self, prefix: str, versions: Mapping[str, int]) -> None:
+        if versions:
+            tags = {f"{prefix}.{table}": version for table, version in versions.items()}
+            self.recorder.put(records.batch(self.key, tags=tags))
+
+    def lineage(self, days: int) -> list[tuple[str, int]] | None:
+        """Return tables and their versions that this pipeline's runs of the last ``days`` days read or wrote; runs
+        deleted in MLflow do not count. None where MLflow does not answer or has not got all records: no version is
+        known to be unused."""
+        since = time.time() - _DAY * days
+        if self.recorder.spool.lost(since):
+            return None
+        found, page = list(self.recorder.spool.versions()), None
+        if not Run(self.cfg).tracking_uri:
+            return found
+        where = f"tags.run = '{self.cfg.name}' and attributes.start_time >= {int(since * 1000)}"
         while True:
-            runs = self.client.search_runs(
-                [experiment], f"tags.run = '{self.cfg.name}' and attributes.start_time >= {since}", page_token=page
-            )
+            runs = self.recorder.ask(lambda: self._search(where, page))  # noqa: B023
+            if runs is None:
+                return None
             for name, value in (tag for run in runs for tag in run.data.tags.items()):
                 if name.startswith(("in.", "out.")):
-                    yield name.partition(".")[2], int(value)
+                    found.append((name.partition(".")[2], int(value)))
             page = runs.token
             if not page:
-                return
+                return found
+
+    def _search(self, where: str, page: str | None) -> Any:
+        return self.client.search_runs([self.recorder.server.experiment_id()], where, page_token=page)
 
     def artifact(self, path: Location) -> None:
         """Log a file, or a folder with all its files."""
-        with local(path) as there:
-            if there.is_dir():
-                self.client.log_artifacts(self.run_id, str(there), path.name)
-            else:
-                self.client.log_artifact(self.run_id, str(there))
+        self.recorder.put({"do": "artifact", "run": self.key, "path": str(path)})
+
+    def document(self, name: str, values: Mapping[str, Any]) -> None:
+        """Log plain values as the JSON file ``name``."""
+        text = json.dumps(values, indent=2, default=str)
+        self.recorder.put({"do": "text", "run": self.key, "file": name, "text": text})
 
 
 def open_lake(cfg: Config) -> Lake:
@@ -114,104 +139,95 @@ def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) 
     right status, and append its wall time and facts to ``stages.jsonl`` in the run's folder (not without ``journal``).
     ``migrates``: the lake may have an older format."""
     lake = Run(cfg).lake if migrates else open_lake(cfg)
-    uri = Run(cfg).tracking_uri
-    try:
-        client, parent, run_id = _start(cfg, name, uri)
-    except InputError:
-        raise
-    except Exception as error:
-        raise _unusable(uri, error) from None
-    context = StageContext(cfg, lake, name, client, run_id, journal=journal)
+    before = log.place(cfg.name, name)
+    recorder = _recorder(cfg, name)
+    parent, key = _parent(cfg, recorder), records.new_key()
+    recorder.put(records.create(key, name, {"stage": name[:250], "run": cfg.name}, parent))
+    text = yaml12.write(masked_config(cfg).model_dump(mode="json"))
+    recorder.put({"do": "text", "run": key, "file": "config.yaml", "text": text})
+    context = StageContext(cfg, lake, name, recorder, key, journal=journal)
     try:
         yield context
     except BaseException as error:
-        with _best_effort(context, "the failure"):
-            client.set_tag(run_id, "error", masked_text(str(error))[:500])
-            client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
-            client.set_terminated(parent, "FAILED")
-        if isinstance(error, MlflowException):
-            raise _unusable(uri, error) from error
+        fault = translated(error)
+        recorder.put(records.batch(key, tags={"error": masked_text(str(fault or error))[:500]}))
+        _end(recorder, "FAILED" if isinstance(error, Exception) else "KILLED", key)
+        _end(recorder, "FAILED", parent)
+        if fault:
+            raise fault from error
         raise
     seconds = time.monotonic() - context.started
-    with _best_effort(context, "the end"):  # the stage is done even if MLflow fails
-        context.metrics({"wall_seconds": seconds})
-        client.set_tag(run_id, "status", context.status)
-        client.set_terminated(run_id)
-        client.set_terminated(parent)
-    row = {"stage": name, "status": context.status, "seconds": round(seconds, 1), "mlflow_run": run_id}
+    recorder.put(records.batch(key, {"wall_seconds": seconds}, {"status": context.status}))
+    _end(recorder, "FINISHED", key, parent)
+    row = {"stage": name, "status": context.status, "seconds": round(seconds, 1), "mlflow_run": context.run_id}
     row["facts"] = context.facts
     if journal:
         append_line(Run(cfg).journal, json.dumps(row, default=str))
-    context.note(
-        f"{context.status} in {seconds:.1f} s" + "".join(f" | {key} {value}" for key, value in context.facts.items())
-    )
+    log.line(f"{context.status} in {seconds:.1f} s", stage=name, facts=context.facts)
+    log.place(*before)
 
 
-def _start(cfg: Config, name: str, uri: str) -> tuple[MlflowClient, str, str]:
-    """Return the client, the pipeline's parent run and the new run of a stage."""
+def _end(recorder: Recorder, status: str, *runs: str) -> None:
+    for run in runs:
+        recorder.put({"do": "end", "run": run, "status": status, "time": records.now()})
+
+
+def _recorder(cfg: Config, name: str) -> Recorder:
+    """Return a recorder that has called the server. Raises InputError for a deleted experiment and for a URI that
+    MLflow cannot read: both need the user."""
+    server, spool = _server(cfg), Spool(Run(cfg).spool, cfg.tracking.experiment)
+    recorder = Recorder(server, spool, cfg.tracking.timeout, name)
+    if Run(cfg).tracking_uri:
+        recorder.open()
+    else:
+        recorder.away = True
+    return recorder
+
+
+def _server(cfg: Config) -> Server:
+    uri, settings = Run(cfg).tracking_uri, cfg.tracking
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would name every connection that is tried again
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # about one minute; MLflow's default of 7 takes six
-    mlflow.set_tracking_uri(uri)
-    client = MlflowClient(uri)
-    experiment = _experiment(cfg, client, uri)
-    parent = _parent(cfg, client, experiment)
-    tags = {"mlflow.parentRunId": parent, "stage": name[:250], "run": cfg.name}
-    run_id = str(client.create_run(experiment, run_name=name[:250], tags=tags).info.run_id)
-    client.log_text(run_id, yaml12.write(masked_config(cfg).model_dump(mode="json")), "config.yaml")
-    return client, parent, run_id
-
-
-def _experiment(cfg: Config, client: MlflowClient, uri: str) -> str:
-    """Return the experiment's id; create the experiment if there is none."""
-    name, folder = cfg.tracking.experiment, Run(cfg).tracked_artifacts
-    place = folder.as_uri() if isinstance(folder, Path) else str(folder)
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=None if cfg.tracking.uri else place))
-        except MlflowException as error:
-            experiment = client.get_experiment_by_name(name)  # another run may have created it concurrently
-            if experiment is None:
-                raise error from None
-    if experiment.lifecycle_stage == LifecycleStage.DELETED:
-        raise InputError(
-            f"experiment {name!r} was deleted in MLflow ({masked_text(uri)}): restore it "
-            f"(mlflow experiments restore --experiment-id {experiment.experiment_id}), or set tracking.experiment"
-        )
-    return str(experiment.experiment_id)
-
-
-def _unusable(uri: str, error: Exception) -> InputError:
-    fix = "check tracking.uri, or leave it null for a local store"
-    return InputError(masked_text(f"MLflow store {uri}: {first_line(error)}; {fix}"))
-
-
-@contextmanager
-def _best_effort(context: StageContext, what: str) -> Iterator[None]:
-    """Note MLflow's faults: they replace neither an error nor the result of a finished stage."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{UPLOAD * settings.timeout:.0f}")
     try:
-        yield
-    except Exception as error:
-        context.note(f"MLflow has not recorded {what} of this stage ({masked_text(first_line(error))})")
+        mlflow.set_tracking_uri(uri)
+        client = MlflowClient(uri or None)
+    except MlflowException as error:
+        fix = "correct tracking.uri, or leave it null for a local store"
+        raise InputError(masked_text(f"tracking.uri {uri}: {first_line(error)}; {fix}")) from error
+    place = Run(cfg).tracked_artifacts
+    own = None if settings.uri or not isinstance(place, Path) else place.as_uri()
+    return Server(client, settings.experiment, own, masked_text(uri))
 
 
-def _parent(cfg: Config, client: MlflowClient, experiment_id: str) -> str:
-    path = Run(cfg).pipeline
+def reach(cfg: Config) -> None:
+    """Ask the tracking server for the experiment, and create nothing. Raises InputError where it was deleted, else what
+    MLflow raises."""
+    within(cfg.tracking.timeout, _server(cfg).found)
+
+
+def _parent(cfg: Config, recorder: Recorder) -> str:
+    """Return the run, by id or key, that is the parent of the next stages; create it if there is none."""
+    path, server = Run(cfg).pipeline, recorder.server
     if path.exists():
         known = str(json.loads(path.read_text(encoding="utf-8"))["parent"])
-        with suppress(MlflowException):  # the store was replaced, or the run deleted: start a new parent
-            if client.get_run(known).info.experiment_id == experiment_id:
-                client.update_run(known, status="RUNNING")
-                return known
-    parent = client.create_run(experiment_id, run_name=cfg.name, tags={"run": cfg.name}).info.run_id
-    flat = parameters(cfg)
-    params = [Param(key, str(value)[:5000]) for key, value in flat.items()]
-    for start in range(0, len(params), 100):
-        client.log_batch(parent, params=params[start : start + 100])
-    write_json(path, {"parent": parent})
-    return str(parent)
+        if recorder.away or recorder.ask(lambda: _usable(server, known)):
+            recorder.put({"do": "resume", "run": known})
+            return known
+    key = records.new_key()
+    recorder.put(records.create(key, cfg.name, {"run": cfg.name}))
+    recorder.put({"do": "params", "run": key, "values": parameters(cfg)})
+    write_json(path, {"parent": server.ids.get(key, key)})
+    return key
+
+
+def _usable(server: Server, run: str) -> bool:
+    """Return whether a run is there, in the experiment; not where the store was replaced or the run deleted."""
+    found = server.client.get_run(server.run_id(run)).info
+    return bool(found.experiment_id == server.experiment_id() and found.lifecycle_stage == "active")
 
 
 def parameters(cfg: Config) -> dict[str, Any]:

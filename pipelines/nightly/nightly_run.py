@@ -101,7 +101,7 @@ class NightlyRun:
     def track(self, candidate: Candidate) -> None:
         """Track the measurements of the table and every gate; in a dry run also on the screen and on the page."""
         self.context.metrics(verdict.tracked(candidate))
-        self.context.client.log_dict(self.context.run_id, candidate.model_dump(include={"gates"}), "gates.json")
+        self.context.document("gates.json", candidate.model_dump(include={"gates"}))
         if self.dry:
             for gate in candidate.gates:
                 self.context.note(f"{'passed' if gate.passed else 'FAILED'}: {failures([gate])}")

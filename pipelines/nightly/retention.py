@@ -46,10 +46,11 @@ def kept(history: list[Generation], number: int) -> list[Generation]:
     return [generation for generation in history if generation.generation in wanted]
 
 
-def needed(context: StageContext) -> dict[str, set[int]]:
+def needed(context: StageContext) -> dict[str, set[int]] | None:
     """Return table -> versions that must stay readable: ``sids`` of the last ``retokenize.keep`` generations, the
     sources of the last ``retention.sources``, the training data of models changed in the last
-    ``retokenize.lineage_days``, what runs of these days and running jobs read and wrote, and the config's pins."""
+    ``retokenize.lineage_days``, what runs of these days and running jobs read and wrote, and the config's pins. None
+    where MLflow does not answer."""
     cfg, keep = context.cfg, defaultdict[str, set[int]](set)
     settings, history = cfg.retokenize, generations.history(context.lake)
     for generation in kept(history, settings.keep):
@@ -61,14 +62,18 @@ def needed(context: StageContext) -> dict[str, set[int]]:
             if modified(file) >= since:
                 inputs = json.loads(file.read_text(encoding="utf-8")).get("inputs", {})
                 pairs += inputs.items() if isinstance(inputs, dict) else ()
-    for table, version in [*pairs, *cfg.pins.items(), *context.lineage(settings.lineage_days), *_at_work(context)]:
+    lineage = context.lineage(settings.lineage_days)
+    if lineage is None:
+        return None
+    at_work = _at_work(context) if Run(cfg).tracking_uri else ()
+    for table, version in [*pairs, *cfg.pins.items(), *lineage, *at_work]:
         keep[table].add(version)
     return keep
 
 
 def tracked_runs(context: StageContext, condition: str = "") -> Iterator[TrackedRun]:
     """Yield this pipeline's runs in MLflow that satisfy a condition."""
-    experiment, page = context.client.get_run(context.run_id).info.experiment_id, None
+    experiment, page = context.recorder.server.experiment_id(), None
     while True:
         text = f"tags.run = '{context.cfg.name}'" + (f" and {condition}" if condition else "")
         runs = context.client.search_runs([experiment], text, page_token=page)

@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 
 from adasid.config import Config, digest
 from adasid.errors import GateError, InputError
+from adasid.faults import wrapped
 from adasid.files import Location, write_json
 from adasid.tables import SID_CHANGES, SIDS
 from adasid.tokenizers.artifact import Manifest
@@ -75,11 +76,12 @@ def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -
             if not incremental.publish(nightly):
                 _publish(nightly)
         except (Py4JJavaError, PySparkException, OSError) as error:
-            raise InputError(
+            raise wrapped(
+                error,
                 f"nightly run of {day}: item_features version {version} or sids version {live.sids_version} cannot "
                 f"be processed ({engine.root_cause(error)}); "
                 f"generation {generations.pointer(lake)} stays live: mend the table or the disk that it names, then "
-                "run it again"
+                "run it again",
             ) from error
 
 
@@ -275,7 +277,7 @@ def _judge(nightly: NightlyRun, candidate: Candidate, moves: DataFrame, whole: D
         "of the largest groups": [f"{row['item_id']} ({row['n']})" for row in largest_groups.collect()],
     }
     gates = candidate.model_dump(include={"gates"})
-    nightly.context.client.log_dict(nightly.context.run_id, {**gates, "worst": worst}, "refused.json")
+    nightly.context.document("refused.json", {**gates, "worst": worst})
     if not nightly.dry:
         write_json(nightly.refused, {**candidate.model_dump(exclude={"metrics", "drift"}), "worst": worst})
         nightly.pages()

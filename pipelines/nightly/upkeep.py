@@ -46,16 +46,20 @@ def maintain(cfg: Config, context: StageContext) -> None:
     ``grace_hours``. A table retains its input hash, its lineage, and the log of all its versions (but ``leases``)."""
     lake, grace = context.lake, cfg.retokenize.grace_hours
     with leased(context, cfg.retokenize.lease) as lease:
+        if context.recorder.away:
+            context.note("MLflow does not answer: no model and no file of a run is removed", "WARN")
         for trim in (
             retention.trim_exports,
-            retention.trim_artifacts,
-            retention.trim_tracking,
+            *(() if context.recorder.away else (retention.trim_artifacts, retention.trim_tracking)),
             retention.trim_rejected,
             retention.trim_leases,
         ):
             lease.check()
             trim(context)
         keep = retention.needed(context)
+        if keep is None:
+            context.status = "removed no file"
+            context.note("MLflow does not answer: what recent runs read is unknown, so no file is removed", "WARN")
         for name in lake.tables():
             table = lake.delta(name)
             if name == "leases":
@@ -68,6 +72,10 @@ def maintain(cfg: Config, context: StageContext) -> None:
                 )
             if name not in {"sids", "live"}:  # their readers open a fixed version, which compaction does not change
                 compacted = table.optimize.compact(commit_properties=input_hash)["numFilesRemoved"]
+            if keep is None:
+                context.facts[name] = f"{compacted} files compacted"
+                context.note(f"{name}: {context.facts[name]}")
+                continue
             retained = sorted({*keep[name], table.version()})
             retained = [version for version in retained if _readable(context, name, version)]
             exists = lake.existing(name)

@@ -124,7 +124,7 @@ def _embed(items: DataFrame, source: AmazonSource, seed: int) -> DataFrame:
         raise InputError(
             f"source.amazon.metadata {source.metadata}: no word occurs {source.min_word_count} times; lower "
             "source.amazon.min_word_count"
-        ) from None
+        ) from error
     known = model.transform(tokens).withColumn("text", vector_to_array(F.col("vector"), "float32"))
     return known.select("item_id", "title", F.when(F.exists("text", lambda x: x != 0), F.col("text")).alias("text"))
 

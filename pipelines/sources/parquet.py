@@ -26,6 +26,7 @@ from adasid import tables
 from adasid.datasets import columns
 from adasid.datasets.files import DataFile, convert_batches, open_parquet, read_row_groups
 from adasid.errors import InputError, first_line
+from adasid.faults import wrapped
 from pipelines.engines import spark as engine
 
 _TASK_BYTES = 128 * 2**20
@@ -101,6 +102,22 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
     root = local(path)
     if root is None:
         return _by_spark(key, path, target, spark.read.option("mergeSchema", "true").format("parquet"), note)
+    files, footers = check_files(key, path, root, target, note)
+    pairs = list(zip(files, footers))
+    plan = _plan([pair for pair in pairs if not _fixed_size(pair[1], target)])
+    tasks = spark.range(0, max(len(plan), 1), 1, max(len(plan), 1))
+    rows = tasks.mapInArrow(partial(read_row_groups, plan, target.schema, key), engine.struct(target.schema))
+    for schema in dict.fromkeys(footer.schema for _, footer in pairs if _fixed_size(footer, target)):
+        paths = [engine.escaped(file.path, key) for file, footer in pairs if footer.schema.equals(schema)]
+        reader = spark.read.format("parquet").option("basePath", str(root if root.is_dir() else root.parent))
+        rows = rows.unionByName(_by_spark(key, path, target, reader, note, paths))
+    return rows
+
+
+def check_files(
+    key: str, path: str, root: Path, target: Target, note: Callable[[str], None]
+) -> tuple[list[DataFile], list[_Footer]]:
+    """Return the files below ``root`` and their schemas, without reading rows. Raises as :func:`scan`."""
     where, files = f"{key} {path}", listed(root)
     if (root / "_delta_log").is_dir():
         raise InputError(
@@ -113,15 +130,15 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
     with ThreadPoolExecutor(_READERS) as pool:
         footers = list(pool.map(partial(_footer, key), files))
     _check(where, key, files, footers, target, note)
-    pairs = list(zip(files, footers))
-    plan = _plan([pair for pair in pairs if not _fixed_size(pair[1], target)])
-    tasks = spark.range(0, max(len(plan), 1), 1, max(len(plan), 1))
-    rows = tasks.mapInArrow(partial(read_row_groups, plan, target.schema, key), engine.struct(target.schema))
-    for schema in dict.fromkeys(footer.schema for _, footer in pairs if _fixed_size(footer, target)):
-        paths = [engine.escaped(file.path, key) for file, footer in pairs if footer.schema.equals(schema)]
-        reader = spark.read.format("parquet").option("basePath", str(root if root.is_dir() else root.parent))
-        rows = rows.unionByName(_by_spark(key, path, target, reader, note, paths))
-    return rows
+    return files, footers
+
+
+def check_schema(key: str, path: str, schema: pa.Schema, target: Target, note: Callable[[str], None]) -> None:
+    """Raise InputError unless a table with this schema has the required columns, of types that can be converted."""
+    where = f"{key} {path}"
+    target.check(where, schema.names)
+    columns.problems(schema, target.schema, where)
+    _check_title(where, schema, target, note)
 
 
 def delta(
@@ -140,10 +157,11 @@ def _footer(key: str, file: DataFile) -> _Footer:
             return _Footer(pa.schema([*fields, *((name, pa.string()) for name in partition)]), sizes)
     except (pa.ArrowException, OSError) as error:
         size = os.path.getsize(file.path) if os.path.exists(file.path) else 0
-        raise InputError(
+        raise wrapped(
+            error,
             f"{key} {file.path}: not readable as parquet ({size} bytes: {first_line(error)}); correct the path or the "
-            "format, or write the file again"
-        ) from None
+            "format, or write the file again",
+        ) from error
 
 
 def _check(
@@ -221,9 +239,9 @@ def _by_spark(
     try:
         frame = reader.load(engine.uri(path) if files is None else files)
     except (Py4JJavaError, PySparkException) as error:
-        raise InputError(
-            f"{where}: not readable ({engine.root_cause(error)}); correct the path or the format"
-        ) from None
+        raise wrapped(
+            error, f"{where}: not readable ({engine.root_cause(error)}); correct the path or the format"
+        ) from error
     if files is None:
         target.check(where, frame.columns)
     names = [name for name in frame.columns if name in columns.read_from(target.schema)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mlflow.exceptions import MlflowException
-
 from adasid.config import Config
 from adasid.files import Location
 from adasid.tokenizers import artifact
@@ -23,21 +21,6 @@ def register(
     """Set ``alias`` of the registered model to the tokenizer (its digest), whose artifact in ``folder`` is logged
     unless it was: ``candidate`` is the one trained last by jobs/train.py, ``champion`` that of the live semantic
     IDs."""
-    name, client = model_name(cfg), context.client
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("digest") == tokenizer]
-    if known:
-        version = known[0]
-    elif (folder / "manifest.json").exists():
-        context.artifact(folder)
-        source = f"{client.get_run(context.run_id).info.artifact_uri}/{folder.name}"
-        tags = {"digest": tokenizer, "tokenizer": artifact.read_manifest(folder).tokenizer}
-        version = client.create_model_version(name, source, context.run_id, tags=tags)
-    else:
-        context.note(f"tokenizer {tokenizer} is neither in MLflow nor in {folder}: {alias} stays")
-        return
-    client.set_registered_model_alias(name, alias, version.version)
+    method = artifact.read_manifest(folder).tokenizer if (folder / "manifest.json").exists() else None
+    record = {"do": "register", "run": context.key, "model": model_name(cfg)}
+    context.recorder.put({**record, "path": str(folder), "digest": tokenizer, "tokenizer": method, "alias": alias})

@@ -1,7 +1,6 @@
 """Check infra/: every path, flag, key, tag, version and variable that it names exists."""
 
 import ast
-import importlib.util
 import os
 import re
 import shutil
@@ -66,6 +65,8 @@ def test_kubernetes_runs_the_jobs_with_flags_that_they_have():
         for flag in {"--run-date"} if job == door else set(template["arguments"][::2]) - {"--run-date"}:
             assert flag in shown, (job, flag)
     assert SPARK["spec"]["concurrencyPolicy"] == "Forbid"
+    assert template["restartPolicy"]["type"] == "OnFailure" and template["restartPolicy"]["onFailureRetries"] == 2
+    assert RAY["spec"]["backoffLimit"] == 2
     pods = [*(template[part]["volumeMounts"] for part in ("driver", "executor"))]
     names = {volume["name"] for volume in template["volumes"]}
     assert all(mount["name"] in names for mounts in pods for mount in mounts)
@@ -195,13 +196,37 @@ def test_the_dag_runs_the_chain_in_order():
     ]
     jobs = [call.args[0].value for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset))]
     assert jobs == STEPS
-    (night,) = [call for call in calls if call.args[0].value == "retokenize"]
-    assert {word.arg: getattr(word.value, "value", None) for word in night.keywords}[
-        "retries"
-    ] == 0  # a refused night stays refused
-    if importlib.util.find_spec("airflow"):
-        found = subprocess.run([sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True)
-        assert found.returncode == 0, found.stderr
+
+
+ATTEMPT = """
+import sys
+from airflow.exceptions import AirflowFailException
+import adasid_nightly
+try:
+    adasid_nightly.dag.get_task("retokenize").execute({})
+    print("done")
+except AirflowFailException as error:
+    print("final", error)
+except Exception as error:
+    print("again", error)
+print(adasid_nightly.dag.get_task("retokenize").retries)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("airflow"), reason="Airflow is not on the PATH")
+@pytest.mark.parametrize(
+    ("code", "end"), [(0, "done"), (1, "again"), (2, "final"), (3, "final"), (4, "final"), (5, "final"), (75, "again")]
+)
+def test_the_dag_tries_a_fault_that_passes_again_and_no_refusal(tmp_path, code, end):
+    submit = tmp_path / ".venv" / "bin" / "spark-submit"
+    submit.parent.mkdir(parents=True)
+    submit.write_text(f"#!/bin/sh\nexit {code}\n")
+    submit.chmod(0o755)
+    own = {"AIRFLOW_HOME": str(tmp_path), "ADASID_HOME": str(tmp_path), "PYTHONPATH": str(INFRA / "airflow")}
+    python = Path(shutil.which("airflow")).with_name("python")
+    found = subprocess.run([python, "-c", ATTEMPT], env={**os.environ, **own}, capture_output=True, text=True)
+    said = found.stdout.splitlines()[-2:]
+    assert said == [end if code == 0 else f"{end} exit code {code}", "2"], found.stdout + found.stderr
 
 
 def test_the_timer_starts_the_same_chain():
@@ -214,9 +239,10 @@ def test_the_timer_starts_the_same_chain():
         "ADASID_CONFIG": "conf/none.yaml",
     }  # what a service starts with
     found = subprocess.run([str(INFRA / "systemd" / "nightly.sh")], env=bare, cwd="/", capture_output=True, text=True)
-    assert found.returncode == 2 and "error: conf/none.yaml: cannot be read" in found.stdout, found.stderr
+    assert found.returncode == 2 and " ERROR conf/none.yaml: cannot be read" in found.stdout, found.stderr
     service = (INFRA / "systemd" / "adasid-nightly.service").read_text()
-    assert "RestartPreventExitStatus=2 3 4 5" in service and "ExecStart=/opt/adasid/infra/systemd/nightly.sh" in service
+    assert "RestartPreventExitStatus=2 3 4 5\n" in service and "RestartForceExitStatus=75\n" in service
+    assert "ExecStart=/opt/adasid/infra/systemd/nightly.sh" in service
     for line in ("NoNewPrivileges=true", "ProtectSystem=strict", "ProtectHome=true", "PrivateTmp=true"):
         assert f"\n{line}\n" in service
     unit, section = service.split("[Service]")

@@ -53,7 +53,7 @@ def test_imports_run_one_way(package, forbidden):
 
 
 LAYERS = (
-    ("errors", "files", "settings", "tables", "ragged", "experts"),
+    ("errors", "faults", "files", "settings", "tables", "ragged", "experts"),
     ("sid", "distributed"),
     ("data", "quantizers"),
     ("config",),
@@ -108,8 +108,9 @@ def test_a_job_is_a_thin_entry_point_with_help(job):
     for word in (
         "--config FILE",
         "--set KEY=VALUE",
+        "--check",
         "Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 missing or invalid input, 4 gate failed, 5 another run "
-        "is at work",
+        "is at work, 75 a fault that passes: run it again",
     ):
         assert word in " ".join(shown.split())
     assert {p.stem for p in (ROOT / "jobs").glob("*.py")} == set(JOBS)

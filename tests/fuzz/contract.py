@@ -51,7 +51,8 @@ FIXES = re.compile(
     r"|\b(remove|rename|run|set|should|store|take|trim|write)\b"
 )
 THINGS = ("source.", "table ", "features.", "config.yaml", "item_id", "user_id")
-NOTE = re.compile(r"\[\w+ +[\d.]+s\] ")
+NOTE = re.compile(r"20\S+Z (INFO |WARN ) r/\w+: ")
+ERROR = re.compile(r"20\S+Z ERROR (r/\w+: |r: )?")
 OUTPUTS = ("item_stats", "user_stats", "ranking_samples", "sequences", "catalog_stats", "rejected_rows")
 
 
@@ -159,7 +160,7 @@ def _job(
     text = screen.getvalue()
     _quiet(text)
     lines = text.splitlines()
-    errors = [line for line in text.split("\n") if line.startswith("error: ")]
+    errors = [line for line in text.split("\n") if ERROR.match(line)]
     others = [line for line in text.split("\n") if line and not NOTE.match(line) and line not in errors]
     assert not others, f"other lines on the screen: {others}"
     assert len(errors) == (1 if code else 0), f"exit {code} with {len(errors)} error lines: {text}"
@@ -176,7 +177,7 @@ def _refused(example: Example, outcome: Outcome, folder: Path) -> Outcome:
     assert outcome.code in {2, 3}, f"exit code {outcome.code}: {line}"
     assert (outcome.code == 2) == bool(example.wrong), f"exit code {outcome.code}, wrong is {example.wrong!r}: {line}"
     assert str(folder) in line or any(thing in line for thing in THINGS), f"names no table, column, key or file: {line}"
-    assert re.search("[;:]", line.removeprefix("error: ")) and FIXES.search(line), f"says no fix: {line}"
+    assert re.search("[;:]", ERROR.sub("", line)) and FIXES.search(line), f"says no fix: {line}"
     _quiet(outcome.log)
     return outcome
 

@@ -74,3 +74,19 @@ def test_no_cluster_is_one_line_with_the_fix(tmp_path, monkeypatch):
         cluster.fit(
             collectives, {}, SETTINGS.model_copy(update={"address": "127.0.0.1:1"}), "none", tmp_path, lambda row: None
         )
+
+
+def dies(payload):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def has_a_bug(payload):
+    raise KeyError("a bug")
+
+
+@pytest.mark.parametrize(("function", "code"), [(dies, 75), (has_a_bug, 1)])
+def test_workers_that_die_too_often_are_a_fault_that_passes_and_a_bug_is_none(tmp_path, function, code):
+    once = SETTINGS.model_copy(update={"max_failures": 0})
+    with pytest.raises(errors.AdasidError, match="the workers failed") as found:
+        cluster.fit(function, {}, once, "fails", tmp_path, print)
+    assert found.value.exit_code == code and found.value.__cause__

@@ -116,7 +116,7 @@ def _jars(cfg: Config) -> str:
     needed = (*JARS, LOG_STORE_JAR, *((S3_JAR,) if is_remote(cfg.runs_dir) else ()))
     if missing := [jar for jar in needed if not (jar_folder() / jar).exists()]:
         raise InputError(
-            f"{jar_folder()} has no {' and no '.join(missing)}; run `python -m pipelines.engines.jars --s3`, or `make setup`"
+            f"{jar_folder()} has no {missing[0]}; run `python -m pipelines.engines.jars --s3`, or `make setup`"
         )
     return ", ".join(needed)
 

@@ -11,7 +11,7 @@ ENGINES = [
     "ray[default,data,train]==2.60.*",
     "mlflow>=3.17,<4",
 ]
-S3 = ["obstore>=0.12,<1", "boto3>=1.35"]  # MLflow needs boto3 for artifacts in S3
+S3 = ["obstore>=0.8,<1", "boto3>=1.35"]  # MLflow needs boto3 for artifacts in S3
 REPORT = ["matplotlib>=3.9", "jinja2>=3.1"]
 TEST = [
     "pytest>=8",

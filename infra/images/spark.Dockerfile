@@ -16,7 +16,7 @@ COPY pipelines pipelines
 COPY jobs jobs
 COPY conf conf
 COPY infra/kubernetes/night.py infra/kubernetes/night.py
-RUN pip install --no-cache-dir --no-deps --no-build-isolation -e . && python -m pipelines.engines.jars
+RUN pip install --no-cache-dir --no-deps --no-build-isolation -e . && python -m pipelines.engines.jars --s3
 ENV ADASID_HOME=/opt/adasid MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 RUN useradd --uid 185 --create-home adasid && mkdir /runs && chown adasid /runs
 USER 185

@@ -53,7 +53,7 @@ def test_imports_run_one_way(package, forbidden):
 
 
 LAYERS = (
-    ("errors", "faults", "files", "settings", "tables", "ragged", "experts"),
+    ("errors", "faults", "files", "settings", "storage", "tables", "ragged", "experts"),
     ("sid", "distributed"),
     ("data", "quantizers"),
     ("config",),

@@ -17,7 +17,7 @@ from tests.end_to_end.nights import copied
 from tests.end_to_end.running import ROOT, SMALL
 from tests.ports import free
 
-EPOCHS = 400
+EPOCHS = 200
 RAY = Path(sys.executable).with_name("ray")
 
 

@@ -70,7 +70,7 @@ def test_collectives_and_a_worker_that_dies_once_and_an_expected_error_that_come
 
 def test_no_cluster_is_one_line_with_the_fix(tmp_path, monkeypatch):
     cluster.shutdown()
-    with pytest.raises(errors.InputError, match="ray start --head"):
+    with pytest.raises(errors.TransientError, match="ray start --head"):
         cluster.fit(
             collectives, {}, SETTINGS.model_copy(update={"address": "127.0.0.1:1"}), "none", tmp_path, lambda row: None
         )

@@ -15,8 +15,8 @@ help:   ## this list
 setup:  ## virtual environment, packages, Java, Delta's jars; nothing is done twice
 	@infra/setup.sh
 
-demo: setup  ## the whole chain on the synthetic catalogue, into runs/demo
-	@$(BIN)/python jobs/run_all.py --config conf/demo.yaml
+demo: setup  ## the whole chain on the synthetic catalogue, into runs/demo; RUNS=s3://bucket/prefix: into a bucket
+	@$(BIN)/python jobs/run_all.py --config conf/demo.yaml $(if $(RUNS),--set runs_dir=$(RUNS))
 
 test: setup  ## the whole test suite, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

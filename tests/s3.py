@@ -21,9 +21,9 @@ import pyarrow as pa
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-FAULTS = ("down", "commits", "denied", "read-only", "slow", "dies N")
+FAULTS = ("down", "commits", "denied", "read-only", "slow S", "dies N")
 """``down``: every request fails with 503; ``commits``: only PUTs of Delta commits do; ``denied``: 403 to all;
-``read-only``: 403 to what writes; ``slow``: two seconds more for every request; ``dies N``: from the N-th Delta commit
+``read-only``: 403 to what writes; ``slow S``: S seconds more for every request; ``dies N``: from the N-th Delta commit
 on, every request fails with 503."""
 SCHEMA = pa.schema([("item_id", pa.string())])
 ENVIRONMENT = {
@@ -106,8 +106,8 @@ class Server:
 
     def _refusal(self, method: str, path: str) -> tuple[str, str] | None:
         writes = method in ("PUT", "POST", "DELETE")
-        if self.fault == "slow":
-            time.sleep(2)
+        if self.fault.startswith("slow "):
+            time.sleep(float(self.fault.removeprefix("slow ")))
         commit = _COMMIT.search(path)
         if self.fault.startswith("dies ") and method == "PUT" and commit:
             left = int(self.fault.removeprefix("dies ")) - 1

@@ -1,9 +1,10 @@
 """Schedule the nightly run as an Airflow 3 DAG: ingest, build features, retokenize, maintain. Copy it into the DAGs
 folder.
 
-``ADASID_HOME`` (the checkout, with its ``.venv``), ``ADASID_CONFIG`` (a file of ``conf/``) and ``ADASID_DRIVER_MEMORY``
-are read from the scheduler's environment. A job is tried up to three times after a fault that passes (exit code 75), a
-failure (1) or a signal; exit codes 2 to 5 fail the task at once: a refused run (4) would be refused again.
+``ADASID_HOME`` (the checkout, with its ``.venv``), ``ADASID_CONFIG`` (a file of ``conf/``), ``ADASID_SPARK_MASTER``
+(default: this machine) and ``ADASID_DRIVER_MEMORY`` are read from the scheduler's environment. A job is tried up to
+three times after a fault that passes (exit code 75), a failure (1) or a signal; exit codes 2 to 5 fail the task at
+once: a refused run (4) would be refused again.
 
 The run date is the scheduler's: ``ds`` is the UTC date of the run's logical date. With a cron schedule Airflow 3 takes
 the time at which a run is due (``CronTriggerTimetable``), so the run of 2 January at 02:30 has ``ds`` 2026-01-02, also
@@ -19,6 +20,7 @@ from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
 
 HOME = os.environ.get("ADASID_HOME", "/opt/adasid")
+MASTER = os.environ.get("ADASID_SPARK_MASTER", "local[*]")
 MEMORY = os.environ.get("ADASID_DRIVER_MEMORY", "8g")
 CONFIG = os.environ.get("ADASID_CONFIG", "conf/cluster.yaml")
 FINAL = {2, 3, 4, 5}
@@ -49,8 +51,8 @@ with DAG(
     def job(name: str, arguments: str = "", **options: object) -> Job:
         """Return the task that runs one job of ``jobs/``."""
         command = (
-            f"PATH={HOME}/.venv/bin:$PATH spark-submit --driver-memory {MEMORY} jobs/{name}.py --config "
-            f"{CONFIG} "
+            f"PATH={HOME}/.venv/bin:$PATH spark-submit --master '{MASTER}' --driver-memory {MEMORY} "
+            f"jobs/{name}.py --config {CONFIG} "
             f"{arguments}"
         )
         return Job(task_id=name, bash_command=command, cwd=HOME, append_env=True, **options)

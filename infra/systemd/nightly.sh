@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 day="${1:-today}"
 config="${ADASID_CONFIG:?name a file of conf/}"
 export PATH="$PWD/.venv/bin:$PATH"  # spark-submit uses the first python3
-submit=(spark-submit --driver-memory "${ADASID_DRIVER_MEMORY:-8g}")
+submit=(spark-submit --master "${ADASID_SPARK_MASTER:-local[*]}" --driver-memory "${ADASID_DRIVER_MEMORY:-8g}")
 "${submit[@]}" jobs/ingest.py --config "$config"
 "${submit[@]}" jobs/build_features.py --config "$config"
 "${submit[@]}" jobs/retokenize.py --config "$config" --run-date "$day" --set retokenize.lease.wait=3600

@@ -20,7 +20,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").
 MAKE = (ROOT / "Makefile").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FILES = r"(?:adasid|pipelines|jobs|conf|infra|docs|tests)/[\w./-]*"
-OTHERS = {"--head", "--working-dir"}
+OTHERS = {"--master", "--head", "--working-dir"}
 """Flags of other programs that the documents name."""
 
 document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -27,7 +27,14 @@ NIGHT = yaml.safe_load_all((INFRA / "kubernetes" / "nightly.yaml").read_text())
 SPARK, RAY = NIGHT
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 STEPS = ["ingest", "build_features", "retokenize", "maintain"]
-VARIABLES = {"ADASID_HOME", "ADASID_CONFIG", "ADASID_DRIVER_MEMORY", "RAY_ADDRESS", "RAY_AUTH_MODE"}
+VARIABLES = {
+    "ADASID_HOME",
+    "ADASID_CONFIG",
+    "ADASID_DRIVER_MEMORY",
+    "ADASID_SPARK_MASTER",
+    "RAY_ADDRESS",
+    "RAY_AUTH_MODE",
+}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

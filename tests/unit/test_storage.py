@@ -9,7 +9,10 @@ import pytest
 from adasid import files, storage
 from adasid.errors import InputError, TransientError
 from adasid.storage import ObjectPath
+from adasid.tokenizers import artifact
+from adasid.tokenizers.opq import OpqSettings
 from pipelines.engines.lake import Lake
+from pipelines.publish.lease import Lease
 from tests import s3
 
 
@@ -98,3 +101,30 @@ def test_tables_are_listed_without_their_files(bucket):
     assert len(lake.missing("items", 0)) == 1
     lake.restore("items", None)
     assert lake.tables() == ["trials/one"]
+
+
+def test_a_slow_store_delays_the_lease_but_does_not_lose_it(bucket, server):
+    lease = Lease(Lake(f"{bucket}/lake", {}), seconds=20.0)
+    s3.ask(server, "/_fault", "PUT", b"slow 0.05")
+    try:
+        lease.take(wait=0.0)
+        assert lease.renew()
+        lease.check()
+        lease.give_back()
+    finally:
+        s3.ask(server, "/_fault", "PUT")
+
+
+def test_a_half_uploaded_artifact_is_none(bucket):
+    whole, half = (ObjectPath.of(f"{bucket}/{name}/model") for name in ("whole", "half"))
+    settings = OpqSettings(content=["text"], levels=2, codebook_size=4, width=4)
+    manifest = artifact.write(whole, artifact.build(settings, {"text": 8, "behavior": 4}), settings, {})
+    assert artifact.read(whole)[1].digest == manifest.digest
+    weights = (whole / "weights.safetensors").read_bytes()
+    (half / "weights.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match=r"no manifest\.json"):
+        artifact.read(half)
+    (half / "weights.safetensors").write_bytes(weights[:-1])
+    files.write_text(half / "manifest.json", manifest.json_text())
+    with pytest.raises(InputError, match="the weights are damaged"):
+        artifact.read(half)

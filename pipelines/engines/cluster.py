@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from adasid import config, errors
@@ -29,6 +30,8 @@ training on CPUs)."""
 
 METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"
+_POLL = 5.0
+"""Metrics in object storage are read at intervals of so many seconds."""
 _SHARED = "shared.json"
 """The driver writes this file, for every worker to see that it shares the folder."""
 _JOINING = threading.Lock()
@@ -115,8 +118,11 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
 
 def rows(folder: Location) -> list[dict[str, float]]:
     """Return the metrics that the function has written so far, one row an epoch."""
-    path = folder / METRICS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    try:
+        text = (folder / METRICS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @contextmanager
@@ -128,7 +134,7 @@ def _watch(folder: Location, show: Callable[[dict[str, float]], None]) -> Iterat
     def follow(seen: int) -> None:
         last = False
         while not last:
-            last = stop.wait(1.0)
+            last = stop.wait(1.0 if isinstance(folder, Path) else _POLL)
             logged = rows(folder)
             for row in logged[min(seen, len(logged)) :]:
                 show(row)

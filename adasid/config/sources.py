@@ -44,11 +44,16 @@ class Synthetic(Section):
 
 
 class TablesSource(Section):
-    items: str = Field(description="path of the items table: item_id, one array column a modality, optional title")
-    interactions: str = Field(
-        description="path of the interactions table: user_id, item_id, timestamp or pos, optional rating"
+    items: str = Field(
+        description="path of the items table, or its name in Spark's catalogue (main.recsys.items): item_id, one array "
+        "column a modality, optional title"
     )
-    format: Literal["parquet", "delta"] = Field("parquet", description="format of both tables")
+    interactions: str = Field(
+        description="path or name of the interactions table: user_id, item_id, timestamp or pos, optional rating"
+    )
+    format: Literal["parquet", "delta"] = Field(
+        "parquet", description="format of tables that are named by a path; the catalogue knows that of the others"
+    )
 
 
 class ArraysSource(Section):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from pyspark.errors import AnalysisException
 
-from adasid.config import build
 from adasid.config.names import is_table_name, table_parts
-from adasid.errors import ConfigError, InputError
+from adasid.errors import InputError
 from pipelines.engines import catalog
 from pipelines.sources import check
 from tests.spark.test_ingest import ingested, rows
@@ -42,7 +42,17 @@ def test_names_of_tables(text, parts):
 
 @pytest.mark.parametrize(
     "text",
-    ["/data/items", "./items", "s3://bucket/items", "items.parquet", "a.b.c.d", "my items", "items-1", "delta.`/x`", ""],
+    [
+        "/data/items",
+        "./items",
+        "s3://bucket/items",
+        "items.parquet",
+        "a.b.c.d",
+        "my items",
+        "items-1",
+        "delta.`/x`",
+        "",
+    ],
 )
 def test_paths_are_no_names(text):
     assert not is_table_name(text)
@@ -94,3 +104,10 @@ def test_names_that_cannot_be_read_are_named_with_the_fix(spark, schema, make_co
             ingested(named(make_config, name, "shop.items"))
         assert "\n" not in str(caught.value)
     assert "Exception" not in capfd.readouterr().err
+
+
+def test_a_refusal_of_the_catalogue_names_the_permission():
+    error = AnalysisException("[INSUFFICIENT_PERMISSIONS] Insufficient privileges: User has no SELECT on shop.items")
+    line = str(catalog._fault(error, "source.tables.items", "shop.items"))
+    assert line.startswith("source.tables.items shop.items: no permission ([INSUFFICIENT_PERMISSIONS] ")
+    assert line.endswith("; let the user of this job read the table and its files")

@@ -22,11 +22,13 @@ from adasid.datasets.arrow import over_ranges
 from adasid.errors import InputError
 from adasid.faults import wrapped
 from pipelines import stage
+from pipelines.engines import catalog
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
-from pipelines.sources import amazon, parquet
+from pipelines.sources import amazon, in_place, parquet
 from pipelines.sources.fingerprint import fingerprint
+from pipelines.sources.in_place import Reference
 from pipelines.stage import Inputs, Stage
 
 _FORMAT = 2
@@ -54,7 +56,7 @@ def _writes(cfg: Config) -> tuple[str, ...]:
 def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
     return {
         "format": _FORMAT,
-        "source": cfg.source,
+        "source": cfg.source.model_dump(mode="json", exclude={"tables": {"in_place"}}),  # which changes no row
         "seed": cfg.seed if cfg.source.kind in {"synthetic", "amazon"} else None,
         "modalities": modalities_of(cfg),
         "files": {key: fingerprint(cfg, key, path, form) for key, (path, form) in inputs_of(cfg).items()},
@@ -66,9 +68,13 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     modalities, names = modalities_of(cfg), _writes(cfg)
     newest = Lake(lake.root, {})
     before = {name: newest.version(name) if newest.exists(name) else None for name in names}
-    versions = dict[str, int]()
+    versions, facts = dict[str, int](), dict[str, int]()
     try:
         with _reading(cfg):
+            for name, (at, frame) in _in_place(spark, cfg, modalities, inputs, context.note).items():
+                facts[name] = frame.count()  # converts every row whose columns have other types than the lake's
+                versions[name] = in_place.write(lake, name, at, inputs.hash)
+                context.note(f"{name} stays at {at.location}, version {at.version}")
             for name, frame in _frames(spark, cfg, modalities, inputs, context.note).items():
                 schema = {
                     "items": tables.items(modalities),
@@ -82,8 +88,9 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     except BaseException:
         _undo(context, before, versions)
         raise
-    counted = ("items", "interactions")
-    facts = {name: lake.open(name, versions[name]).to_pyarrow_dataset().count_rows() for name in counted}
+    for name in ("items", "interactions"):
+        if name not in facts:
+            facts[name] = lake.open(name, versions[name]).to_pyarrow_dataset().count_rows()
     if "rejected_rows" in versions:
         refused = engine.read(spark, lake, "rejected_rows", versions["rejected_rows"])
         refused = refused.filter(F.col("input_hash") == inputs.hash)
@@ -183,16 +190,51 @@ def _frames(
             ),
         }
     if cfg.source.tables:
-        targets = {"items": parquet.items(modalities), "interactions": parquet.EVENTS}
         return {
             name: parquet.table(spark, key, *read[key], prints[key], target, note)
-            for name, target in targets.items()
+            for name, target in _targets(modalities).items()
             for key in (f"source.tables.{name}",)
+            if name not in cfg.source.tables.in_place
         }
     if cfg.source.arrays:
         return _from_arrays(spark, cfg.source.arrays, paths, modalities, note)
     assert cfg.source.amazon
     return amazon.read(spark, cfg.source.amazon, paths, cfg.seed, inputs.hash)
+
+
+def _targets(modalities: tuple[str, ...]) -> dict[str, parquet.Target]:
+    return {"items": parquet.items(modalities), "interactions": parquet.EVENTS}
+
+
+def _in_place(
+    spark: SparkSession, cfg: Config, modalities: tuple[str, ...], inputs: Inputs, note: Callable[[str], None]
+) -> dict[str, tuple[Reference, DataFrame]]:
+    """Return where the tables are that stay at their source, and their rows. Raises InputError for a table of the
+    catalogue that is no Delta table."""
+    result, prints = dict[str, tuple[Reference, DataFrame]](), cast(dict[str, list[Any]], inputs.settings["files"])
+    for name in cfg.source.tables.in_place if cfg.source.tables else ():
+        key = f"source.tables.{name}"
+        path, form = inputs_of(cfg)[key]
+        if form == "table":
+            entry = catalog.source(spark, key, path)
+            if entry.provider != "delta":
+                raise InputError(
+                    f"{key} {path}: is a {entry.provider} table; only Delta tables can be read in place: take {name!r} "
+                    "out of source.tables.in_place"
+                )
+            path = entry.location
+        at = Reference(path, prints[key][-1])
+        result[name] = at, parquet.delta(spark, key, *at, _targets(modalities)[name], note)
+    return result
+
+
+def _fresh(inputs: Inputs, lake: Lake) -> bool:
+    """Return whether the tables carry the input hash, and are where the config wants them."""
+    newest, source = Lake(lake.root, {}), inputs.cfg.source.tables
+    wanted = source.in_place if source else ()
+    return lake.fresh(inputs.hash, *_writes(inputs.cfg)) and all(
+        (in_place.reference(newest, name) is not None) == (name in wanted) for name in in_place.TABLES
+    )
 
 
 def _chunk(rows: int) -> int:
@@ -251,5 +293,6 @@ INGEST = Stage(
     settings=_settings,
     body=_build,
     prefix="ingest",
+    fresh=_fresh,
 )
 """Reads the source, writes raw items and interactions."""

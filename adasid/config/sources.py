@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from adasid.config.names import is_table_name
 from adasid.settings import Section, Share
 
 
@@ -54,6 +55,21 @@ class TablesSource(Section):
     format: Literal["parquet", "delta"] = Field(
         "parquet", description="format of tables that are named by a path; the catalogue knows that of the others"
     )
+    in_place: Annotated[tuple[Literal["items", "interactions"], ...], Field(strict=False)] = Field(
+        (),
+        description="Delta tables that are not copied into the lake: all stages read the source at the version that "
+        "ingest has checked, which must stay readable",
+    )
+
+    @model_validator(mode="after")
+    def _delta(self) -> TablesSource:
+        for table in self.in_place:
+            if self.format != "delta" and not is_table_name(getattr(self, table)):
+                raise ValueError(
+                    f"source.tables.in_place names {table!r}, a path, but source.tables.format is {self.format!r}: "
+                    "only Delta tables have versions that can be read in place; set format: delta, or take it out"
+                )
+        return self
 
 
 class ArraysSource(Section):

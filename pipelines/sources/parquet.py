@@ -20,6 +20,7 @@ import pyarrow as pa
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from adasid import tables
@@ -272,4 +273,26 @@ def _by_spark(
     schema = to_arrow_schema(chosen.schema, timezone="UTC")
     columns.problems(schema, target.schema, where)
     _check_title(where, schema, target, note)
+    if _as_in_lake(schema, target.schema):
+        fields = engine.struct(target.schema)
+        absent = [F.lit(None).cast(field.dataType).alias(field.name) for field in fields if field.name not in names]
+        return chosen.select("*", *absent).select(*(field.name for field in fields))
     return chosen.mapInArrow(partial(convert_batches, target.schema, where), engine.struct(target.schema))
+
+
+def _as_in_lake(schema: pa.Schema, target: pa.Schema) -> bool:
+    """Return whether the columns have the lake's names and types, and their conversion would change no value (NaN
+    becomes null, so numbers with fractions are converted)."""
+    return all(
+        field.name in target.names
+        and (
+            field.type == target.field(field.name).type in (pa.string(), pa.int64())
+            or (pa.types.is_list(field.type) and field.type.value_type == pa.float32() == _inner(target, field.name))
+        )
+        for field in schema
+    )
+
+
+def _inner(target: pa.Schema, name: str) -> pa.DataType | None:
+    kind = target.field(name).type
+    return kind.value_type if pa.types.is_list(kind) else None

@@ -10,11 +10,15 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from adasid import tables
+from adasid.config import Spark
 from adasid.errors import ConfigError, InputError
+from adasid.storage import delta_options
 from pipelines import features, ingest
-from pipelines.engines import tracking
+from pipelines.engines import catalog, tracking
+from pipelines.engines import spark as engine
 from pipelines.nightly import forget, upkeep
 from pipelines.sources import in_place
+from tests import s3
 
 FOLLOWING = ("item_stats", "user_stats", "sequences", "ranking_samples", "catalog_stats", "item_features")
 
@@ -125,6 +129,25 @@ def test_only_delta_tables_stay_in_place(make, spark, tmp_path, source):
         assert ran(cfg, features.run).lake.read("item_features").num_rows == 30
     finally:
         spark.sql("DROP SCHEMA placed CASCADE")
+
+
+def test_a_table_of_the_catalogue_in_a_bucket(make, spark, bucket, source, tmp_path):
+    for path, name in zip(source, ("items", "events")):
+        write_deltalake(f"{bucket}/{name}", DeltaTable(path).to_pyarrow_table(), storage_options=delta_options(bucket))
+    keys = {"access.key": "AWS_ACCESS_KEY_ID", "secret.key": "AWS_SECRET_ACCESS_KEY"}
+    engine.session(Spark(conf={f"spark.hadoop.fs.s3a.{key}": s3.ENVIRONMENT[name] for key, name in keys.items()}))
+    spark.sql(f"CREATE SCHEMA remote LOCATION '{tmp_path}/house'")
+    try:
+        for name in ("items", "events"):
+            catalog.create(spark, "key", f"remote.{name}", f"{bucket}/{name}")
+            assert catalog.entry(spark, "key", f"remote.{name}") == catalog.Entry("delta", f"{bucket}/{name}")
+        cfg = make("items", "interactions", named=("remote.items", "remote.events"))
+        context = ran(cfg)
+        assert context.facts == {"items": 30, "interactions": 400}
+        assert in_place.reference(context.lake, "interactions") == (f"{bucket}/events", 0)
+        assert ran(cfg, features.run).lake.read("item_features").num_rows == 30
+    finally:
+        spark.sql("DROP SCHEMA remote CASCADE")
 
 
 @pytest.mark.usefixtures("spark")

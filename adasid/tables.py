@@ -47,6 +47,10 @@ checks; ``pos`` orders the events of a user where time does not. At least one of
 positive event, 0 for a negative one (an impression without a click); ``rating``: how much the user liked the item, on
 any scale."""
 
+IN_PLACE = _schema(("location", pa.string(), False), ("version", pa.int64(), False))
+"""The one row of ``items`` or ``interactions`` where the rows stay at the source (``source.tables.in_place``): a Delta
+table and its version."""
+
 REJECTED_ROWS = _schema(
     ("input_hash", pa.string(), False),
     ("table", pa.string(), False),

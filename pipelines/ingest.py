@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -11,27 +9,27 @@ from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
-from deltalake import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from adasid import tables
-from adasid.config import ArraysSource, Config, TablesSource
+from adasid.config import ArraysSource, Config
+from adasid.config.names import is_table_name
 from adasid.datasets import arrays, synthetic
 from adasid.datasets.arrow import over_ranges
 from adasid.errors import InputError
 from adasid.faults import wrapped
 from pipelines import stage
+from pipelines.engines import catalog
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
-from pipelines.sources import amazon, parquet
+from pipelines.sources import amazon, in_place, parquet
+from pipelines.sources.fingerprint import fingerprint
+from pipelines.sources.in_place import Reference
 from pipelines.stage import Inputs, Stage
-
-_READ_THROUGH = 2**28
-"""A local file of at most this many bytes is identified by its content."""
 
 _FORMAT = 2
 """Bump when a table gets a column, so that tables are written again."""
@@ -45,7 +43,7 @@ def run(cfg: Config, context: StageContext) -> None:
     to ``rejected_rows``.
 
     Nothing is written where the tables already come from the same settings and the same source files (see
-    ``_fingerprint``). Raises InputError for a missing or unreadable file, column or modality.
+    ``fingerprint``). Raises InputError for a missing or unreadable file, column or modality.
     """
     if stage.run(INGEST, cfg, context) is None:
         context.status = "up to date"
@@ -58,10 +56,10 @@ def _writes(cfg: Config) -> tuple[str, ...]:
 def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
     return {
         "format": _FORMAT,
-        "source": cfg.source,
+        "source": cfg.source.model_dump(mode="json", exclude={"tables": {"in_place"}}),  # which changes no row
         "seed": cfg.seed if cfg.source.kind in {"synthetic", "amazon"} else None,
         "modalities": modalities_of(cfg),
-        "files": {key: _fingerprint(cfg, key, path, form) for key, (path, form) in inputs_of(cfg).items()},
+        "files": {key: fingerprint(cfg, key, path, form) for key, (path, form) in inputs_of(cfg).items()},
     }
 
 
@@ -70,9 +68,13 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     modalities, names = modalities_of(cfg), _writes(cfg)
     newest = Lake(lake.root, {})
     before = {name: newest.version(name) if newest.exists(name) else None for name in names}
-    versions = dict[str, int]()
+    versions, facts = dict[str, int](), dict[str, int]()
     try:
         with _reading(cfg):
+            for name, (at, frame) in _in_place(spark, cfg, modalities, inputs, context.note).items():
+                facts[name] = frame.count()  # converts every row whose columns have other types than the lake's
+                versions[name] = in_place.write(lake, name, at, inputs.hash)
+                context.note(f"{name} stays at {at.location}, version {at.version}")
             for name, frame in _frames(spark, cfg, modalities, inputs, context.note).items():
                 schema = {
                     "items": tables.items(modalities),
@@ -86,8 +88,9 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     except BaseException:
         _undo(context, before, versions)
         raise
-    counted = ("items", "interactions")
-    facts = {name: lake.open(name, versions[name]).to_pyarrow_dataset().count_rows() for name in counted}
+    for name in ("items", "interactions"):
+        if name not in facts:
+            facts[name] = lake.open(name, versions[name]).to_pyarrow_dataset().count_rows()
     if "rejected_rows" in versions:
         refused = engine.read(spark, lake, "rejected_rows", versions["rejected_rows"])
         refused = refused.filter(F.col("input_hash") == inputs.hash)
@@ -135,13 +138,15 @@ def modalities_of(cfg: Config) -> tuple[str, ...]:
 
 
 def inputs_of(cfg: Config) -> dict[str, tuple[str, str]]:
-    """Map each config key to the (absolute path or URL, format) that the source reads."""
+    """Map each config key to the (absolute path, URL or name, format) that the source reads; the format of a name is
+    ``table``."""
     source = cfg.source
     sources: dict[str, tuple[str, str]] = {}
     if source.tables:
+        named = {name: getattr(source.tables, name) for name in ("items", "interactions")}
         sources = {
-            f"source.tables.{name}": (getattr(source.tables, name), source.tables.format)
-            for name in ("items", "interactions")
+            f"source.tables.{name}": (value, "table" if is_table_name(value) else source.tables.format)
+            for name, value in named.items()
         }
     elif source.arrays:
         files = {"items": source.arrays.items, "interactions": source.arrays.interactions}
@@ -151,62 +156,10 @@ def inputs_of(cfg: Config) -> dict[str, tuple[str, str]]:
         }
     elif source.amazon:
         sources = {f"source.amazon.{name}": (getattr(source.amazon, name), "file") for name in ("reviews", "metadata")}
-    return {key: (path if "://" in path else str(Path(path).absolute()), form) for key, (path, form) in sources.items()}
-
-
-def _fingerprint(cfg: Config, key: str, path: str, form: str) -> list[Any]:
-    """Return values that change with the content of a source: id and version of a Delta table, else each file's name,
-    size and content (of a local file of up to 256 MiB) or modification time. A copy with the same content is the same
-    source."""
-    if form == "delta":
-        try:
-            table = DeltaTable(path)
-        except Exception as error:
-            raise wrapped(
-                error,
-                f"{key} {path}: not a Delta table ({engine.root_cause(error)}); correct the path, or set "
-                "source.tables.format: parquet",
-            ) from error
-        return [str(table.metadata().id), table.version()]
-    root = parquet.local(path)
-    if root is not None:
-        return _local_files(key, path, root)
-    engine.check_scheme(path)
-    spark = engine.session(cfg.spark)
-    try:
-        target = spark._jvm.org.apache.hadoop.fs.Path(engine.uri(path))  # type: ignore[union-attr]
-        files, names = target.getFileSystem(spark._jsc.hadoopConfiguration()).listFiles(target, True), []
-        base = (
-            target.getFileSystem(spark._jsc.hadoopConfiguration()).makeQualified(target).getParent().toUri().toString()
-        )
-        while files.hasNext():
-            file = files.next()
-            name = file.getPath().toUri().toString().removeprefix(base)
-            names.append([name, file.getLen(), file.getModificationTime()])
-    except (Py4JJavaError, PySparkException) as error:
-        problem = (
-            "does not exist"
-            if "FileNotFound" in engine.root_cause(error)
-            else f"cannot be listed ({engine.root_cause(error)})"
-        )
-        raise wrapped(
-            error, f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)"
-        ) from error
-    return sorted(names)
-
-
-def _local_files(key: str, path: str, root: Path) -> list[Any]:
-    results = list[Any]()
-    for file, _ in parquet.listed(root):
-        stat = os.stat(file)
-        mark = stat.st_mtime_ns if stat.st_size > _READ_THROUGH else hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        results.append([os.path.relpath(file, root.parent), stat.st_size, mark])
-    if not results:
-        problem = "has no file" if root.exists() else "does not exist"
-        raise InputError(
-            f"{key} {path}: {problem}; give an existing path (relative paths start at the working directory)"
-        )
-    return results
+    as_given = {key for key, (path, form) in sources.items() if form == "table" or "://" in path}
+    return {
+        key: (path if key in as_given else str(Path(path).absolute()), form) for key, (path, form) in sources.items()
+    }
 
 
 def _frames(
@@ -217,7 +170,8 @@ def _frames(
     note: Callable[[str], None],
 ) -> dict[str, DataFrame]:
     prints = cast(dict[str, list[Any]], inputs.settings["files"])
-    paths = {key.rsplit(".", 1)[-1]: path for key, (path, _) in inputs_of(cfg).items()}
+    read = inputs_of(cfg)
+    paths = {key.rsplit(".", 1)[-1]: path for key, (path, _) in read.items()}
     if cfg.source.synthetic:
         params, make = cfg.source.synthetic, (cfg.source.synthetic, cfg.seed)
         return {
@@ -236,11 +190,51 @@ def _frames(
             ),
         }
     if cfg.source.tables:
-        return _from_tables(spark, cfg.source.tables, paths, modalities, prints, note)
+        return {
+            name: parquet.table(spark, key, *read[key], prints[key], target, note)
+            for name, target in _targets(modalities).items()
+            for key in (f"source.tables.{name}",)
+            if name not in cfg.source.tables.in_place
+        }
     if cfg.source.arrays:
         return _from_arrays(spark, cfg.source.arrays, paths, modalities, note)
     assert cfg.source.amazon
     return amazon.read(spark, cfg.source.amazon, paths, cfg.seed, inputs.hash)
+
+
+def _targets(modalities: tuple[str, ...]) -> dict[str, parquet.Target]:
+    return {"items": parquet.items(modalities), "interactions": parquet.EVENTS}
+
+
+def _in_place(
+    spark: SparkSession, cfg: Config, modalities: tuple[str, ...], inputs: Inputs, note: Callable[[str], None]
+) -> dict[str, tuple[Reference, DataFrame]]:
+    """Return where the tables are that stay at their source, and their rows. Raises InputError for a table of the
+    catalogue that is no Delta table."""
+    result, prints = dict[str, tuple[Reference, DataFrame]](), cast(dict[str, list[Any]], inputs.settings["files"])
+    for name in cfg.source.tables.in_place if cfg.source.tables else ():
+        key = f"source.tables.{name}"
+        path, form = inputs_of(cfg)[key]
+        if form == "table":
+            entry = catalog.source(spark, key, path)
+            if entry.provider != "delta":
+                raise InputError(
+                    f"{key} {path}: is a {entry.provider} table; only Delta tables can be read in place: take {name!r} "
+                    "out of source.tables.in_place"
+                )
+            path = entry.location
+        at = Reference(path, prints[key][-1])
+        result[name] = at, parquet.delta(spark, key, *at, _targets(modalities)[name], note)
+    return result
+
+
+def _fresh(inputs: Inputs, lake: Lake) -> bool:
+    """Return whether the tables carry the input hash, and are where the config wants them."""
+    newest, source = Lake(lake.root, {}), inputs.cfg.source.tables
+    wanted = source.in_place if source else ()
+    return lake.fresh(inputs.hash, *_writes(inputs.cfg)) and all(
+        (in_place.reference(newest, name) is not None) == (name in wanted) for name in in_place.TABLES
+    )
 
 
 def _chunk(rows: int) -> int:
@@ -256,23 +250,6 @@ def _generate(
         start.alias("start"), F.least(start + chunk, F.lit(rows)).alias("stop")
     )
     return ranges.mapInArrow(partial(over_ranges, make), engine.struct(schema))
-
-
-def _from_tables(
-    spark: SparkSession,
-    source: TablesSource,
-    paths: dict[str, str],
-    modalities: tuple[str, ...],
-    prints: dict[str, list[Any]],
-    note: Callable[[str], None],
-) -> dict[str, DataFrame]:
-    def table(name: str, target: parquet.Target) -> DataFrame:
-        key, path = f"source.tables.{name}", paths[name]
-        if source.format == "delta":
-            return parquet.delta(spark, key, path, prints[key][-1], target, note)
-        return parquet.scan(spark, key, path, target, note)
-
-    return {"items": table("items", parquet.items(modalities)), "interactions": table("interactions", parquet.EVENTS)}
 
 
 def _from_arrays(
@@ -316,5 +293,6 @@ INGEST = Stage(
     settings=_settings,
     body=_build,
     prefix="ingest",
+    fresh=_fresh,
 )
 """Reads the source, writes raw items and interactions."""

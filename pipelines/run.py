@@ -78,6 +78,12 @@ class Run:
         return self.folder / "refused.json"
 
     @property
+    def registered(self) -> Location:
+        """Return the path of the JSON file of the tables that are registered in Spark's catalogue
+        (:mod:`pipelines.publish.registration`)."""
+        return self.folder / "registered.json"
+
+    @property
     def error_log(self) -> Location:
         """Return the path of the stack traces of the last errors (:mod:`pipelines.traces`)."""
         return self.folder / "error.log"

@@ -19,7 +19,7 @@ from pipelines import stage, staleness
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
-from pipelines.publish import drift, exports, generations
+from pipelines.publish import drift, exports, generations, registration
 from pipelines.publish.churn import measure_churn, moved
 from pipelines.publish.collisions import ranked
 from pipelines.publish.encode import check_features, encode, faults
@@ -49,6 +49,7 @@ def run(cfg: Config, context: StageContext) -> None:
         context.status = "up to date"
     live = generations.live(context.lake)
     exports.point(cfg, context.lake)
+    registration.register(cfg, context)
     register(cfg, context, Run(cfg).of_name(live.artifact), live.tokenizer, "champion")
 
 
@@ -91,6 +92,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
     folder, version = _artifact(cfg, lake), inputs.versions["item_features"]
     manifest = artifact.read_manifest(folder)
     spark = engine.session(cfg.spark)
+    registration.check(cfg, context)
     exports.check(cfg, lake, version)
     features = engine.read(spark, lake, "item_features", version)
     check_features(features.schema, manifest)

@@ -1,4 +1,5 @@
-"""Check modality names, which become column names of item tables and submodule names of PyTorch."""
+"""Check names: of modalities, which become column names of item tables and submodule names of PyTorch; of tables in
+Spark's catalogue; labels."""
 
 from __future__ import annotations
 
@@ -23,6 +24,25 @@ _ATTRIBUTES = """
 """
 MODULE = frozenset(_ATTRIBUTES.split())
 """Attributes of torch.nn.ModuleDict, in lower case; a test compares them with torch's."""
+
+
+_PART = r"(?:\w+|`(?:[^`]|``)+`)"
+_NAME = re.compile(rf"{_PART}(?:\.{_PART}){{0,2}}", re.ASCII)
+_SUFFIXES = (".parquet", ".parq", ".pq", ".delta")
+
+
+def is_table_name(text: str) -> bool:
+    """Return whether a text is the name of a table in Spark's catalogue: one to three parts with dots between them,
+    quoted by backticks where they have other characters than letters, digits and _. A text with a slash, a colon or
+    the suffix of a file is a path."""
+    path = "/" in text or ":" in text or text.lower().endswith(_SUFFIXES)
+    return not path and _NAME.fullmatch(text) is not None
+
+
+def table_parts(name: str) -> list[str]:
+    """Return the parts of the name of a table, without quotes."""
+    parts = re.findall(_PART, name, re.ASCII)
+    return [part[1:-1].replace("``", "`") if part.startswith("`") else part for part in parts]
 
 
 def check_modalities(key: str, names: Iterable[str]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from adasid.config.names import is_table_name
 from adasid.settings import Section, Share
 
 
@@ -44,11 +45,31 @@ class Synthetic(Section):
 
 
 class TablesSource(Section):
-    items: str = Field(description="path of the items table: item_id, one array column a modality, optional title")
-    interactions: str = Field(
-        description="path of the interactions table: user_id, item_id, timestamp or pos, optional rating"
+    items: str = Field(
+        description="path of the items table, or its name in Spark's catalogue (main.recsys.items): item_id, one array "
+        "column a modality, optional title"
     )
-    format: Literal["parquet", "delta"] = Field("parquet", description="format of both tables")
+    interactions: str = Field(
+        description="path or name of the interactions table: user_id, item_id, timestamp or pos, optional rating"
+    )
+    format: Literal["parquet", "delta"] = Field(
+        "parquet", description="format of tables that are named by a path; the catalogue knows that of the others"
+    )
+    in_place: Annotated[tuple[Literal["items", "interactions"], ...], Field(strict=False)] = Field(
+        (),
+        description="Delta tables that are not copied into the lake: all stages read the source at the version that "
+        "ingest has checked, which must stay readable",
+    )
+
+    @model_validator(mode="after")
+    def _delta(self) -> TablesSource:
+        for table in self.in_place:
+            if self.format != "delta" and not is_table_name(getattr(self, table)):
+                raise ValueError(
+                    f"source.tables.in_place names {table!r}, a path, but source.tables.format is {self.format!r}: "
+                    "only Delta tables have versions that can be read in place; set format: delta, or take it out"
+                )
+        return self
 
 
 class ArraysSource(Section):

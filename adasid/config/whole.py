@@ -18,6 +18,7 @@ from adasid.config.derive import resolved
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.names import check_labels
 from adasid.config.nightly import Retokenize
+from adasid.config.publish import Publish
 from adasid.config.sources import Source, Synthetic
 from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Storage, Tracking
 from adasid.errors import ConfigError
@@ -51,6 +52,7 @@ class Config(Section):
     behavior: Behavior = Field(Behavior(), description="behaviour embeddings (SASRec on Ray Train)")
     tokenizer: AnyTokenizer = Field(AdcSidSettings(), description="the tokenizer (Ray Train), chosen by its name")
     sids: Sids = Field(Sids(), description="the semantic-ID table (Spark)")
+    publish: Publish = Field(Publish(), description="where others find the published tables")
     retokenize: Retokenize = Field(Retokenize(), description="the nightly job (jobs/retokenize.py)")
     spark: Spark = Field(Spark(), description="Spark session")
     ray: Ray = Field(Ray(), description="Ray Train")

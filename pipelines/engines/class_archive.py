@@ -60,8 +60,7 @@ def _load_classes(spark: SparkSession, lake: Lake) -> None:
     )
     for digest in ("first", "second"):
         write(rows, lake, "rows", _SCHEMA, digest)
-    write(rows, lake, "rows", _SCHEMA, "third", append=("rows", 1))
-    write(rows.where("user = '1'"), lake, "rows", _SCHEMA, "fourth", replace="user = '1'", few=True)
+    write(rows.where("user = '1'"), lake, "rows", _SCHEMA, "third", replace="user = '1'", few=True)
     table = read(spark, lake, "rows")
     counts = table.groupBy("user").agg(F.count("*").alias("n"), F.collect_list("item").alias("items"))
     ranked = table.withColumn("rank", F.expr("row_number() over (partition by user order by item)"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyspark
 from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf, SparkContext
+from pyspark.logger import PySparkLogger
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
@@ -38,6 +40,8 @@ _TASK_LOGS = (
 )
 """These loggers of the driver print a task's stack trace before its error reaches the job, which prints one line and
 writes the trace to a file."""
+_QUERY_LOG = "SQLQueryContextLogger"
+"""PySpark's logger prints a SQL error with its stack trace before the error reaches the job."""
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 _LOG_STORE = "adasid.ExclusiveLogStore"
 
@@ -110,6 +114,7 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     if not str(spark.sparkContext.master).startswith("local") and not _sent(spark):
         spark.sparkContext.addPyFile(str(code.archive()))
     log4j = spark._jvm.org.apache.logging.log4j  # type: ignore[union-attr]
+    PySparkLogger.getLogger(_QUERY_LOG).setLevel(logging.CRITICAL)
     for logger in _TASK_LOGS:
         log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)
     return spark
@@ -197,7 +202,6 @@ def write(
     table: str,
     schema: pa.Schema,
     digest: str,
-    append: tuple[str, int] | None = None,
     replace: str | None = None,
     few: bool = False,
     sources: Mapping[str, int] | None = None,
@@ -205,24 +209,20 @@ def write(
     """Replace the table by ``frame``, cast to its schema, in one commit with the input hash ``digest`` and the versions
     of ``sources``; return the version.
 
-    ``append``: add the rows instead, as transaction (id, number); Delta ignores a number that is not above the id's
-    last. ``replace``: replace only the rows that satisfy this condition, which all of ``frame`` must satisfy. ``few``:
-    write few large files, whatever the partitions, at the price of a shuffle.
+    ``replace``: replace only the rows that satisfy this condition, which all of ``frame`` must satisfy. ``few``: write
+    few large files, whatever the partitions, at the price of a shuffle.
     """
     check_scheme(lake.root)
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
-    writer = frame.select(*columns).write.format("delta").mode("append" if append else "overwrite")
+    writer = frame.select(*columns).write.format("delta").mode("overwrite")
     writer = writer.option("userMetadata", stamped(digest, sources))
     writer = writer.option("optimizeWrite", "true") if few else writer
-    if append:
-        writer = writer.option("txnAppId", append[0]).option("txnVersion", append[1])
-    else:
-        writer = (
-            writer.option("replaceWhere", replace)
-            if replace and lake.exists(table)
-            else writer.option("overwriteSchema", "true")
-        )
+    writer = (
+        writer.option("replaceWhere", replace)
+        if replace and lake.exists(table)
+        else writer.option("overwriteSchema", "true")
+    )
     writer.save(uri(lake.target(table)))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
 

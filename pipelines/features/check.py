@@ -14,8 +14,9 @@ from adasid import tables
 from adasid.config import Config
 from adasid.errors import InputError
 from pipelines.engines.lake import Lake
-from pipelines.engines.spark import read, write
+from pipelines.engines.spark import write
 from pipelines.features import validate
+from pipelines.sources import in_place, parquet
 
 
 class Checked(NamedTuple):
@@ -33,7 +34,7 @@ class Checked(NamedTuple):
 def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: Callable[[str], None]) -> Checked:
     """Validate every input row. Rejected rows are written before anything is raised about them."""
     features, used = cfg.features, modalities(cfg)
-    items = read(spark, lake, "items")
+    items = in_place.read(spark, lake, "items", parquet.items(used))
     limit, now = features.max_rejected, validate.clock(features.now)
     widths = validate.widths(items, used)
     judged_items = validate.judge_items(items, widths)
@@ -52,7 +53,8 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: C
     except InputError:
         _quarantine(lake, input_hash, bad)
         raise
-    accepted, interactions = narrow.filter("reason IS NULL"), read(spark, lake, "interactions")
+    accepted = narrow.filter("reason IS NULL")
+    interactions = in_place.read(spark, lake, "interactions", parquet.EVENTS)
     judged = validate.judge_events(interactions, accepted, now, features.first_year).repartition("user_id").persist()
     odd = [F.count_if(validate.odd(name)).alias(name) for name in ("user_id", "item_id")]
     event_figures = validate.reasons(judged, *odd)

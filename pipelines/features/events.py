@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -19,6 +20,7 @@ from pipelines.features import histories, labels
 from pipelines.features.check import Checked, check, modalities
 from pipelines.features.ranks import Ranked
 from pipelines.features.statistics import item_stats, popularity
+from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 
 _READS = ("items", "interactions")
@@ -79,6 +81,8 @@ def _decided(cfg: Config, lake: Lake) -> Config:
 
 def _check_columns(lake: Lake) -> None:
     present = lake.schema("interactions").names
+    if present == tables.IN_PLACE.names:
+        return
     for column in tables.INTERACTIONS.names:
         if column not in present:
             raise InputError(
@@ -100,14 +104,16 @@ def _timed(lake: Lake) -> bool:
 
 
 def _any_row(lake: Lake, column: str, condition: pc.Expression) -> bool:
-    return any(batch.num_rows for batch in lake.batches("interactions", None, [column], condition))
+    schema = pa.schema([tables.INTERACTIONS.field(column)])
+    return any(batch.num_rows for batch in in_place.batches(lake, "interactions", schema, condition))
 
 
 def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     same_source(inputs.cfg, inputs.lake)
     spark = session(inputs.cfg.spark)
     try:
-        return _write(spark, inputs, context)
+        with in_place.reading(inputs.lake, *_READS):
+            return _write(spark, inputs, context)
     finally:
         spark.catalog.clearCache()
 

@@ -19,6 +19,7 @@ from pipelines.engines.tracking import StageContext
 from pipelines.features import validate
 from pipelines.features.check import modalities
 from pipelines.features.richness import measure
+from pipelines.sources import in_place, parquet
 from pipelines.stage import Inputs, Stage
 
 EMBEDDINGS = "behavior_embeddings"
@@ -80,7 +81,8 @@ def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
 def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     spark = session(inputs.cfg.spark)
     try:
-        return _write(spark, inputs, context)
+        with in_place.reading(inputs.lake, "items"):
+            return _write(spark, inputs, context)
     finally:
         spark.catalog.clearCache()
 
@@ -119,8 +121,9 @@ def _note_missing(context: StageContext, without: int, items: int) -> None:
 def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
     """Join every item of ``item_stats`` with its accepted row of ``items``, its behaviour vector and norm (null where
     it has none) and fingerprint. One exchange by item_id for each table."""
-    items, stats, content = read(spark, lake, "items"), read(spark, lake, "item_stats"), cfg.features.content
-    judged, brought = validate.judge_items(items, validate.widths(items, modalities(cfg))), modalities(cfg)
+    stats, content, brought = read(spark, lake, "item_stats"), cfg.features.content, modalities(cfg)
+    items = in_place.read(spark, lake, "items", parquet.items(brought))
+    judged = validate.judge_items(items, validate.widths(items, brought))
     accepted = judged.filter("reason IS NULL").select(
         "item_id", "title", *(validate.present(name).alias(name) for name in brought)
     )

@@ -29,6 +29,7 @@ from pipelines.nightly.retention import quoted, tracked_runs
 from pipelines.publish import generations
 from pipelines.publish.lease import leased
 from pipelines.run import Run
+from pipelines.sources import in_place
 
 _CHUNK = 500
 """So many values are in one predicate."""
@@ -45,9 +46,12 @@ def forget(cfg: Config, context: StageContext, users: Iterable[str], files: Iter
     with leased(context, cfg.retokenize.lease) as lease:
         for name in context.lake.tables():
             column = _column(context.lake.delta(name))
-            if column is None:
+            if column is None and name != "interactions":
                 continue
             lease.check()
+            if column is None:
+                _forget_copies(context, name)
+                continue
             present = _present(context.lake, name, column, wanted)
             if present:
                 deleted = _delete(context.lake, name, column, present)
@@ -65,6 +69,16 @@ def forget(cfg: Config, context: StageContext, users: Iterable[str], files: Iter
             context.note(f"user {user!r} is in no table")
     context.facts["users"] = f"{len(seen)} of {len(wanted)} were there"
     context.status = "done" if seen else "up to date"
+
+
+def _forget_copies(context: StageContext, name: str) -> None:
+    """Remove what earlier versions have copied of a table that is now read in place, and name its source."""
+    at = in_place.reference(Lake(context.lake.root, {}), name)
+    if at is None:
+        return
+    removed = _purge(context.lake, name)
+    context.facts[name] = f"read in place, {removed} files of earlier copies removed"
+    context.note(f"{name}: {context.facts[name]}; its rows are at {at.location}, which is yours to clean", "WARN")
 
 
 def _lines(file: str) -> Iterator[str]:
@@ -90,7 +104,10 @@ def _present(lake: Lake, name: str, column: str, users: list[str]) -> dict[str, 
     wanted, result = pa.array(users), dict[str, set[str]]()
     for file in files:
         with local(file) as path:
-            for batch in ds.dataset(path, format="parquet").to_batches(columns=names):
+            rows_of_users = ds.dataset(path, format="parquet")
+            if not {*names} <= {*rows_of_users.schema.names}:  # a version that referred to the source
+                continue
+            for batch in rows_of_users.to_batches(columns=names):
                 values, *rows = (batch[name].cast(pa.string()) for name in names)
                 if not rows:
                     result |= {user: {user} for user in values.filter(pc.is_in(values, wanted)).unique().to_pylist()}

@@ -22,7 +22,7 @@ from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.nightly import verdict
-from pipelines.publish import exports, generations
+from pipelines.publish import exports, generations, registration
 from pipelines.publish.encode import check_features
 from pipelines.publish.gates import failures
 from pipelines.publish.generations import Candidate, Generation
@@ -96,6 +96,7 @@ class NightlyRun:
 
     def _champion(self, live: Generation) -> None:
         exports.point(self.cfg, self.lake)
+        registration.register(self.cfg, self.context)
         register(self.cfg, self.context, Run(self.cfg).of_name(live.artifact), live.tokenizer, "champion")
 
     def track(self, candidate: Candidate) -> None:
@@ -161,6 +162,7 @@ class NightlyRun:
                 "makes it live again"
             )
             return
+        registration.check(self.cfg, self.context)
         exports.check(self.cfg, self.lake, self.version)
         generation = generations.publish(
             self.context,

@@ -11,7 +11,7 @@ from pipelines import migrate as formats
 from pipelines.engines.lake import properties
 from pipelines.engines.tracking import StageContext
 from pipelines.nightly import retention
-from pipelines.publish import exports, generations
+from pipelines.publish import exports, generations, registration
 from pipelines.publish.lease import leased
 from pipelines.run import Run
 from pipelines.training.register import register
@@ -24,6 +24,7 @@ def rollback(cfg: Config, context: StageContext, number: int | None, hold: bool 
         live = generations.release(context) if number is None else generations.go_back(context, number, hold)
         context.facts["on hold"] = f"since {since}" if (since := generations.on_hold(context.lake)) else "no"
     exports.point(cfg, context.lake)
+    registration.register(cfg, context)
     register(cfg, context, Run(cfg).of_name(live.artifact), live.tokenizer, "champion")
     context.facts.update({"generation": live.generation, "items": live.items, "run date": live.run_date})
 

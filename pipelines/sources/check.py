@@ -6,15 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-from deltalake import DeltaTable
 
 from adasid.config import Config
 from adasid.datasets import arrays
 from adasid.errors import InputError
-from adasid.faults import wrapped
 from pipelines import ingest
-from pipelines.engines import spark as engine
 from pipelines.sources import parquet
+from pipelines.sources.fingerprint import delta
 
 
 def check(cfg: Config, note: Callable[[str], None]) -> list[str]:
@@ -25,10 +23,10 @@ def check(cfg: Config, note: Callable[[str], None]) -> list[str]:
         target = parquet.items(modalities) if key.endswith(".items") else parquet.EVENTS
         root = parquet.local(path)
         if form == "delta":
-            table = _delta(key, path)
+            table = delta(key, path)
             parquet.check_schema(key, path, pa.schema(table.schema().to_arrow()), target, note)
             said.append(f"{key} version {table.version()}")
-        elif root is None:
+        elif root is None or form == "table":
             said.append(f"{key} is read by Spark alone and was not opened")
         elif form == "parquet" or key == "source.arrays.interactions":
             files, _ = parquet.check_files(key, path, root, target, note)
@@ -40,14 +38,3 @@ def check(cfg: Config, note: Callable[[str], None]) -> list[str]:
         rows = arrays.check(str((Path(source.folder) / source.items).absolute()), paths)
         said.append(f"source.arrays.embeddings {rows} items")
     return said or [f"source.kind {cfg.source.kind}"]
-
-
-def _delta(key: str, path: str) -> DeltaTable:
-    try:
-        return DeltaTable(path)
-    except Exception as error:
-        raise wrapped(
-            error,
-            f"{key} {path}: not a Delta table ({engine.root_cause(error)}); correct the path, or set "
-            "source.tables.format: parquet",
-        ) from error

@@ -2,8 +2,8 @@
 
 Files below a local or mounted path are read by Arrow inside Spark tasks, some row groups a task: every file by its own
 schema, so that a column that only some files have, or that changes its type, does no harm; names that Hadoop cannot
-parse, half floats and nanoseconds are read; an error names the file. Paths with a scheme (object storage, HDFS) and
-Delta tables are read by Spark.
+parse, half floats and nanoseconds are read; an error names the file. Paths with a scheme (object storage, HDFS), Delta
+tables and tables of Spark's catalogue are read by Spark.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, DataFrameReader, SparkSession
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from adasid import tables
@@ -27,6 +28,7 @@ from adasid.datasets import columns
 from adasid.datasets.files import DataFile, convert_batches, open_parquet, read_row_groups
 from adasid.errors import InputError, first_line
 from adasid.faults import wrapped
+from pipelines.engines import catalog
 from pipelines.engines import spark as engine
 
 _TASK_BYTES = 128 * 2**20
@@ -101,7 +103,8 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
     ``note``. Raises InputError that names ``key``, file and column."""
     root = local(path)
     if root is None:
-        return _by_spark(key, path, target, spark.read.option("mergeSchema", "true").format("parquet"), note)
+        reader = spark.read.option("mergeSchema", "true").format("parquet")
+        return _by_spark(key, path, target, partial(reader.load, engine.uri(path)), note)
     files, footers = check_files(key, path, root, target, note)
     pairs = list(zip(files, footers))
     plan = _plan([pair for pair in pairs if not _fixed_size(pair[1], target)])
@@ -110,7 +113,7 @@ def scan(spark: SparkSession, key: str, path: str, target: Target, note: Callabl
     for schema in dict.fromkeys(footer.schema for _, footer in pairs if _fixed_size(footer, target)):
         paths = [engine.escaped(file.path, key) for file, footer in pairs if footer.schema.equals(schema)]
         reader = spark.read.format("parquet").option("basePath", str(root if root.is_dir() else root.parent))
-        rows = rows.unionByName(_by_spark(key, path, target, reader, note, paths))
+        rows = rows.unionByName(_by_spark(key, path, target, partial(reader.load, paths), note, whole=False))
     return rows
 
 
@@ -141,11 +144,32 @@ def check_schema(key: str, path: str, schema: pa.Schema, target: Target, note: C
     _check_title(where, schema, target, note)
 
 
+def table(
+    spark: SparkSession,
+    key: str,
+    path: str,
+    form: str,
+    identity: Sequence[Any],
+    target: Target,
+    note: Callable[[str], None],
+) -> DataFrame:
+    """Return the rows of a table of the source. ``form``: parquet, delta, or ``table``: ``path`` is a name in Spark's
+    catalogue; ``identity``: of :func:`pipelines.sources.fingerprint.fingerprint`, which ends with the version of a
+    Delta table. Raises as :func:`scan`."""
+    if form == "parquet":
+        return scan(spark, key, path, target, note)
+    if form == "table":
+        version = identity[-1] if isinstance(identity[-1], int) else None
+        return _by_spark(key, path, target, partial(catalog.read, spark, path, version), note)
+    return delta(spark, key, path, identity[-1], target, note)
+
+
 def delta(
     spark: SparkSession, key: str, path: str, version: int, target: Target, note: Callable[[str], None]
 ) -> DataFrame:
     """Return the rows of a Delta table at a version, as :func:`scan` does."""
-    return _by_spark(key, path, target, spark.read.format("delta").option("versionAsOf", version), note)
+    reader = spark.read.format("delta").option("versionAsOf", version)
+    return _by_spark(key, path, target, partial(reader.load, engine.uri(path)), note)
 
 
 def _footer(key: str, file: DataFile) -> _Footer:
@@ -230,23 +254,45 @@ def _by_spark(
     key: str,
     path: str,
     target: Target,
-    reader: DataFrameReader,
+    load: Callable[[], DataFrame],
     note: Callable[[str], None],
-    files: list[str] | None = None,
+    whole: bool = True,
 ) -> DataFrame:
-    """Read all of ``path``, or some ``files`` below it, by Spark's own reader."""
+    """Read by Spark's own reader what ``load`` gives: all of ``path``, or some files below it."""
     where = f"{key} {path}"
     try:
-        frame = reader.load(engine.uri(path) if files is None else files)
+        frame = load()
     except (Py4JJavaError, PySparkException) as error:
         raise wrapped(
             error, f"{where}: not readable ({engine.root_cause(error)}); correct the path or the format"
         ) from error
-    if files is None:
+    if whole:
         target.check(where, frame.columns)
     names = [name for name in frame.columns if name in columns.read_from(target.schema)]
     chosen = frame.select(*(f"`{name}`" for name in names))
     schema = to_arrow_schema(chosen.schema, timezone="UTC")
     columns.problems(schema, target.schema, where)
     _check_title(where, schema, target, note)
+    if _as_in_lake(schema, target.schema):
+        fields = engine.struct(target.schema)
+        absent = [F.lit(None).cast(field.dataType).alias(field.name) for field in fields if field.name not in names]
+        return chosen.select("*", *absent).select(*(field.name for field in fields))
     return chosen.mapInArrow(partial(convert_batches, target.schema, where), engine.struct(target.schema))
+
+
+def _as_in_lake(schema: pa.Schema, target: pa.Schema) -> bool:
+    """Return whether the columns have the lake's names and types, and their conversion would change no value (NaN
+    becomes null, so numbers with fractions are converted)."""
+    return all(
+        field.name in target.names
+        and (
+            field.type == target.field(field.name).type in (pa.string(), pa.int64())
+            or (pa.types.is_list(field.type) and field.type.value_type == pa.float32() == _inner(target, field.name))
+        )
+        for field in schema
+    )
+
+
+def _inner(target: pa.Schema, name: str) -> pa.DataType | None:
+    kind = target.field(name).type
+    return kind.value_type if pa.types.is_list(kind) else None

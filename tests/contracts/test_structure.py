@@ -149,6 +149,7 @@ def test_nothing_is_loaded_that_could_run_code():
 def test_table_schemas_are_frozen():
     names = (
         "INTERACTIONS",
+        "IN_PLACE",
         "REJECTED_ROWS",
         "TRUTH",
         "ITEM_STATS",

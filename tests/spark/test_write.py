@@ -32,11 +32,11 @@ def test_compaction_outside_spark_keeps_every_time(spark, lake):
         datetime(9999, 12, 31, tzinfo=timezone.utc),
     ]
     schema = pa.schema([("time", pa.timestamp("us", tz="UTC"))])
-    for number, moment in enumerate(moments, 1):
-        rows = spark.range(1).select(
-            F.timestamp_micros(F.lit(int((moment - EPOCH) / timedelta(microseconds=1)))).alias("time")
-        )
-        engine.write(rows, lake, "times", schema, "d", append=("times", number))
+    micros = F.array(*(F.lit(int((moment - EPOCH) / timedelta(microseconds=1))) for moment in moments))
+    rows = spark.range(0, len(moments), 1, len(moments)).select(
+        F.timestamp_micros(F.get(micros, F.col("id").cast("int"))).alias("time")
+    )
+    engine.write(rows, lake, "times", schema, "d")
     assert DeltaTable(lake.path("times")).optimize.compact()["numFilesRemoved"] == 3
     assert sorted(lake.read("times")["time"].to_pylist()) == moments
     micros = engine.read(spark, lake, "times").select(F.unix_micros("time").alias("at")).collect()

@@ -57,7 +57,9 @@ def _artifact(cfg: Config, lake: Lake) -> Location:
     """Return the artifact to publish: that of ``sids.artifact``, else the one that the config trains on these
     tables."""
     if cfg.sids.artifact:
-        return location(cfg.sids.artifact)
+        named = location(cfg.sids.artifact)
+        # as the table generations names it: relative to the run's folder
+        return named if (named / "manifest.json").exists() else Run(cfg).of_name(cfg.sids.artifact)
     return tokenizer.folder_of(stage.resolve(tokenizer.declare(), cfg, lake)) / "model"
 
 

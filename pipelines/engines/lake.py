@@ -39,8 +39,6 @@ _WRITES = {
 }
 STAMP = "adasid"
 """This key of a commit's metadata holds the table's input hash."""
-
-
 _READ = "read"
 """This key of a commit's metadata holds the versions of the tables that were read."""
 

@@ -241,7 +241,7 @@ def refused(path, lake, capsys, words, code=3):
 
 def test_a_corrupt_artifact_is_refused(tonight, capsys):
     path, lake = tonight
-    weights = Path(generations.live(lake).artifact) / "weights.safetensors"
+    weights = load(path).run_dir / generations.live(lake).artifact / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-20] ^= 1
     weights.write_bytes(data)

@@ -85,3 +85,16 @@ def test_a_file_that_hadoop_wrote_is_replaced_with_its_checksum(commit, spark):
     new = files.open(target)
     assert bytes(new.read() for _ in range(15)) == b'{"version": 10}'
     new.close()
+
+
+def test_another_default_file_system_does_not_split_the_lake(spark, lake):
+    hadoop = spark.sparkContext._jsc.hadoopConfiguration()
+    before = hadoop.get("fs.defaultFS")
+    hadoop.set("fs.defaultFS", "hdfs://127.0.0.1:9")
+    try:
+        rows = spark.createDataFrame([("a",)], "item_id string")
+        version = engine.write(rows, lake, "rows", s3.SCHEMA, "first")
+        assert engine.read(spark, lake, "rows", version).collect() == [("a",)]
+    finally:
+        hadoop.set("fs.defaultFS", before)
+    assert lake.read("rows")["item_id"].to_pylist() == ["a"]

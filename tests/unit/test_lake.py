@@ -1,10 +1,14 @@
 """Test the lake: small changes of a table in one commit, and the input hashes of commits."""
 
+import errno
+import os
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-from adasid.errors import BusyError
+from adasid.errors import BusyError, InputError
 from pipelines.engines.lake import Lake, committed, properties
 from pipelines.staleness import lags
 
@@ -80,3 +84,13 @@ def test_maintenance_of_a_table_without_a_stamp_gives_it_none(lake):
         DeltaTable(lake.path("theirs")).alter.set_table_properties(
             {"delta.enableExpiredLogCleanup": "false"}, commit_properties=properties(lake.input_hash("theirs"))
         )
+
+
+def test_a_file_system_without_hard_links_is_named(lake, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", refuse)  # as blobfuse, s3fs and Azure Files answer
+    with pytest.raises(InputError, match="has no hard links"):
+        lake.writable()
+    assert list(Path(lake.root).iterdir()) == []

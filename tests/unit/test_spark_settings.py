@@ -2,6 +2,7 @@
 
 from adasid.config import Spark
 from pipelines.engines.spark import _EXTENSION, _REQUIRED, _launch, chosen, class_archive
+from tests import s3
 
 GIVEN = {
     "spark.sql.shuffle.partitions": "512",
@@ -39,3 +40,14 @@ def test_java_options_of_the_config_join_those_of_the_log():
 def test_the_java_of_a_job_uses_the_class_archive_of_setup():
     assert class_archive().exists()
     assert f"-XX:SharedArchiveFile={class_archive()}" in _launch(Spark())["spark.driver.extraJavaOptions"]
+
+
+def test_the_settings_of_s3a_follow_the_environment_and_have_no_secret(monkeypatch):
+    for name, value in s3.environment(9000).items():
+        monkeypatch.setenv(name, value)
+    settings = chosen(Spark(), {"spark.hadoop.fs.s3a.retry.limit": "9"})
+    assert settings["spark.hadoop.fs.s3a.endpoint"] == "http://127.0.0.1:9000"
+    assert settings["spark.hadoop.fs.s3a.endpoint.region"] == "us-east-1"
+    assert settings["spark.hadoop.fs.s3a.connection.ssl.enabled"] == "false"
+    assert "spark.hadoop.fs.s3a.retry.limit" not in settings  # spark-submit's stays
+    assert not any(s3.ENVIRONMENT[name] in settings.values() for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))

@@ -61,7 +61,8 @@ def passing(error: BaseException) -> bool:
 def wrapped(error: BaseException, message: str) -> AdasidError:
     """Return the error to raise for an engine's: that of the object store it names, else a TransientError for a passing
     fault, else an InputError."""
-    if store := translated(error):
+    store = translated(error)
+    if store and not (isinstance(store, InputError) and "does not exist (any more)" in str(store)):
         return store
     return TransientError(message) if passing(error) else InputError(message)
 
@@ -83,7 +84,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _passes(error: BaseException) -> bool:
-    if isinstance(error, TransientError) or _TYPES & {kind.__name__ for kind in type(error).__mro__}:
+    engines = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.partition(".")[0] in {"ray", "py4j"}}
+    if isinstance(error, TransientError) or _TYPES & engines:
         return True
     if isinstance(error, AdasidError):  # its message is that of a cause, which is asked itself
         return False

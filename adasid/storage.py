@@ -26,19 +26,32 @@ _CLIENT = {"connect_timeout": "5 seconds", "timeout": "60 seconds"}
 _DELTA = {"max_retries": "6", "retry_timeout": "30s", "connect_timeout": "5s", "timeout": "60s"}
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound", re.I)
 _REFUSED = re.compile(
-    r"\b40[13]\b|AccessDenied|Forbidden|PermissionDenied|Unauthenticated|InvalidAccessKeyId|SignatureDoesNotMatch|"
-    r"ExpiredToken|InvalidToken|lacked valid authentication|necessary privileges",
+    r"status code\W{0,3}40[13]|AccessDenied|Forbidden|PermissionDenied|Unauthenticated|InvalidAccessKeyId|"
+    r"SignatureDoesNotMatch|ExpiredToken|InvalidToken|lacked valid authentication|necessary privileges",
     re.I,
 )
-_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|instance metadata|NoCredential|no valid credential|credential", re.I)
+_GONE = re.compile(r"NoSuchKey|not found|status code\W{0,3}404", re.I)
+_WRONG = re.compile(r"status code\W{0,3}4(?!0[4589]|1[2]|29)\d\d", re.I)
+"""The store refuses such a request every time; 408, 409, 412 and 429 pass."""
+_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|instance metadata|no\w* (?:valid )?credential|load credential", re.I)
+
+
+_PUBLIC = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ALLOW_HTTP", "AWS_REGION", "AWS_DEFAULT_REGION"}
+"""These variables are no secrets: training workers get those of the driver, and what :func:`configure` has set."""
 
 
 def configure(options: Mapping[str, str]) -> None:
     """Set the environment variables ``options`` (``storage.options``) that the environment does not set."""
     for name, value in options.items():
         os.environ.setdefault(name, value)
+        _PUBLIC.add(name)
     if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
         os.environ.setdefault("AWS_ALLOW_HTTP", "true")
+
+
+def environment() -> dict[str, str]:
+    """Return the variables that lead other processes to the same store; keys and tokens are not among them."""
+    return {name: os.environ[name] for name in sorted(_PUBLIC) if name in os.environ}
 
 
 def is_remote(path: object) -> bool:
@@ -180,6 +193,11 @@ class ObjectPath:
         with _asking("PUT", self):
             _obstore().put(_store(self.root), self.key, source)
 
+    def copy(self, target: ObjectPath) -> None:
+        """Copy the object within its bucket."""
+        with _asking("COPY", self):
+            _obstore().copy(_store(self.root), self.key, target.key)
+
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object. Removing one that does not exist is no error in most stores, whatever ``missing_ok``."""
         with _asking("DELETE", self):
@@ -209,11 +227,12 @@ class ObjectPath:
 def fault(error: Exception, operation: str, where: object) -> AdasidError:
     """Return the error to raise for one of the store's client (obstore and delta-rs word them alike)."""
     text = re.sub(r"\x1b\[\d*m|[^\S\n]*↳ *", "", str(error))
+    text = re.sub(r"\b(?:https?|s3a?|gs|abfss)://\S+", lambda url: "169.254.169.254" * ("169.254." in url[0]), text)
     bucket = ObjectPath.of(str(where)).root
     what = f"{operation} {where}"
     if _NO_BUCKET.search(text):
         return InputError(f"{what}: {bucket} does not exist: create it, or name another bucket in runs_dir")
-    if _NO_CREDENTIALS.search(text) and "InvalidAccessKeyId" not in text and not re.search(r"\b40[13]\b", text):
+    if _NO_CREDENTIALS.search(text) and not _REFUSED.search(text):
         return InputError(
             f"{what}: the store's client has no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or those "
             "of GOOGLE_* or AZURE_*) in the environment, or give the machine a role"
@@ -222,6 +241,14 @@ def fault(error: Exception, operation: str, where: object) -> AdasidError:
         return InputError(
             f"{what}: the store refused it ({_code(text)}): check the credentials of the environment (AWS_*, GOOGLE_*, "
             f"AZURE_*), and that they may read, write, list and delete in {bucket}"
+        )
+    if _GONE.search(text):
+        return InputError(
+            f"{what}: it does not exist (any more): it was removed or vacuumed; run the stage that writes it"
+        )
+    if _WRONG.search(text):
+        return InputError(
+            f"{what}: the store refused the request ({_reason(text)}): check AWS_REGION and AWS_ENDPOINT_URL"
         )
     return TransientError(
         f"{what}: the store does not answer ({_reason(text)}): check AWS_ENDPOINT_URL and the network; run "

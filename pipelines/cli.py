@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from adasid import config
+from adasid.config.secrets import hidden
 from adasid.errors import AdasidError, TransientError, first_line
 from adasid.storage import configure
 from pipelines import log, traces
@@ -75,13 +76,14 @@ def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) ->
     except Exception as error:
         kept = traces.keep(cfg, error) if cfg and not checks else ""
         if isinstance(error, AdasidError):
-            log.line(str(error), "ERROR")
+            log.line(hidden(str(error), cfg) if cfg else str(error), "ERROR")
             return error.exit_code
         from adasid.faults import passing
 
         again = passing(error)
         hint = "; this fault passes: run the command again" if again else ""
-        log.line(f"{type(error).__name__}: {first_line(error)[:300]}{hint}{kept}", "ERROR")
+        text = hidden(first_line(error), cfg) if cfg else first_line(error)
+        log.line(f"{type(error).__name__}: {text[:300]}{hint}{kept}", "ERROR")
         return TransientError.exit_code if again else 1
     return 0
 

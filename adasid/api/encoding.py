@@ -17,6 +17,7 @@ from adasid.api.items import Data, Items, vector, whole_numbers
 from adasid.config import TokenizerSettings
 from adasid.data.shards import Batch
 from adasid.errors import InputError
+from adasid.files import location
 from adasid.metrics.richness import RichnessScale, vector_norms
 from adasid.sid import Slot, token_names
 from adasid.tables import BEHAVIOR
@@ -137,7 +138,7 @@ class SidTokenizer:
         """Write the artifact, ``weights.safetensors`` and ``manifest.json``, into ``folder``, which is created if
         missing. The Spark job reads it, too (``sids.artifact``). Raises InputError if it cannot be written."""
         try:
-            artifact.rewrite(Path(folder), self.tokenizer, self.manifest)
+            artifact.rewrite(location(folder), self.tokenizer, self.manifest)
         except OSError as error:
             fix = "choose another folder"
             raise InputError(f"SidTokenizer.save: {folder} cannot be written ({error.strerror}); {fix}") from None

@@ -13,7 +13,7 @@ from typing import Any
 from adasid.api.encoding import SidTokenizer
 from adasid.errors import InputError, first_line
 from adasid.files import Location, location
-from adasid.storage import ObjectPath, is_remote
+from adasid.storage import ObjectPath, configure, is_remote
 from adasid.tokenizers import artifact
 
 _CALLER = "adasid.load"
@@ -37,6 +37,7 @@ def load(source: str | Path) -> SidTokenizer:
     """
     if isinstance(source, str) and _URI.match(source) and not is_remote(source):
         return _download(source)
+    configure({})
     folder = ObjectPath.of(str(source)) if is_remote(source) else Path(source).expanduser()
     if (folder / "manifest.json").exists():
         return SidTokenizer(*artifact.read(folder))

@@ -23,6 +23,8 @@ _NAMES = {
 }
 _BEFORE_KEY = {"access", "account", "api", "private", "secret", "shared"}
 _SHORTEST = 6
+_QUERY = re.compile(r"(?i)([?&;](?:password|passwd|pwd|token|sig|secret|X-Amz-[\w-]+)=)[^&;\s\"']+")
+"""Passwords in the query of a URL, such as that of JDBC."""
 _USER = re.compile(r"(?<=://)[^/@\s]+@")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -38,7 +40,7 @@ def names_secret(key: str) -> bool:
 
 def masked_text(text: str) -> str:
     """Return ``text`` without the users and passwords of its URLs."""
-    return _USER.sub("", text)
+    return _QUERY.sub(rf"\1{MASK}", _USER.sub("", text))
 
 
 def hidden(text: str, model: BaseModel) -> str:

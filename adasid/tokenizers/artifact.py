@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 
 from adasid import config, files
 from adasid.errors import InputError
+from adasid.faults import wrapped
 from adasid.files import Location
 from adasid.sid import Slot
 from adasid.tokenizers.base import Tokenizer
@@ -95,10 +96,12 @@ def read_manifest(folder: Location) -> Manifest:
     """Read and check the manifest. Raises InputError if the folder has no artifact of this format."""
     try:
         entries = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"artifact {folder}: no manifest.json; train a tokenizer first (jobs/train.py --stage tokenizer)"
         ) from None
+    except OSError as error:
+        raise wrapped(error, f"artifact {folder}/manifest.json: cannot be read ({error})") from error
     except ValueError:
         raise InputError(f"artifact {folder}/manifest.json: not valid JSON; train the tokenizer again") from None
     if entries.get("format") != FORMAT:
@@ -135,8 +138,10 @@ def read(folder: Location) -> tuple[Tokenizer, Manifest]:
     manifest = read_manifest(folder)
     try:
         weights = (folder / "weights.safetensors").read_bytes()
-    except OSError:
+    except FileNotFoundError:
         raise InputError(f"artifact {folder}: no weights.safetensors; train the tokenizer again") from None
+    except OSError as error:
+        raise wrapped(error, f"artifact {folder}/weights.safetensors: cannot be read ({error})") from error
     return decode(manifest, weights), manifest
 
 

@@ -73,11 +73,17 @@ public final class ExclusiveLogStore extends HadoopFileSystemLogStore {
         } catch (IOException error) {
             String text = error.toString();
             boolean exists = error instanceof org.apache.hadoop.fs.FileAlreadyExistsException
-                || text.contains("412") || text.contains("409");
+                || text.contains("Status Code: 412") || text.contains("Status Code: 409");
             if (overwrite || !exists) {
                 throw error;
             }
-            if (!mine(store, path, content)) {
+            boolean mine;
+            try {
+                mine = mine(store, path, content);
+            } catch (java.io.FileNotFoundException absent) {  // the other PUT is not finished
+                throw error;
+            }
+            if (!mine) {
                 throw new FileAlreadyExistsException(path.toString());
             }
         }

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adasid import config, errors
+from adasid import config, errors, storage
 from adasid.distributed import settle
 from adasid.faults import passing, wrapped
 from adasid.files import Location, location, write_json
@@ -181,7 +181,7 @@ def _connect(settings: config.Ray) -> None:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     if address and address.startswith("http"):  # the address of the jobs API, which a driver cannot join
         address = "auto"
-    runtime: dict[str, Any] = {"env_vars": environment}
+    runtime: dict[str, Any] = {"env_vars": {**storage.environment(), **environment}}
     if address and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job sends its working_dir
         runtime["py_modules"] = [str(package) for package in code.PACKAGES]
     options: dict[str, Any] = {

@@ -162,7 +162,7 @@ class Lake:
 
     def input_hash(self, table: str, version: int | None = None) -> str | None:
         """Return the input hash in the commit of ``version`` (default: the latest); None for no table or no hash."""
-        return _digest(self._commit(table, version))
+        return commit_hash(self._commit(table, version))
 
     def lineage(self, table: str, version: int | None = None) -> dict[str, int]:
         """Return the versions of other tables from which ``version`` (default: the latest) was computed; empty where
@@ -179,7 +179,7 @@ class Lake:
         if newest <= version:
             return None
         commits = {entry["version"]: entry for entry in latest.history(newest - version + 1)}
-        marks = {number: _digest(entry) or str(number) for number, entry in commits.items()}
+        marks = {number: commit_hash(entry) or str(number) for number, entry in commits.items()}
         if marks[newest] == marks.get(version):
             return None
         first = next(number for number in range(version + 1, newest + 1) if marks[number] != marks.get(version))
@@ -340,7 +340,8 @@ def _metadata(commit: Mapping[str, Any]) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _digest(commit: Mapping[str, Any]) -> str | None:
+def commit_hash(commit: Mapping[str, Any]) -> str | None:
+    """Return the input hash in a commit, None for none."""
     value = _metadata(commit).get(STAMP)
     return None if value in (None, "None") else str(value)  # after maintenance of a table without a hash
 

@@ -55,10 +55,17 @@ class Server:
     """A tracking server, or a local store. ``experiment``: the one in which runs are created; ``ids``: key of a run ->
     its id in MLflow."""
 
-    def __init__(self, client: MlflowClient, experiment: str, location: str | None, uri: str) -> None:
-        self.client, self.experiment, self.location, self.uri = client, experiment, location, uri
+    def __init__(self, client: MlflowClient | None, experiment: str, location: str | None, uri: str) -> None:
+        self._client, self.experiment, self.location, self.uri = client, experiment, location, uri
         self.ids: dict[str, str] = {}
         self._experiments: dict[str, str] = {}
+
+    @property
+    def client(self) -> MlflowClient:
+        """Return MLflow's client. Raises RuntimeError where there is no server, which no stage then calls."""
+        if self._client is None:
+            raise RuntimeError("tracking.uri is null and runs_dir a bucket: there is no MLflow server")
+        return self._client
 
     def experiment_id(self, name: str = "") -> str:
         """Return the id of an experiment (default: that of this server); create the experiment if there is none.

@@ -30,7 +30,7 @@ from pipelines.engines.lake import Lake, stamped
 
 JARS = ("delta-spark_4.2_2.13-4.4.0.jar", "delta-storage-4.4.0.jar")
 S3_JAR = "hadoop-aws-3.5.0.jar"
-LOG_STORE_JAR = "adasid-log-store-1.jar"
+LOG_STORE_JAR = "adasid-log-store-2.jar"
 _TASK_LOGS = (
     "org.apache.spark.util.Utils",
     "org.apache.spark.executor.Executor",
@@ -122,7 +122,7 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
 
 def _sent(spark: SparkSession) -> bool:
     """Return whether the executors have the packages' code: by an earlier call, or by spark-submit --py-files."""
-    return any("adasid" in file.rpartition("/")[2] for file in spark.sparkContext.listFiles)
+    return any(re.search(r"adasid[^/]*\.(zip|whl|egg|py)$", file) for file in spark.sparkContext.listFiles)
 
 
 def _launch(settings: config.Spark) -> dict[str, str]:

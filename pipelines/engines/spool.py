@@ -33,10 +33,11 @@ class Kept(NamedTuple):
 
 
 class Spool:
-    """The spool of a run. ``experiment``: of the records that are added."""
+    """The spool of a run. ``experiment``: of the records that are added; ``rolling``: the oldest file makes room for a
+    new one, as there is no server to which it could be sent."""
 
-    def __init__(self, folder: Location, experiment: str) -> None:
-        self.folder, self.experiment = folder, experiment
+    def __init__(self, folder: Location, experiment: str, rolling: bool = False) -> None:
+        self.folder, self.experiment, self.rolling = folder, experiment, rolling
         self._name, self._number = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}", 0
         self._records: list[Record] = []
 
@@ -45,17 +46,25 @@ class Spool:
         found: list[Location] = list(self.folder.glob("*.jsonl"))
         return sorted(found, key=lambda path: path.name)
 
-    def versions(self) -> Iterator[tuple[str, int]]:
-        """Yield the tables and versions that stages read or wrote, as far as the records are here."""
+    def versions(self, since: float) -> Iterator[tuple[str, int]]:
+        """Yield the tables and versions that stages read or wrote after ``since``, in unix seconds, as far as the
+        records are here. Raises ValueError for a file that cannot be read."""
         for path in self.files():
-            for record in self.read(path).records:
+            try:
+                rows = self.read(path).records
+            except FileNotFoundError:  # another stage has sent it
+                continue
+            for record in (record for record in rows if record.get("time", 0) >= 1000 * since):
                 for name, value in (record.get("tags") or {}).items():
                     if name.startswith(("in.", "out.")):
                         yield name.partition(".")[2], int(value)
 
     def add(self, record: Record) -> bool:
         """Keep a record; return False where the spool is full."""
-        if not self._records and len(self.files()) >= _FILES:
+        files = self.files() if not self._records else []
+        if self.rolling and len(files) >= _FILES:
+            files[0].unlink(missing_ok=True)
+        elif len(files) >= _FILES:
             write_json(self.folder / _FULL, {"time": time.time()})
             return False
         self._records.append(record)

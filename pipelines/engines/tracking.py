@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from adasid.config import Config, yaml12
-from adasid.config.secrets import masked_config, masked_text
+from adasid.config.secrets import hidden, masked_config, masked_text
 from adasid.errors import InputError, first_line
 from adasid.files import Location, append_line, write_json
 from adasid.storage import translated
@@ -92,7 +92,10 @@ class StageContext:
         since = time.time() - _DAY * days
         if self.recorder.spool.lost(since):
             return None
-        found, page = list(self.recorder.spool.versions()), None
+        try:
+            found, page = list(self.recorder.spool.versions(since)), None
+        except ValueError:
+            return None
         if not Run(self.cfg).tracking_uri:
             return found
         where = f"tags.run = '{self.cfg.name}' and attributes.start_time >= {int(since * 1000)}"
@@ -150,7 +153,7 @@ def stage(cfg: Config, name: str, journal: bool = True, migrates: bool = False) 
         yield context
     except BaseException as error:
         fault = translated(error)
-        recorder.put(records.batch(key, tags={"error": masked_text(str(fault or error))[:500]}))
+        recorder.put(records.batch(key, tags={"error": hidden(str(fault or error), cfg)[:500]}))
         _end(recorder, "FAILED" if isinstance(error, Exception) else "KILLED", key)
         _end(recorder, "FAILED", parent)
         if fault:
@@ -175,7 +178,7 @@ def _end(recorder: Recorder, status: str, *runs: str) -> None:
 def _recorder(cfg: Config, name: str) -> Recorder:
     """Return a recorder that has called the server. Raises InputError for a deleted experiment and for a URI that
     MLflow cannot read: both need the user."""
-    server, spool = _server(cfg), Spool(Run(cfg).spool, cfg.tracking.experiment)
+    server, spool = _server(cfg), Spool(Run(cfg).spool, cfg.tracking.experiment, rolling=not Run(cfg).tracking_uri)
     recorder = Recorder(server, spool, cfg.tracking.timeout, name)
     if Run(cfg).tracking_uri:
         recorder.open()
@@ -192,9 +195,11 @@ def _server(cfg: Config) -> Server:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{UPLOAD * settings.timeout:.0f}")
+    if not uri:
+        return Server(None, settings.experiment, None, uri)
     try:
         mlflow.set_tracking_uri(uri)
-        client = MlflowClient(uri or None)
+        client = MlflowClient(uri)
     except MlflowException as error:
         fix = "correct tracking.uri, or leave it null for a local store"
         raise InputError(masked_text(f"tracking.uri {uri}: {first_line(error)}; {fix}")) from error

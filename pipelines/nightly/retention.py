@@ -21,7 +21,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from adasid.errors import first_line
 from adasid.files import Location, children, location, modified, newest, remove
 from adasid.tables import REJECTED_ROWS
-from pipelines.engines.lake import STAMP
+from pipelines.engines.lake import commit_hash
 from pipelines.engines.tracking import StageContext
 from pipelines.publish import generations
 from pipelines.publish.generations import Generation
@@ -99,7 +99,7 @@ def trim_exports(context: StageContext) -> None:
         str(row.generation) for row in kept(generations.history(context.lake), context.cfg.retokenize.retention.exports)
     }
     for part in children(folder):
-        number = part.name.removeprefix(".").removesuffix(".draft")
+        number = part.name.removeprefix(".").partition(".")[0]
         if number.isdigit() and (part.name not in keep):
             removed, size = removed + 1, size + remove(part)
     _say(context, "exports", f"{removed} generations removed, {size / 1e6:.1f} MB")
@@ -111,8 +111,10 @@ def trim_artifacts(context: StageContext) -> None:
     other = Run(cfg).tracked_artifacts.name
     history = kept(generations.history(context.lake), cfg.retokenize.keep)
     used = {Run(cfg).of_name(row.artifact).resolve() for row in history}
-    used |= {location(cfg.sids.artifact).resolve()} if cfg.sids.artifact else set()
-    tokenizers, hashes = {row.tokenizer for row in history} | _aliased(context), _last_hashes(context)
+    if cfg.sids.artifact:
+        used |= {location(cfg.sids.artifact).resolve(), Run(cfg).of_name(cfg.sids.artifact).resolve()}
+    aliased = _aliased(context) if Run(cfg).tracking_uri else set()
+    tokenizers, hashes = {row.tokenizer for row in history} | aliased, _last_hashes(context)
     since = time.time() - _DAY * context.cfg.retokenize.retention.artifact_days
     for model in (model for kind in children(folder) for model in children(kind)):
         if model.parent.name == other or model.name in hashes or newest(model) >= since:
@@ -139,8 +141,10 @@ def _aliased(context: StageContext) -> set[str]:
     name, client = model_name(context.cfg), context.client
     try:
         aliases = client.get_registered_model(name).aliases
-    except MlflowException:  # no model is registered yet
-        return set()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return set()  # no model is registered yet
     versions = [client.get_model_version(name, str(number)) for number in aliases.values()]
     return {str(version.tags.get("digest")) for version in versions}
 
@@ -181,7 +185,7 @@ def trim_rejected(context: StageContext) -> None:
     if not lake.exists(table):
         return
     current = {lake.input_hash(name) for name in ("items", "interactions", "item_stats") if lake.exists(name)}
-    marks = dict.fromkeys(json.loads(entry.get("userMetadata") or "{}").get(STAMP) for entry in lake.writes(table))
+    marks = dict.fromkeys(commit_hash(entry) for entry in lake.writes(table))
     keep = {*islice(marks, context.cfg.retokenize.retention.rejected), *current}
     there = {mark for batch in lake.batches(table, None, ["input_hash"]) for mark in batch[0].unique().to_pylist()}
     if old := sorted(there - keep):

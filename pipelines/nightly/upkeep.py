@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlflow.exceptions import MlflowException
+
 from adasid.config import Config
-from adasid.errors import InputError
+from adasid.errors import InputError, first_line
 from pipelines import migrate as formats
 from pipelines.engines.lake import properties
 from pipelines.engines.tracking import StageContext
@@ -47,17 +49,20 @@ def maintain(cfg: Config, context: StageContext) -> None:
     ``grace_hours``. A table retains its input hash, its lineage, and the log of all its versions (but ``leases``)."""
     lake, grace = context.lake, cfg.retokenize.grace_hours
     with leased(context, cfg.retokenize.lease) as lease:
-        if context.recorder.away:
-            context.note("MLflow does not answer: no model and no file of a run is removed", "WARN")
-        for trim in (
-            retention.trim_exports,
-            *(() if context.recorder.away else (retention.trim_artifacts, retention.trim_tracking)),
-            retention.trim_rejected,
-            retention.trim_leases,
-        ):
+        for trim in (retention.trim_exports, retention.trim_rejected, retention.trim_leases):
             lease.check()
             trim(context)
-        keep = retention.needed(context)
+        tracked, server = (retention.trim_artifacts, retention.trim_tracking), Run(cfg).tracking_uri
+        for trim in tracked if server and not context.recorder.away else () if server else tracked[:1]:
+            lease.check()
+            try:
+                trim(context)
+            except MlflowException as error:
+                context.note(f"{trim.__name__} was not finished: MLflow does not answer ({first_line(error)})", "WARN")
+        try:
+            keep = retention.needed(context)
+        except MlflowException:
+            keep = None
         if keep is None:
             context.status = "removed no file"
             context.note("MLflow does not answer: what recent runs read is unknown, so no file is removed", "WARN")
@@ -94,6 +99,8 @@ def _readable(context: StageContext, name: str, version: int) -> bool:
     try:
         context.lake.open(name, version)
     except InputError:
+        if context.lake.existing(name)(f"_delta_log/{version:020}.json"):
+            raise  # it cannot be read now, which is no reason to remove its files
         context.note(f"{name} version {version} is needed but its log is gone: it cannot be retained")
         return False
     return True

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,15 +129,19 @@ def _publishing(target: Location, allowed: Callable[[], None]) -> Iterator[tuple
         shutil.rmtree(target, ignore_errors=True)
         draft.replace(target)
         return
-    allowed()
-    (target / "manifest.json").unlink(missing_ok=True)
-    target.remove()
+    spark = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.draft")
     with tempfile.TemporaryDirectory(prefix="adasid-export-") as name:
-        yield target, Path(name)
+        yield spark, Path(name)
         files = [path for path in Path(name).rglob("*") if path.is_file()]
+        allowed()
+        (target / "manifest.json").unlink(missing_ok=True)
+        target.remove()
+        for file in spark.files():
+            file.copy(target / file.relative_to(spark).as_posix())
         allowed()
         for path in sorted(files, key=lambda path: path.name == "manifest.json"):
             (target / path.relative_to(name).as_posix()).upload(path)
+        spark.remove()
 
 
 def _table(

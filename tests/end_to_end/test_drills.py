@@ -21,7 +21,7 @@ import pyarrow as pa
 import pytest
 
 from adasid.config import load
-from adasid.files import location
+from adasid.files import children, location
 from pipelines import cli
 from pipelines.nightly import retokenize
 from pipelines.publish import generations
@@ -123,8 +123,8 @@ starts, its settings, how it ends."""
 def reached(step, lake, run, before):
     """Whether a night has come to a step."""
     if step == "exports":
-        exports = location(str(run / "exports"))
-        return any((exports / name).is_dir() for name in ("2", ".2.draft"))
+        inner = children(location(str(run / "exports")))
+        return any(path.name == "2" or path.name.startswith(".2.") for path in inner)
     if step == "training":
         return len(list((run / "artifacts" / "tokenizer").glob("*/checkpoints/*/*"))) > before
     return commits(lake, step) > before

@@ -280,7 +280,7 @@ def test_small_moves_of_vectors_move_few_sids(shop, tmp_path, policy):
     assert sum(old[item]["collision_rank"] > 0 for item in same) > 3
     assert len({(*row["codes"], row["collision_rank"]) for row in new.values()}) == len(new)
     assert kept > {"frozen": 0.99, "warm": 0.95, "refit": 0.85}[policy]
-    _, manifest = artifact.read(Path(row.artifact))
+    _, manifest = artifact.read(load(path).run_dir / row.artifact)
     assert manifest.relabelled == (policy == "refit")
     assert champion(path) == row.tokenizer
     assert night(path, "2026-01-04", f"retokenize.policy={policy}").status == "up to date"

@@ -134,8 +134,9 @@ class ObjectPath:
                     yield ObjectPath(self.root, entry["path"]), entry["size"], entry["last_modified"].timestamp()
 
     def files(self) -> Iterator[ObjectPath]:
-        """Yield all objects below this prefix, in the order of their keys."""
-        return (path for path, _, _ in self.entries())
+        """Yield the objects below this prefix, in the order of their keys, but for empty ones: these are Hadoop's
+        markers of folders."""
+        return (path for path, size, _ in self.entries() if size)
 
     def folders(self) -> list[ObjectPath]:
         """Return the prefixes directly below this one."""

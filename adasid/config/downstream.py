@@ -54,7 +54,7 @@ class Retrieval(Section):
         "keep", description="an inactive slot's token: keep it, or pad: replace it by PAD"
     )
     weights: bool = Field(
-        True, description="token heads: the tokenizer's weights of the target's behaviour tokens weigh their losses"
+        False, description="token heads: the tokenizer's weights of the target's behaviour tokens weigh their losses"
     )
     order: Literal["slots", "behavior"] = Field(
         "slots",

@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+import pipelines.publish.lease
 from adasid import config, tables
 from adasid.errors import BusyError, GateError, InputError
 from pipelines.engines.tracking import stage
@@ -39,7 +41,8 @@ def watched(monkeypatch, lease, clock, step, wait, meanwhile=lambda: None):
         clock.time += step
         meanwhile()
 
-    monkeypatch.setattr("pipelines.publish.lease.time.sleep", sleep)
+    ours = SimpleNamespace(**{**vars(pipelines.publish.lease.time), "sleep": sleep})  # other threads sleep, too
+    monkeypatch.setattr("pipelines.publish.lease.time", ours)
     lease.take(wait)
 
 
@@ -66,7 +69,7 @@ def test_a_second_one_leaves_with_a_message_and_a_dead_holders_lease_ends(lake, 
 @pytest.mark.parametrize("skew", [-600.0, 600.0])
 def test_wall_clocks_that_differ_neither_steal_nor_block(lake, monkeypatch, skew):
     mine, theirs, walls = Clock(), Clock(), Clock(time.time())
-    monkeypatch.setattr("pipelines.publish.lease.time.time", walls)
+    monkeypatch.setattr("pipelines.publish.lease.time", SimpleNamespace(**{**vars(time), "time": walls}))
     first, second = Lease(lake, 30.0, mine), Lease(lake, 30.0, theirs)
     first.take(0)
     walls.time += skew

@@ -33,7 +33,7 @@ _REFUSED = re.compile(
 _GONE = re.compile(r"NoSuchKey|not found|status code\W{0,3}404", re.I)
 _WRONG = re.compile(r"status code\W{0,3}4(?!0[4589]|1[2]|29)\d\d", re.I)
 """The store refuses such a request every time; 408, 409, 412 and 429 pass."""
-_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|instance metadata|no\w* (?:valid )?credential|load credential", re.I)
+_NO_CREDENTIALS = re.compile(r"instance metadata|no\w* (?:valid )?credential|load credential", re.I)
 
 
 _PUBLIC = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ALLOW_HTTP", "AWS_REGION", "AWS_DEFAULT_REGION"}
@@ -233,7 +233,7 @@ def fault(error: Exception, operation: str, where: object) -> AdasidError:
     what = f"{operation} {where}"
     if _NO_BUCKET.search(text):
         return InputError(f"{what}: {bucket} does not exist: create it, or name another bucket in runs_dir")
-    if _NO_CREDENTIALS.search(text) and not _REFUSED.search(text):
+    if "169.254." in text or (_NO_CREDENTIALS.search(text) and not _REFUSED.search(text)):
         return InputError(
             f"{what}: the store's client has no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or those "
             "of GOOGLE_* or AZURE_*) in the environment, or give the machine a role"

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 
-from adasid import files, storage
+from adasid import config, files, storage
 from adasid.errors import InputError, TransientError
 from adasid.storage import ObjectPath
 from adasid.tokenizers import artifact
 from adasid.tokenizers.opq import OpqSettings
+from pipelines.engines import tracking
 from pipelines.engines.lake import Lake
 from pipelines.publish.lease import Lease
 from tests import s3
@@ -82,6 +83,34 @@ def test_a_bucket_that_does_not_exist_is_named(server):
         Lake("s3://absent/lake", {}).writable()
 
 
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        (
+            "Error performing PUT http://169.254.169.254/latest/api/token - status code: 403",
+            InputError,
+            "no credentials",
+        ),
+        ("Error performing GET http://s/lake/403/x - HTTP error: error sending request", TransientError, "not answer"),
+        (
+            "Error performing GET http://s/lake/x - status code: 400 AuthorizationHeaderMalformed",
+            InputError,
+            "AWS_REGION",
+        ),
+        (
+            "Error performing GET http://s/lake/x - status code: 404 Not Found: NoSuchKey",
+            InputError,
+            "removed or vacuumed",
+        ),
+        ("Error performing GET http://s/lake/x - status code: 429 SlowDown", TransientError, "not answer"),
+    ],
+)
+def test_a_fault_follows_from_what_the_store_says_not_from_names(text, error, words):
+    found = storage.translated(OSError(text))
+    assert type(found) is error
+    assert words in str(found)
+
+
 def test_a_store_that_is_not_there_is_a_passing_fault():
     code = "from pipelines.engines.lake import Lake; Lake('s3://lake/x', {}).writable()"
     environment = {**os.environ, **s3.environment(9)}
@@ -128,3 +157,15 @@ def test_a_half_uploaded_artifact_is_none(bucket):
     files.write_text(half / "manifest.json", manifest.json_text())
     with pytest.raises(InputError, match="the weights are damaged"):
         artifact.read(half)
+
+
+def test_a_run_in_a_bucket_without_a_server_keeps_its_records_there(bucket):
+    cfg = config.build({"name": "t", "runs_dir": bucket})
+    with tracking.stage(cfg, "report") as context:
+        context.inputs({"items": 3})
+        context.metrics({"recall@10": 0.5})
+    assert context.lineage(1) == [("items", 3)]
+    (path,) = context.recorder.spool.files()
+    records = context.recorder.spool.read(path).records
+    assert {"create", "params", "batch", "input", "text", "end"} <= {record["do"] for record in records}
+    assert str(path).startswith(f"{bucket}/t/mlflow-spool/")

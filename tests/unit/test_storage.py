@@ -91,7 +91,7 @@ def test_a_bucket_that_does_not_exist_is_named(server):
             InputError,
             "no credentials",
         ),
-        ("Error performing GET http://s/lake/403/x - HTTP error: error sending request", TransientError, "not answer"),
+        ("GET http://s/lake/403/x - HTTP error: error sending request", TransientError, "not answer"),
         (
             "Error performing GET http://s/lake/x - status code: 400 AuthorizationHeaderMalformed",
             InputError,
@@ -102,11 +102,11 @@ def test_a_bucket_that_does_not_exist_is_named(server):
             InputError,
             "removed or vacuumed",
         ),
-        ("Error performing GET http://s/lake/x - status code: 429 SlowDown", TransientError, "not answer"),
+        ("GET http://s/lake/x - status code: 429 SlowDown", TransientError, "not answer"),
     ],
 )
 def test_a_fault_follows_from_what_the_store_says_not_from_names(text, error, words):
-    found = storage.translated(OSError(text))
+    found = storage.translated(OSError(f"Error performing {text}"))
     assert type(found) is error
     assert words in str(found)
 

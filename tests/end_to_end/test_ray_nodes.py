@@ -1,5 +1,7 @@
 """Train a tokenizer on two Ray nodes that share only a bucket: each has its own HOME and temporary folder, and the
-second has no checkout. A worker on the second node and the driver are killed; the training resumes both times."""
+second has no checkout. A worker on the second node and the driver are killed; the training resumes both times.
+
+It takes minutes, so it is one of the drills (`make drills`)."""
 
 import json
 import os
@@ -106,6 +108,7 @@ def until(condition, process: subprocess.Popen, log: Path, seconds: float = 240)
         time.sleep(0.1)
 
 
+@pytest.mark.skipif("ADASID_DRILLS" not in os.environ, reason="a drill: make drills")
 def test_a_worker_of_the_second_node_and_the_driver_are_killed_and_training_resumes(nodes, shop, bucket, tmp_path):
     head, second = nodes
     training = {**SMALL["tokenizer"]["training"], "epochs": EPOCHS, "checkpoint_epochs": 10, "log_epochs": 10}

@@ -122,9 +122,12 @@ def by_dag(environment, day, monkeypatch):
 
     for name in ("airflow", "airflow.providers", "airflow.providers.standard", "airflow.providers.standard.operators"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    for name, part in (("airflow.providers.standard.operators.bash", BashOperator), ("airflow.sdk", DAG)):
+    faults = [type(name, (Exception,), {}) for name in ("AirflowException", "AirflowFailException")]
+    parts = {"airflow.providers.standard.operators.bash": [BashOperator], "airflow.sdk": [DAG]}
+    for name, members in {**parts, "airflow.exceptions": faults}.items():
         module = ModuleType(name)
-        setattr(module, part.__name__, part)
+        for part in members:
+            setattr(module, part.__name__, part)
         monkeypatch.setitem(sys.modules, name, module)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -118,7 +118,7 @@ def run(example: Example, folder: Path, uri: str, screen: Screen) -> Outcome:
     _accounted(example, expected, lake, outcome)
     before = {name: lake.version(name) for name in (*OUTPUTS, "items", "interactions")}
     code, text = _job(path, "features", build, last=True)
-    assert code == 0 and "] up to date in" in text, f"built again: {text}"
+    assert code == 0 and ": up to date in" in text, f"built again: {text}"
     assert before == {name: lake.version(name) for name in before}, "an up-to-date table was written"
     _quiet(outcome.log)
     return outcome

@@ -6,6 +6,7 @@ It takes minutes, so it is one of the drills (`make drills`)."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,9 +82,19 @@ def nodes(server, tmp_path_factory):
     second = Node(folder / "2", token, head.address)
     while "Ray runtime started" not in (folder / "2" / "log").read_text() and time.monotonic() < end:
         time.sleep(0.2)
+    until_open(head.dashboard)
     yield head, second
     second.stop()
     head.stop()
+
+
+def until_open(port: int, seconds: float = 120) -> None:
+    """Wait for a server."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.2)
 
 
 def submit(head: Node, path: Path, log: Path) -> subprocess.Popen:

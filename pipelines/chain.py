@@ -130,7 +130,9 @@ def summary(cfg: Config, seconds: float) -> str:
     ]
     lines += [
         f"  model    {run.artifacts}/tokenizer",
-        f"  runs     {sys.executable.rsplit('/', 1)[0]}/mlflow ui --backend-store-uri {run.tracking_uri}",
+        f"  runs     {sys.executable.rsplit('/', 1)[0]}/mlflow ui --backend-store-uri {run.tracking_uri}"
+        if run.tracking_uri
+        else f"  runs     {run.spool}: set tracking.uri, and the next stage sends them to MLflow",
         "",
     ]
     return "\n".join(lines)

@@ -56,7 +56,7 @@ _DEFAULTS = {
 }
 """``spark-submit --conf`` and spark-defaults.conf may replace these settings."""
 _S3A = {"attempts.maximum": "3", "retry.limit": "4", "connection.establish.timeout": "5s"}
-"""A store that does not answer is told of within a minute, not ten."""
+"""A store that does not answer ends the job within a minute, not ten."""
 _REQUIRED = {
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
     # commits exclude each other: ExclusiveLogStore.java

@@ -66,7 +66,7 @@ class Lease:
                 return
             if self.clock() >= deadline:
                 raise BusyError(
-                    f"the lease of {self.lake.root} is held by {other or 'another run that was faster'}: wait for it "
+                    f"the lease of {self.lake.root} belongs to {other or 'another run that was faster'}: wait for it "
                     f"to end; if that run is dead, its lease ends {seconds:.0f} s after this job has first seen it: "
                     "let retokenize.lease.wait be longer"
                 )

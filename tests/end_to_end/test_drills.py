@@ -215,7 +215,7 @@ def test_of_two_nightly_runs_started_together_one_publishes(on_spark, undisturbe
     assert codes["waits"] == codes["waits too"] == 0 and codes["leaves"] in (0, 5), found
     if codes["leaves"]:
         assert (
-            "ERROR shop/retokenize: the lease of" in found["leaves"].stderr and "is held by" in found["leaves"].stderr
+            "ERROR shop/retokenize: the lease of" in found["leaves"].stderr and "belongs to" in found["leaves"].stderr
         )
     assert [generation.generation for generation in generations.history(lake)] == [1, 2]
     assert by_item(lake, generations.live(lake).sids_version).equals(undisturbed[0])

@@ -170,7 +170,7 @@ def test_files_and_log_of_the_lease_are_bounded(run, monkeypatch):
     monkeypatch.setattr(retention, "_HOUR", 0)
     maintained(run)
     assert len(list(folder.glob("*.parquet"))) < 20
-    aged(folder)  # a night has gone by
+    aged(folder)  # as a nightly run leaves it
     maintained(run)
     assert len(list(folder.glob("_delta_log/*.json"))) < 40
     assert DeltaTable(str(folder)).metadata().configuration["delta.logRetentionDuration"] == "interval 1 days"

@@ -9,11 +9,13 @@ bundle of 686 MB, of which 14 MB are enough.
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+from pyspark import SparkContext
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
@@ -48,8 +50,9 @@ def main(arguments: list[str]) -> int:
         if not all((folder / jar).exists() for jar in jars) and (problem := _resolve(wanted, excludes, folder, jars)):
             print(f"the jars of {name} {problem}; put {' and '.join(jars)} into {folder}", file=sys.stderr)
             return 1
-    if not (folder / LOG_STORE_JAR).exists():
-        _compile(folder / LOG_STORE_JAR)
+    if not (folder / LOG_STORE_JAR).exists():  # in its own process: this one may have had a Spark session
+        command = "from pipelines.engines import jars; jars.compile_log_store()"
+        subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(__file__).parents[2])
     if set(folder.iterdir()) != before:
         class_archive().unlink(missing_ok=True)  # it is of one set of jars
     return 0
@@ -66,6 +69,8 @@ def _resolve(packages: str, excludes: str, folder: Path, wanted: tuple[str, ...]
             )
             session = builder.config("spark.jars.packages", packages).config("spark.jars.excludes", excludes)
             session.getOrCreate().stop()
+            SparkContext._gateway.shutdown()  # type: ignore[union-attr]
+            SparkContext._gateway = SparkContext._jvm = None  # packages are resolved when a JVM starts
         except Exception as error:
             return f"could not be resolved ({str(error).splitlines()[0]})"
         jars = {path.name.partition("_")[2]: path for path in Path(ivy).rglob("jars/*.jar")}  # group_artifact-version
@@ -76,8 +81,9 @@ def _resolve(packages: str, excludes: str, folder: Path, wanted: tuple[str, ...]
     return ""
 
 
-def _compile(target: Path) -> None:
+def compile_log_store() -> None:
     """Compile the log store with Janino, which pyspark brings, and write its jar."""
+    target = jar_folder() / LOG_STORE_JAR
     source = Path(__file__).with_name("ExclusiveLogStore.java").read_text(encoding="utf-8")
     gateway = launch_gateway()
     try:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from adasid.config import Config
 from adasid.config.secrets import masked_text
 from adasid.errors import AdasidError, InputError, TransientError, first_line
 from adasid.faults import passing, wrapped
-from adasid.storage import is_remote
 from pipelines import log
 from pipelines.run import Run
 
@@ -113,12 +113,20 @@ def _java() -> str:
 def _jars(cfg: Config) -> str:
     from pipelines.engines.spark import JARS, LOG_STORE_JAR, S3_JAR, jar_folder
 
-    needed = (*JARS, LOG_STORE_JAR, *((S3_JAR,) if is_remote(cfg.runs_dir) else ()))
+    paths = [str(cfg.runs_dir), *_texts(cfg.source.model_dump(mode="json"))]
+    on_s3 = any(re.match(r"s3[an]?://", path) for path in paths)
+    needed = (*JARS, LOG_STORE_JAR, *((S3_JAR,) if on_s3 else ()))
     if missing := [jar for jar in needed if not (jar_folder() / jar).exists()]:
         raise InputError(
             f"{jar_folder()} has no {missing[0]}; run `python -m pipelines.engines.jars --s3`, or `make setup`"
         )
     return ", ".join(needed)
+
+
+def _texts(section: Any) -> Iterator[str]:
+    """Yield all texts of a section of the config."""
+    for value in section.values() if isinstance(section, dict) else section if isinstance(section, list) else ():
+        yield from [value] if isinstance(value, str) else _texts(value)
 
 
 def _source(cfg: Config) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -15,8 +17,10 @@ PACKAGES = tuple(Path(str(package.__file__)).parent for package in (adasid, pipe
 
 
 def archive() -> Path:
-    """Write a zip of the packages into a temporary folder of this process; return its path."""
-    path = Path(tempfile.mkdtemp(prefix="adasid-code-")) / "adasid-code.zip"
+    """Write a zip of the packages into a temporary folder, which is removed when the process ends; return its path."""
+    folder = Path(tempfile.mkdtemp(prefix="adasid-code-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "adasid-code.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as code:
         for package in PACKAGES:
             for file in sorted(package.rglob("*")):

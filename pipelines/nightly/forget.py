@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -102,6 +102,7 @@ def _present(lake: Lake, name: str, column: str, users: list[str]) -> dict[str, 
     files: list[Location] = [file for file in folder.rglob("*.parquet") if file.parent.name != "_delta_log"]
     names = [column] if column == "user_id" else list(_REFUSED)
     wanted, result = pa.array(users), dict[str, set[str]]()
+    mentions = _finder(users)
     for file in files:
         with local(file) as path:
             rows_of_users = ds.dataset(path, format="parquet")
@@ -113,28 +114,41 @@ def _present(lake: Lake, name: str, column: str, users: list[str]) -> dict[str, 
                     result |= {user: {user} for user in values.filter(pc.is_in(values, wanted)).unique().to_pylist()}
                     continue
                 for number, text in zip(values.to_pylist(), rows[0].to_pylist()):
-                    if mentioned := {user for user in users if _refused(text, user)}:
+                    if mentioned := mentions(text):
                         result[number] = mentioned
     return result
 
 
-def _refused(row: str, user: str) -> bool:
-    """Return whether a rejected row is the user's: by its column ``user_id``, or as a word of a line that could not be
-    parsed."""
-    if user not in row and _escaped(user) not in row and json.dumps(user)[1:-1] not in row:
-        return False
-    values = json.loads(row)
-    return values["user_id"] == user if "user_id" in values else _mentions(str(values.get("line")), user)
+def _finder(users: list[str]) -> Callable[[str], set[str]]:
+    """Return a function that gives the users of a rejected row: by its column ``user_id``, or as words of a line that
+    could not be parsed."""
+    wanted = {*users}
+    anyone = _word(form for user in users for form in _forms(user))
 
+    def mentioned(row: str) -> set[str]:
+        values = json.loads(row)
+        if "user_id" in values:
+            return wanted & {values["user_id"]}
+        text = str(values.get("line"))
+        return {user for user in users if _mentions(text, user)} if anyone.search(text) else set()
 
-def _escaped(user: str) -> str:
-    return json.dumps(user, ensure_ascii=False)[1:-1]
+    return mentioned
 
 
 def _mentions(text: str, user: str) -> bool:
     """Return whether a text has the id as a word, as it is or escaped."""
-    forms = {user, _escaped(user), json.dumps(user)[1:-1], repr(user)[1:-1], repr(_escaped(user))[1:-1]}
-    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text) for form in forms)
+    return bool(_word(_forms(user)).search(text))
+
+
+def _word(forms: Iterable[str]) -> re.Pattern[str]:
+    """Return the pattern of a word that is one of ``forms``."""
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(forms, key=len, reverse=True)))})(?!\w)")
+
+
+def _forms(user: str) -> set[str]:
+    """Return the id as it is and as JSON and Python escape it."""
+    escaped = json.dumps(user, ensure_ascii=False)[1:-1]
+    return {user, escaped, json.dumps(user)[1:-1], repr(user)[1:-1], repr(escaped)[1:-1]}
 
 
 def _delete(lake: Lake, name: str, column: str, values: Iterable[str]) -> int:

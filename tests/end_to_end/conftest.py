@@ -7,6 +7,7 @@ from filelock import FileLock
 
 from adasid.config import load
 from pipelines import chain
+from tests.end_to_end.clusters import bare_python, cluster, nodes  # noqa: F401
 from tests.end_to_end.running import config_file, run_stage
 
 

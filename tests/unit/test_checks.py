@@ -61,8 +61,15 @@ def test_each_check_has_a_line_and_nothing_is_written(shop, capsys):
     assert found["source"][1] == "source ok: source.tables.items 1 files; source.tables.interactions 1 files"
     assert "lake ok: no table yet" in found["lake"][1] and "does not exist yet" in found["mlflow"][1]
     assert list(check(path, capsys, "report")[1]) == ["config", "versions", "storage", "lake", "mlflow"]
+    assert "hadoop-aws" not in found["jars"][1]
     give_store(shop / "runs" / "mine")
     assert check(path, capsys)[1]["mlflow"][1].endswith("mlflow.db")
+
+
+def test_the_jars_of_s3_are_needed_where_a_source_lies_there(shop, capsys):
+    tables = {"items": "s3://none-such/items", "interactions": f"{shop}/interactions.parquet"}
+    path = config_of(shop, source={"kind": "tables", "tables": tables})
+    assert "hadoop-aws" in check(path, capsys, "write_sids")[1]["jars"][1]
 
 
 @pytest.mark.parametrize("form", ["parquet", "delta"])

@@ -54,7 +54,8 @@ def test_the_demo_and_a_nightly_run_on_both_clusters(bare_python, cluster, nodes
         if name == "chain":
             put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
     assert seen["night"] > seen["chain"] >= 1
-    live = generations.live(Run(cfg).lake)
-    rows = by_item(Run(cfg).lake, live.sids_version)
+    lake = Run(cfg).lake
+    live = generations.live(lake)
     assert live.generation == 2
-    assert rows["item_id"].equals(Run(cfg).lake.read("item_features").sort_by("item_id")["item_id"].combine_chunks())
+    today = lake.read("item_features", columns=["item_id"]).sort_by("item_id").combine_chunks()
+    assert by_item(lake, live.sids_version, ["item_id"]).equals(today)

@@ -1,0 +1,222 @@
+"""Run every stage on a synthetic catalogue of SIZE items and 10 SIZE interactions, and measure each.
+
+    python tests/benchmarks/scale.py 1000000
+
+Models train for one epoch, the tokenizer for two. One JSON line a stage is printed and appended to
+``<runs>/scale.jsonl`` as it comes: seconds, peak memory of the driver, the JVM, Spark's Python processes and each
+training worker, bytes read, written and shuffled.
+A stage that has its line is not measured again, so an interrupted command resumes. ``--draw`` writes ``scale.png`` and
+prints the table of all sizes with the exponent between the last two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[2]
+JOBS: dict[str, tuple[str, ...]] = {
+    "ingest": ("ingest",),
+    "features": ("build_features",),
+    "behavior": ("train", "--stage", "behavior"),
+    "item features": ("build_features",),
+    "tokenizer": ("train", "--stage", "tokenizer"),
+    "sids": ("write_sids",),
+    "report": ("report",),
+    "retrieval": ("train", "--stage", "retrieval"),
+    "ranking": ("train", "--stage", "ranking"),
+}
+DUCKDB = "features in DuckDB"
+KINDS = ("driver", "jvm", "spark_python", "worker")
+GB = 1e9
+_INTERVAL = 0.5
+
+
+def config(size: int, runs: Path, workers: int) -> dict[str, Any]:
+    """Return the config: three modalities with 128 floats an item in all, as few epochs as there can be."""
+    events = runs / "events"
+    events.mkdir(parents=True, exist_ok=True)
+    conf = {
+        "spark.eventLog.enabled": "true",
+        "spark.eventLog.dir": events.as_uri(),
+        "spark.eventLog.rolling.enabled": "false",
+        "spark.eventLog.compress": "false",
+    }
+    sizes = {"items": size, "users": size, "interactions": 10 * size, "topics": 200}
+    return {
+        "name": f"scale-{size}",
+        "runs_dir": str(runs),
+        "source": {"kind": "synthetic", "synthetic": {**sizes, "text_width": 32, "visual_width": 32}},
+        "behavior": {"width": 64, "epochs": 1, "eval_users": 2000},
+        "tokenizer": {"hidden": [128], "decoder_hidden": [128], "projector_width": 64, "training": {"epochs": 2}},
+        "sids": {"gates": {"max_collision": 1.0, "max_group": 10**9, "min_utilisation": 0.0}},
+        "retrieval": {"epochs": 1, "eval_users": 2000},
+        "ranking": {"epochs": 1},
+        "spark": {"driver_memory": "6g", "conf": conf},
+        "ray": {"workers": workers, "gpus": "never"},
+    }
+
+
+class Sampler:
+    """A sampler follows a process and all its descendants: the peak memory of each, and the bytes that it has read and
+    written."""
+
+    def __init__(self, pid: int) -> None:
+        self.root, self.peak = psutil.Process(pid), dict[int, tuple[str, int]]()
+        self.bytes: dict[int, tuple[int, int]] = {}
+
+    def look(self) -> None:
+        """Sample once."""
+        with suppress(psutil.Error):
+            for process in (self.root, *self.root.children(recursive=True)):
+                with suppress(psutil.Error):
+                    kind, memory, io = _kind(process), process.memory_info(), process.io_counters()
+                    own = memory.rss - (0 if kind == "jvm" else memory.shared)
+                    self.peak[process.pid] = kind, max(own, self.peak.get(process.pid, (kind, 0))[1])
+                    self.bytes[process.pid] = io.read_chars, io.write_chars
+
+    def row(self) -> dict[str, Any]:
+        """Return the figures in 10^9 bytes: of each kind the process with the largest peak, of workers each."""
+        peaks = defaultdict[str, list[int]](list)
+        for kind, peak in self.peak.values():
+            peaks[kind].append(peak)
+        top = {f"{kind}_gb": round(max(peaks[kind], default=0) / GB, 3) for kind in KINDS}
+        workers = [round(peak / GB, 3) for peak in sorted(peaks["worker"], reverse=True)]
+        read, written = (round(sum(part) / GB, 3) for part in zip(*self.bytes.values())) if self.bytes else (0, 0)
+        return {**top, "workers_gb": workers, "read_gb": read, "written_gb": written}
+
+
+def _kind(process: psutil.Process) -> str:
+    name, command = process.name(), " ".join(process.cmdline()[:6])
+    if name == "java":
+        return "jvm"
+    if "pyspark.daemon" in command or "pyspark/daemon" in command:
+        return "spark_python"
+    if "RayTrainWorker" in command:
+        return "worker"
+    return "ray" if "ray" in name or "ray::" in command or "/ray/" in command else "driver"
+
+
+def shuffled(events: Path, since: float) -> float:
+    """Return 10^9 bytes that the Spark applications since a time have written to shuffles."""
+    total = 0
+    for file in events.glob("*"):
+        if file.stat().st_mtime >= since:
+            with file.open() as lines:
+                for line in lines:
+                    if '"SparkListenerTaskEnd"' in line:
+                        metrics = json.loads(line).get("Task Metrics") or {}
+                        total += metrics.get("Shuffle Write Metrics", {}).get("Shuffle Bytes Written", 0)
+    return round(total / GB, 3)
+
+
+def measure(stage: str, path: Path, runs: Path) -> dict[str, Any]:
+    """Run a job to its end. Exits with its output where it fails."""
+    name, *arguments = JOBS[stage]
+    log, begun = runs / f"{path.stem}-{stage.replace(' ', '-')}.log", time.time()
+    started = time.perf_counter()
+    with log.open("w") as file:
+        command = [sys.executable, f"jobs/{name}.py", "--config", str(path), *arguments]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+        sampler = Sampler(process.pid)
+        while process.poll() is None:
+            sampler.look()
+            time.sleep(_INTERVAL)
+    seconds = round(time.perf_counter() - started, 1)
+    if process.returncode:
+        sys.exit(f"{stage} ended with exit code {process.returncode}: see {log}\n{log.read_text()[-2000:]}")
+    return {"seconds": seconds, **sampler.row(), "shuffle_gb": shuffled(runs / "events", begun)}
+
+
+def in_duckdb(lake: Path, runs: Path) -> dict[str, Any]:
+    """Build the tables of ``features`` in DuckDB."""
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "duck.py"), str(lake), str(runs / "duckdb"), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    return {"seconds": float(done.stdout)}
+
+
+def lines(runs: Path) -> list[dict[str, Any]]:
+    """Return the lines so far."""
+    log = runs / "scale.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def run(size: int, runs: Path, workers: int) -> None:
+    """Measure every stage of a size that has no line yet."""
+    path = runs / f"scale-{size}.yaml"
+    path.write_text(yaml.safe_dump(config(size, runs, workers), sort_keys=False))
+    done = {row["stage"] for row in lines(runs) if row["items"] == size}
+    for stage in (*JOBS, DUCKDB):
+        if stage in done:
+            continue
+        row = in_duckdb(runs / f"scale-{size}" / "lake", runs) if stage == DUCKDB else measure(stage, path, runs)
+        text = json.dumps({"items": size, "stage": stage, "ray_workers": workers, **row})
+        with (runs / "scale.jsonl").open("a") as log:
+            log.write(text + "\n")
+        print(text, flush=True)
+
+
+def exponent(sizes: dict[int, float]) -> float | None:
+    """Return b of seconds = a * items^b between the two largest sizes."""
+    if len(sizes) < 2:
+        return None
+    (n, small), (m, large) = sorted(sizes.items())[-2:]
+    return math.log(large / small) / math.log(m / n)
+
+
+def draw(runs: Path) -> Path:
+    """Print the table of seconds by stage and size; write the figure."""
+    seconds = defaultdict[str, dict[int, float]](dict)
+    for row in lines(runs):
+        seconds[row["stage"]][row["items"]] = row["seconds"]
+    sizes = sorted({size for known in seconds.values() for size in known})
+    print("| stage | " + " | ".join(f"{size:,} items" for size in sizes) + " | exponent |")
+    print("|---|" + "---|" * (len(sizes) + 1))
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    for stage, known in seconds.items():
+        power = exponent(known)
+        shown = [f"{known[size]:,.0f} s" if size in known else "" for size in sizes]
+        print(f"| {stage} | " + " | ".join(shown) + f" | {'' if power is None else f'{power:.2f}'} |")
+        label = stage if power is None else f"{stage}, exponent {power:.2f}"
+        axes.loglog(*zip(*sorted(known.items())), marker="o", label=label)
+    axes.set_xlabel("items")
+    axes.set_ylabel("seconds")
+    axes.legend(fontsize=7)
+    target = runs / "scale.png"
+    figure.savefig(target, dpi=120, bbox_inches="tight")
+    return target
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", type=int, nargs="*", help="numbers of items")
+    parser.add_argument("--runs", type=Path, default=Path("runs/scale"), help="folder of the runs and the figures")
+    parser.add_argument("--workers", type=int, default=2, help="ray.workers")
+    parser.add_argument("--draw", action="store_true", help="write the figure and print the table of all sizes")
+    options = parser.parse_args()
+    runs = options.runs.resolve()
+    runs.mkdir(parents=True, exist_ok=True)
+    for size in options.size:
+        run(size, runs, options.workers)
+    if options.draw:
+        print(draw(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -68,6 +68,12 @@ class Features(Section):
     max_user_events: int = Field(
         10_000, ge=2, description="of a user with more events only the latest so many are used"
     )
+    user_buckets: int = Field(
+        8,
+        ge=1,
+        description="parts by user of sequences and ranking_samples: a worker reads the buckets b with b % ray.workers "
+        "equal to its rank, so at least ray.workers, better a multiple of it",
+    )
     first_year: int = Field(
         1990,
         ge=1,

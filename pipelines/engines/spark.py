@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,6 +50,13 @@ _PROGRESS = "spark.ui.showConsoleProgress"
 _DEFAULTS = {
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
+    "spark.sql.autoBroadcastJoinThreshold": "64MB",
+    # a join or a group by user keeps the partitions of its input
+    "spark.sql.requireAllClusterKeysForCoPartition": "false",
+    # arrays are formed of sorted rows, in bounded memory; by hash, Spark sorts from 128 groups on all the same
+    "spark.sql.execution.useObjectHashAggregateExec": "false",
+    # beyond it Java would interpret a generated method, ten times as slow as Spark without generated stages
+    "spark.sql.codegen.hugeMethodLimit": "8000",
     "spark.ui.enabled": "false",
     _PROGRESS: "false",
     "spark.log.level": "ERROR",
@@ -66,6 +73,8 @@ _REQUIRED = {
     # versions that a generation needs stay readable
     "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",
     "spark.sql.session.timeZone": "UTC",
+    # a task that writes few partitions of a table does not sort its rows again by partition
+    "spark.sql.maxConcurrentOutputFileWriters": "4",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",  # compaction outside Spark overflows INT96
     "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
     "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
@@ -205,17 +214,19 @@ def write(
     replace: str | None = None,
     few: bool = False,
     sources: Mapping[str, int] | None = None,
+    partition: Sequence[str] = (),
 ) -> int:
     """Replace the table by ``frame``, cast to its schema, in one commit with the input hash ``digest`` and the versions
     of ``sources``; return the version.
 
     ``replace``: replace only the rows that satisfy this condition, which all of ``frame`` must satisfy. ``few``: write
-    few large files, whatever the partitions, at the price of a shuffle.
+    few large files, whatever the partitions, at the price of a shuffle. ``partition``: columns by whose values the
+    table is partitioned; rows stay in the order that they have.
     """
     check_scheme(lake.root)
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
-    writer = frame.select(*columns).write.format("delta").mode("overwrite")
+    writer = frame.select(*columns).write.format("delta").mode("overwrite").partitionBy(*partition)
     writer = writer.option("userMetadata", stamped(digest, sources))
     writer = writer.option("optimizeWrite", "true") if few else writer
     writer = (
@@ -225,6 +236,12 @@ def write(
     )
     writer.save(uri(lake.target(table)))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
+
+
+def broadcast(frame: DataFrame) -> bool:
+    """Return whether Spark joins ``frame`` by broadcasting one of its sides."""
+    plan = frame._jdf.queryExecution().sparkPlan().toString()
+    return "BroadcastHashJoin" in plan
 
 
 def uri(path: str | Location) -> str:

@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,12 +41,15 @@ _TASK_LOGS = (
 )
 """These loggers of the driver print a task's stack trace before its error reaches the job, which prints one line and
 writes the trace to a file."""
+_ROW_GROUP = "parquet.block.size"
 _QUERY_LOG = "SQLQueryContextLogger"
 """PySpark's logger prints a SQL error with its stack trace before the error reaches the job."""
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 _LOG_STORE = "adasid.ExclusiveLogStore"
 
 
+_PARTITIONS = "spark.sql.shuffle.partitions"
+_PARTITION_BYTES = 32 * 2**20
 _PROGRESS = "spark.ui.showConsoleProgress"
 _DEFAULTS = {
     "spark.databricks.delta.snapshotPartitions": "2",
@@ -86,8 +90,8 @@ _REQUIRED = {
 """Without these settings values would be read or written wrongly; only ``spark.conf`` replaces them."""
 
 
-def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
-    """Get or start a session with Delta.
+def session(settings: config.Spark, name: str = "adasid", size: int = 0) -> SparkSession:
+    """Get or start a session with Delta. ``size``: bytes of the files that it will read, for the number of partitions.
 
     Under spark-submit its master and memory win over the config's, and what `--conf` and spark-defaults.conf set wins
     over :data:`_DEFAULTS`. Raises InputError with the cause and the fix where Spark does not start, or where Java or
@@ -101,10 +105,13 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     try:
         SparkContext._ensure_initialized(conf=start)
         builder = SparkSession.builder.appName(name)
-        options = chosen(settings, dict(SparkConf().getAll()), dict(start.getAll()))
+        given = dict(SparkConf().getAll())
+        options = chosen(settings, given, dict(start.getAll()))
         for key, value in options.items():
             builder = builder.config(key, value)
         spark = builder.getOrCreate()
+        if _PARTITIONS not in {**given, **options}:
+            spark.conf.set(_PARTITIONS, partitions(size, spark.sparkContext.defaultParallelism))
         hadoop = spark.sparkContext._jsc.hadoopConfiguration()
         for key, value in options.items():
             if key.startswith("spark.hadoop."):  # a context that runs already does not take it from its session
@@ -127,6 +134,12 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     for logger in _TASK_LOGS:
         log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)
     return spark
+
+
+def partitions(size: int, cores: int) -> int:
+    """Return the number of shuffle partitions for an input of ``size`` bytes in compressed files: a partition then has
+    about 100 MB in memory, and each core has some. Adaptive execution joins those that turn out small."""
+    return max(2 * cores, -(-size // _PARTITION_BYTES))
 
 
 def _sent(spark: SparkSession) -> bool:
@@ -152,7 +165,8 @@ def _launch(settings: config.Spark) -> dict[str, str]:
 def chosen(settings: config.Spark, given: Mapping[str, str], launch: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the settings of a session. ``given``: those of spark-submit and spark-defaults.conf; ``launch``: those
     with which the JVM was started."""
-    defaults = {"spark.sql.shuffle.partitions": str(settings.shuffle_partitions), **_DEFAULTS, **_object_store()}
+    own = {_PARTITIONS: str(settings.shuffle_partitions)} if settings.shuffle_partitions else {}
+    defaults = {**own, **_DEFAULTS, **_object_store()}
     extensions = [part for part in given.get("spark.sql.extensions", "").split(",") if part and part != _EXTENSION]
     return {
         **{key: value for key, value in defaults.items() if key not in given},
@@ -236,6 +250,16 @@ def write(
     )
     writer.save(uri(lake.target(table)))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
+
+
+@contextmanager
+def row_groups(spark: SparkSession, size: int) -> Iterator[None]:
+    """Make the files that are written meanwhile have row groups of about ``size`` bytes."""
+    spark.conf.set(_ROW_GROUP, size)
+    try:
+        yield
+    finally:
+        spark.conf.unset(_ROW_GROUP)
 
 
 def broadcast(frame: DataFrame) -> bool:

@@ -17,9 +17,8 @@ from adasid.errors import InputError
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import write
 from pipelines.features import labels, validate
-from pipelines.features.layout import PART, Layout
+from pipelines.features.layout import PART, Layout, layout
 from pipelines.sources import in_place, parquet
-
 
 _KINDS = ("lacks", "void")
 
@@ -27,7 +26,7 @@ _KINDS = ("lacks", "void")
 class Checked(NamedTuple):
     """Checked input has accepted item ids; interactions with ``time``, ``reason`` and ``_part``, partitioned by user;
     figures of the accepted ones (``rows``, and :func:`labels.sums`); rejected rows by reason; identical copies of
-    items; items without each modality."""
+    items; items without each modality; where the events of users are."""
 
     items: DataFrame
     judged: DataFrame
@@ -35,13 +34,11 @@ class Checked(NamedTuple):
     rejected: dict[str, int]
     duplicate_items: int
     missing: dict[str, int]
+    users: Layout
 
 
-def check(
-    spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: Callable[[str], None], users: Layout
-) -> Checked:
-    """Validate every input row. Rejected rows are written before anything is raised about them. ``users``: where the
-    interactions of a user go."""
+def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: Callable[[str], None]) -> Checked:
+    """Validate every input row. Rejected rows are written before anything is raised about them."""
     features, used = cfg.features, modalities(cfg)
     items = in_place.read(spark, lake, "items", parquet.items(used))
     limit, now = features.max_rejected, validate.clock(features.now)
@@ -65,6 +62,7 @@ def check(
         raise
     accepted = narrow.filter("reason IS NULL")
     interactions = in_place.read(spark, lake, "interactions", parquet.EVENTS)
+    users = layout(spark, features.user_buckets)
     judged = users.place(_judged(interactions, accepted, now, features.first_year, users)).persist()
     # unknown items alone can have ids that are not those of items
     item_id = F.when(F.col("reason") == "unknown_item", F.col("item_id"))
@@ -97,7 +95,7 @@ def check(
     names = sorted({reason for reason in (*counted, *counted_events) if reason})
     rejected = {name: counted.get(name, 0) + counted_events.get(name, 0) for name in names}
     missing = _missing(figures[None], used, note)
-    return Checked(accepted.select("item_id"), judged, event_figures[None], rejected, copies, missing)
+    return Checked(accepted.select("item_id"), judged, event_figures[None], rejected, copies, missing, users)
 
 
 def _judged(interactions: DataFrame, accepted: DataFrame, now: datetime, first_year: int, users: Layout) -> DataFrame:

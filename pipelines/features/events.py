@@ -111,7 +111,7 @@ def _any_row(lake: Lake, column: str, condition: pc.Expression) -> bool:
 
 def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     same_source(inputs.cfg, inputs.lake)
-    spark = session(inputs.cfg.spark)
+    spark = session(inputs.cfg.spark, size=in_place.size(inputs.lake, *_READS))
     try:
         with in_place.reading(inputs.lake, *_READS):
             return _write(spark, inputs, context)
@@ -127,10 +127,10 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
             "interactions are rated, but not all have a timestamp: ranking is split as retrieval is "
             "(features.ranking_split)"
         )
-    users = layout.layout(spark, features.user_buckets)
-    checked = check(spark, cfg, lake, input_hash, context.note, users)
+    checked = check(spark, cfg, lake, input_hash, context.note)
+    users = checked.users
     context.note(f"checked the input: {sum(checked.rejected.values())} rows rejected")
-    clean = prepare(checked, features, context, cfg.seed, users)
+    clean = prepare(checked, features, context, cfg.seed)
     train = clean.events.filter("split = 'train'")
     counts = train.groupBy(*USER, "user_id", "item_id").agg(F.count("*").alias("events")).persist()
     stats = item_stats(checked.items, counts, features)
@@ -170,11 +170,11 @@ def _indexed(events: DataFrame, stats: Ranked, users: Layout) -> DataFrame:
     return users.place(events.join(index.hint("shuffle_hash"), "item_id")).persist()
 
 
-def prepare(checked: Checked, features: Features, context: StageContext, seed: int, users: Layout) -> Clean:
+def prepare(checked: Checked, features: Features, context: StageContext, seed: int) -> Clean:
     """Label, de-duplicate, cap, apply the k-core, order and split the accepted events, without another exchange by
     user. The k-core apart, no step removes a user, so that the users are ranked first: their ranks order them faster
     than their ids do."""
-    accepted = checked.judged.filter("reason IS NULL")
+    accepted, users = checked.judged.filter("reason IS NULL"), checked.users
     accepted = labels.labelled(accepted, features, checked.accepted).select(*histories.EVENT, PART)
     for key, other in (("split", "leave_one_out"), ("ranking_split", "same")):
         if getattr(features, key) == "global_time" and (timeless := accepted.filter("time IS NULL").count()):

@@ -54,13 +54,29 @@ class Layout(NamedTuple):
 
 def layout(spark: SparkSession, buckets: int) -> Layout:
     """Return a layout of about as many partitions as ``spark.sql.shuffle.partitions`` says, at least one a bucket."""
-    wanted = int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
-    number = buckets * -(-wanted // buckets)
+    return Layout(buckets, _keys(spark, buckets * -(-_partitions(spark) // buckets)))
+
+
+def by_index(frame: DataFrame, size: int) -> DataFrame:
+    """Sort ``frame`` by ``item_index``, which is dense below ``size``: every partition has one range of it, and all are
+    equally long. Ranges of Spark's would be sampled, which computes the frame twice."""
+    spark = frame.sparkSession
+    keys = _keys(spark, min(_partitions(spark), max(size, 1)))
+    part = F.get(F.array(*map(F.lit, keys)), F.expr(f"int(item_index * {len(keys)} div {max(size, 1)})"))
+    return frame.repartition(len(keys), part).sortWithinPartitions("item_index")
+
+
+def _partitions(spark: SparkSession) -> int:
+    return int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
+
+
+def _keys(spark: SparkSession, number: int) -> tuple[int, ...]:
+    """Return for each of ``number`` partitions an integer that Spark's hash partitioning sends there."""
     # with 16 candidates for each partition nearly every one gets a key; one without stays empty
     candidates = spark.range(16 * number + 64, numPartitions=1).select(F.col("id").cast("int").alias("key"))
     rows = candidates.groupBy(F.expr(f"pmod(hash(key), {number})").alias("part")).agg(F.min("key").alias("key"))
     keys = {row["part"]: row["key"] for row in rows.collect()}
-    return Layout(buckets, tuple(keys.get(part, part) for part in range(number)))
+    return tuple(keys.get(part, part) for part in range(number))
 
 
 def rank_users(events: DataFrame) -> Ranked:

@@ -52,7 +52,7 @@ def config(root, **sections):
             "name": "t",
             "runs_dir": str(root),
             "spark": {"master": "local[2]", "shuffle_partitions": 2},
-            "features": {"max_rejected": 0.2, "ranking_split": "same"},
+            "features": {"max_rejected": 0.2, "ranking_split": "same", "user_buckets": 3},
             **sections,
         }
     )
@@ -391,7 +391,10 @@ def test_shuffles_are_as_few_as_the_plan_needs(spark, done, broadcast):
     # Items by item_id (which duplicate is kept) and events by user_id (de-duplication and both windows share it). Where
     # the
     # accepted ids are too many to broadcast, the events also go by item_id to meet them.
+    # The users' ranks go by user_id, and the ranks and the events by part.
+    by_part = [where for where in of_events if "_part" in where]
     assert sum("user_id" in where for where in of_events) == 1, of_events
+    assert len(by_part) == 2 and all(where.startswith("hashpartitioning(_part") for where in by_part), of_events
     assert sum("item_id" in where for where in of_events) == (1 if broadcast else 2), of_events
     # Each of items, item_stats and behavior_embeddings by item_id, the last two only where they are too big to
     # broadcast.

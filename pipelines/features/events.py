@@ -137,8 +137,8 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
     sums = F.sum("events").alias("interactions"), F.count("*").alias("items")
     of_users = counts.groupBy(*USER, "user_id").agg(*sums)
     indexed = _indexed(clean.events, stats, users)
-    samples = users.in_order(indexed.withColumn("split", F.col("ranking_split")), "user_index", "position")
-    windows = histories.sequences(indexed, features.max_length, (*USER, "user_id"))
+    samples = indexed.withColumn("split", F.col("ranking_split")).withColumn(BUCKET, users.bucket())
+    windows = histories.sequences(indexed, features.max_length, USER)
     written = {
         name: write(frame, lake, name, schema, input_hash, sources=sources, partition=partition)
         for name, frame, schema, partition in (
@@ -162,12 +162,14 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
 
 
 def _indexed(events: DataFrame, stats: Ranked, users: Layout) -> DataFrame:
-    """Add ``item_index``. Where all items are too many to broadcast, the events go to the items and back, once."""
+    """Add ``item_index`` to ``events``, which each partition has in the order of users and positions. Where all items
+    are too many to broadcast, the events go to the items and back, once."""
     index = stats.frame.select("item_id", "item_index")
     joined = events.join(index, "item_id")
     if broadcast(joined):
         return joined
-    return users.place(events.join(index.hint("shuffle_hash"), "item_id")).persist()
+    placed = users.place(events.join(index.hint("shuffle_hash"), "item_id"))
+    return placed.sortWithinPartitions(*USER, "position").persist()
 
 
 def prepare(checked: Checked, features: Features, context: StageContext, seed: int) -> Clean:

@@ -68,8 +68,7 @@ def order(events: DataFrame, features: Features, seed: int, by: Sequence[str] = 
     ``tied`` (whether another event has the same time and pos), ``split`` and ``ranking_split``. Both are ``train`` for
     the events that neither holds out: embeddings, counts and SIDs are computed from these. ``split`` is null where only
     ranking reads an event; an event outside histories is split with the next visit."""
-    by_user = Window.partitionBy(*by)
-    ordered = by_user.orderBy(*chronological(seed))
+    ordered = Window.partitionBy(*by).orderBy(*chronological(seed))
     visits = F.sum(F.col("in_history").cast("bigint"))
     moment = F.struct("time", "pos")
     same = [neighbour(moment).over(ordered).eqNullSafe(moment) for neighbour in (F.lag, F.lead)]
@@ -80,13 +79,13 @@ def order(events: DataFrame, features: Features, seed: int, by: Sequence[str] = 
             "place"
         ),
         (same[0] | same[1]).alias("tied"),
+        visits.over(ordered.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)).alias("_n"),
     )
     columns = [*events.columns, "position", "place", "tied"]
     if features.split == "global_time":
         visited = events.filter("in_history")
         held_out = _by_time(visited, (features.holdout, features.holdout), "split", "holdout", "leave_one_out")
     else:
-        placed = placed.select("*", visits.over(by_user).alias("_n"))
         left = F.when(F.col("_n") >= 3, F.col("_n") - F.least("place", F.col("_n") - 1))
         held_out = F.when(left == 1, "test").when(left == 2, "validation")
     split = F.coalesce(held_out, F.lit("train"))
@@ -118,8 +117,9 @@ def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key
 
 
 def sequences(indexed: DataFrame, max_length: int, by: Sequence[str] = _BY) -> DataFrame:
-    """Return ``by``, split, history, target of every user with something to learn or to predict, the rows of a
-    partition in the order of ``by``. ``indexed`` has item_index, place, in_history, split."""
+    """Return ``by``, user_id, split, history, target of every user with something to learn or to predict. ``indexed``
+    has item_index, place, in_history, split. A partition that is in the order of ``by`` is not sorted again, and its
+    users stay in that order."""
     history = F.array_sort(F.collect_list(F.struct("place", "item_index")))["item_index"]
 
     def first(split: str) -> Column:
@@ -129,6 +129,7 @@ def sequences(indexed: DataFrame, max_length: int, by: Sequence[str] = _BY) -> D
         indexed.filter("in_history")
         .groupBy(*by)
         .agg(
+            F.first("user_id").alias("_user"),
             history.alias("items"),
             F.count_if(F.col("split") == "train").cast("int").alias("train"),
             first("validation").alias("validation"),
@@ -163,4 +164,7 @@ def sequences(indexed: DataFrame, max_length: int, by: Sequence[str] = _BY) -> D
                 ),
             )
         )
-    return users.sortWithinPartitions(*by).select(*by, F.inline(F.array_compact(F.array(*rows))))
+    keys = [name for name in by if name != "user_id"]
+    return users.sortWithinPartitions(*by).select(
+        *keys, F.col("_user").alias("user_id"), F.inline(F.array_compact(F.array(*rows)))
+    )

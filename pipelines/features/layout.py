@@ -47,10 +47,6 @@ class Layout(NamedTuple):
         index = self.place(users.frame.select("user_id", PART, F.col("rank").alias("user_index")))
         return events.join(index.hint("shuffle_hash"), [PART, "user_id"])
 
-    def in_order(self, frame: DataFrame, *order: str) -> DataFrame:
-        """Add ``bucket`` and sort each partition: the rows as they are written."""
-        return frame.select("*", self.bucket().alias(BUCKET)).sortWithinPartitions(*order)
-
 
 def layout(spark: SparkSession, buckets: int) -> Layout:
     """Return a layout of about as many partitions as ``spark.sql.shuffle.partitions`` says, at least one a bucket."""

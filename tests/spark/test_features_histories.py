@@ -277,6 +277,13 @@ def test_settings_that_the_data_cannot_meet(spark):
         events.prepare(checked_events(spark, rows), Features(k_core=2, k_core_rounds=1), Notes(), SEED)
 
 
+def test_the_index_counts_the_users_that_the_core_leaves(spark):
+    rows = [("a", "x", 1, None, None), *((user, item, 1, None, None) for user in "uv" for item in "xy")]
+    clean = events.prepare(checked_events(spark, rows), Features(k_core=2), Notes(), SEED)
+    assert {(row["user_id"], row["user_index"]) for row in clean.events.collect()} == {("u", 0), ("v", 1)}
+    assert (clean.counts["below_k_core"], clean.counts["users"], clean.counts["duplicates"]) == (1, 2, 0)
+
+
 def test_a_split_that_leaves_nothing_to_train_on_is_named(spark):
     rows = [("u", f"i{second}", second, None, None, int(second > 7)) for second in range(10)]
     with pytest.raises(

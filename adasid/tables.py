@@ -81,21 +81,30 @@ ITEM_STATS = _schema(
 """Key item_id. Counts on the training part; ``item_index`` is the 0-based rank by (interactions desc, item_id): a dense
 index of all items."""
 
-USER_STATS = _schema(("user_id", pa.string(), False), ("interactions", pa.int64(), False), ("items", pa.int64(), False))
-"""Key user_id. Counts on the training part."""
+USER_STATS = _schema(
+    ("user_id", pa.string(), False),
+    ("user_index", pa.int64(), False),
+    ("interactions", pa.int64(), False),
+    ("items", pa.int64(), False),
+)
+"""Key user_id. Counts on the training part; ``user_index``: as in ``ranking_samples``."""
 
 SEQUENCES = _schema(
+    ("bucket", pa.int32(), False),
     ("user_id", pa.string(), False),
+    ("user_index", pa.int64(), False),
     ("split", pa.string(), False),
     ("history", pa.list_(pa.int64()), False),
     ("target", pa.int64(), True),
 )
-"""Key user_id, split. ``history``: item_index in time order, oldest first. In ``train`` every event but the first is
-a target and ``target`` is null; in ``validation`` and ``test`` ``target`` is the held-out item that follows
-``history``."""
+"""Key user_id, split; partitioned by ``bucket`` and sorted by ``user_index`` within a file, as ``ranking_samples`` is.
+``history``: item_index in time order, oldest first. In ``train`` every event but the first is a target and ``target``
+is null; in ``validation`` and ``test`` ``target`` is the held-out item that follows ``history``."""
 
 RANKING_SAMPLES = _schema(
+    ("bucket", pa.int32(), False),
     ("user_id", pa.string(), False),
+    ("user_index", pa.int64(), False),
     ("item_id", pa.string(), False),
     ("item_index", pa.int64(), False),
     ("time", pa.timestamp("us", tz="UTC"), True),
@@ -105,7 +114,9 @@ RANKING_SAMPLES = _schema(
     ("in_history", pa.bool_(), False),
     ("split", pa.string(), False),
 )
-"""Key user_id, position. A clean event; ``position`` is its 0-based index among all events of the user. The history of
+"""Key user_id, position; partitioned by ``bucket`` = pmod(xxhash64(user_id), ``features.user_buckets``), sorted by
+``user_index``, position within a file. ``user_index`` is the 0-based rank of user_id among all users with a clean
+event: a dense index. A clean event; ``position`` is its 0-based index among all events of the user. The history of
 an event consists of the earlier events with ``in_history`` (``features.histories``). ``label`` is null where only other
 events are rated. ``split`` is specific to ranking (``features.ranking_split``): one of ``SPLITS``, where ``train``
 means that no task holds the event out, or ``RANKING_ONLY``."""

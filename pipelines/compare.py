@@ -37,6 +37,7 @@ from pipelines.features import pairs
 from pipelines.publish.encode import encode
 from pipelines.publish.measure import measure
 from pipelines.run import Run
+from pipelines.sources import in_place
 from pipelines.stage import Inputs
 from pipelines.training import tokenizer
 
@@ -82,7 +83,7 @@ _PROBES = {"sample", "queries", "neighbours", "near_duplicate", "categories"}
 def _measure(inputs: Inputs, context: StageContext, folder: Location, kinds: dict[str, int]) -> Row:
     cfg, lake, version = inputs.cfg, inputs.lake, inputs.versions["item_features"]
     manifest = tokenizer.fit(cfg, context, "compare", inputs)
-    spark = engine.session(cfg.spark)
+    spark = engine.session(cfg.spark, size=in_place.size(lake, "item_features"))
     features = engine.read(spark, lake, "item_features", version)
     encoded = encode(spark, features, folder / "model", manifest, cfg.sids.batch).persist(StorageLevel.DISK_ONLY)
     try:

@@ -28,6 +28,7 @@ from pipelines.publish.generations import Candidate, Generation
 from pipelines.publish.lease import Lease, leased
 from pipelines.publish.measure import measure
 from pipelines.run import Run
+from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 from pipelines.training import tokenizer
 from pipelines.training.register import register
@@ -93,7 +94,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
     cfg, lake, key = inputs.cfg, inputs.lake, inputs.hash
     folder, version = _artifact(cfg, lake), inputs.versions["item_features"]
     manifest = artifact.read_manifest(folder)
-    spark = engine.session(cfg.spark)
+    spark = engine.session(cfg.spark, size=in_place.size(lake, *inputs.versions))
     registration.check(cfg, context)
     exports.check(cfg, lake, version)
     features = engine.read(spark, lake, "item_features", version)

@@ -21,9 +21,15 @@ class Pairs(Section):
     min_users: int = Field(2, ge=1, description="users who must have both items")
     max_user_items: int = Field(100, ge=2, description="of a longer history only the latest items make pairs")
     max_item_users: int = Field(
-        200,
+        50,
         ge=2,
         description="swing: users of an item that are compared with each other, at most; a fixed sample of more",
+    )
+    max_rows: int = Field(
+        5_000_000_000,
+        ge=1,
+        description="swing: pairs of users of one item, the rows of its largest shuffle, about 40 bytes each; more "
+        "stop the stage before it starts",
     )
     alpha: float = Field(1.0, gt=0, description="swing: smoothing added to the number of items that two users share")
 
@@ -67,6 +73,12 @@ class Features(Section):
     )
     max_user_events: int = Field(
         10_000, ge=2, description="of a user with more events only the latest so many are used"
+    )
+    user_buckets: int = Field(
+        8,
+        ge=1,
+        description="parts by user of sequences and ranking_samples: a worker reads the buckets b with b % ray.workers "
+        "equal to its rank, so at least ray.workers, better a multiple of it",
     )
     first_year: int = Field(
         1990,
@@ -167,7 +179,13 @@ def _spark_text(value: object) -> object:
 class Spark(Section):
     master: str = Field("local[*]", description="used when the job is not started by spark-submit")
     driver_memory: str = Field("4g", description="used when the job is not started by spark-submit")
-    shuffle_partitions: int = Field(8, ge=1, description="spark.sql.shuffle.partitions")
+    shuffle_partitions: int | None = Field(
+        None,
+        ge=1,
+        description="spark.sql.shuffle.partitions; null: by the size of a stage's input, one for 32 MiB of its files "
+        "and at least two a core, of which Spark's adaptive execution joins small ones. A value of spark-submit or "
+        "spark-defaults.conf wins",
+    )
     scores_from: int = Field(
         5_000_000,
         ge=1,

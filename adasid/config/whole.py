@@ -126,6 +126,11 @@ class Config(Section):
                     f"{key}.repeatable is {str(settings.repeatable).lower()} but retrieval.repeatable is not: lists "
                     "are compared, so set it alike"
                 )
+        if self.features.user_buckets < self.ray.workers:
+            raise ValueError(
+                f"features.user_buckets is {self.features.user_buckets} but ray.workers is {self.ray.workers}: a "
+                "worker without a bucket would have no users; raise the first to a multiple of the second"
+            )
         if self.evaluate.parallel > 1 and not self.ray.workers:
             raise ValueError(
                 f"evaluate.parallel is {self.evaluate.parallel} but ray.workers is 0, which trains in the job's one "

@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,16 +41,26 @@ _TASK_LOGS = (
 )
 """These loggers of the driver print a task's stack trace before its error reaches the job, which prints one line and
 writes the trace to a file."""
+_ROW_GROUP = "parquet.block.size"
 _QUERY_LOG = "SQLQueryContextLogger"
 """PySpark's logger prints a SQL error with its stack trace before the error reaches the job."""
 _EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 _LOG_STORE = "adasid.ExclusiveLogStore"
 
 
+_PARTITIONS = "spark.sql.shuffle.partitions"
+_PARTITION_BYTES = 32 * 2**20
 _PROGRESS = "spark.ui.showConsoleProgress"
 _DEFAULTS = {
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
+    "spark.sql.autoBroadcastJoinThreshold": "64MB",
+    # a join or a group by user keeps the partitions of its input
+    "spark.sql.requireAllClusterKeysForCoPartition": "false",
+    # arrays are formed of sorted rows, in bounded memory; by hash, Spark sorts from 128 groups on all the same
+    "spark.sql.execution.useObjectHashAggregateExec": "false",
+    # beyond it Java would interpret a generated method, ten times as slow as Spark without generated stages
+    "spark.sql.codegen.hugeMethodLimit": "8000",
     "spark.ui.enabled": "false",
     _PROGRESS: "false",
     "spark.log.level": "ERROR",
@@ -66,6 +77,8 @@ _REQUIRED = {
     # versions that a generation needs stay readable
     "spark.databricks.delta.properties.defaults.enableExpiredLogCleanup": "false",
     "spark.sql.session.timeZone": "UTC",
+    # a task that writes few partitions of a table does not sort its rows again by partition
+    "spark.sql.maxConcurrentOutputFileWriters": "4",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",  # compaction outside Spark overflows INT96
     "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
     "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
@@ -77,8 +90,8 @@ _REQUIRED = {
 """Without these settings values would be read or written wrongly; only ``spark.conf`` replaces them."""
 
 
-def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
-    """Get or start a session with Delta.
+def session(settings: config.Spark, name: str = "adasid", size: int = 0) -> SparkSession:
+    """Get or start a session with Delta. ``size``: bytes of the files that it will read, for the number of partitions.
 
     Under spark-submit its master and memory win over the config's, and what `--conf` and spark-defaults.conf set wins
     over :data:`_DEFAULTS`. Raises InputError with the cause and the fix where Spark does not start, or where Java or
@@ -92,10 +105,13 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     try:
         SparkContext._ensure_initialized(conf=start)
         builder = SparkSession.builder.appName(name)
-        options = chosen(settings, dict(SparkConf().getAll()), dict(start.getAll()))
+        given = dict(SparkConf().getAll())
+        options = chosen(settings, given, dict(start.getAll()))
         for key, value in options.items():
             builder = builder.config(key, value)
         spark = builder.getOrCreate()
+        if _PARTITIONS not in {**given, **options}:
+            spark.conf.set(_PARTITIONS, partitions(size, spark.sparkContext.defaultParallelism))
         hadoop = spark.sparkContext._jsc.hadoopConfiguration()
         for key, value in options.items():
             if key.startswith("spark.hadoop."):  # a context that runs already does not take it from its session
@@ -118,6 +134,12 @@ def session(settings: config.Spark, name: str = "adasid") -> SparkSession:
     for logger in _TASK_LOGS:
         log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)
     return spark
+
+
+def partitions(size: int, cores: int) -> int:
+    """Return the number of shuffle partitions for an input of ``size`` bytes in compressed files: a partition then has
+    about 100 MB in memory, and each core has some. Adaptive execution joins those that turn out small."""
+    return max(2 * cores, -(-size // _PARTITION_BYTES))
 
 
 def _sent(spark: SparkSession) -> bool:
@@ -143,7 +165,8 @@ def _launch(settings: config.Spark) -> dict[str, str]:
 def chosen(settings: config.Spark, given: Mapping[str, str], launch: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the settings of a session. ``given``: those of spark-submit and spark-defaults.conf; ``launch``: those
     with which the JVM was started."""
-    defaults = {"spark.sql.shuffle.partitions": str(settings.shuffle_partitions), **_DEFAULTS, **_object_store()}
+    own = {_PARTITIONS: str(settings.shuffle_partitions)} if settings.shuffle_partitions else {}
+    defaults = {**own, **_DEFAULTS, **_object_store()}
     extensions = [part for part in given.get("spark.sql.extensions", "").split(",") if part and part != _EXTENSION]
     return {
         **{key: value for key, value in defaults.items() if key not in given},
@@ -205,17 +228,19 @@ def write(
     replace: str | None = None,
     few: bool = False,
     sources: Mapping[str, int] | None = None,
+    partition: Sequence[str] = (),
 ) -> int:
     """Replace the table by ``frame``, cast to its schema, in one commit with the input hash ``digest`` and the versions
     of ``sources``; return the version.
 
     ``replace``: replace only the rows that satisfy this condition, which all of ``frame`` must satisfy. ``few``: write
-    few large files, whatever the partitions, at the price of a shuffle.
+    few large files, whatever the partitions, at the price of a shuffle. ``partition``: columns by whose values the
+    table is partitioned; rows stay in the order that they have.
     """
     check_scheme(lake.root)
     target = struct(schema)
     columns = [F.col(field.name).cast(field.dataType).alias(field.name) for field in target]
-    writer = frame.select(*columns).write.format("delta").mode("overwrite")
+    writer = frame.select(*columns).write.format("delta").mode("overwrite").partitionBy(*partition)
     writer = writer.option("userMetadata", stamped(digest, sources))
     writer = writer.option("optimizeWrite", "true") if few else writer
     writer = (
@@ -225,6 +250,22 @@ def write(
     )
     writer.save(uri(lake.target(table)))
     return lake.open(table).version() if table not in lake.pins else Lake(lake.root, {}).version(table)
+
+
+@contextmanager
+def row_groups(spark: SparkSession, size: int) -> Iterator[None]:
+    """Make the files that are written meanwhile have row groups of about ``size`` bytes."""
+    spark.conf.set(_ROW_GROUP, size)
+    try:
+        yield
+    finally:
+        spark.conf.unset(_ROW_GROUP)
+
+
+def broadcast(frame: DataFrame) -> bool:
+    """Return whether Spark joins ``frame`` by broadcasting one of its sides."""
+    plan = frame._jdf.queryExecution().sparkPlan().toString()
+    return "BroadcastHashJoin" in plan
 
 
 def uri(path: str | Location) -> str:

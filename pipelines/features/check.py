@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -15,20 +16,25 @@ from adasid.config import Config
 from adasid.errors import InputError
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import write
-from pipelines.features import validate
+from pipelines.features import labels, validate
+from pipelines.features.layout import PART, Layout, layout
 from pipelines.sources import in_place, parquet
+
+_KINDS = ("lacks", "void")
 
 
 class Checked(NamedTuple):
-    """Checked input has accepted item ids; interactions with ``time`` and ``reason``, partitioned by user; the number
-    of accepted ones; rejected rows by reason; identical copies of items; items without each modality."""
+    """Checked input has accepted item ids; interactions with ``time``, ``reason`` and ``_part``, partitioned by user;
+    figures of the accepted ones (``rows``, and :func:`labels.sums`); rejected rows by reason; identical copies of
+    items; items without each modality; where the events of users are."""
 
     items: DataFrame
     judged: DataFrame
-    good: int
+    accepted: dict[str, Any]
     rejected: dict[str, int]
     duplicate_items: int
     missing: dict[str, int]
+    users: Layout
 
 
 def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: Callable[[str], None]) -> Checked:
@@ -37,12 +43,13 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: C
     items = in_place.read(spark, lake, "items", parquet.items(used))
     limit, now = features.max_rejected, validate.clock(features.now)
     widths = validate.widths(items, used)
-    judged_items = validate.judge_items(items, widths)
     lacks = [validate.present(name).isNull().alias(f"_lacks_{i}") for i, name in enumerate(used)]
     voids = [
         (F.col(name).isNotNull() & validate.present(name).isNull()).alias(f"_void_{i}") for i, name in enumerate(used)
     ]
-    narrow = judged_items.select("item_id", "reason", *lacks, *voids).persist()
+    judged_items = validate.judge_items(items, widths, *lacks, *voids)
+    flags = [f"_{kind}_{i}" for kind in _KINDS for i in range(len(used))]
+    narrow = judged_items.select("item_id", "reason", *flags).persist()
     figures = validate.reasons(narrow, *_lacking(used), F.count_if(validate.odd("item_id")).alias("odd"))
     counted = {reason: row["rows"] for reason, row in figures.items()} | _unparsed(lake, "items")
     copies = counted.pop(validate.COPY, 0)
@@ -55,9 +62,12 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: C
         raise
     accepted = narrow.filter("reason IS NULL")
     interactions = in_place.read(spark, lake, "interactions", parquet.EVENTS)
-    judged = validate.judge_events(interactions, accepted, now, features.first_year).repartition("user_id").persist()
-    odd = [F.count_if(validate.odd(name)).alias(name) for name in ("user_id", "item_id")]
-    event_figures = validate.reasons(judged, *odd)
+    users = layout(spark, features.user_buckets)
+    judged = users.place(_judged(interactions, accepted, now, features.first_year, users)).persist()
+    # unknown items alone can have ids that are not those of items
+    item_id = F.when(F.col("reason") == "unknown_item", F.col("item_id"))
+    odd = [F.count_if(validate.odd("user_id")).alias("user_id"), F.count_if(validate.odd(item_id)).alias("item_id")]
+    event_figures = validate.reasons(judged, *odd, *labels.sums())
     counted_events = {reason: row["rows"] for reason, row in event_figures.items()} | _unparsed(lake, "interactions")
     bad_events = (
         validate.refused(judged, "interactions", interactions.columns, input_hash)
@@ -85,7 +95,15 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: C
     names = sorted({reason for reason in (*counted, *counted_events) if reason})
     rejected = {name: counted.get(name, 0) + counted_events.get(name, 0) for name in names}
     missing = _missing(figures[None], used, note)
-    return Checked(accepted.select("item_id"), judged, counted_events[None], rejected, copies, missing)
+    return Checked(accepted.select("item_id"), judged, event_figures[None], rejected, copies, missing, users)
+
+
+def _judged(interactions: DataFrame, accepted: DataFrame, now: datetime, first_year: int, users: Layout) -> DataFrame:
+    """Return judged interactions with ``_part``. The text of a time goes with the rejected rows only, which are written
+    as they came."""
+    judged = validate.judge_events(interactions, accepted, now, first_year)
+    text = F.when(F.col("reason").isNotNull(), F.col("timestamp"))
+    return judged.withColumn("timestamp", text).withColumn(PART, users.part())
 
 
 def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:
@@ -102,8 +120,7 @@ def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:
 
 def _lacking(used: tuple[str, ...]) -> list[Column]:
     """Return counts of items without each modality, and of those with an empty or a zero vector."""
-    kinds = ("lacks", "void")
-    return [F.count_if(F.col(f"_{kind}_{i}")).alias(f"{kind}_{i}") for kind in kinds for i in range(len(used))]
+    return [F.count_if(F.col(f"_{kind}_{i}")).alias(f"{kind}_{i}") for kind in _KINDS for i in range(len(used))]
 
 
 def _missing(row: Mapping[str, int], used: tuple[str, ...], note: Callable[[str], None]) -> dict[str, int]:

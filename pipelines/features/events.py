@@ -14,10 +14,11 @@ from adasid import tables
 from adasid.config import Config, Features
 from adasid.errors import InputError
 from pipelines.engines.lake import Lake
-from pipelines.engines.spark import session, write
+from pipelines.engines.spark import broadcast, session, write
 from pipelines.engines.tracking import StageContext
-from pipelines.features import histories, labels
+from pipelines.features import histories, labels, layout
 from pipelines.features.check import Checked, check, modalities
+from pipelines.features.layout import BUCKET, PART, USER, Layout
 from pipelines.features.ranks import Ranked
 from pipelines.features.statistics import item_stats, popularity
 from pipelines.sources import in_place
@@ -110,7 +111,7 @@ def _any_row(lake: Lake, column: str, condition: pc.Expression) -> bool:
 
 def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     same_source(inputs.cfg, inputs.lake)
-    spark = session(inputs.cfg.spark)
+    spark = session(inputs.cfg.spark, size=in_place.size(inputs.lake, *_READS))
     try:
         with in_place.reading(inputs.lake, *_READS):
             return _write(spark, inputs, context)
@@ -127,20 +128,25 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
             "(features.ranking_split)"
         )
     checked = check(spark, cfg, lake, input_hash, context.note)
+    users = checked.users
     context.note(f"checked the input: {sum(checked.rejected.values())} rows rejected")
     clean = prepare(checked, features, context, cfg.seed)
     train = clean.events.filter("split = 'train'")
-    counts = train.groupBy("user_id", "item_id").agg(F.count("*").alias("events")).persist()
+    counts = train.groupBy(*USER, "user_id", "item_id").agg(F.count("*").alias("events")).persist()
     stats = item_stats(checked.items, counts, features)
-    users = counts.groupBy("user_id").agg(F.sum("events").alias("interactions"), F.count("*").alias("items"))
-    indexed = clean.events.join(stats.frame.select("item_id", "item_index"), "item_id").persist()
-    samples = indexed.withColumn("split", F.col("ranking_split"))
-    windows = histories.sequences(indexed, features.max_length)
+    sums = F.sum("events").alias("interactions"), F.count("*").alias("items")
+    of_users = counts.groupBy(*USER, "user_id").agg(*sums)
+    indexed = _indexed(clean.events, stats, users)
+    samples = indexed.withColumn("split", F.col("ranking_split")).withColumn(BUCKET, users.bucket())
+    windows = histories.sequences(indexed, features.max_length, USER)
     written = {
-        "item_stats": write(stats.frame, lake, "item_stats", tables.ITEM_STATS, input_hash, sources=sources),
-        "user_stats": write(users, lake, "user_stats", tables.USER_STATS, input_hash, sources=sources),
-        "ranking_samples": write(samples, lake, "ranking_samples", tables.RANKING_SAMPLES, input_hash, sources=sources),
-        "sequences": write(windows, lake, "sequences", tables.SEQUENCES, input_hash, sources=sources),
+        name: write(frame, lake, name, schema, input_hash, sources=sources, partition=partition)
+        for name, frame, schema, partition in (
+            ("item_stats", stats.frame, tables.ITEM_STATS, ()),
+            ("user_stats", of_users, tables.USER_STATS, ()),
+            ("ranking_samples", samples, tables.RANKING_SAMPLES, (BUCKET,)),
+            ("sequences", windows.withColumn(BUCKET, users.bucket()), tables.SEQUENCES, (BUCKET,)),
+        )
     }
     row = _catalog_row(input_hash, checked, clean, stats, features)
     written["catalog_stats"] = lake.write_rows("catalog_stats", tables.CATALOG_STATS, [row], input_hash, sources)
@@ -155,24 +161,40 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
     return written
 
 
+def _indexed(events: DataFrame, stats: Ranked, users: Layout) -> DataFrame:
+    """Add ``item_index`` to ``events``, which each partition has in the order of users and positions. Where all items
+    are too many to broadcast, the events go to the items and back, once."""
+    index = stats.frame.select("item_id", "item_index")
+    joined = events.join(index, "item_id")
+    if broadcast(joined):
+        return joined
+    placed = users.place(events.join(index.hint("shuffle_hash"), "item_id"))
+    return placed.sortWithinPartitions(*USER, "position").persist()
+
+
 def prepare(checked: Checked, features: Features, context: StageContext, seed: int) -> Clean:
     """Label, de-duplicate, cap, apply the k-core, order and split the accepted events, without another exchange by
-    user."""
-    accepted = labels.labelled(checked.judged.filter("reason IS NULL"), features).select(*histories.EVENT)
+    user. The k-core apart, no step removes a user, so that the users are ranked first: their ranks order them faster
+    than their ids do."""
+    accepted, users = checked.judged.filter("reason IS NULL"), checked.users
+    accepted = labels.labelled(accepted, features, checked.accepted).select(*histories.EVENT, PART)
     for key, other in (("split", "leave_one_out"), ("ranking_split", "same")):
         if getattr(features, key) == "global_time" and (timeless := accepted.filter("time IS NULL").count()):
             raise InputError(
                 f"features.{key} is 'global_time' but {timeless} events have no timestamp: add timestamps, or set "
                 f"features.{key}: {other}"
             )
-    events, left = histories.deduplicate(accepted, features.deduplicate), [checked.good]
-    if heavy := _heavy(accepted, features.max_user_events):
+    ranked = layout.rank_users(accepted)
+    events, left = users.indexed(accepted, ranked), [checked.accepted["rows"]]
+    events = histories.deduplicate(events, features.deduplicate, USER)
+    if heavy := _heavy(ranked.frame, features.max_user_events):
         left.append(events.count())
-        events = histories.cap(events, features.max_user_events, seed)
+        events = histories.cap(events, features.max_user_events, seed, USER)
     if features.k_core:
         events = events.localCheckpoint()
         left.append(before := events.count())
-        events, fixed = histories.k_core(events, features.k_core, features.k_core_rounds)
+        core, fixed = histories.k_core(events.drop("user_index"), features.k_core, features.k_core_rounds)
+        events = users.indexed(users.place(core), layout.rank_users(core))
         if events.isEmpty():
             raise InputError(f"features.k_core {features.k_core} leaves no event of {before}: lower it, or set it to 0")
         if not fixed:
@@ -181,7 +203,7 @@ def prepare(checked: Checked, features: Features, context: StageContext, seed: i
                 "accept items and users below "
                 f"{features.k_core} events"
             )
-    ordered = histories.order(events, features, seed).persist()
+    ordered = histories.order(events, features, seed, USER).drop("pos").persist()
     sums = [F.count_if(~F.col("in_history")).alias("outside_histories"), F.count_if("tied").alias("tied")]
     train = F.count_if(F.col("split") == "train").alias("train")
     row = ordered.agg(
@@ -207,10 +229,10 @@ def prepare(checked: Checked, features: Features, context: StageContext, seed: i
     return Clean(ordered, counts)
 
 
-def _heavy(events: DataFrame, most: int) -> str | None:
-    """Describe the users with more than ``most`` events; None where there is none."""
-    counts = events.groupBy("user_id").agg(F.count("*").alias("n")).filter(F.col("n") > most)
-    row = counts.agg(F.count("*").alias("users"), F.max(F.struct("n", "user_id")).alias("first")).first()
+def _heavy(users: DataFrame, most: int) -> str | None:
+    """Describe the ``users`` with more than ``most`` of their ``events``; None where there is none."""
+    heavy = users.select("user_id", F.col("events").alias("n")).filter(F.col("n") > most)
+    row = heavy.agg(F.count("*").alias("users"), F.max(F.struct("n", "user_id")).alias("first")).first()
     if row is None or not row["users"]:
         return None
     first = row["first"]

@@ -1,9 +1,12 @@
 """Order clean events (de-duplication, k-core, position, split) and build sequences from them.
 
 Everything stays within the partitions of a frame that is hash-partitioned by user, except the k-core's join on items.
+``by`` are the columns that identify a user.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -14,6 +17,7 @@ from adasid.tables import RANKING_ONLY
 from pipelines.features.ranks import rank_by, values_at
 
 EVENT = ("user_id", "item_id", "time", "pos", "rating", "label", "in_history")
+_BY = ("user_id",)
 
 
 def chronological(seed: int) -> tuple[Column, ...]:
@@ -23,21 +27,21 @@ def chronological(seed: int) -> tuple[Column, ...]:
     return F.col("time"), F.col("pos"), chance, F.col("item_id"), F.desc("label"), F.col("rating")
 
 
-def deduplicate(events: DataFrame, how: str) -> DataFrame:
+def deduplicate(events: DataFrame, how: str, by: Sequence[str] = _BY) -> DataFrame:
     """Keep the first of the events that ``features.deduplicate`` calls equal. Events without time differ by ``pos``. An
     impression never equals a later visit of the same item; a visit at the same time replaces it."""
     if how == "none":
         return events
     moment = [F.col("in_history")] if how == "pair" else [F.col("time"), F.when(F.col("time").isNull(), F.col("pos"))]
     first = F.desc("in_history"), F.col("time"), F.col("pos"), F.desc("label"), F.col("rating")
-    same = Window.partitionBy("user_id", "item_id", *moment).orderBy(*first)
+    same = Window.partitionBy(*by, "item_id", *moment).orderBy(*first)
     return events.select("*", F.row_number().over(same).alias("_copy")).filter("_copy = 1").drop("_copy")
 
 
-def cap(events: DataFrame, most: int, seed: int) -> DataFrame:
+def cap(events: DataFrame, most: int, seed: int, by: Sequence[str] = _BY) -> DataFrame:
     """Keep the latest ``most`` events of every user."""
-    latest = Window.partitionBy("user_id").orderBy(*chronological(seed))
-    last = F.count("*").over(Window.partitionBy("user_id")) - F.row_number().over(latest)
+    latest = Window.partitionBy(*by).orderBy(*chronological(seed))
+    last = F.count("*").over(Window.partitionBy(*by)) - F.row_number().over(latest)
     return events.select("*", last.alias("_later")).filter(F.col("_later") < most).drop("_later")
 
 
@@ -59,13 +63,12 @@ def k_core(events: DataFrame, least: int, rounds: int) -> tuple[DataFrame, bool]
     return events, False
 
 
-def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
+def order(events: DataFrame, features: Features, seed: int, by: Sequence[str] = _BY) -> DataFrame:
     """Add ``position`` (0-based rank among the user's events), ``place`` (the same among those ``in_history``),
     ``tied`` (whether another event has the same time and pos), ``split`` and ``ranking_split``. Both are ``train`` for
     the events that neither holds out: embeddings, counts and SIDs are computed from these. ``split`` is null where only
     ranking reads an event; an event outside histories is split with the next visit."""
-    by_user = Window.partitionBy("user_id")
-    ordered = by_user.orderBy(*chronological(seed))
+    ordered = Window.partitionBy(*by).orderBy(*chronological(seed))
     visits = F.sum(F.col("in_history").cast("bigint"))
     moment = F.struct("time", "pos")
     same = [neighbour(moment).over(ordered).eqNullSafe(moment) for neighbour in (F.lag, F.lead)]
@@ -76,13 +79,13 @@ def order(events: DataFrame, features: Features, seed: int) -> DataFrame:
             "place"
         ),
         (same[0] | same[1]).alias("tied"),
+        visits.over(ordered.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)).alias("_n"),
     )
     columns = [*events.columns, "position", "place", "tied"]
     if features.split == "global_time":
         visited = events.filter("in_history")
         held_out = _by_time(visited, (features.holdout, features.holdout), "split", "holdout", "leave_one_out")
     else:
-        placed = placed.select("*", visits.over(by_user).alias("_n"))
         left = F.when(F.col("_n") >= 3, F.col("_n") - F.least("place", F.col("_n") - 1))
         held_out = F.when(left == 1, "test").when(left == 2, "validation")
     split = F.coalesce(held_out, F.lit("train"))
@@ -113,20 +116,20 @@ def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key
     return F.when(moment >= times[second], "test").when(moment >= times[first], "validation")
 
 
-def sequences(indexed: DataFrame, max_length: int) -> DataFrame:
-    """Return user_id, split, history, target of every user with something to learn or to predict. ``indexed`` has
-    item_index, place, in_history, split."""
-    history = F.transform(
-        F.array_sort(F.collect_list(F.struct("place", "item_index"))), lambda event: event["item_index"]
-    )
+def sequences(indexed: DataFrame, max_length: int, by: Sequence[str] = _BY) -> DataFrame:
+    """Return ``by``, user_id, split, history, target of every user with something to learn or to predict. ``indexed``
+    has item_index, place, in_history, split. A partition that is in the order of ``by`` is not sorted again, and its
+    users stay in that order."""
+    history = F.array_sort(F.collect_list(F.struct("place", "item_index")))["item_index"]
 
     def first(split: str) -> Column:
         return F.min(F.when(F.col("split") == split, F.col("place"))).cast("int")
 
     users = (
         indexed.filter("in_history")
-        .groupBy("user_id")
+        .groupBy(*by)
         .agg(
+            F.first("user_id").alias("_user"),
             history.alias("items"),
             F.count_if(F.col("split") == "train").cast("int").alias("train"),
             first("validation").alias("validation"),
@@ -161,4 +164,7 @@ def sequences(indexed: DataFrame, max_length: int) -> DataFrame:
                 ),
             )
         )
-    return users.select("user_id", F.inline(F.array_compact(F.array(*rows))))
+    keys = [name for name in by if name != "user_id"]
+    return users.sortWithinPartitions(*by).select(
+        *keys, F.col("_user").alias("user_id"), F.inline(F.array_compact(F.array(*rows)))
+    )

@@ -14,15 +14,18 @@ from adasid.errors import InputError
 from adasid.tables import BEHAVIOR
 from pipelines import stage, staleness
 from pipelines.engines.lake import Lake
-from pipelines.engines.spark import read, session, write
+from pipelines.engines.spark import read, row_groups, session, write
 from pipelines.engines.tracking import StageContext
-from pipelines.features import validate
+from pipelines.features import layout, validate
 from pipelines.features.check import modalities
 from pipelines.features.richness import measure
 from pipelines.sources import in_place, parquet
 from pipelines.stage import Inputs, Stage
 
 EMBEDDINGS = "behavior_embeddings"
+_ROW_GROUP = 16 * 2**20
+"""Bytes of a row group of ``item_features``: some thousand items, so that a worker that reads a range of ``item_index``
+reads little more."""
 
 
 def missing(cfg: Config, lake: Lake) -> str | None:
@@ -79,7 +82,7 @@ def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
 
 
 def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
-    spark = session(inputs.cfg.spark)
+    spark = session(inputs.cfg.spark, size=in_place.size(inputs.lake, *inputs.versions))
     try:
         with in_place.reading(inputs.lake, "items"):
             return _write(spark, inputs, context)
@@ -99,7 +102,9 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
             "the norm does not measure how much is known about an item, so richness is min-max of log(1 + count)"
         )
     features, schema = joined.select("*", richness.column.alias("richness")), tables.item_features(cfg.features.content)
-    written = {"item_features": write(features, lake, "item_features", schema, input_hash, sources=versions)}
+    features = layout.by_index(features, lake.open("item_stats").count())
+    with row_groups(spark, _ROW_GROUP):
+        written = {"item_features": write(features, lake, "item_features", schema, input_hash, sources=versions)}
     if cfg.behavior.source == "sasrec":
         result = read(spark, lake, "item_features", written["item_features"])
         _note_missing(context, result.filter("interactions > 0 AND norm IS NULL").count(), result.count())

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from pyspark.sql import DataFrame
+from collections.abc import Mapping
+from typing import Any
+
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from adasid.config import Features
 from adasid.errors import InputError
 
 
-def labelled(events: DataFrame, features: Features) -> DataFrame:
-    """Add ``label`` (1, 0, or null for an event that is neither labelled nor rated where others are) and
-    ``in_history``.
-
-    A label counts as it is; a rating is positive above ``features.positive_rating``; where nothing is labelled or
-    rated, every event is positive. Raises InputError where no event would be positive.
-    """
+def sums() -> list[Column]:
+    """Return the aggregates of accepted events that :func:`labelled` needs."""
     rated = F.when(F.col("label").isNull(), F.col("rating"))
-    sums = [
+    return [
         F.count("label").alias("labels"),
         F.count(rated).alias("ratings"),
         F.max(rated).alias("highest"),
         F.sum("label").alias("positive"),
     ]
-    totals = events.agg(*sums).first()
-    assert totals is not None
+
+
+def labelled(events: DataFrame, features: Features, totals: Mapping[str, Any]) -> DataFrame:
+    """Add ``label`` (1, 0, or null for an event that is neither labelled nor rated where others are) and
+    ``in_history``.
+
+    A label counts as it is; a rating is positive above ``features.positive_rating``; where nothing is labelled or
+    rated, every event is positive. ``totals``: the values of :func:`sums`. Raises InputError where no event would be
+    positive.
+    """
     limit = features.positive_rating
     if totals["ratings"] and totals["highest"] <= limit:
         fix = "call the column 'label' if 1 means positive, or set" if totals["highest"] <= 1 else "set"

@@ -2,12 +2,15 @@
 al., arXiv 2010.05525; methods 4.1).
 
 Work is bounded by the arrays that are paired: a user has at most ``max_user_items`` items and, for Swing, an item at
-most ``max_item_users`` users, so Swing forms at most items x max_item_users^2 / 2 pairs of users and from each of those
-at most max_user_items^2 / 2 pairs of items. Users are sampled by a hash of their id, the same for every item, so the
-samples of two items mostly share users. No row holds more than one such array, and nothing is collected.
+most ``max_item_users`` users, so Swing forms at most items x max_item_users^2 / 2 pairs of users, which are counted
+first and are at most ``max_rows``, and from each of those at most max_user_items^2 / 2 pairs of items. Users are
+sampled by a hash of their index, the same for every item, so the samples of two items mostly share users. No row holds
+more than one such array, and nothing is collected.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
@@ -19,10 +22,14 @@ from pipelines import stage
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, write
 from pipelines.engines.tracking import StageContext
+from pipelines.features import layout
+from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 
 TABLE = "item_pairs"
 _SAMPLES = "ranking_samples"
+_ROW_BYTES = 40
+"""A shuffled row has two users and an item, 8 bytes each, and its header, before compression."""
 
 
 def check(cfg: Config, lake: Lake) -> None:
@@ -36,9 +43,13 @@ def check(cfg: Config, lake: Lake) -> None:
 
 def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     cfg, lake = inputs.cfg, inputs.lake
-    spark = session(cfg.spark)
-    mined = mine(read(spark, lake, _SAMPLES).filter("split = 'train'"), cfg.features.pairs)
-    version = write(mined, lake, TABLE, tables.ITEM_PAIRS, inputs.hash, sources=inputs.versions)
+    layout.check(lake, _SAMPLES)
+    spark = session(cfg.spark, size=in_place.size(lake, *inputs.versions))
+    try:
+        mined = mine(read(spark, lake, _SAMPLES).filter("split = 'train'"), cfg.features.pairs, context.note)
+        version = write(mined, lake, TABLE, tables.ITEM_PAIRS, inputs.hash, sources=inputs.versions)
+    finally:
+        spark.catalog.clearCache()
     written = read(spark, lake, TABLE, version)
     pairs, paired = written.count(), written.select("item_index").distinct().count()
     share = paired / read(spark, lake, "item_stats").count()
@@ -59,11 +70,11 @@ ITEM_PAIRS = Stage(
 """Reads training events, writes co-engaged pairs of items."""
 
 
-def mine(events: DataFrame, settings: Pairs) -> DataFrame:
-    """Return item_index, partner_index, score, users: the best partners of every item. ``events``: user_id, item_index,
-    position."""
+def mine(events: DataFrame, settings: Pairs, note: Callable[[str], None]) -> DataFrame:
+    """Return item_index, partner_index, score, users: the best partners of every item. ``events``: user_index,
+    item_index, position. A ``note`` says how much Swing will shuffle. Raises InputError where that is too much."""
     kept = histories(events, settings.max_user_items)
-    scored = cooccurrence(kept) if settings.method == "cooccurrence" else swing(kept, settings)
+    scored = cooccurrence(kept) if settings.method == "cooccurrence" else swing(kept, settings, note)
     both = scored.filter(F.col("users") >= settings.min_users).select(
         F.inline(
             F.array(
@@ -79,14 +90,14 @@ def mine(events: DataFrame, settings: Pairs) -> DataFrame:
 
 
 def histories(events: DataFrame, most: int) -> DataFrame:
-    """Return user_id, item_index: the ``most`` latest items of each user with at least two."""
-    by_user = Window.partitionBy("user_id")
-    last = events.groupBy("user_id", "item_index").agg(F.max("position").alias("last"))
+    """Return user_index, item_index: the ``most`` latest items of each user with at least two."""
+    by_user = Window.partitionBy("user_index")
+    last = events.groupBy("user_index", "item_index").agg(F.max("position").alias("last"))
     recent = last.select("*", F.row_number().over(by_user.orderBy(F.desc("last"))).alias("_n")).filter(
         F.col("_n") <= most
     )
     return (
-        recent.select("user_id", "item_index", F.count("*").over(by_user).alias("_items"))
+        recent.select("user_index", "item_index", F.count("*").over(by_user).alias("_items"))
         .filter("_items > 1")
         .drop("_items")
     )
@@ -94,20 +105,21 @@ def histories(events: DataFrame, most: int) -> DataFrame:
 
 def cooccurrence(kept: DataFrame) -> DataFrame:
     """Return a < b, score = number of users who have both, users."""
-    items = kept.groupBy("user_id").agg(F.array_sort(F.collect_list("item_index")).alias("all"))
+    items = kept.groupBy("user_index").agg(F.array_sort(F.collect_list("item_index")).alias("all"))
     counted = _two_of(items).groupBy("a", "b").agg(F.count("*").alias("users"))
     return counted.select("a", "b", F.col("users").cast("double").alias("score"), "users")
 
 
-def swing(kept: DataFrame, settings: Pairs) -> DataFrame:
+def swing(kept: DataFrame, settings: Pairs, note: Callable[[str], None]) -> DataFrame:
     """Return a < b, score = sum over pairs of users u < v who have both of 1 / (alpha + |I_u and I_v|), users.
 
     All terms, |I_u and I_v| too, are over the sampled users of an item. Sums are decimal: they do not depend on the
     order of rows.
     """
-    chance = Window.partitionBy("item_index").orderBy(F.xxhash64("user_id"), "user_id")
+    chance = Window.partitionBy("item_index").orderBy(F.xxhash64("user_index"), "user_index")
     sampled = kept.select("*", F.row_number().over(chance).alias("_n")).filter(F.col("_n") <= settings.max_item_users)
-    users = sampled.groupBy("item_index").agg(F.array_sort(F.collect_list("user_id")).alias("all"))
+    users = sampled.groupBy("item_index").agg(F.array_sort(F.collect_list("user_index")).alias("all")).persist()
+    _bound(users, settings, note)
     common = _two_of(users, "item_index").groupBy("a", "b").agg(F.array_sort(F.collect_list("item_index")).alias("all"))
     weight = (1 / (F.lit(settings.alpha) + F.size("all"))).cast("decimal(18,18)")  # below 1/2: at least two items
     weighted = common.filter(F.size("all") > 1).select("all", weight.alias("weight"))
@@ -119,6 +131,21 @@ def swing(kept: DataFrame, settings: Pairs) -> DataFrame:
     return summed.select(
         "a", "b", "score", F.round((1 + F.sqrt(1 + 8 * F.col("n"))) / 2).cast("bigint").alias("users")
     )  # n = users (users - 1) / 2
+
+
+def _bound(users: DataFrame, settings: Pairs, note: Callable[[str], None]) -> None:
+    """Note how many pairs of ``users`` of one item there are. Raises InputError for more than ``max_rows``."""
+    number = F.size("all").cast("bigint")
+    row = users.agg(F.sum(number * (number - 1) / 2).cast("bigint").alias("rows")).first()
+    rows = (row and row["rows"]) or 0
+    amount = f"{rows} pairs of users of one item, about {rows * _ROW_BYTES / 2**30:.3g} GiB to shuffle"
+    if rows > settings.max_rows:
+        raise InputError(
+            f"features.pairs: swing would form {amount}, more than features.pairs.max_rows {settings.max_rows}: lower "
+            f"features.pairs.max_item_users (now {settings.max_item_users}; half of it makes a quarter of the pairs), "
+            "set features.pairs.method: cooccurrence, or raise max_rows"
+        )
+    note(f"swing forms {amount}")
 
 
 def _two_of(frame: DataFrame, *columns: str) -> DataFrame:

@@ -28,6 +28,7 @@ from pipelines.publish.gates import failures
 from pipelines.publish.generations import Candidate, Generation
 from pipelines.publish.lease import Lease
 from pipelines.run import Run
+from pipelines.sources import in_place
 from pipelines.training.register import register
 
 
@@ -64,7 +65,7 @@ class NightlyRun:
     @cached_property
     def spark(self) -> SparkSession:
         """Return the Spark session."""
-        return engine.session(self.cfg.spark)
+        return engine.session(self.cfg.spark, size=in_place.size(self.lake, "item_features"))
 
     @cached_property
     def features(self) -> DataFrame:

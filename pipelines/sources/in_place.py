@@ -61,6 +61,23 @@ def read(spark: SparkSession, lake: Lake, table: str, target: parquet.Target) ->
         return parquet.delta(spark, table, at.location, at.version, target, lambda text: None)
 
 
+def size(lake: Lake, *tables: str) -> int:
+    """Return the bytes of the data files of tables, wherever they are, for a table that can be read."""
+    total = 0
+    for table in tables:
+        at = reference(lake, table) if table in TABLES else None
+        files = lake.open(table) if at is None else _opened(table, at)
+        total += sum(pa.table(files.get_add_actions())["size_bytes"].to_pylist())
+    return total
+
+
+def _opened(table: str, at: Reference) -> DeltaTable:
+    try:
+        return DeltaTable(at.location, version=at.version, storage_options=delta_options(at.location))
+    except Exception as error:
+        raise _fault(error, table, at) from error
+
+
 def batches(lake: Lake, table: str, schema: pa.Schema, condition: pc.Expression) -> Iterator[pa.RecordBatch]:
     """Stream the columns of ``schema`` in the rows that satisfy a condition, outside Spark."""
     at = reference(lake, table)

@@ -16,7 +16,7 @@ from pipelines import scores, stage
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import session, uri
 from pipelines.engines.tracking import StageContext
-from pipelines.features import items
+from pipelines.features import items, layout
 from pipelines.publish import generations
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
@@ -113,6 +113,7 @@ def _train_downstream(
     cfg, lake, outer = inputs.cfg, inputs.lake, Run(inputs.cfg).lake
     folder = folder_of(inputs, task)
     launch.check_same_run({table: inputs.input_hashes[table] for table in (events, "item_stats")})
+    layout.check(lake, events)
     if task == "ranking" and "in_history" not in lake.schema("ranking_samples").names:
         raise InputError(
             "ranking_samples has no column 'in_history', so that it is of another version of adasid: run "

@@ -28,7 +28,7 @@ SMALL = {
             "chunk_users": 200,
         }
     },
-    "features": {"pairs": {"method": "cooccurrence", "min_users": 1}},
+    "features": {"pairs": {"method": "cooccurrence", "min_users": 1}, "user_buckets": 2},
     "behavior": {"width": 16, "blocks": 1, "epochs": 3, "batch_users": 64, "negatives": 128, "early_epochs": 3},
     "tokenizer": {
         "codebook_size": 16,

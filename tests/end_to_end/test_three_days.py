@@ -25,7 +25,7 @@ from tests.end_to_end.running import ROOT, lake_of, run_stage
 WIDTH, GROUPS, USERS = 12, 6, 60
 DAYS = ("2026-03-01", "2026-03-02", "2026-03-03")
 SETTINGS = {
-    "features": {"content": ["text"]},
+    "features": {"content": ["text"], "user_buckets": 2},
     "behavior": {"width": 8, "blocks": 1, "epochs": 1, "batch_users": 32, "negatives": 32},
     "tokenizer": {"name": "rq-kmeans", "content": ["text"], "levels": 3, "codebook_size": 8, "rounds": 5},
     "retokenize": {"exports": ["changes"]},

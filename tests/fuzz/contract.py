@@ -135,6 +135,8 @@ def _absolute(example: Example, folder: Path, uri: str) -> dict[str, Any]:
     section = source.get(next((kind for kind in ("tables", "arrays", "amazon") if kind in source), ""), {})
     for key in {"folder"} & {*section} or {"items", "interactions", "reviews", "metadata"} & {*section}:
         section[key] = str(folder / section[key])
+    if isinstance(config.get("features", {}), dict):
+        config["features"] = {"user_buckets": 2, **config.get("features", {})}  # each bucket costs some tasks
     own = {
         "runs_dir": str(folder / "runs"),
         "tracking": {"uri": uri},

@@ -7,14 +7,14 @@ from datetime import datetime, timezone
 
 import numpy as np
 import pytest
+from pyspark.sql import functions as F
 
 from adasid.config import Features
 from adasid.errors import InputError
-from pipelines.features import check, events, histories
+from pipelines.features import check, events, histories, labels, layout
 
 SCHEMA = "user_id string, item_id string, time timestamp, pos bigint, rating float, label int, in_history boolean"
 SEED = 17
-NOTHING = (0, {})  # copies of items, items without a modality
 
 
 def at(second):
@@ -249,13 +249,17 @@ class Notes:
         raise AssertionError(text)
 
 
+def checked_events(spark, rows):
+    """Accepted events, as the checks give them."""
+    users = layout.layout(spark, 2)
+    judged = frame(spark, rows).drop("in_history").selectExpr("*", "CAST(NULL AS string) AS reason")
+    judged = judged.withColumn(layout.PART, users.part())
+    figures = judged.agg(F.count("*").alias("rows"), *labels.sums()).first().asDict()
+    return check.Checked(judged, judged, figures, {}, 0, {}, users)
+
+
 def test_settings_that_the_data_cannot_meet(spark):
-    judged = (
-        frame(spark, [("u", "a", 1, None, None), ("u", "b", None, 2, None)])
-        .drop("in_history")
-        .selectExpr("*", "CAST(NULL AS string) AS reason")
-    )
-    checked = check.Checked(judged, judged, 2, {}, *NOTHING)
+    checked = checked_events(spark, [("u", "a", 1, None, None), ("u", "b", None, 2, None)])
     with pytest.raises(InputError, match=r"features.split is 'global_time' but 1 events have no timestamp"):
         events.prepare(checked, Features(split="global_time"), Notes(), SEED)
     with pytest.raises(
@@ -269,24 +273,24 @@ def test_settings_that_the_data_cannot_meet(spark):
     with pytest.raises(InputError, match=r"features.k_core 5 leaves no event of 2: lower it, or set it to 0"):
         events.prepare(checked, Features(k_core=5), Notes(), SEED)
     with pytest.raises(AssertionError, match=r"k-core was still shrinking after features.k_core_rounds 1"):
-        twice = (
-            frame(spark, [(user, item, 1, None, None) for user, item in ("ux", "uy", "vx", "vy", "wy", "wz")])
-            .selectExpr("*", "CAST(NULL AS string) AS reason")
-            .drop("in_history")
-        )
-        events.prepare(check.Checked(twice, twice, 6, {}, *NOTHING), Features(k_core=2, k_core_rounds=1), Notes(), SEED)
+        rows = [(user, item, 1, None, None) for user, item in ("ux", "uy", "vx", "vy", "wy", "wz")]
+        events.prepare(checked_events(spark, rows), Features(k_core=2, k_core_rounds=1), Notes(), SEED)
+
+
+def test_the_index_counts_the_users_that_the_core_leaves(spark):
+    rows = [("a", "x", 1, None, None), *((user, item, 1, None, None) for user in "uv" for item in "xy")]
+    clean = events.prepare(checked_events(spark, rows), Features(k_core=2), Notes(), SEED)
+    assert {(row["user_id"], row["user_index"]) for row in clean.events.collect()} == {("u", 0), ("v", 1)}
+    assert (clean.counts["below_k_core"], clean.counts["users"], clean.counts["duplicates"]) == (1, 2, 0)
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_named(spark):
     rows = [("u", f"i{second}", second, None, None, int(second > 7)) for second in range(10)]
-    judged = frame(spark, rows).drop("in_history").selectExpr("*", "CAST(NULL AS string) AS reason")
     with pytest.raises(
         InputError,
         match=r"no event is left to train on: of 10 events 8 are outside histories .* set features.ranking_split: same",
     ):
-        events.prepare(
-            check.Checked(judged, judged, 10, {}, *NOTHING), Features(ranking_split="global_time"), Notes(), SEED
-        )
+        events.prepare(checked_events(spark, rows), Features(ranking_split="global_time"), Notes(), SEED)
 
 
 def test_sequences(spark):

@@ -17,7 +17,8 @@ NAN = float("nan")
 def labelled(spark, pairs, **settings):
     """(label, in_history) of events with these (rating, label)."""
     frame = spark.createDataFrame([(i, *pair) for i, pair in enumerate(pairs)], "pos int, rating float, label float")
-    found = labels.labelled(frame, Features(**settings)).orderBy("pos").collect()
+    totals = frame.agg(*labels.sums()).first().asDict()
+    found = labels.labelled(frame, Features(**settings), totals).orderBy("pos").collect()
     return [(row["label"], row["in_history"]) for row in found]
 
 
@@ -114,7 +115,7 @@ def test_what_is_odd_is_reported(spark, lake):
     write(lake, "interactions", tables.INTERACTIONS, seen)
     notes = []
     checked = check.check(spark, config(max_rejected=0.3), lake, "m", notes.append)
-    assert (checked.good, checked.rejected, checked.duplicate_items, checked.missing) == (
+    assert (checked.accepted["rows"], checked.rejected, checked.duplicate_items, checked.missing) == (
         3,
         {"implausible_timestamp": 1},
         1,

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from adasid import tables
@@ -16,7 +17,7 @@ from adasid.errors import InputError
 from pipelines import features, stage
 from pipelines.engines import tracking
 from pipelines.engines.spark import struct, write
-from pipelines.features import check, events, items
+from pipelines.features import check, events, items, layout
 from tests.conftest import give_store
 
 MODALITIES = ("text", "visual")
@@ -52,7 +53,7 @@ def config(root, **sections):
             "name": "t",
             "runs_dir": str(root),
             "spark": {"master": "local[2]", "shuffle_partitions": 2},
-            "features": {"max_rejected": 0.2, "ranking_split": "same"},
+            "features": {"max_rejected": 0.2, "ranking_split": "same", "user_buckets": 3},
             **sections,
         }
     )
@@ -173,6 +174,35 @@ def test_tables_against_plain_python(done):
     assert stats["duplicates"] == len(catalogue()[1]) - 1 - stats["interactions"]
 
 
+def test_a_user_is_in_one_bucket_and_files_are_in_order(spark, done):
+    cfg, lake, _ = done
+    samples = pa.Table.from_batches(lake.batches("ranking_samples")).to_pylist()
+    users = sorted({row["user_id"] for row in samples})
+    assert {row["user_id"]: row["user_index"] for row in samples} == {user: i for i, user in enumerate(users)}
+    frame = spark.createDataFrame([(user,) for user in users], "user_id string")
+    of_user = frame.selectExpr("user_id", f"pmod(xxhash64(user_id), {cfg.features.user_buckets}) AS bucket").collect()
+    buckets = {row["user_id"]: row["bucket"] for row in of_user}
+    assert len(set(buckets.values())) == 3
+    for name in ("ranking_samples", "sequences"):
+        rows = lake.read(name).to_pylist()
+        assert all(buckets[row["user_id"]] == row["bucket"] for row in rows)
+        assert lake.open(name).metadata().partition_columns == ["bucket"]
+        files = [pq.ParquetFile(file).read().to_pylist() for file in lake.open(name).file_uris()]
+        assert len(files) == 3
+        for file in files:
+            order = [(row["user_index"], row.get("position", 0)) for row in file]
+            assert order == sorted(order) and len({row["user_id"] for row in file}) > 1
+    stats = lake.read("user_stats").to_pylist()
+    assert all(users[row["user_index"]] == row["user_id"] for row in stats)
+
+
+def test_tables_without_buckets_are_refused_with_the_fix(lake):
+    old = pa.table({"user_id": ["u"], "split": ["test"]})
+    lake.write("sequences", old.schema, old.to_batches(), "old")
+    with pytest.raises(InputError, match=r"no columns 'bucket' and 'user_index'.* run jobs/build_features"):
+        layout.check(lake, "sequences")
+
+
 def test_rated_events_are_split_by_time_and_nothing_learns_from_what_a_task_holds_out(spark, tmp_path):
     cfg = config(tmp_path, features={"max_rejected": 0.2, "ranking_split": "auto"})
     lake = prepare(spark, cfg, *catalogue())
@@ -232,6 +262,10 @@ def test_every_item_has_a_row_of_features_also_the_cold(done):
         )
     assert all(rows[item]["stratum"] == "cold" and rows[item]["richness"] == 0 for item in COLD)
     assert len({row["fingerprint"] for row in rows.values()}) == len(rows)
+    files = [pq.read_table(file)["item_index"].to_pylist() for file in lake.open("item_features").file_uris()]
+    ranges = sorted(file for file in files if file)
+    joined = [index for file in ranges for index in file]
+    assert len(ranges) == 2 and joined == list(range(30)), "one range of item_index a file, in order"
     stats = lake.read("richness_stats").to_pylist()[0]
     assert stats["richness_source"] == "norm"
     assert second.facts["spearman"] == round(stats["spearman"], 3)
@@ -391,7 +425,10 @@ def test_shuffles_are_as_few_as_the_plan_needs(spark, done, broadcast):
     # Items by item_id (which duplicate is kept) and events by user_id (de-duplication and both windows share it). Where
     # the
     # accepted ids are too many to broadcast, the events also go by item_id to meet them.
+    # The users' ranks go by user_id, and the ranks and the events by part.
+    by_part = [where for where in of_events if "_part" in where]
     assert sum("user_id" in where for where in of_events) == 1, of_events
+    assert len(by_part) == 2 and all(where.startswith("hashpartitioning(_part") for where in by_part), of_events
     assert sum("item_id" in where for where in of_events) == (1 if broadcast else 2), of_events
     # Each of items, item_stats and behavior_embeddings by item_id, the last two only where they are too big to
     # broadcast.

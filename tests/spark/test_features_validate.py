@@ -193,7 +193,7 @@ def lake(spark, tmp_path_factory):
 def test_refused_rows_are_kept_whole_once_a_run(spark, lake):
     for _ in range(2):
         checked = check.check(spark, config(max_rejected=0.5), lake, "one", NOTES.append)
-    assert (checked.good, checked.rejected) == (4, {"non_finite": 2, "unknown_item": 2})
+    assert (checked.accepted["rows"], checked.rejected) == (4, {"non_finite": 2, "unknown_item": 2})
     rows = {(row["table"], row["reason"]): row for row in lake.read("rejected_rows").to_pylist()}
     assert {key: (row["input_hash"], row["copies"]) for key, row in rows.items()} == {
         ("items", "non_finite"): ("one", 2),

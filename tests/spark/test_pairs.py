@@ -16,14 +16,14 @@ from pipelines.engines import tracking
 from pipelines.features import pairs
 from tests.spark.test_features_run import catalogue, config, prepare, run
 
-SCHEMA = "user_id string, item_index bigint, position bigint"
+SCHEMA = "user_index bigint, item_index bigint, position bigint"
 
 
 def history(users=40, items=14, seed=2):
     """user, item, position of events, popular items first; some users repeat an item, some have one only."""
     rng = np.random.default_rng(seed)
     return [
-        (f"u{user:02d}", min(int(rng.zipf(1.5)) - 1, items - 1), at)
+        (user, min(int(rng.zipf(1.5)) - 1, items - 1), at)
         for user in range(users)
         for at in range(int(rng.integers(1, 9)))
     ]
@@ -61,14 +61,14 @@ def brute(events, settings, chance):
 
 
 def hashes(spark, events):
-    frame = spark.createDataFrame([(user,) for user in sorted({user for user, *_ in events})], "user_id string")
-    return {row["user_id"]: row["h"] for row in frame.selectExpr("user_id", "xxhash64(user_id) AS h").collect()}
+    frame = spark.createDataFrame([(user,) for user in sorted({user for user, *_ in events})], "user_index bigint")
+    return {row["user_index"]: row["h"] for row in frame.selectExpr("*", "xxhash64(user_index) AS h").collect()}
 
 
 def mined(frame, settings):
     return {
         (row["item_index"], row["partner_index"]): (row["score"], row["users"])
-        for row in pairs.mine(frame, settings).collect()
+        for row in pairs.mine(frame, settings, lambda text: None).collect()
     }
 
 
@@ -96,7 +96,7 @@ def test_swing_by_hand(spark):
     """u and v share three items, w shares two of them with each: 1 / (1 + 3) and twice 1 / (1 + 2)."""
     events = [
         (user, item, at)
-        for user, items in (("u", (1, 2, 3)), ("v", (1, 2, 3)), ("w", (1, 2, 9)))
+        for user, items in ((0, (1, 2, 3)), (1, (1, 2, 3)), (2, (1, 2, 9)))
         for at, item in enumerate(items)
     ]
     found = mined(spark.createDataFrame(events, SCHEMA), Pairs(method="swing"))
@@ -107,15 +107,24 @@ def test_swing_by_hand(spark):
 
 @pytest.mark.parametrize("method", ["swing", "cooccurrence"])
 def test_of_equal_partners_the_lowest_index_is_kept(spark, method):
-    events = [(user, item, item) for user in "uv" for item in range(5)]
+    events = [(user, item, item) for user in (0, 1) for item in range(5)]
     found = mined(spark.createDataFrame(events, SCHEMA), Pairs(method=method, per_item=2))
     assert sorted(found) == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
 
 
 def test_only_the_latest_items_of_a_history_make_pairs(spark):
-    events = [(user, item, at) for user in "uv" for at, item in enumerate([5, 1, 2, 3, 5])]
+    events = [(user, item, at) for user in (0, 1) for at, item in enumerate([5, 1, 2, 3, 5])]
     found = mined(spark.createDataFrame(events, SCHEMA), Pairs(method="cooccurrence", max_user_items=2))
     assert set(found) == {(3, 5), (5, 3)}
+
+
+def test_swing_says_what_it_will_shuffle_and_stops_before_too_much(spark):
+    frame = spark.createDataFrame([(user, item, item) for user in range(5) for item in range(2)], SCHEMA)
+    notes = []
+    pairs.mine(frame, Pairs(max_item_users=4), notes.append)
+    assert notes == ["swing forms 12 pairs of users of one item, about 4.47e-07 GiB to shuffle"]
+    with pytest.raises(InputError, match=r"more than features.pairs.max_rows 11: lower features.pairs.max_item_users"):
+        pairs.mine(frame, Pairs(max_item_users=4, max_rows=11), notes.append)
 
 
 def table(lake):
@@ -147,7 +156,7 @@ def test_the_stage_writes_pairs_of_training_events_when_asked_and_again_when_som
     samples = lake.read("ranking_samples").to_pylist()
     training, everything = (
         brute(
-            [(row["user_id"], row["item_index"], row["position"]) for row in samples if row["split"] in splits],
+            [(row["user_index"], row["item_index"], row["position"]) for row in samples if row["split"] in splits],
             counting.features.pairs,
             chance,
         )

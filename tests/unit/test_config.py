@@ -37,6 +37,7 @@ def test_every_shipped_config_is_valid(path):
         ("features.ranking_holdout=[0.0, 0.1]", ["features.ranking_holdout is [0.0, 0.1]", "two shares above 0"]),
         ("features.head_share=0.9", ["features.head_share", "at most 1"]),
         ("behavior.max_length=90", ["behavior.max_length 90", "features.max_length 50"]),
+        ("ray.workers=16", ["features.user_buckets is 8", "ray.workers is 16"]),
         ("behavior.source=column", ["behavior_width is 0"]),
         ("source.kind=arrays", ["source.synthetic is set but source.kind is 'arrays'", "remove the section"]),
         ("source={kind: arrays}", ["source.arrays", "missing"]),

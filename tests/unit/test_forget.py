@@ -46,7 +46,8 @@ def fill(lake):
         rows = interactions([*USERS, *OTHERS], number)
         lake.write("interactions", rows.schema, rows.to_batches(), f"ingest {number}")
         stats = pa.table(
-            {"user_id": [*USERS, *OTHERS], "interactions": [1] * 7, "items": [1] * 7}, schema=tables.USER_STATS
+            {"user_id": [*USERS, *OTHERS], "user_index": range(7), "interactions": [1] * 7, "items": [1] * 7},
+            schema=tables.USER_STATS,
         )
         lake.write("user_stats", stats.schema, stats.to_batches(), f"features {number}", {"interactions": number - 1})
     write_deltalake(lake.path("user_stats"), stats.slice(6), mode="append", commit_properties=properties("features 2"))

@@ -1,7 +1,7 @@
 """Test whose Spark settings win."""
 
 from adasid.config import Spark
-from pipelines.engines.spark import _EXTENSION, _REQUIRED, _launch, chosen, class_archive
+from pipelines.engines.spark import _EXTENSION, _REQUIRED, _launch, chosen, class_archive, partitions
 from tests import s3
 
 GIVEN = {
@@ -24,6 +24,11 @@ def test_the_config_wins_over_both_and_defaults_fill_the_rest():
     settings = chosen(Spark(shuffle_partitions=8, conf=own), {**GIVEN, "spark.task.maxFailures": "9"})
     assert {key: settings[key] for key in own} == {key: str(value) for key, value in own.items()}
     assert chosen(Spark(shuffle_partitions=8), {})["spark.sql.shuffle.partitions"] == "8"
+    assert "spark.sql.shuffle.partitions" not in chosen(Spark(), {})
+
+
+def test_the_number_of_partitions_follows_the_size_of_the_input():
+    assert [partitions(size, 4) for size in (0, 2**20, 2**30, 2**30 + 1, 100 * 2**30)] == [8, 8, 32, 33, 3200]
 
 
 def test_no_progress_bar_is_drawn_over_the_lines_of_a_job():

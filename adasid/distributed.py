@@ -20,6 +20,7 @@ def settle(threads: int) -> None:
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.sparse.check_sparse_tensor_invariants.disable()  # else torch warns that it does not check
     # mypy does not know this property; filling memory costs time
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 

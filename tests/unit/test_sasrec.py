@@ -9,6 +9,8 @@ from adasid.distributed import Workers
 from adasid.errors import InputError, TrainingError
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
 from adasid.training.behavior import BehaviorData, BehaviorTraining
+from adasid.training.checkpoint import read_rows, write_rows
+from adasid.training.item_table import ItemTable
 from adasid.training.loop import best
 
 
@@ -109,6 +111,33 @@ def test_a_killed_run_resumes_and_ends_as_it_would_have(tmp_path):
     assert seen[0] == 4
     assert torch.equal(whole.embeddings, resumed.embeddings)
     assert torch.equal(whole.norms, resumed.norms)
+
+
+def test_a_step_of_row_wise_adagrad_is_that_computed_by_hand():
+    table = ItemTable(5, 2, 0, 0.1, Workers())
+    before = table.rows.clone()
+    assert before.std() == pytest.approx(0.02, rel=0.8)
+    _, request = table.fetch(torch.tensor([3, 1]))
+    table.update(request, torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    assert table.squares.tolist() == [0, 2, 0, 12.5, 0]  # the mean of the squares
+    table.update(request, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert table.squares.tolist() == [0, 2, 0, 13, 0]
+    moved = torch.zeros(5, 2)
+    moved[3] = torch.tensor([3.0 / 12.5**0.5 + 1.0 / 13**0.5, 4.0 / 12.5**0.5])
+    moved[1, 1] = 2.0 / 2**0.5
+    torch.testing.assert_close(table.rows, before - 0.1 * moved)
+
+
+@pytest.mark.parametrize(("written", "read"), [(1, 3), (3, 1), (2, 3), (3, 3)])
+def test_rows_are_read_by_any_number_of_workers(written, read, tmp_path):
+    whole = torch.arange(22.0).view(11, 2)
+    for rank in range(written):
+        write_rows(tmp_path, {"table": whole[rank::written], "norm": whole[rank::written, 0]}, Workers(rank, written))
+    for rank in range(read):
+        rows = read_rows(tmp_path, Workers(rank, read))
+        assert torch.equal(rows["table"], whole[rank::read]) and torch.equal(rows["norm"], whole[rank::read, 0])
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "none", Workers())
 
 
 def test_early_stopping_and_non_finite_loss(tmp_path):

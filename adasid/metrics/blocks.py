@@ -16,8 +16,9 @@ from adasid.metrics.retrieval import DEEPEST
 Scores = Callable[[Tensor], Tensor]
 """This function returns the scores [b, m] of users [b], positions in a batch, for the items of a block."""
 
-ITEMS, USERS = 1 << 18, 256
-"""Largest block: 64 million scores at a time."""
+_ONE = Workers()
+ITEMS, USERS = 1 << 16, 256
+"""Items and users of a block on a CPU; on a GPU, which prefers few large ones, twice and four times as many."""
 
 
 class _Counts:
@@ -71,7 +72,7 @@ def blocked_ranks(
     items: int,
     places: Callable[[], Tensor],
     seen: Tensor | None = None,
-    workers: Workers = Workers(),
+    workers: Workers = _ONE,
 ) -> tuple[Tensor, Tensor]:
     """Return the 1-based ranks [B] of ``targets`` [B] (int64) among ``items`` items without the ``seen`` [B, S]
     (distinct, padded with -1; one worker only), and among all.
@@ -81,18 +82,19 @@ def blocked_ranks(
     Each block is requested twice: for the scores of the targets in it, then to count; once, if there is but one."""
     counts = _Counts(targets, seen, items, workers)
     order = targets.argsort(stable=True)  # targets of adjacent users are in few blocks
-    batches, local = order.split(USERS), counts.local[order].cpu().numpy()
-    starts = range(0, counts.own, ITEMS)
+    size, users_at_once = (2 * ITEMS, 4 * USERS) if targets.is_cuda else (ITEMS, USERS)
+    batches, local = order.split(users_at_once), counts.local[order].cpu().numpy()
+    starts = range(0, counts.own, size)
     single = len(starts) == 1 and workers.world == 1
     for first in () if single else starts:
-        wanted = np.unique(np.flatnonzero((local >= first) & (local < first + ITEMS)) // USERS)
-        score = block(first, min(first + ITEMS, counts.own)) if len(wanted) else None
+        wanted = np.unique(np.flatnonzero((local >= first) & (local < first + size)) // users_at_once)
+        score = block(first, min(first + size, counts.own)) if len(wanted) else None
         for number in wanted:
             assert score is not None
             counts.find(score(batches[number]), batches[number], first)
     counts.score = workers.sum(counts.score)
     for first in starts:
-        score = block(first, min(first + ITEMS, counts.own))
+        score = block(first, min(first + size, counts.own))
         for users in batches:
             scores = score(users)
             if single:

@@ -29,8 +29,8 @@ SPARSE_FROM = 1 << 16
 RANKED = 1 << 16
 """Users that are ranked at a time: the vectors of all items are computed anew for the next, if they were not
 retained."""
-_PARTS = 8
-"""Number of parts into which a batch of histories is split by length."""
+_PARTS, _PART = 8, 1024
+"""Number of parts into which a batch of histories is split by length; on a GPU, each has at least so many histories."""
 
 
 class Retriever(CausalEncoder, ABC):
@@ -83,9 +83,11 @@ class Retriever(CausalEncoder, ABC):
         by row -> [P, width]. Rows with similar numbers of them should be adjacent: they are processed in parts, each as
         long as its longest row."""
         distinct, inverse = torch.unique(histories.clamp(min=0), return_inverse=True)
-        vectors, parts = self.vectors(distinct), list[Tensor]()
-        longest = torch.stack([part.max() for part in chosen.sum(1).chunk(_PARTS)]).clamp(min=1).tolist()
-        for rows, events, length in zip(inverse.chunk(_PARTS), chosen.chunk(_PARTS), longest):
+        vectors, parts, number = self.vectors(distinct), list[Tensor](), _PARTS
+        if histories.is_cuda:  # a kernel costs as much for few rows as for many
+            number = max(1, min(_PARTS, len(histories) // _PART))
+        longest = torch.stack([part.max() for part in chosen.sum(1).chunk(number)]).clamp(min=1).tolist()
+        for rows, events, length in zip(inverse.chunk(number), chosen.chunk(number), longest):
             parts.append(self(nnf.embedding(rows[:, :length], vectors))[events[:, :length]])
         return torch.cat(parts)
 

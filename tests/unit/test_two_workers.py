@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from adasid import config
 from adasid.distributed import Workers, settle
 from adasid.metrics.ranking import auc
+from adasid.recommenders import retriever
 from adasid.tokenizers import artifact
 from adasid.training.behavior import BehaviorTraining
 from adasid.training.item_table import ItemTable
@@ -86,6 +87,18 @@ def table_of_two(workers):
     return all(equal)
 
 
+def sparse_as_dense(folder, workers):
+    """Whether both workers get the same table from sparse gradients, and that of dense ones."""
+    tables = []
+    for rows in (1, 10**6):
+        retriever.SPARSE_FROM = rows
+        run = retrieval("item", folder / f"sparse from {rows}", 1, workers)
+        run.epoch(1)
+        tables.append(run.model.table.detach())
+    same = torch.equal(*workers.gather(tables[0][None]))
+    return {"sparse": same, "sparse as dense": torch.allclose(*tables, rtol=1e-4, atol=1e-5)}
+
+
 def run_rank(rank, folder):
     folder = Path(folder)
     settle(1)
@@ -137,6 +150,7 @@ def run_rank(rank, folder):
             make(folder / f"{name} killed", 12).run(kill)
         except Killed:
             same[name] = make(folder / f"{name} killed", 12).run()["strata"] == tests[name]["strata"]
+    across |= sparse_as_dense(folder, workers)
     training.shards_from = 1  # of ranking, the last
     shards = [str(training.folder / "scores" / name) for name in training.test()["scores"]]
     scored = clumped(
@@ -187,6 +201,7 @@ def test_one_worker_resumes_what_two_have_trained_and_ranks_as_they_do(facts):
     folder = facts[0]["folder"]
     one = BehaviorTraining(SMALL, data(), folder / "sasrec", 1, Workers())
     result = one.run()  # all epochs are done
+    one.model.eval()
     assert one._ranks(data().test).sort().values.tolist() == facts[0]["ranks"]
     parts = pa.concat_tables([pq.read_table(folder / f"embeddings-{rank}.parquet") for rank in range(2)])
     parts = parts.sort_by("item_index")

@@ -48,8 +48,8 @@ class MovingAverage:
         parameters = {name: p.detach() for name, p in self.model.named_parameters()}
         self._log_decay += math.log(decay)
         for name, rows in touched.items():
-            weights = self.weights[name]
-            weights.index_copy_(0, rows, weights[rows].lerp(parameters[name][rows], 1 - decay))
+            weights, new = self.weights[name], parameters[name].index_select(0, rows)
+            weights.index_copy_(0, rows, weights.index_select(0, rows).lerp(new, 1 - decay))
             self._done[name][rows] = self._log_decay
         pairs = [(self.weights[name], p) for name, p in parameters.items() if name not in touched]
         if pairs:
@@ -84,5 +84,5 @@ class MovingAverage:
         """Average ``rows`` [n] with their present weights over the steps in which they did not change."""
         weights = self.weights[name]
         share = (self._log_decay - self._done[name][rows]).exp().float()[:, None]
-        present = parameter[rows]
-        weights.index_copy_(0, rows, present + (weights[rows] - present) * share)
+        present = parameter.index_select(0, rows)
+        weights.index_copy_(0, rows, present.lerp(weights.index_select(0, rows), share))

@@ -53,14 +53,14 @@ class ItemTable:
         :meth:`update` returns gradients. All workers call it together."""
         world = self.workers.world
         if world == 1:
-            return self.rows[ids], Request(ids, [], [], ids)
+            return self.rows.index_select(0, ids), Request(ids, [], [], ids)
         owner = ids % world
         order = owner.argsort(stable=True)
         sizes = torch.bincount(owner, minlength=world)
         sent, received = sizes.tolist(), self.workers.exchange(sizes, [1] * world, [1] * world).tolist()
         local = self.workers.exchange(ids[order] // world, sent, received)
         rows = self.rows.new_empty(len(ids), self.rows.shape[1])
-        rows[order] = self.workers.exchange(self.rows[local], received, sent)
+        rows[order] = self.workers.exchange(self.rows.index_select(0, local), received, sent)
         return rows, Request(order, sent, received, local)
 
     def update(self, request: Request, gradient: Tensor) -> None:
@@ -75,7 +75,8 @@ class ItemTable:
             gradient /= self.workers.world
         squares = self.squares[ids] + gradient.square().mean(1)
         self.squares[ids] = squares
-        self.rows[ids] -= gradient * (self.lr / (squares.sqrt() + _EPSILON))[:, None]
+        steps = gradient * (self.lr / (squares.sqrt() + _EPSILON))[:, None]
+        self.rows.index_copy_(0, ids, self.rows.index_select(0, ids) - steps)
 
     def norms(self, items: Tensor) -> Tensor:
         """Return the norms of the rows of ``items`` [n], of all workers, [n]. All workers pass the same items."""

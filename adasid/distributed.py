@@ -20,6 +20,7 @@ def settle(threads: int) -> None:
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.sparse.check_sparse_tensor_invariants.disable()  # else torch warns that it does not check
     # mypy does not know this property; filling memory costs time
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
@@ -86,6 +87,15 @@ class Workers:
         """Gather as :meth:`gather` does, with gradients."""
         return rows if self.world == 1 else _Gather.apply(rows, self)
 
+    def exchange(self, rows: Tensor, sizes: list[int], incoming: list[int]) -> Tensor:
+        """Send the first ``sizes[0]`` of ``rows`` to worker 0, the next ``sizes[1]`` to worker 1, and so on; return
+        the ``incoming[r]`` rows that each worker r sent, in rank order."""
+        if self.world == 1:
+            return rows
+        received = rows.new_empty((sum(incoming), *rows.shape[1:]))
+        dist.all_to_all_single(received, rows.contiguous(), incoming, sizes)
+        return received
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Write rank 0's values into ``tensor`` on every worker, and return it."""
         if self.world > 1:
@@ -95,10 +105,19 @@ class Workers:
         return tensor
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace dense gradients by their mean over workers, in one message. A missing gradient counts as zero."""
+        """Replace gradients by their mean over workers: dense ones in one message, where a missing gradient counts as
+        zero; of sparse ones, only the rows that any worker has are sent. A gradient is sparse on all workers or on
+        none."""
         if self.world == 1:
             return
         parameters = [p for p in parameters if p.requires_grad]
+        sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
+        for parameter in sparse:
+            assert parameter.grad is not None
+            mine = parameter.grad.coalesce()
+            ids, rows = self.gather_ragged(mine.indices()[0]), self.gather_ragged(mine.values()) / self.world
+            parameter.grad = torch.sparse_coo_tensor(ids[None], rows, parameter.shape, check_invariants=False)
+        parameters = [p for p in parameters if all(p is not other for other in sparse)]
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
         dist.all_reduce(flat)
         flat /= self.world

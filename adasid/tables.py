@@ -156,6 +156,9 @@ BEHAVIOR_EMBEDDINGS = _schema(
 """Key item_id. Behaviour embedding (best validation epoch) and the norm that measures richness (early checkpoint), for
 items with training events."""
 
+BEHAVIOR_SHARD = _schema(("item_index", pa.int64(), False), ("embedding", VECTOR, False), ("norm", pa.float32(), False))
+"""Rows of all items that a worker leaves in its folder; Spark adds the ids and writes ``behavior_embeddings``."""
+
 
 def item_features(content: Iterable[str]) -> pa.Schema:
     """Return the schema of ``item_features``, the tokenizer's input. Key: item_id.

@@ -258,6 +258,7 @@ def _popularity(cfg: Config, lake: Lake) -> Row:
         "model": "item ids",
         "seed": cfg.seed,
         "test": averages(ranked.targets.numpy(), gains()),
+        "test_users": int(ranked.targets.sum()),
         "test_repeatable": averages(ranked.everywhere.numpy(), gains()),
         "strata": by_stratum(ranked, cfg.seed),
     }

@@ -89,8 +89,12 @@ class Retrieval(Section):
         description="decay, a step, of the moving average of the weights that is validated and tested; 0: the weights "
         "themselves",
     )
-    eval_users: int = Field(
-        25_000, ge=1, description="users scored at each validation, at most; the test is of all users"
+    eval_users: int = Field(25_000, ge=1, description="users scored at each validation, at most")
+    test_users: int = Field(
+        1_000_000,
+        ge=1,
+        description="users scored in the test, at most: all, or a fixed random sample; the result says how many they "
+        "were",
     )
 
     @model_validator(mode="after")

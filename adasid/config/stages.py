@@ -141,7 +141,7 @@ class Behavior(Section):
     batch_users: int = Field(256, ge=2, description="users a step, all workers together")
     negatives: int = Field(1024, ge=1, description="in-batch negatives a step, drawn from the targets of all workers")
     table_lr: float = Field(
-        0.05, gt=0, description="Adagrad learning rate of the item table (lazy: only rows of the batch)"
+        0.05, gt=0, description="learning rate of row-wise Adagrad for the item table (only rows of the batch)"
     )
     lr: float = Field(0.001, gt=0, description="Adam learning rate of everything else")
     eval_users: int = Field(25_000, ge=1, description="users scored at each validation, at most")

@@ -16,6 +16,8 @@ from adasid.recommenders.encoder import CausalEncoder
 from adasid.recommenders.retriever import Retriever, token_loss, unranked
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 
+_SCORES = 1 << 26
+
 
 class AutoregressiveRetriever(Retriever):
     """``AutoregressiveRetriever`` has a causal decoder over slots that starts from the state, with cosine logits, and
@@ -142,6 +144,7 @@ class AutoregressiveRetriever(Retriever):
         ahead = left_out.cumsum(1).gather(1, hit.int().argmax(1)[:, None])[:, 0]
         return torch.where(hit.any(1) & ~(hit & left_out).any(1), everywhere - ahead, beyond), everywhere
 
-    def scores_a_user(self, beam: int) -> int:
-        """Count a score for each token after each prefix of the beam."""
-        return beam * max(self.catalogue.sizes)
+    def users_at_once(self, beam: int) -> int:
+        """Return a number of users whose scores, one for each token after each prefix of the beam, are at most 64
+        million."""
+        return max(1, min(256, _SCORES // (beam * max(self.catalogue.sizes))))

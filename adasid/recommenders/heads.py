@@ -10,6 +10,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from adasid import config
+from adasid.metrics.blocks import Scores
 from adasid.recommenders.autoregressive import AutoregressiveRetriever
 from adasid.recommenders.retriever import CHUNK, Retriever, ScoredRetriever, token_loss
 from adasid.recommenders.sasrec import sampled_softmax
@@ -57,6 +58,12 @@ class ItemRetriever(ScoredRetriever):
         if self._items is not None:
             return prepared @ self._items[first:last].T
         return prepared @ self.vectors(torch.arange(first, last, device=prepared.device)).T
+
+    def block(self, states: Tensor, first: int, last: int) -> Scores:
+        """Return the function as :meth:`ScoredRetriever.block`; the items' vectors are computed once."""
+        items = torch.arange(first, last, device=states.device)
+        vectors = self.vectors(items) if self._items is None else self._items[first:last]
+        return lambda users: states[users] @ vectors.T
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:

@@ -17,14 +17,20 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from adasid import config
-from adasid.metrics.retrieval import DEEPEST, target_ranks, tie_order
+from adasid.metrics.blocks import Scores, blocked_ranks
+from adasid.metrics.retrieval import DEEPEST, tie_order
 from adasid.recommenders.encoder import CausalEncoder
 from adasid.recommenders.tokens import ItemTokens, embedded_ngrams
 
 CHUNK = 1 << 20
 """Items whose vectors or scores are computed at a time."""
-_PARTS = 8
-"""Number of parts into which a batch of histories is split by length."""
+SPARSE_FROM = 1 << 16
+"""Rows from which on the gradient of a table has only the rows of the batch, which are sorted at each step."""
+RANKED = 1 << 16
+"""Users that are ranked at a time: the vectors of all items are computed anew for the next, if they were not
+retained."""
+_PARTS, _PART = 8, 1024
+"""Number of parts into which a batch of histories is split by length; on a GPU, each has at least so many histories."""
 
 
 class Retriever(CausalEncoder, ABC):
@@ -50,7 +56,7 @@ class Retriever(CausalEncoder, ABC):
         """Return the sum of the embeddings of tokens and n-grams over sqrt(L), which at the start has the variance of
         one token: item_index [...] -> [..., width]."""
         flat = items.reshape(-1)
-        total = nnf.embedding_bag(self.catalogue.rows[flat], self.table, mode="sum")
+        total = nnf.embedding_bag(self.catalogue.rows[flat], self.table, mode="sum", sparse=_large(self.table))
         if self.ngrams is not None:
             total = total + self._ngrams(flat)
         return total.view(*items.shape, -1) / math.sqrt(len(self.catalogue.sizes))
@@ -59,7 +65,7 @@ class Retriever(CausalEncoder, ABC):
         """Return the sum of the embeddings of the n-grams of ``items`` [n] -> [n, width]; in training none for a share
         ``ngram_dropout`` of them."""
         assert self.ngrams is not None
-        total = embedded_ngrams(self.catalogue, self.ngrams, items)
+        total = embedded_ngrams(self.catalogue, self.ngrams, items, _large(self.ngrams))
         share = self.settings.ngram_dropout
         if not self.training or not share:
             return total
@@ -77,9 +83,11 @@ class Retriever(CausalEncoder, ABC):
         by row -> [P, width]. Rows with similar numbers of them should be adjacent: they are processed in parts, each as
         long as its longest row."""
         distinct, inverse = torch.unique(histories.clamp(min=0), return_inverse=True)
-        vectors, parts = self.vectors(distinct), list[Tensor]()
-        longest = torch.stack([part.max() for part in chosen.sum(1).chunk(_PARTS)]).clamp(min=1).tolist()
-        for rows, events, length in zip(inverse.chunk(_PARTS), chosen.chunk(_PARTS), longest):
+        vectors, parts, number = self.vectors(distinct), list[Tensor](), _PARTS
+        if histories.is_cuda:  # a kernel costs as much for few rows as for many
+            number = max(1, min(_PARTS, len(histories) // _PART))
+        longest = torch.stack([part.max() for part in chosen.sum(1).chunk(number)]).clamp(min=1).tolist()
+        for rows, events, length in zip(inverse.chunk(number), chosen.chunk(number), longest):
             parts.append(self(nnf.embedding(rows[:, :length], vectors))[events[:, :length]])
         return torch.cat(parts)
 
@@ -100,9 +108,9 @@ class Retriever(CausalEncoder, ABC):
         with -1), and among all. The rank is beyond all cut-offs if the target is ``seen`` or missing from the list of a
         head with a ``beam``."""
 
-    def scores_a_user(self, beam: int) -> int:
-        """Return the number of scores in memory for one user at a time."""
-        return len(self.catalogue.rows)
+    def users_at_once(self, beam: int) -> int:
+        """Return the number of users for which :meth:`ranks` should be called at a time."""
+        return RANKED
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
@@ -151,15 +159,23 @@ class ScoredRetriever(Retriever):
     def ranks(
         self, states: Tensor, targets: Tensor, beam: int = 0, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Compute exact ranks; equal scores rank by :attr:`places`."""
-        scores, places = self.scores(states), self.places
-        everywhere = target_ranks(scores, targets, places)
+        """Compute exact ranks, in blocks of users and items; equal scores rank by :attr:`places`."""
+        items = len(self.catalogue.rows)
+        ranks, everywhere = blocked_ranks(
+            lambda first, last: self.block(states, first, last), targets, items, lambda: self.places, seen
+        )
         if seen is None:
             return everywhere, everywhere
-        target = targets[:, None]
-        theirs, score = scores.gather(1, seen.clamp(min=0)), scores.gather(1, target)
-        ahead = (seen >= 0) & ((theirs > score) | ((theirs == score) & (places[seen] < places[target])))
-        return (everywhere - ahead.sum(1)).masked_fill((seen == target).any(1), unranked(self.catalogue)), everywhere
+        return ranks.masked_fill((seen == targets[:, None]).any(1), unranked(self.catalogue)), everywhere
+
+    def block(self, states: Tensor, first: int, last: int) -> Scores:
+        """Return the function from users [b], rows of ``states``, to their scores [b, last - first] of the items first
+        to last - 1."""
+        return lambda users: self.score(self.scorer(states[users]), first, last)
+
+
+def _large(table: Tensor) -> bool:
+    return len(table) >= SPARSE_FROM
 
 
 def _without(scores: Tensor, seen: Tensor | None, first: int = 0) -> Tensor:

@@ -1,5 +1,4 @@
-"""This module defines SASRec (arXiv 1808.09781) with a lazily updated item table, and the sampled softmax that trains
-it.
+"""This module defines SASRec (arXiv 1808.09781) and the sampled softmax that trains it.
 
 The rows of the item table are the behaviour embeddings; methods 7.4 explains why the loss and the optimiser decide
 whether their norms measure popularity.
@@ -8,30 +7,17 @@ whether their norms measure popularity.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adasid.recommenders.encoder import CausalEncoder
 
 
 class SASRec(CausalEncoder):
-    """The logit of an item is state . row.
+    """The logit of an item is state . row. The item table is not part of the model
+    (:class:`adasid.training.item_table.ItemTable`): a step reads and updates only the rows of its batch."""
 
-    The item table [M, width] is a plain tensor, outside ``parameters()``: a step reads and updates only the rows of its
-    batch."""
-
-    def __init__(
-        self,
-        items: int,
-        width: int,
-        blocks: int,
-        heads: int,
-        max_length: int,
-        dropout: float,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        table = nn.init.normal_(torch.empty(items, width, device=device), std=0.02)
+    def __init__(self, width: int, blocks: int, heads: int, max_length: int, dropout: float) -> None:
         super().__init__(width, blocks, heads, 1, max_length, dropout)
-        self.table = table
 
 
 def sampled_softmax(

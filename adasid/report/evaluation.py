@@ -281,6 +281,7 @@ def _cost(cells: Cells) -> Table:
                 epochs,
                 *figures,
                 count(round(float(np.mean(speed)))) if speed else DASH,
+                count(group[0]["test_users"]) if "test_users" in group[0] else DASH,
             )
         )
     heads = (
@@ -293,6 +294,7 @@ def _cost(cells: Cells) -> Table:
         "Forward, s",
         "Backward, s",
         "Test users/s",
+        "Test users",
     )
     return Table("Cost", heads, rows, words=2)
 

@@ -1,33 +1,42 @@
-"""Train the behaviour embeddings: SASRec with in-batch sampled softmax and lazy Adagrad (methods 7.4).
+"""Train the behaviour embeddings: SASRec with in-batch sampled softmax and row-wise Adagrad (methods 7.4).
 
-This is plain torch; the workers are passed in. An interrupted run resumes after the last complete epoch and gives the
-same result."""
+The item table is divided among the workers. This is plain torch; the workers are passed in. An interrupted run resumes
+after the last complete epoch and gives the same result."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as nnf
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from adasid import config
+from adasid import config, files
 from adasid.data.sequences import Histories, epoch_batches
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import Location
+from adasid.metrics.blocks import Scores, blocked_ranks
 from adasid.metrics.longtail import spearman
-from adasid.metrics.retrieval import recall_ndcg, target_ranks
+from adasid.metrics.retrieval import recall_ndcg, tie_order
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
-from adasid.training.checkpoint import Checkpoint, read_tensors, write_tensors
+from adasid.tables import BEHAVIOR_SHARD
+from adasid.training.checkpoint import Checkpoint, read_rows, write_rows
+from adasid.training.item_table import ItemTable
 from adasid.training.loop import Report, Row, TrainingLoop, best, silent
 
 _SPEARMAN_SAMPLE = 1_000_000
-_SCORES = 1 << 26
+_CHUNK, _ROUND = 256, 1 << 16
+"""Users whose histories are encoded at a time, and users of all workers that are ranked at a time."""
+_ROWS = 50_000
+"""Rows of a Parquet file that are converted at a time."""
 
 
 @dataclass
@@ -44,12 +53,24 @@ class BehaviorData:
 
 @dataclass
 class BehaviorResult:
-    """``BehaviorResult`` is the result of a training run: ``embeddings`` [M, width] of the best validation epoch;
-    ``norms`` [M] of the checkpoint that measures richness; ``summary``: JSON."""
+    """``BehaviorResult`` is this worker's part of the result of a training run, all of it where there is one worker:
+    ``index`` [own]: the item_index of each row, ascending; ``embeddings`` [own, width] of the best validation epoch;
+    ``norms`` [own] of the checkpoint that measures richness; ``summary``: JSON, the same on all workers."""
 
+    index: Tensor
     embeddings: Tensor
     norms: Tensor
     summary: dict[str, Any]
+
+    def write(self, path: Location) -> None:
+        """Write the rows to a Parquet file with the schema ``tables.BEHAVIOR_SHARD``."""
+        width = self.embeddings.shape[1]
+        with files.replacing(path) as draft, pq.ParquetWriter(draft, BEHAVIOR_SHARD) as file:
+            for index, rows, norms in zip(*(x.split(_ROWS) for x in (self.index, self.embeddings, self.norms))):
+                offsets = np.arange(0, rows.numel() + 1, width, dtype=np.int32)
+                vectors = pa.ListArray.from_arrays(offsets, pa.array(rows.reshape(-1).numpy()))
+                columns = [pa.array(index.numpy()), vectors, pa.array(norms.numpy())]
+                file.write_batch(pa.RecordBatch.from_arrays(columns, schema=BEHAVIOR_SHARD))
 
 
 class BehaviorTraining(TrainingLoop):
@@ -71,13 +92,11 @@ class BehaviorTraining(TrainingLoop):
         self.settings, self.data, self.seed = settings, data, seed
         torch.manual_seed(seed)
         s = settings
-        model = SASRec(len(data.counts), s.width, s.blocks, s.heads, s.max_length, s.dropout, device).to(device)
-        self.table = nn.Parameter(model.table, requires_grad=True)
+        model = SASRec(s.width, s.blocks, s.heads, s.max_length, s.dropout).to(device)
+        self.table = ItemTable(len(data.counts), s.width, seed, s.table_lr, workers, device)
         self.dense = torch.optim.Adam(model.parameters(), lr=s.lr, betas=(0.9, 0.98))
-        self.lazy = torch.optim.Adagrad([self.table], lr=s.table_lr)
         self.log_q = torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(device)
-        optimizers = {"dense": self.dense, "lazy": self.lazy}
-        super().__init__(model, optimizers, s.epochs, folder, workers, device, data.version, s.patience)
+        super().__init__(model, {"dense": self.dense}, s.epochs, folder, workers, device, data.version, s.patience)
 
     def run(self, report: Report = silent) -> BehaviorResult:
         """Train to early stopping. Raises InputError if no user has training events."""
@@ -91,21 +110,38 @@ class BehaviorTraining(TrainingLoop):
         row = {"epoch": float(number), "loss": self._train_epoch(number), **self._evaluate()}
         return {**row, "seconds": time.monotonic() - started}
 
-    def extra_tensors(self) -> dict[str, Tensor]:
-        """Return the embedding table."""
-        return {"table": self.table}
+    def divided_rows(self) -> dict[str, Tensor]:
+        """Return this worker's rows of the item table and their accumulators."""
+        return {"table": self.table.rows, "squares": self.table.squares}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Restore the embedding table."""
-        self.table.data.copy_(checkpoint.tensors["table"])
+        """Restore both."""
+        rows = self.checkpoints.rows(checkpoint.step, self.workers)
+        self.table.rows.copy_(rows["table"])
+        self.table.squares.copy_(rows["squares"])
 
-    def save_results(self, rows: list[Row]) -> None:
-        """Save the best embeddings, and the norms of the early epoch with the highest Spearman correlation."""
+    def save_divided_results(self, rows: list[Row]) -> None:
+        """Save this worker's rows of the best embeddings, and the norms of the early epoch with the highest Spearman
+        correlation, in folders by epoch: the last checkpoint may need the ones before."""
         if self.improved(rows):
-            write_tensors(self.folder / "best.safetensors", {"embeddings": self.table})
+            self._save_rows("best", rows, self.monitor, {"embeddings": self.table.rows})
         early = len(rows) <= self.settings.early_epochs
         if early and best(rows, "spearman") in (None, len(rows) - 1):
-            write_tensors(self.folder / "early.safetensors", {"norms": self.table.detach().norm(dim=1)})
+            self._save_rows("early", rows, "spearman", {"norms": self.table.rows.norm(dim=1)})
+
+    def _save_rows(self, kind: str, rows: list[Row], metric: str, tensors: dict[str, Tensor]) -> None:
+        target, before = self._folder(kind, rows[-1]), rows[:-1]
+        if self.workers.rank == 0:
+            index = best(before, metric)
+            kept = [self._folder(kind, before[-1 if index is None else index])] if before else []
+            for folder in files.children(self.folder / kind):
+                if folder not in kept:
+                    files.remove(folder)
+        self.workers.agree(True, self.device)  # all wait for rank 0
+        write_rows(target, tensors, self.workers)
+
+    def _folder(self, kind: str, row: Row) -> Location:
+        return self.folder / kind / f"epoch-{int(row['epoch']):06d}"
 
     def _train_epoch(self, epoch: int) -> float:
         """Return the mean loss over all workers."""
@@ -116,11 +152,11 @@ class BehaviorTraining(TrainingLoop):
         for step, events in enumerate(
             epoch_batches(self.data.train, s.batch_users, s.max_length + 1, self.seed, epoch, self.workers, self.device)
         ):
-            total += torch.tensor([self._step(events, epoch, step), 1.0], device=self.device)
+            total += torch.stack([self._step(events, epoch, step), torch.ones((), device=self.device)])
         total = self.workers.sum(total)
         return float(total[0] / total[1])
 
-    def _step(self, events: NDArray[np.int64], epoch: int, step: int) -> float:
+    def _step(self, events: NDArray[np.int64], epoch: int, step: int) -> Tensor:
         ids = torch.from_numpy(events).to(self.device)
         inputs, targets = ids[:, :-1], ids[:, 1:]
         valid = targets >= 0
@@ -131,7 +167,8 @@ class BehaviorTraining(TrainingLoop):
         distinct, inverse = torch.unique(
             torch.cat([inputs.clamp(min=0).reshape(-1), positive, negative]), return_inverse=True
         )
-        rows = self.table.detach()[distinct].requires_grad_()
+        rows, request = self.table.fetch(distinct)
+        rows.requires_grad_()
         vectors = nnf.embedding(
             inverse, rows
         )  # deterministic: the gradient of plain indexing is accumulated atomically, in any order
@@ -145,20 +182,11 @@ class BehaviorTraining(TrainingLoop):
             self.log_q[negative],
             positive[:, None] == negative[None, :],
         )
-        where = f"epoch {epoch}, step {step} (this worker: {loss.item()})"
-        self.backward(loss, where, "lower behavior.lr or behavior.table_lr")
+        self.backward(loss, f"epoch {epoch}, step {step}", "lower behavior.lr or behavior.table_lr")
         self.dense.step()
-        self._update_table(distinct, rows.grad)
-        return float(loss.detach())
-
-    def _update_table(self, ids: Tensor, gradient: Tensor | None) -> None:
-        assert gradient is not None
-        ids, gradient = self.workers.gather_ragged(ids), self.workers.gather_ragged(gradient)
-        self.table.grad = torch.sparse_coo_tensor(
-            ids[None], gradient / self.workers.world, self.table.shape, check_invariants=False
-        ).coalesce()
-        self.lazy.step()
-        self.table.grad = None
+        assert rows.grad is not None
+        self.table.update(request, rows.grad)
+        return loss.detach()
 
     @torch.inference_mode()
     def _evaluate(self) -> dict[str, float]:
@@ -167,49 +195,77 @@ class BehaviorTraining(TrainingLoop):
         for split, histories in (("validation", self.data.validation), ("test", self.data.test)):
             scores = recall_ndcg(self._ranks(histories))
             row.update({f"{split}_{name}": value for name, value in scores.items()})
-        if self.workers.rank == 0:
-            row["spearman"] = self._spearman(self.table.norm(dim=1))
-        shared = torch.tensor([row.pop("spearman", 0.0)], dtype=torch.float64, device=self.device)
-        spearman = float(self.workers.broadcast(shared))
+        spearman = self._spearman()
         return {**row, "spearman": spearman} if np.isfinite(spearman) else row
 
     def _ranks(self, histories: Histories) -> Tensor:
         """Return the 1-based ranks of the targets of all workers' users, over the full catalogue including the
-        history."""
+        history, the same on all workers. Each worker scores all users against its own rows of the table."""
         users = self._scored(histories)
+        largest = int(self.workers.gather(torch.tensor([len(users)], device=self.device)).max())
         ranks = [torch.zeros(0, dtype=torch.int64, device=self.device)]
-        chunk = max(1, min(256, _SCORES // len(self.table)))
-        for part in np.array_split(users, max(1, -(-len(users) // chunk))):
-            if not len(part):
-                continue
-            ids = torch.from_numpy(histories.last(part, self.settings.max_length)).to(self.device)
-            states = self.model(self.table[ids.clamp(min=0)])
-            state = states[torch.arange(len(part)), (ids >= 0).sum(1) - 1]
-            ranks.append(target_ranks(state @ self.table.T, torch.from_numpy(histories.targets[part]).to(self.device)))
-        return self.workers.gather_ragged(torch.cat(ranks))
+        share = max(1, _ROUND // self.workers.world)
+        for first in range(0, largest, share):
+            last = min(first + share, largest)
+            chunks = [
+                self._states(histories, users[start : min(start + _CHUNK, last)])
+                for start in range(first, last, _CHUNK)
+            ]
+            targets = torch.from_numpy(histories.targets[users[first:last]]).to(self.device)
+            ranks.append(self._ranked(*map(self.workers.gather_ragged, (torch.cat(chunks), targets))))
+        return torch.cat(ranks)
+
+    def _states(self, histories: Histories, users: NDArray[np.int64]) -> Tensor:
+        """Return the states after the histories of ``users`` [n], which may be none: [n, width]. All workers call it
+        together."""
+        ids = torch.from_numpy(histories.last(users, self.settings.max_length)).to(self.device)
+        distinct, inverse = torch.unique(ids.clamp(min=0), return_inverse=True)
+        rows = self.table.fetch(distinct)[0]
+        if not len(users):
+            return rows.new_zeros(0, rows.shape[1])
+        states: Tensor = self.model(nnf.embedding(inverse, rows))
+        return states[torch.arange(len(users)), (ids >= 0).sum(1) - 1]
+
+    def _ranked(self, states: Tensor, targets: Tensor) -> Tensor:
+        def block(first: int, last: int) -> Scores:
+            return lambda users: states[users] @ self.table.rows[first:last].T
+
+        return blocked_ranks(block, targets, self.table.items, self._places, workers=self.workers)[0]
+
+    def _places(self) -> Tensor:
+        return self._tie_order
+
+    @cached_property
+    def _tie_order(self) -> Tensor:
+        """Order of items of equal scores [M], computed where there are such."""
+        return tie_order(torch.arange(self.table.items, device=self.device))
 
     def _scored(self, histories: Histories) -> NDArray[np.int64]:
         """Return this worker's users to evaluate: its share of ``eval_users``."""
         return histories.sample(-(-self.settings.eval_users // self.workers.world))
 
-    def _spearman(self, norms: Tensor) -> float:
+    def _spearman(self) -> float:
         """Compute Spearman(norm, count) over items that occur in training, or a fixed sample of them if there are very
-        many."""
+        many; the same on all workers."""
         known = np.flatnonzero(self.data.counts)
         if len(known) > _SPEARMAN_SAMPLE:
             known = np.random.default_rng(self.seed).choice(known, _SPEARMAN_SAMPLE, replace=False)
-        return spearman(norms.cpu().numpy()[known].astype(np.float64), self.data.counts[known].astype(np.float64))
+        norms = self.table.norms(torch.from_numpy(known).to(self.device)).cpu().numpy()
+        return spearman(norms.astype(np.float64), self.data.counts[known].astype(np.float64))
 
     def _result(self, rows: list[Row]) -> BehaviorResult:
         (chosen, note), early_rows = self.best_row(rows), rows[: self.settings.early_epochs]
         index = best(early_rows, "spearman")
         early = early_rows[-1 if index is None else index]
-        embeddings = read_tensors(self.folder / "best.safetensors")["embeddings"]
+        embeddings = read_rows(self._folder("best", chosen), self.workers)["embeddings"]
         use_early = self.settings.norm_checkpoint == "early"
-        norms = read_tensors(self.folder / "early.safetensors")["norms"] if use_early else embeddings.norm(dim=1)
-        unseen = torch.from_numpy(self.data.counts == 0)
-        if (~unseen).any():
-            norms = torch.where(unseen, norms[~unseen].min(), norms)
+        norms = read_rows(self._folder("early", early), self.workers)["norms"] if use_early else embeddings.norm(dim=1)
+        own = self.table.index()
+        unseen = torch.from_numpy(self.data.counts == 0)[own]
+        lowest = norms[~unseen].min() if (~unseen).any() else norms.new_tensor(torch.inf)
+        lowest = self.workers.gather(lowest[None].to(self.device)).min().cpu()
+        if lowest.isfinite():
+            norms = torch.where(unseen, lowest, norms)
         users = int(self.workers.sum(torch.tensor([len(self._scored(self.data.test))], device=self.device)))
         summary = {
             "best_epoch": int(chosen["epoch"]),
@@ -224,4 +280,4 @@ class BehaviorTraining(TrainingLoop):
                 for split in ("validation", "test")
             },
         }
-        return BehaviorResult(embeddings, norms, summary)
+        return BehaviorResult(own, embeddings, norms, summary)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,16 @@ from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import Location
 
+_STATE = "state.json"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint has ``tensors`` by name and ``state`` as plain JSON data."""
+    """A checkpoint has ``tensors`` by name, ``state`` as plain JSON data, and the number of its ``step``."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    step: int
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names start with ``prefix.``, with the prefix removed."""
@@ -40,13 +44,27 @@ class Checkpoints:
     folder: Location
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write the checkpoint of ``step``. Call on one worker only."""
+        """Write the checkpoint of ``step``. Call on one worker only, after :meth:`save_rows` if there are such."""
         target = self._of(step)
-        self._remove(step)
+        (target / _STATE).unlink(missing_ok=True)
         write_tensors(target / "tensors.safetensors", tensors)
-        files.write_text(target / "state.json", json.dumps(state))
+        files.write_text(target / _STATE, json.dumps(state))
         for old in self._complete()[:-2]:
             self._remove(old)
+
+    def save_rows(self, step: int, rows: Mapping[str, Tensor], workers: Workers, device: torch.device) -> None:
+        """Write this worker's rows of tensors that are divided among workers. All workers call it together."""
+        if workers.rank == 0:
+            self._remove(step)
+        workers.agree(True, device)  # all wait for rank 0
+        write_rows(self._of(step), rows, workers)
+        workers.agree(True, device)
+
+    def rows(self, step: int, workers: Workers) -> dict[str, Tensor]:
+        """Return this worker's rows of the checkpoint of ``step``, whatever number of workers wrote it. Raises
+        InputError if they cannot be read."""
+        with _reading(self._of(step)):
+            return read_rows(self._of(step), workers)
 
     def latest(self, workers: Workers) -> Checkpoint | None:
         """Return the newest complete checkpoint that rank 0 sees, the same on all workers, or None. Raises InputError
@@ -56,16 +74,9 @@ class Checkpoints:
         if step < 0:
             return None
         folder = self._of(step)
-        try:
-            return Checkpoint(
-                read_tensors(folder / "tensors.safetensors"),
-                json.loads((folder / "state.json").read_text(encoding="utf-8")),
-            )
-        except Exception as error:
-            raise InputError(
-                f"checkpoint {folder}: cannot be read ({str(error).splitlines()[0]}); remove that folder to resume "
-                "from the one before"
-            ) from None
+        with _reading(folder):
+            state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            return Checkpoint(read_tensors(folder / "tensors.safetensors"), state, step)
 
     def clear(self) -> None:
         """Remove all checkpoints, once the training's result is stored."""
@@ -75,12 +86,23 @@ class Checkpoints:
         return self.folder / f"step-{step:09d}"
 
     def _remove(self, step: int) -> None:
-        (self._of(step) / "state.json").unlink(missing_ok=True)
+        (self._of(step) / _STATE).unlink(missing_ok=True)
         files.remove(self._of(step))
 
     def _complete(self) -> list[int]:
         """Return the steps of the complete checkpoints, in order."""
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in self.folder.glob("step-*/state.json"))
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in self.folder.glob(f"step-*/{_STATE}"))
+
+
+@contextmanager
+def _reading(folder: Location) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"checkpoint {folder}: cannot be read ({str(error).splitlines()[0]}); remove that folder to resume from "
+            "the one before"
+        ) from None
 
 
 def write_tensors(path: Location, tensors: Mapping[str, Tensor]) -> None:
@@ -93,6 +115,34 @@ def read_tensors(path: Location) -> dict[str, Tensor]:
     """Read a safetensors file."""
     with files.local(path) as file:
         return load_file(file)
+
+
+def write_rows(folder: Location, rows: Mapping[str, Tensor], workers: Workers) -> None:
+    """Write this worker's part of tensors whose row r belongs to worker r modulo their number, to a file of its own."""
+    write_tensors(folder / f"rows-{workers.rank}-of-{workers.world}.safetensors", rows)
+
+
+def read_rows(folder: Location, workers: Workers) -> dict[str, Tensor]:
+    """Read this worker's rows of what :func:`write_rows` wrote on all workers, however many these were. Raises
+    FileNotFoundError where a file is missing."""
+    names = (path.name.removesuffix(".safetensors") for path in folder.glob("rows-*-of-*.safetensors"))
+    written = {int(name.rpartition("-")[2]) for name in names}
+    if workers.world in written:
+        return read_tensors(folder / f"rows-{workers.rank}-of-{workers.world}.safetensors")
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for world in written:
+        for rank in range(world):
+            for name, tensor in read_tensors(folder / f"rows-{rank}-of-{world}.safetensors").items():
+                index = rank + world * torch.arange(len(tensor))
+                mine = index % workers.world == workers.rank
+                parts.setdefault(name, []).append((index[mine], tensor[mine]))
+    if not parts:
+        raise FileNotFoundError(f"{folder} has no file rows-*-of-*.safetensors")
+    return {name: _in_order(*map(torch.cat, zip(*found))) for name, found in parts.items()}
+
+
+def _in_order(index: Tensor, rows: Tensor) -> Tensor:
+    return rows[index.argsort()]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -5,22 +5,23 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from adasid.distributed import Workers
 from adasid.errors import TrainingError
 from adasid.files import Location
+from adasid.training.average import MovingAverage
 from adasid.training.checkpoint import Checkpoint, read_tensors, write_tensors
 from adasid.training.loop import Report, Row, TrainingLoop, silent
 
 _PREFIX = "validation_"
+_EVENTS = 3000
+"""Events on a GPU after which their times are read."""
 
 
 class DownstreamTraining(TrainingLoop):
@@ -43,9 +44,8 @@ class DownstreamTraining(TrainingLoop):
     ) -> None:
         epochs, patience = limits
         super().__init__(model, optimizers, epochs, folder, workers, device, version, patience)
-        self.seed, self.average, self.steps = seed, average, 0
-        self.averaged = {name: p.detach().clone() for name, p in model.named_parameters()} if average else {}
-        self._clock, self._seconds = 0.0, dict.fromkeys(("data", "forward", "backward"), 0.0)
+        self.seed, self.steps, self.average = seed, 0, MovingAverage(model, average)
+        self._laps = Laps(device, ("data", "forward", "backward"))
 
     @abstractmethod
     def train_epoch(self, number: int) -> float:
@@ -81,7 +81,7 @@ class DownstreamTraining(TrainingLoop):
             "validation": {name.removeprefix(_PREFIX): value for name, value in validation.items()},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "epoch_seconds": float(np.mean([row["seconds"] for row in rows])),
-            "parts": {part: float(np.mean([row[f"{part}_seconds"] for row in rows])) for part in self._seconds},
+            "parts": {part: float(np.mean([row[f"{part}_seconds"] for row in rows])) for part in self._laps.seconds},
             **self.test(),
         }
 
@@ -89,40 +89,39 @@ class DownstreamTraining(TrainingLoop):
         """Train and validate. Raises TrainingError if a parameter is not finite."""
         torch.manual_seed(self.seed + 1_000_003 * number + 7919 * self.workers.rank)
         self.model.train()
-        self._clock, self._seconds = time.monotonic(), dict.fromkeys(self._seconds, 0.0)
-        row = {"epoch": float(number), "loss": self.train_epoch(number), "seconds": sum(self._seconds.values())}
+        self._laps.start()
+        loss, seconds = self.train_epoch(number), self._laps.stop()
+        row = {"epoch": float(number), "loss": loss, "seconds": sum(seconds.values())}
         if not self.workers.agree(all(bool(p.isfinite().all()) for p in self.model.parameters()), self.device):
             where = f"after epoch {number}, input {self.version}"
             raise TrainingError(f"{self.name}: parameters are not finite {where}; lower the learning rates")
-        row |= {f"{part}_seconds": value for part, value in self._seconds.items()}
+        row |= {f"{part}_seconds": value for part, value in seconds.items()}
         started = time.monotonic()
         self.model.eval()
-        with self._averaged_weights():
+        with self.average.in_model():
             row |= {f"{_PREFIX}{name}": value for name, value in self.validate().items()}
         return {**row, "validation_seconds": time.monotonic() - started}
 
     def lap(self, part: str) -> None:
         """Add the time since the last call to ``part`` of the epoch: data, forward or backward."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.monotonic()
-        self._seconds[part] += now - self._clock
-        self._clock = now
+        self._laps.add(part)
 
     def step(self, loss: Tensor, number: int, step: int) -> None:
         """Run the backward pass and step each optimiser. Raises TrainingError, on all workers, if the loss is not
         finite on one of them."""
         self.lap("forward")
-        where = f"epoch {number}, step {step} (this worker: {loss.item()})"
-        self.backward(loss, where, f"lower the learning rates of the {self.name} section")
+        self.backward(loss, f"epoch {number}, step {step}", f"lower the learning rates of the {self.name} section")
+        touched = self.average.touched()
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.steps += 1
-        if self.averaged:
-            decay = min(self.average, self.steps / (self.steps + 9))  # forget the initial weights fast
-            pairs = [(self.averaged[name], p.detach()) for name, p in self.model.named_parameters()]
-            get_ema_multi_avg_fn(decay)(*map(list, zip(*pairs)), self.steps)
+        self.average.update(self.steps, touched)
         self.lap("backward")
+
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the averaged weights, after :meth:`epoch`."""
+        return self.average.weights
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Return the averaged weights."""
@@ -134,19 +133,55 @@ class DownstreamTraining(TrainingLoop):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore both, on the model's device."""
-        self.averaged = {name: tensor.to(self.device) for name, tensor in checkpoint.under("average").items()}
+        self.average.weights = {name: tensor.to(self.device) for name, tensor in checkpoint.under("average").items()}
         self.steps = int(checkpoint.state["steps"])
 
     def save_results(self, rows: list[Row]) -> None:
         """Save the model if the last epoch is the best so far."""
         if self.improved(rows):
-            with self._averaged_weights():
+            with self.average.in_model():
                 write_tensors(self.folder / "best.safetensors", self.model.state_dict())
 
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Use the averaged weights in the model within the context."""
-        current = {name: p.detach().clone() for name, p in self.model.named_parameters() if self.averaged}
-        self.model.load_state_dict(self.averaged, strict=False)
-        yield
-        self.model.load_state_dict(current, strict=False)
+
+class Laps:
+    """``Laps`` measures the seconds of the parts of a training step, on a GPU by its events: no step waits for it."""
+
+    def __init__(self, device: torch.device, parts: tuple[str, ...]) -> None:
+        self._cuda, self._device = device.type == "cuda", device
+        self.seconds, self._clock = dict.fromkeys(parts, 0.0), 0.0
+        self._events = list[tuple[str, torch.cuda.Event]]()
+
+    def start(self) -> None:
+        """Begin anew."""
+        self.seconds, self._events = dict.fromkeys(self.seconds, 0.0), []
+        self._clock = time.monotonic()
+        self._record("")
+
+    def add(self, part: str) -> None:
+        """Add the time since the last call to ``part``."""
+        if self._cuda:
+            self._record(part)
+            if len(self._events) > _EVENTS:
+                self._read()
+            return
+        now = time.monotonic()
+        self.seconds[part] += now - self._clock
+        self._clock = now
+
+    def stop(self) -> dict[str, float]:
+        """Return the seconds of each part."""
+        self._read()
+        return self.seconds
+
+    def _record(self, part: str) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._events.append((part, event))
+
+    def _read(self) -> None:
+        if self._events:
+            self._events[-1][1].synchronize()
+        for (_, before), (part, event) in zip(self._events, self._events[1:]):
+            self.seconds[part] += before.elapsed_time(event) / 1000
+        self._events = self._events[-1:]

@@ -80,8 +80,15 @@ class TrainingLoop(ABC):
     def restore(self, checkpoint: Checkpoint) -> None:  # noqa: B027
         """Restore what :meth:`extra_tensors` and :meth:`extra_state` saved."""
 
+    def divided_rows(self) -> dict[str, Tensor]:
+        """Return this worker's rows of the tensors of a checkpoint that are divided among workers."""
+        return {}
+
     def save_results(self, rows: list[Row]) -> None:  # noqa: B027
         """Save what the result needs of the last epoch; rank 0 only, before the checkpoint."""
+
+    def save_divided_results(self, rows: list[Row]) -> None:  # noqa: B027
+        """Save this worker's part of what is divided among workers; on all workers, before :meth:`save_results`."""
 
     def run_epochs(self, report: Report) -> list[Row]:
         """Train from the last checkpoint on; return the logged rows of all epochs."""
@@ -92,10 +99,11 @@ class TrainingLoop(ABC):
             last, row = number == self.epochs, self.epoch(number)
             logged = last or number % self.log_epochs == 0
             rows += [row] * logged
+            self.save_divided_results(rows)
             if self.workers.rank == 0:
                 self.save_results(rows)
-                if last or number % self.checkpoint_epochs == 0:
-                    self._save(number, rows)
+            if last or number % self.checkpoint_epochs == 0:
+                self._save(number, rows)
             self.workers.agree(True, self.device)  # all wait for rank 0
             if logged:
                 report(rows)
@@ -117,6 +125,7 @@ class TrainingLoop(ABC):
         """Compute gradients averaged over workers. Raises TrainingError, on all workers, if the loss is not finite on
         one of them. ``where``, ``fix``: text of the error; ``parameters``: by default the model's."""
         if not self.workers.agree(bool(torch.isfinite(loss)), self.device):
+            where = f"{where} (this worker: {loss.item()})"
             raise TrainingError(f"{self.name}: loss is not finite at {where}, input {self.version}; {fix}")
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -139,6 +148,10 @@ class TrainingLoop(ABC):
         return int(checkpoint.state["epoch"]) + 1, list(checkpoint.state["rows"])
 
     def _save(self, number: int, rows: list[Row]) -> None:
+        if divided := self.divided_rows():
+            self.checkpoints.save_rows(number, divided, self.workers, self.device)
+        if self.workers.rank:
+            return
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()} | self.extra_tensors()
         for name, optimizer in self.optimizers.items():
             tensors |= {f"{name}.{key}": tensor for key, tensor in optimizer_tensors(optimizer).items()}

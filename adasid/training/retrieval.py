@@ -24,7 +24,8 @@ from adasid.recommenders.tokens import ItemTokens
 from adasid.tables import SPLITS, STRATA
 from adasid.training.downstream import DownstreamTraining
 
-_SCORES = 1 << 26
+_ENCODED = 256
+"""Users whose histories are encoded at a time."""
 _DRAWS = 1000
 
 
@@ -159,24 +160,31 @@ class RetrievalTraining(DownstreamTraining):
         return averages(ranked.targets.numpy(), gains())
 
     def test(self) -> dict[str, Any]:
-        """Compute Recall and NDCG of all users, by stratum of the target; ``test_repeatable``: with lists that include
-        the history; ``repeats``: share of targets that are in the history."""
+        """Compute Recall and NDCG of a sample of ``test_users`` users, by stratum of the target; ``test_users``: their
+        number; ``test_repeatable``: with lists that include the history; ``repeats``: share of targets that are in the
+        history."""
         started = time.monotonic()
-        ranked = self._ranked(self.data.test, self.settings.beam)
-        seconds = time.monotonic() - started
+        mine = self._mine(self.data.test, self.settings.test_users)
+        ranked = self._ranked(self.data.test, self.settings.beam, self.settings.test_users)
+        seconds, users = time.monotonic() - started, float(ranked.targets.sum())
+        repeats = self.workers.sum(torch.tensor(repeated(self.data.test, mine), device=self.device))
         return {
             "test": averages(ranked.targets.numpy(), gains()),
+            "test_users": int(users),
             "test_repeatable": averages(ranked.everywhere.numpy(), gains()),
             "strata": by_stratum(ranked, self.seed),
-            "repeats": float(self.workers.sum(torch.tensor(self.data.test.repeats(), device=self.device)))
-            / max(1.0, float(ranked.targets.sum())),
-            "test_users_per_second": float(ranked.targets.sum()) / max(seconds, 1e-9),
+            "repeats": float(repeats) / max(1.0, users),
+            "test_users_per_second": users / max(seconds, 1e-9),
         }
 
+    def _mine(self, histories: Histories, users: int) -> NDArray[np.int64]:
+        """Return this worker's share of a fixed random sample of ``users`` users."""
+        return histories.sample(-(-users // self.workers.world))
+
     @torch.inference_mode()
-    def _ranked(self, histories: Histories, beam: int, users: int | None = None) -> Ranked:
-        """Rank the targets of all workers' users (of a sample of ``users``, if given)."""
-        mine = histories.sample(len(histories) if users is None else -(-users // self.workers.world))
+    def _ranked(self, histories: Histories, beam: int, users: int) -> Ranked:
+        """Rank the targets of a sample of ``users`` users of all workers."""
+        mine = self._mine(histories, users)
         group, strata = self.model.catalogue.group, torch.from_numpy(self.data.strata).to(self.device)
         sizes, order = torch.bincount(group), group.argsort(stable=True)
         rank_in_sid = torch.empty_like(order)  # index of an item within its SID
@@ -202,18 +210,24 @@ class RetrievalTraining(DownstreamTraining):
     def _states(
         self, histories: Histories, users: NDArray[np.int64], beam: int
     ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
-        """Yield ``users`` in chunks, short histories first, with the state after their history and their target."""
-        chunk = max(1, min(256, _SCORES // self.model.scores_a_user(beam)))
+        """Yield ``users`` in batches, short histories first, with the state after their history and their target."""
+        size = self.model.users_at_once(beam)
         users = users[np.diff(histories.starts)[users].argsort(kind="stable")]
-        for part in np.array_split(users, max(1, -(-len(users) // chunk))):
+        for part in np.array_split(users, max(1, -(-len(users) // size))):
             if len(part):
-                ids = torch.from_numpy(histories.last(part, self.settings.max_length)).to(self.device)
-                last = (ids >= 0).sum(1) - 1
-                yield (
-                    part,
-                    self.model.states(ids)[torch.arange(len(part)), last],
-                    torch.from_numpy(histories.targets[part]).to(self.device),
-                )
+                chunks = np.array_split(part, -(-len(part) // _ENCODED))
+                states = torch.cat([self._last_states(histories, chunk) for chunk in chunks])
+                yield part, states, torch.from_numpy(histories.targets[part]).to(self.device)
+
+    def _last_states(self, histories: Histories, users: NDArray[np.int64]) -> Tensor:
+        ids = torch.from_numpy(histories.last(users, self.settings.max_length)).to(self.device)
+        return self.model.states(ids)[torch.arange(len(users)), (ids >= 0).sum(1) - 1]
+
+
+def repeated(histories: Histories, users: NDArray[np.int64]) -> int:
+    """Count the ``users`` whose target is in their (truncated) history."""
+    parts = np.array_split(users, -(-len(users) // retriever.RANKED)) if len(users) else []
+    return sum(int((histories.last(part) == histories.targets[part, None]).any(1).sum()) for part in parts)
 
 
 def distinct(items: Tensor) -> Tensor:

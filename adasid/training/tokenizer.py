@@ -150,7 +150,7 @@ class TokenizerTraining(TrainingLoop):
         if batch.previous:
             batch = replace(batch, previous=batch.previous.at(step / total))
         losses = self.tokenizer.losses(batch, self.workers, step / total)
-        where = f"step {step} (epoch {epoch}, on this worker {losses.parts})"
+        where = f"step {step} (epoch {epoch}, {losses.parts})"
         self.backward(losses.total, where, f"lower {self.lr_key}, or look at the features")
         optimizer.step()
         replaced = self.tokenizer.after_step(step + 1, (step + 1) / total, self.workers, self._generator(step + 1))

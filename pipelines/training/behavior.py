@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import torch
+from pyspark.sql import DataFrame, SparkSession
 
 from adasid import tables
 from adasid.config import Config
+from adasid.files import remove
 from adasid.report.words import DASH
-from adasid.training.checkpoint import Checkpoints, read_tensors
 from pipelines import stage
 from pipelines.engines.lake import Lake
+from pipelines.engines.spark import read, session, uri, write
 from pipelines.engines.tracking import StageContext
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
 from pipelines.training import launch, workers
 
-_CHUNK = 50_000
 _SHOWN = ("loss", "validation_ndcg@10", "validation_recall@10", "test_recall@10", "spearman", "seconds")
 
 
@@ -46,17 +42,17 @@ def skipped(cfg: Config, lake: Lake) -> tuple[str, str] | None:
 
 
 def _train_behavior(inputs: Inputs, context: StageContext) -> dict[str, int]:
-    cfg, lake, read = inputs.cfg, inputs.lake, inputs.versions
+    cfg, lake, versions = inputs.cfg, inputs.lake, inputs.versions
     launch.check_same_run(inputs.input_hashes)
     folder = Run(cfg).artifact("behavior", inputs.hash)
-    payload = launch.payload(cfg, lake, read, folder)
+    payload = launch.payload(cfg, lake, versions, folder)
     launch.fit(workers.behavior, payload, context, "behavior", cfg.behavior.epochs, _SHOWN)
-    result = read_tensors(folder / "result.safetensors")
-    stats = _items(lake, read["item_stats"], len(result["norms"]))
-    batches, name = _embedding_batches(stats, result), "behavior_embeddings"
-    written = {name: lake.write(name, tables.BEHAVIOR_EMBEDDINGS, batches, inputs.hash, read)}
-    Checkpoints(folder / "checkpoints").clear()
     summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    shards = [uri(folder / "result" / name) for name in summary["files"]]
+    frame, name = _with_ids(session(cfg.spark), lake, shards), "behavior_embeddings"
+    written = {name: write(frame, lake, name, tables.BEHAVIOR_EMBEDDINGS, inputs.hash, sources=versions)}
+    for done in ("checkpoints", "best", "early", "result"):
+        remove(folder / done)
     context.artifact(folder / "result.json")
     if "note" in summary:
         context.note(summary["note"])
@@ -81,23 +77,9 @@ BEHAVIOR = Stage(
 """Reads sequences, writes behaviour embeddings (SASRec)."""
 
 
-def _items(lake: Lake, version: int, items: int) -> pa.Table:
-    table = lake.read("item_stats", version, ["item_index", "item_id", "interactions"]).sort_by("item_index")
-    assert table.num_rows == items
-    return table.combine_chunks()
-
-
-def _embedding_batches(stats: pa.Table, result: Mapping[str, torch.Tensor]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of the items that have training events: the embeddings of others never got a gradient, even if
-    they get events before the next training."""
-    width, items = result["embeddings"].shape[1], stats["item_id"].combine_chunks()
-    learned = pc.greater(stats["interactions"], 0).combine_chunks()
-    for start in range(0, len(items), _CHUNK):
-        part = result["embeddings"][start : start + _CHUNK].numpy()
-        vectors = pa.ListArray.from_arrays(
-            np.arange(0, part.size + 1, width, dtype=np.int32), pa.array(part.reshape(-1))
-        )
-        index, norms = np.arange(start, start + len(part)), result["norms"][start : start + _CHUNK].numpy()
-        columns = [items.slice(start, len(part)), pa.array(index), vectors, pa.array(norms)]
-        rows = pa.RecordBatch.from_arrays(columns, schema=tables.BEHAVIOR_EMBEDDINGS)
-        yield rows.filter(learned.slice(start, len(part)))
+def _with_ids(spark: SparkSession, lake: Lake, shards: list[str]) -> DataFrame:
+    """Return the rows of the workers' files (``tables.BEHAVIOR_SHARD``) with their ids, for items that have training
+    events: the embeddings of others never got a gradient, even if they get events before the next training."""
+    learned = read(spark, lake, "item_stats").filter("interactions > 0").select("item_index", "item_id")
+    rows = spark.read.parquet(*shards).withColumnRenamed("embedding", tables.BEHAVIOR)
+    return rows.join(learned, "item_index")

@@ -30,7 +30,6 @@ from adasid.storage import configure
 from adasid.tokenizers import artifact
 from adasid.tokenizers.relabel import Relabelled
 from adasid.training.behavior import BehaviorData, BehaviorTraining
-from adasid.training.checkpoint import write_tensors
 from adasid.training.ranking import Events, RankingData, RankingTraining
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from adasid.training.tokenizer import TokenizerTraining, summary
@@ -44,7 +43,8 @@ _PAIR = pa.schema([(name, pa.int64()) for name in ("item_index", "partner_index"
 
 
 def behavior(payload: Payload) -> None:
-    """Train SASRec; write ``result.safetensors`` (embeddings and norms of all items) and ``result.json``."""
+    """Train SASRec; write embeddings and norms, each worker its rows of the table to a Parquet file in ``result``, and
+    ``result.json``, which names these files."""
     cfg, workers, lake, folder = _opened(payload)
     read = payload.read
     counts = (
@@ -62,9 +62,11 @@ def behavior(payload: Payload) -> None:
     )
     training = BehaviorTraining(cfg.behavior, data, folder, cfg.seed, workers, _device(cfg))
     result = training.run(_report(payload, workers))
+    names = [f"{rank}-of-{workers.world}.parquet" for rank in range(workers.world)]
+    result.write(folder / "result" / names[workers.rank])
+    workers.agree(True, _device(cfg))  # rank 0 waits for all files
     if workers.rank == 0:
-        write_tensors(folder / "result.safetensors", {"embeddings": result.embeddings, "norms": result.norms})
-        write_json(folder / "result.json", {**result.summary, "inputs": read})
+        write_json(folder / "result.json", {**result.summary, "inputs": read, "files": names})
 
 
 def tokenizer(payload: Payload) -> None:

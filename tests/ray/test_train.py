@@ -38,6 +38,8 @@ def collectives(payload):
         "sum": workers.sum(torch.tensor([1.0, r])).tolist() == [2.0, 1.0],
         "gather": workers.gather(torch.tensor([[r, 5]])).tolist() == [[0, 5], [1, 5]],
         "ragged": workers.gather_ragged(torch.arange(r + 1)).tolist() == [0, 0, 1],
+        "exchange": workers.exchange(torch.tensor([r, 5, 6]), [1, 2], [1 + r] * 2).tolist()
+        == [[0, 1], [5, 6, 5, 6]][r],
         "broadcast": workers.broadcast(torch.tensor([float(r)])).item() == 0.0,
         "agree": workers.agree(True) and not workers.agree(r == 0),
     }

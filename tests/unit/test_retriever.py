@@ -14,11 +14,13 @@ from adasid import config
 from adasid.data.sequences import Histories
 from adasid.distributed import Workers
 from adasid.errors import InputError
-from adasid.metrics.retrieval import recall_ndcg
+from adasid.metrics import blocks
+from adasid.metrics.retrieval import recall_ndcg, target_ranks
 from adasid.recommenders import heads, retriever
 from adasid.recommenders.tokens import ItemTokens, Prefixes
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
+from adasid.training.average import MovingAverage
 from adasid.training.retrieval import RetrievalData, RetrievalTraining, by_stratum
 
 SLOTS = (Slot("t0", "text", 4), Slot("t1", "text", 3), Slot("b0", BEHAVIOR, 5))
@@ -322,6 +324,76 @@ def test_the_moving_average_of_the_weights_is_kept(tmp_path):
     assert training("item", tmp_path / "plain", 1, average=0.0).averaged == {}
 
 
+@pytest.mark.parametrize("head", ["item", "parallel"])
+def test_sparse_gradients_train_and_average_as_dense_ones_do(head, tmp_path, monkeypatch):
+    def trained(where, rows):
+        monkeypatch.setattr(retriever, "SPARSE_FROM", rows)
+        torch.manual_seed(0)
+        tokens = ItemTokens.of(codes_of(40), SLOTS).with_ngrams([(0, 1), (0, 1, 2)], 300)
+        run = training(head, tmp_path / where, 1, users=100)
+        run = RetrievalTraining(run.settings, tokens, run.data, tmp_path / where, 3, Workers())
+        run.data.train = Histories(run.data.train.items % 7, run.data.train.starts, run.data.train.targets)
+        run.settings = run.settings.model_copy(update={"batch_users": 4})
+        run.epoch(1)
+        return run
+
+    one, other = trained("sparse", 1), trained("dense", 10**6)
+    grads = [table.grad.is_sparse for table in one.model.tables]
+    assert grads == [head == "item", True] and not other.model.ngrams.grad.is_sparse
+    assert one.steps == other.steps == 25
+    for name in ("table", "ngrams"):
+        torch.testing.assert_close(one.model.get_parameter(name), other.model.get_parameter(name), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.averaged[name], other.averaged[name], rtol=1e-4, atol=1e-6)
+    assert (one.model.ngrams != 0).any(1).sum() < 30
+
+
+def test_rows_that_no_step_uses_are_averaged_as_at_every_step():
+    torch.manual_seed(0)
+    models = [torch.nn.Embedding(50, 3, sparse=sparse) for sparse in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    averages = [MovingAverage(model, 0.9) for model in models]
+    optimizers = [torch.optim.Adagrad(model.parameters(), lr=0.5) for model in models]
+    for step in range(1, 200):
+        ids = torch.randint(50 if step % 40 else 3, (2,))
+        for model, average, optimizer in zip(models, averages, optimizers):
+            optimizer.zero_grad()
+            model(ids).square().sum().backward()
+            touched = average.touched()
+            optimizer.step()
+            average.update(step, touched)
+        if step % 60 == 0:
+            averages[0].settle()
+    with averages[0].in_model(), averages[1].in_model():
+        torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(models[0].weight, models[1].weight)
+    assert not torch.equal(models[0].weight, averages[0].weights["weight"])
+
+
+def test_a_small_test_is_of_a_fixed_sample_and_says_how_many_users_it_has(tmp_path):
+    run = training("item", tmp_path, 1, test_users=30)
+    found = run.test()
+    assert found["test_users"] == found["strata"]["all"]["users"] == 30
+    assert found["test"] == run.test()["test"]
+    everyone = training("item", tmp_path, 1).test()
+    assert everyone["test_users"] == 400
+    assert everyone["repeats"] == run.data.test.repeats() / 400
+
+
+@pytest.mark.parametrize("head", ["item", "parallel"])
+@pytest.mark.parametrize("size", [(7, 4), (60, 2), (64, 256)])
+def test_ranks_in_blocks_are_those_of_all_scores(head, size, monkeypatch):
+    monkeypatch.setattr(blocks, "ITEMS", size[0])
+    monkeypatch.setattr(blocks, "USERS", size[1])
+    made, targets = model(head), torch.randint(60, (20,), generator=torch.Generator().manual_seed(1))
+    targets[:2] = torch.tensor([0, 1])  # they share a SID
+    states = torch.randn(20, 8)
+    states[3] = torch.nan
+    with torch.inference_mode(), made.fixed_weights():
+        ranks, everywhere = made.ranks(states, targets, 0, SEEN.repeat(7, 1)[:20])
+        assert torch.equal(everywhere, target_ranks(made.scores(states), targets, made.places))
+    assert (ranks <= everywhere).logical_or(ranks > 100).all() and everywhere[3] > 160
+
+
 def test_weights_of_the_target_weigh_the_loss():
     codes = np.array([[0, 0, 0], [1, 1, 1]], np.int32)
     weights = np.ones((2, 3), np.float32)
@@ -380,7 +452,7 @@ def clumped(run, groups):
 
 def test_corrected_figures_are_those_of_a_random_order_of_the_items_of_a_sid(tmp_path):
     run = clumped(training("item", tmp_path, 1), np.arange(40) // 8)
-    found = by_stratum(run._ranked(run.data.test, 100), 0)["all"]
+    found = by_stratum(run._ranked(run.data.test, 100, 400), 0)["all"]
     _, *found_states = zip(*run._states(run.data.test, np.arange(400), 100))
     states, wanted = map(torch.cat, found_states)
     order = (states @ run.model.vectors(torch.arange(0, 40, 8)).T).argsort(1, descending=True)

@@ -9,6 +9,8 @@ from adasid.distributed import Workers
 from adasid.errors import InputError, TrainingError
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
 from adasid.training.behavior import BehaviorData, BehaviorTraining
+from adasid.training.checkpoint import read_rows, write_rows
+from adasid.training.item_table import ItemTable
 from adasid.training.loop import best
 
 
@@ -70,7 +72,7 @@ def test_logq_correction_makes_the_expected_loss_gradient_unbiased_towards_rare_
 
 def test_states_are_causal():
     torch.manual_seed(0)
-    model = SASRec(10, 8, 2, 2, 5, 0.0).eval()
+    model = SASRec(8, 2, 2, 5, 0.0).eval()
     rows = torch.randn(1, 5, 8)
     changed = rows.clone()
     changed[0, 3:] += 1
@@ -80,12 +82,12 @@ def test_states_are_causal():
 def test_it_learns_the_walk_updates_only_seen_rows_and_reports_the_norm(tmp_path):
     d = data()
     training = BehaviorTraining(SMALL, d, tmp_path, 1, Workers())
-    unseen = training.table.detach()[-1].clone()
+    unseen = training.table.rows[-1].clone()
     rows = []
     result = training.run(lambda all_rows: rows.append(all_rows[-1]))
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert result.summary["test"]["recall@5"] > 0.5
-    assert torch.equal(training.table.detach()[-1], unseen), "Adagrad must not touch a row that is in no batch"
+    assert torch.equal(training.table.rows[-1], unseen), "Adagrad must not touch a row that is in no batch"
     assert result.norms[-1] == result.norms[:-1][torch.from_numpy(d.counts[:-1] > 0)].min()
     assert result.summary["best_epoch"] == max(rows, key=lambda r: r["validation_ndcg@10"])["epoch"]
     assert result.embeddings.shape == (41, 16)
@@ -111,6 +113,33 @@ def test_a_killed_run_resumes_and_ends_as_it_would_have(tmp_path):
     assert torch.equal(whole.norms, resumed.norms)
 
 
+def test_a_step_of_row_wise_adagrad_is_that_computed_by_hand():
+    table = ItemTable(5, 2, 0, 0.1, Workers())
+    before = table.rows.clone()
+    assert before.std() == pytest.approx(0.02, rel=0.8)
+    _, request = table.fetch(torch.tensor([3, 1]))
+    table.update(request, torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    assert table.squares.tolist() == [0, 2, 0, 12.5, 0]  # the mean of the squares
+    table.update(request, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert table.squares.tolist() == [0, 2, 0, 13, 0]
+    moved = torch.zeros(5, 2)
+    moved[3] = torch.tensor([3.0 / 12.5**0.5 + 1.0 / 13**0.5, 4.0 / 12.5**0.5])
+    moved[1, 1] = 2.0 / 2**0.5
+    torch.testing.assert_close(table.rows, before - 0.1 * moved)
+
+
+@pytest.mark.parametrize(("written", "read"), [(1, 3), (3, 1), (2, 3), (3, 3)])
+def test_rows_are_read_by_any_number_of_workers(written, read, tmp_path):
+    whole = torch.arange(22.0).view(11, 2)
+    for rank in range(written):
+        write_rows(tmp_path, {"table": whole[rank::written], "norm": whole[rank::written, 0]}, Workers(rank, written))
+    for rank in range(read):
+        rows = read_rows(tmp_path, Workers(rank, read))
+        assert torch.equal(rows["table"], whole[rank::read]) and torch.equal(rows["norm"], whole[rank::read, 0])
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "none", Workers())
+
+
 def test_early_stopping_and_non_finite_loss(tmp_path):
     stopped = BehaviorTraining(
         SMALL.model_copy(update={"patience": 1, "epochs": 40}), data(users=20), tmp_path / "a", 1, Workers()
@@ -119,7 +148,7 @@ def test_early_stopping_and_non_finite_loss(tmp_path):
     stopped.run(lambda r: rows.append(r[-1]))
     assert len(rows) < 40
     broken = BehaviorTraining(SMALL, data(), tmp_path / "b", 1, Workers())
-    broken.table.data.fill_(float("nan"))
+    broken.table.rows.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"not finite at epoch 1, step 0.*sequences version 0"):
         broken.run()
 
@@ -133,7 +162,7 @@ def test_without_validation_nothing_is_chosen_and_the_last_epoch_is_taken(tmp_pa
     assert len(rows) == 6 and not [name for name in rows[-1] if name.startswith(("validation", "test"))]
     assert result.summary["best_epoch"] == 6 and result.summary["validation"] == result.summary["test"] == {}
     assert result.summary["note"].startswith("behaviour: validation_ndcg@10 is defined for no epoch")
-    assert torch.equal(result.embeddings, run.table.detach())
+    assert torch.equal(result.embeddings, run.table.rows)
 
 
 def test_a_correlation_that_is_not_defined_chooses_nothing(tmp_path):

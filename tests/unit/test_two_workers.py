@@ -15,8 +15,10 @@ import torch.multiprocessing as mp
 from adasid import config
 from adasid.distributed import Workers, settle
 from adasid.metrics.ranking import auc
+from adasid.recommenders import retriever
 from adasid.tokenizers import artifact
 from adasid.training.behavior import BehaviorTraining
+from adasid.training.item_table import ItemTable
 from adasid.training.tokenizer import TokenizerTraining
 from tests.planted import catalogue
 from tests.unit.test_ranking import events
@@ -61,6 +63,42 @@ def tokenizer_state(name, folder, workers, report=lambda rows: None):
     return loop.tokenizer.state_dict(), rows
 
 
+def kill_early(rows):
+    if len(rows) == 3:
+        raise Killed
+
+
+def table_of_two(workers):
+    """Whether a table of two workers is that of one, before and after steps with gradients of both, some of the same
+    rows."""
+    mine, one = (ItemTable(11, 4, 3, 0.1, who) for who in (workers, Workers()))
+    equal = [torch.equal(mine.rows, one.rows[workers.rank :: 2])]
+    asked = [torch.tensor([8, 1, 3, 0, 5]), torch.tensor([3, 1, 9])]
+    for step in range(3):
+        gradients = [torch.full((len(ids), 4), 0.5 + rank) + step for rank, ids in enumerate(asked)]
+        rows, request = mine.fetch(asked[workers.rank])
+        equal.append(torch.allclose(rows, one.rows[asked[workers.rank]]))
+        mine.update(request, gradients[workers.rank])
+        ids, inverse = torch.unique(torch.cat(asked), return_inverse=True)
+        total = torch.zeros(len(ids), 4).index_add_(0, inverse, torch.cat(gradients)) / 2
+        one.update(one.fetch(ids)[1], total)
+        equal.append(torch.allclose(mine.rows, one.rows[workers.rank :: 2]))
+    equal.append(torch.allclose(mine.norms(torch.tensor([10, 3, 2])), one.rows[[10, 3, 2]].norm(dim=1)))
+    return all(equal)
+
+
+def sparse_as_dense(folder, workers):
+    """Whether both workers get the same table from sparse gradients, and that of dense ones."""
+    tables = []
+    for rows in (1, 10**6):
+        retriever.SPARSE_FROM = rows
+        run = retrieval("item", folder / f"sparse from {rows}", 1, workers)
+        run.epoch(1)
+        tables.append(run.model.table.detach())
+    same = torch.equal(*workers.gather(tables[0][None]))
+    return {"sparse": same, "sparse as dense": torch.allclose(*tables, rtol=1e-4, atol=1e-5)}
+
+
 def run_rank(rank, folder):
     folder = Path(folder)
     settle(1)
@@ -85,7 +123,15 @@ def run_rank(rank, folder):
     d.train, d.validation, d.test = (part.part(rank, 2) for part in (d.train, d.validation, d.test))
     training = BehaviorTraining(SMALL, d, folder / "sasrec", 1, workers)
     result = training.run()
-    across |= {"item table": torch.equal(*workers.gather(training.table.detach()[None]))}
+    ranks = training._ranks(d.test).sort().values
+    across |= {"ranks": torch.equal(*workers.gather(ranks[None]))}
+    try:
+        BehaviorTraining(SMALL, d, folder / "sasrec killed", 1, workers).run(kill_early)
+    except Killed:
+        other = BehaviorTraining(SMALL, d, folder / "sasrec killed", 1, workers).run()
+    same["sasrec"] = torch.equal(result.embeddings, other.embeddings) and torch.equal(result.norms, other.norms)
+    result.write(folder / f"embeddings-{rank}.parquet")
+    across |= {"item table": table_of_two(workers)}
     downstream = {
         "retrieval": lambda where, epochs: retrieval(
             "item", where, epochs, workers, users=385
@@ -104,6 +150,7 @@ def run_rank(rank, folder):
             make(folder / f"{name} killed", 12).run(kill)
         except Killed:
             same[name] = make(folder / f"{name} killed", 12).run()["strata"] == tests[name]["strata"]
+    across |= sparse_as_dense(folder, workers)
     training.shards_from = 1  # of ranking, the last
     shards = [str(training.folder / "scores" / name) for name in training.test()["scores"]]
     scored = clumped(
@@ -121,6 +168,7 @@ def run_rank(rank, folder):
         "utilisation": use,
         "recall": result.summary["test"]["recall@5"],
         "users": result.summary["users"],
+        "ranks": ranks.tolist(),
     }
     (folder / f"{rank}.json").write_text(json.dumps(facts))
     dist.destroy_process_group()
@@ -130,7 +178,7 @@ def run_rank(rank, folder):
 def facts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     mp.spawn(run_rank, (str(folder),), nprocs=2)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return [{"folder": folder, **json.loads((folder / f"{rank}.json").read_text())} for rank in range(2)]
 
 
 def test_all_ranks_hold_the_same_state(facts):
@@ -147,6 +195,19 @@ def test_two_workers_learn_as_one_does(facts):
     assert facts[0]["utilisation"][RESUMED] > 0.9
     assert facts[0]["recall"] > 0.5
     assert facts[0]["users"] == 120
+
+
+def test_one_worker_resumes_what_two_have_trained_and_ranks_as_they_do(facts):
+    folder = facts[0]["folder"]
+    one = BehaviorTraining(SMALL, data(), folder / "sasrec", 1, Workers())
+    result = one.run()  # all epochs are done
+    one.model.eval()
+    assert one._ranks(data().test).sort().values.tolist() == facts[0]["ranks"]
+    parts = pa.concat_tables([pq.read_table(folder / f"embeddings-{rank}.parquet") for rank in range(2)])
+    parts = parts.sort_by("item_index")
+    assert parts["item_index"].to_pylist() == result.index.tolist() == list(range(41))
+    assert parts["embedding"].to_pylist() == result.embeddings.tolist()
+    assert parts["norm"].to_pylist() == pytest.approx(result.norms.tolist())
 
 
 def test_lists_of_two_workers_are_counted_as_those_of_one(facts, tmp_path):

@@ -95,15 +95,27 @@ class Workers:
         return tensor
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace dense gradients by their mean over workers, in one message. A missing gradient counts as zero."""
+        """Replace gradients by their mean over workers: the dense ones in one message, where a missing gradient counts
+        as zero, and of a sparse one its rows."""
         if self.world == 1:
             return
         parameters = [p for p in parameters if p.requires_grad]
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+        sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
+        dense = [p for p in parameters if all(p is not other for other in sparse)]
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in dense])
         dist.all_reduce(flat)
         flat /= self.world
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        for parameter, part in zip(dense, flat.split([p.numel() for p in dense])):
             parameter.grad = part.view_as(parameter).clone()
+        for parameter in sparse:
+            parameter.grad = self._mean_of_rows(parameter.grad)
+
+    def _mean_of_rows(self, gradient: Tensor) -> Tensor:
+        """Return the mean over workers of a sparse gradient; only its rows are sent."""
+        gradient = gradient.coalesce()
+        rows, values = self.gather_ragged(gradient.indices()[0]), self.gather_ragged(gradient.values())
+        mean = torch.sparse_coo_tensor(rows[None], values / self.world, gradient.shape, check_invariants=False)
+        return mean.coalesce()
 
     def agree(self, ok: bool, device: torch.device | str = "cpu") -> bool:
         """Return whether ``ok`` is true on every worker, so that all workers stop together."""

@@ -68,6 +68,12 @@ class Features(Section):
     max_user_events: int = Field(
         10_000, ge=2, description="of a user with more events only the latest so many are used"
     )
+    user_buckets: int = Field(
+        8,
+        ge=1,
+        description="parts, by a hash of the user, of the tables of users; a training worker reads whole parts, so "
+        "that ray.workers is at most this number, best a divisor of it",
+    )
     first_year: int = Field(
         1990,
         ge=1,
@@ -187,6 +193,11 @@ class Ray(Section):
         "auto", description="auto: a GPU a worker where the cluster has one for each"
     )
     address: str | None = Field(None, description="a running cluster; null: RAY_ADDRESS, else a local one is started")
+    scratch: str | None = Field(
+        None,
+        description="folder on a disk of each worker for vectors that are memory-mapped (above 4 GiB a worker); null: "
+        "the system's temporary folder",
+    )
     max_failures: int = Field(
         2, ge=0, description="worker deaths after which training gives up; each restart resumes from the checkpoint"
     )

@@ -112,7 +112,7 @@ def read_events(read: Read) -> Events:
             column[part] = column[part][order]
     del positions
     before = np.empty(total, np.int32 if total < 2**31 else np.int64)
-    np.cumsum(visits, out=before)
+    np.cumsum(visits, dtype=before.dtype, out=before)
     before -= visits
     visited = items if visits.all() else items[visits]
     return Events(ids, starts, users, items, labels, splits, visited, before)

@@ -131,10 +131,12 @@ def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist())
 
 
-def embedded_ngrams(catalogue: ItemTokens, table: Tensor, items: Tensor) -> Tensor:
+def embedded_ngrams(catalogue: ItemTokens, table: Tensor, items: Tensor, sparse: bool = False) -> Tensor:
     """Return the sum of the embeddings of the n-grams of ``items`` [n] in ``table`` [ngram_rows + 1, width] -> [n,
-    width]; the last row is never used."""
-    return nnf.embedding_bag(catalogue.ngrams[items], table, mode="sum", padding_idx=catalogue.ngram_rows)
+    width]; the last row is never used. ``sparse``: whether the gradient of the table is."""
+    return nnf.embedding_bag(
+        catalogue.ngrams[items], table, mode="sum", padding_idx=catalogue.ngram_rows, sparse=sparse
+    )
 
 
 @dataclass(frozen=True)

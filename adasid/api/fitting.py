@@ -240,7 +240,7 @@ def _pairs(pairs: ArrayLike | None, n: int, settings: config.TokenizerSettings) 
         span = f"{rows.min()} to {rows.max()}"
         raise InputError(f"{_CALLER}: pairs names rows {span}, but there are {n} items; {form}")
     items, partners = rows.astype(np.int64).T
-    return Pairs(items, partners, lambda columns: [])
+    return Pairs(items, partners)
 
 
 def _printer(settings: config.TokenizerSettings) -> Callable[[list[dict[str, float]]], None]:

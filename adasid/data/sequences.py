@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from adasid.data.reading import Read
 from adasid.distributed import Workers
 from adasid.ragged import spans
 
+Name = TypeVar("Name", str, None)
 _USERS = 1 << 16
 """Users whose histories are compared with their targets at a time."""
 
@@ -73,13 +74,14 @@ class Histories(NamedTuple):
         return np.where(inside, self.items[np.minimum(source, len(self.items) - 1)], -1).astype(np.int64)
 
 
-def read_histories(read: Read, lengths: Mapping[str | None, int | None]) -> dict[str | None, Histories]:
+def read_histories(read: Read, lengths: Mapping[Name, int | None]) -> dict[Name, Histories]:
     """Read the histories of each split of ``lengths`` in the order of user_index, cut to their latest
     ``lengths[split]`` items (None: all). The split None takes all rows.
 
     ``read`` streams the columns user_index, split, history and target, twice: the first time the arrays are sized, the
     second time they are filled, so that little more than the result is in memory."""
-    splits, named = {split: _Split(split, length) for split, length in lengths.items()}, ["split"] * (None not in lengths)
+    splits = {split: _Split(split, length) for split, length in lengths.items()}
+    named = [] if None in lengths else ["split"]
     for rows in read(["user_index", *named, "history"]):
         for part in splits.values():
             part.count(rows)

@@ -133,7 +133,9 @@ class RankingTraining(DownstreamTraining):
                 gradient = table.grad.coalesce()
                 rows = gradient.indices()[0]
                 values = gradient.values() + self.settings.weight_decay * table.detach()[rows]
-                table.grad = torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=False)
+                table.grad = torch.sparse_coo_tensor(
+                    rows[None], values, table.shape, is_coalesced=True, check_invariants=False
+                )
 
     def train_epoch(self, number: int) -> float:
         """Train on the training events once, each with its sampled negatives."""

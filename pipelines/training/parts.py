@@ -28,11 +28,12 @@ _ROWS = 2048
 _BUFFER = 1 << 20
 """A column's pages are read so many bytes at a time, so that no row group is in memory as a whole."""
 _LAST = np.iinfo(np.int64).max
-_BLOCKS = (16, 8, 4, 2, 1)
+_BLOCKS = (16, 8, 4)
 """Ranges of a worker, the most that the row groups allow. The catalogue is ordered by popularity: a worker with one
 range would hold only popular items or only cold ones, while samples of all workers take equally many of each."""
 _GROUPS = 4
-"""A range consists of at least so many row groups, as its ends lie at those of row groups."""
+"""The ends of ranges are moved to those of row groups where a range has at least so many of them. In a smaller table
+neighbours both read the row group in which their ranges meet."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,24 @@ def rows(
     part = None if items is None or items.all else items
     wanted = columns if part is None or "item_index" in columns else [*columns, "item_index"]
     schema = pa.schema([dataset.schema.field(name) for name in wanted])
-    for fragment in dataset.get_fragments(None if buckets is None else pc.field(BUCKET).isin(buckets)):
-        groups = [g.id for g in fragment.row_groups if part is None or part.overlaps(*_span(g))]
-        if not groups:
-            continue
-        with pq.ParquetFile(
-            fragment.open(), metadata=fragment.metadata, buffer_size=_BUFFER, pre_buffer=False
-        ) as file:
+    for fragment, groups in _chosen(dataset, buckets, part):
+        with pq.ParquetFile(fragment.open(), metadata=fragment.metadata, buffer_size=_BUFFER, pre_buffer=False) as file:
             for batch in file.iter_batches(size, groups, wanted, use_threads=False):
                 found = batch.select(wanted).cast(schema)
                 if part is not None:
                     found = found.filter(pa.array(part.mask(found.column("item_index").to_numpy()))).select(columns)
                 if found.num_rows:
                     yield found
+
+
+def _chosen(
+    dataset: ds.Dataset, buckets: list[int] | None, part: ItemPart | None
+) -> Iterator[tuple[ds.ParquetFileFragment, list[int]]]:
+    """Yield the files of these buckets and items, and of each the row groups to read."""
+    for fragment in dataset.get_fragments(None if buckets is None else pc.field(BUCKET).isin(buckets)):
+        groups = [g.id for g in fragment.row_groups if part is None or part.overlaps(*_span(g))]
+        if groups:
+            yield fragment, groups
 
 
 def reader(
@@ -113,8 +119,8 @@ def buckets_of(lake: Lake, table: str, version: int, cfg: Config, workers: Worke
 
 
 def item_part(lake: Lake, table: str, version: int, workers: Workers) -> ItemPart:
-    """Return the items of ``table`` that this worker reads: every ``world``-th of ranges of equal length, each moved to
-    the nearest ends of row groups where there are enough of them."""
+    """Return the items of ``table`` that this worker reads: every ``world``-th of ranges of equal length, in turn from
+    the first worker to the last and back, each moved to the nearest ends of row groups where there are enough."""
     if workers.world == 1:
         return ItemPart(np.zeros(1, np.int64), np.full(1, _LAST), True)
     fragments = lake.open(table, version).to_pyarrow_dataset().get_fragments()
@@ -122,15 +128,17 @@ def item_part(lake: Lake, table: str, version: int, workers: Workers) -> ItemPar
     spans = np.array(sorted(map(_span, groups)), np.int64).reshape(-1, 2)
     items = sum(g.num_rows for g in groups)
     ordered = bool((spans[1:, 0] > spans[:-1, 1]).all())
-    ranges = [n * workers.world for n in _BLOCKS]
-    fitting = [n for n in ranges if len(spans) >= _GROUPS * n] if ordered else []
-    ends = np.arange((fitting or ranges)[0] + 1) * items // (fitting or ranges)[0]
-    if fitting:
-        inner = np.searchsorted(spans[:, 0], ends[1:-1])
-        before, after = spans[inner - 1, 0], spans[np.minimum(inner, len(spans) - 1), 0]
+    snapped = [n for n in _BLOCKS if ordered and len(spans) >= _GROUPS * n * workers.world]
+    turns = (snapped or _BLOCKS[-1:])[0]
+    ends = np.arange(turns * workers.world + 1) * items // (turns * workers.world)
+    if snapped:
+        later = np.searchsorted(spans[:, 0], ends[1:-1])
+        before, after = spans[later - 1, 0], spans[np.minimum(later, len(spans) - 1), 0]
         ends[1:-1] = np.where(ends[1:-1] - before < after - ends[1:-1], before, after)
     ends[-1] = _LAST
-    return ItemPart(ends[workers.rank : -1 : workers.world], ends[workers.rank + 1 :: workers.world])
+    turn = np.arange(turns)
+    mine = turn * workers.world + np.where(turn % 2 == 0, workers.rank, workers.world - 1 - workers.rank)
+    return ItemPart(ends[mine], ends[mine + 1])
 
 
 def _span(group: ds.RowGroupInfo) -> tuple[int, int]:

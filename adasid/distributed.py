@@ -108,6 +108,7 @@ class Workers:
         for parameter, part in zip(dense, flat.split([p.numel() for p in dense])):
             parameter.grad = part.view_as(parameter).clone()
         for parameter in sparse:
+            assert parameter.grad is not None
             parameter.grad = self._mean_of_rows(parameter.grad)
 
     def _mean_of_rows(self, gradient: Tensor) -> Tensor:

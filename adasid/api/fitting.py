@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from adasid import config
 from adasid.api.encoding import SidTokenizer, check_richness
 from adasid.api.items import CHUNK, Data, Items, vector, whole_numbers
-from adasid.data.shards import Pairs, Read, Shard
+from adasid.data.reading import Read
+from adasid.data.shards import Pairs, Shard
 from adasid.datasets.arrow import vectors
 from adasid.distributed import Workers, settle
 from adasid.errors import ConfigError, InputError

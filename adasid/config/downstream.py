@@ -149,7 +149,7 @@ class Ranking(Section):
     )
     batch: int = Field(4096, ge=2, description="samples a step, all workers together")
     table_lr: float = Field(
-        0.02,
+        0.05,
         gt=0,
         description="Adagrad learning rate of the tables of users, and of those of items from 131072 rows on (lazy: "
         "only rows of the batch)",

@@ -73,7 +73,8 @@ class Events:
         users = self.users[events]
         key = _mixed(_mixed(self.ids[users].astype(np.uint64)) + (events - self.starts[users]).astype(np.uint64))
         steps = np.arange(1, number + 1, dtype=np.uint64) * _GAMMA
-        return (_mixed(key[:, None] + steps) >> np.uint64(11)) * 2.0**-53
+        drawn: NDArray[np.float64] = (_mixed(key[:, None] + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return drawn
 
 
 def _mixed(number: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -111,9 +112,8 @@ def read_events(read: Read) -> Events:
         for column in (items, labels, visits, splits):
             column[part] = column[part][order]
     del positions
-    before = np.empty(total, np.int32 if total < 2**31 else np.int64)
-    np.cumsum(visits, dtype=before.dtype, out=before)
-    before -= visits
+    before: NDArray[Any] = np.cumsum(visits, dtype=np.int32 if total < 2**31 else np.int64)
+    np.subtract(before, visits, out=before)
     visited = items if visits.all() else items[visits]
     return Events(ids, starts, users, items, labels, splits, visited, before)
 

@@ -81,7 +81,7 @@ def read_histories(read: Read, lengths: Mapping[Name, int | None]) -> dict[Name,
     ``read`` streams the columns user_index, split, history and target, twice: the first time the arrays are sized, the
     second time they are filled, so that little more than the result is in memory."""
     splits = {split: _Split(split, length) for split, length in lengths.items()}
-    named = [] if None in lengths else ["split"]
+    named: list[str] = [] if None in lengths else ["split"]
     for rows in read(["user_index", *named, "history"]):
         for part in splits.values():
             part.count(rows)

@@ -23,6 +23,7 @@ from adasid.sid import PreviousCodes
 from adasid.tables import PAD
 
 _IN_MEMORY = 4 << 30
+_ALONE = Workers()
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Shard:
         pairs: Pairs | None = None,
         everyone: Read | None = None,
         scratch: str | None = None,
-        workers: Workers = Workers(),
+        workers: Workers = _ALONE,
         device: torch.device | str = "cpu",
     ) -> None:
         """Read the worker's items. ``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches,

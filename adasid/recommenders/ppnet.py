@@ -41,8 +41,9 @@ class ItemVectors(nn.Module):
 
     def sparse_tables(self) -> list[nn.Parameter]:
         """Return the tables whose gradients are sparse."""
-        ngrams = [self.ngrams] if self.ngrams is not None and self.sparse_ngrams else []
-        return [self.table.weight] * self.table.sparse + ngrams
+        tables: list[Tensor | None] = [self.table.weight if self.table.sparse else None]
+        tables += [self.ngrams if self.sparse_ngrams else None]
+        return [table for table in tables if isinstance(table, nn.Parameter)]
 
     def forward(self, items: Tensor) -> Tensor:
         """Return the vectors of items: item_index [...] -> [..., width]. With ``weights`` a token's embedding is scaled
@@ -95,7 +96,7 @@ class PPNet(nn.Module):
 
     def sparse_tables(self) -> list[nn.Parameter]:
         """Return the tables whose gradients are sparse."""
-        users = [self.users.weight, self.prior_users.weight]
+        users = [*self.users.parameters(), *self.prior_users.parameters()]
         return [*users, *self.items.sparse_tables(), *self.prior_items.sparse_tables()]
 
     def forward(self, users: Tensor, histories: Tensor, items: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Read one worker's part of the tables: no row of the users' tables is read by two workers, and of the catalogue's
-tables little more than the worker's own row groups.
+"""Read one worker's part of the tables.
 
-``sequences`` and ``ranking_samples`` are partitioned by a hash of the user (``bucket``): worker r of w reads the buckets
-b with b % w = r. Tables of items are ordered by item_index: a worker reads some ranges of it.
+``sequences`` and ``ranking_samples`` are partitioned by a hash of the user (``bucket``): worker r of w reads the
+buckets b with b % w = r, and no row is read by two workers. Tables of items are ordered by item_index: a worker reads
+the row groups of some ranges of it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 memory."""
 
 import tracemalloc
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ from deltalake import WriterProperties, write_deltalake
 
 from adasid import config, tables
 from adasid.data import events as events_module
-from adasid.data.events import COLUMNS, read_events
+from adasid.data.events import read_events
 from adasid.data.sequences import read_histories
 from adasid.data.text import hashed_text
 from adasid.distributed import Workers
@@ -107,7 +108,7 @@ def test_no_row_of_a_user_is_read_by_two_workers(lake, touched, table, world):
 
     users, groups = zip(*read_by(touched, world, read))
     everyone = lake.read(table, columns=["user_index"])["user_index"].to_pylist()
-    assert sorted(sum(users, [])) == sorted(everyone)
+    assert sorted(chain(*users)) == sorted(everyone)
     assert sum(len(set(part)) for part in users) == len(set(everyone)), "a user is one worker's"
     assert sum(map(len, groups)) == len(set().union(*groups)) == BUCKETS, "no file is opened by two workers"
 
@@ -123,7 +124,7 @@ def test_no_row_group_of_item_features_is_read_by_two_workers(lake, touched, wor
         return [i for rows in batches for i in rows[0].to_pylist()]
 
     items, groups = zip(*read_by(touched, world, read))
-    assert sorted(sum(items, [])) == list(range(1000))
+    assert sorted(chain(*items)) == list(range(1000))
     assert len(set().union(*groups)) == 100
     assert sum(map(len, groups)) <= (100 if world < 8 else 100 + 4 * 8), "of eight workers, ranges are too short"
     assert max(map(len, items)) - min(map(len, items)) <= 40

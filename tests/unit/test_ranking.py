@@ -16,6 +16,8 @@ from adasid.data.events import read_events
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics, user_auc
+from adasid.recommenders import ppnet
+from adasid.recommenders.ngrams import hashed_index
 from adasid.recommenders.ppnet import Gate, ItemVectors, PPNet
 from adasid.recommenders.tokens import ItemTokens
 from adasid.sid import Slot
@@ -113,6 +115,56 @@ def test_features_reach_the_gates_without_gradient():
     model(torch.tensor([0]), torch.tensor([[1]]), torch.tensor([2])).sum().backward()
     assert model.items.table.weight.grad.abs().sum() == 0
     assert model.prior_items.table.weight.grad.abs().sum() > 0
+
+
+def test_more_users_than_rows_share_them_by_fnv_1a():
+    expected = []
+    for user in (0, 1, 299, 2**33 + 5):
+        number = 0xCBF29CE484222325
+        for byte in user.to_bytes(8, "little"):
+            number = (number ^ byte) * 0x100000001B3 % 2**64
+        expected.append(((number >> 32) ^ number) % 2**32 % 97)
+    assert hashed_index(torch.tensor([0, 1, 299, 2**33 + 5]), 97).tolist() == expected
+    spread = torch.bincount(hashed_index(torch.arange(97_000), 97))
+    assert spread.min() > 850 and spread.max() < 1150
+    few = PPNet(config.Ranking(width=8, hidden=(16,), user_rows=97), tokens(), 300)
+    assert few.users.num_embeddings == few.prior_users.num_embeddings == 97
+    few(torch.tensor([299]), torch.tensor([[1]]), torch.tensor([2])).sum().backward()
+    assert few.users.weight.grad.coalesce().indices().tolist() == [[expected[2]]]
+
+
+def test_only_the_rows_of_the_batch_change_and_decay(tmp_path):
+    made = training(tmp_path, events(), weight_decay=0.5)
+    tables = [made.model.users.weight, made.model.prior_users.weight]
+    assert [id(table) for table in made.model.sparse_tables()] == [id(table) for table in tables]
+    before = [table.detach().clone() for table in tables]
+    batch, labels = made._batch(np.array([4, 29]), np.array([[7, 8], [9, 10]]))
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(made.model(*batch), labels)
+    plain = torch.autograd.grad(loss, tables[0], retain_graph=True)[0].to_dense()
+    made._clock = 0.0
+    made.step(loss, 1, 0)
+    for table, old in zip(tables, before):
+        assert (table != old).any(1).nonzero().flatten().tolist() == [0, 2]
+        assert table.grad.is_sparse
+    torch.testing.assert_close(tables[0].grad.to_dense()[[0, 2]], plain[[0, 2]] + 0.5 * before[0][[0, 2]])
+    state = made.optimizers["table"].state[tables[0]]["sum"]
+    assert state.any(1).nonzero().flatten().tolist() == [0, 2]
+
+
+def test_large_tables_of_items_have_sparse_gradients_of_the_same_values(monkeypatch):
+    gradients = []
+    for rows in (1 << 17, 1):
+        monkeypatch.setattr(ppnet, "_SPARSE", rows)
+        torch.manual_seed(0)
+        catalogue = tokens().with_ngrams([(0, 1)], 8)
+        vectors = ItemVectors(config.Ranking(width=6), catalogue)
+        vectors(torch.tensor([[0, 1], [1, 3]])).pow(2).sum().backward()
+        assert len(vectors.sparse_tables()) == (2 if rows == 1 else 0)
+        found = [vectors.table.weight.grad, vectors.ngrams.grad]
+        assert all(gradient.is_sparse == (rows == 1) for gradient in found)
+        gradients.append([gradient.to_dense() if gradient.is_sparse else gradient for gradient in found])
+    for dense, sparse in zip(*gradients):
+        torch.testing.assert_close(dense, sparse)
 
 
 def events(labels=False, users=300, seed=0):
@@ -250,7 +302,7 @@ def test_drawn_items_do_not_depend_on_the_seed_or_the_worker(tmp_path):
 def test_numbers_of_an_event_are_uniform():
     found = read(events(users=2000))
     drawn = found.uniform(np.arange(len(found)), 4)
-    assert 0 <= drawn.min() and drawn.max() < 1
+    assert drawn.min() >= 0 and drawn.max() < 1
     counts = np.histogram(drawn, 50, (0, 1))[0]
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 90, "chi-square of 49 degrees of freedom"
     assert np.abs(np.corrcoef(np.column_stack([drawn, np.roll(drawn, 1, 0)]).T) - np.eye(8)).max() < 0.03

@@ -15,7 +15,7 @@ from adasid.data.reading import Read
 from adasid.tables import RANKING_ONLY, SPLITS
 
 COLUMNS = ["user_index", "position", "item_index", "label", "in_history", "split"]
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 """Events that are sorted at a time."""
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 Ints = NDArray[np.int64]

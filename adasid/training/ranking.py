@@ -216,10 +216,12 @@ class RankingTraining(DownstreamTraining):
         self.workers.agree(True, self.device)
         return names
 
+    @torch.inference_mode()
     def validate(self) -> dict[str, float]:
-        """Compute the AUC."""
-        _, _, labels, scores = self._samples("validation")
-        return {"auc": auc(scores, labels)}
+        """Compute the AUC of all workers' samples, of which only labels and scores are gathered."""
+        mine = [rows[:, 2:].float() for rows in self._scored("validation")]
+        rows = self.workers.gather_ragged(torch.cat([torch.zeros(0, 2, device=self.device), *mine])).cpu().numpy()
+        return {"auc": auc(rows[:, 1], rows[:, 0].astype(np.int64))}
 
     def test(self) -> dict[str, Any]:
         """Compute AUC and GAUC of all test samples and by stratum of the item; for many samples return ``scores``

@@ -71,8 +71,8 @@ class Features(Section):
     user_buckets: int = Field(
         8,
         ge=1,
-        description="parts, by a hash of the user, of the tables of users; a training worker reads whole parts, so "
-        "that ray.workers is at most this number, best a divisor of it",
+        description="parts by user of sequences and ranking_samples: a worker reads the buckets b with b % ray.workers "
+        "equal to its rank, so at least ray.workers, better a multiple of it",
     )
     first_year: int = Field(
         1990,

@@ -112,17 +112,22 @@ class Workers:
             return
         parameters = [p for p in parameters if p.requires_grad]
         sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
-        for parameter in sparse:
-            assert parameter.grad is not None
-            mine = parameter.grad.coalesce()
-            ids, rows = self.gather_ragged(mine.indices()[0]), self.gather_ragged(mine.values()) / self.world
-            parameter.grad = torch.sparse_coo_tensor(ids[None], rows, parameter.shape, check_invariants=False)
-        parameters = [p for p in parameters if all(p is not other for other in sparse)]
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+        dense = [p for p in parameters if all(p is not other for other in sparse)]
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in dense])
         dist.all_reduce(flat)
         flat /= self.world
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        for parameter, part in zip(dense, flat.split([p.numel() for p in dense])):
             parameter.grad = part.view_as(parameter).clone()
+        for parameter in sparse:
+            assert parameter.grad is not None
+            parameter.grad = self._mean_of_rows(parameter.grad)
+
+    def _mean_of_rows(self, gradient: Tensor) -> Tensor:
+        """Return the mean over workers of a sparse gradient; only its rows are sent."""
+        gradient = gradient.coalesce()
+        rows, values = self.gather_ragged(gradient.indices()[0]), self.gather_ragged(gradient.values())
+        mean = torch.sparse_coo_tensor(rows[None], values / self.world, gradient.shape, check_invariants=False)
+        return mean.coalesce()
 
     def agree(self, ok: bool, device: torch.device | str = "cpu") -> bool:
         """Return whether ``ok`` is true on every worker, so that all workers stop together."""

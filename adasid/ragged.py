@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -11,3 +13,10 @@ def runs(counts: Tensor) -> tuple[Tensor, Tensor]:
     within the run, both [sum of counts]."""
     run = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     return run, torch.arange(len(run), device=counts.device) - (counts.cumsum(0) - counts)[run]
+
+
+def spans(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the positions of consecutive spans: ``lengths`` [n] positions from each of ``starts`` [n] on, [sum of
+    lengths]."""
+    lengths = np.asarray(lengths, np.int64)
+    return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())

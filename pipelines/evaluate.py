@@ -238,7 +238,7 @@ def _popularity(cfg: Config, lake: Lake) -> Row:
     chance = np.random.default_rng(0).permutation(stats.num_rows)
     popularity_rank = np.lexsort((chance, -stats["interactions"].to_numpy())).argsort()
     ranked = Ranked.none()
-    for rows in lake.batches("sequences", None, ["user_id", "history", "target"], pc.field("split") == "test"):
+    for rows in lake.batches("sequences", None, ["user_index", "history", "target"], pc.field("split") == "test"):
         if rows.num_rows:
             users = Histories.from_batches([rows])
             target = torch.from_numpy(users.targets)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pyarrow as pa
 
 from adasid import tables
 from adasid.data.shards import Pairs, Shard
+from adasid.distributed import Workers
 from adasid.tables import BEHAVIOR
 
 
@@ -52,20 +51,18 @@ def shard(
     rank: int = 0,
     world: int = 1,
     cluster: np.ndarray | None = None,
+    workers: Workers | None = None,
 ) -> Shard:
-    """The part of worker ``rank``; with ``cluster``, three partners of its own cluster for each item."""
-    mine, others = (
-        np.arange(rank, table.num_rows, world),
-        np.setdiff1d(np.arange(table.num_rows), np.arange(rank, table.num_rows, world)),
-    )
+    """The part of worker ``rank``; with ``cluster``, three partners of its own cluster for each item, which ``workers``
+    exchange."""
+    mine = np.arange(rank, table.num_rows, world)
 
-    def read(rows: np.ndarray) -> Callable[[list[str]], list[pa.RecordBatch]]:
-        return lambda columns: table.take(rows).select(columns).to_batches(max_chunksize=97)
+    def read(columns: list[str]) -> list[pa.RecordBatch]:
+        return table.take(mine).select(columns).to_batches(max_chunksize=97)
 
     if cluster is None:
-        return Shard(read(mine), modalities)
+        return Shard(read, modalities)
     rng = np.random.default_rng(0)
     partners = np.array([rng.choice(np.flatnonzero(cluster == cluster[item]), 3) for item in range(len(cluster))])
     items = np.repeat(mine, 3)
-    wanted = np.intersect1d(others, partners[mine].ravel())
-    return Shard(read(mine), modalities, pairs=Pairs(items, partners[mine].ravel(), read(wanted)))
+    return Shard(read, modalities, pairs=Pairs(items, partners[mine].ravel()), workers=workers or Workers(rank, world))

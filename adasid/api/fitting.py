@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from adasid import config
 from adasid.api.encoding import SidTokenizer, check_richness
 from adasid.api.items import CHUNK, Data, Items, vector, whole_numbers
-from adasid.data.shards import Pairs, Read, Shard
+from adasid.data.reading import Read
+from adasid.data.shards import Pairs, Shard
 from adasid.datasets.arrow import vectors
 from adasid.distributed import Workers, settle
 from adasid.errors import ConfigError, InputError
@@ -240,7 +241,7 @@ def _pairs(pairs: ArrayLike | None, n: int, settings: config.TokenizerSettings) 
         span = f"{rows.min()} to {rows.max()}"
         raise InputError(f"{_CALLER}: pairs names rows {span}, but there are {n} items; {form}")
     items, partners = rows.astype(np.int64).T
-    return Pairs(items, partners, lambda columns: [])
+    return Pairs(items, partners)
 
 
 def _printer(settings: config.TokenizerSettings) -> Callable[[list[dict[str, float]]], None]:

@@ -130,6 +130,12 @@ class Ranking(Section):
         description="width of users and items (concat: of all tokens together, rounded up to a multiple of their "
         "number)",
     )
+    user_rows: int = Field(
+        1_000_000,
+        ge=1,
+        lt=2**31,
+        description="rows of the tables of users, at most: of more users, several share a row (FNV-1a of user_index)",
+    )
     hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = Field(
         (64, 64, 64), min_length=1, description="widths of the hidden layers"
     )
@@ -146,8 +152,14 @@ class Ranking(Section):
         0.75, ge=0, description="sampled: an item is drawn in proportion to its training count to this power"
     )
     batch: int = Field(4096, ge=2, description="samples a step, all workers together")
-    lr: float = Field(0.001, gt=0, description="Adam learning rate")
-    weight_decay: float = Field(1e-6, ge=0, description="Adam weight decay")
+    table_lr: float = Field(
+        0.05,
+        gt=0,
+        description="Adagrad learning rate of the tables of users, and of those of items from 131072 rows on (lazy: "
+        "only rows of the batch)",
+    )
+    lr: float = Field(0.001, gt=0, description="Adam learning rate of everything else")
+    weight_decay: float = Field(1e-6, ge=0, description="weight decay; of those tables, that of the rows of the batch")
     epochs: int = Field(20, ge=1, description="upper bound of epochs")
     patience: int = Field(2, ge=1, description="epochs without a better validation AUC before stopping")
 

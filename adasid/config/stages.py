@@ -205,6 +205,11 @@ class Ray(Section):
         "auto", description="auto: a GPU a worker where the cluster has one for each"
     )
     address: str | None = Field(None, description="a running cluster; null: RAY_ADDRESS, else a local one is started")
+    scratch: str | None = Field(
+        None,
+        description="folder on a disk of each worker for vectors that are memory-mapped (above 4 GiB a worker); null: "
+        "the system's temporary folder",
+    )
     max_failures: int = Field(
         2, ge=0, description="worker deaths after which training gives up; each restart resumes from the checkpoint"
     )

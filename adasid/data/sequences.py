@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
+from adasid.data.reading import Read
 from adasid.distributed import Workers
+from adasid.ragged import spans
+
+Name = TypeVar("Name", str, None)
+_USERS = 1 << 16
+"""Users whose histories are compared with their targets at a time."""
 
 
 class Histories(NamedTuple):
-    """``Histories`` contains the histories of users: ``items`` [total] item_index of all histories one after another;
-    history u is ``items[starts[u]:starts[u + 1]]``, oldest first; ``targets`` [users]: the held-out item, or -1 in the
-    training split."""
+    """``Histories`` contains the histories of users: ``items`` [total] int32: item_index of all histories one after
+    another; history u is ``items[starts[u]:starts[u + 1]]``, oldest first; ``targets`` [users]: the held-out item, or
+    -1 in the training split."""
 
-    items: NDArray[np.int64]
+    items: NDArray[np.int32]
     starts: NDArray[np.int64]
     targets: NDArray[np.int64]
 
@@ -26,26 +33,17 @@ class Histories(NamedTuple):
         return len(self.targets)
 
     @staticmethod
-    def from_batches(batches: Iterable[pa.RecordBatch]) -> Histories:
-        """Build histories from batches with the columns user_id, history and target, sorted by user_id."""
-        parts = [b for b in batches if b.num_rows]
-        if not parts:
-            return Histories(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64))
-        table = pa.Table.from_batches(parts).sort_by("user_id").combine_chunks()
-        column = table["history"].combine_chunks()
-        column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-        items = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-        targets = table["target"].fill_null(-1).to_numpy().astype(np.int64)
-        return Histories(items, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), targets)
+    def from_batches(batches: Iterable[pa.RecordBatch], length: int | None = None) -> Histories:
+        """Build histories from batches with the columns user_index, history and target; see :func:`read_histories`."""
+        parts = list(batches)
+        return read_histories(lambda columns: parts, {None: length})[None]
 
     def part(self, rank: int, world: int) -> Histories:
         """Return every ``world``-th user, starting with ``rank``."""
         users = np.arange(rank, len(self), world)
         lengths = self.starts[users + 1] - self.starts[users]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        source = np.arange(starts[-1]) + np.repeat(self.starts[users] - starts[:-1], lengths)
-        return Histories(self.items[source], starts, self.targets[users])
+        return Histories(self.items[spans(self.starts[users], lengths)], starts, self.targets[users])
 
     def sample(self, number: int) -> NDArray[np.int64]:
         """Return a fixed random sample of ``number`` users, or all if there are fewer. Ids may be in the order of
@@ -56,8 +54,13 @@ class Histories(NamedTuple):
 
     def repeats(self) -> int:
         """Count the users whose target is in their (truncated) history."""
-        hits = np.append(0, np.cumsum(self.items == np.repeat(self.targets, np.diff(self.starts))))
-        return int((hits[self.starts[1:]] > hits[self.starts[:-1]]).sum())
+        count = 0
+        for first in range(0, len(self), _USERS):
+            starts = self.starts[first : first + _USERS + 1]
+            targets = np.repeat(self.targets[first : first + _USERS], np.diff(starts))
+            hits = np.append(0, np.cumsum(self.items[starts[0] : starts[-1]] == targets))
+            count += int((np.diff(hits[starts - starts[0]]) > 0).sum())
+        return count
 
     def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
         """Return at most the last ``length`` items (all, if not given) of each user: [B, longest of them], padded at
@@ -68,7 +71,71 @@ class Histories(NamedTuple):
         columns = np.arange(width)
         source = (ends - counts)[:, None] + columns[None, :]
         inside = columns[None, :] < counts[:, None]
-        return np.where(inside, self.items[np.minimum(source, len(self.items) - 1)], -1)
+        return np.where(inside, self.items[np.minimum(source, len(self.items) - 1)], -1).astype(np.int64)
+
+
+def read_histories(read: Read, lengths: Mapping[Name, int | None]) -> dict[Name, Histories]:
+    """Read the histories of each split of ``lengths`` in the order of user_index, cut to their latest
+    ``lengths[split]`` items (None: all). The split None takes all rows.
+
+    ``read`` streams the columns user_index, split, history and target, twice: the first time the arrays are sized, the
+    second time they are filled, so that little more than the result is in memory."""
+    splits = {split: _Split(split, length) for split, length in lengths.items()}
+    named: list[str] = [] if None in lengths else ["split"]
+    for rows in read(["user_index", *named, "history"]):
+        for part in splits.values():
+            part.count(rows)
+    for part in splits.values():
+        part.allocate()
+    for rows in read(["user_index", *named, "history", "target"]):
+        for part in splits.values():
+            part.fill(rows)
+    return {split: Histories(part.items, part.starts, part.targets) for split, part in splits.items()}
+
+
+class _Split:
+    """The histories of one split while they are read."""
+
+    def __init__(self, name: str | None, length: int | None) -> None:
+        self.name, self.length = name, length
+        self.parts: list[tuple[NDArray[np.int64], NDArray[np.int32]]] = []
+
+    def count(self, rows: pa.RecordBatch) -> None:
+        """Take note of the users of a batch and of the lengths of their histories."""
+        chosen = self._chosen(rows)
+        users, offsets = rows.column("user_index").to_numpy()[chosen], rows.column("history").offsets.to_numpy()
+        self.parts.append((users, self._cut(np.diff(offsets)[chosen]).astype(np.int32)))
+
+    def allocate(self) -> None:
+        """Allocate the arrays of all users, sorted."""
+        users = np.concatenate([np.zeros(0, np.int64), *(users for users, _ in self.parts)])
+        counts = np.concatenate([np.zeros(0, np.int32), *(counts for _, counts in self.parts)])
+        self.parts.clear()
+        order = np.argsort(users, kind="stable")
+        self.users, self.starts = users[order], np.zeros(len(users) + 1, np.int64)
+        np.cumsum(counts[order], out=self.starts[1:])
+        del users, counts, order
+        self.targets = np.full(len(self.users), -1, np.int64)
+        self.items = np.empty(self.starts[-1], np.int32)
+
+    def fill(self, rows: pa.RecordBatch) -> None:
+        """Copy the histories and targets of a batch to their places."""
+        chosen, history = self._chosen(rows), rows.column("history")
+        place = np.searchsorted(self.users, rows.column("user_index").to_numpy()[chosen])
+        offsets = history.offsets.to_numpy()
+        lengths = self._cut(np.diff(offsets)[chosen])
+        source = spans(offsets[1:][chosen] - lengths, lengths)
+        self.items[spans(self.starts[place], lengths)] = history.values.to_numpy()[source]
+        self.targets[place] = rows.column("target").fill_null(-1).to_numpy()[chosen]
+
+    def _cut(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        return lengths if self.length is None else np.minimum(lengths, self.length)
+
+    def _chosen(self, rows: pa.RecordBatch) -> NDArray[np.bool_]:
+        if self.name is None:
+            return np.ones(rows.num_rows, bool)
+        mask: NDArray[np.bool_] = pc.equal(rows.column("split"), self.name).to_numpy(zero_copy_only=False)
+        return mask
 
 
 def epoch_batches(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,11 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adasid.data.exchange import fetch
+from adasid.data.reading import Read
+from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.sid import PreviousCodes
 from adasid.tables import PAD
 
 _IN_MEMORY = 4 << 30
+_ALONE = Workers()
 
 
 @dataclass(frozen=True)
@@ -84,24 +91,19 @@ def _matrix(column: pa.ListArray, modality: str, width: int) -> tuple[NDArray[np
     return values, mask
 
 
-Read = Callable[[list[str]], Iterable[pa.RecordBatch]]
-
-
 @dataclass(frozen=True)
 class Pairs:
     """``Pairs`` contains the co-engaged pairs of a worker's items. ``items`` and ``partners`` [pairs]: item indices;
-    ``read(columns)`` streams the rows of ``item_features`` of those partners that are not the worker's own."""
+    partners may be items of other workers."""
 
-    items: NDArray[np.int64]
-    partners: NDArray[np.int64]
-    read: Read
+    items: NDArray[np.integer]
+    partners: NDArray[np.integer]
 
 
 class Shard:
-    """A shard has one worker's items of the catalogue, and their co-engaged partners.
+    """A shard has one worker's items of the catalogue, and the indices of their co-engaged partners.
 
-    ``widths``: modality -> width; ``item_index`` [rows], ascending. ``len`` and :meth:`scan` cover only the worker's
-    own items."""
+    ``widths``: modality -> width; ``item_index`` [rows], ascending."""
 
     def __init__(
         self,
@@ -110,12 +112,17 @@ class Shard:
         in_memory: int = _IN_MEMORY,
         pairs: Pairs | None = None,
         everyone: Read | None = None,
+        scratch: str | None = None,
+        workers: Workers = _ALONE,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Read the worker's items. ``read(columns)`` streams this worker's rows of ``item_features`` as Arrow batches,
         in any order, and is called several times; ``everyone``: the rows of all workers, of which only the first ones
-        are read, to infer the widths.
+        are read, to infer the widths. Vectors of more than ``in_memory`` bytes are memory-mapped in the folder
+        ``scratch`` (None: the system's temporary folder). ``workers`` exchange partners through tensors on ``device``.
 
-        Raises InputError for an empty catalogue, a modality that no item has, or two widths of one modality.
+        Raises InputError for an empty catalogue, a modality that no item has, two widths of one modality, or a folder
+        without enough space.
         """
         modalities = tuple(modalities)
         parts = [rows.column("item_index").to_numpy() for rows in read(["item_index"]) if rows.num_rows]
@@ -125,18 +132,14 @@ class Shard:
                 "catalogue"
             )
         self.item_index = np.sort(np.concatenate(parts))
-        partners = np.setdiff1d(pairs.partners, self.item_index) if pairs else np.zeros(0, np.int64)
-        self._rows = np.concatenate([self.item_index, partners])
-        self._vectors: dict[str, NDArray[np.float32]] = {}
-        self._present = {m: np.zeros(len(self._rows), bool) for m in modalities}
-        self._richness, self._counts = (np.zeros(len(self._rows), kind) for kind in (np.float32, np.int64))
-        self._loaded = np.zeros(len(self._rows), bool)
+        self._workers, self._device = workers, device
+        self._present = {m: np.zeros(len(self), bool) for m in modalities}
+        self._richness, self._counts = (np.zeros(len(self), kind) for kind in (np.float32, np.int64))
         self._previous: tuple[NDArray[np.int32], float] | None = None
         self.widths = find_widths(everyone or read, modalities)
-        self._allocate(in_memory)
-        self._load(read, modalities, self.item_index, 0)
+        self._vectors = _allocated(len(self), self.widths, in_memory, scratch)
+        self._load(read, modalities)
         if pairs:
-            self._load(pairs.read, modalities, partners, len(self))
             self._link(pairs)
 
     def __len__(self) -> int:
@@ -145,14 +148,10 @@ class Shard:
     def hold(self, read: Iterable[pa.RecordBatch], length: int, slack: float) -> None:
         """Add the previous codes of items to all later batches: ``read`` streams (item_index, codes) of any items,
         ``length`` codes each."""
-        codes, sorter = np.full((len(self._rows), length), PAD, np.int32), np.argsort(self._rows, kind="stable")
+        codes = np.full((len(self), length), PAD, np.int32)
         for rows in read:
-            index, read_codes = (
-                rows.column("item_index").to_numpy(),
-                rows.column("codes").flatten().to_numpy().reshape(-1, length),
-            )
-            mine = np.isin(index, self._rows)
-            codes[sorter[np.searchsorted(self._rows, index[mine], sorter=sorter)]] = read_codes[mine]
+            place, mine = self._places(rows.column("item_index").to_numpy())
+            codes[place[mine]] = rows.column("codes").flatten().to_numpy().reshape(-1, length)[mine]
         self._previous = codes, slack
 
     def having(self, modality: str) -> NDArray[np.int64]:
@@ -182,61 +181,138 @@ class Shard:
             vectors,
             present,
             torch.from_numpy(self._richness[rows]),
-            torch.from_numpy(self._rows[rows]),
+            torch.from_numpy(self.item_index[rows]),
             previous=previous,
             counts=torch.from_numpy(self._counts[rows]),
         )
 
     def take_pairs(self, rows: NDArray[np.int64], random: np.random.Generator) -> Batch:
         """Return the batch of the given positions, followed by one uniformly drawn partner of each; an item without
-        partners is its own partner."""
+        partners is its own partner. All workers call this together: each sends the partners that it has."""
         first, last = self._offsets[rows], self._offsets[rows + 1]
         paired = last > first
-        drawn = first + (random.random(len(rows)) * (last - first)).astype(np.int64)
-        partner = np.where(
-            paired,
-            self._partner[np.minimum(drawn, max(0, len(self._partner) - 1))] if len(self._partner) else rows,
-            rows,
+        drawn, partner = first + (random.random(len(rows)) * (last - first)).astype(np.int64), self.item_index[rows]
+        partner[paired] = self._partner[drawn[paired]]
+        if self._workers.world == 1:
+            both = self.take(np.concatenate([rows, np.searchsorted(self.item_index, partner)]))
+        else:
+            both = _joined(self.take(rows), self._fetched(partner))
+        return replace(both, paired=torch.from_numpy(paired))
+
+    def _fetched(self, index: NDArray[np.int64]) -> Batch:
+        """Return the batch of items of any workers."""
+
+        def columns(rows: NDArray[np.int64]) -> list[Tensor]:
+            batch = self.take(rows)
+            assert batch.counts is not None
+            codes = [batch.previous.codes] if batch.previous else []
+            return [*batch.vectors.values(), *batch.present.values(), batch.richness, batch.counts, *codes]
+
+        found, names = fetch(index, self.item_index, columns, self._workers, self._device), list(self.widths)
+        vectors, present = found[: len(names)], found[len(names) : 2 * len(names)]
+        richness, counts, *codes = found[2 * len(names) :]
+        previous = PreviousCodes(codes[0], self._previous[1]) if codes and self._previous else None
+        return Batch(
+            dict(zip(names, vectors)),
+            dict(zip(names, present)),
+            richness,
+            torch.from_numpy(index),
+            previous=previous,
+            counts=counts,
         )
-        return replace(self.take(np.concatenate([rows, partner])), paired=torch.from_numpy(paired))
 
     def scan(self, size: int = 4096) -> Iterator[Batch]:
         """Yield all of the worker's rows in order, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self.take(np.arange(start, min(start + size, len(self))))
 
-    def _load(self, read: Read, modalities: tuple[str, ...], order: NDArray[np.int64], start: int) -> None:
+    def _load(self, read: Read, modalities: tuple[str, ...]) -> None:
         for rows in read(["item_index", "richness", "interactions", *modalities]):
-            index = start + np.searchsorted(order, rows.column("item_index").to_numpy())
+            index = np.searchsorted(self.item_index, rows.column("item_index").to_numpy())
             batch = batch_of(rows, self.widths)
             for m in modalities:
                 self._vectors[m][index] = batch.vectors[m].numpy()
                 self._present[m][index] = batch.present[m].numpy()
             self._richness[index] = batch.richness.numpy()
             self._counts[index] = rows.column("interactions").to_numpy()
-            self._loaded[index] = True
+
+    def _places(self, index: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the positions of items [n], and which of them are the worker's own [n]."""
+        place = np.minimum(np.searchsorted(self.item_index, index), len(self) - 1)
+        return place, self.item_index[place] == index
 
     def _link(self, pairs: Pairs) -> None:
-        """Store the partners of each of the worker's rows as positions, in compressed rows; pairs of items without
-        features are dropped."""
-        known = np.isin(pairs.items, self.item_index) & np.isin(pairs.partners, self._rows[self._loaded])
-        items, partners = pairs.items[known], pairs.partners[known]
-        order = np.argsort(items, kind="stable")
-        items, partners = items[order], partners[order]
-        self._offsets = np.concatenate([np.searchsorted(items, self.item_index), [len(items)]])
-        sorter = np.argsort(self._rows, kind="stable")
-        self._partner = sorter[np.searchsorted(self._rows, partners, sorter=sorter)]
+        """Store the partners of each of the worker's rows, in compressed rows; pairs of items without features are
+        dropped."""
+        known = self._known()
+        place, mine = self._places(pairs.items)
+        mine &= pairs.partners < len(known)
+        mine[mine] = known[pairs.partners[mine]]
+        place, partners = place[mine], pairs.partners[mine]
+        self._offsets = np.searchsorted(np.sort(place), np.arange(len(self) + 1))
+        self._partner = partners[np.argsort(place, kind="stable")]
 
-    def _allocate(self, in_memory: int) -> None:
-        large = len(self._rows) * sum(self.widths.values()) * 4 > in_memory
-        for m, width in self.widths.items():
-            if large:
-                with tempfile.TemporaryFile(
-                    prefix="adasid-shard-"
-                ) as file:  # an unnamed file, which disappears when the process ends
-                    self._vectors[m] = np.memmap(file, np.float32, "w+", shape=(len(self._rows), width))
-            else:
-                self._vectors[m] = np.zeros((len(self._rows), width), np.float32)
+    def _known(self) -> NDArray[np.bool_]:
+        """Return whether any worker has the features of an item, by item_index."""
+        most = self._workers.gather(torch.tensor([int(self.item_index[-1])], device=self._device))
+        known = torch.zeros(int(most.max()) + 1, dtype=torch.uint8, device=self._device)
+        known[torch.from_numpy(self.item_index).to(self._device)] = 1
+        found: NDArray[np.bool_] = (self._workers.sum(known) > 0).cpu().numpy()
+        return found
+
+
+def _joined(one: Batch, other: Batch) -> Batch:
+    """Return the rows of two batches, one after the other."""
+    vectors, present = (
+        {name: torch.cat([value, theirs[name]]) for name, value in ours.items()}
+        for ours, theirs in ((one.vectors, other.vectors), (one.present, other.present))
+    )
+    assert one.counts is not None and other.counts is not None
+    previous = None
+    if one.previous and other.previous:
+        previous = PreviousCodes(torch.cat([one.previous.codes, other.previous.codes]), one.previous.slack)
+    return Batch(
+        vectors,
+        present,
+        torch.cat([one.richness, other.richness]),
+        torch.cat([one.index, other.index]),
+        previous=previous,
+        counts=torch.cat([one.counts, other.counts]),
+    )
+
+
+def _allocated(
+    rows: int, widths: dict[str, int], in_memory: int, scratch: str | None
+) -> dict[str, NDArray[np.float32]]:
+    """Return an array [rows, width] for each modality, together in memory or in unnamed files in ``scratch``, which
+    disappear when the process ends. Raises InputError if the folder has not enough space."""
+    need = rows * sum(widths.values()) * 4
+    if need <= in_memory:
+        return {m: np.zeros((rows, width), np.float32) for m, width in widths.items()}
+    folder = scratch or tempfile.gettempdir()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return {m: _mapped(folder, rows, width) for m, width in widths.items()}
+    except OSError as error:
+        space = f" ({shutil.disk_usage(folder).free / 1e9:.3g} GB are free)" if error.errno == errno.ENOSPC else ""
+        raise InputError(
+            f"{folder}: the vectors of this worker's {rows} items need {need / 1e9:.3g} GB there, but: "
+            f"{error.strerror}{space}; name another folder in ray.scratch, or use more workers on other machines"
+        ) from error
+
+
+def _mapped(folder: str, rows: int, width: int) -> NDArray[np.float32]:
+    """Return a memory-mapped array whose space on the disk is reserved."""
+    with tempfile.TemporaryFile(prefix="adasid-shard-", dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, rows * width * 4)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+        return np.memmap(file, np.float32, "r+", shape=(rows, width))
 
 
 def find_widths(read: Read, modalities: Iterable[str]) -> dict[str, int]:

@@ -97,3 +97,12 @@ def _fnv_1a(codes: Tensor, ngram: Sequence[int]) -> Tensor:
             for shift in (0, 8, 16, 24):
                 number = (number ^ ((value >> shift) & 0xFF)) * _PRIME
     return number
+
+
+def hashed_index(index: Tensor, rows: int) -> Tensor:
+    """Return a row of ``rows`` for each index [n] int64 -> [n] int64: FNV-1a with 64 bits of its 8 bytes, least
+    significant first, folded as in :func:`hashed`."""
+    number = torch.full_like(index, _OFFSET)
+    for shift in range(0, 64, 8):
+        number = (number ^ ((index >> shift) & 0xFF)) * _PRIME
+    return (((number >> 32) ^ number) & 0xFFFFFFFF) % rows

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from adasid import config
-from adasid.recommenders.ngrams import hashed
+from adasid.recommenders.ngrams import hashed, hashed_index
 from adasid.recommenders.tokens import ItemTokens, embedded_ngrams
+
+_SPARSE = 1 << 17
+"""Rows from which the gradients of a table of items are sparse: one that has a row an item, or many hashed n-grams."""
 
 
 class ItemVectors(nn.Module):
@@ -28,12 +31,19 @@ class ItemVectors(nn.Module):
             prefixes = [range(length + 1) for length in range(slots)]
             rows = hashed(catalogue.codes, prefixes, s.ngram_rows, pad_lacks=False)
         size = s.ngram_rows if s.items == "prefix" else sum(catalogue.sizes)
-        self.table = nn.Embedding(size, self.width // slots if s.items == "concat" else s.width)
+        self.table = nn.Embedding(size, self.width // slots if s.items == "concat" else s.width, sparse=size >= _SPARSE)
         nn.init.normal_(self.table.weight, std=0.01)
         self.rows, self.catalogue = rows, catalogue
         self.ngrams: nn.Parameter | None = None
+        self.sparse_ngrams = catalogue.ngram_rows >= _SPARSE
         if catalogue.ngram_rows and s.items != "prefix":
             self.ngrams = nn.Parameter(torch.zeros(catalogue.ngram_rows + 1, self.width))
+
+    def sparse_tables(self) -> list[nn.Parameter]:
+        """Return the tables whose gradients are sparse."""
+        tables: list[Tensor | None] = [self.table.weight if self.table.sparse else None]
+        tables += [self.ngrams if self.sparse_ngrams else None]
+        return [table for table in tables if isinstance(table, nn.Parameter)]
 
     def forward(self, items: Tensor) -> Tensor:
         """Return the vectors of items: item_index [...] -> [..., width]. With ``weights`` a token's embedding is scaled
@@ -43,7 +53,8 @@ class ItemVectors(nn.Module):
             tokens = tokens * self.catalogue.weights[items][..., None]
         vectors: Tensor = tokens.flatten(-2) if self.settings.items == "concat" else tokens.sum(-2)
         if self.ngrams is not None:
-            vectors = vectors + embedded_ngrams(self.catalogue, self.ngrams, items.reshape(-1)).view(vectors.shape)
+            added = embedded_ngrams(self.catalogue, self.ngrams, items.reshape(-1), self.sparse_ngrams)
+            vectors = vectors + added.view(vectors.shape)
         return vectors
 
 
@@ -62,13 +73,16 @@ class Gate(nn.Module):
 class PPNet(nn.Module):
     """``PPNet`` computes the logit of a click from the user, the mean of the history, and the item. The gates read the
     prior (user and item, in separate tables) and all features without gradient, and scale each hidden layer's output
-    after its activation."""
+    after its activation. More than ``settings.user_rows`` users share so many rows of the users' tables, whose
+    gradients are sparse."""
 
     def __init__(self, settings: config.Ranking, catalogue: ItemTokens, users: int) -> None:
         super().__init__()
         s = settings
         self.items, self.prior_items = ItemVectors(s, catalogue), ItemVectors(s, catalogue)
-        self.users, self.prior_users = nn.Embedding(users, s.width), nn.Embedding(users, s.width)
+        self.rows = min(users, s.user_rows)
+        self.hashed = users > self.rows
+        self.users, self.prior_users = (nn.Embedding(self.rows, s.width, sparse=True) for _ in range(2))
         for table in (self.users, self.prior_users):
             nn.init.normal_(table.weight, std=0.01)
         self.gated = list(catalogue.behavior) if s.weights else []
@@ -80,9 +94,15 @@ class PPNet(nn.Module):
         self.gates = nn.ModuleList(Gate(prior, s.gate_hidden, b) for b in s.hidden)
         self.dropout, self.out = nn.Dropout(s.dropout), nn.Linear(sizes[-1], 1)
 
+    def sparse_tables(self) -> list[nn.Parameter]:
+        """Return the tables whose gradients are sparse."""
+        users = [*self.users.parameters(), *self.prior_users.parameters()]
+        return [*users, *self.items.sparse_tables(), *self.prior_items.sparse_tables()]
+
     def forward(self, users: Tensor, histories: Tensor, items: Tensor) -> Tensor:
-        """Return logits [B]. ``users`` [B], ``items`` [B], ``histories`` [B / n, T] item_index padded with -1, each for
-        n consecutive users and items."""
+        """Return logits [B]. ``users`` [B] user_index, ``items`` [B], ``histories`` [B / n, T] item_index padded with
+        -1, each for n consecutive users and items."""
+        users = hashed_index(users, self.rows) if self.hashed else users
         mask = (histories >= 0).to(self.out.weight.dtype)[..., None]
         past = (self.items(histories.clamp(min=0)) * mask).sum(1) / mask.sum(1).clamp(min=1)
         past = past.repeat_interleave(len(items) // len(histories), dim=0)

@@ -8,38 +8,36 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from numpy.typing import NDArray
 
 from adasid import tables
-from adasid.config import Config, Ranking, Retrieval, TokenizerSettings
-from adasid.data.sequences import Histories
+from adasid.config import Config, TokenizerSettings
+from adasid.data.events import read_events
+from adasid.data.sequences import Histories, read_histories
 from adasid.data.shards import Pairs, Shard
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import Location, write_json, write_text
-from adasid.recommenders import ngrams
-from adasid.recommenders.tokens import ItemTokens
 from adasid.storage import configure
 from adasid.tokenizers import artifact
 from adasid.tokenizers.relabel import Relabelled
 from adasid.training.behavior import BehaviorData, BehaviorTraining
-from adasid.training.ranking import Events, RankingData, RankingTraining
+from adasid.training.ranking import RankingData, RankingTraining
 from adasid.training.retrieval import RetrievalData, RetrievalTraining
 from adasid.training.tokenizer import TokenizerTraining, summary
 from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
+from pipelines.training import parts
+from pipelines.training.parts import ItemPart
 from pipelines.training.payload import Payload
+from pipelines.training.sids import read_catalogue
 
 OUTCOME = "outcome.json"
-_SAMPLE = ["user_id", "position", "item_index", "label", "in_history", "split"]
-_PAIR = pa.schema([(name, pa.int64()) for name in ("item_index", "partner_index")])
+_PAIR = ["item_index", "partner_index"]
 
 
 def behavior(payload: Payload) -> None:
@@ -52,11 +50,12 @@ def behavior(payload: Payload) -> None:
         .sort_by("item_index")["interactions"]
         .to_numpy()
     )
-    parts = _histories(lake, read, workers, cfg)
+    length = cfg.behavior.max_length
+    users = _histories(lake, read, workers, cfg, {"train": length + 1, "validation": length, "test": length})
     data = BehaviorData(
-        parts["train"],
-        parts["validation"],
-        parts["test"],
+        users["train"],
+        users["validation"],
+        users["test"],
         counts.astype(np.int64),
         f"sequences version {read['sequences']}",
     )
@@ -78,21 +77,23 @@ def tokenizer(payload: Payload) -> None:
     if payload.start:
         started_from, known = artifact.read(payload.start)
         settings = artifact.settings_of(known.config)
-    mine = _modulo("item_index", workers) if workers.world > 1 else None
+    mine = parts.item_part(lake, "item_features", version, workers)
     shard = Shard(
-        lambda columns: lake.batches("item_features", version, columns, mine),
+        parts.reader(lake, "item_features", version, items=mine),
         settings.inputs,
-        everyone=lambda columns: lake.batches("item_features", version, columns),
+        everyone=parts.reader(lake, "item_features", version),
         pairs=_pairs(lake, payload.read, mine) if settings.pairs else None,
+        scratch=cfg.ray.scratch,
+        workers=workers,
+        device=_device(cfg),
     )
     torch.manual_seed(cfg.seed)
     tokenizer = started_from or artifact.build(settings, shard.widths)
     tokenizer.unfreeze()
     previous = payload.previous
     if previous and tuple((slot.kind, slot.size) for slot in tokenizer.slots) == previous.slots:
-        theirs = None if settings.pairs else mine  # partners may be other workers' items
         shard.hold(
-            lake.batches("previous_codes", previous.version, ["item_index", "codes"], theirs),
+            parts.rows(lake, "previous_codes", previous.version, ["item_index", "codes"], items=mine),
             len(tokenizer.slots),
             previous.slack,
         )
@@ -118,10 +119,12 @@ def retrieval(payload: Payload) -> None:
     write ``best.safetensors`` and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read, settings = payload.read, cfg.retrieval
-    catalogue, counts, strata = _catalogue(lake, payload, settings)
-    parts = _histories(lake, read, workers, cfg)
+    catalogue, counts, strata = read_catalogue(lake, payload, settings)
+    length = settings.max_length
+    whole = None if not settings.repeatable else length  # lists leave out all items of a history
+    users = _histories(lake, read, workers, cfg, {"train": length + 1, "validation": whole, "test": None})
     data = RetrievalData(
-        parts["train"], parts["validation"], parts["test"], counts, strata, f"sequences version {read['sequences']}"
+        users["train"], users["validation"], users["test"], counts, strata, f"sequences version {read['sequences']}"
     )
     training = RetrievalTraining(settings, catalogue, data, folder, cfg.seed, workers, _device(cfg))
     _finish(payload, workers, training.run(_report(payload, workers)))
@@ -131,8 +134,9 @@ def ranking(payload: Payload) -> None:
     """Train a click-through model on the same SIDs; write ``best.safetensors`` and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     version, settings = payload.read["ranking_samples"], cfg.ranking
-    catalogue, counts, strata = _catalogue(lake, payload, settings)
-    events = Events.from_batches(lake.batches("ranking_samples", version, _SAMPLE))
+    catalogue, counts, strata = read_catalogue(lake, payload, settings)
+    mine = parts.buckets_of(lake, "ranking_samples", version, cfg, workers)
+    events = read_events(parts.reader(lake, "ranking_samples", version, mine))
     data = RankingData(events, counts, strata, f"ranking_samples version {version}")
     training = RankingTraining(
         settings, catalogue, data, folder, cfg.seed, workers, _device(cfg), cfg.spark.scores_from
@@ -146,81 +150,36 @@ def _finish(payload: Payload, workers: Workers, result: dict[str, Any]) -> None:
         write_json(payload.folder / OUTCOME, {**result, **facts})
 
 
-def _catalogue(
-    lake: Lake, payload: Payload, settings: Retrieval | Ranking
-) -> tuple[ItemTokens, NDArray[np.int64], NDArray[np.int64]]:
-    """Return tokens, training counts and strata of all items, in the order of item_index, as the model's
-    ``settings`` want them. Raises InputError where the SIDs are of other items."""
-    stats = lake.read("item_stats", payload.read["item_stats"], ["item_id", "item_index", "interactions", "stratum"])
-    stats = stats.sort_by("item_index").combine_chunks()
-    counts = stats["interactions"].to_numpy().astype(np.int64)
-    strata = pc.index_in(stats["stratum"], pa.array(tables.STRATA)).to_numpy().astype(np.int64)
-    chosen = payload.catalogue
-    if not chosen:
-        return ItemTokens.ids(len(stats)), counts, strata
-    rows = lake.read(chosen.table, chosen.version, ["item_id", "codes", "weights", "active"])
-    index = pc.index_in(stats["item_id"], rows["item_id"].combine_chunks())
-    if index.null_count or len(rows) != len(stats):
+def _histories(
+    lake: Lake, read: dict[str, int], workers: Workers, cfg: Config, lengths: Mapping[str, int | None] | None = None
+) -> dict[str, Histories]:
+    """Return the histories of this worker's users in each split, cut to their latest ``lengths[split]`` items (None:
+    all)."""
+    version = read["sequences"]
+    mine = parts.reader(lake, "sequences", version, parts.buckets_of(lake, "sequences", version, cfg, workers))
+    found = read_histories(mine, lengths or dict.fromkeys(tables.SPLITS))
+    device = _device(cfg) if workers.world > 1 else "cpu"
+    if not workers.agree(len(found["train"]) > 0, device):
         raise InputError(
-            f"{chosen.table} version {chosen.version} has {len(rows)} items, of which "
-            f"{len(stats) - index.null_count} are among the {len(stats)} of "
-            "item_stats: write the SIDs of these items (jobs/write_sids.py)"
+            f"sequences version {version} has no user with at least two training events for one of "
+            f"{workers.world} workers: bring more interactions, lower ray.workers, or raise features.user_buckets"
         )
-    rows = rows.take(index).combine_chunks()
-    codes, factors, active = (
-        pc.list_flatten(rows[name]).to_numpy(zero_copy_only=False).reshape(len(rows), -1)
-        for name in ("codes", "weights", "active")
-    )
-    codes = np.where(active, codes, tables.PAD) if settings.inactive == "pad" else codes
-    weights = factors.astype(np.float32) if settings.weights else None
-    tokens = ItemTokens.of(codes.astype(np.int32), chosen.slots, weights)
-    combinations = ngrams.choose(settings.ngrams, chosen.slots, chosen.parallel)
-    trained = torch.from_numpy(counts > 0)
-    tokens = tokens.with_ngrams(combinations, settings.ngram_rows, trained, settings.ngram_min_items)
-    return tokens, counts, strata
+    return found
 
 
-def _histories(lake: Lake, read: dict[str, int], workers: Workers, cfg: Config) -> dict[str, Histories]:
-    """Return this worker's users of each split."""
-    columns = ["user_id", "history", "target"]
-    splits = {
-        split: Histories.from_batches(lake.batches("sequences", read["sequences"], columns, pc.field("split") == split))
-        for split in tables.SPLITS
-    }
-    if len(splits["train"]) < workers.world:
-        raise InputError(
-            f"sequences version {read['sequences']} has {len(splits['train'])} users with at least two training "
-            f"events, fewer than ray.workers {workers.world}: bring more interactions"
-        )
-    return {split: histories.part(workers.rank, workers.world) for split, histories in splits.items()}
-
-
-def _pairs(lake: Lake, read: dict[str, int], mine: pc.Expression | None) -> Pairs:
-    """Return the pairs whose first item belongs to this worker, and the rows of their partners."""
-    table = pa.Table.from_batches(
-        (batch.cast(_PAIR) for batch in lake.batches("item_pairs", read["item_pairs"], _PAIR.names, mine)), _PAIR
-    )
-    items, partners = (table[name].to_numpy() for name in _PAIR.names)
-    if not len(items):
+def _pairs(lake: Lake, read: dict[str, int], mine: ItemPart) -> Pairs:
+    """Return the pairs whose first item belongs to this worker."""
+    found = [
+        [batch.column(name).to_numpy().astype(np.int32) for name in _PAIR]
+        for batch in parts.rows(lake, "item_pairs", read["item_pairs"], _PAIR, items=mine, size=1 << 16)
+    ]
+    if not found:
         raise InputError(
             f"item_pairs version {read['item_pairs']} has no pair for this worker: lower features.pairs.min_users, or "
             "bring more interactions"
         )
-    wanted = pc.field("item_index").isin(pa.array(np.unique(partners)))
-    others = wanted if mine is None else wanted & ~mine
-    return Pairs(
-        items,
-        partners,
-        lambda columns: (
-            lake.batches("item_features", read["item_features"], columns, others) if mine is not None else []
-        ),
-    )
-
-
-def _modulo(column: str, workers: Workers) -> pc.Expression:
-    """Return the filter of rows whose ``column`` modulo the number of workers is this worker's rank."""
-    field = pc.field(column)
-    return pc.subtract(field, pc.multiply(pc.divide(field, workers.world), workers.world)) == workers.rank
+    items, partners = (np.concatenate(columns) for columns in zip(*found))
+    return Pairs(items, partners)
 
 
 def _opened(payload: Payload) -> tuple[Config, Workers, Lake, Location]:

@@ -49,6 +49,7 @@ from pipelines.nightly import retokenize
 from pipelines.publish import generations
 from pipelines.training import downstream, launch, tokenizer, workers
 from pipelines.training.payload import Catalogue
+from pipelines.training.sids import read_catalogue
 from tests.end_to_end.nights import VECTORS, next_day, noisy, put
 
 TABLES = ("item_features", "item_stats", "sids", "generations", "live", "catalog_stats", "richness_stats")
@@ -180,7 +181,7 @@ def recall(path: str, log: Path) -> None:
     read = lake.versions("sequences", "item_stats")
     parts, settings = workers._histories(lake, read, Workers(), cfg), cfg.retrieval
     payload = launch.payload(cfg, lake, read, folder).model_copy(update={"catalogue": source})
-    known, counts, strata = workers._catalogue(lake, payload, settings)
+    known, counts, strata = read_catalogue(lake, payload, settings)
     ids = lake.read("item_stats", read["item_stats"], ["item_id", "item_index"]).sort_by("item_index")["item_id"]
 
     def score(policy: str, catalogue: ItemTokens) -> None:

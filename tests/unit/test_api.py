@@ -111,7 +111,7 @@ def test_weights_equal_those_of_the_pipelines_worker(name, table, data, pairs, t
         from adasid.data.shards import Pairs, Shard
 
         read = lambda columns: table.select(columns).to_batches(max_chunksize=97)  # noqa: E731
-        shard_ = Shard(read, settings.inputs, pairs=Pairs(*pairs.T, lambda columns: []))
+        shard_ = Shard(read, settings.inputs, pairs=Pairs(*pairs.T))
         torch.manual_seed(17)
     loop = TokenizerTraining(artifact.build(settings, shard_.widths), settings, shard_, tmp_path, 17, Workers(), "v0")
     loop.run()

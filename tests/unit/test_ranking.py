@@ -12,14 +12,17 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from adasid import config
+from adasid.data.events import read_events
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics, user_auc
+from adasid.recommenders import ppnet
+from adasid.recommenders.ngrams import hashed_index
 from adasid.recommenders.ppnet import Gate, ItemVectors, PPNet
 from adasid.recommenders.tokens import ItemTokens
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD, RANKING_ONLY, RANKING_SCORES, SPLITS
-from adasid.training.ranking import Events, RankingData, RankingTraining
+from adasid.training.ranking import RankingData, RankingTraining
 
 SLOTS = (Slot("t0", "text", 4), Slot("b0", BEHAVIOR, 5))
 
@@ -114,6 +117,56 @@ def test_features_reach_the_gates_without_gradient():
     assert model.prior_items.table.weight.grad.abs().sum() > 0
 
 
+def test_more_users_than_rows_share_them_by_fnv_1a():
+    expected = []
+    for user in (0, 1, 299, 2**33 + 5):
+        number = 0xCBF29CE484222325
+        for byte in user.to_bytes(8, "little"):
+            number = (number ^ byte) * 0x100000001B3 % 2**64
+        expected.append(((number >> 32) ^ number) % 2**32 % 97)
+    assert hashed_index(torch.tensor([0, 1, 299, 2**33 + 5]), 97).tolist() == expected
+    spread = torch.bincount(hashed_index(torch.arange(97_000), 97))
+    assert spread.min() > 850 and spread.max() < 1150
+    few = PPNet(config.Ranking(width=8, hidden=(16,), user_rows=97), tokens(), 300)
+    assert few.users.num_embeddings == few.prior_users.num_embeddings == 97
+    few(torch.tensor([299]), torch.tensor([[1]]), torch.tensor([2])).sum().backward()
+    assert few.users.weight.grad.coalesce().indices().tolist() == [[expected[2]]]
+
+
+def test_only_the_rows_of_the_batch_change_and_decay(tmp_path):
+    made = training(tmp_path, events(), weight_decay=0.5)
+    tables = [made.model.users.weight, made.model.prior_users.weight]
+    assert [id(table) for table in made.model.sparse_tables()] == [id(table) for table in tables]
+    before = [table.detach().clone() for table in tables]
+    batch, labels = made._batch(np.array([4, 29]), np.array([[7, 8], [9, 10]]))
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(made.model(*batch), labels)
+    plain = torch.autograd.grad(loss, tables[0], retain_graph=True)[0].to_dense()
+    made._clock = 0.0
+    made.step(loss, 1, 0)
+    for table, old in zip(tables, before):
+        assert (table != old).any(1).nonzero().flatten().tolist() == [0, 2]
+        assert table.grad.is_sparse
+    torch.testing.assert_close(tables[0].grad.to_dense()[[0, 2]], plain[[0, 2]] + 0.5 * before[0][[0, 2]])
+    state = made.optimizers["table"].state[tables[0]]["sum"]
+    assert state.any(1).nonzero().flatten().tolist() == [0, 2]
+
+
+def test_large_tables_of_items_have_sparse_gradients_of_the_same_values(monkeypatch):
+    gradients = []
+    for rows in (1 << 17, 1):
+        monkeypatch.setattr(ppnet, "_SPARSE", rows)
+        torch.manual_seed(0)
+        catalogue = tokens().with_ngrams([(0, 1)], 8)
+        vectors = ItemVectors(config.Ranking(width=6), catalogue)
+        vectors(torch.tensor([[0, 1], [1, 3]])).pow(2).sum().backward()
+        assert len(vectors.sparse_tables()) == (2 if rows == 1 else 0)
+        found = [vectors.table.weight.grad, vectors.ngrams.grad]
+        assert all(gradient.is_sparse == (rows == 1) for gradient in found)
+        gradients.append([gradient.to_dense() if gradient.is_sparse else gradient for gradient in found])
+    for dense, sparse in zip(*gradients):
+        torch.testing.assert_close(dense, sparse)
+
+
 def events(labels=False, users=300, seed=0):
     """Users of two kinds; a user of kind k clicks items of kind k nine times of ten. With ``labels`` all items are
     shown, and rated so."""
@@ -130,7 +183,7 @@ def events(labels=False, users=300, seed=0):
     split = np.where(np.arange(12) == 11, "test", np.where(np.arange(12) == 10, "validation", "train"))
     table = pa.table(
         {
-            "user_id": np.repeat([f"u{u:04d}" for u in range(users)], 12),
+            "user_index": np.repeat(np.arange(users), 12),
             "position": np.tile(np.arange(12), users),
             "item_index": items.reshape(-1),
             "label": pa.array(label.reshape(-1), pa.int32()),
@@ -141,10 +194,26 @@ def events(labels=False, users=300, seed=0):
     return table.take(rng.permutation(len(table)))
 
 
+class Alone(Workers):
+    """One of several workers, who does not wait for the others."""
+
+    def gather(self, rows):
+        return rows
+
+    def sum(self, tensor):
+        return tensor.clone()
+
+
+def read(table, workers=Workers()):
+    """The events of a worker: those of every world-th user."""
+    mine = table.filter(table["user_index"].to_numpy() % workers.world == workers.rank)
+    return read_events(lambda columns: mine.select(columns).to_batches(max_chunksize=101))
+
+
 def training(folder, table, epochs=6, workers=Workers(), **settings):
-    found = Events.from_batches(table.to_batches())
+    found, whole = read(table, workers), read(table)
     codes = np.stack([np.arange(40) // 10, np.arange(40) % 2], axis=1).astype(np.int32)
-    counts = np.bincount(found.items[found.splits == 0], minlength=40)
+    counts = np.bincount(whole.items[whole.splits == 0], minlength=40)
     chosen = config.Ranking.model_validate(
         {"width": 8, "hidden": [16], "batch": 512, "lr": 0.01, "epochs": epochs, "dropout": 0.0, **settings}
     )
@@ -160,11 +229,11 @@ def training(folder, table, epochs=6, workers=Workers(), **settings):
 
 def test_histories_hold_what_came_before():
     table = events()
-    found = Events.from_batches(table.to_batches())
+    found = read(table)
     assert [SPLITS[s] for s in found.splits[9:13]] == ["train", "validation", "test", "train"]
     mine = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["position"], 9))
     other = table.set_column(5, "split", pc.if_else(mine, RANKING_ONLY, table["split"]))
-    np.testing.assert_array_equal(Events.from_batches(other.to_batches()).splits, found.splits)
+    np.testing.assert_array_equal(read(other).splits, found.splits)
     event = 5 * 12 + 4
     assert found.histories(np.array([event, event - 4]), 3).tolist() == [
         found.items[event - 3 : event].tolist(),
@@ -179,7 +248,7 @@ def test_impressions_and_unrated_events(tmp_path):
         "in_history": [True, False, True, True, False, True],
         "split": ["train"] * 3 + ["ranking", "validation", "test"],
     }
-    found = Events.from_batches(pa.table({"user_id": ["u"] * 6, **rows, **seen}).to_batches())
+    found = read(pa.table({"user_index": [0] * 6, **rows, **seen}))
     assert [found.histories(np.array([e]), 2).tolist()[0] for e in range(6)] == [
         [-1],
         [10],
@@ -217,14 +286,26 @@ def test_a_batch_is_event_by_event_with_its_history(tmp_path):
 
 
 def test_drawn_items_do_not_depend_on_the_seed_or_the_worker(tmp_path):
-    whole = training(tmp_path / "a", events())
-    other = training(tmp_path / "b", events())
-    other.workers = Workers(1, 2)
-    part = other._part(SPLITS.index("test"))
-    other.parts["test"] = part
-    chosen = np.isin(whole.parts["test"], part)
-    np.testing.assert_array_equal(other._negatives("test"), whole.drawn["test"][chosen])
-    assert (whole.drawn["test"] < 40).all()
+    table = events()
+    whole = training(tmp_path / "a", table)
+    every = whole._negatives(whole.parts["test"].astype(np.int64))
+    assert every.shape == (300, 4) and (every < 40).all()
+    for rank in range(3):
+        part = training(tmp_path / str(rank), table, workers=Alone(rank, 3))
+        mine = part._negatives(part.parts["test"].astype(np.int64))
+        np.testing.assert_array_equal(mine, every[rank::3])
+    share = np.bincount(every.ravel(), minlength=40) / every.size
+    expected = np.diff(whole.cdf, prepend=0)
+    assert np.abs(share - expected).max() < 4 * np.sqrt(expected.max() / every.size)
+
+
+def test_numbers_of_an_event_are_uniform():
+    found = read(events(users=2000))
+    drawn = found.uniform(np.arange(len(found)), 4)
+    assert drawn.min() >= 0 and drawn.max() < 1
+    counts = np.histogram(drawn, 50, (0, 1))[0]
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 90, "chi-square of 49 degrees of freedom"
+    assert np.abs(np.corrcoef(np.column_stack([drawn, np.roll(drawn, 1, 0)]).T) - np.eye(8)).max() < 0.03
 
 
 def test_a_killed_training_ends_as_it_would_have(tmp_path):

@@ -17,7 +17,7 @@ from adasid.training.loop import best
 def histories(rows, targets=None):
     table = pa.table(
         {
-            "user_id": [f"u{i:03d}" for i in range(len(rows))],
+            "user_index": np.arange(len(rows)),
             "history": pa.array(rows, pa.list_(pa.int64())),
             "target": pa.array(targets or [None] * len(rows), pa.int64()),
         }

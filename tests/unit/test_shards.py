@@ -1,3 +1,8 @@
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -32,6 +37,28 @@ def test_a_large_shard_is_memory_mapped_and_equal():
     large = Shard(lambda columns: table.select(columns).to_batches(), ("text", "visual", BEHAVIOR), in_memory=0)
     assert isinstance(large._vectors["text"], np.memmap)
     assert torch.equal(small.take(np.arange(50)).vectors["text"], large.take(np.arange(50)).vectors["text"])
+
+
+def test_vectors_are_mapped_where_it_is_said_and_space_is_checked_first(tmp_path, monkeypatch):
+    table, _ = catalogue(items=50)
+    reads = []
+
+    def read(columns):
+        reads.append(columns)
+        return table.select(columns).to_batches()
+
+    folder = tmp_path / "scratch"
+    made = Shard(read, ("text",), in_memory=0, scratch=str(folder))
+    assert isinstance(made._vectors["text"], np.memmap) and folder.is_dir() and not list(folder.iterdir())
+    assert os.stat(folder).st_dev == os.stat(tmp_path).st_dev
+    reads.clear()
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: shutil._ntuple_diskusage(9000, 5000, 4000))
+    with pytest.raises(InputError, match=r"scratch: the vectors of this worker's 50 items need 4.8e-06 GB there, but"):
+        Shard(read, ("text",), in_memory=0, scratch=str(folder))
+    assert reads == [["item_index"], ["text"]], "the first rows, for the width"
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file: .* name another folder in ray\.scratch"):
+        Shard(read, ("text",), in_memory=0, scratch=str(tmp_path / "file"))
 
 
 def test_unusable_features_are_named():
@@ -81,25 +108,54 @@ def test_optimiser_state_round_trips(kind):
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_partners_are_loaded_whoever_owns_them_and_drawn_evenly(world):
+class Threads(Workers):
+    """One of several workers in threads, which meet at a barrier."""
+
+    def meet(self, barrier, board):
+        object.__setattr__(self, "barrier", barrier)
+        object.__setattr__(self, "board", board)
+        return self
+
+    def gather(self, rows):
+        self.board[self.rank] = rows
+        self.barrier.wait(30)
+        found = torch.cat([self.board[rank] for rank in range(self.world)])
+        self.barrier.wait(30)
+        return found
+
+    def sum(self, tensor):
+        return self.gather(tensor[None]).sum(0).to(tensor.dtype)
+
+
+def together(world, function):
+    """What ``function(workers)`` returns on each of ``world`` workers."""
+    barrier, board = threading.Barrier(world), {}
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(lambda rank: function(Threads(rank, world).meet(barrier, board)), range(world)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_partners_are_sent_by_the_worker_that_has_them_and_drawn_evenly(world):
     table, cluster = catalogue(items=200)
     whole = shard(table)
-    for rank in range(world):
-        mine = shard(table, rank=rank, world=world, cluster=cluster)
+
+    def draw(workers):
+        mine = shard(table, rank=workers.rank, world=world, cluster=cluster, workers=workers)
+        return mine, [mine.take_pairs(np.arange(60), np.random.default_rng(seed)) for seed in range(30)]
+
+    for rank, (mine, batches) in enumerate(together(world, draw) if world > 1 else [draw(Workers())]):
         assert mine.item_index.tolist() == list(range(rank, 200, world))
-        assert sum(len(batch) for batch in mine.scan()) == len(mine), "partners are not among the worker's own items"
+        assert sum(len(values) for values in mine._vectors.values()) == 3 * len(mine), "no partner is kept"
         drawn = {}
-        for seed in range(30):
-            rows = np.arange(len(mine))
-            batch = mine.take_pairs(rows, np.random.default_rng(seed))
-            first, second = batch.index[: len(rows)].numpy(), batch.index[len(rows) :].numpy()
-            assert first.tolist() == mine.item_index.tolist()
+        for batch in batches:
+            first, second = batch.index[:60].numpy(), batch.index[60:].numpy()
+            assert first.tolist() == mine.item_index[:60].tolist()
             assert (cluster[first] == cluster[second]).all()
             assert batch.paired.all()
             reference = whole.take(batch.index.numpy())
             assert all(torch.equal(batch.vectors[m], reference.vectors[m]) for m in whole.widths)
-            assert torch.equal(batch.richness, reference.richness)
+            assert all(torch.equal(batch.present[m], reference.present[m]) for m in whole.widths)
+            assert torch.equal(batch.richness, reference.richness) and torch.equal(batch.counts, reference.counts)
             for a, b in zip(first, second):
                 drawn.setdefault(int(a), set()).add(int(b))
         assert np.mean([len(partners) for partners in drawn.values()]) > 2.5, "three partners each"
@@ -108,7 +164,7 @@ def test_partners_are_loaded_whoever_owns_them_and_drawn_evenly(world):
 def test_an_item_without_partners_is_its_own():
     table, _ = catalogue(items=50)
     rows = lambda columns: table.select(columns).to_batches()  # noqa: E731
-    data = Shard(rows, ("text",), pairs=Pairs(np.array([3, 3]), np.array([7, 9]), lambda columns: []))
+    data = Shard(rows, ("text",), pairs=Pairs(np.array([3, 3]), np.array([7, 9])))
     batch = data.take_pairs(np.array([2, 3, 49]), np.random.default_rng(0))
     assert batch.paired.tolist() == [False, True, False]
     assert batch.index[:3].tolist() == [2, 3, 49]
@@ -119,11 +175,9 @@ def test_an_item_without_partners_is_its_own():
 
 def test_pairs_of_items_without_features_are_left_out():
     table, _ = catalogue(items=5)
-    own, other = table.slice(0, 3), table.slice(4, 1)
-    pairs = Pairs(
-        np.array([0, 1, 3, 3, 2]), np.array([4, 9, 0, 4, 4]), lambda columns: other.select(columns).to_batches()
-    )
-    data = Shard(lambda columns: own.select(columns).to_batches(), ("text",), pairs=pairs)
+    some = table.take([0, 1, 2, 4])
+    pairs = Pairs(np.array([0, 1, 3, 3, 2, 0]), np.array([4, 9, 0, 4, 4, 3]))
+    data = Shard(lambda columns: some.select(columns).to_batches(), ("text",), pairs=pairs)
     batch = data.take_pairs(np.arange(3), np.random.default_rng(0))
     assert batch.index.tolist() == [0, 1, 2, 4, 1, 4]
     assert batch.paired.tolist() == [True, False, True]
@@ -131,18 +185,21 @@ def test_pairs_of_items_without_features_are_left_out():
 
 def test_previous_codes_come_with_every_row_partners_too():
     table, cluster = catalogue(items=60)
-    mine = shard(table, ("text",), 0, 2, cluster)
-    assert mine.take(np.arange(3)).previous is None and mine.previous(9) is None
     index = np.random.default_rng(0).permutation(58)  # two items are new today
     codes = pa.array(np.stack([index % 7, index % 5], 1).tolist(), pa.list_(pa.int32()))
-    mine.hold([pa.record_batch({"item_index": pa.array(index), "codes": codes})], 2, 0.5)
-    batch = mine.take_pairs(np.arange(len(mine)), np.random.default_rng(0))
-    assert set(batch.index.tolist()) - set(mine.item_index.tolist()), "some partners are the other worker's"
-    assert batch.previous is not None and batch.previous.slack == 0.5
-    known = batch.index < 58
-    assert torch.equal(batch.previous.codes[known], torch.stack([batch.index % 7, batch.index % 5], 1)[known])
-    assert (batch.previous.codes[~known] == PAD).all()
-    own = mine.item_index[mine.item_index < 58]
-    assert torch.equal(
-        mine.previous(9), torch.stack([torch.from_numpy(np.bincount(own % n, minlength=9)) for n in (7, 5)])
-    )
+
+    def draw(workers):
+        mine = shard(table, ("text",), workers.rank, 2, cluster, workers)
+        assert mine.take(np.arange(3)).previous is None and mine.previous(9) is None
+        mine.hold([pa.record_batch({"item_index": pa.array(index), "codes": codes})], 2, 0.5)
+        return mine, mine.take_pairs(np.arange(len(mine)), np.random.default_rng(0))
+
+    for mine, batch in together(2, draw):
+        assert set(batch.index.tolist()) - set(mine.item_index.tolist()), "some partners are the other worker's"
+        assert batch.previous is not None and batch.previous.slack == 0.5
+        known = batch.index < 58
+        assert torch.equal(batch.previous.codes[known], torch.stack([batch.index % 7, batch.index % 5], 1)[known])
+        assert (batch.previous.codes[~known] == PAD).all()
+        own = mine.item_index[mine.item_index < 58]
+        expected = torch.stack([torch.from_numpy(np.bincount(own % n, minlength=9)) for n in (7, 5)])
+        assert torch.equal(mine.previous(9), expected)

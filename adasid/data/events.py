@@ -1,0 +1,141 @@
+"""Store the events of users as flat arrays, for a model that scores single events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from adasid.data.reading import Read
+from adasid.tables import RANKING_ONLY, SPLITS
+
+COLUMNS = ["user_index", "position", "item_index", "label", "in_history", "split"]
+_CHUNK = 1 << 17
+"""Events that are sorted at a time."""
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Events:
+    """``Events`` contains the events of users, by user and time. ``ids`` [U]: user_index of each user, ascending;
+    events of user u are those from ``starts[u]`` up to and excluding ``starts[u + 1]``. ``users`` [n] int32: index of
+    an event's user in ``ids``; ``items`` [n] int32; ``labels`` [n] int8: 0, 1, or -1 for none; ``splits`` [n] int8:
+    index in ``tables.SPLITS``, where ``RANKING_ONLY`` counts as train.
+
+    Items of the events that are in histories are ``visited`` [v] int32, in the same order; each event comes after the
+    first ``before`` [n] of them."""
+
+    ids: Ints
+    starts: Ints
+    users: NDArray[np.int32]
+    items: NDArray[np.int32]
+    labels: NDArray[np.int8]
+    splits: NDArray[np.int8]
+    visited: NDArray[np.int32]
+    before: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def first(self, events: Ints) -> Ints:
+        """Return the number of visited items before the first event of the user of each of ``events`` [B]."""
+        return self.before[self.starts[self.users[events]]].astype(np.int64)
+
+    def histories(self, events: Ints, length: int) -> Ints:
+        """Return at most the latest ``length`` items before each event, padded at the end with -1: [B, longest]."""
+        before = self.before[events].astype(np.int64)
+        first = np.maximum(self.first(events), before - length)
+        width = max(1, int((before - first).max(initial=1)))
+        position = first[:, None] + np.arange(width)
+        items = self.visited[np.minimum(position, len(self.visited) - 1)]
+        return np.where(position < before[:, None], items, -1).astype(np.int64)
+
+    def chosen(self, split: int, label: int | None) -> NDArray[Any]:
+        """Return the events of a split that have a history, and the label (None: any of 0 and 1)."""
+        found = [np.zeros(0, self.before.dtype)]
+        for start in range(0, len(self), _CHUNK):
+            part = np.arange(start, min(start + _CHUNK, len(self)))
+            labels = self.labels[part]
+            mask = (self.splits[part] == split) & (labels >= 0 if label is None else labels == label)
+            part = part[mask]
+            found.append(part[self.before[part] > self.first(part)].astype(self.before.dtype))
+        return np.concatenate(found)
+
+    def uniform(self, events: Ints, number: int) -> NDArray[np.float64]:
+        """Return ``number`` random numbers in [0, 1) of each event [B, number], a hash (SplitMix64) of its user_index,
+        its position among the user's events and a counter: they do not depend on which other events there are."""
+        users = self.users[events]
+        key = _mixed(_mixed(self.ids[users].astype(np.uint64)) + (events - self.starts[users]).astype(np.uint64))
+        steps = np.arange(1, number + 1, dtype=np.uint64) * _GAMMA
+        drawn: NDArray[np.float64] = (_mixed(key[:, None] + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return drawn
+
+
+def _mixed(number: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the output function of SplitMix64 (Steele, Lea and Flood 2014)."""
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return number ^ (number >> np.uint64(31))
+
+
+def read_events(read: Read) -> Events:
+    """Read the events of ``read(COLUMNS)``, in any order. ``read`` is called twice: the first time the arrays are
+    sized, the second time they are filled and then sorted in place, by chunks, so that little more than the result is
+    in memory."""
+    ids, starts = _users(read)
+    total = int(starts[-1])
+    items, positions = np.empty(total, np.int32), np.empty(total, np.int32)
+    labels, splits, visits = np.empty(total, np.int8), np.empty(total, np.int8), np.empty(total, bool)
+    free, names = starts[:-1].copy(), pa.array([*SPLITS, RANKING_ONLY])
+    for rows in read(COLUMNS):
+        users = np.searchsorted(ids, rows.column("user_index").to_numpy())
+        order = np.argsort(users, kind="stable")
+        distinct, first, counts = np.unique(users[order], return_index=True, return_counts=True)
+        place = np.empty(len(users), np.int64)
+        place[order] = np.repeat(free[distinct] - first, counts) + np.arange(len(users))
+        free[distinct] += counts
+        items[place] = rows.column("item_index").to_numpy()
+        positions[place] = rows.column("position").to_numpy()
+        labels[place] = rows.column("label").fill_null(-1).to_numpy()
+        visits[place] = rows.column("in_history").to_numpy(zero_copy_only=False)
+        splits[place] = pc.index_in(rows.column("split"), names).to_numpy(zero_copy_only=False) % len(SPLITS)
+    del free
+    users = np.repeat(np.arange(len(ids), dtype=np.int32), np.diff(starts))
+    for part in _chunks(starts):
+        order = np.lexsort((positions[part], users[part]))
+        for column in (items, labels, visits, splits):
+            column[part] = column[part][order]
+    del positions
+    before: NDArray[Any] = np.cumsum(visits, dtype=np.int32 if total < 2**31 else np.int64)
+    np.subtract(before, visits, out=before)
+    visited = items if visits.all() else items[visits]
+    return Events(ids, starts, users, items, labels, splits, visited, before)
+
+
+def _users(read: Read) -> tuple[Ints, Ints]:
+    """Return the distinct users, ascending [U], and the start of the events of each [U + 1]."""
+    counts = np.zeros(1, np.int32)
+    for rows in read(["user_index"]):
+        distinct, found = np.unique(rows.column("user_index").to_numpy(), return_counts=True)
+        if len(distinct) and distinct[-1] >= len(counts):
+            counts = np.concatenate([counts, np.zeros(max(int(distinct[-1]) + 1 - len(counts), len(counts)), np.int32)])
+        counts[distinct] += found.astype(np.int32)
+    ids = np.flatnonzero(counts)
+    starts = np.zeros(len(ids) + 1, np.int64)
+    np.cumsum(counts[ids], out=starts[1:])
+    return ids, starts
+
+
+def _chunks(starts: Ints) -> Iterator[slice]:
+    """Yield slices of about ``_CHUNK`` events that hold all events of their users."""
+    user = 0
+    while user < len(starts) - 1:
+        stop = max(user + 1, int(np.searchsorted(starts, starts[user] + _CHUNK, side="right")) - 1)
+        yield slice(int(starts[user]), int(starts[stop]))
+        user = stop

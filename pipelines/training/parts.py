@@ -25,7 +25,7 @@ from pipelines.engines.lake import Lake
 
 BUCKET = "bucket"
 _ROWS = 2048
-_BUFFER = 1 << 20
+_BUFFER = 1 << 22
 """A column's pages are read so many bytes at a time, so that no row group is in memory as a whole."""
 _LAST = np.iinfo(np.int64).max
 _BLOCKS = (16, 8, 4)

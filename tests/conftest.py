@@ -105,7 +105,9 @@ def make_config(tmp_path: Path):
     """Build a config whose runs live in the test's own folder."""
 
     def make(**sections: Any) -> Config:
-        cfg = build({"name": "t", "runs_dir": str(tmp_path / "runs"), **sections})
+        few = {"spark": {"shuffle_partitions": 2}, "features": {"user_buckets": 2}}  # tables of a few rows
+        small = {name: {**section, **sections.get(name, {})} for name, section in few.items()}
+        cfg = build({"name": "t", "runs_dir": str(tmp_path / "runs"), **sections, **small})
         give_store(cfg.run_dir)
         return cfg
 

@@ -1,6 +1,6 @@
 # One word a task. Everything runs in .venv; nothing outside the checkout is changed, except Java where there is none.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench drills fuzz conf docs lock clean
+.PHONY: help setup demo test lint bench scale drills fuzz conf docs lock clean
 
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -26,6 +26,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## encoding throughput against the machine's peak; share of an epoch spent waiting for data
 	@$(BIN)/python tests/benchmarks/bench.py
+
+scale: setup  ## seconds, memory and bytes of every stage on synthetic catalogues, into runs/scale; SIZE="100000 1000000": items
+	@$(BIN)/python tests/benchmarks/scale.py $(or $(SIZE),5000) --draw
 
 drills: setup  ## kill the nightly job 30 times at all of its steps (about half an hour); WHERE=s3: in a bucket
 	@ADASID_DRILLS=30 ADASID_DRILLS_WHERE=$(WHERE) ADASID_DRILLS_LOG=$(CURDIR)/drills.jsonl $(BIN)/python -m pytest tests/end_to_end/test_drills.py tests/end_to_end/test_ray_nodes.py tests/end_to_end/test_both_clusters.py tests/end_to_end/test_s3.py

@@ -16,8 +16,6 @@ from adasid.distributed import Workers
 from adasid.ragged import spans
 
 Name = TypeVar("Name", str, None)
-_USERS = 1 << 16
-"""Users whose histories are compared with their targets at a time."""
 
 
 class Histories(NamedTuple):
@@ -51,16 +49,6 @@ class Histories(NamedTuple):
         if len(self) <= number:
             return np.arange(len(self))
         return np.sort(np.random.default_rng(0).permutation(len(self))[:number])
-
-    def repeats(self) -> int:
-        """Count the users whose target is in their (truncated) history."""
-        count = 0
-        for first in range(0, len(self), _USERS):
-            starts = self.starts[first : first + _USERS + 1]
-            targets = np.repeat(self.targets[first : first + _USERS], np.diff(starts))
-            hits = np.append(0, np.cumsum(self.items[starts[0] : starts[-1]] == targets))
-            count += int((np.diff(hits[starts - starts[0]]) > 0).sum())
-        return count
 
     def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
         """Return at most the last ``length`` items (all, if not given) of each user: [B, longest of them], padded at

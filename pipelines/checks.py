@@ -29,7 +29,7 @@ _ENGINES = {
     "build_features": ("spark",),
     "write_sids": ("spark",),
     "retokenize": ("spark", "ray"),
-    "train": ("ray",),
+    "train": ("ray", "spark"),
     "compare_tokenizers": ("spark", "ray"),
     "evaluate": ("spark", "ray"),
     "run_all": ("spark", "ray"),

@@ -35,10 +35,11 @@ from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
-from pipelines.features import pairs
+from pipelines.features import layout, pairs
 from pipelines.publish.collisions import ranked
 from pipelines.publish.encode import encode
 from pipelines.run import Run
+from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 from pipelines.training import downstream, tokenizer
 from pipelines.training.payload import Catalogue, Task
@@ -207,7 +208,8 @@ def _trial_sids(table: str, model: Location, manifest: Manifest) -> Stage:
     """Declare the stage that writes the SIDs of a compared tokenizer into the trial table ``table``."""
 
     def write(inputs: Inputs, context: StageContext) -> dict[str, int]:
-        cfg, lake, spark = inputs.cfg, inputs.lake, engine.session(inputs.cfg.spark)
+        cfg, lake = inputs.cfg, inputs.lake
+        spark = engine.session(cfg.spark, size=in_place.size(lake, "item_features"))
         features = engine.read(spark, lake, "item_features")
         encoded = encode(spark, features, model, manifest, cfg.sids.batch)
         rows = ranked(encoded, manifest.digest, 0)
@@ -232,6 +234,7 @@ def _table(inputs: Inputs) -> str:
 def _popularity(cfg: Config, lake: Lake) -> Row:
     """Evaluate the popularity baseline: every user gets the items in the order of their training counts, ties at
     random."""
+    layout.check(lake, "sequences")
     stats = lake.read("item_stats", columns=["item_index", "stratum", "interactions"]).sort_by("item_index")
     strata = pc.index_in(stats["stratum"].combine_chunks(), pa.array(tables.STRATA))
     kinds = torch.from_numpy(strata.to_numpy().astype(np.int64))

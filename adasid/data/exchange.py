@@ -34,7 +34,7 @@ def fetch(
     found = workers.gather_ragged(sent.to(device))[order[first : first + len(wanted)]].cpu()
     parts = found.split([tensor.element_size() * tensor.shape[1:].numel() for tensor in tensors], dim=1)
     return [
-        part.contiguous().view(tensor.dtype).view(len(wanted), *tensor.shape[1:])
+        part.reshape(-1).clone().view(tensor.dtype).view(len(wanted), *tensor.shape[1:])
         for part, tensor in zip(parts, tensors)
     ]
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyspark
@@ -90,8 +91,9 @@ _REQUIRED = {
 """Without these settings values would be read or written wrongly; only ``spark.conf`` replaces them."""
 
 
-def session(settings: config.Spark, name: str = "adasid", size: int = 0) -> SparkSession:
-    """Get or start a session with Delta. ``size``: bytes of the files that it will read, for the number of partitions.
+def session(settings: config.Spark, name: str = "adasid", size: int | None = None) -> SparkSession:
+    """Get or start a session with Delta. ``size``: bytes of the files that it will read, for the number of partitions;
+    None: that number stays as it is.
 
     Under spark-submit its master and memory win over the config's, and what `--conf` and spark-defaults.conf set wins
     over :data:`_DEFAULTS`. Raises InputError with the cause and the fix where Spark does not start, or where Java or
@@ -104,14 +106,14 @@ def session(settings: config.Spark, name: str = "adasid", size: int = 0) -> Spar
             start.set(key, value)
     try:
         SparkContext._ensure_initialized(conf=start)
-        builder = SparkSession.builder.appName(name)
+        builder, running = SparkSession.builder.appName(name), SparkSession._instantiatedSession is not None
         given = dict(SparkConf().getAll())
         options = chosen(settings, given, dict(start.getAll()))
         for key, value in options.items():
             builder = builder.config(key, value)
         spark = builder.getOrCreate()
-        if _PARTITIONS not in {**given, **options}:
-            spark.conf.set(_PARTITIONS, partitions(size, spark.sparkContext.defaultParallelism))
+        if _PARTITIONS not in {**given, **options} and (size is not None or not running):
+            spark.conf.set(_PARTITIONS, partitions(size or 0, spark.sparkContext.defaultParallelism))
         hadoop = spark.sparkContext._jsc.hadoopConfiguration()
         for key, value in options.items():
             if key.startswith("spark.hadoop."):  # a context that runs already does not take it from its session
@@ -262,10 +264,11 @@ def row_groups(spark: SparkSession, size: int) -> Iterator[None]:
         spark.conf.unset(_ROW_GROUP)
 
 
-def broadcast(frame: DataFrame) -> bool:
-    """Return whether Spark joins ``frame`` by broadcasting one of its sides."""
-    plan = frame._jdf.queryExecution().sparkPlan().toString()
-    return "BroadcastHashJoin" in plan
+def fits_broadcast(frame: DataFrame) -> bool:
+    """Return whether ``frame`` is small enough to be broadcast in a join."""
+    session: Any = frame.sparkSession
+    limit = session._jsparkSession.sessionState().conf().autoBroadcastJoinThreshold()
+    return bool(frame._jdf.queryExecution().optimizedPlan().stats().sizeInBytes().toLong() <= limit)
 
 
 def uri(path: str | Location) -> str:

@@ -14,7 +14,7 @@ from adasid import tables
 from adasid.config import Config, Features
 from adasid.errors import InputError
 from pipelines.engines.lake import Lake
-from pipelines.engines.spark import broadcast, session, write
+from pipelines.engines.spark import fits_broadcast, session, write
 from pipelines.engines.tracking import StageContext
 from pipelines.features import histories, labels, layout
 from pipelines.features.check import Checked, check, modalities
@@ -165,9 +165,8 @@ def _indexed(events: DataFrame, stats: Ranked, users: Layout) -> DataFrame:
     """Add ``item_index`` to ``events``, which each partition has in the order of users and positions. Where all items
     are too many to broadcast, the events go to the items and back, once."""
     index = stats.frame.select("item_id", "item_index")
-    joined = events.join(index, "item_id")
-    if broadcast(joined):
-        return joined
+    if fits_broadcast(index):
+        return events.join(F.broadcast(index), "item_id")
     placed = users.place(events.join(index.hint("shuffle_hash"), "item_id"))
     return placed.sortWithinPartitions(*USER, "position").persist()
 

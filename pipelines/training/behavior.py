@@ -15,6 +15,7 @@ from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, uri, write
 from pipelines.engines.tracking import StageContext
 from pipelines.run import Run
+from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 from pipelines.training import launch, workers
 
@@ -49,7 +50,9 @@ def _train_behavior(inputs: Inputs, context: StageContext) -> dict[str, int]:
     launch.fit(workers.behavior, payload, context, "behavior", cfg.behavior.epochs, _SHOWN)
     summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     shards = [uri(folder / "result" / name) for name in summary["files"]]
-    frame, name = _with_ids(session(cfg.spark), lake, shards), "behavior_embeddings"
+    rows = lake.open("item_stats", versions["item_stats"]).to_pyarrow_dataset().count_rows()
+    size = in_place.size(lake, "item_stats") + rows * cfg.behavior.width * 4
+    frame, name = _with_ids(session(cfg.spark, size=size), lake, shards), "behavior_embeddings"
     written = {name: write(frame, lake, name, tables.BEHAVIOR_EMBEDDINGS, inputs.hash, sources=versions)}
     for done in ("checkpoints", "best", "early", "result"):
         remove(folder / done)

@@ -19,6 +19,7 @@ from pipelines.engines.tracking import StageContext
 from pipelines.features import items, layout
 from pipelines.publish import generations
 from pipelines.run import Run
+from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 from pipelines.training import launch, workers
 from pipelines.training.payload import Catalogue, Task
@@ -147,7 +148,8 @@ def _outcome(cfg: Config, folder: Location) -> dict[str, Any]:
     outcome: dict[str, Any] = json.loads((folder / workers.OUTCOME).read_text(encoding="utf-8"))
     if "scores" in outcome:
         shards = [uri(folder / "scores" / name) for name in outcome.pop("scores")]
-        strata = scores.ranking_metrics(session(cfg.spark).read.parquet(*shards))
+        spark = session(cfg.spark, size=in_place.size(Run(cfg).lake, "ranking_samples"))
+        strata = scores.ranking_metrics(spark.read.parquet(*shards))
         outcome["test"] = {key: strata["all"][key] for key in ("auc", "gauc") if key in strata["all"]}
         outcome["strata"] = {name: strata[name] for name in ("all", *tables.STRATA) if name in strata}
         write_json(folder / workers.OUTCOME, outcome)

@@ -45,18 +45,17 @@ def behavior(payload: Payload) -> None:
     ``result.json``, which names these files."""
     cfg, workers, lake, folder = _opened(payload)
     read = payload.read
-    counts = (
-        lake.read("item_stats", read["item_stats"], ["item_index", "interactions"])
-        .sort_by("item_index")["interactions"]
-        .to_numpy()
-    )
+    version = read["item_stats"]
+    counts = np.zeros(lake.open("item_stats", version).to_pyarrow_dataset().count_rows(), np.int64)
+    for rows in parts.rows(lake, "item_stats", version, ["item_index", "interactions"]):
+        counts[rows.column("item_index").to_numpy()] = rows.column("interactions").to_numpy()
     length = cfg.behavior.max_length
     users = _histories(lake, read, workers, cfg, {"train": length + 1, "validation": length, "test": length})
     data = BehaviorData(
         users["train"],
         users["validation"],
         users["test"],
-        counts.astype(np.int64),
+        counts,
         f"sequences version {read['sequences']}",
     )
     training = BehaviorTraining(cfg.behavior, data, folder, cfg.seed, workers, _device(cfg))

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from adasid.data.exchange import fetch
 from adasid.data.shards import Pairs, Shard
 from adasid.distributed import Workers
 from adasid.errors import InputError
@@ -203,3 +204,9 @@ def test_previous_codes_come_with_every_row_partners_too():
         own = mine.item_index[mine.item_index < 58]
         expected = torch.stack([torch.from_numpy(np.bincount(own % n, minlength=9)) for n in (7, 5)])
         assert torch.equal(mine.previous(9), expected)
+
+
+def test_a_worker_fetches_a_single_row():
+    rows = [torch.arange(6, dtype=torch.float32).view(2, 3), torch.tensor([True, False]), torch.tensor([7, 8])]
+    found = fetch(np.array([9]), np.array([4, 9]), lambda at: [part[at] for part in rows], Workers())
+    assert [part.tolist() for part in found] == [[[3.0, 4.0, 5.0]], [False], [8]]

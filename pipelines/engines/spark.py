@@ -268,7 +268,8 @@ def fits_broadcast(frame: DataFrame) -> bool:
     """Return whether ``frame`` is small enough to be broadcast in a join."""
     session: Any = frame.sparkSession
     limit = session._jsparkSession.sessionState().conf().autoBroadcastJoinThreshold()
-    return bool(frame._jdf.queryExecution().optimizedPlan().stats().sizeInBytes().toLong() <= limit)
+    size = frame._jdf.queryExecution().optimizedPlan().stats().sizeInBytes()
+    return bool(int(str(size)) <= limit)
 
 
 def uri(path: str | Location) -> str:

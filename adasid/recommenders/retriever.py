@@ -27,7 +27,7 @@ CHUNK = 1 << 20
 SPARSE_FROM = 1 << 16
 """Rows from which on the gradient of a table has only the rows of the batch, which are sorted at each step."""
 RANKED = 1 << 16
-"""Users that are ranked at a time: the vectors of all items are computed anew for the next, if they were not
+"""Users that are ranked at a time: the vectors of all items are computed again for the next, if they were not
 retained."""
 _PARTS, _PART = 8, 1024
 """Number of parts into which a batch of histories is split by length; on a GPU, each has at least so many histories."""

@@ -152,7 +152,7 @@ class Laps:
         self._events = list[tuple[str, torch.cuda.Event]]()
 
     def start(self) -> None:
-        """Begin anew."""
+        """Reset the seconds of all parts."""
         self.seconds, self._events = dict.fromkeys(self.seconds, 0.0), []
         self._clock = time.monotonic()
         self._record("")

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/scale.py 1000000
 
-Models train for one epoch, the tokenizer for two. One JSON line a stage is printed and appended to
-``<runs>/scale.jsonl`` as it comes: seconds, peak memory of the driver, the JVM, Spark's Python processes and each
-training worker, bytes read, written and shuffled.
+Models train for one epoch, the tokenizer for two. Then comes a day: 1 % of the items change, 0.1 % are new, 1 % more
+events are there, in Delta tables that stay in place; features are built and a nightly run publishes its table. One JSON
+line a stage is printed and appended to ``<runs>/scale.jsonl`` as it comes: seconds, peak memory of the driver, the JVM,
+Spark's Python processes and each training worker, bytes read, written and shuffled.
 A stage that has its line is not measured again, so an interrupted command resumes. ``--draw`` writes ``scale.png`` and
 prints the table of all sizes with the exponent between the last two.
 """
@@ -22,8 +23,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import psutil
+import pyarrow as pa
 import yaml
+from deltalake import write_deltalake
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
@@ -38,10 +42,27 @@ JOBS: dict[str, tuple[str, ...]] = {
     "retrieval": ("train", "--stage", "retrieval"),
     "ranking": ("train", "--stage", "ranking"),
 }
+DAY: dict[str, tuple[str, ...]] = {
+    "day: ingest": ("ingest",),
+    "day: features": ("build_features",),
+    "day: SIDs": ("retokenize", "--run-date", "2030-01-01"),
+}
 DUCKDB = "features in DuckDB"
 KINDS = ("driver", "jvm", "spark_python", "worker")
 GB = 1e9
 _INTERVAL = 0.5
+
+
+_ITEMS = """
+WITH items AS (
+    SELECT *, list_transform(text, lambda x, i: (x + 0.1 * sin(i))::FLOAT) AS moved
+    FROM read_parquet('{lake}/items/*.parquet'))
+SELECT item_id, title, CASE WHEN item_id LIKE '%37' THEN moved ELSE text END AS text, visual FROM items
+UNION ALL SELECT 'new-' || item_id, title, moved, visual FROM items WHERE item_id LIKE '%073'"""
+_EVENTS = """
+SELECT user_id, item_id, "timestamp" FROM read_parquet('{lake}/interactions/*.parquet')
+UNION ALL SELECT user_id, item_id, (1600000000 + hash(user_id, item_id) % 86400)::VARCHAR
+FROM read_parquet('{lake}/interactions/*.parquet') WHERE hash(user_id, item_id, "timestamp") % 100 = 0"""
 
 
 def config(size: int, runs: Path, workers: int) -> dict[str, Any]:
@@ -69,6 +90,17 @@ def config(size: int, runs: Path, workers: int) -> dict[str, Any]:
     }
 
 
+def next_day(lake: Path, source: Path) -> dict[str, Any]:
+    """Write the tables of the next day as Delta tables below ``source``; return the section ``source`` of a config."""
+    connection = duckdb.connect(config={"memory_limit": "6GB"})
+    connection.execute("SET preserve_insertion_order = false")
+    for name, query in (("items", _ITEMS), ("interactions", _EVENTS)):
+        rows: pa.RecordBatchReader = connection.sql(query.format(lake=lake)).to_arrow_reader(100_000)
+        write_deltalake(str(source / name), rows, mode="overwrite")
+    places = {name: str(source / name) for name in ("items", "interactions")}
+    return {"kind": "tables", "tables": {**places, "format": "delta", "in_place": list(places)}}
+
+
 class Sampler:
     """A sampler follows a process and all its descendants: the peak memory of each, and the bytes that it has read and
     written."""
@@ -82,7 +114,7 @@ class Sampler:
         with suppress(psutil.Error):
             for process in (self.root, *self.root.children(recursive=True)):
                 with suppress(psutil.Error):
-                    kind, memory, io = _kind(process), process.memory_info(), process.io_counters()
+                    kind, memory, io = self._kind(process), process.memory_info(), process.io_counters()
                     own = memory.rss - (0 if kind == "jvm" else memory.shared)
                     self.peak[process.pid] = kind, max(own, self.peak.get(process.pid, (kind, 0))[1])
                     self.bytes[process.pid] = io.read_chars, io.write_chars
@@ -97,16 +129,15 @@ class Sampler:
         read, written = (round(sum(part) / GB, 3) for part in zip(*self.bytes.values())) if self.bytes else (0, 0)
         return {**top, "workers_gb": workers, "read_gb": read, "written_gb": written}
 
-
-def _kind(process: psutil.Process) -> str:
-    name, command = process.name(), " ".join(process.cmdline()[:6])
-    if name == "java":
-        return "jvm"
-    if "pyspark.daemon" in command or "pyspark/daemon" in command:
-        return "spark_python"
-    if "RayTrainWorker" in command:
-        return "worker"
-    return "ray" if "ray" in name or "ray::" in command or "/ray/" in command else "driver"
+    def _kind(self, process: psutil.Process) -> str:
+        if process == self.root:
+            return "driver"
+        name, command = process.name(), " ".join(process.cmdline()[:6])
+        if name == "java":
+            return "jvm"
+        if "pyspark.daemon" in command or "pyspark/daemon" in command:
+            return "spark_python"
+        return "worker" if "RayTrainWorker" in command else "other"
 
 
 def shuffled(events: Path, since: float) -> float:
@@ -124,8 +155,8 @@ def shuffled(events: Path, since: float) -> float:
 
 def measure(stage: str, path: Path, runs: Path) -> dict[str, Any]:
     """Run a job to its end. Exits with its output where it fails."""
-    name, *arguments = JOBS[stage]
-    log, begun = runs / f"{path.stem}-{stage.replace(' ', '-')}.log", time.time()
+    name, *arguments = {**JOBS, **DAY}[stage]
+    log, begun = runs / f"{path.stem}-{stage.removeprefix('day: ').replace(' ', '-')}.log", time.time()
     started = time.perf_counter()
     with log.open("w") as file:
         command = [sys.executable, f"jobs/{name}.py", "--config", str(path), *arguments]
@@ -157,13 +188,17 @@ def lines(runs: Path) -> list[dict[str, Any]]:
 
 def run(size: int, runs: Path, workers: int) -> None:
     """Measure every stage of a size that has no line yet."""
-    path = runs / f"scale-{size}.yaml"
-    path.write_text(yaml.safe_dump(config(size, runs, workers), sort_keys=False))
+    path, day = runs / f"scale-{size}.yaml", runs / f"scale-{size}-day.yaml"
+    settings, lake, source = config(size, runs, workers), runs / f"scale-{size}" / "lake", runs / f"source-{size}"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
     done = {row["stage"] for row in lines(runs) if row["items"] == size}
-    for stage in (*JOBS, DUCKDB):
+    for stage in (*JOBS, DUCKDB, *DAY):
         if stage in done:
             continue
-        row = in_duckdb(runs / f"scale-{size}" / "lake", runs) if stage == DUCKDB else measure(stage, path, runs)
+        if stage in DAY and not day.exists():
+            settings = {**settings, "source": next_day(lake, source)}
+            day.write_text(yaml.safe_dump(settings, sort_keys=False))
+        row = in_duckdb(lake, runs) if stage == DUCKDB else measure(stage, day if stage in DAY else path, runs)
         text = json.dumps({"items": size, "stage": stage, "ray_workers": workers, **row})
         with (runs / "scale.jsonl").open("a") as log:
             log.write(text + "\n")

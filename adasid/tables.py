@@ -206,6 +206,7 @@ CATALOG_STATS = _schema(
     ("missing", pa.map_(pa.string(), pa.int64()), True),
     ("rejected", pa.map_(pa.string(), pa.int64()), False),
     ("ranking_split", pa.string(), True),
+    ("user_buckets", pa.int64(), True),
     ("strata", pa.map_(pa.string(), pa.int64()), False),
     ("gini", pa.float64(), False),
     ("head_interactions", pa.float64(), False),
@@ -217,9 +218,10 @@ CATALOG_STATS = _schema(
 (identical copies) + rejected. ``tied``: events that share user, time and pos with another one, and are ordered by a
 seeded hash; ``outside_histories``: events that only ranking uses (``features.histories``); ``missing``: modality ->
 items that lack it; ``rejected``: reason -> rows of both tables, including lines that ingest could not parse;
-``ranking_split``: how ``ranking_samples`` are split; ``strata``: stratum -> items; ``head_interactions``: share of
-training events on head items. ``popularity``: x = rank (1-based, about 100 log-spaced), y = training count at that
-rank. ``lorenz``: x = share of items (least popular first), y = share of events (101 points)."""
+``ranking_split``: how ``ranking_samples`` are split; ``user_buckets``: of these and ``sequences``; ``strata``:
+stratum -> items; ``head_interactions``: share of training events on head items. ``popularity``: x = rank (1-based,
+about 100 log-spaced), y = training count at that rank. ``lorenz``: x = share of items (least popular first), y = share
+of events (101 points)."""
 
 RICHNESS_STATS = _schema(
     ("input_hash", pa.string(), False),

@@ -107,11 +107,8 @@ def settings(stage: Stage, cfg: config.Config, lake: Lake) -> tuple[str, ...]:
         empty = {"slots": [], "widths": {}, "parameters": 0, "config": {}, "digest": ""}
         write_json(Path(folder) / "manifest.json", {"format": artifact.FORMAT, "tokenizer": "", **empty})
         known = cfg.model_copy(update={"sids": cfg.sids.model_copy(update={"artifact": folder})})
-        return (
-            tuple(stage.settings(known, lake))
-            if stage.name != "sids"
-            else tuple(sids.declare(known).settings(known, lake))
-        )
+        chosen = sids.declare(known) if stage.name == "sids" else stage
+        return tuple(name for name in chosen.settings(known, lake) if name not in stage.unhashed)
 
 
 def tables(stages: list[Row]) -> str:

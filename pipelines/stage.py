@@ -51,10 +51,11 @@ class Stage:
     ``name``: shown to users; ``reads`` and ``writes``: its tables; ``appends``: tables to which it adds rows in a
     separate transaction, and to which other stages may add too; ``also``: tables that it reads where they exist, which
     are not hashed as they decide nothing; ``uses`` and ``makes``: artifacts outside the lake, by name; ``settings``:
-    dotted config key -> value of what counts besides the tables; ``body``: does the work and returns the versions that
-    it wrote; ``decide``: the config with the values decided from the pinned lake; ``fresh``: whether the output of an
-    input hash exists (default: the latest version of each table in ``writes`` carries it); ``prefix``: first part of
-    the input hash.
+    dotted config key -> value of what counts besides the tables; ``unhashed``: those of them that change how rows are
+    stored and no row, so that they are not hashed; ``body``: does the work and returns the versions that it wrote;
+    ``decide``: the config with the values decided from the pinned lake; ``fresh``: whether the output of an input hash
+    exists (default: the latest version of each table in ``writes`` carries it); ``prefix``: first part of the input
+    hash.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Stage:
     also: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
+    unhashed: frozenset[str] = frozenset()
     decide: Callable[[Config, Lake], Config] = field(default=lambda cfg, lake: cfg)
     fresh: Callable[[Inputs, Lake], bool] | None = None
 
@@ -109,7 +111,8 @@ def resolve(stage: Stage, cfg: Config, lake: Lake) -> Inputs:
     decided = stage.decide(cfg, pinned)
     input_hashes = lake.input_hashes(versions)
     settings = dict(stage.settings(decided, pinned))
-    parts = (*settings.values(), input_hashes) if versions else settings.values()
+    counted = [value for key, value in settings.items() if key not in stage.unhashed]
+    parts = (*counted, input_hashes) if versions else counted
     return Inputs(decided, versions, input_hashes, settings, digest(stage.prefix, *parts), pinned)
 
 

@@ -34,6 +34,7 @@ _LATER = {
 }  # covered by modalities(), or read only by the second part and item_pairs
 _DROPPED = ("duplicates", "duplicate_items", "capped", "below_k_core", "tied", "outside_histories")
 """These counts of ``catalog_stats`` are tracked."""
+_BUCKETS = "features.user_buckets"
 _RANKING = {"ranking_split", "ranking_holdout"}
 
 
@@ -45,12 +46,21 @@ class Clean(NamedTuple):
 
 
 def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
-    unread = _LATER | (_RANKING if cfg.features.ranking_split == "same" else set())
+    unread = _LATER | {"user_buckets"} | (_RANKING if cfg.features.ranking_split == "same" else set())
     return {
         "features": cfg.features.model_dump(mode="json", exclude=unread),
+        _BUCKETS: cfg.features.user_buckets,
         "seed": cfg.seed,
         "modalities": modalities(cfg),
     }
+
+
+def _fresh(inputs: Inputs, lake: Lake) -> bool:
+    """Return whether the tables exist, in the buckets that the config asks for."""
+    if not lake.fresh(inputs.hash, *_WRITES):
+        return False
+    row = lake.read("catalog_stats").to_pylist()[0]
+    return bool(row["user_buckets"] == inputs.cfg.features.user_buckets)
 
 
 def same_source(cfg: Config, lake: Lake) -> None:
@@ -245,6 +255,7 @@ def _heavy(users: DataFrame, most: int) -> str | None:
 def _catalog_row(input_hash: str, checked: Checked, clean: Clean, stats: Ranked, features: Features) -> dict[str, Any]:
     return {
         "input_hash": input_hash,
+        "user_buckets": features.user_buckets,
         **clean.counts,
         "duplicate_items": checked.duplicate_items,
         "missing": sorted(checked.missing.items()),
@@ -261,8 +272,10 @@ EVENTS = Stage(
     writes=lambda cfg: _WRITES,
     appends=("rejected_rows",),
     settings=_settings,
+    unhashed=frozenset({_BUCKETS}),
     decide=_decided,
     body=_build,
+    fresh=_fresh,
     prefix="events",
 )
 """Reads raw items and interactions, writes statistics, sequences, ranking samples and rejected rows."""

@@ -4,6 +4,7 @@ shuffles."""
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -16,6 +17,7 @@ from adasid.config import build, digest
 from adasid.errors import InputError
 from pipelines import features, stage
 from pipelines.engines import tracking
+from pipelines.engines.lake import Lake
 from pipelines.engines.spark import struct, write
 from pipelines.features import check, events, items, layout
 from tests.conftest import give_store
@@ -279,6 +281,24 @@ def test_a_second_run_writes_nothing(done):
     assert lake.versions(*names) == dict.fromkeys(names, 0)
     assert lake.versions("catalog_stats", "richness_stats") == {"catalog_stats": 0, "richness_stats": 0}
     assert tracks[2].facts == tracks[1].facts
+
+
+def test_other_buckets_write_the_same_rows_and_no_later_stage_runs(done, tmp_path):
+    shutil.copytree(done[0].run_dir, tmp_path / "t")
+    cfg = config(tmp_path, features={**done[0].features.model_dump(), "user_buckets": 5})
+    lake = Lake(str(tmp_path / "t" / "lake"), {})
+    names = ("item_stats", "user_stats", "sequences", "ranking_samples")
+
+    def rows():
+        return [sorted(({**row, "bucket": 0} for row in part), key=str) for part in content(lake, *names).values()]
+
+    before, hashes, version = rows(), lake.input_hashes(lake.versions(*names)), lake.version("item_features")
+    assert run(cfg).status != "up to date"
+    assert len(lake.open("sequences").partitions()) > 3
+    assert rows() == before
+    assert lake.input_hashes(lake.versions(*names)) == hashes
+    assert lake.version("item_features") == version
+    assert run(cfg).status == "up to date"
 
 
 def test_events_that_nobody_rated_are_split_as_ever(done):

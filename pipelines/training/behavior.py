@@ -14,6 +14,7 @@ from pipelines import stage
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, session, uri, write
 from pipelines.engines.tracking import StageContext
+from pipelines.features import layout
 from pipelines.run import Run
 from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
@@ -45,6 +46,7 @@ def skipped(cfg: Config, lake: Lake) -> tuple[str, str] | None:
 def _train_behavior(inputs: Inputs, context: StageContext) -> dict[str, int]:
     cfg, lake, versions = inputs.cfg, inputs.lake, inputs.versions
     launch.check_same_run(inputs.input_hashes)
+    layout.check(lake, "sequences")
     folder = Run(cfg).artifact("behavior", inputs.hash)
     payload = launch.payload(cfg, lake, versions, folder)
     launch.fit(workers.behavior, payload, context, "behavior", cfg.behavior.epochs, _SHOWN)

@@ -146,9 +146,6 @@ def test_fewer_buckets_than_workers_name_the_setting(lake):
     cfg = config.Config(name="t", features={"user_buckets": 2})
     with pytest.raises(InputError, match=r"features\.user_buckets is 2, fewer than the 3 workers"):
         parts.buckets_of(lake, "sequences", 0, cfg, Workers(0, 3))
-    write_deltalake(lake.path("old"), sequences().drop_columns(["bucket"]))
-    with pytest.raises(InputError, match="old has no column 'bucket'"):
-        parts.buckets_of(lake, "old", 0, cfg, Workers())
 
 
 def test_buckets_of_other_settings_are_read_all_the_same(lake):

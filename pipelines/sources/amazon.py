@@ -23,6 +23,8 @@ _REVIEW = ("reviewerID", "user_id", "parent_asin", "asin", "unixReviewTime", "ti
 _PRODUCT = ("parent_asin", "asin", "title", "brand", "store", "categories", "category")
 _ROUNDS = 5
 """Word2Vec makes this many passes over the products."""
+_PRODUCTS = 200_000
+"""A task of Word2Vec learns from at most this many products."""
 _TAGS = r"(?s)<(script|style)\b.*?</\1>|<[^>]*>|&#?\w+;"
 """This matches HTML in titles, which would become words."""
 
@@ -102,20 +104,20 @@ def _lines(spark: SparkSession, key: str, path: str, names: tuple[str, ...]) -> 
 def _embed(items: DataFrame, source: AmazonSource, seed: int) -> DataFrame:
     """Add ``text`` (text_width,): the mean Word2Vec vector of an item's words, null where none is in the vocabulary.
 
-    One partition and one seed make the vectors repeat where Spark delivers the rows in the same order, as it does on
-    one machine with one input split; a cluster may order them otherwise and learn other, equally good vectors.
+    Up to 200,000 products one partition and one seed make the vectors repeat where Spark delivers the rows in the same
+    order, as it does on one machine with one input split; a cluster may order them otherwise and learn other, equally
+    good vectors. With more products several partitions learn, whose vectors Spark adds up after each pass.
     """
-    split = RegexTokenizer(inputCol="words", outputCol="tokens", pattern=r"[^\p{L}\p{N}]+")
+    tokens = RegexTokenizer(inputCol="words", outputCol="tokens", pattern=r"[^\p{L}\p{N}]+").transform(items)
     embed = Word2Vec(
         inputCol="tokens",
         outputCol="vector",
         vectorSize=source.text_width,
         minCount=source.min_word_count,
         seed=seed,
-        numPartitions=1,
+        numPartitions=max(1, -(-items.count() // _PRODUCTS)),
         maxIter=_ROUNDS,
     )
-    tokens = split.transform(items)
     try:
         model = embed.fit(tokens)
     except PySparkException as error:

@@ -21,6 +21,7 @@ from adasid.datasets import synthetic
 from adasid.errors import InputError
 from pipelines import ingest
 from pipelines.engines import tracking
+from pipelines.sources import amazon
 
 pytestmark = pytest.mark.usefixtures("spark")
 TEXT = {"content": ["text"]}
@@ -672,6 +673,14 @@ def test_amazon_vectors_repeat_with_the_seed(make_config, tmp_path):
     seeds = [cfg, cfg.model_copy(update={"name": "again"}), cfg.model_copy(update={"name": "other", "seed": 18})]
     first, again, other = ([row["text"] for row in rows(ingested(cfg), "items", "item_id")] for cfg in seeds)
     assert first == again and first != other
+
+
+def test_amazon_vectors_of_many_products_are_learned_by_several_tasks(make_config, tmp_path, monkeypatch):
+    cfg = amazon_config(make_config, tmp_path, 2014)
+    whole = [row["text"] for row in rows(ingested(cfg), "items", "item_id")]
+    monkeypatch.setattr(amazon, "_PRODUCTS", 1)
+    parts = [row["text"] for row in rows(ingested(cfg.model_copy(update={"name": "parts"})), "items", "item_id")]
+    assert parts != whole and [text is None for text in parts] == [text is None for text in whole]
 
 
 def test_amazon_errors(make_config, tmp_path):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from adasid.storage import ObjectPath, is_remote
 
@@ -32,7 +32,7 @@ def replacing(path: Location) -> Iterator[Path]:
             path.upload(draft)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{uuid4().hex[:8]}")  # threads and hosts may write one path
     try:
         yield draft
         draft.replace(path)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import unquote
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -101,7 +101,7 @@ class Lake:
     def writable(self) -> None:
         """Raise InputError unless tables can be created under ``root``."""
         folder = location(self.root)
-        probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
+        probe = folder / f".probe-{uuid4().hex}"  # threads and hosts may probe at once
         if isinstance(probe, ObjectPath):
             probe.write_bytes(b"")
             probe.unlink(missing_ok=True)

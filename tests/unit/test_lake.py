@@ -2,6 +2,7 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -84,6 +85,12 @@ def test_maintenance_of_a_table_without_a_stamp_gives_it_none(lake):
         DeltaTable(lake.path("theirs")).alter.set_table_properties(
             {"delta.enableExpiredLogCleanup": "false"}, commit_properties=properties(lake.input_hash("theirs"))
         )
+
+
+def test_threads_may_ask_at_once_whether_the_lake_is_writable(lake):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: lake.writable(), range(200)))
+    assert list(Path(lake.root).glob(".probe*")) == []
 
 
 def test_a_file_system_without_hard_links_is_named(lake, monkeypatch):

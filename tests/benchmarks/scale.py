@@ -5,7 +5,7 @@
 Models train for one epoch, the tokenizer for two. Then comes a day: 1 % of the items change, 0.1 % are new, 1 % more
 events are there, in Delta tables that stay in place; features are built and a nightly run publishes its table. One JSON
 line a stage is printed and appended to ``<runs>/scale.jsonl`` as it comes: seconds, peak memory of the driver, the JVM,
-Spark's Python processes and each training worker, bytes read, written and shuffled.
+Spark's Python processes and each training worker, bytes read and written (on disks and sockets) and shuffled.
 A stage that has its line is not measured again, so an interrupted command resumes. ``--draw`` writes ``scale.png`` and
 prints the table of all sizes with the exponent between the last two.
 """
@@ -50,6 +50,15 @@ DAY: dict[str, tuple[str, ...]] = {
 DUCKDB = "features in DuckDB"
 KINDS = ("driver", "jvm", "spark_python", "worker")
 GB = 1e9
+_LARGEST = {
+    "driver_gb": "driver GB",
+    "jvm_gb": "JVM GB",
+    "worker_gb": "worker GB",
+    "read_gb": "read GB",
+    "written_gb": "written GB",
+    "shuffle_gb": "shuffle GB",
+}
+"""These figures are shown for the largest size. Bytes read and written count those of sockets, too."""
 _INTERVAL = 0.5
 
 
@@ -214,27 +223,40 @@ def exponent(sizes: dict[int, float]) -> float | None:
 
 
 def draw(runs: Path) -> Path:
-    """Print the table of seconds by stage and size; write the figure."""
-    seconds = defaultdict[str, dict[int, float]](dict)
+    """Print seconds by stage and size, and the other figures of the largest size; write the figure of the seconds."""
+    stages = defaultdict[str, dict[int, dict[str, Any]]](dict)
     for row in lines(runs):
-        seconds[row["stage"]][row["items"]] = row["seconds"]
-    sizes = sorted({size for known in seconds.values() for size in known})
-    print("| stage | " + " | ".join(f"{size:,} items" for size in sizes) + " | exponent |")
-    print("|---|" + "---|" * (len(sizes) + 1))
+        stages[row["stage"]][row["items"]] = row
+    sizes = sorted({size for known in stages.values() for size in known})
+    heads = [*(f"{size:,} items" for size in sizes), "exponent", *_LARGEST.values(), "worker bytes an item"]
+    print("| stage | " + " | ".join(heads) + " |")
+    print("|---|" + "---|" * len(heads))
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
-    for stage, known in seconds.items():
-        power = exponent(known)
-        shown = [f"{known[size]:,.0f} s" if size in known else "" for size in sizes]
-        print(f"| {stage} | " + " | ".join(shown) + f" | {'' if power is None else f'{power:.2f}'} |")
+    for stage, known in stages.items():
+        seconds = {size: known[size]["seconds"] for size in sorted(known)}
+        power = exponent(seconds)
+        shown = [f"{seconds[size]:,.0f} s" if size in seconds else "" for size in sizes]
+        last = known[max(known)]
+        shown += ["" if power is None else f"{power:.2f}", *(f"{last.get(name) or '':}" for name in _LARGEST)]
+        print(f"| {stage} | " + " | ".join([*shown, growth(known)]) + " |")
         label = stage if power is None else f"{stage}, exponent {power:.2f}"
-        axes.loglog(*zip(*sorted(known.items())), marker="o", label=label)
+        axes.loglog(list(seconds), list(seconds.values()), marker="o", label=label)
     axes.set_xlabel("items")
     axes.set_ylabel("seconds")
     axes.legend(fontsize=7)
     target = runs / "scale.png"
     figure.savefig(target, dpi=120, bbox_inches="tight")
     return target
+
+
+def growth(known: dict[int, dict[str, Any]]) -> str:
+    """Return by how many bytes an item a worker's peak grows between the two largest sizes."""
+    peaks = [(size, known[size].get("worker_gb", 0) * GB) for size in sorted(known)[-2:]]
+    if len(peaks) < 2 or not peaks[-1][1]:
+        return ""
+    (n, small), (m, large) = peaks
+    return f"{(large - small) / (m - n):,.0f}"
 
 
 def main() -> None:

@@ -99,12 +99,13 @@ def judge_items(items: DataFrame, widths: Widths, *figures: Column) -> DataFrame
 
 
 def judge_events(interactions: DataFrame, accepted: DataFrame, now: datetime, first_year: int) -> DataFrame:
-    """Add ``time`` and ``reason`` (null where accepted) to ``interactions``. ``accepted``: the item_id of every
-    accepted item. An event before ``first_year`` or after ``now`` has a time in another unit, or none. The id of an
-    accepted item was checked with the item."""
-    known = interactions.join(accepted.select("item_id", F.lit(True).alias("_known")), "item_id", "left")
+    """Add ``time``, ``reason`` (null where accepted) and the columns of ``accepted`` to ``interactions``. ``accepted``:
+    the item_id of every accepted item, and columns to add. An event before ``first_year`` or after ``now`` has a time
+    in another unit, or none. The id of an accepted item was checked with the item."""
+    known = interactions.join(accepted.select("*", F.lit(True).alias("_known")), "item_id", "left")
+    columns = [*interactions.columns, *(name for name in accepted.columns if name != "item_id")]
     text = F.nullif(F.trim("timestamp"), F.lit(""))
-    timed = known.select(*interactions.columns, "_known", text.alias("_text"), parse_time(text).alias("time"))
+    timed = known.select(*columns, "_known", text.alias("_text"), parse_time(text).alias("time"))
     reason = F.coalesce(
         _id_fault("user_id"),
         F.when(F.col("_known").isNull(), F.coalesce(_id_fault("item_id"), F.lit("unknown_item"))),
@@ -115,7 +116,7 @@ def judge_events(interactions: DataFrame, accepted: DataFrame, now: datetime, fi
         F.when(~F.col("label").isin(0.0, 1.0), "invalid_label"),
         F.when(F.abs("rating") == _INFINITY, "invalid_rating"),
     )
-    return timed.select(*interactions.columns, "time", reason.alias("reason"))
+    return timed.select(*columns, "time", reason.alias("reason"))
 
 
 def parse_time(text: Column) -> Column:
@@ -123,7 +124,8 @@ def parse_time(text: Column) -> Column:
     microseconds or nanoseconds by its size; anything else is ISO 8601 that starts with the year. Null where neither."""
     number = F.when(text.rlike(_NUMBER), text.try_cast("decimal(38,9)"))
     whole = text.try_cast("bigint")
-    micros = F.when(text.rlike(_WHOLE), _micros(whole, whole.cast("decimal(38,9)") / 1000))
+    plain = whole.between(1 - 10**18, 10**18 - 1) & (whole.cast("string") == text)  # faster than the pattern
+    micros = F.when(plain | text.rlike(_WHOLE), _micros(whole, whole.cast("decimal(38,9)") / 1000))
     micros = micros.when(F.abs(number) <= 9 * 10**18, _micros(number, number / 1000))  # within 64 bits
     inside = micros.between(_FIRST_SECOND * 10**6, _LAST_SECOND * 10**6)
     return F.coalesce(

@@ -137,18 +137,19 @@ def _by_time(events: DataFrame, shares: tuple[float, float], key: str, share_key
 
 def sequences(indexed: DataFrame, max_length: int, by: Sequence[str] = _BY) -> DataFrame:
     """Return ``by``, user_id, split, history, target of every user with something to learn or to predict. ``indexed``
-    has item_index, place, in_history, split. Each partition is in the order of ``by``."""
+    has item_index, place, in_history, split. A partition that is in the order of ``by`` is not sorted again, and its
+    users stay in that order."""
+    history = F.sort_array(F.collect_list(F.struct("place", "item_index")))["item_index"]
 
     def first(split: str) -> Column:
         return F.min(F.when(F.col("split") == split, F.col("place"))).cast("int")
 
     users = (
         indexed.filter("in_history")
-        .sortWithinPartitions(*by, "place")
         .groupBy(*by)
         .agg(
             F.first("user_id").alias("_user"),
-            F.collect_list("item_index").alias("items"),
+            history.alias("items"),
             F.count_if(F.col("split") == "train").cast("int").alias("train"),
             first("validation").alias("validation"),
             first("test").alias("test"),

@@ -130,19 +130,20 @@ def parse_time(text: Column) -> Column:
 def _parse_whole(text: Column, whole: Column) -> Column:
     """Return :func:`parse_time` where the text is the number ``whole`` as it is printed, not in nanoseconds, as nearly
     all times are: ten times as fast as by a pattern and decimals. Null for any other text."""
-    rate = F.when(whole.between(_FIRST_SECOND, _UNITS[0][0]), F.lit(_UNITS[0][1]))
-    for (less, _), (most, factor) in zip(_UNITS, _UNITS[1:]):
-        rate = rate.when(whole.between(less + 1, most), F.lit(factor))
-    return F.when(whole.cast("string") == text, F.timestamp_micros(whole * rate))
+    return F.when((whole >= _FIRST_SECOND) & (whole.cast("string") == text), F.timestamp_micros(whole * _rate(whole)))
 
 
 def _micros(number: Column) -> Column:
     """Return a unix time in microseconds."""
-    size = F.abs(number)
-    micros = F.when(size <= _UNITS[0][0], (number * _UNITS[0][1]).cast("bigint"))
+    return F.coalesce((number * _rate(F.abs(number))).cast("bigint"), (number / 1000).cast("bigint"))
+
+
+def _rate(size: Column) -> Column:
+    """Return the microseconds in the unit of a unix time of this ``size``; null for nanoseconds."""
+    rate = F.when(size <= _UNITS[0][0], _UNITS[0][1])
     for most, factor in _UNITS[1:]:
-        micros = micros.when(size <= most, (number * factor).cast("bigint"))
-    return micros.otherwise((number / 1000).cast("bigint"))
+        rate = rate.when(size <= most, factor)
+    return rate
 
 
 def clock(now: str | None) -> datetime:

@@ -40,7 +40,7 @@ def test_sorted_events_lose_the_same_copies(spark):
     rng = np.random.default_rng(5)
     rows = [
         (f"u{user}", f"i{item}", None if pos else second, second if pos else None, float(rating), int(label))
-        for user, item, second, pos, rating, label in rng.integers([4, 3, 4, 2, 3, 2], size=(300, 6))
+        for user, item, second, pos, rating, label in rng.integers([4, 3, 4, 2, 3, 2], size=(300, 6)).tolist()
     ]
     found, expected = (
         sorted(map(str, left.drop(histories.CHANCE).collect()))

@@ -60,6 +60,8 @@ _DEFAULTS = {
     "spark.sql.requireAllClusterKeysForCoPartition": "false",
     # arrays are formed of sorted rows, in bounded memory; by hash, Spark sorts from 128 groups on all the same
     "spark.sql.execution.useObjectHashAggregateExec": "false",
+    # a cached frame is read a few times: to compress it costs more than it saves
+    "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # beyond it Java would interpret a generated method, ten times as slow as Spark without generated stages
     "spark.sql.codegen.hugeMethodLimit": "8000",
     "spark.ui.enabled": "false",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -16,16 +15,17 @@ from adasid.config import Config
 from adasid.errors import InputError
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import write
-from pipelines.features import labels, validate
-from pipelines.features.layout import PART, Layout, layout
+from pipelines.features import histories, labels, ranks, validate
+from pipelines.features.layout import ITEM, PART, Layout, layout
 from pipelines.sources import in_place, parquet
 
 _KINDS = ("lacks", "void")
 
 
 class Checked(NamedTuple):
-    """Checked input has accepted item ids; interactions with ``time``, ``reason`` and ``_part``, partitioned by user;
-    figures of the accepted ones (``rows``, and :func:`labels.sums`); rejected rows by reason; identical copies of
+    """Checked input has the item_id and ``_item`` of accepted items; interactions with ``_item``, ``time``, ``reason``,
+    ``_chance`` and ``_part``, partitioned by user; figures of the accepted ones (``rows``, :func:`labels.sums` and
+    :func:`histories.sums`); rejected rows by reason; identical copies of
     items; items without each modality; where the events of users are."""
 
     items: DataFrame
@@ -49,7 +49,7 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: C
     ]
     judged_items = validate.judge_items(items, widths, *lacks, *voids)
     flags = [f"_{kind}_{i}" for kind in _KINDS for i in range(len(used))]
-    narrow = judged_items.select("item_id", "reason", *flags).persist()
+    narrow = ranks.numbered(judged_items.select("item_id", "reason", *flags)).frame
     figures = validate.reasons(narrow, *_lacking(used), F.count_if(validate.odd("item_id")).alias("odd"))
     counted = {reason: row["rows"] for reason, row in figures.items()} | _unparsed(lake, "items")
     copies = counted.pop(validate.COPY, 0)
@@ -60,14 +60,15 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: C
     except InputError:
         _quarantine(lake, input_hash, bad)
         raise
-    accepted = narrow.filter("reason IS NULL")
+    accepted = narrow.filter("reason IS NULL").select("item_id", F.col("rank").alias(ITEM))
     interactions = in_place.read(spark, lake, "interactions", parquet.EVENTS)
     users = layout(spark, features.user_buckets)
-    judged = users.place(_judged(interactions, accepted, now, features.first_year, users)).persist()
+    timed = validate.judge_events(interactions, accepted, now, features.first_year)
+    judged = users.place(_lean(timed, cfg.seed, users)).persist()
     # unknown items alone can have ids that are not those of items
     item_id = F.when(F.col("reason") == "unknown_item", F.col("item_id"))
     odd = [F.count_if(validate.odd("user_id")).alias("user_id"), F.count_if(validate.odd(item_id)).alias("item_id")]
-    event_figures = validate.reasons(judged, *odd, *labels.sums())
+    event_figures = validate.reasons(judged, *odd, *labels.sums(), *histories.sums())
     counted_events = {reason: row["rows"] for reason, row in event_figures.items()} | _unparsed(lake, "interactions")
     bad_events = (
         validate.refused(judged, "interactions", interactions.columns, input_hash)
@@ -95,15 +96,14 @@ def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: C
     names = sorted({reason for reason in (*counted, *counted_events) if reason})
     rejected = {name: counted.get(name, 0) + counted_events.get(name, 0) for name in names}
     missing = _missing(figures[None], used, note)
-    return Checked(accepted.select("item_id"), judged, event_figures[None], rejected, copies, missing, users)
+    return Checked(accepted, judged, event_figures[None], rejected, copies, missing, users)
 
 
-def _judged(interactions: DataFrame, accepted: DataFrame, now: datetime, first_year: int, users: Layout) -> DataFrame:
-    """Return judged interactions with ``_part``. The text of a time goes with the rejected rows only, which are written
-    as they came."""
-    judged = validate.judge_events(interactions, accepted, now, first_year)
-    text = F.when(F.col("reason").isNotNull(), F.col("timestamp"))
-    return judged.withColumn("timestamp", text).withColumn(PART, users.part())
+def _lean(judged: DataFrame, seed: int, users: Layout) -> DataFrame:
+    """Add ``_chance`` and ``_part`` to judged interactions. The texts of an item and a time go with the rejected rows
+    only, which are written as they came."""
+    texts = {name: F.when(F.col("reason").isNotNull(), F.col(name)) for name in ("item_id", "timestamp")}
+    return judged.select("*", histories.chance(seed), users.part().alias(PART)).withColumns(texts)
 
 
 def _unparsed(lake: Lake, table: str) -> dict[str | None, int]:

@@ -16,11 +16,10 @@ from adasid.errors import InputError
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import fits_broadcast, session, write
 from pipelines.engines.tracking import StageContext
-from pipelines.features import histories, labels, layout
+from pipelines.features import histories, labels, layout, statistics
 from pipelines.features.check import Checked, check, modalities
-from pipelines.features.layout import BUCKET, PART, USER, Layout
+from pipelines.features.layout import BUCKET, ITEM, PART, USER, Layout
 from pipelines.features.ranks import Ranked
-from pipelines.features.statistics import item_stats, popularity
 from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 
@@ -140,12 +139,9 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
     checked = check(spark, cfg, lake, input_hash, context.note)
     users = checked.users
     context.note(f"checked the input: {sum(checked.rejected.values())} rows rejected")
-    clean = prepare(checked, features, context, cfg.seed)
-    train = clean.events.filter("split = 'train'")
-    counts = train.groupBy(*USER, "user_id", "item_id").agg(F.count("*").alias("events")).persist()
-    stats = item_stats(checked.items, counts, features)
-    sums = F.sum("events").alias("interactions"), F.count("*").alias("items")
-    of_users = counts.groupBy(*USER, "user_id").agg(*sums)
+    clean = prepare(checked, features, context)
+    trained = statistics.trained(clean.events, USER)
+    stats = statistics.item_stats(checked.items, trained, features)
     indexed = _indexed(clean.events, stats, users)
     samples = indexed.withColumn("split", F.col("ranking_split")).withColumn(BUCKET, users.bucket())
     windows = histories.sequences(indexed, features.max_length, USER)
@@ -153,7 +149,7 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
         name: write(frame, lake, name, schema, input_hash, sources=sources, partition=partition)
         for name, frame, schema, partition in (
             ("item_stats", stats.frame, tables.ITEM_STATS, ()),
-            ("user_stats", of_users, tables.USER_STATS, ()),
+            ("user_stats", statistics.user_stats(trained), tables.USER_STATS, ()),
             ("ranking_samples", samples, tables.RANKING_SAMPLES, (BUCKET,)),
             ("sequences", windows.withColumn(BUCKET, users.bucket()), tables.SEQUENCES, (BUCKET,)),
         )
@@ -172,16 +168,16 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
 
 
 def _indexed(events: DataFrame, stats: Ranked, users: Layout) -> DataFrame:
-    """Add ``item_index`` to ``events``, which each partition has in the order of users and positions. Where all items
-    are too many to broadcast, the events go to the items and back, once."""
-    index = stats.frame.select("item_id", "item_index")
+    """Add item_id and ``item_index`` to ``events``, which each partition has in the order of users and positions. Where
+    all items are too many to broadcast, the events go to the items and back, once."""
+    index = stats.frame.select(ITEM, "item_id", "item_index")
     if fits_broadcast(index):
-        return events.join(F.broadcast(index), "item_id")
-    placed = users.place(events.join(index.hint("shuffle_hash"), "item_id"))
+        return events.join(F.broadcast(index), ITEM)
+    placed = users.place(events.join(index.hint("shuffle_hash"), ITEM))
     return placed.sortWithinPartitions(*USER, "position").persist()
 
 
-def prepare(checked: Checked, features: Features, context: StageContext, seed: int) -> Clean:
+def prepare(checked: Checked, features: Features, context: StageContext) -> Clean:
     """Label, de-duplicate, cap, apply the k-core, order and split the accepted events, without another exchange by
     user. The k-core apart, no step removes a user, so that the users are ranked first: their ranks order them faster
     than their ids do."""
@@ -195,10 +191,13 @@ def prepare(checked: Checked, features: Features, context: StageContext, seed: i
             )
     ranked = layout.rank_users(accepted)
     events, left = users.indexed(accepted, ranked), [checked.accepted["rows"]]
-    events = histories.deduplicate(events, features.deduplicate, USER)
+    if features.deduplicate == "exact" and not checked.accepted["twofold"]:
+        events = histories.deduplicate_sorted(events, USER)
+    else:
+        events = histories.deduplicate(events, features.deduplicate, USER)
     if heavy := _heavy(ranked.frame, features.max_user_events):
         left.append(events.count())
-        events = histories.cap(events, features.max_user_events, seed, USER)
+        events = histories.cap(events, features.max_user_events, USER)
     if features.k_core:
         events = events.localCheckpoint()
         left.append(before := events.count())
@@ -212,7 +211,7 @@ def prepare(checked: Checked, features: Features, context: StageContext, seed: i
                 "accept items and users below "
                 f"{features.k_core} events"
             )
-    ordered = histories.order(events, features, seed, USER).drop("pos").persist()
+    ordered = histories.order(events, features, USER).drop("pos", histories.CHANCE).persist()
     sums = [F.count_if(~F.col("in_history")).alias("outside_histories"), F.count_if("tied").alias("tied")]
     train = F.count_if(F.col("split") == "train").alias("train")
     row = ordered.agg(
@@ -261,7 +260,7 @@ def _catalog_row(input_hash: str, checked: Checked, clean: Clean, stats: Ranked,
         "missing": sorted(checked.missing.items()),
         "rejected": sorted(checked.rejected.items()),
         "ranking_split": features.split if features.ranking_split == "same" else features.ranking_split,
-        **popularity(stats),
+        **statistics.popularity(stats),
     }
 
 

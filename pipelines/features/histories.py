@@ -14,17 +14,28 @@ from pyspark.sql import functions as F
 from adasid.config import Features
 from adasid.errors import InputError
 from adasid.tables import RANKING_ONLY
+from pipelines.features.layout import ITEM
 from pipelines.features.ranks import rank_by, values_at
 
-EVENT = ("user_id", "item_id", "time", "pos", "rating", "label", "in_history")
+CHANCE = "_chance"
+EVENT = ("user_id", ITEM, "time", "pos", CHANCE, "rating", "label", "in_history")
 _BY = ("user_id",)
 
 
-def chronological(seed: int) -> tuple[Column, ...]:
-    """Return the order of a user's events: time, then pos. A seeded hash breaks ties: an order by id could be
-    learned."""
-    chance = F.xxhash64(F.lit(seed), "user_id", "time", "item_id")
-    return F.col("time"), F.col("pos"), chance, F.col("item_id"), F.desc("label"), F.col("rating")
+def chance(seed: int) -> Column:
+    """Return the seeded hash that breaks ties of an event's time: an order by id could be learned."""
+    return F.xxhash64(F.lit(seed), "user_id", "time", "item_id").alias(CHANCE)
+
+
+def sums() -> list[Column]:
+    """Return the aggregate of accepted events that says whether :func:`deduplicate_sorted` may be used: ``twofold``,
+    the number of those with both time and pos."""
+    return [F.count_if(F.col("time").isNotNull() & F.col("pos").isNotNull()).alias("twofold")]
+
+
+def chronological() -> tuple[Column, ...]:
+    """Return the order of a user's events: time, then pos, then :func:`chance`."""
+    return *map(F.col, ("time", "pos", CHANCE, ITEM)), F.desc("in_history"), F.desc("label"), F.col("rating")
 
 
 def deduplicate(events: DataFrame, how: str, by: Sequence[str] = _BY) -> DataFrame:
@@ -34,13 +45,21 @@ def deduplicate(events: DataFrame, how: str, by: Sequence[str] = _BY) -> DataFra
         return events
     moment = [F.col("in_history")] if how == "pair" else [F.col("time"), F.when(F.col("time").isNull(), F.col("pos"))]
     first = F.desc("in_history"), F.col("time"), F.col("pos"), F.desc("label"), F.col("rating")
-    same = Window.partitionBy(*by, "item_id", *moment).orderBy(*first)
+    same = Window.partitionBy(*by, ITEM, *moment).orderBy(*first)
     return events.select("*", F.row_number().over(same).alias("_copy")).filter("_copy = 1").drop("_copy")
 
 
-def cap(events: DataFrame, most: int, seed: int, by: Sequence[str] = _BY) -> DataFrame:
+def deduplicate_sorted(events: DataFrame, by: Sequence[str] = _BY) -> DataFrame:
+    """De-duplicate ``exact`` events of which none has both time and pos. Equal ones are neighbours in the chronological
+    order, for which :func:`order` then does not sort again."""
+    key = F.struct(ITEM, "time", "pos")
+    before = F.lag(key).over(Window.partitionBy(*by).orderBy(*chronological()))
+    return events.select("*", before.eqNullSafe(key).alias("_copy")).filter("NOT _copy").drop("_copy")
+
+
+def cap(events: DataFrame, most: int, by: Sequence[str] = _BY) -> DataFrame:
     """Keep the latest ``most`` events of every user."""
-    latest = Window.partitionBy(*by).orderBy(*chronological(seed))
+    latest = Window.partitionBy(*by).orderBy(*chronological())
     last = F.count("*").over(Window.partitionBy(*by)) - F.row_number().over(latest)
     return events.select("*", last.alias("_later")).filter(F.col("_later") < most).drop("_later")
 
@@ -55,20 +74,20 @@ def k_core(events: DataFrame, least: int, rounds: int) -> tuple[DataFrame, bool]
             .filter(F.col("_n") >= least)
             .drop("_n")
         )
-        items = users.groupBy("item_id").count().filter(F.col("count") >= least)
-        events = users.join(items, "item_id", "left_semi").select(*events.columns).localCheckpoint()
+        items = users.groupBy(ITEM).count().filter(F.col("count") >= least)
+        events = users.join(items, ITEM, "left_semi").select(*events.columns).localCheckpoint()
         before, size = size, events.count()
         if size == before:
             return events, True
     return events, False
 
 
-def order(events: DataFrame, features: Features, seed: int, by: Sequence[str] = _BY) -> DataFrame:
+def order(events: DataFrame, features: Features, by: Sequence[str] = _BY) -> DataFrame:
     """Add ``position`` (0-based rank among the user's events), ``place`` (the same among those ``in_history``),
     ``tied`` (whether another event has the same time and pos), ``split`` and ``ranking_split``. Both are ``train`` for
     the events that neither holds out: embeddings, counts and SIDs are computed from these. ``split`` is null where only
     ranking reads an event; an event outside histories is split with the next visit."""
-    ordered = Window.partitionBy(*by).orderBy(*chronological(seed))
+    ordered = Window.partitionBy(*by).orderBy(*chronological())
     visits = F.sum(F.col("in_history").cast("bigint"))
     moment = F.struct("time", "pos")
     same = [neighbour(moment).over(ordered).eqNullSafe(moment) for neighbour in (F.lag, F.lead)]
@@ -120,7 +139,7 @@ def sequences(indexed: DataFrame, max_length: int, by: Sequence[str] = _BY) -> D
     """Return ``by``, user_id, split, history, target of every user with something to learn or to predict. ``indexed``
     has item_index, place, in_history, split. A partition that is in the order of ``by`` is not sorted again, and its
     users stay in that order."""
-    history = F.array_sort(F.collect_list(F.struct("place", "item_index")))["item_index"]
+    history = F.sort_array(F.collect_list(F.struct("place", "item_index")))["item_index"]
 
     def first(split: str) -> Column:
         return F.min(F.when(F.col("split") == split, F.col("place"))).cast("int")

@@ -3,7 +3,7 @@ curves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,39 @@ from pyspark.sql import functions as F
 
 from adasid.config import Features
 from adasid.tables import STRATA
+from pipelines.features.layout import ITEM
 from pipelines.features.ranks import Ranked, rank_by, values_at
 
 PERCENTS = tuple(range(101))
 _RANKS = 100
 
 
-def item_stats(accepted: DataFrame, pairs: DataFrame, features: Features) -> Ranked:
-    """Return a row of ``item_stats`` for every accepted item; its rank is its index. ``pairs``: user_id, item_id and
-    their training ``events``."""
-    counts = pairs.groupBy("item_id").agg(F.sum("events").alias("interactions"), F.count("*").alias("users"))
+def trained(events: DataFrame, by: Sequence[str]) -> DataFrame:
+    """Return by, user_id, ``events`` (the items of the training events, as ``_item`` numbers them) and ``items`` (each
+    of them once) of every user with training events; persisted. A partition in the order of ``by`` is not sorted
+    again."""
+    listed = F.first("user_id").alias("user_id"), F.collect_list(ITEM).alias("events")
+    users = events.filter("split = 'train'").groupBy(*by).agg(*listed)
+    return users.select("*", F.array_distinct("events").alias("items")).persist()
+
+
+def user_stats(users: DataFrame) -> DataFrame:
+    """Return the rows of ``user_stats``. ``users``: of :func:`trained`."""
+    return users.withColumn("interactions", F.size("events")).withColumn("items", F.size("items"))
+
+
+def item_stats(accepted: DataFrame, users: DataFrame, features: Features) -> Ranked:
+    """Return a row of ``item_stats``, with ``_item``, for every accepted item; its rank is its index. ``accepted``:
+    item_id and ``_item``; ``users``: of :func:`trained`."""
+    repeats = F.size("events") > F.size("items")
+    every = users.select(
+        F.explode("events").alias(ITEM), F.lit(1).alias("events"), (~repeats).cast("int").alias("users")
+    )
+    once = users.filter(repeats).select(F.explode("items").alias(ITEM), F.lit(0), F.lit(1))
+    sums = F.sum("events").alias("interactions"), F.sum("users").alias("users")
+    counts = every.union(once).groupBy(ITEM).agg(*sums)
     ranked = rank_by(
-        accepted.join(counts, "item_id", "left").fillna(0, ["interactions", "users"]),
+        accepted.join(counts, ITEM, "left").fillna(0, ["interactions", "users"]),
         F.desc("interactions"),
         F.asc("item_id"),
     )

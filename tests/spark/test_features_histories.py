@@ -21,19 +21,35 @@ def at(second):
     return None if second is None else datetime.fromtimestamp(second, timezone.utc)
 
 
-def frame(spark, rows):
+def frame(spark, rows, seed=SEED):
     """rows: user, item, second or None, pos or None, rating or None; and, where given, the label, which 0 puts outside
     histories."""
     padded = [(*row, 1)[:6] for row in rows]
     return spark.createDataFrame(
         [(user, item, at(second), pos, rating, label, label != 0) for user, item, second, pos, rating, label in padded],
         SCHEMA,
-    )
+    ).select("*", F.col("item_id").alias(layout.ITEM), histories.chance(seed))
 
 
 def placed(spark, rows, **settings):
-    ordered = histories.order(frame(spark, rows), Features(**settings), SEED)
+    ordered = histories.order(frame(spark, rows), Features(**settings))
     return {(row["user_id"], row["position"]): (row["item_id"], row["split"]) for row in ordered.collect()}
+
+
+def test_sorted_events_lose_the_same_copies(spark):
+    rng = np.random.default_rng(5)
+    rows = [
+        (f"u{user}", f"i{item}", None if pos else second, second if pos else None, float(rating), int(label))
+        for user, item, second, pos, rating, label in rng.integers([4, 3, 4, 2, 3, 2], size=(300, 6)).tolist()
+    ]
+    found, expected = (
+        sorted(map(str, left.drop(histories.CHANCE).collect()))
+        for left in (
+            histories.deduplicate_sorted(frame(spark, rows)),
+            histories.deduplicate(frame(spark, rows), "exact"),
+        )
+    )
+    assert found == expected and 0 < len(found) < len(rows)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +126,7 @@ def test_ties_are_ordered_by_a_seeded_hash_and_counted(spark):
     ]
 
     def orders(seed, partitions):
-        placed = histories.order(frame(spark, rows).repartition(partitions, "item_id"), Features(), seed).collect()
+        placed = histories.order(frame(spark, rows, seed).repartition(partitions, "item_id"), Features()).collect()
         tied = {row["user_id"] for row in placed if row["tied"]}
         users = {row["user_id"]: [] for row in placed}
         for row in sorted(placed, key=lambda row: row["position"]):
@@ -137,15 +153,13 @@ def test_impressions_are_in_no_history_and_are_split_with_the_visit_that_follows
         ("u", "d", 7, None, None),
         ("u", "w", 8, None, None, 0),
     ]
-    ordered = histories.order(frame(spark, rows), Features(), SEED)
+    ordered = histories.order(frame(spark, rows), Features())
     found = {row["item_id"]: (row["split"], row["ranking_split"], row["place"]) for row in ordered.collect()}
     assert found == {
         "a": ("train", "train", 0), "x": (None, "ranking", 1), "b": ("train", "train", 1), "y": (None, "validation", 2),
         "c": ("validation", "validation", 2), "z": (None, "test", 3), "d": ("test", "test", 3), "w": (None, "test", 4),
     }  # fmt: skip
-    later = histories.order(
-        frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.25, 0.25)), SEED
-    )
+    later = histories.order(frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.25, 0.25)))
     by_time = {row["item_id"]: (row["split"], row["ranking_split"]) for row in later.collect()}
     assert by_time == {
         "a": ("train", "train"), "x": (None, "ranking"), "b": ("train", "train"), "y": (None, "ranking"),
@@ -179,7 +193,7 @@ def test_an_impression_does_not_hide_a_visit(spark):
 
 def test_the_latest_events_of_a_heavy_user_are_kept(spark):
     rows = [("bot", f"i{second % 7}", second, None, None) for second in range(50)] + [("u", "i0", 1, None, None)]
-    left = histories.cap(frame(spark, rows), 10, SEED).selectExpr("user_id", "unix_seconds(time) AS at").collect()
+    left = histories.cap(frame(spark, rows), 10).selectExpr("user_id", "unix_seconds(time) AS at").collect()
     assert sorted(row["at"] for row in left if row["user_id"] == "bot") == list(range(40, 50)) and len(left) == 11
 
 
@@ -226,9 +240,7 @@ def test_what_one_task_holds_out_is_training_for_neither(spark):
     rows = [("u", f"i{second}", second, None, None) for second in range(6)] + [
         ("v", f"i{second}", second, None, None) for second in range(4, 10)
     ]
-    ordered = histories.order(
-        frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.2, 0.2)), SEED
-    )
+    ordered = histories.order(frame(spark, rows), Features(ranking_split="global_time", ranking_holdout=(0.2, 0.2)))
     found = {(row["user_id"], row["item_id"]): (row["split"], row["ranking_split"]) for row in ordered.collect()}
     assert [found["u", f"i{second}"] for second in range(6)] == [("train", "train")] * 4 + [
         ("validation", "ranking"),
@@ -254,14 +266,14 @@ def checked_events(spark, rows):
     users = layout.layout(spark, 2)
     judged = frame(spark, rows).drop("in_history").selectExpr("*", "CAST(NULL AS string) AS reason")
     judged = judged.withColumn(layout.PART, users.part())
-    figures = judged.agg(F.count("*").alias("rows"), *labels.sums()).first().asDict()
+    figures = judged.agg(F.count("*").alias("rows"), *labels.sums(), *histories.sums()).first().asDict()
     return check.Checked(judged, judged, figures, {}, 0, {}, users)
 
 
 def test_settings_that_the_data_cannot_meet(spark):
     checked = checked_events(spark, [("u", "a", 1, None, None), ("u", "b", None, 2, None)])
     with pytest.raises(InputError, match=r"features.split is 'global_time' but 1 events have no timestamp"):
-        events.prepare(checked, Features(split="global_time"), Notes(), SEED)
+        events.prepare(checked, Features(split="global_time"), Notes())
     with pytest.raises(
         InputError,
         match=(
@@ -269,17 +281,17 @@ def test_settings_that_the_data_cannot_meet(spark):
             r"features.ranking_split: same"
         ),
     ):
-        events.prepare(checked, Features(ranking_split="global_time"), Notes(), SEED)
+        events.prepare(checked, Features(ranking_split="global_time"), Notes())
     with pytest.raises(InputError, match=r"features.k_core 5 leaves no event of 2: lower it, or set it to 0"):
-        events.prepare(checked, Features(k_core=5), Notes(), SEED)
+        events.prepare(checked, Features(k_core=5), Notes())
     with pytest.raises(AssertionError, match=r"k-core was still shrinking after features.k_core_rounds 1"):
         rows = [(user, item, 1, None, None) for user, item in ("ux", "uy", "vx", "vy", "wy", "wz")]
-        events.prepare(checked_events(spark, rows), Features(k_core=2, k_core_rounds=1), Notes(), SEED)
+        events.prepare(checked_events(spark, rows), Features(k_core=2, k_core_rounds=1), Notes())
 
 
 def test_the_index_counts_the_users_that_the_core_leaves(spark):
     rows = [("a", "x", 1, None, None), *((user, item, 1, None, None) for user in "uv" for item in "xy")]
-    clean = events.prepare(checked_events(spark, rows), Features(k_core=2), Notes(), SEED)
+    clean = events.prepare(checked_events(spark, rows), Features(k_core=2), Notes())
     assert {(row["user_id"], row["user_index"]) for row in clean.events.collect()} == {("u", 0), ("v", 1)}
     assert (clean.counts["below_k_core"], clean.counts["users"], clean.counts["duplicates"]) == (1, 2, 0)
 
@@ -290,7 +302,7 @@ def test_a_split_that_leaves_nothing_to_train_on_is_named(spark):
         InputError,
         match=r"no event is left to train on: of 10 events 8 are outside histories .* set features.ranking_split: same",
     ):
-        events.prepare(checked_events(spark, rows), Features(ranking_split="global_time"), Notes(), SEED)
+        events.prepare(checked_events(spark, rows), Features(ranking_split="global_time"), Notes())
 
 
 def test_sequences(spark):

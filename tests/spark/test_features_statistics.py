@@ -12,6 +12,7 @@ from adasid.errors import InputError
 from adasid.metrics.richness import fit_scale, vector_norms
 from pipelines.features import ranks, richness, statistics
 from pipelines.features.items import _length
+from pipelines.features.layout import ITEM
 
 COUNTS = [40, 17, 17, 9, 5, 3, 3, 1, 1, 1, 0, 0]
 
@@ -19,18 +20,22 @@ COUNTS = [40, 17, 17, 9, 5, 3, 3, 1, 1, 1, 0, 0]
 @pytest.fixture(scope="module")
 def stats(spark):
     """item_stats of items i00..i11 whose counts are COUNTS, each item with two users where it has two events."""
-    pairs = [
-        (f"u{user}", f"i{item:02d}", count // 2 if user else count - count // 2)
-        for item, count in enumerate(COUNTS)
-        for user in (0, 1)
-        if count > user
-    ]
+    events = [(f"u{event % 2}", item, "train") for item, count in enumerate(COUNTS) for event in range(count)]
+    events.append(("u0", 0, "test"))
     accepted = spark.createDataFrame(
-        [(f"i{item:02d}",) for item in reversed(range(len(COUNTS)))], "item_id string"
+        [(f"i{item:02d}", item) for item in reversed(range(len(COUNTS)))], f"item_id string, {ITEM} bigint"
     ).repartition(3)
-    return statistics.item_stats(
-        accepted, spark.createDataFrame(pairs, "user_id string, item_id string, events bigint"), Features()
+    users = statistics.trained(
+        spark.createDataFrame(events, f"user_index string, {ITEM} bigint, split string").withColumn(
+            "user_id", F.col("user_index")
+        ),
+        ("user_index",),
     )
+    assert {(row["user_id"], row["interactions"], row["items"]) for row in statistics.user_stats(users).collect()} == {
+        ("u0", sum(-(-count // 2) for count in COUNTS), sum(count > 0 for count in COUNTS)),
+        ("u1", sum(count // 2 for count in COUNTS), sum(count > 1 for count in COUNTS)),
+    }
+    return statistics.item_stats(accepted, users, Features())
 
 
 def test_a_global_rank_is_dense_and_in_order_over_many_partitions(spark):

@@ -171,7 +171,7 @@ def test_a_heavy_user_is_capped_before_anything_is_counted(spark, lake):
         note = staticmethod(notes.append)
 
     checked = check.check(spark, cfg, lake, "m", notes.append)
-    clean = events.prepare(checked, cfg.features, StageContext(), cfg.seed)
+    clean = events.prepare(checked, cfg.features, StageContext())
     assert clean.counts == {
         "interactions": 6,
         "users": 2,

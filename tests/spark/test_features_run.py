@@ -434,9 +434,7 @@ def test_shuffles_are_as_few_as_the_plan_needs(spark, done, broadcast):
         spark.conf.set(key, value)
     try:
         with tracking.stage(cfg, "count") as context:
-            clean = events.prepare(
-                check.check(spark, cfg, lake, "count", context.note), cfg.features, context, cfg.seed
-            )
+            clean = events.prepare(check.check(spark, cfg, lake, "count", context.note), cfg.features, context)
             of_events = exchanges(spark, clean.events)
             spark.catalog.clearCache()
             of_items = exchanges(spark, items.join(spark, cfg, lake))

@@ -48,6 +48,7 @@ DAY: dict[str, tuple[str, ...]] = {
     "day: SIDs": ("retokenize", "--run-date", "2030-01-01"),
 }
 DUCKDB = "features in DuckDB"
+ORDER = ("ingest", "features", DUCKDB, *[stage for stage in JOBS if stage not in {"ingest", "features"}], *DAY)
 KINDS = ("driver", "jvm", "spark_python", "worker")
 GB = 1e9
 _LARGEST = {
@@ -201,7 +202,7 @@ def run(size: int, runs: Path, workers: int) -> None:
     settings, lake, source = config(size, runs, workers), runs / f"scale-{size}" / "lake", runs / f"source-{size}"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     done = {row["stage"] for row in lines(runs) if row["items"] == size}
-    for stage in (*JOBS, DUCKDB, *DAY):
+    for stage in ORDER:
         if stage in done:
             continue
         if stage in DAY and not day.exists():

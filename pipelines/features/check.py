@@ -25,8 +25,8 @@ _KINDS = ("lacks", "void")
 class Checked(NamedTuple):
     """Checked input has the item_id and ``_item`` of accepted items; interactions with ``_item``, ``time``, ``reason``,
     ``_chance`` and ``_part``, partitioned by user; figures of the accepted ones (``rows``, :func:`labels.sums` and
-    :func:`histories.sums`); rejected rows by reason; identical copies of
-    items; items without each modality; where the events of users are."""
+    :func:`histories.sums`); rejected rows by reason; identical copies of items; items without each modality; where the
+    events of users are."""
 
     items: DataFrame
     judged: DataFrame

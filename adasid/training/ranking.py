@@ -94,7 +94,7 @@ class RankingTraining(DownstreamTraining):
             if not self.workers.agree(bool(len(mine)) or split != "train", self.device):
                 raise InputError(
                     f"ranking: {self.version} has no training sample for one of {self.workers.world} workers: lower "
-                    "ray.workers, or raise features.user_buckets"
+                    "ray.workers, or raise features.user_buckets and run jobs/build_features.py again"
                 )
             classes = self.workers.sum(
                 torch.tensor([int(mine.sum()), int((mine == 0).sum()) + drawn], device=self.device)

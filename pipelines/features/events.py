@@ -58,7 +58,7 @@ def _fresh(inputs: Inputs, lake: Lake) -> bool:
     """Return whether the tables exist, in the buckets that the config asks for."""
     if not lake.fresh(inputs.hash, *_WRITES):
         return False
-    row = lake.read("catalog_stats").to_pylist()[0]
+    (row,) = Lake(lake.root, {}).read("catalog_stats").to_pylist()  # whatever the pins say, as the hashes above
     return bool(row["user_buckets"] == inputs.cfg.features.user_buckets)
 
 
@@ -275,6 +275,6 @@ EVENTS = Stage(
     decide=_decided,
     body=_build,
     fresh=_fresh,
-    prefix="events",
+    prefix="events 2",  # raised when a table gets a column, or events another order
 )
 """Reads raw items and interactions, writes statistics, sequences, ranking samples and rejected rows."""

@@ -20,13 +20,14 @@ class Ranked(NamedTuple):
 
 
 def rank_by(frame: DataFrame, *order: Column) -> Ranked:
-    """Rank all rows by ``order``, which must be total for the rank to be deterministic: range partitions, each sorted,
-    plus the sizes of the partitions before. Persisted first: a second execution could choose other range boundaries."""
+    """Rank all rows by ``order``, which must be total for the rank to be deterministic: range partitions, each
+    sorted."""
     return numbered(frame.repartitionByRange(*order).sortWithinPartitions(*order))
 
 
 def numbered(frame: DataFrame) -> Ranked:
-    """Rank all rows by their partition, then by where they are in it."""
+    """Rank all rows by their partition, then by where they are in it. Other partitions give other ranks, so that they
+    are good within one job. Persisted: a second execution could choose other boundaries of ranges."""
     local = frame.select("*", F.monotonically_increasing_id().alias("_at")).persist()
     part = F.shiftright("_at", _ROW_BITS)
     sizes = {row["part"]: row["n"] for row in local.groupBy(part.alias("part")).agg(F.count("*").alias("n")).collect()}

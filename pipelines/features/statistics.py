@@ -20,27 +20,27 @@ _RANKS = 100
 
 
 def trained(events: DataFrame, by: Sequence[str]) -> DataFrame:
-    """Return by, user_id, ``events`` (the items of the training events, as ``_item`` numbers them) and ``items`` (each
-    of them once) of every user with training events; persisted. A partition in the order of ``by`` is not sorted
+    """Return by, user_id, ``events`` (the items of the training events, as ``_item`` numbers them) and ``items`` (how
+    many different ones) of every user with training events; persisted. A partition in the order of ``by`` is not sorted
     again."""
     listed = F.first("user_id").alias("user_id"), F.collect_list(ITEM).alias("events")
     users = events.filter("split = 'train'").groupBy(*by).agg(*listed)
-    return users.select("*", F.array_distinct("events").alias("items")).persist()
+    return users.select("*", F.size(F.array_distinct("events")).alias("items")).persist()
 
 
 def user_stats(users: DataFrame) -> DataFrame:
     """Return the rows of ``user_stats``. ``users``: of :func:`trained`."""
-    return users.withColumn("interactions", F.size("events")).withColumn("items", F.size("items"))
+    return users.withColumn("interactions", F.size("events"))
 
 
 def item_stats(accepted: DataFrame, users: DataFrame, features: Features) -> Ranked:
     """Return a row of ``item_stats``, with ``_item``, for every accepted item; its rank is its index. ``accepted``:
     item_id and ``_item``; ``users``: of :func:`trained`."""
-    repeats = F.size("events") > F.size("items")
+    repeats = F.size("events") > F.col("items")
     every = users.select(
         F.explode("events").alias(ITEM), F.lit(1).alias("events"), (~repeats).cast("int").alias("users")
     )
-    once = users.filter(repeats).select(F.explode("items").alias(ITEM), F.lit(0), F.lit(1))
+    once = users.filter(repeats).select(F.explode(F.array_distinct("events")).alias(ITEM), F.lit(0), F.lit(1))
     sums = F.sum("events").alias("interactions"), F.sum("users").alias("users")
     counts = every.union(once).groupBy(ITEM).agg(*sums)
     ranked = rank_by(

@@ -106,7 +106,7 @@ def _embed(items: DataFrame, source: AmazonSource, seed: int) -> DataFrame:
 
     Up to 200,000 products one partition and one seed make the vectors repeat where Spark delivers the rows in the same
     order, as it does on one machine with one input split; a cluster may order them otherwise and learn other, equally
-    good vectors. With more products several partitions learn, whose vectors Spark adds up after each pass.
+    good vectors. With more products several partitions learn, and Spark averages their vectors after each pass.
     """
     tokens = RegexTokenizer(inputCol="words", outputCol="tokens", pattern=r"[^\p{L}\p{N}]+").transform(items)
     embed = Word2Vec(

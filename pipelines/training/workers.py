@@ -161,7 +161,8 @@ def _histories(
     if not workers.agree(len(found["train"]) > 0, device):
         raise InputError(
             f"sequences version {version} has no user with at least two training events for one of "
-            f"{workers.world} workers: bring more interactions, lower ray.workers, or raise features.user_buckets"
+            f"{workers.world} workers: bring more interactions, lower ray.workers, or raise features.user_buckets "
+            "and run jobs/build_features.py again"
         )
     return found
 

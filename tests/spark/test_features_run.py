@@ -20,6 +20,7 @@ from pipelines.engines import tracking
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import struct, write
 from pipelines.features import check, events, items, layout
+from pipelines.training import behavior
 from tests.conftest import give_store
 
 MODALITIES = ("text", "visual")
@@ -203,6 +204,8 @@ def test_tables_without_buckets_are_refused_with_the_fix(lake):
     lake.write("sequences", old.schema, old.to_batches(), "old")
     with pytest.raises(InputError, match=r"no columns 'bucket' and 'user_index'.* run jobs/build_features"):
         layout.check(lake, "sequences")
+    with pytest.raises(InputError, match=r"no columns 'bucket' and 'user_index'"):
+        behavior.BEHAVIOR.body(stage.Inputs(build({"name": "t"}), {}, {}, {}, "h", lake), None)
 
 
 def test_rated_events_are_split_by_time_and_nothing_learns_from_what_a_task_holds_out(spark, tmp_path):
@@ -309,7 +312,13 @@ def test_events_that_nobody_rated_are_split_as_ever(done):
         features = cfg.features.model_copy(update=changes)
         unread = events._LATER | {"user_buckets", "ranking_split", "ranking_holdout"}
         before = features.model_dump(mode="json", exclude=unread)
-        mark = digest("events", before, cfg.seed, MODALITIES, lake.input_hashes(lake.versions("items", "interactions")))
+        mark = digest(
+            events.EVENTS.prefix,
+            before,
+            cfg.seed,
+            MODALITIES,
+            lake.input_hashes(lake.versions("items", "interactions")),
+        )
         assert stage.resolve(events.EVENTS, cfg.model_copy(update={"features": features}), lake).hash == mark
     features = cfg.features.model_copy(update={"ranking_holdout": (0.2, 0.2)})
     assert stage.check_fresh(events.EVENTS, cfg.model_copy(update={"features": features}), lake)

@@ -129,6 +129,12 @@ def test_timestamps_are_seconds_milliseconds_or_iso(spark):
         "0": 0,
         "100000000000": 10**11,
         "100000000001": 100_000_000.001,
+        "100000000000000": 10**11,
+        "100000000000001": 100_000_000.000001,
+        "100000000000000000": 10**11,
+        "100000000000000001": 10**8,
+        "-62135596800": -62_135_596_800,
+        "-62135596801": None,
         "1600000000.5": 1_600_000_000.5,
         "1.6e9": 1_600_000_000,
         "1.6e+18": 1_600_000_000,
@@ -159,6 +165,11 @@ def test_timestamps_are_seconds_milliseconds_or_iso(spark):
         for row in frame.select("text", validate.parse_time(frame["text"]).cast("double").alias("seconds")).collect()
     }
     assert rows == pytest.approx(texts)
+    seen = events_frame(spark, [("u", "x", text, 1, None, None) for text in texts])
+    known = spark.createDataFrame([("x",)], "item_id string")
+    judged = validate.judge_events(seen, known, datetime(2030, 1, 1, tzinfo=timezone.utc), 1990)
+    rows = judged.selectExpr("timestamp", "cast(time AS double) AS seconds").collect()
+    assert {row["timestamp"]: row["seconds"] for row in rows} == pytest.approx(texts)
 
 
 def test_the_clock_can_be_set():

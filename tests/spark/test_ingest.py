@@ -681,6 +681,7 @@ def test_amazon_vectors_of_many_products_are_learned_by_several_tasks(make_confi
     monkeypatch.setattr(amazon, "_PRODUCTS", 1)
     parts = [row["text"] for row in rows(ingested(cfg.model_copy(update={"name": "parts"})), "items", "item_id")]
     assert parts != whole and [text is None for text in parts] == [text is None for text in whole]
+    assert np.isfinite([text for text in parts if text]).all()
 
 
 def test_amazon_errors(make_config, tmp_path):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import duckdb
+from deltalake import DeltaTable
 
 LENGTH = 50
 """features.max_length"""
@@ -17,9 +18,9 @@ CREATE TABLE ordered AS
 WITH clean AS (
     SELECT user_id, item_id, min(t) AS t FROM (
         SELECT user_id, item_id, try_cast("timestamp" AS BIGINT) AS t
-        FROM read_parquet('{lake}/interactions/*.parquet'))
+        FROM read_parquet({interactions}))
     WHERE user_id IS NOT NULL AND t IS NOT NULL
-        AND item_id IN (SELECT item_id FROM read_parquet('{lake}/items/*.parquet'))
+        AND item_id IN (SELECT item_id FROM read_parquet({items}))
     GROUP BY user_id, item_id, t)
 SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY t, item_id) - 1 AS position,
     count(*) OVER (PARTITION BY user_id) AS events
@@ -37,7 +38,7 @@ WITH counts AS (
     FROM split WHERE split = 'train' GROUP BY 1)
 SELECT item_id, coalesce(interactions, 0) AS interactions, coalesce(users, 0) AS users,
     row_number() OVER (ORDER BY coalesce(interactions, 0) DESC, item_id) - 1 AS item_index
-FROM read_parquet('{lake}/items/*.parquet') LEFT JOIN counts USING (item_id)"""
+FROM read_parquet({items}) LEFT JOIN counts USING (item_id)"""
 _TABLES = {
     "item_stats": """
 SELECT *, CASE WHEN interactions = 0 THEN 'cold' WHEN item_index < n // 4 THEN 'head'
@@ -68,8 +69,9 @@ def build(lake: str, out: str, threads: int) -> float:
     connection = duckdb.connect(config={"threads": threads, "memory_limit": "12GB", "temp_directory": out})
     connection.execute("SET preserve_insertion_order = false")
     started = time.perf_counter()
+    read = {name: DeltaTable(f"{lake}/{name}").file_uris() for name in ("items", "interactions")}
     for statement in (_EVENTS, _SPLIT, _STATS):
-        connection.execute(statement.format(lake=lake))
+        connection.execute(statement.format(**read))
     for name, query in _TABLES.items():
         connection.execute(f"COPY ({query.format(length=LENGTH)}) TO '{out}/{name}.parquet'")
     return time.perf_counter() - started

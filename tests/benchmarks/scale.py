@@ -27,7 +27,7 @@ import duckdb
 import psutil
 import pyarrow as pa
 import yaml
-from deltalake import write_deltalake
+from deltalake import DeltaTable, write_deltalake
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
@@ -66,13 +66,13 @@ _INTERVAL = 0.5
 _ITEMS = """
 WITH items AS (
     SELECT *, list_transform(text, lambda x, i: (x + 0.1 * sin(i))::FLOAT) AS moved
-    FROM read_parquet('{lake}/items/*.parquet'))
+    FROM read_parquet({files}))
 SELECT item_id, title, CASE WHEN item_id LIKE '%37' THEN moved ELSE text END AS text, visual FROM items
 UNION ALL SELECT 'new-' || item_id, title, moved, visual FROM items WHERE item_id LIKE '%073'"""
 _EVENTS = """
-SELECT user_id, item_id, "timestamp" FROM read_parquet('{lake}/interactions/*.parquet')
+SELECT user_id, item_id, "timestamp" FROM read_parquet({files})
 UNION ALL SELECT user_id, item_id, (1600000000 + hash(user_id, item_id) % 86400)::VARCHAR
-FROM read_parquet('{lake}/interactions/*.parquet') WHERE hash(user_id, item_id, "timestamp") % 100 = 0"""
+FROM read_parquet({files}) WHERE hash(user_id, item_id, "timestamp") % 100 = 0"""
 
 
 def config(size: int, runs: Path, workers: int) -> dict[str, Any]:
@@ -105,7 +105,8 @@ def next_day(lake: Path, source: Path) -> dict[str, Any]:
     connection = duckdb.connect(config={"memory_limit": "6GB"})
     connection.execute("SET preserve_insertion_order = false")
     for name, query in (("items", _ITEMS), ("interactions", _EVENTS)):
-        rows: pa.RecordBatchReader = connection.sql(query.format(lake=lake)).to_arrow_reader(100_000)
+        files = DeltaTable(str(lake / name)).file_uris()
+        rows: pa.RecordBatchReader = connection.sql(query.format(files=files)).to_arrow_reader(100_000)
         write_deltalake(str(source / name), rows, mode="overwrite")
     places = {name: str(source / name) for name in ("items", "interactions")}
     return {"kind": "tables", "tables": {**places, "format": "delta", "in_place": list(places)}}

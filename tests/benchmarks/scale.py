@@ -93,6 +93,7 @@ def config(size: int, runs: Path, workers: int) -> dict[str, Any]:
         "behavior": {"width": 64, "epochs": 1, "eval_users": 2000},
         "tokenizer": {"hidden": [128], "decoder_hidden": [128], "projector_width": 64, "training": {"epochs": 2}},
         "sids": {"gates": {"max_collision": 1.0, "max_group": 10**9, "min_utilisation": 0.0}},
+        "retokenize": {"gates": {"max_churn": 1.0, "max_tail_collision": 1.0, "max_error_ratio": 1000.0}},
         "retrieval": {"epochs": 1, "eval_users": 2000},
         "ranking": {"epochs": 1},
         "spark": {"driver_memory": "6g", "conf": conf},

@@ -28,6 +28,7 @@ import psutil
 import pyarrow as pa
 import yaml
 from deltalake import DeltaTable, write_deltalake
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
@@ -236,6 +237,7 @@ def draw(runs: Path) -> Path:
     print("|---|" + "---|" * len(heads))
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     for stage, known in stages.items():
         seconds = {size: known[size]["seconds"] for size in sorted(known)}
         power = exponent(seconds)
@@ -247,7 +249,7 @@ def draw(runs: Path) -> Path:
         axes.loglog(list(seconds), list(seconds.values()), marker="o", label=label)
     axes.set_xlabel("items")
     axes.set_ylabel("seconds")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     target = runs / "scale.png"
     figure.savefig(target, dpi=120, bbox_inches="tight")
     return target

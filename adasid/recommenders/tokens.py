@@ -123,6 +123,12 @@ class ItemTokens:
         return _starts(self.sizes)
 
 
+def _first(above: NDArray[np.int64], below: NDArray[np.int64]) -> Tensor:
+    """Return the first node of a level, which open at the positions ``below``, of each node above, and their
+    number."""
+    return torch.from_numpy(np.append(np.searchsorted(below, above), len(below)))
+
+
 def _no_ngrams(items: int) -> Tensor:
     return torch.zeros(items, 0, dtype=torch.int32)
 
@@ -153,23 +159,34 @@ class Prefixes:
 
     @staticmethod
     def of(tokens: ItemTokens) -> Prefixes:
-        """Build the trie from all items' tokens: one lexicographic sort, then comparisons of neighbours."""
-        local = (tokens.rows - torch.tensor(tokens.starts, device=tokens.rows.device)).cpu().numpy()
-        order = np.lexsort((np.arange(len(local)), *local.T[::-1]))
-        ordered = local[order]
+        """Build the trie from all items' tokens."""
+        local = tokens.rows - torch.tensor(tokens.starts, device=tokens.rows.device)
+        return Prefixes._built(local.cpu().numpy().astype(np.int32))
+
+    @staticmethod
+    def of_codes(codes: NDArray[np.int32], slots: Sequence[Slot]) -> Prefixes:
+        """Build the trie from all items' ``codes`` [M, L], PAD where a slot has none, with little more memory than it
+        takes itself."""
+        return Prefixes._built(np.where(codes == PAD, np.array([slot.size for slot in slots], np.int32), codes))
+
+    @staticmethod
+    def _built(local: NDArray[np.int32]) -> Prefixes:
+        """Build the trie from tokens [M, L]: one lexicographic sort, then comparisons of neighbours, a slot at a
+        time."""
+        order = np.lexsort(local.T[::-1])  # stable: the lowest item_index first
         opens = np.zeros(len(local), bool)
         opens[:1] = True
-        token, places = [], []
-        for column in ordered.T:
-            opens = opens.copy()
+        token, first, above = [], [], None
+        for slot in range(local.shape[1]):
+            column = local[order, slot]
             opens[1:] |= column[1:] != column[:-1]
-            places.append(np.flatnonzero(opens))
-            token.append(torch.from_numpy(column[places[-1]].astype(np.int32)))
-        deeper = [*places[1:], np.arange(len(local))]
-        first = [
-            torch.from_numpy(np.append(np.searchsorted(below, here), len(below)).astype(np.int64))
-            for here, below in zip(places, deeper)
-        ]
+            places = np.flatnonzero(opens)
+            token.append(torch.from_numpy(column[places]))
+            if above is not None:
+                first.append(_first(above, places))
+            above = places
+        if above is not None:
+            first.append(torch.from_numpy(np.append(above, len(local))))
         return Prefixes(tuple(token), tuple(first), torch.from_numpy(order.astype(np.int64)))
 
     def to(self, device: torch.device | str) -> Prefixes:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from adasid.config import Config
 from adasid.errors import InputError
 from adasid.files import Location, local, remove, write_json
-from adasid.recommenders.tokens import ItemTokens, Prefixes
+from adasid.recommenders.tokens import Prefixes
 from adasid.sid import Slot
 from adasid.tables import SID_CHANGES
 from pipelines.engines import spark as engine
@@ -238,7 +238,7 @@ def _index(rows: Path, draft: Path) -> None:
 
 def _prefixes(draft: Path, slots: list[Slot]) -> None:
     codes = np.load(draft / "codes.npy", mmap_mode="r")
-    prefixes = Prefixes.of(ItemTokens.of(np.asarray(codes), slots))
+    prefixes = Prefixes.of_codes(codes, slots)
     tensors = {f"token.{level}": tokens for level, tokens in enumerate(prefixes.token)}
     tensors |= {f"first.{level}": first for level, first in enumerate(prefixes.first)}
     save_file({**tensors, "items": prefixes.items}, draft / "prefixes.safetensors")

@@ -67,6 +67,9 @@ def test_prefixes_are_those_of_the_catalogue(items):
     tokens = ItemTokens.of(codes, SLOTS)
     local = (tokens.rows - torch.tensor(tokens.starts)).numpy()
     prefixes = Prefixes.of(tokens)
+    lean = Prefixes.of_codes(codes, SLOTS)
+    for ours, theirs in zip((*lean.token, *lean.first, lean.items), (*prefixes.token, *prefixes.first, prefixes.items)):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
     walked = {(): torch.zeros(1, dtype=torch.int64)}
     for level in range(3):
         deeper = {}

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -199,14 +200,14 @@ def lines(runs: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def run(size: int, runs: Path, workers: int) -> None:
-    """Measure every stage of a size that has no line yet."""
+def run(size: int, runs: Path, workers: int, stages: Sequence[str] = ORDER) -> None:
+    """Measure those of the stages of a size that have no line yet."""
     path, day = runs / f"scale-{size}.yaml", runs / f"scale-{size}-day.yaml"
     settings, lake, source = config(size, runs, workers), runs / f"scale-{size}" / "lake", runs / f"source-{size}"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     done = {row["stage"] for row in lines(runs) if row["items"] == size}
     for stage in ORDER:
-        if stage in done:
+        if stage in done or stage not in stages:
             continue
         if stage in DAY and not day.exists():
             settings = {**settings, "source": next_day(lake, source)}
@@ -270,12 +271,13 @@ def main() -> None:
     parser.add_argument("size", type=int, nargs="*", help="numbers of items")
     parser.add_argument("--runs", type=Path, default=Path("runs/scale"), help="folder of the runs and the figures")
     parser.add_argument("--workers", type=int, default=2, help="ray.workers")
+    parser.add_argument("--stages", nargs="+", default=ORDER, choices=ORDER, help="only these of its stages")
     parser.add_argument("--draw", action="store_true", help="write the figure and print the table of all sizes")
     options = parser.parse_args()
     runs = options.runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
     for size in options.size:
-        run(size, runs, options.workers)
+        run(size, runs, options.workers, options.stages)
     if options.draw:
         print(draw(runs))
 

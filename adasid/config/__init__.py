@@ -4,6 +4,7 @@
 two keys is a :class:`~adasid.errors.ConfigError` that names the file, the key and the nearest valid key.
 """
 
+from adasid.config.content import Content, Encoder
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.nightly import Lease, Retokenize, Warm
 from adasid.config.render import render_base, render_tokenizers
@@ -50,9 +51,11 @@ __all__ = [
     "Categories",
     "Compare",
     "Config",
+    "Content",
     "Contrast",
     "Controller",
     "DasSettings",
+    "Encoder",
     "Evaluate",
     "Experts",
     "Features",

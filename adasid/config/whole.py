@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from adasid.config import yaml12
+from adasid.config.content import Content
 from adasid.config.derive import resolved
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.names import check_labels
@@ -48,6 +49,7 @@ class Config(Section):
     source: Source = Field(
         Source(kind="synthetic", synthetic=Synthetic()), description="where items and interactions come from"
     )
+    content: Content = Field(Content(), description="encoders of raw text and pictures (Ray Data)")
     features: Features = Field(Features(), description="validation, split and long-tail statistics (Spark)")
     behavior: Behavior = Field(Behavior(), description="behaviour embeddings (SASRec on Ray Train)")
     tokenizer: AnyTokenizer = Field(AdcSidSettings(), description="the tokenizer (Ray Train), chosen by its name")

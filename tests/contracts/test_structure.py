@@ -57,7 +57,7 @@ LAYERS = (
     ("sid", "distributed"),
     ("data", "quantizers"),
     ("config",),
-    ("losses", "metrics", "datasets"),
+    ("losses", "metrics", "datasets", "encoders"),
     ("tokenizers",),
     ("recommenders",),
     ("training",),

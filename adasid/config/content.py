@@ -1,0 +1,74 @@
+"""This module defines the settings of the encoders of raw text and pictures."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from adasid.config.names import check_modalities
+from adasid.settings import Names, Section
+
+TF_IDF = "tf-idf"
+"""Name of the text encoder that needs no download."""
+
+
+class Encoder(Section):
+    model: str = Field(
+        TF_IDF,
+        min_length=1,
+        description="of text: tf-idf (hashed words and a random projection, no download), or a sentence-transformers "
+        "model; of pictures: a vision or CLIP-like model of transformers; a model is the name of a repository of "
+        "the Hugging Face hub, or a local folder",
+    )
+    revision: str | None = Field(
+        None, description="commit of the hub's repository; null: that of the first use, which later runs keep"
+    )
+    fields: Names = Field((), description="text fields of an item, joined in this order; empty for pictures")
+    field: str | None = Field(
+        None, description="the item's picture: bytes, a path, or a URI of the lake's storage; null for text"
+    )
+    width: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="the first so many values of a vector are kept and scaled to norm 1 (Matryoshka models allow it); "
+        "null: all of a model, 256 of tf-idf",
+    )
+    prompt: str = Field(
+        "", description="text put before each text, such as the instruction that a model was trained with"
+    )
+    batch: int = Field(32, ge=1, description="items that the model encodes at a time")
+    max_chars: int = Field(8192, ge=1, description="a longer text is cut")
+    max_bytes: int = Field(20_000_000, ge=1, description="a larger picture file is refused")
+    max_pixels: int = Field(50_000_000, ge=1, description="a picture with more pixels is refused before it is decoded")
+    web: bool = Field(False, description="whether pictures may be fetched from http and https addresses")
+
+    @model_validator(mode="after")
+    def _kind(self) -> Encoder:
+        if bool(self.fields) == bool(self.field):
+            raise ValueError("an encoder reads text or a picture: set either fields, a list, or field, one name")
+        if self.field and self.model == TF_IDF:
+            raise ValueError(f"model is {TF_IDF!r}, which encodes text only: name a vision model")
+        return self
+
+
+class Content(Section):
+    encoders: dict[str, Encoder] = Field(
+        {},
+        description="modality -> encoder of the items' raw text or picture; other modalities of features.content are "
+        "vectors that the source brings",
+    )
+    offline: bool = Field(False, description="true: models come from local folders and the hub's local cache only")
+    actors: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="encoding processes; null: one a GPU, without GPUs ray.workers"
+    )
+    part_items: int = Field(
+        2048, ge=1, description="items of a part: an interrupted job encodes again what its parts lack"
+    )
+    replace: bool = Field(
+        False, description="true: encode all items again where an encoder is another than that of the published vectors"
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> Content:
+        check_modalities("content.encoders", self.encoders)
+        return self

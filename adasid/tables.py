@@ -21,17 +21,21 @@ RANKING_ONLY = "ranking"
 computed from it."""
 
 VECTOR = pa.list_(pa.float32())
+PICTURE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+"""A picture: its file's bytes, or else where the file is. Hugging Face's datasets store pictures in this form."""
 
 
 def _schema(*fields: tuple[str, pa.DataType, bool]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable) for name, kind, nullable in fields])
 
 
-def items(modalities: Iterable[str]) -> pa.Schema:
+def items(modalities: Iterable[str], texts: Iterable[str] = (), pictures: Iterable[str] = ()) -> pa.Schema:
     """Return the schema of ``items``. Key: item_id. A row is an item as the user supplied it, unchecked; a modality is
-    null where the item lacks it."""
+    null where the item lacks it. ``texts`` and ``pictures``: raw fields that encoders read (``content.encoders``)."""
     vectors = ((modality, VECTOR, True) for modality in modalities)
-    return _schema(("item_id", pa.string(), True), ("title", pa.string(), True), *vectors)
+    raw = [(name, pa.string(), True) for name in texts if name != "title"]
+    raw += [(name, PICTURE, True) for name in pictures]
+    return _schema(("item_id", pa.string(), True), ("title", pa.string(), True), *vectors, *raw)
 
 
 INTERACTIONS = _schema(
@@ -70,6 +74,43 @@ TRUTH = _schema(
 )
 """Key item_id. Ground truth of the synthetic catalogue; ``behavior_noise`` is the norm of the noise on the planted
 behaviour."""
+
+CONTENT_ENCODERS = _schema(
+    ("modality", pa.string(), False),
+    ("encoder", pa.string(), False),
+    ("identity", pa.string(), False),
+    ("width", pa.int64(), False),
+)
+"""Key modality. The encoder of a modality whose vectors are in use: ``identity`` is JSON with all on which a vector
+depends (model, revision, width, ...), ``encoder`` its digest."""
+
+CONTENT_EMBEDDINGS = _schema(
+    ("modality", pa.string(), False),
+    ("encoder", pa.string(), False),
+    ("fingerprint", pa.string(), False),
+    ("vector", VECTOR, True),
+    ("reason", pa.string(), True),
+    ("input_hash", pa.string(), False),
+)
+"""Key modality, encoder, fingerprint. The vector of a raw content, whichever items have it; null with a ``reason``
+where it cannot be encoded. ``fingerprint``: MD5 of the raw fields; ``input_hash``: of the stage run that added the
+row."""
+
+CONTENT_QUALITY = _schema(
+    ("input_hash", pa.string(), False),
+    ("modality", pa.string(), False),
+    ("items", pa.int64(), False),
+    ("missing", pa.int64(), False),
+    ("sample", pa.int64(), False),
+    ("effective_rank", pa.float64(), True),
+    ("near_duplicates", pa.float64(), True),
+    ("agreement", pa.float64(), True),
+    ("chance", pa.float64(), True),
+)
+"""Key input_hash, modality; written with ``item_features``. Of a modality: items with and without a vector, and of a
+``sample`` of these, evenly spaced by popularity: the effective rank of the vectors, the share of them that have a
+near-duplicate in the sample, and the share of their nearest neighbours that have their category, beside that of any
+two items (``chance``); null where it is not defined."""
 
 ITEM_STATS = _schema(
     ("item_id", pa.string(), False),

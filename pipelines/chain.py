@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from adasid.config import Config
-from pipelines import features, ingest, migrate, report, sids, stage
+from pipelines import content, features, ingest, migrate, report, sids, stage
 from pipelines.engines import cluster, tracking
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
@@ -20,6 +20,7 @@ from pipelines.training import behavior, tokenizer
 
 STAGES: tuple[tuple[str, Callable[[Config, StageContext], None]], ...] = (
     ("ingest", ingest.run),
+    ("content", content.run),
     ("features", lambda cfg, context: features.run(cfg, context, "events")),
     ("behavior", behavior.run),
     ("item features", lambda cfg, context: features.run(cfg, context, "items")),
@@ -101,6 +102,7 @@ def plan(cfg: Config, after: str = "") -> list[Step]:
 def declared(cfg: Config, lake: Lake) -> Iterator[Stage | Step]:
     """Yield the stages of :data:`STAGES` as they are declared; those that this config skips as steps."""
     yield ingest.INGEST
+    yield content.CONTENT if cfg.content.encoders else Step(content.CONTENT.name, "skipped", content.BROUGHT)
     yield events.EVENTS
     if cfg.tokenizer.pairs:
         yield pairs.ITEM_PAIRS

@@ -26,6 +26,7 @@ from pipelines.run import Run
 
 _ENGINES = {
     "ingest": ("spark",),
+    "encode_content": ("spark", "ray"),
     "build_features": ("spark",),
     "write_sids": ("spark",),
     "retokenize": ("spark", "ray"),

@@ -11,24 +11,20 @@ import time
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import torch
 import torch.nn.functional as nnf
-from numpy.typing import NDArray
 from pyspark import StorageLevel
 
-from adasid.config import Categories, Config, digest
+from adasid.config import Config, digest
 from adasid.data.shards import batch_of, find_widths
-from adasid.errors import InputError, first_line
-from adasid.faults import wrapped
+from adasid.errors import InputError
 from adasid.files import Location, write_json
 from adasid.metrics.probes import Readout, agreement, duplicates_kept, shared_cosine
 from adasid.report import comparison
 from adasid.tables import BEHAVIOR, PAD
 from adasid.tokenizers import artifact
-from pipelines import report, stage
+from pipelines import categories, report, stage
 from pipelines.engines import cluster, tracking
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
@@ -171,32 +167,7 @@ def _kinds(cfg: Config, lake: Lake) -> dict[str, int]:
     """Map each sampled item that has a category to its number; return an empty dict where no categories are known."""
     features = lake.open("item_features").to_pyarrow_dataset()
     items = features.to_table(columns=["item_id"], filter=_chosen(cfg, features.count_rows()))["item_id"]
-    wanted = pc.field("item_id").isin(items.combine_chunks())
-    if cfg.compare.categories:
-        ids, kinds = _categories(cfg.compare.categories, wanted)
-    elif cfg.source.synthetic:
-        truth = lake.open("truth").to_pyarrow_dataset().to_table(columns=["item_id", "topic"], filter=wanted)
-        ids, kinds = truth["item_id"], truth["topic"].to_numpy()
-    else:
-        return {}
-    return dict(zip(ids.to_pylist(), kinds.tolist()))
-
-
-def _categories(source: Categories, wanted: pc.Expression) -> tuple[pa.ChunkedArray, NDArray[np.int64]]:
-    try:
-        table = ds.dataset(source.file, format="parquet").to_table(columns=["item_id", source.column], filter=wanted)
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise wrapped(
-            error,
-            f"compare.categories {source.file}: cannot be read ({first_line(error)}); give a Parquet file with item_id "
-            f"and {source.column}",
-        ) from error
-    column = table[source.column]
-    if pa.types.is_list(column.type):
-        column = pc.binary_join(pc.list_slice(column, 0, source.depth), "/")
-    return table["item_id"], pc.fill_null(column.combine_chunks().dictionary_encode().indices, -1).to_numpy().astype(
-        np.int64
-    )
+    return categories.of(cfg, lake, items.combine_chunks())
 
 
 def _write(cfg: Config, context: StageContext, rows: list[Row]) -> None:

@@ -16,17 +16,19 @@ from pyspark.sql import functions as F
 
 from adasid import tables
 from adasid.config import ArraysSource, Config
+from adasid.config.content import AMAZON_TEXTS
 from adasid.config.names import is_table_name
 from adasid.datasets import arrays, synthetic
 from adasid.datasets.arrow import over_ranges
 from adasid.errors import InputError
 from adasid.faults import wrapped
+from adasid.files import location
 from pipelines import stage
 from pipelines.engines import catalog
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
-from pipelines.sources import amazon, in_place, parquet
+from pipelines.sources import amazon, folder, in_place, parquet
 from pipelines.sources.fingerprint import fingerprint
 from pipelines.sources.in_place import Reference
 from pipelines.stage import Inputs, Stage
@@ -34,6 +36,7 @@ from pipelines.stage import Inputs, Stage
 _FORMAT = 2
 """Bump when a table gets a column, so that tables are written again."""
 
+_TABLES = ("items", "interactions")
 _CHUNK, _TASKS = 10_000, 256
 """A task generates at least this many items; at most this many tasks generate items."""
 
@@ -57,8 +60,9 @@ def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
     return {
         "format": _FORMAT,
         "source": cfg.source.model_dump(mode="json", exclude={"tables": {"in_place"}}),  # which changes no row
-        "seed": cfg.seed if cfg.source.kind in {"synthetic", "amazon"} else None,
+        "seed": cfg.seed if cfg.source.kind == "synthetic" else None,
         "modalities": modalities_of(cfg),
+        **({"raw fields": raw} if any(raw := raw_of(cfg)) else {}),
         "files": {key: fingerprint(cfg, key, path, form) for key, (path, form) in inputs_of(cfg).items()},
     }
 
@@ -77,7 +81,7 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
                 context.note(f"{name} stays at {at.location}, version {at.version}")
             for name, frame in _frames(spark, cfg, modalities, inputs, context.note).items():
                 schema = {
-                    "items": tables.items(modalities),
+                    "items": tables.items(modalities, *raw_of(cfg)),
                     "interactions": tables.INTERACTIONS,
                     "truth": tables.TRUTH,
                     "rejected_rows": tables.REJECTED_ROWS,
@@ -110,11 +114,11 @@ def _undo(context: StageContext, before: Mapping[str, int | None], written: Mapp
 
 def modalities_of(cfg: Config) -> tuple[str, ...]:
     """Return the vector columns of ``items``. Raises InputError where the source lacks one."""
-    wanted = (*cfg.features.content, *((tables.BEHAVIOR,) if cfg.behavior.source == "column" else ()))
-    source = cfg.source
+    wanted, source = cfg.brought, cfg.source
     offered = {
         "synthetic": synthetic.MODALITIES,
-        "amazon": ("text",),
+        "amazon": (),
+        "folder": (),
         "arrays": tuple(source.arrays.embeddings) if source.arrays else (),
         "tables": wanted,
     }[source.kind]
@@ -123,7 +127,7 @@ def modalities_of(cfg: Config) -> tuple[str, ...]:
             fix = (
                 "add it to source.arrays.embeddings"
                 if source.kind == "arrays"
-                else "bring your own with source.kind: arrays or tables"
+                else "encode it (content.encoders), or bring your own vectors with source.kind: arrays or tables"
             )
             use = (
                 "set behavior.source: sasrec"
@@ -131,10 +135,29 @@ def modalities_of(cfg: Config) -> tuple[str, ...]:
                 else f"remove it from features.content ({', '.join(cfg.features.content)})"
             )
             raise InputError(
-                f"source.kind {source.kind!r} has no modality {modality!r} (it has: {', '.join(offered)}): {use}, or "
-                f"{fix}"
+                f"source.kind {source.kind!r} has no modality {modality!r} (it has: {', '.join(offered) or 'none'}): "
+                f"{use}, or {fix}"
             )
     return wanted
+
+
+def raw_of(cfg: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the raw fields of ``items`` that encoders read: of text, and pictures. Raises InputError for a field that
+    the source lacks."""
+    texts, pictures = cfg.content.raw()
+    offered = {
+        "synthetic": ("title",),
+        "arrays": ("title",),
+        "amazon": (*AMAZON_TEXTS, amazon.PICTURE),
+        "tables": (*texts, *pictures),
+        "folder": (*texts, *pictures),
+    }[cfg.source.kind]
+    if lacks := next((name for name in (*texts, *pictures) if name not in offered), None):
+        raise InputError(
+            f"content.encoders reads {lacks!r}, but source.kind {cfg.source.kind!r} has the raw fields "
+            f"{', '.join(offered)}: name one of these, or bring yours with source.kind: tables or folder"
+        )
+    return texts, pictures
 
 
 def inputs_of(cfg: Config) -> dict[str, tuple[str, str]]:
@@ -143,7 +166,7 @@ def inputs_of(cfg: Config) -> dict[str, tuple[str, str]]:
     source = cfg.source
     sources: dict[str, tuple[str, str]] = {}
     if source.tables:
-        named = {name: getattr(source.tables, name) for name in ("items", "interactions")}
+        named = {name: getattr(source.tables, name) for name in _TABLES}
         sources = {
             f"source.tables.{name}": (value, "table" if is_table_name(value) else source.tables.format)
             for name, value in named.items()
@@ -156,6 +179,9 @@ def inputs_of(cfg: Config) -> dict[str, tuple[str, str]]:
         }
     elif source.amazon:
         sources = {f"source.amazon.{name}": (getattr(source.amazon, name), "file") for name in ("reviews", "metadata")}
+    elif source.folder:
+        named = {name: str(location(source.folder.folder) / getattr(source.folder, name)) for name in _TABLES}
+        sources = {f"source.folder.{name}": (path, folder.form(path)) for name, path in named.items()}
     as_given = {key for key, (path, form) in sources.items() if form == "table" or "://" in path}
     return {
         key: (path if key in as_given else str(Path(path).absolute()), form) for key, (path, form) in sources.items()
@@ -192,18 +218,23 @@ def _frames(
     if cfg.source.tables:
         return {
             name: parquet.table(spark, key, *read[key], prints[key], target, note)
-            for name, target in _targets(modalities).items()
+            for name, target in _targets(cfg, modalities).items()
             for key in (f"source.tables.{name}",)
             if name not in cfg.source.tables.in_place
         }
     if cfg.source.arrays:
         return _from_arrays(spark, cfg.source.arrays, paths, modalities, note)
+    if cfg.source.folder:
+        return {
+            name: folder.table(spark, cfg.source.folder, f"source.folder.{name}", paths[name], target, note)
+            for name, target in _targets(cfg, modalities).items()
+        }
     assert cfg.source.amazon
-    return amazon.read(spark, cfg.source.amazon, paths, cfg.seed, inputs.hash)
+    return amazon.read(spark, paths, raw_of(cfg), inputs.hash)
 
 
-def _targets(modalities: tuple[str, ...]) -> dict[str, parquet.Target]:
-    return {"items": parquet.items(modalities), "interactions": parquet.EVENTS}
+def _targets(cfg: Config, modalities: tuple[str, ...]) -> dict[str, parquet.Target]:
+    return {"items": parquet.items(modalities, *raw_of(cfg)), "interactions": parquet.EVENTS}
 
 
 def _in_place(
@@ -224,7 +255,7 @@ def _in_place(
                 )
             path = entry.location
         at = Reference(path, prints[key][-1])
-        result[name] = at, parquet.delta(spark, key, *at, _targets(modalities)[name], note)
+        result[name] = at, parquet.delta(spark, key, *at, _targets(cfg, modalities)[name], note)
     return result
 
 

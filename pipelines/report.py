@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
+
+import pyarrow.compute as pc
 
 from adasid import tables
 from adasid.config import Config
@@ -24,7 +27,7 @@ from pipelines.publish.generations import Generation
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
 
-_SHOWN = ("catalog_stats", "generations", "live")
+_SHOWN = ("catalog_stats", "content_quality", "generations", "live")
 
 
 def run(cfg: Config, context: StageContext) -> None:
@@ -83,6 +86,8 @@ def gather(cfg: Config, lake: Lake) -> Material:
     return Material(
         cfg,
         catalog=_catalog(catalog, richness(Run(cfg).lake)),
+        content=_content(cfg, lake, versions),
+        refused_contents=_refused_contents(Run(cfg).lake),
         generation=shown.model_dump() if shown else None,
         refused=refused.model_dump() if live and refused else None,
         behavior=_behavior(artifacts / "behavior") if cfg.behavior.source == "sasrec" else None,
@@ -114,6 +119,26 @@ def _catalog(rows: list[dict[str, Any]], richness: Mapping[str, Any] | None) -> 
     later = {name: (richness or {}).get(name) for name in tables.RICHNESS_STATS.names}
     maps = {name: dict(rows[0].get(name) or ()) for name in ("rejected", "strata", "missing")}
     return {**later, **rows[0], **maps}
+
+
+def _content(cfg: Config, lake: Lake, versions: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return the rows of ``content_quality`` of the current modalities."""
+    if "content_quality" not in versions:
+        return []
+    rows = lake.read("content_quality", versions["content_quality"]).to_pylist()
+    return [row for row in rows if row["modality"] in cfg.features.content]
+
+
+def _refused_contents(lake: Lake) -> dict[str, int]:
+    """Count the contents that could not be encoded, by reason, in the run that made the current vectors."""
+    if not lake.exists("content_embeddings") or not lake.exists("rejected_rows"):
+        return {}
+    mine = pc.field("input_hash") == lake.input_hash("content_embeddings")
+    found = Counter[str]()
+    for batch in lake.batches("rejected_rows", None, ["reason", "copies"], mine):
+        for reason, copies in zip(batch["reason"].to_pylist(), batch["copies"].to_pylist()):
+            found[reason.removeprefix("content_")] += copies
+    return dict(found)
 
 
 def _behavior(folder: Location) -> Training | None:

@@ -12,12 +12,17 @@ from pipelines.engines.tracking import StageContext
 
 _FEATURES = "run jobs/build_features.py"
 _FIXES = {
+    "content_embeddings": "run jobs/encode_content.py",
     "behavior_embeddings": "run jobs/train.py --stage behavior, then jobs/build_features.py",
     "item_features": _FEATURES,
     "item_stats": _FEATURES,
     "sids": "run jobs/retokenize.py",
 }
-_EVERY_RUN = {"item_features": {"items", "item_stats"}, "item_stats": {"items", "interactions"}}
+_EVERY_RUN = {
+    "item_features": {"items", "content_embeddings", "item_stats"},
+    "item_stats": {"items", "content_embeddings", "interactions"},
+    "content_embeddings": {"items"},
+}
 """Maps a table to the sources that it must not lag behind when SIDs are computed from it. Behaviour embeddings may lag
 until the next training."""
 

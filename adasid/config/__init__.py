@@ -8,7 +8,7 @@ from adasid.config.content import Content, Encoder
 from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.nightly import Lease, Retokenize, Warm
 from adasid.config.render import render_base, render_tokenizers
-from adasid.config.sources import AmazonSource, ArraysSource, Source, Synthetic, TablesSource
+from adasid.config.sources import AmazonSource, ArraysSource, FolderSource, Source, Synthetic, TablesSource
 from adasid.config.stages import Behavior, Categories, Compare, Features, Gates, Pairs, Ray, Sids, Spark, Tracking
 from adasid.config.whole import Config, build, digest, load
 from adasid.settings import Names, Section, Share, Sizes
@@ -60,6 +60,7 @@ __all__ = [
     "Experts",
     "Features",
     "FittedSettings",
+    "FolderSource",
     "Gates",
     "Hamr",
     "ItemIdSettings",

@@ -13,6 +13,10 @@ TF_IDF = "tf-idf"
 """Name of the text encoder that needs no download."""
 
 
+AMAZON_TEXTS = ("title", "brand", "categories", "description")
+"""Text fields of the Amazon files, in all releases; ``brand`` is ``store`` in the latest."""
+
+
 class Encoder(Section):
     model: str = Field(
         TF_IDF,
@@ -42,13 +46,10 @@ class Encoder(Section):
     max_pixels: int = Field(50_000_000, ge=1, description="a picture with more pixels is refused before it is decoded")
     web: bool = Field(False, description="whether pictures may be fetched from http and https addresses")
 
-    @model_validator(mode="after")
-    def _kind(self) -> Encoder:
-        if bool(self.fields) == bool(self.field):
-            raise ValueError("an encoder reads text or a picture: set either fields, a list, or field, one name")
-        if self.field and self.model == TF_IDF:
-            raise ValueError(f"model is {TF_IDF!r}, which encodes text only: name a vision model")
-        return self
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Return the raw fields that it reads."""
+        return (*self.fields, *((self.field,) if self.field else ()))
 
 
 class Content(Section):
@@ -71,4 +72,23 @@ class Content(Section):
     @model_validator(mode="after")
     def _names(self) -> Content:
         check_modalities("content.encoders", self.encoders)
+        for modality, encoder in self.encoders.items():
+            key = f"content.encoders.{modality}"
+            if bool(encoder.fields) == bool(encoder.field):
+                raise ValueError(f"{key} must read text or a picture: set either fields, a list, or field, one name")
+            if encoder.field and encoder.model == TF_IDF:
+                raise ValueError(f"{key}.model is {TF_IDF!r}, which encodes text only: name a vision model")
+            for name in encoder.read:
+                if name.lower() == "item_id" or not name.strip():
+                    raise ValueError(f"{key} reads {name!r}, which says nothing about the content: leave it out")
+        texts, pictures = self.raw()
+        lower = [name.lower() for name in (*texts, *pictures)]
+        if twice := next((name for name in lower if lower.count(name) > 1), None):
+            raise ValueError(f"content.encoders reads {twice!r} under two spellings, or as text and as a picture")
         return self
+
+    def raw(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the raw fields of items that are read: those of text, and pictures."""
+        texts = dict.fromkeys(name for encoder in self.encoders.values() for name in encoder.fields)
+        pictures = dict.fromkeys(encoder.field for encoder in self.encoders.values() if encoder.field)
+        return tuple(texts), tuple(pictures)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from adasid.config.content import AMAZON_TEXTS
 from adasid.config.downstream import Ranking, Retrieval
 from adasid.tokenizers.registry import BY_NAME, TOKENIZERS
 from adasid.tokenizers.settings import TokenizerSettings
@@ -29,6 +30,8 @@ def resolved(data: Mapping[str, Any], content: Sequence[str]) -> dict[str, Any]:
     """Return ``data``, the whole config as read, with its tokenizer, compared and evaluated sections as if they were
     written out. ``content``: the modalities of ``features.content``. Raises ValueError as :func:`written_out`."""
     result = {**data, "tokenizer": filled(data.get("tokenizer", {}), content)}
+    if encoders := _amazon_encoders(data, content):
+        result["content"] = {**data.get("content", {}), "encoders": encoders}
     compare, evaluate = data.get("compare"), data.get("evaluate")
     if isinstance(compare, Mapping) and isinstance(compare.get("tokenizers"), Mapping):
         sections = {label: _named(section) for label, section in compare["tokenizers"].items()}
@@ -41,6 +44,15 @@ def resolved(data: Mapping[str, Any], content: Sequence[str]) -> dict[str, Any]:
             if isinstance(evaluate.get(kind), Mapping):
                 result["evaluate"][kind] = written_out(f"evaluate.{kind}", evaluate[kind], _always(model))
     return result
+
+
+def _amazon_encoders(data: Mapping[str, Any], content: Sequence[str]) -> dict[str, Any]:
+    """Return the encoders of the Amazon files where the config has none: they bring no vectors."""
+    source, section = data.get("source"), data.get("content", {})
+    amazon = isinstance(source, Mapping) and source.get("kind") == "amazon"
+    if not amazon or "text" not in content or not isinstance(section, Mapping) or section.get("encoders"):
+        return {}
+    return {"text": {"fields": list(AMAZON_TEXTS)}}
 
 
 def written_out(key: str, sections: Mapping[str, Any], model_of: ModelOf) -> dict[str, Any]:

@@ -84,20 +84,34 @@ class ArraysSource(Section):
 class AmazonSource(Section):
     reviews: str = Field(description="reviews as downloaded (JSON lines, .gz or not)")
     metadata: str = Field(description="product metadata as downloaded (JSON lines, .gz or not)")
-    text_width: int = Field(
-        128, ge=2, description="width of the text embedding learned from title, brand and categories (Word2Vec)"
+    pictures: str | None = Field(
+        None,
+        description="folder of downloaded pictures, each under the last part of its address; null: the field image has "
+        "the addresses, and its encoder needs web: true",
     )
-    min_word_count: int = Field(5, ge=1, description="words rarer than this are ignored by Word2Vec")
+
+
+class FolderSource(Section):
+    folder: str = Field(description="folder that holds what is named below")
+    items: str = Field("items.csv", description="CSV with a header, or Parquet: item_id, and raw fields")
+    interactions: str = Field(
+        "interactions.csv", description="CSV with a header, or Parquet: user_id, item_id, timestamp and/or pos"
+    )
+    pictures: str = Field("pictures", description="folder of the pictures, to which paths in the field image refer")
+    suffix: str | None = Field(
+        None, description="such as .jpg: an item's picture is its item_id with this suffix; null: the field image says"
+    )
 
 
 class Source(Section):
-    kind: Literal["synthetic", "tables", "arrays", "amazon"] = Field(
+    kind: Literal["synthetic", "tables", "arrays", "amazon", "folder"] = Field(
         "synthetic", description="which reader; its section below must be the only one given"
     )
     synthetic: Synthetic | None = Field(None, description="the synthetic long-tail catalogue with a planted truth")
     tables: TablesSource | None = Field(None, description="Parquet or Delta tables")
     arrays: ArraysSource | None = Field(None, description="embedding arrays beside a table")
     amazon: AmazonSource | None = Field(None, description="the public Amazon review files")
+    folder: FolderSource | None = Field(None, description="a table of items beside a folder of pictures")
 
     @model_validator(mode="before")
     @classmethod
@@ -108,7 +122,7 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _one_section(self) -> Source:
-        for kind in ("synthetic", "tables", "arrays", "amazon"):
+        for kind in ("synthetic", "tables", "arrays", "amazon", "folder"):
             given = getattr(self, kind) is not None
             if given and kind != self.kind:
                 raise ValueError(

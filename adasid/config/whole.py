@@ -89,6 +89,29 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _encoded(self) -> Config:
+        for modality in self.content.encoders:
+            if modality not in self.features.content:
+                raise ValueError(
+                    f"content.encoders.{modality}: features.content is {list(self.features.content)}: add "
+                    f"{modality!r} there, or leave the encoder out"
+                )
+        brought = {name.lower() for name in self.brought}
+        for name in (name for names in self.content.raw() for name in names):
+            if name.lower() in brought:
+                raise ValueError(
+                    f"content.encoders reads the raw field {name!r}, but {name!r} is also a vector that the source "
+                    "brings: rename one of the columns"
+                )
+        return self
+
+    @property
+    def brought(self) -> tuple[str, ...]:
+        """Return the modalities whose vectors the source brings."""
+        content = tuple(name for name in self.features.content if name not in self.content.encoders)
+        return (*content, *((BEHAVIOR,) if self.behavior.source == "column" else ()))
+
+    @model_validator(mode="after")
     def _label_texts(self) -> Config:
         check_labels("compare.tokenizers", self.compare.tokenizers)
         for kind in ("retrievers", "rankers", "controls", "ranking_controls", "studies"):

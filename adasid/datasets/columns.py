@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from adasid.errors import InputError
-from adasid.tables import VECTOR
+from adasid.tables import PICTURE, VECTOR
 
 
 def decoded(values: pa.Array) -> pa.Array:
@@ -99,13 +99,7 @@ def vectors(values: pa.Array) -> pa.Array:
     """Convert vectors to lists of float32, null where there is none. Doubles beyond float32 become infinite, which the
     checks refuse."""
     kind = values.type
-    lists = (
-        pt.is_list(kind)
-        or pt.is_large_list(kind)
-        or pt.is_fixed_size_list(kind)
-        or pt.is_list_view(kind)
-        or pt.is_large_list_view(kind)
-    )
+    lists = _is_list(kind)
     if pt.is_null(kind):
         return pc.cast(values, VECTOR)
     inner = kind.value_type if lists else kind
@@ -116,6 +110,54 @@ def vectors(values: pa.Array) -> pa.Array:
     return pc.cast(values, VECTOR, safe=False)
 
 
+def raw_texts(values: pa.Array) -> pa.Array:
+    """Convert a raw field to text: numbers and dates as written, the parts of a list joined by ", "."""
+    kind = values.type
+    if pt.is_null(kind) or _is_text(kind):
+        return pc.cast(values, pa.string())
+    if _is_list(kind):
+        inner = pc.fill_null(raw_texts(decoded(pc.list_flatten(values))), "")
+        lists = pa.ListArray.from_arrays(_offsets(values), inner)
+        return pc.binary_join(pc.if_else(values.is_null(), pa.scalar(None, lists.type), lists), ", ")
+    if pt.is_primitive(kind) or pt.is_decimal(kind):
+        return pc.cast(values, pa.string())
+    raise InputError(f"is {kind}; a field that is encoded must be text, a number, or a list of these")
+
+
+def _offsets(values: pa.Array) -> pa.Array:
+    """Return the offsets of lists in their flattened values, where a null is an empty list."""
+    lengths = pc.fill_null(pc.list_value_length(values), 0).cast(pa.int64())
+    return pa.concat_arrays([pa.array([0], pa.int32()), pc.cumulative_sum(lengths).cast(pa.int32())])
+
+
+def pictures(values: pa.Array) -> pa.Array:
+    """Convert pictures to ``tables.PICTURE``: from the bytes of their files, from paths or URIs, or from a struct of
+    both."""
+    kind = values.type
+    if pt.is_struct(kind):
+        given = {field.name for field in kind}
+        if given & {"bytes", "path"}:
+            parts = {name: decoded(pc.struct_field(values, name)) for name in ("bytes", "path") if name in given}
+            return _picture(len(values), parts)
+    elif _is_text(kind) or _is_binary(kind):
+        return _picture(len(values), {"path" if _is_text(kind) else "bytes": values})
+    elif pt.is_null(kind):
+        return pc.cast(values, PICTURE)
+    raise InputError(
+        f"is {kind}; a picture must be the bytes of its file, a path or URI, or a struct of bytes and path"
+    )
+
+
+def _picture(size: int, given: Mapping[str, pa.Array]) -> pa.Array:
+    """Return structs of the parts that are given, null where all are."""
+    parts = [
+        pc.cast(given[field.name], field.type) if field.name in given else pa.nulls(size, field.type)
+        for field in PICTURE
+    ]
+    absent = pc.and_(parts[0].is_null(), parts[1].is_null())
+    return pa.StructArray.from_arrays(parts, fields=list(PICTURE), mask=absent)
+
+
 def convert(batch: pa.RecordBatch, schema: pa.Schema, where: str) -> pa.RecordBatch:
     """Return the columns of ``batch`` that a table of the lake has (``tables.items`` or ``tables.INTERACTIONS``),
     converted to its ``schema``; a column that the batch lacks is null. Raises InputError that begins with ``where`` and
@@ -123,7 +165,7 @@ def convert(batch: pa.RecordBatch, schema: pa.Schema, where: str) -> pa.RecordBa
     given = {name: decoded(batch.column(index)) for index, name in enumerate(batch.schema.names)}
     columns = []
     for field in schema:
-        name, how = _SOURCES.get(field.name, ((field.name,), vectors))
+        name, how = _source(field)
         given_name = next((candidate for candidate in name if candidate in given), None)
         if field.name == "label" and given_name is None and "rating" in given and pt.is_boolean(given["rating"].type):
             given_name = "rating"  # true and false are labels, whatever the column's name
@@ -148,6 +190,15 @@ _SOURCES: Mapping[str, tuple[tuple[str, ...], Callable[[pa.Array], pa.Array | No
 }
 
 
+def _source(field: pa.Field) -> tuple[tuple[str, ...], Callable[[pa.Array], pa.Array | None]]:
+    """Return the names that a column of the lake has at its source, and how it is converted."""
+    if pt.is_list(field.type):
+        return (field.name,), vectors
+    if pt.is_struct(field.type):
+        return (field.name,), pictures
+    return _SOURCES.get(field.name, ((field.name,), raw_texts))
+
+
 def plain_ids(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Yield ids (the one column of ``batches``) beside the ids stripped of blanks, in Unicode's form NFC."""
     for batch in batches:
@@ -157,7 +208,7 @@ def plain_ids(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 def read_from(target: pa.Schema) -> set[str]:
     """Return the names of the source columns that are read for ``target``."""
-    return {name for field in target for name in _SOURCES.get(field.name, ((field.name,), vectors))[0]}
+    return {name for field in target for name in _source(field)[0]}
 
 
 def problems(schema: pa.Schema, target: pa.Schema, where: str) -> None:
@@ -175,6 +226,20 @@ def problems(schema: pa.Schema, target: pa.Schema, where: str) -> None:
 
 def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pt.is_dictionary(kind) or pt.is_run_end_encoded(kind) else kind
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(
+        pt.is_list(kind)
+        or pt.is_large_list(kind)
+        or pt.is_fixed_size_list(kind)
+        or pt.is_list_view(kind)
+        or pt.is_large_list_view(kind)
+    )
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:

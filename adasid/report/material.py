@@ -23,13 +23,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Material:
-    """``Material`` contains the data of a report. ``catalog``: the row of ``catalog_stats``; ``generation``: a row of
+    """``Material`` contains the data of a report. ``catalog``: the row of ``catalog_stats``; ``content``: rows
+    of ``content_quality``; ``refused_contents``: reason -> items whose raw content could not be encoded; ``generation``: a row of
     ``generations`` with its JSON columns parsed (``refused``: a newer one that is not live); ``stages``: all rows of
     ``stages.jsonl``; ``versions``: tables that the report itself read; ``lags``: sentences on tables that are older
     than their inputs; ``created``: time of creation, as text."""
 
     cfg: Config
     catalog: Row | None = None
+    content: Sequence[Row] = ()
+    refused_contents: Mapping[str, int] = field(default_factory=dict)
     generation: Row | None = None
     refused: Row | None = None
     behavior: Training | None = None

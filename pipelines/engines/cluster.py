@@ -71,7 +71,7 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
     from ray.train.torch import TorchTrainer
 
     try:
-        _join(settings)
+        join(settings)
     except AuthenticationError as error:
         raise errors.InputError(
             f"Ray refused the connection ({errors.first_line(error)}): export RAY_AUTH_MODE=token, as where the "
@@ -165,7 +165,9 @@ def shutdown() -> None:
         ray.shutdown()
 
 
-def _join(settings: config.Ray) -> None:
+def join(settings: config.Ray) -> None:
+    """Connect to the cluster, or start a local one, unless this process has done so. Raises OSError where the cluster
+    does not answer."""
     import ray
 
     with _JOINING:

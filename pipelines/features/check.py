@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 from adasid import tables
 from adasid.config import Config
 from adasid.errors import InputError
+from pipelines.content import vectors
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import write
 from pipelines.features import histories, labels, ranks, validate
@@ -40,7 +41,7 @@ class Checked(NamedTuple):
 def check(spark: SparkSession, cfg: Config, lake: Lake, input_hash: str, note: Callable[[str], None]) -> Checked:
     """Validate every input row. Rejected rows are written before anything is raised about them."""
     features, used = cfg.features, modalities(cfg)
-    items = in_place.read(spark, lake, "items", parquet.items(used))
+    items = vectors.items(spark, cfg, lake)
     limit, now = features.max_rejected, validate.clock(features.now)
     widths = validate.widths(items, used)
     lacks = [validate.present(name).isNull().alias(f"_lacks_{i}") for i, name in enumerate(used)]

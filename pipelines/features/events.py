@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 from adasid import tables
 from adasid.config import Config, Features
 from adasid.errors import InputError
+from pipelines.content import vectors
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import fits_broadcast, session, write
 from pipelines.engines.tracking import StageContext
@@ -120,7 +121,7 @@ def _any_row(lake: Lake, column: str, condition: pc.Expression) -> bool:
 
 def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     same_source(inputs.cfg, inputs.lake)
-    spark = session(inputs.cfg.spark, size=in_place.size(inputs.lake, *_READS))
+    spark = session(inputs.cfg.spark, size=in_place.size(inputs.lake, *inputs.versions))
     try:
         with in_place.reading(inputs.lake, *_READS):
             return _write(spark, inputs, context)
@@ -267,7 +268,7 @@ def _catalog_row(input_hash: str, checked: Checked, clean: Clean, stats: Ranked,
 EVENTS = Stage(
     "features",
     "spark",
-    reads=lambda cfg: _READS,
+    reads=lambda cfg: (*_READS, *vectors.needed(cfg)),
     writes=lambda cfg: _WRITES,
     appends=("rejected_rows",),
     settings=_settings,

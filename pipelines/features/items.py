@@ -13,13 +13,14 @@ from adasid.config import Config
 from adasid.errors import InputError
 from adasid.tables import BEHAVIOR
 from pipelines import stage, staleness
+from pipelines.content import vectors as content_vectors
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read, row_groups, session, write
 from pipelines.engines.tracking import StageContext
-from pipelines.features import layout, validate
+from pipelines.features import layout, quality, validate
 from pipelines.features.check import modalities
 from pipelines.features.richness import measure
-from pipelines.sources import in_place, parquet
+from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 
 EMBEDDINGS = "behavior_embeddings"
@@ -70,7 +71,8 @@ def check_split(cfg: Config, lake: Lake) -> None:
 
 
 def _reads(cfg: Config) -> tuple[str, ...]:
-    return ("items", "item_stats", *([EMBEDDINGS] if cfg.behavior.source == "sasrec" else []))
+    learned = [EMBEDDINGS] if cfg.behavior.source == "sasrec" else []
+    return ("items", *content_vectors.needed(cfg), "item_stats", *learned)
 
 
 def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
@@ -110,6 +112,7 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
         _note_missing(context, result.filter("interactions > 0 AND norm IS NULL").count(), result.count())
     row = {"input_hash": input_hash, **richness.fields}
     written["richness_stats"] = lake.write_rows("richness_stats", tables.RICHNESS_STATS, [row], input_hash, versions)
+    written[quality.TABLE] = quality.write(cfg, lake, written["item_features"], inputs, context)
     context.metrics({key: richness.fields[key] for key in ("spearman", "norm_low", "norm_high")})
     return written
 
@@ -127,7 +130,7 @@ def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
     """Join every item of ``item_stats`` with its accepted row of ``items``, its behaviour vector and norm (null where
     it has none) and fingerprint. One exchange by item_id for each table."""
     stats, content, brought = read(spark, lake, "item_stats"), cfg.features.content, modalities(cfg)
-    items = in_place.read(spark, lake, "items", parquet.items(brought))
+    items = content_vectors.items(spark, cfg, lake)
     judged = validate.judge_items(items, validate.widths(items, brought))
     accepted = judged.filter("reason IS NULL").select(
         "item_id", "title", *(validate.present(name).alias(name) for name in brought)
@@ -164,7 +167,8 @@ ITEM_FEATURES = Stage(
     "item features",
     "spark",
     reads=_reads,
-    writes=lambda cfg: ("item_features", "richness_stats"),
+    writes=lambda cfg: ("item_features", "richness_stats", quality.TABLE),
+    also=("catalog_stats", "truth"),
     settings=_settings,
     body=_build,
     prefix="items",

@@ -6,34 +6,29 @@ from __future__ import annotations
 from functools import partial
 
 import pyarrow as pa
-from pyspark.errors import PySparkException
-from pyspark.ml.feature import RegexTokenizer, Word2Vec
-from pyspark.ml.functions import vector_to_array
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from adasid import tables
-from adasid.config import AmazonSource
 from adasid.datasets import literals
 from adasid.errors import InputError
 from pipelines.engines import spark as engine
 
 _REVIEW = ("reviewerID", "user_id", "parent_asin", "asin", "unixReviewTime", "timestamp", "overall", "rating")
-_PRODUCT = ("parent_asin", "asin", "title", "brand", "store", "categories", "category")
-_ROUNDS = 5
-"""Word2Vec makes this many passes over the products."""
-_PRODUCTS = 200_000
-"""A task of Word2Vec learns from at most this many products."""
-_TAGS = r"(?s)<(script|style)\b.*?</\1>|<[^>]*>|&#?\w+;"
-"""This matches HTML in titles, which would become words."""
+_ADDRESSES = ("images", "imageURLHighRes", "imageURL", "imUrl", "image")
+_PRODUCT = ("parent_asin", "asin", "title", "brand", "store", "categories", "category", "description", *_ADDRESSES)
+PICTURE = "image"
+"""Name of the picture of a product."""
+_LARGE = ("hi_res", "large", "thumb")
+"""Sizes of a picture in the release of 2023, best first."""
 
 
 def read(
-    spark: SparkSession, source: AmazonSource, paths: dict[str, str], seed: int, input_hash: str
+    spark: SparkSession, paths: dict[str, str], raw: tuple[tuple[str, ...], tuple[str, ...]], input_hash: str
 ) -> dict[str, DataFrame]:
-    """Return ``items``, ``interactions``, and ``rejected_rows`` for lines that are neither JSON nor a Python literal.
-    Raises InputError for a file of another kind."""
+    """Return ``items`` with the ``raw`` fields, ``interactions``, and ``rejected_rows`` for lines that are neither JSON
+    nor a Python literal. Raises InputError for a file of another kind."""
     reviews, products = (
         _lines(spark, f"source.amazon.{name}", paths[name], fields)
         for name, fields in (("reviews", _REVIEW), ("metadata", _PRODUCT))
@@ -47,10 +42,17 @@ def read(
         F.coalesce("overall", "rating").try_cast("float").alias("rating"),
         F.lit(None).alias("label"),
     )
-    words = F.regexp_replace(
-        F.concat_ws(" ", "title", F.coalesce("brand", "store"), F.coalesce("categories", "category")), _TAGS, " "
+    contents = {
+        "title": F.col("title"),
+        "brand": F.coalesce("brand", "store"),
+        "categories": _joined(F.coalesce("categories", "category"), " > "),
+        "description": _joined(F.col("description"), " "),
+        PICTURE: _picture(),
+    }
+    chosen = dict.fromkeys(("title", *(name for names in raw for name in names)))
+    items = products.filter("broken is null").select(
+        item.alias("item_id"), *(contents[name].alias(name) for name in chosen)
     )
-    items = products.filter("broken is null").select(item.alias("item_id"), "title", words.alias("words"))
     checks = {
         "reviews": (events, "reviewerID or user_id, with asin or parent_asin", ["user_id", "item_id"]),
         "metadata": (items, "asin or parent_asin", ["item_id"]),
@@ -66,7 +68,7 @@ def read(
         for table, frame in (("interactions", reviews), ("items", products))
     ]
     return {
-        "items": _embed(items, source, seed),
+        "items": items,
         "interactions": events,
         "rejected_rows": _rejected(refused[0].union(refused[1]), input_hash),
     }
@@ -101,34 +103,25 @@ def _lines(spark: SparkSession, key: str, path: str, names: tuple[str, ...]) -> 
     )
 
 
-def _embed(items: DataFrame, source: AmazonSource, seed: int) -> DataFrame:
-    """Add ``text`` (text_width,): the mean Word2Vec vector of an item's words, null where none is in the vocabulary.
+def _parts(text: Column) -> Column:
+    """Return the parts of a JSON list, as text; null for any other text."""
+    return F.when(F.trim(text).startswith("["), F.from_json(text, "array<string>"))
 
-    Up to 200,000 products one partition and one seed make the vectors repeat where Spark delivers the rows in the same
-    order, as it does on one machine with one input split; a cluster may order them otherwise and learn other, equally
-    good vectors. With more products several partitions learn, and Spark averages their vectors after each pass.
-    """
-    tokens = RegexTokenizer(inputCol="words", outputCol="tokens", pattern=r"[^\p{L}\p{N}]+").transform(items)
-    embed = Word2Vec(
-        inputCol="tokens",
-        outputCol="vector",
-        vectorSize=source.text_width,
-        minCount=source.min_word_count,
-        seed=seed,
-        numPartitions=max(1, -(-items.count() // _PRODUCTS)),
-        maxIter=_ROUNDS,
-    )
-    try:
-        model = embed.fit(tokens)
-    except PySparkException as error:
-        if "vocabulary size" not in str(error):
-            raise
-        raise InputError(
-            f"source.amazon.metadata {source.metadata}: no word occurs {source.min_word_count} times; lower "
-            "source.amazon.min_word_count"
-        ) from error
-    known = model.transform(tokens).withColumn("text", vector_to_array(F.col("vector"), "float32"))
-    return known.select("item_id", "title", F.when(F.exists("text", lambda x: x != 0), F.col("text")).alias("text"))
+
+def _joined(text: Column, between: str) -> Column:
+    """Return the parts of a JSON list, or of a list of lists, as one text; other text as it is."""
+    inner = F.transform(_parts(text), lambda part: F.coalesce(F.array_join(_parts(part), between), part))
+    return F.coalesce(F.array_join(inner, ", " if between == " > " else between), text)
+
+
+def _picture() -> Column:
+    """Return the first picture of a product, as ``tables.PICTURE``; null where it has none."""
+    first = [F.get(_parts(F.col(name)), F.lit(0)) for name in _ADDRESSES]
+    sizes = [F.get_json_object(place, f"$.{size}") for place in first[:1] for size in _LARGE]
+    plain = [F.when(~F.trim(F.col(name)).startswith("["), F.col(name)) for name in _ADDRESSES]
+    address = F.coalesce(*sizes, *(F.when(~place.startswith("{"), place) for place in first), *plain)
+    path = F.nullif(F.trim(address), F.lit(""))
+    return F.when(path.isNotNull(), F.struct(F.lit(None).cast("binary").alias("bytes"), path.alias("path")))
 
 
 def _rejected(lines: DataFrame, input_hash: str) -> DataFrame:

@@ -20,7 +20,7 @@ def check(cfg: Config, note: Callable[[str], None]) -> list[str]:
     that names key, path and column, TransientError where a store does not answer."""
     modalities, said = ingest.modalities_of(cfg), list[str]()
     for key, (path, form) in ingest.inputs_of(cfg).items():
-        target = parquet.items(modalities) if key.endswith(".items") else parquet.EVENTS
+        target = parquet.items(modalities, *ingest.raw_of(cfg)) if key.endswith(".items") else parquet.EVENTS
         root = parquet.local(path)
         if form == "delta":
             table = delta(key, path)

@@ -58,10 +58,12 @@ class Target(NamedTuple):
             )
 
 
-def items(modalities: Sequence[str]) -> Target:
-    """Return the target of the table of items."""
+def items(modalities: Sequence[str], texts: Sequence[str] = (), pictures: Sequence[str] = ()) -> Target:
+    """Return the target of the table of items, with raw fields."""
     fix = "add it as an array of floats (null where an item has none)"
-    return Target(tables.items(modalities), {"item_id": "add the item's id"}, dict.fromkeys(modalities, fix))
+    raw = "add it, or take it out of content.encoders"
+    some = {**dict.fromkeys(modalities, fix), **dict.fromkeys((*texts, *pictures), raw)}
+    return Target(tables.items(modalities, texts, pictures), {"item_id": "add the item's id"}, some)
 
 
 EVENTS = Target(
@@ -286,7 +288,7 @@ def _as_in_lake(schema: pa.Schema, target: pa.Schema) -> bool:
     return all(
         field.name in target.names
         and (
-            field.type == target.field(field.name).type in (pa.string(), pa.int64())
+            field.type == target.field(field.name).type in (pa.string(), pa.int64(), tables.PICTURE)
             or (pa.types.is_list(field.type) and field.type.value_type == pa.float32() == _inner(target, field.name))
         )
         for field in schema

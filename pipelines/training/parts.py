@@ -87,7 +87,7 @@ def _chosen(
 ) -> Iterator[tuple[ds.ParquetFileFragment, list[int]]]:
     """Yield the files of these buckets and items, and of each the row groups to read."""
     for fragment in dataset.get_fragments(None if buckets is None else pc.field(BUCKET).isin(buckets)):
-        groups = [g.id for g in fragment.row_groups if part is None or part.overlaps(*_span(g))]
+        groups = [g.id for g in fragment.row_groups if part is None or part.overlaps(*span(g))]
         if groups:
             yield fragment, groups
 
@@ -120,7 +120,7 @@ def item_part(lake: Lake, table: str, version: int, workers: Workers) -> ItemPar
         return ItemPart(np.zeros(1, np.int64), np.full(1, _LAST), True)
     fragments = lake.open(table, version).to_pyarrow_dataset().get_fragments()
     groups = [g for fragment in fragments for g in fragment.row_groups]
-    spans = np.array(sorted(map(_span, groups)), np.int64).reshape(-1, 2)
+    spans = np.array(sorted(map(span, groups)), np.int64).reshape(-1, 2)
     items = sum(g.num_rows for g in groups)
     ordered = bool((spans[1:, 0] > spans[:-1, 1]).all())
     snapped = [n for n in _BLOCKS if ordered and len(spans) >= _GROUPS * n * workers.world]
@@ -136,7 +136,7 @@ def item_part(lake: Lake, table: str, version: int, workers: Workers) -> ItemPar
     return ItemPart(ends[mine], ends[mine + 1])
 
 
-def _span(group: ds.RowGroupInfo) -> tuple[int, int]:
+def span(group: ds.RowGroupInfo) -> tuple[int, int]:
     """Return the least and the largest item_index of a row group, or bounds of all where it has no statistics."""
     found = (group.statistics or {}).get("item_index")
     return (int(found["min"]), int(found["max"])) if found else (0, _LAST)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 ENGINES = {"pyspark", "delta", "deltalake", "ray", "mlflow"}
 JOBS = (
     "ingest",
+    "encode_content",
     "build_features",
     "train",
     "write_sids",

@@ -88,6 +88,48 @@ def _dropped(stats: Row) -> list[tuple[str, str]]:
     return shown
 
 
+def content(material: Material) -> Section:
+    """Show how good the vectors of text and pictures are, and which contents could not be encoded."""
+    key, title, rows = "content", "Content vectors", material.content
+    if not rows:
+        return Section(key, title, missing=NOT_RUN)
+    encoders = material.cfg.content.encoders
+    quality = [
+        (
+            row["modality"],
+            encoders[row["modality"]].model if row["modality"] in encoders else "brought by the source",
+            share(row["missing"] / max(1, row["items"] + row["missing"])),
+            number(row["effective_rank"], 1),
+            share(row["near_duplicates"]),
+            share(row["agreement"]),
+            share(row["chance"]),
+        )
+        for row in rows
+    ]
+    columns = (
+        "Modality",
+        "Encoder",
+        "Items without",
+        "Effective rank",
+        "Near-duplicates",
+        "Neighbours agree",
+        "Chance",
+    )
+    cfg = material.cfg.compare
+    notes = [
+        f"Of {plural(row['sample'], 'item')}: near-duplicates have a cosine of at least {cfg.near_duplicate:g} with "
+        f"another; agreement is the share of the {cfg.neighbours} nearest that are of the item's category, chance that "
+        "of any other items."
+        for row in rows
+    ]
+    tables = [Table("Quality of the vectors, on a sample", columns, quality, words=2, notes=notes)]
+    if material.refused_contents:
+        refused = sorted(material.refused_contents.items(), key=lambda pair: -pair[1])
+        listed = [(reason, count(items)) for reason, items in refused]
+        tables.append(Table("Contents that could not be encoded", ("Reason", "Items"), listed))
+    return Section(key, title, tables=tables)
+
+
 def behavior(material: Material) -> Section:
     """Show whether the norm of the behaviour embeddings separates rich items from poor ones, and how they were
     trained."""

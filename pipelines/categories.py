@@ -1,0 +1,61 @@
+"""Find the categories of items, to compare what codes or vectors say with what items are."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from adasid.config import Categories, Config
+from adasid.errors import first_line
+from adasid.faults import wrapped
+from pipelines.engines.lake import Lake
+
+RAW = "categories"
+"""Raw field of items that is read where ``compare.categories`` names no file."""
+_PARTS = r"\s*(?: > |/|\|)\s*|,\s+"
+
+
+def of(cfg: Config, lake: Lake, items: pa.Array) -> dict[str, int]:
+    """Map those of the ``items`` that have a category to its number: from the file of ``compare.categories``, from the
+    topics of a synthetic catalogue, or from the raw field ``categories`` that an encoder reads; empty where none is
+    known."""
+    wanted = pc.field("item_id").isin(items)
+    if cfg.compare.categories:
+        ids, kinds = _of_file(cfg.compare.categories, wanted)
+    elif cfg.source.synthetic:
+        truth = lake.open("truth").to_pyarrow_dataset().to_table(columns=["item_id", "topic"], filter=wanted)
+        ids, kinds = truth["item_id"], truth["topic"].combine_chunks()
+    elif RAW in cfg.content.raw()[0] and RAW in lake.schema("items").names:
+        rows = lake.open("items").to_pyarrow_dataset().to_table(columns=["item_id", RAW], filter=wanted)
+        ids, kinds = rows["item_id"], _numbers(_broad(rows[RAW].combine_chunks()))
+    else:
+        return {}
+    return dict(zip(ids.to_pylist(), kinds.to_pylist()))
+
+
+def _of_file(source: Categories, wanted: pc.Expression) -> tuple[pa.ChunkedArray, pa.Array]:
+    try:
+        table = ds.dataset(source.file, format="parquet").to_table(columns=["item_id", source.column], filter=wanted)
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise wrapped(
+            error,
+            f"compare.categories {source.file}: cannot be read ({first_line(error)}); give a Parquet file with item_id "
+            f"and {source.column}",
+        ) from error
+    column = table[source.column]
+    if pa.types.is_list(column.type):
+        column = pc.binary_join(pc.list_slice(column, 0, source.depth), "/")
+    return table["item_id"], _numbers(column.combine_chunks())
+
+
+def _broad(texts: pa.Array) -> pa.Array:
+    """Return the first three parts of categories, which are joined by >, /, | or commas."""
+    parts = pc.split_pattern_regex(pc.fill_null(texts, ""), _PARTS)
+    broad = pc.binary_join(pc.list_slice(parts, 0, 3), "/")
+    return pc.if_else(pc.equal(broad, ""), pa.scalar(None, pa.string()), broad)
+
+
+def _numbers(texts: pa.Array) -> pa.Array:
+    """Number the distinct texts; -1 for null."""
+    return pc.fill_null(texts.dictionary_encode().indices, -1)

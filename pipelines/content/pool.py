@@ -1,0 +1,141 @@
+"""Encode the parts of a folder on a pool of Ray Data actors. A part is a Parquet file; its vectors become a file of the
+same name, whole or not at all, so that an interrupted job encodes again only the parts that lack one."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from adasid.encoders.base import Encoder, open_encoder
+
+from adasid import config, errors, files
+from adasid.distributed import settle
+from adasid.faults import passing
+from adasid.files import Location
+from adasid.storage import configure
+from adasid.tables import VECTOR
+from pipelines.engines import cluster
+
+RAW = "raw"
+"""Column of the text or picture in a part."""
+ENCODED = pa.schema([("fingerprint", pa.string()), ("vector", VECTOR), ("reason", pa.string())])
+_BATCHES = 16
+"""A part is read so many of the encoder's batches at a time."""
+_BLOCKS = 32
+"""Ray Data gets so many blocks of parts an actor."""
+
+
+class Call(NamedTuple):
+    """A call has what an actor needs: ``key``: of the encoder in errors; ``todo`` and ``done``: folders of parts;
+    ``fitted``: folder of tf-idf's state; ``root``: folder to which paths of pictures refer; ``threads``: of torch;
+    ``options``: of the object store."""
+
+    key: str
+    settings: config.Encoder
+    todo: Location
+    done: Location
+    fitted: Location | None
+    root: Location | None
+    offline: bool
+    threads: int
+    options: dict[str, str]
+
+
+class Progress(NamedTuple):
+    """Progress counts encoded ``items``, and seconds of all actors: ``busy``, and of these inside the ``model``."""
+
+    items: int = 0
+    busy: float = 0.0
+    model: float = 0.0
+
+
+class EncodePart:
+    """``EncodePart`` encodes parts on one actor, which loads the model once."""
+
+    def __init__(self, call: Call) -> None:
+        configure(call.options)
+        settle(call.threads)
+        self.call, self.encoder = call, _opened(call)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encode the part that the row names; return its figures."""
+        name, started, before = str(row["part"]), time.monotonic(), self.encoder.seconds
+        items = 0
+        with (
+            files.local(self.call.todo / name) as source,
+            files.replacing(self.call.done / name) as draft,
+            pq.ParquetFile(source) as file,
+            pq.ParquetWriter(draft, ENCODED) as writer,
+        ):
+            for batch in file.iter_batches(self.call.settings.batch * _BATCHES):
+                writer.write_batch(_encoded(self.encoder, batch))
+                items += batch.num_rows
+        busy, model = time.monotonic() - started, self.encoder.seconds - before
+        return {"part": name, "items": items, "busy": busy, "model": model}
+
+
+def _opened(call: Call) -> Encoder:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return open_encoder(
+        call.key, call.settings, fitted=call.fitted, root=call.root, offline=call.offline, device=device
+    )
+
+
+def _encoded(encoder: Encoder, batch: pa.RecordBatch) -> pa.RecordBatch:
+    vectors, reasons = encoder.encode(batch.column(RAW))
+    lacks = np.array([reason is not None for reason in reasons], bool)
+    lengths = np.where(lacks, 0, vectors.shape[1])
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    column = pa.ListArray.from_arrays(offsets, pa.array(vectors[~lacks].reshape(-1)), mask=pa.array(lacks))
+    return pa.RecordBatch.from_arrays(
+        [batch.column("fingerprint"), column, pa.array(reasons, pa.string())], schema=ENCODED
+    )
+
+
+def encode(call: Call, actors: int | None, settings: config.Ray) -> Iterator[Progress]:
+    """Encode all parts of ``call.todo`` that ``call.done`` lacks; yield the progress after each. Raises the actors' own
+    InputError, or TrainingError."""
+    done = {path.name for path in call.done.glob("*.parquet")}
+    parts = sorted(path.name for path in call.todo.glob("*.parquet") if path.name not in done)
+    total = Progress()
+    for row in _rows(call, parts, actors, settings) if parts else ():
+        total = Progress(total.items + row["items"], total.busy + row["busy"], total.model + row["model"])
+        yield total
+
+
+def _rows(call: Call, parts: list[str], actors: int | None, settings: config.Ray) -> Iterator[dict[str, Any]]:
+    if not settings.workers:
+        worker = EncodePart(call)
+        yield from (worker({"part": part}) for part in parts)
+        return
+    import ray
+
+    cluster.join(settings)
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if settings.gpus == "auto" else 0
+    number = min(actors or gpus or settings.workers, len(parts))
+    blocks = min(len(parts), number * _BLOCKS)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    try:
+        rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=blocks)
+        encoded = rows.map(
+            EncodePart,
+            fn_constructor_args=(call,),
+            compute=ray.data.ActorPoolStrategy(size=number),
+            num_cpus=settings.cpus_per_worker,
+            num_gpus=1 if gpus else 0,
+        )
+        yield from encoded.iter_rows()
+    except Exception as error:
+        if found := re.search(r"adasid\.errors\.(\w+): ([^\n]+)", str(error)):
+            raise getattr(errors, found.group(1))(found.group(2).strip()) from error
+        raise (errors.TransientError if passing(error) else errors.TrainingError)(
+            f"{call.key}: the encoding actors failed ({errors.first_line(error)}); run the command again to go on with "
+            "the parts that are left"
+        ) from error

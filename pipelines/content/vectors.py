@@ -1,0 +1,79 @@
+"""Join items with the vectors of their raw text and pictures, by fingerprint: the one place where stages read the
+vectors of items, whether the source brings them or encoders made them."""
+
+from __future__ import annotations
+
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from adasid import tables
+from adasid.config import Config, Encoder
+from adasid.errors import InputError
+from pipelines.engines.lake import Lake
+from pipelines.engines.spark import read
+from pipelines.sources import in_place, parquet
+
+EMBEDDINGS, ENCODERS = "content_embeddings", "content_encoders"
+_FIX = "run jobs/encode_content.py"
+
+
+def needed(cfg: Config) -> tuple[str, ...]:
+    """Return the tables beside ``items`` that :func:`items` reads."""
+    return (EMBEDDINGS, ENCODERS) if cfg.content.encoders else ()
+
+
+def check(cfg: Config, lake: Lake) -> None:
+    """Raise InputError unless the vectors are of the encoders and of the items that are read now."""
+    if not cfg.content.encoders:
+        return
+    known = {row["modality"] for row in lake.read(ENCODERS).to_pylist()}
+    if lacks := next((modality for modality in cfg.content.encoders if modality not in known), None):
+        raise InputError(f"{EMBEDDINGS} has no vectors of content.encoders.{lacks}: {_FIX}")
+    read_at = lake.lineage(EMBEDDINGS).get("items")
+    if read_at is None or lake.newer("items", read_at):
+        raise InputError(f"{EMBEDDINGS} lags behind items (read at version {read_at}): {_FIX}")
+
+
+def fingerprint(encoder: Encoder) -> Column:
+    """Return the MD5 of an item's raw fields; null where they are null or blank. Of a picture without bytes its path
+    counts: a picture that is replaced under its path is not noticed."""
+    if encoder.field:
+        data, path = F.col(f"`{encoder.field}`.bytes"), F.col(f"`{encoder.field}`.path")
+        named = F.when(F.trim(path) != "", F.concat(F.lit("path "), path))
+        return F.coalesce(F.md5(data), F.md5(named.cast("binary")))
+    joined = text(encoder)
+    return F.when(F.trim(joined) != "", F.md5(joined.cast("binary")))
+
+
+def text(encoder: Encoder) -> Column:
+    """Return the text of an item: its fields that are not blank, with ". " between them."""
+    fields = [F.nullif(F.trim(F.col(f"`{name}`")), F.lit("")) for name in encoder.fields]
+    return F.concat_ws(". ", *fields)
+
+
+def raw(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
+    """Read ``items`` with the vectors and raw fields that this config uses."""
+    return in_place.read(spark, lake, "items", parquet.items(cfg.brought, *cfg.content.raw()))
+
+
+def items(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
+    """Return ``items`` with the vectors of all modalities: item_id, title, a column a modality. Raises InputError where
+    the vectors of encoders are missing or lag behind."""
+    rows, encoders = raw(spark, cfg, lake), cfg.content.encoders
+    order = ["item_id", "title", *cfg.features.content]
+    order += [tables.BEHAVIOR] if cfg.behavior.source == "column" else []
+    if not encoders:
+        return rows
+    check(cfg, lake)
+    prints = [fingerprint(encoder).alias(f"_print_{modality}") for modality, encoder in encoders.items()]
+    joined = rows.select("item_id", "title", *cfg.brought, *prints)
+    for modality in encoders:
+        vectors = current(spark, lake, modality).select(F.col("fingerprint").alias(f"_print_{modality}"), "vector")
+        joined = joined.join(vectors, f"_print_{modality}", "left").withColumnRenamed("vector", modality)
+    return joined.select(*order)
+
+
+def current(spark: SparkSession, lake: Lake, modality: str) -> DataFrame:
+    """Return the rows of ``content_embeddings`` of the modality's encoder."""
+    encoder = next(row["encoder"] for row in lake.read(ENCODERS).to_pylist() if row["modality"] == modality)
+    return read(spark, lake, EMBEDDINGS).filter((F.col("modality") == modality) & (F.col("encoder") == encoder))

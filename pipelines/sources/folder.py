@@ -1,0 +1,68 @@
+"""Read a table of items, CSV or Parquet, beside a folder of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
+
+from adasid.config import FolderSource
+from adasid.datasets import columns
+from adasid.datasets.files import convert_batches
+from adasid.faults import wrapped
+from pipelines.engines import spark as engine
+from pipelines.sources import parquet
+from pipelines.sources.parquet import Target
+
+PICTURE = "image"
+"""Name of the picture of an item."""
+_NUMBERS = {"rating": "double", "label": "double", "pos": "bigint", "order": "bigint"}
+
+
+def form(path: str) -> str:
+    """Return the format of a file: ``csv``, or ``parquet`` for any other name than that of a text file."""
+    return "csv" if path.lower().endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")) else "parquet"
+
+
+def table(
+    spark: SparkSession, source: FolderSource, key: str, path: str, target: Target, note: Callable[[str], None]
+) -> DataFrame:
+    """Return the rows of a table, converted as those of Parquet are. Raises InputError that names ``key`` and
+    column."""
+    named = source.suffix is not None and PICTURE in target.schema.names
+    if named:
+        target = target._replace(some={name: fix for name, fix in target.some.items() if name != PICTURE})
+    rows = parquet.scan(spark, key, path, target, note) if form(path) == "parquet" else _csv(spark, key, path, target)
+    if not named:
+        return rows
+    place = F.struct(F.lit(None).cast("binary").alias("bytes"), F.concat("item_id", F.lit(source.suffix)).alias("path"))
+    return rows.withColumn(PICTURE, place)
+
+
+def _csv(spark: SparkSession, key: str, path: str, target: Target) -> DataFrame:
+    where = f"{key} {path}"
+    reader = spark.read.option("header", "true").option("multiLine", "true").option("escape", '"')
+    reader = reader.option("sep", "\t" if ".tsv" in path.lower() else ",")
+    try:
+        frame = reader.csv(engine.uri(engine.escaped(path, key)))
+    except PySparkException as error:
+        raise wrapped(error, f"{where}: not readable as CSV ({engine.root_cause(error)}); correct the path") from error
+    target.check(where, frame.columns)
+    names = [name for name in frame.columns if name in columns.read_from(target.schema)]
+    chosen = frame.select(*(_number(where, name) if name in _NUMBERS else F.col(f"`{name}`") for name in names))
+    columns.problems(to_arrow_schema(chosen.schema, timezone="UTC"), target.schema, where)
+    return chosen.mapInArrow(partial(convert_batches, target.schema, where), engine.struct(target.schema))
+
+
+def _number(where: str, name: str) -> Column:
+    """Parse the numbers of a column. A text that is none ends the job."""
+    text = F.nullif(F.trim(F.col(name)), F.lit(""))
+    number = text.try_cast(_NUMBERS[name])
+    fault = F.lit(f"adasid.errors.InputError: {where}: column {name!r} has a text that is no number: ")
+    return (
+        F.when(text.isNotNull() & number.isNull(), F.raise_error(F.concat(fault, text))).otherwise(number).alias(name)
+    )

@@ -79,10 +79,10 @@ CONTENT_ENCODERS = _schema(
     ("modality", pa.string(), False),
     ("encoder", pa.string(), False),
     ("identity", pa.string(), False),
-    ("width", pa.int64(), False),
+    ("width", pa.int64(), True),
 )
 """Key modality. The encoder of a modality whose vectors are in use: ``identity`` is JSON with all on which a vector
-depends (model, revision, width, ...), ``encoder`` its digest."""
+depends (model, revision, width, ...), ``encoder`` its digest. ``width`` is null where a model's vectors are not cut."""
 
 CONTENT_EMBEDDINGS = _schema(
     ("modality", pa.string(), False),

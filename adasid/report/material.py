@@ -23,11 +23,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Material:
-    """``Material`` contains the data of a report. ``catalog``: the row of ``catalog_stats``; ``content``: rows
-    of ``content_quality``; ``refused_contents``: reason -> items whose raw content could not be encoded; ``generation``: a row of
-    ``generations`` with its JSON columns parsed (``refused``: a newer one that is not live); ``stages``: all rows of
-    ``stages.jsonl``; ``versions``: tables that the report itself read; ``lags``: sentences on tables that are older
-    than their inputs; ``created``: time of creation, as text."""
+    """``Material`` contains the data of a report. ``catalog``: the row of ``catalog_stats``; ``content``: rows of
+    ``content_quality``; ``refused_contents``: reason -> items whose raw content could not be encoded; ``generation``: a
+    row of ``generations`` with its JSON columns parsed (``refused``: a newer one that is not live); ``stages``: all
+    rows of ``stages.jsonl``; ``versions``: tables that the report itself read; ``lags``: sentences on tables that are
+    older than their inputs; ``created``: time of creation, as text."""
 
     cfg: Config
     catalog: Row | None = None

@@ -7,14 +7,15 @@ import json
 import time
 from collections import Counter
 from functools import reduce
+from pathlib import Path
 
-from adasid.encoders.base import ABSENT, identity_of
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from adasid import tables
 from adasid.config import Config, Encoder, digest
 from adasid.config.content import TF_IDF
+from adasid.encoders.base import ABSENT, identity_of
 from adasid.errors import GateError
 from adasid.files import Location, location, remove, write_text
 from pipelines import stage
@@ -52,8 +53,8 @@ def run(cfg: Config, context: StageContext) -> None:
 
 
 def chosen(cfg: Config, lake: Lake) -> dict[str, Encoder]:
-    """Return the encoders by modality, each with the revision at which it was used first where the config names
-    none."""
+    """Return the encoders by modality: local folders as absolute paths, and each with the revision at which it was used
+    first where the config names none."""
     used = {}
     if lake.exists(ENCODERS):
         used = {row["modality"]: json.loads(row["identity"]) for row in lake.read(ENCODERS).to_pylist()}
@@ -61,7 +62,8 @@ def chosen(cfg: Config, lake: Lake) -> dict[str, Encoder]:
     for modality, encoder in cfg.content.encoders.items():
         before = used.get(modality, {})
         revision = before.get("revision") if before.get("model") == encoder.model else None
-        found[modality] = encoder.model_copy(update={"revision": encoder.revision or revision})
+        model = str(Path(encoder.model).absolute()) if Path(encoder.model).is_dir() else encoder.model
+        found[modality] = encoder.model_copy(update={"model": model, "revision": encoder.revision or revision})
     return found
 
 
@@ -79,11 +81,16 @@ def _key(modality: str) -> str:
 def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
     result = dict[str, object]()
     for modality, encoder in chosen(cfg, lake).items():
-        known = encoder.model_dump(mode="json", exclude={"batch", "max_bytes", "max_pixels", "web"})
-        limits = [encoder.max_bytes, encoder.max_pixels, encoder.web] if encoder.field else []
-        model = {} if encoder.model == TF_IDF else _identity(cfg, modality, encoder)
-        result[_key(modality)] = {**known, "limits": limits, "identity": model}
+        reads = {"fields": list(encoder.read)}
+        reads |= encoder.model_dump(include={"max_bytes", "max_pixels", "web"}) if encoder.field else {}
+        known = _model(encoder) if encoder.model == TF_IDF else _identity(cfg, modality, encoder)
+        result[_key(modality)] = {**reads, **known}
     return result
+
+
+def _model(encoder: Encoder) -> dict[str, object]:
+    """Return what tf-idf depends on before its words are counted."""
+    return {"model": TF_IDF, **encoder.model_dump(include={"width", "max_chars"})}
 
 
 def _identity(cfg: Config, modality: str, encoder: Encoder) -> dict[str, object]:
@@ -247,7 +254,7 @@ def _reject(
     spark: SparkSession, inputs: Inputs, context: StageContext, items: DataFrame, encoders: dict[str, Encoder]
 ) -> int:
     """Write a row of ``rejected_rows`` for each item whose content could not be encoded; return the version."""
-    lake, frames, missing = Lake(inputs.lake.root, {}), list[DataFrame](), dict[str, int]()
+    lake, frames = Lake(inputs.lake.root, {}), list[DataFrame]()
     for modality, encoder in encoders.items():
         faults = vectors.current(spark, lake, modality).filter(f"reason IS NOT NULL AND reason != '{ABSENT}'")
         if faults.isEmpty():
@@ -265,9 +272,8 @@ def _reject(
         return lake.version("rejected_rows")
     added = {"input_hash": F.lit(inputs.hash), "table": F.lit("items"), "row_hash": F.sha2("row", 256)}
     rows = reduce(DataFrame.unionByName, frames).withColumns(added).persist()
-    for row in rows.groupBy("reason").agg(F.sum("copies").alias("items")).collect():
-        missing[row["reason"].removeprefix(_FAULT)] = row["items"]
-    counts = Counter(missing)
+    totals = rows.groupBy("reason").agg(F.sum("copies").alias("items")).collect()
+    counts = Counter({found["reason"].removeprefix(_FAULT): found["items"] for found in totals})
     listed = ", ".join(f"{reason} {number:,}" for reason, number in counts.most_common())
     context.note(f"items without a modality because of their content: {listed}")
     context.facts["refused contents"] = counts.total()

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
-from adasid.encoders import tfidf
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from adasid.config import Encoder
+from adasid.encoders import tfidf
 from adasid.files import Location
 from pipelines.content import vectors
 from pipelines.engines import spark as engine
@@ -23,7 +23,7 @@ _ALL = -1
 def ensure(items: DataFrame, encoder: Encoder, folder: Location | None, seed: int, note: Callable[[str], None]) -> None:
     """Write the document frequencies of tf-idf to ``folder`` unless they are there: an encoder stays the same when the
     catalogue grows. None: the encoder is a model, which is not fitted."""
-    if folder is None or tfidf.state(folder).exists():
+    if folder is None or (folder / tfidf.FILE).exists():
         return
     texts = items.select(vectors.text(encoder).alias("text")).filter("trim(text) != ''")
 

@@ -3,6 +3,7 @@ same name, whole or not at all, so that an interrupted job encodes again only th
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -12,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from adasid.encoders.base import Encoder, open_encoder
 
 from adasid import config, errors, files
 from adasid.distributed import settle
+from adasid.encoders.base import Encoder, open_encoder
 from adasid.faults import passing
 from adasid.files import Location
 from adasid.storage import configure
@@ -120,12 +121,12 @@ def _rows(call: Call, parts: list[str], actors: int | None, settings: config.Ray
     gpus = int(ray.cluster_resources().get("GPU", 0)) if settings.gpus == "auto" else 0
     number = min(actors or gpus or settings.workers, len(parts))
     blocks = min(len(parts), number * _BLOCKS)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=blocks)
         encoded = rows.map(
-            EncodePart,
+            EncodePart,  # type: ignore[arg-type]
             fn_constructor_args=(call,),
             compute=ray.data.ActorPoolStrategy(size=number),
             num_cpus=settings.cpus_per_worker,

@@ -109,9 +109,12 @@ def _parts(text: Column) -> Column:
 
 
 def _joined(text: Column, between: str) -> Column:
-    """Return the parts of a JSON list, or of a list of lists, as one text; other text as it is."""
-    inner = F.transform(_parts(text), lambda part: F.coalesce(F.array_join(_parts(part), between), part))
-    return F.coalesce(F.array_join(inner, ", " if between == " > " else between), text)
+    """Return the parts of a JSON list as one text, ``between`` them; of a list of lists the inner lists, separated by
+    commas; other text as it is."""
+    parts = _parts(text)
+    inner = F.transform(parts, lambda part: F.coalesce(F.array_join(_parts(part), between), part))
+    nested = F.exists(parts, lambda part: F.trim(part).startswith("["))
+    return F.coalesce(F.when(nested, F.array_join(inner, ", ")).otherwise(F.array_join(parts, between)), text)
 
 
 def _picture() -> Column:

@@ -272,4 +272,4 @@ def amazon(rng: Random, example: Example, items: Rows, rows: Rows) -> dict[str, 
         example.refused += [f"{name}: {form}"] if form else []
         example.files[f"{name}.json{'.gz' if zipped else ''}"] = content
     paths = {name: next(file for file in example.files if file.startswith(name)) for name in lines}
-    return {**paths, "text_width": 2, "min_word_count": 1}
+    return paths

@@ -17,11 +17,11 @@ import pytest
 from deltalake import write_deltalake
 
 from adasid import tables
+from adasid.config.content import AMAZON_TEXTS, Content, Encoder
 from adasid.datasets import synthetic
 from adasid.errors import InputError
 from pipelines import ingest
 from pipelines.engines import tracking
-from pipelines.sources import amazon
 
 pytestmark = pytest.mark.usefixtures("spark")
 TEXT = {"content": ["text"]}
@@ -608,18 +608,38 @@ REVIEWS = {
 PRODUCTS = {
     2014: [
         {"asin": "B1", "title": "Rose soap, kid's", "brand": "Acme", "categories": [["Beauty", "Soap"]], "price": 6.5},
-        {"asin": "B2", "title": "Rose soap", "categories": [["Beauty", "Soap"], ["Gifts"]]},
-        {"asin": "B3", "imUrl": "u"},
+        {"asin": "B2", "title": "Rose soap", "categories": [["Beauty", "Soap"], ["Gifts"]], "description": "Soft."},
+        {"asin": "B3", "imUrl": "http://pictures.example/b3.jpg"},
     ],
     2018: [
         {"asin": "B1", "title": "Rose soap", "brand": "Acme", "category": ["Beauty", "Soap"], "also_buy": ["B2"]},
-        {"asin": "B2", "title": "Soap rose Acme", "category": []},
+        {
+            "asin": "B2",
+            "title": "Soap rose Acme",
+            "category": [],
+            "imageURLHighRes": ["http://x/2.jpg", "http://x/3.jpg"],
+        },
     ],
     2023: [
         {"parent_asin": "B1", "title": "Rose soap", "store": "Acme", "categories": ["Beauty"], "details": {"a": 1}},
-        {"parent_asin": "B2", "title": "rose"},
+        {
+            "parent_asin": "B2",
+            "title": "rose",
+            "description": ["Soft", "\u00e9 soap"],
+            "images": [{"thumb": "http://x/t.jpg", "large": "http://x/l.jpg", "variant": "MAIN", "hi_res": None}, {}],
+        },
     ],
 }
+RAW = {
+    2014: [
+        ("Acme", "Beauty > Soap", None, None),
+        (None, "Beauty > Soap, Gifts", "Soft.", None),
+        (None, None, None, "http://pictures.example/b3.jpg"),
+    ],
+    2018: [("Acme", "Beauty > Soap", None, None), (None, "", None, "http://x/2.jpg")],
+    2023: [("Acme", "Beauty", None, None), (None, None, "Soft \u00e9 soap", "http://x/l.jpg")],
+}
+"""Brand, categories, description and picture of the products."""
 BROKEN = '{"asin": "B9", "title": "cut off he'
 
 
@@ -633,14 +653,16 @@ def amazon_config(make_config, folder: Path, year: int, **options):
         path = folder / f"{name}.json{'' if year == 2023 else '.gz'}"
         path.write_bytes(text.encode() if year == 2023 else gzip.compress(text.encode()))
         paths[name] = str(path)
-    return make_config(
-        source={"kind": "amazon", "amazon": {**paths, "text_width": 8, "min_word_count": 1, **options}}, features=TEXT
-    )
+    return make_config(source={"kind": "amazon", "amazon": paths}, features=TEXT, **options)
 
 
 @pytest.mark.parametrize("year", [2014, 2018, 2023])
 def test_amazon_releases(make_config, tmp_path, year):
+    text = {"fields": list(AMAZON_TEXTS)}
+    visual = {"field": "image", "model": "none"}
     cfg = amazon_config(make_config, tmp_path, year)
+    assert cfg.content.encoders["text"].fields == AMAZON_TEXTS and cfg.content.encoders["text"].model == "tf-idf"
+    cfg = cfg.model_copy(update={"content": Content(encoders={"text": Encoder(**text), "visual": Encoder(**visual)})})
     context = ingested(cfg)
     events, items = rows(context, "interactions", "user_id"), rows(context, "items", "item_id")
     first = {2014: ("A1", "1252800000", 5.0), 2018: ("A1", "1514764800", 4.0), 2023: ("AE1", "1588687728923", 1.0)}[
@@ -655,9 +677,11 @@ def test_amazon_releases(make_config, tmp_path, year):
         "label": None,
     }
     assert [row["item_id"] for row in items] == [row.get("asin", row.get("parent_asin")) for row in PRODUCTS[year]]
-    assert items[0]["title"] == PRODUCTS[year][0]["title"] and all(len(row["text"]) == 8 for row in items[:2])
-    if year == 2014:
-        assert items[2] == {"item_id": "B3", "title": None, "text": None}
+    assert items[0]["title"] == PRODUCTS[year][0]["title"]
+    raw = [
+        (row["brand"], row["categories"], row["description"], row["image"] and row["image"]["path"]) for row in items
+    ]
+    assert raw == RAW[year]
     assert context.facts == {"items": len(items), "interactions": len(events), "unparsable_lines": 2}
     refused = rows(context, "rejected_rows", "table")
     assert [row["table"] for row in refused] == ["interactions", "items"]
@@ -668,28 +692,15 @@ def test_amazon_releases(make_config, tmp_path, year):
     assert ingested(cfg).status == "up to date" and context.lake.version("rejected_rows") == 0
 
 
-def test_amazon_vectors_repeat_with_the_seed(make_config, tmp_path):
-    cfg = amazon_config(make_config, tmp_path, 2018)
-    seeds = [cfg, cfg.model_copy(update={"name": "again"}), cfg.model_copy(update={"name": "other", "seed": 18})]
-    first, again, other = ([row["text"] for row in rows(ingested(cfg), "items", "item_id")] for cfg in seeds)
-    assert first == again and first != other
-
-
-def test_amazon_vectors_of_many_products_are_learned_by_several_tasks(make_config, tmp_path, monkeypatch):
-    cfg = amazon_config(make_config, tmp_path, 2014)
-    whole = [row["text"] for row in rows(ingested(cfg), "items", "item_id")]
-    monkeypatch.setattr(amazon, "_PRODUCTS", 1)
-    parts = [row["text"] for row in rows(ingested(cfg.model_copy(update={"name": "parts"})), "items", "item_id")]
-    assert parts != whole and [text is None for text in parts] == [text is None for text in whole]
-    assert np.isfinite([text for text in parts if text]).all()
-
-
 def test_amazon_errors(make_config, tmp_path):
-    cfg = amazon_config(make_config, tmp_path, 2018, min_word_count=100)
-    with pytest.raises(InputError, match=r"no word occurs 100 times; lower source.amazon.min_word_count"):
-        ingested(cfg)
-    with pytest.raises(InputError, match=r"'amazon' has no modality 'visual' \(it has: text\)"):
+    cfg = amazon_config(make_config, tmp_path, 2018)
+    with pytest.raises(InputError, match=r"'amazon' has no modality 'visual' \(it has: none\): .*encode it"):
         ingested(make_config(source=cfg.source.model_dump()))
+    price = {"encoders": {"text": {"fields": ["title", "price"]}}}
+    with pytest.raises(
+        InputError, match=r"content.encoders reads 'price', but source.kind 'amazon' has the raw fields"
+    ):
+        ingested(make_config(source=cfg.source.model_dump(), features=TEXT, content=price))
     swapped = cfg.source.model_dump(exclude_none=True)
     swapped["amazon"] |= {"reviews": cfg.source.amazon.metadata}
     with pytest.raises(InputError, match=r"source.amazon.reviews .*: no line has reviewerID or user_id"):
@@ -744,9 +755,7 @@ def test_amazon_files_as_they_are(make_config, tmp_path):
     (tmp_path / "meta.json.gz").write_bytes(b"".join(gzip.compress(part.encode()) for part in members))
     (tmp_path / "reviews.json").write_text("".join(json.dumps(row) + "\n" for row in REVIEWS[2014]))
     paths = {"reviews": str(tmp_path / "reviews.json"), "metadata": str(tmp_path / "meta.json.gz")}
-    context = ingested(
-        make_config(source={"kind": "amazon", "amazon": {**paths, "text_width": 4, "min_word_count": 1}}, features=TEXT)
-    )
+    context = ingested(make_config(source={"kind": "amazon", "amazon": paths}, features=TEXT))
     found = rows(context, "items", "item_id")
     assert [(row["item_id"], row["title"]) for row in found] == [
         ("B1", "<b>Rose</b> soap &amp; oil"),
@@ -755,7 +764,7 @@ def test_amazon_files_as_they_are(make_config, tmp_path):
         ("B3", 'Caf\u00e9 "X" it\'s'),
         ("B7", "? rose"),
     ]
-    assert found[1] == found[2] and all(row["text"] for row in found)
+    assert found[1] == found[2] and found[3]["categories"] == "Beauty > Soap"
     refused = {json.loads(row["row"])["line"] for row in rows(context, "rejected_rows", "row")}
     assert refused == set(lines[5:]) and context.facts["unparsable_lines"] == 4
 

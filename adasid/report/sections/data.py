@@ -116,18 +116,17 @@ def content(material: Material) -> Section:
         "Chance",
     )
     cfg = material.cfg.compare
-    notes = [
-        f"Of {plural(row['sample'], 'item')}: near-duplicates have a cosine of at least {cfg.near_duplicate:g} with "
-        f"another; agreement is the share of the {cfg.neighbours} nearest that are of the item's category, chance that "
-        "of any other items."
-        for row in rows
-    ]
-    tables = [Table("Quality of the vectors, on a sample", columns, quality, words=2, notes=notes)]
+    lead = (
+        f"Of a sample of items: near-duplicates have a cosine of at least {cfg.near_duplicate:g} with another one; "
+        f"neighbours agree where the {cfg.neighbours} nearest are of the item's category, chance is the same of any "
+        "other items."
+    )
+    tables = [Table("Quality of the vectors, on a sample", columns, quality, words=2)]
     if material.refused_contents:
         refused = sorted(material.refused_contents.items(), key=lambda pair: -pair[1])
         listed = [(reason, count(items)) for reason, items in refused]
         tables.append(Table("Contents that could not be encoded", ("Reason", "Items"), listed))
-    return Section(key, title, tables=tables)
+    return Section(key, title, lead, tables=tables)
 
 
 def behavior(material: Material) -> Section:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import unicodedata
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +36,7 @@ _ENTITY = "&(?:#[0-9]+|#[xX][0-9a-fA-F]+|[a-zA-Z][a-zA-Z0-9]*);"
 _SOFT_HYPHEN = "\u00ad"
 _BLANKS = r"[\s\p{Cc}\p{Z}\x{200B}\x{200E}\x{200F}\x{202A}-\x{202E}\x{2060}-\x{206F}\x{FEFF}\x{FFF9}-\x{FFFB}]+"
 """The joiners U+200C and U+200D remain: Persian and the scripts of India spell with them."""
-_INVISIBLE = r"^[\p{Z}\p{Cf}\p{Cn}\x{FE00}-\x{FE0F}]*$"
+_INVISIBLE = r"^[\p{Z}\p{Cf}\x{FE00}-\x{FE0F}]*$"
 
 
 def clean(texts: pa.Array, max_chars: int) -> list[str | None]:
@@ -51,13 +53,16 @@ def _clean(texts: pa.Array, max_chars: int) -> pa.Array:
     raw = pc.cast(texts, pa.large_string())
     given = pc.invert(pc.equal(pc.utf8_trim_whitespace(raw), ""))
     raw = pc.if_else(given, raw, pa.scalar(None, raw.type))
-    marked = pc.fill_null(pc.match_substring_regex(raw, "<[a-zA-Z/!?]|" + _ENTITY), False)
-    if pc.any(marked).as_py():
-        raw = pc.replace_with_mask(raw, marked, _plain(raw.filter(marked)))
-    raw = pc.replace_substring(pc.utf8_normalize(raw, "NFC"), _SOFT_HYPHEN, "")
+    raw = _replaced(raw, pc.match_substring_regex(raw, "<[a-zA-Z/!?]|" + _ENTITY), _plain)
+    raw = _replaced(raw, pc.invert(pc.string_is_ascii(raw)), _composed)
     raw = pc.utf8_trim_whitespace(pc.replace_substring_regex(raw, _BLANKS, " "))
     raw = pc.utf8_trim_whitespace(pc.utf8_slice_codeunits(raw, 0, max_chars))
     return pc.if_else(pc.match_substring_regex(raw, _INVISIBLE), "", raw)
+
+
+def _replaced(texts: pa.Array, which: pa.Array, function: Callable[[pa.Array], pa.Array]) -> pa.Array:
+    which = pc.fill_null(which, False)
+    return pc.replace_with_mask(texts, which, function(texts.filter(which)))
 
 
 def _plain(texts: pa.Array) -> pa.Array:
@@ -66,6 +71,12 @@ def _plain(texts: pa.Array) -> pa.Array:
         texts = pc.replace_substring_regex(texts, _MARKUP, " ")
         texts = pa.array([html.unescape(text) for text in texts.to_pylist()], pa.large_string())
     return pc.replace_substring_regex(texts, _MARKUP, " ")
+
+
+def _composed(texts: pa.Array) -> pa.Array:
+    """Bring texts to the form NFC (pyarrow's utf8_normalize gives NFD, arrow issue 51225), without soft hyphens."""
+    forms = (unicodedata.normalize("NFC", text).replace(_SOFT_HYPHEN, "") for text in texts.to_pylist())
+    return pa.array(forms, pa.large_string())
 
 
 def reasons_of(texts: list[str | None]) -> tuple[list[str | None], NDArray[np.int64]]:

@@ -141,7 +141,7 @@ def _terms(texts: list[str]) -> Any:
     words = pc.replace_substring_regex(pa.array(texts, pa.large_string()), _JOINERS, "")
     words = pc.replace_substring_regex(pc.utf8_lower(words), _NO_WORD, " ")
     words = pc.replace_substring_regex(words, _UNSPACED, r" \1 ")
-    counts = _hashing().transform(words.to_pylist())
+    counts = _hashing().transform([*words.to_pylist(), ""])[:-1]  # it refuses an empty list
     counts.sum_duplicates()
     return counts
 

@@ -1,0 +1,164 @@
+"""Read the bytes of pictures from a table, a disk, object storage or the web. A picture that cannot be read has a
+reason."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from http.client import HTTPException
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.error import HTTPError
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+import pyarrow as pa
+import pyarrow.types as pt
+
+from adasid.encoders.base import ABSENT
+from adasid.encoders.images import TOO_MANY_BYTES
+from adasid.errors import InputError, TransientError, first_line
+from adasid.faults import passing
+from adasid.files import Location
+from adasid.storage import SCHEMES, ObjectPath
+
+WEB_NOT_ALLOWED = "web_not_allowed"
+MISSING_FILE = "missing_file"
+UNREADABLE_FILE = "unreadable_file"
+"""Reason: a folder, a file or an object that may not be read, or an address that the server refuses."""
+OUTSIDE_ROOT = "outside_root"
+"""Reason: a relative path that leaves the root folder, or there is none."""
+UNKNOWN_SCHEME = "unknown_scheme"
+
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(file|data):", re.I)
+_SECONDS, _CONNECT, _PART = 60.0, 20.0, 1 << 16
+
+
+class Place(NamedTuple):
+    """A picture's place: its bytes, or else a path or URI."""
+
+    data: bytes | None
+    path: str | None
+
+
+def places(rows: pa.Array) -> Iterator[Place]:
+    """Yield the places of pictures [n]: a struct<bytes: binary, path: string>, as Hugging Face's datasets store
+    pictures, or binary, or string. Raises InputError for another type."""
+    kind = rows.type
+    if pt.is_struct(kind):
+        names = [field.name for field in kind]
+        parts = {name: rows.field(name) for name in ("bytes", "path") if name in names}
+        if not parts:
+            raise InputError(f"the pictures are {kind}: a struct must have the fields bytes or path")
+    elif pt.is_string(kind) or pt.is_large_string(kind):
+        parts = {"path": rows}
+    elif pt.is_binary(kind) or pt.is_large_binary(kind):
+        parts = {"bytes": rows}
+    elif pt.is_null(kind):
+        parts = {}
+    else:
+        raise InputError(f"the pictures are {kind}: store struct<bytes: binary, path: string>, binary or string")
+    given = rows.is_valid().to_pylist()
+    for row, there in enumerate(given):
+        data, path = (parts[name][row].as_py() if there and name in parts else None for name in ("bytes", "path"))
+        yield Place(data, path if path and path.strip() else None)
+
+
+def read(place: Place, max_bytes: int, root: Location | None, web: bool) -> bytes | str:
+    """Return the bytes of a picture, at most ``max_bytes``, or the reason why they cannot be read. ``root``: folder of
+    relative paths. ``web``: whether http and https addresses are fetched. Raises TransientError where a disk or an
+    object store does not answer."""
+    if place.data is not None:
+        return place.data if len(place.data) <= max_bytes else TOO_MANY_BYTES
+    if place.path is None:
+        return ABSENT
+    path = place.path.strip()
+    try:
+        return _read(_where(path, root, web), max_bytes)
+    except _Refused as refusal:
+        return refusal.reason
+    except (FileNotFoundError, NotADirectoryError):
+        return MISSING_FILE
+    except (OSError, ValueError, InputError) as error:  # a path with a zero byte; a bucket that the store refuses
+        if isinstance(error, InputError) and find_spec("obstore") is None:
+            raise
+        if passing(error):
+            raise TransientError(f"{path}: does not answer ({first_line(error)}): run the command again") from error
+        return UNREADABLE_FILE
+
+
+class _Refused(Exception):
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _where(path: str, root: Location | None, web: bool) -> Location | str:
+    """Return the file or the object that a path or a URI names, or its address in the web."""
+    uri = _URI.match(path)
+    scheme = (uri[1] or uri[2]).lower() if uri else ""
+    if scheme in ("http", "https"):
+        if not web:
+            raise _Refused(WEB_NOT_ALLOWED)
+        return path
+    if scheme in SCHEMES:
+        return ObjectPath.of(path)
+    if scheme == "file":
+        return Path(unquote(path.partition(":")[2].removeprefix("//").removeprefix("localhost")))
+    if scheme:
+        raise _Refused(UNKNOWN_SCHEME)
+    if os.path.isabs(path):
+        return Path(path)
+    inner = os.path.normpath(path)
+    if root is None or inner.split(os.sep)[0] == os.pardir:
+        raise _Refused(OUTSIDE_ROOT)
+    return root / inner
+
+
+def _read(where: Location | str, max_bytes: int) -> bytes:
+    if isinstance(where, str):
+        return _download(where, max_bytes)
+    if isinstance(where, Path):
+        facts = where.stat()
+        if not stat.S_ISREG(facts.st_mode):  # opening a pipe waits for its writer
+            raise _Refused(UNREADABLE_FILE)
+        size = facts.st_size
+    else:
+        size = ((where.head() if where.key else None) or {"size": -1})["size"]
+    if size < 0 or size > max_bytes:
+        raise _Refused(MISSING_FILE if size < 0 else TOO_MANY_BYTES)
+    return where.read_bytes()
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follow redirects to http and https only."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        if urlsplit(newurl).scheme not in ("http", "https"):
+            raise HTTPError(newurl, code, "redirect to another scheme", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str, max_bytes: int) -> bytes:
+    """Fetch a picture. A server that fails is no error: one picture of many is missing."""
+    request = Request(quote(url, safe=":/?#[]@!$&'()*+,;=%~"), headers={"User-Agent": "adasid", "Accept": "image/*"})
+    deadline = time.monotonic() + _SECONDS
+    try:
+        with build_opener(_Redirects).open(request, timeout=_CONNECT) as answer:
+            if int(answer.headers.get("Content-Length") or 0) > max_bytes:
+                raise _Refused(TOO_MANY_BYTES)
+            parts, size = [], 0
+            while part := answer.read1(_PART):
+                parts.append(part)
+                size += len(part)
+                if size > max_bytes or time.monotonic() > deadline:
+                    raise _Refused(TOO_MANY_BYTES if size > max_bytes else UNREADABLE_FILE)
+            return b"".join(parts)
+    except HTTPError as error:
+        error.close()
+        raise _Refused(MISSING_FILE if error.code in (404, 410) else UNREADABLE_FILE) from None
+    except (OSError, HTTPException, ValueError):
+        raise _Refused(UNREADABLE_FILE) from None

@@ -34,7 +34,8 @@ ROWS = 2**18
 """Rows that terms are hashed to."""
 WIDTH = 256
 """Width of the vectors where ``content.encoders.<modality>.width`` is null."""
-_FILE = "tf-idf.safetensors"
+FILE = "tf-idf.safetensors"
+"""Name of the file with the state."""
 _NO_WORD = r"[^\p{L}\p{M}\p{N}]+"
 _UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*)"
 _JOINERS = r"[\x{200C}\x{200D}]"
@@ -61,7 +62,7 @@ def write(folder: Location, frequencies: NDArray[np.int64], documents: int, widt
     """Write the state into ``folder``. ``frequencies`` [ROWS]: the sum of :func:`count`."""
     from safetensors.numpy import save_file
 
-    with replacing(folder / _FILE) as draft:
+    with replacing(folder / FILE) as draft:
         metadata = {"documents": str(documents), "seed": str(seed), "width": str(width)}
         save_file({"frequencies": np.ascontiguousarray(frequencies, np.int64)}, draft, metadata)
 
@@ -72,7 +73,7 @@ def read(key: str, settings: config.Encoder, folder: Location | None) -> State:
 
     if folder is None:
         raise InputError(f"{key}: tf-idf has no folder with its document frequencies: count them first")
-    path = folder / _FILE
+    path = folder / FILE
     try:
         with local(path) as copy, safe_open(copy, "numpy") as file:
             facts = file.metadata()

@@ -1,0 +1,214 @@
+"""The stage ``content`` on tables with raw fields: what is encoded, what is not encoded again, bad content, another
+encoder, an interrupted run."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from adasid.errors import ConfigError, GateError, InputError
+from pipelines import content, features, ingest
+from pipelines.content import pool
+from pipelines.engines import tracking
+from tests import models
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("transformers")
+
+ITEMS = 24
+WORDS = ["rose", "soap", "oil", "cream", "lotion", "brush", "hair", "skin", "nail", "polish", "shampoo", "balm"]
+
+
+def picture(seed: int, kind: str = "JPEG") -> bytes:
+    values = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
+    file = BytesIO()
+    Image.fromarray(values).save(file, kind)
+    return file.getvalue()
+
+
+def catalogue() -> dict[str, list]:
+    """Titles, nested categories and pictures: bytes, files and bad ones."""
+    columns = {
+        "item_id": [f"i{i:02}" for i in range(ITEMS)],
+        "title": [f"{WORDS[i % 12]} {WORDS[(5 * i + 1) % 12]} {i}" for i in range(ITEMS)],
+        "brand": [None if i % 3 else f"brand {i % 4}" for i in range(ITEMS)],
+        "categories": [["Beauty", WORDS[i % 4]] for i in range(ITEMS)],
+        "image": [{"bytes": picture(i), "path": None} for i in range(ITEMS)],
+    }
+    bad = (None, b"", b"<html>404</html>", picture(9)[:200])
+    for row, data in enumerate(bad):
+        columns["image"][row] = data if data is None else {"bytes": data, "path": None}
+    columns["image"][4] = {"bytes": None, "path": "pictures/4.png"}
+    columns["image"][5] = {"bytes": None, "path": "pictures/missing.png"}
+    columns["image"][6] = {"bytes": None, "path": "https://pictures.example/6.jpg"}
+    for name in ("title", "brand", "categories"):
+        columns[name][7] = None
+    columns["title"][8], columns["brand"][8], columns["categories"][8] = "<p></p>", None, None
+    return columns
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return models.siglip(tmp_path_factory.mktemp("models") / "siglip")
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """The folder of the source; call it to write the items."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "4.png").write_bytes(picture(4, "PNG"))
+    rng = np.random.default_rng(2)
+    users, items = rng.integers(0, 20, 300), rng.integers(0, ITEMS, 300)
+    events = {"user_id": users, "item_id": [f"i{i:02}" for i in items], "timestamp": 1_500_000_000 + np.arange(300)}
+    pq.write_table(pa.table(events), tmp_path / "events.parquet")
+
+    def write(columns: dict[str, list]) -> Path:
+        pq.write_table(pa.table(columns), tmp_path / "items.parquet")
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def make(make_config, model, tmp_path):
+    def config(name: str = "t", text: dict | None = None, **settings):
+        paths = {"items": str(tmp_path / "items.parquet"), "interactions": str(tmp_path / "events.parquet")}
+        text = {"fields": ["title", "brand", "categories"], "width": 8, **(text or {})}
+        visual = {"model": str(model), "field": "image", "batch": 4}
+        return make_config(
+            name=name,
+            source={"kind": "tables", "tables": paths},
+            content={"encoders": {"text": text, "visual": visual}, "part_items": 5, **settings},
+            features={"max_rejected": 0.5},
+            ray={"workers": 0},
+        )
+
+    return config
+
+
+def ran(cfg, function=content.run):
+    with tracking.stage(cfg, function.__module__.rpartition(".")[2], journal=True) as context:
+        function(cfg, context)
+    return context
+
+
+def vectors(lake) -> dict[tuple[str, str], tuple]:
+    """(modality, fingerprint) -> vector and reason."""
+    rows = lake.read("content_embeddings").to_pylist()
+    assert len({(row["modality"], row["encoder"], row["fingerprint"]) for row in rows}) == len(rows)
+    return {(row["modality"], row["fingerprint"]): (row["vector"], row["reason"]) for row in rows}
+
+
+@pytest.mark.usefixtures("spark")
+def test_raw_fields_become_vectors_and_bad_content_a_reason(make, shop):
+    shop(catalogue())
+    cfg = make()
+    ran(cfg, ingest.run)
+    context = ran(cfg)
+    found = vectors(context.lake)
+    texts = [vector for (modality, _), (vector, _) in found.items() if modality == "text"]
+    assert sum(vector is not None for vector in texts) == ITEMS - 2  # one without text, one of mark-up only
+    assert all(np.isclose(np.linalg.norm(vector), 1) for vector in texts if vector)
+    rejected = {
+        (json.loads(row["row"])["item_id"], row["reason"])
+        for row in context.lake.read("rejected_rows").to_pylist()
+        if row["reason"].startswith("content_")
+    }
+    assert rejected == {
+        ("i01", "content_empty_file"),
+        ("i02", "content_not_a_picture"),
+        ("i03", "content_truncated"),
+        ("i05", "content_missing_file"),
+        ("i06", "content_web_not_allowed"),
+        ("i08", "content_empty_text"),
+    }
+    assert ran(cfg).status == "up to date"
+    lake = ran(cfg, features.run).lake
+    (stats,) = lake.read("catalog_stats").to_pylist()
+    assert stats["items"] == ITEMS and dict(stats["missing"]) == {"text": 2, "visual": 6}
+    assert not dict(stats["rejected"])
+
+
+@pytest.mark.usefixtures("spark")
+def test_only_what_changed_is_encoded_again(make, shop):
+    columns = catalogue()
+    shop(columns)
+    cfg = make()
+    ran(cfg, ingest.run)
+    before = vectors(ran(cfg).lake)
+    columns["title"][10], columns["title"][11] = "another title", columns["title"][12]
+    columns["item_id"].append("new")
+    for name in ("title", "brand", "categories", "image"):
+        columns[name].append(columns[name][13])
+    columns["image"][14] = {"bytes": picture(99), "path": None}
+    shop(columns)
+    ran(cfg, ingest.run)
+    with pytest.raises(InputError, match=r"content_embeddings lags behind items .*: run jobs/encode_content.py"):
+        ran(cfg, features.run)
+    context = ran(cfg)
+    assert context.facts["encoded"] == 3  # two texts that no item had, one picture
+    after = vectors(context.lake)
+    assert {key: after[key] for key in before} == before and len(after) == len(before) + 3
+    assert ran(cfg, features.run).lake.read("catalog_stats").to_pylist()[0]["items"] == ITEMS + 1
+
+
+@pytest.mark.usefixtures("spark")
+def test_another_encoder_needs_a_deliberate_act(make, shop):
+    shop(catalogue())
+    ran(make(), ingest.run)
+    before = vectors(ran(make()).lake)
+    other = make(text={"width": 12})
+    with pytest.raises(
+        GateError, match=r"content.encoders.text is another encoder .*width 8 -> 12.*content.replace=true"
+    ):
+        ran(other)
+    assert vectors(ran(make()).lake) == before
+    context = ran(make(text={"width": 12}, replace=True))
+    after = vectors(context.lake)
+    assert {len(v) for (modality, _), (v, _) in after.items() if modality == "text" and v} == {12}
+    assert {key: after[key] for key in after if key[0] == "visual"} == {
+        k: before[k] for k in before if k[0] == "visual"
+    }
+
+
+@pytest.mark.usefixtures("spark")
+def test_an_interrupted_run_goes_on_with_the_parts_that_are_left(make, shop, monkeypatch):
+    shop(catalogue())
+    whole, cut = make("whole"), make("cut")
+    for cfg in (whole, cut):
+        ran(cfg, ingest.run)
+    expected = vectors(ran(whole).lake)
+    encode, seen = pool.EncodePart.__call__, []
+
+    def interrupted(worker, row):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(row["part"])
+        return encode(worker, row)
+
+    monkeypatch.setattr(pool.EncodePart, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ran(cut)
+    first = list(seen)
+    monkeypatch.setattr(
+        pool.EncodePart, "__call__", lambda worker, row: seen.append(row["part"]) or encode(worker, row)
+    )
+    assert vectors(ran(cut).lake) == expected
+    assert len(seen) == len(set(seen)) > len(first)
+
+
+def test_mistakes_in_the_config_are_named(make_config):
+    for content_, problem in (
+        ({"encoders": {"text": {"fields": ["title"], "field": "image"}}}, "content.encoders.text must read text or a"),
+        ({"encoders": {"visual": {"field": "image"}}}, "content.encoders.visual.model is 'tf-idf'"),
+        ({"encoders": {"sound": {"fields": ["title"]}}}, r"content.encoders.sound: features.content is \['text'"),
+        ({"encoders": {"text": {"fields": ["item_id"]}}}, "content.encoders.text reads 'item_id'"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            make_config(content=content_)

@@ -56,8 +56,8 @@ class ImageEncoder:
         """Load the model. Raises InputError as :func:`adasid.encoders.base.open_encoder` does."""
         library = needed(key, "transformers")
         needed(key, "PIL.Image")
-        found = hub.find(key, settings, offline)
-        folder = hub.fetch(key, settings, found, offline)
+        origin = hub.find(key, settings, offline)
+        folder = hub.fetch(key, settings, origin, offline)
         only = {"local_files_only": True, "trust_remote_code": False}
         try:
             # torchvision resizes otherwise than Pillow: with one of them, vectors are equal on all machines
@@ -81,9 +81,9 @@ class ImageEncoder:
                 "another model"
             )
         self.width = checked_width(key, settings, width)
-        self.identity = hub.identity(settings, found)
+        self.identity = hub.identity(settings, origin)
         self._side = _side(self._processor)
-        self._clock = Clock(self._features)
+        self._clock = Clock(self._features, device)
 
     @property
     def seconds(self) -> float:

@@ -48,9 +48,7 @@ def find(key: str, settings: config.Encoder, offline: bool) -> Origin:
     for name in ("config.json", "modules.json"):
         cached = hub.try_to_load_from_cache(model, name, revision=revision)
         if isinstance(cached, str):
-            return Origin(
-                None, Path(cached).relative_to(cached[: cached.rindex("/snapshots/")] + "/snapshots").parts[0]
-            )
+            return Origin(None, Path(cached).parent.name)
     if offline:
         raise _not_cached(key, settings)
     try:

@@ -445,6 +445,7 @@ def refusal(chosen: config.Encoder) -> str:
 
 
 PICTURES = [noise(seed) for seed in range(6)] + [scene()]
+FLAT = noise(6, 40, 40).resize((30, 3))  # its height may be taken for the number of channels
 
 
 def column(pictures: list[Image.Image]) -> pa.Array:
@@ -518,6 +519,13 @@ def test_bad_pictures_among_good_ones_have_reasons(models: dict[str, Path], tmp_
     assert strict.encode(pa.array(rows)).reasons[:2] == [images.TOO_MANY_PIXELS] * 2
     assert encoder.encode(pa.nulls(4)).reasons == [ABSENT] * 4
     assert encoder.encode(pa.array([], pa.binary())).vectors.shape == (0, 32)
+
+
+def test_a_picture_of_three_rows_is_no_exception(models: dict[str, Path]) -> None:
+    encoder = opened(settings(model=str(models["siglip"])))
+    vectors, reasons = encoder.encode(column([FLAT, FLAT.resize((32, 32), Image.Resampling.BICUBIC)]))
+    assert reasons == [None, None]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-5)
 
 
 def test_many_threads_decode_alike(models: dict[str, Path]) -> None:

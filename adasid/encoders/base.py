@@ -130,8 +130,9 @@ def encoded(outputs: Tensor, rows: NDArray[np.int64], reasons: list[str | None],
 class Clock:
     """A clock sums the seconds inside a model's forward pass; on a GPU it waits for the result."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.seconds = self._start = 0.0
+        self._device = device
         model.register_forward_pre_hook(self._before)
         model.register_forward_hook(self._after)
 
@@ -139,6 +140,6 @@ class Clock:
         self._start = time.perf_counter()
 
     def _after(self, *_: object) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self.seconds += time.perf_counter() - self._start

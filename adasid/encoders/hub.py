@@ -22,21 +22,21 @@ _PART = 1 << 20
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class Found(NamedTuple):
+class Origin(NamedTuple):
     """A model's place: a local folder, or a repository of the hub and its commit."""
 
     folder: Path | None
     commit: str | None
 
 
-def find(key: str, settings: config.Encoder, offline: bool) -> Found:
+def find(key: str, settings: config.Encoder, offline: bool) -> Origin:
     """Return where the model lies. The commit is that of ``settings.revision``, in the local cache if it is there, else
     on the hub. Raises InputError if the model does not exist, TransientError if the hub does not answer."""
     model, revision = settings.model, settings.revision
     if Path(model).is_dir():
         if revision:
             raise InputError(f"{key}.revision: {revision} has no effect, {model} is a local folder: set null")
-        return Found(Path(model), None)
+        return Origin(Path(model), None)
     if not _NAME.fullmatch(model):
         raise InputError(
             f"{key}.model: {model} is neither a local folder nor the name of a repository of the Hugging Face hub: "
@@ -44,30 +44,30 @@ def find(key: str, settings: config.Encoder, offline: bool) -> Found:
         )
     hub = needed(key, "huggingface_hub")
     if revision and _COMMIT.fullmatch(revision):
-        return Found(None, revision)
+        return Origin(None, revision)
     for name in ("config.json", "modules.json"):
         cached = hub.try_to_load_from_cache(model, name, revision=revision)
         if isinstance(cached, str):
-            return Found(None, Path(cached).relative_to(cached[: cached.rindex("/snapshots/")] + "/snapshots").parts[0])
+            return Origin(None, Path(cached).parent.name)
     if offline:
         raise _not_cached(key, settings)
     try:
-        return Found(None, str(hub.HfApi().model_info(model, revision=revision).sha))
+        return Origin(None, str(hub.HfApi().model_info(model, revision=revision).sha))
     except Exception as error:
         raise wrapped(error, _refused(key, settings, error)) from None
 
 
-def fetch(key: str, settings: config.Encoder, found: Found, offline: bool) -> Path:
+def fetch(key: str, settings: config.Encoder, origin: Origin, offline: bool) -> Path:
     """Return the local folder with the model's files, downloaded if need be. Raises InputError if they cannot be
     downloaded, or if weights are pickled."""
-    folder = found.folder
+    folder = origin.folder
     if not folder:
         hub = needed(key, "huggingface_hub")
         try:
             folder = Path(
                 hub.snapshot_download(
                     settings.model,
-                    revision=found.commit,
+                    revision=origin.commit,
                     local_files_only=offline,
                     allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES],
                     ignore_patterns=_OTHER,
@@ -81,10 +81,10 @@ def fetch(key: str, settings: config.Encoder, found: Found, offline: bool) -> Pa
     return folder
 
 
-def identity(settings: config.Encoder, found: Found) -> Identity:
+def identity(settings: config.Encoder, origin: Origin) -> Identity:
     """Return the identity of an encoder that is a model: equal for folders with equal files."""
-    model: Identity = {"digest": digest(found.folder)} if found.folder else {"model": settings.model}
-    model |= {"revision": found.commit} if found.commit else {}
+    model: Identity = {"digest": digest(origin.folder)} if origin.folder else {"model": settings.model}
+    model |= {"revision": origin.commit} if origin.commit else {}
     if settings.field:
         return {"kind": "transformers", **model, "width": settings.width}
     text: Identity = {"prompt": settings.prompt, "max_chars": settings.max_chars}
@@ -104,8 +104,8 @@ def digest(folder: Path) -> str:
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.suffix in suffixes and path.is_file())
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    files = (path for path in folder.rglob("*") if path.suffix in suffixes and path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _check_weights(key: str, settings: config.Encoder, folder: Path) -> None:

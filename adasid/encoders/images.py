@@ -37,7 +37,7 @@ _SLIM = 100
 def decode(data: bytes, max_bytes: int, max_pixels: int, side: int = 0) -> Image | str:
     """Return the picture in RGB, upright, its transparent parts white, the first frame of an animation; or the reason
     why it cannot be used. A JPEG much larger than ``side`` pixels is decoded at a half, a quarter or an eighth of its
-    size, with no side below that; 0: at its own."""
+    size, with no side below that; 0: at full size."""
     if len(data) > max_bytes or not data:
         return TOO_MANY_BYTES if data else EMPTY_FILE
     library = _pillow()

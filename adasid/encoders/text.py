@@ -91,8 +91,8 @@ class SentenceEncoder:
     def __init__(self, key: str, settings: config.Encoder, offline: bool, device: torch.device) -> None:
         """Load the model. Raises InputError as :func:`adasid.encoders.base.open_encoder` does."""
         library = needed(key, "sentence_transformers")
-        found = hub.find(key, settings, offline)
-        folder = hub.fetch(key, settings, found, offline)
+        origin = hub.find(key, settings, offline)
+        folder = hub.fetch(key, settings, origin, offline)
         try:
             self._model = library.SentenceTransformer(
                 str(folder),
@@ -109,8 +109,8 @@ class SentenceEncoder:
                 "name another model",
             ) from error
         self.width = checked_width(key, settings, width)
-        self.identity = hub.identity(settings, found)
-        self._settings, self._clock = settings, Clock(self._model)
+        self.identity = hub.identity(settings, origin)
+        self._settings, self._clock = settings, Clock(self._model, device)
 
     @property
     def seconds(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,8 @@ class ImageEncoder:
         """Load the model. Raises InputError as :func:`adasid.encoders.base.open_encoder` does."""
         library = needed(key, "transformers")
         needed(key, "PIL.Image")
-        found = hub.find(key, settings, offline)
-        folder = hub.fetch(key, settings, found, offline)
+        origin = hub.find(key, settings, offline)
+        folder = hub.fetch(key, settings, origin, offline)
         only = {"local_files_only": True, "trust_remote_code": False}
         try:
             # torchvision resizes otherwise than Pillow: with one of them, vectors are equal on all machines
@@ -81,9 +81,9 @@ class ImageEncoder:
                 "another model"
             )
         self.width = checked_width(key, settings, width)
-        self.identity = hub.identity(settings, found)
+        self.identity = hub.identity(settings, origin)
         self._side = _side(self._processor)
-        self._clock = Clock(self._features)
+        self._clock = Clock(self._features, device)
 
     @property
     def seconds(self) -> float:
@@ -92,19 +92,20 @@ class ImageEncoder:
 
     def encode(self, rows: pa.Array) -> Encoded:
         """Encode pictures [n]; their types are those of :func:`adasid.encoders.places.places`."""
-        size, wanted = self._settings.batch, list(places.places(rows))
-        outputs, reasons = [torch.zeros(0, self.width)], list[str | None]()
+        size, outputs, reasons = self._settings.batch, [torch.zeros(0, self.width)], list[str | None]()
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-            ahead = [pool.submit(self._prepared, place) for place in wanted[:size]]
-            for start in range(0, len(wanted), size):
-                current = ahead
-                ahead = [pool.submit(self._prepared, place) for place in wanted[start + size : start + 2 * size]]
+            ahead = self._submitted(pool, rows.slice(0, size))
+            for start in range(size, len(rows) + size, size):
+                current, ahead = ahead, self._submitted(pool, rows.slice(start, size))
                 prepared = [future.result() for future in current]
                 reasons += [part if isinstance(part, str) else None for part in prepared]
                 if inputs := [part for part in prepared if not isinstance(part, str)]:
                     outputs.append(self._forward(inputs)[:, : self.width].cpu())
         given = np.array([row for row, reason in enumerate(reasons) if reason is None], np.int64)
         return encoded(torch.cat(outputs), given, reasons, self.width)
+
+    def _submitted(self, pool: ThreadPoolExecutor, rows: pa.Array) -> list[Future[Prepared]]:
+        return [pool.submit(self._prepared, place) for place in places.places(rows)]
 
     def _prepared(self, place: places.Place) -> Prepared:
         settings = self._settings

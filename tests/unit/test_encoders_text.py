@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -136,6 +138,7 @@ def test_document_frequencies_of_batches_sum_to_those_of_all() -> None:
     whole = tfidf.count(texts, 100)
     np.testing.assert_array_equal(whole, tfidf.count(texts[:3], 100) + tfidf.count(texts[3:], 100))
     assert tfidf.count(pa.array(["a a b", "a"]), 100)[_row("a")] == 2
+    assert not tfidf.count(pa.array([None, ""]), 100).any()
 
 
 def test_tf_idf_of_equal_texts_is_equal_in_any_batch(counted: Path) -> None:
@@ -209,6 +212,21 @@ def test_a_vector_that_is_zero_or_not_finite_is_refused() -> None:
     vectors, reasons = encoded(outputs, np.array([0, 2, 3, 4]), [None, ABSENT, None, None, None], 2)
     np.testing.assert_allclose(vectors, [[0.6, 0.8], [0, 0], [0, 0], [0, 0], [0, 0]], atol=1e-7)
     assert reasons == [None, ABSENT, NOT_FINITE, NOT_FINITE, NOT_FINITE]
+
+
+def test_packages_of_the_extra_are_imported_on_use_and_named_where_missing(
+    counted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import sys, adasid.encoders.base, adasid.encoders.hub, adasid.encoders.text, adasid.encoders.tfidf, "
+        "adasid.encoders.images, adasid.encoders.places, adasid.encoders.vision\n"
+        "print({'sklearn', 'transformers', 'sentence_transformers', 'huggingface_hub', 'PIL'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    message = refusal(settings(width=16), counted)
+    assert "the package sklearn cannot be imported" in message and message.endswith("install adasid[content]")
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +316,7 @@ def test_pickled_weights_are_refused(minilm: Path, tmp_path: Path) -> None:
     assert "2_Dense/pytorch_model.bin, pickled weights" in refusal(settings(model=str(copy)))
 
 
-def test_a_model_with_code_of_its_own_is_refused(minilm: Path, tmp_path: Path) -> None:
+def test_a_model_that_brings_code_is_refused(minilm: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(minilm, tmp_path / "code")
     modules = (copy / "modules.json").read_text().replace("sentence_transformers.models.Transformer", "mine.Mine")
     (copy / "modules.json").write_text(modules)

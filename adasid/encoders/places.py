@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from adasid.encoders.base import ABSENT
-from adasid.encoders.images import TOO_MANY_BYTES
+from adasid.encoders.images import TOO_MANY_BYTES, TOO_MANY_PIXELS
 from adasid.errors import InputError, TransientError, first_line
 from adasid.faults import passing
 from adasid.files import Location
@@ -33,6 +33,16 @@ UNREADABLE_FILE = "unreadable_file"
 OUTSIDE_ROOT = "outside_root"
 """Reason: a relative path that leaves the root folder, or there is none."""
 UNKNOWN_SCHEME = "unknown_scheme"
+UNSEEN = (
+    WEB_NOT_ALLOWED,
+    MISSING_FILE,
+    UNREADABLE_FILE,
+    OUTSIDE_ROOT,
+    UNKNOWN_SCHEME,
+    TOO_MANY_BYTES,
+    TOO_MANY_PIXELS,
+)
+"""Reasons of pictures that were not looked at: another attempt may succeed."""
 
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(file|data):", re.I)
 _SECONDS, _CONNECT, _PART = 60.0, 20.0, 1 << 16

@@ -9,12 +9,13 @@ from collections import Counter
 from functools import reduce
 from pathlib import Path
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from adasid import tables
 from adasid.config import Config, Encoder, digest
 from adasid.config.content import TF_IDF
+from adasid.encoders import places
 from adasid.encoders.base import ABSENT, identity_of
 from adasid.errors import GateError
 from adasid.files import Location, location, remove, write_text
@@ -205,13 +206,13 @@ def _write_todo(
     digest_of: str,
     todo: Location,
 ) -> None:
-    """Write the contents that have no vector of this encoder, each once, to parts of ``content.part_items``."""
+    """Write the contents that this encoder has not seen, each once, to parts of ``content.part_items``."""
     raw = F.col(f"`{encoder.field}`") if encoder.field else vectors.text(encoder)
     rows = items.select(vectors.fingerprint(encoder).alias("fingerprint"), raw.alias(pool.RAW), "item_id")
     rows = rows.filter("fingerprint IS NOT NULL")
     if lake.exists(EMBEDDINGS):
         known = engine.read(spark, lake, EMBEDDINGS).filter(
-            (F.col("modality") == modality) & (F.col("encoder") == digest_of)
+            (F.col("modality") == modality) & (F.col("encoder") == digest_of) & ~_again()
         )
         rows = rows.join(known.select("fingerprint"), "fingerprint", "left_anti")
     if not encoder.field:  # to exchange pictures would cost more than to encode copies of them
@@ -219,6 +220,11 @@ def _write_todo(
     with engine.row_groups(spark, _ROW_GROUP):
         parts = rows.select("fingerprint", pool.RAW).write.option("maxRecordsPerFile", cfg.content.part_items)
         parts.mode("overwrite").parquet(engine.uri(todo))
+
+
+def _again() -> Column:
+    """Return whether a row is of a picture that was not looked at, and may be readable now."""
+    return F.coalesce(F.col("reason").isin(*places.UNSEEN), F.lit(False))
 
 
 def _add(spark: SparkSession, inputs: Inputs, folder: Location, digests: dict[str, str]) -> dict[str, int]:
@@ -235,13 +241,14 @@ def _add(spark: SparkSession, inputs: Inputs, folder: Location, digests: dict[st
     schema = tables.CONTENT_EMBEDDINGS
     empty = spark.createDataFrame([], engine.struct(schema))
     new = reduce(DataFrame.unionByName, [frame.select(*schema.names) for frame in frames], empty)
-    where: str | None = f"input_hash = '{inputs.hash}'"
+    tried = " OR ".join(f"reason = '{reason}'" for reason in places.UNSEEN)  # they were encoded again
+    where: str | None = f"input_hash = '{inputs.hash}' OR {tried}"
     if lake.exists(EMBEDDINGS):
         old = engine.read(spark, lake, EMBEDDINGS)
         mine = [(F.col("modality") == m) & (F.col("encoder") == encoder) for m, encoder in digests.items()]
         stays = reduce(lambda one, other: one | other, mine)
         if not old.filter(~stays).isEmpty():
-            new = new.unionByName(old.filter(stays & (F.col("input_hash") != inputs.hash)))
+            new = new.unionByName(old.filter(stays & (F.col("input_hash") != inputs.hash) & ~_again()))
             where = None
     return {
         EMBEDDINGS: engine.write(

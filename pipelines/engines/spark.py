@@ -51,6 +51,9 @@ _LOG_STORE = "adasid.ExclusiveLogStore"
 
 _PARTITIONS = "spark.sql.shuffle.partitions"
 _PARTITION_BYTES = 32 * 2**20
+_COMPRESSED = "spark.sql.inMemoryColumnarStorage.compressed"
+_UNCOMPRESSED_BYTES = 2**29
+"""Up to so many bytes of input files, cached frames are not compressed."""
 _PROGRESS = "spark.ui.showConsoleProgress"
 _DEFAULTS = {
     "spark.databricks.delta.snapshotPartitions": "2",
@@ -60,8 +63,6 @@ _DEFAULTS = {
     "spark.sql.requireAllClusterKeysForCoPartition": "false",
     # arrays are formed of sorted rows, in bounded memory; by hash, Spark sorts from 128 groups on all the same
     "spark.sql.execution.useObjectHashAggregateExec": "false",
-    # a cached frame is read a few times: to compress it costs more than it saves
-    "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # beyond it Java would interpret a generated method, ten times as slow as Spark without generated stages
     "spark.sql.codegen.hugeMethodLimit": "8000",
     "spark.ui.enabled": "false",
@@ -94,8 +95,8 @@ _REQUIRED = {
 
 
 def session(settings: config.Spark, name: str = "adasid", size: int | None = None) -> SparkSession:
-    """Get or start a session with Delta. ``size``: bytes of the files that it will read, for the number of partitions;
-    None: that number stays as it is.
+    """Get or start a session with Delta. ``size``: bytes of the files that it will read, from which settings follow
+    (:func:`sized`); None: they stay as they are.
 
     Under spark-submit its master and memory win over the config's, and what `--conf` and spark-defaults.conf set wins
     over :data:`_DEFAULTS`. Raises InputError with the cause and the fix where Spark does not start, or where Java or
@@ -114,8 +115,10 @@ def session(settings: config.Spark, name: str = "adasid", size: int | None = Non
         for key, value in options.items():
             builder = builder.config(key, value)
         spark = builder.getOrCreate()
-        if _PARTITIONS not in {**given, **options} and (size is not None or not running):
-            spark.conf.set(_PARTITIONS, partitions(size or 0, spark.sparkContext.defaultParallelism))
+        if size is not None or not running:
+            for key, value in sized(size or 0, spark.sparkContext.defaultParallelism).items():
+                if key not in {**given, **options}:
+                    spark.conf.set(key, value)
         hadoop = spark.sparkContext._jsc.hadoopConfiguration()
         for key, value in options.items():
             if key.startswith("spark.hadoop."):  # a context that runs already does not take it from its session
@@ -138,6 +141,12 @@ def session(settings: config.Spark, name: str = "adasid", size: int | None = Non
     for logger in _TASK_LOGS:
         log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)
     return spark
+
+
+def sized(size: int, cores: int) -> dict[str, str]:
+    """Return the settings that follow from the bytes of the input's files. A cached frame is read a few times: to
+    compress it costs more than it saves, as long as it fits in memory."""
+    return {_PARTITIONS: str(partitions(size, cores)), _COMPRESSED: str(size > _UNCOMPRESSED_BYTES).lower()}
 
 
 def partitions(size: int, cores: int) -> int:

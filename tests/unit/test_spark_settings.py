@@ -1,7 +1,7 @@
 """Test whose Spark settings win."""
 
 from adasid.config import Spark
-from pipelines.engines.spark import _EXTENSION, _REQUIRED, _launch, chosen, class_archive, partitions
+from pipelines.engines.spark import _EXTENSION, _REQUIRED, _launch, chosen, class_archive, partitions, sized
 from tests import s3
 
 GIVEN = {
@@ -28,6 +28,8 @@ def test_the_config_wins_over_both_and_defaults_fill_the_rest():
 
 
 def test_the_number_of_partitions_follows_the_size_of_the_input():
+    compressed = "spark.sql.inMemoryColumnarStorage.compressed"
+    assert [sized(size, 4)[compressed] for size in (0, 2**29, 2**29 + 1)] == ["false", "false", "true"]
     assert [partitions(size, 4) for size in (0, 2**20, 2**30, 2**30 + 1, 100 * 2**30)] == [8, 8, 32, 33, 3200]
 
 

@@ -26,6 +26,7 @@ from pipelines.training.payload import Catalogue
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = {
     "ingest": "ingest",
+    "content": "encode_content",
     "features": "build_features",
     "item pairs": "build_features",
     "behavior": "train --stage behavior",
@@ -41,8 +42,8 @@ JOBS = {
 SOURCES = {"ingest": "the source", "report": "see the third table"}
 """What stages read that declare no table for it."""
 
-ALL = {"tokenizer": {"name": "das"}}
-"""A config that needs every table: it learns from pairs, and its synthetic source has a truth."""
+ALL = {"tokenizer": {"name": "das"}, "content": {"encoders": {"text": {"fields": ["title"]}}}}
+"""A config that needs every table: it learns from pairs, encodes text, and its synthetic source has a truth."""
 
 FEW = {
     "source": {"kind": "tables", "tables": {"items": "items", "interactions": "interactions"}},

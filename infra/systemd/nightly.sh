@@ -8,6 +8,7 @@ config="${ADASID_CONFIG:?name a file of conf/}"
 export PATH="$PWD/.venv/bin:$PATH"  # spark-submit uses the first python3
 submit=(spark-submit --master "${ADASID_SPARK_MASTER:-local[*]}" --driver-memory "${ADASID_DRIVER_MEMORY:-8g}")
 "${submit[@]}" jobs/ingest.py --config "$config"
+"${submit[@]}" jobs/encode_content.py --config "$config"  # does nothing where the source brings all vectors
 "${submit[@]}" jobs/build_features.py --config "$config"
 "${submit[@]}" jobs/retokenize.py --config "$config" --run-date "$day" --set retokenize.lease.wait=3600
 "${submit[@]}" jobs/maintain.py --config "$config"

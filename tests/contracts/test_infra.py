@@ -26,7 +26,7 @@ SETUP = (ROOT / "setup.py").read_text()
 NIGHT = yaml.safe_load_all((INFRA / "kubernetes" / "nightly.yaml").read_text())
 SPARK, RAY = NIGHT
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
-STEPS = ["ingest", "build_features", "retokenize", "maintain"]
+STEPS = ["ingest", "encode_content", "build_features", "retokenize", "maintain"]
 VARIABLES = {
     "ADASID_HOME",
     "ADASID_CONFIG",
@@ -112,7 +112,7 @@ def test_kubernetes_runs_the_chain_in_order_and_stops_where_a_job_fails(tmp_path
     ]
     (tmp_path / "jobs" / "retokenize.py").write_text("import sys\nsys.exit(4)\n")
     code, ran = night()
-    assert code == 4 and [Path(words[0]).stem for words in ran] == ["ingest", "build_features"]
+    assert code == 4 and [Path(words[0]).stem for words in ran] == ["ingest", "encode_content", "build_features"]
 
 
 def test_pods_have_no_privileges_and_bounded_disks():

@@ -111,8 +111,7 @@ def gather(cfg: Config, lake: Lake, live: Generation, created: str) -> dict[str,
             "tokenizer": manifest.tokenizer,
             "digest": live.tokenizer,
             "created": created,
-            "catalogue": len(catalogue.strata),
-            "events": len(first),
+            "catalogue": np.bincount(catalogue.strata, minlength=len(STRATA)).tolist(),
         },
     )
 

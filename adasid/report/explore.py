@@ -209,13 +209,13 @@ def payload(
     ``counts`` and ``following``: :func:`sizes` and :func:`transitions` of each slot; ``decoded`` [n, D]: the vectors
     that the codes stand for, None: the map is of the content vectors; ``changes``: ``reasons`` (reason -> items) and
     ``rows`` (``id``, ``title``, ``why``, ``old`` and ``new`` codes or None); ``pictures``: item_id -> JPEG; ``facts``:
-    what the header says (``run``, ``generation``, ``tokenizer``, ``digest``, ``created``, ``events``: pairs of events
-    behind ``following``)."""
+    what the header says (``run``, ``generation``, ``tokenizer``, ``digest``, ``created``, ``catalogue``: items of the
+    whole catalogue by stratum)."""
     words = Words(items.titles)
     content = [m for m in items.vectors if m in {slot.kind for slot in slots}] or list(items.vectors)
     plane = decoded if decoded is not None else np.concatenate([_unit(items.vectors[m]) for m in content], axis=1)
     near = {m: neighbours(vectors) for m, vectors in items.vectors.items()}
-    place = np.int16 if len(items.ids) <= 32_767 else np.int32
+    whole = np.int16 if len(items.ids) <= 32_767 else np.int32
     return {
         "facts": {**(facts or {}), "mapped": "decoded" if decoded is not None else "vectors"},
         "strata": list(STRATA),
@@ -228,7 +228,7 @@ def payload(
         "active": packed(items.active.astype(np.uint8)),
         "map": packed(project(plane)),
         "near": {
-            m: {"items": packed(places.astype(place)), "cosines": packed(np.round(cosines * 100).astype(np.int8))}
+            m: {"items": packed(places.astype(whole)), "cosines": packed(np.round(cosines * 100).astype(np.int8))}
             for m, (places, cosines) in near.items()
         },
         "slots": [
@@ -247,9 +247,8 @@ def payload(
 
 def packed(values: NDArray[Any]) -> dict[str, str]:
     """Return an array as the name of its type in JavaScript and its bytes in base64, row by row."""
-    kind = values.dtype.name.capitalize().replace("int", "Int").replace("UInt", "Uint")
     little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    return {"type": f"{kind}Array", "data": base64.b64encode(little.tobytes()).decode()}
+    return {"type": f"{values.dtype.name.capitalize()}Array", "data": base64.b64encode(little.tobytes()).decode()}
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -257,7 +256,7 @@ def render(data: Mapping[str, Any]) -> str:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return environment.get_template("explore.html").render(facts=data["facts"], payload=Markup(text))
 
 

@@ -26,7 +26,8 @@ class Material:
     """``Material`` contains the data of a report. ``catalog``: the row of ``catalog_stats``; ``generation``: a row of
     ``generations`` with its JSON columns parsed (``refused``: a newer one that is not live); ``stages``: all rows of
     ``stages.jsonl``; ``versions``: tables that the report itself read; ``lags``: sentences on tables that are older
-    than their inputs; ``created``: time of creation, as text."""
+    than their inputs; ``created``: time of creation, as text; ``explore``: whether the page of items and codes is
+    written."""
 
     cfg: Config
     catalog: Row | None = None
@@ -38,6 +39,7 @@ class Material:
     versions: Mapping[str, int] = field(default_factory=dict)
     created: str = ""
     lags: Sequence[str] = ()
+    explore: bool = False
 
     @property
     def empty(self) -> bool:

@@ -1,7 +1,8 @@
 """Gather what the page that shows single items and codes needs, from the tables of the live generation.
 
-Of the whole catalogue only arrays by item_index are in memory: stratum (1 byte), hash of the id and its order (16
-bytes), and L codes (2 bytes each, 4 where a codebook has more than 32,767 codes)."""
+Of the whole catalogue only arrays by item_index are in memory: stratum (1 byte an item), hash of the id and its order
+(16 bytes, 8 more while they are sorted), L codes (2 bytes each, 4 where a codebook has more than 32,767 codes), and the
+keys of one slot while they are counted (about 20 bytes)."""
 
 from __future__ import annotations
 

@@ -52,14 +52,17 @@ def size(browser, name):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
+def after(browser, act):
+    """Do what goes to another view, and wait until it is shown."""
+    listener = "addEventListener('hashchange', () => setTimeout(done), {once: true})"
+    browser.execute_script(f"window.shown = new Promise(done => {listener})")
+    act()
+    browser.execute_async_script("window.shown.then(arguments[0])")
+
+
 def go(browser, fragment):
-    """Go to a view of the page, and wait until it is shown."""
-    browser.execute_async_script(
-        "const [view, done] = arguments; if (location.hash === view) return done();"
-        "addEventListener('hashchange', () => requestAnimationFrame(() => requestAnimationFrame(done)), {once: true});"
-        "location.hash = view",
-        fragment,
-    )
+    if browser.execute_script("return location.hash") != fragment:
+        after(browser, lambda: browser.execute_script("location.hash = arguments[0]", fragment))
 
 
 def one(browser, selector):
@@ -105,9 +108,9 @@ def test_the_keyboard_goes_from_the_search_to_an_item_and_back(page):
     page.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert page.switch_to.active_element.get_attribute("id") == "query"
     page.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
-    page.switch_to.active_element.send_keys(Keys.ENTER)
+    after(page, lambda: page.switch_to.active_element.send_keys(Keys.ENTER))
     assert title(page) == "red shoes 1" and page.switch_to.active_element.tag_name == "h2"
-    page.back()
+    after(page, page.back)
     assert one(page, "#query").get_attribute("value") == "red" and len(texts(page, "main ol a")) == 15
     page.execute_script("document.querySelector('.skip').focus()")
     assert one(page, ".skip").rect["x"] == 0
@@ -117,7 +120,7 @@ def test_the_keyboard_goes_from_the_search_to_an_item_and_back(page):
 
 def test_an_item_leads_to_its_codes_and_the_browser_goes_back(page):
     typed(page, "tea 3")
-    one(page, "main ol a").click()
+    after(page, one(page, "main ol a").click)
     assert title(page) == "green tea 3" and page.title.startswith("green tea 3")
     assert texts(page, ".chip")[0] == "s0 3\nshared" and texts(page, ".chip.off") == ["b0 7\nswitched off"]
     assert "Switched off for this item, so that no weight is on it: b0." in one(page, "main").text
@@ -125,16 +128,16 @@ def test_an_item_leads_to_its_codes_and_the_browser_goes_back(page):
     assert picture.get_attribute("alt") == "Picture of green tea 3" and picture.get_property("naturalWidth") == 96
     near = texts(page, "section[aria-label='Neighbours by text'] li a")
     assert len(near) == 10 and all(name.startswith("green tea") for name in near)
-    one(page, ".chip").click()
+    after(page, one(page, ".chip").click)
     assert title(page) == "Code s0.3"
     words, strata, following = page.find_elements("css selector", "main table")
     assert words.text.splitlines()[2].split()[0] in ("green", "tea")
     assert "Head 3 20.0\u202f% 25.0\u202f%" in strata.text
     assert following.find_element("css selector", "a").text == "s0.0"
     assert texts(page, "main > div > ol a")[:2] == ["green tea 3", "green tea 7"]
-    page.back()
+    after(page, page.back)
     assert title(page) == "green tea 3"
-    page.back()
+    after(page, page.back)
     assert title(page) == "Search"
 
 
@@ -158,6 +161,7 @@ def test_the_map_is_drawn_and_led_by_mouse_and_keys(page):
 
     size(page, "desktop")
     go(page, "#map")
+    page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
     drawn = (
         "const c = document.querySelector('canvas'), p = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
         "const found = new Set(); for (let at = 0; at < p.length; at += 4) if (p[at + 3])"
@@ -175,7 +179,7 @@ def test_the_map_is_drawn_and_led_by_mouse_and_keys(page):
     assert texts(page, ".codes a")[0] == "s0.0"
     one(page, "#colour option[value='-1']").click()
     assert texts(page, ".codes li") == [f"{name}: 15 items" for name in ("Head", "Mid", "Tail", "Cold")]
-    webdriver.ActionChains(page).move_to_element(canvas).click().perform()
+    after(page, webdriver.ActionChains(page).move_to_element(canvas).click().perform)
     assert title(page) == pointed
 
 

@@ -125,7 +125,7 @@ def tables(stages: list[Row]) -> str:
         lines.append(f"| {row.name} | {', '.join(written) or '`report/`'} |")
     lines += ["", "| stage | settings that count | reads where it exists, not hashed |", "|---|---|---|"]
     for row in stages:
-        lines.append(f"| {row.name} | {ticked(row.settings) or 'it always runs'} | {ticked(row.also)} |")
+        lines.append(f"| {row.name} | {ticked(row.settings) or 'always runs'} | {ticked(row.also)} |")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,11 +15,11 @@ import pyarrow.compute as pc
 
 from adasid import tables
 from adasid.config import Config
-from adasid.errors import InputError
+from adasid.errors import InputError, first_line
 from adasid.files import Location, modified, write_bytes, write_text
 from adasid.report import page, summary
 from adasid.report.material import Material, Training
-from pipelines import stage, staleness
+from pipelines import explore, stage, staleness
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.features.items import richness
@@ -31,8 +32,8 @@ _SHOWN = ("catalog_stats", "content_quality", "generations", "live")
 
 
 def run(cfg: Config, context: StageContext) -> None:
-    """Write ``<run>/report/index.html`` and its PNG figures and log them. Raises InputError where there is nothing to
-    report."""
+    """Write ``<run>/report/index.html``, its PNG figures and the page of items and codes, and log them. Raises
+    InputError where there is nothing to report."""
     stage.run(REPORT, cfg, context)
 
 
@@ -49,11 +50,24 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
         generation = material.generation
         context.facts["on hold"] = f"generation {generation['generation']}, since {generation['hold']}"
     folder = Run(cfg).report()
-    figures = write(folder, summary.build(material))
+    explored = _explore(cfg, inputs.lake, material, context)
+    figures = write(folder, summary.build(replace(material, explore=explored)))
     context.inputs(material.versions)
     context.artifact(folder)
     context.facts.update(page=str(folder / "index.html"), figures=figures)
     return {}
+
+
+def _explore(cfg: Config, lake: Lake, material: Material, context: StageContext) -> bool:
+    """Write the page of items and codes; return whether it is written. The report does not fail with it."""
+    if not material.published:
+        return False
+    try:
+        explore.write(cfg, lake, generations.live(lake), material.created)
+    except (InputError, OSError) as error:
+        context.note(f"the page of items and codes is not written: {first_line(error)}")
+        return False
+    return True
 
 
 def write(folder: Location, content: page.Page, cells: Sequence[Mapping[str, Any]] = ()) -> int:
@@ -189,7 +203,7 @@ REPORT = Stage(
     "python",
     reads=stage.nothing,
     writes=stage.nothing,
-    also=_SHOWN,
+    also=(*_SHOWN, *explore.READ),
     settings=lambda cfg, lake: {},
     body=_build,
     prefix="report",

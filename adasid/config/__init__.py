@@ -9,7 +9,19 @@ from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.nightly import Lease, Retokenize, Warm
 from adasid.config.render import render_base, render_tokenizers
 from adasid.config.sources import AmazonSource, ArraysSource, FolderSource, Source, Synthetic, TablesSource
-from adasid.config.stages import Behavior, Categories, Compare, Features, Gates, Pairs, Ray, Sids, Spark, Tracking
+from adasid.config.stages import (
+    Behavior,
+    Categories,
+    Compare,
+    Explore,
+    Features,
+    Gates,
+    Pairs,
+    Ray,
+    Sids,
+    Spark,
+    Tracking,
+)
 from adasid.config.whole import Config, build, digest, load
 from adasid.settings import Names, Section, Share, Sizes
 from adasid.tokenizers.ada_sid import AdaSidSettings
@@ -58,6 +70,7 @@ __all__ = [
     "Encoder",
     "Evaluate",
     "Experts",
+    "Explore",
     "Features",
     "FittedSettings",
     "FolderSource",

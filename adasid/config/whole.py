@@ -21,7 +21,7 @@ from adasid.config.names import check_labels
 from adasid.config.nightly import Retokenize
 from adasid.config.publish import Publish
 from adasid.config.sources import Source, Synthetic
-from adasid.config.stages import Behavior, Compare, Features, Ray, Sids, Spark, Storage, Tracking
+from adasid.config.stages import Behavior, Compare, Explore, Features, Ray, Sids, Spark, Storage, Tracking
 from adasid.errors import ConfigError
 from adasid.files import Location, location
 from adasid.settings import Section
@@ -62,6 +62,7 @@ class Config(Section):
     ranking: Ranking = Field(Ranking(), description="the click-through model over the semantic IDs (Ray Train)")
     compare: Compare = Field(Compare(), description="jobs/compare_tokenizers.py")
     evaluate: Evaluate = Field(Evaluate(), description="jobs/evaluate.py")
+    explore: Explore = Field(Explore(), description="the report's page that shows single items and codes")
     tracking: Tracking = Field(Tracking(), description="MLflow")
 
     @model_validator(mode="before")

@@ -27,7 +27,8 @@ class Material:
     ``content_quality``; ``refused_contents``: reason -> items whose raw content could not be encoded; ``generation``: a
     row of ``generations`` with its JSON columns parsed (``refused``: a newer one that is not live); ``stages``: all
     rows of ``stages.jsonl``; ``versions``: tables that the report itself read; ``lags``: sentences on tables that are
-    older than their inputs; ``created``: time of creation, as text."""
+    older than their inputs; ``created``: time of creation, as text; ``explore``: whether the page of items and codes is
+    written."""
 
     cfg: Config
     catalog: Row | None = None
@@ -41,6 +42,7 @@ class Material:
     versions: Mapping[str, int] = field(default_factory=dict)
     created: str = ""
     lags: Sequence[str] = ()
+    explore: bool = False
 
     @property
     def empty(self) -> bool:

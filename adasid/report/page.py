@@ -49,7 +49,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page is the whole report. ``headline``: (label, value) of the few most important numbers."""
+    """A page is the whole report. ``headline``: (label, value) of the few most important numbers; ``links``: (text,
+    address) of further pages."""
 
     title: str
     summary: list[str]
@@ -57,6 +58,7 @@ class Page:
     headline: list[tuple[str, str]]
     sections: list[Section]
     footer: str
+    links: Sequence[tuple[str, str]] = ()
 
     def plots(self) -> Iterator[Plot]:
         """Yield every figure in page order."""

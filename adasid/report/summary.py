@@ -18,6 +18,9 @@ def build(material: Material) -> Page:
         headline(material),
         [section(material) for section in sections.ALL],
         footer,
+        [("Look inside: search items, see their codes, what codes have in common, and a map", "explore/index.html")]
+        if material.explore
+        else [],
     )
 
 

@@ -115,10 +115,9 @@ def session(settings: config.Spark, name: str = "adasid", size: int | None = Non
         for key, value in options.items():
             builder = builder.config(key, value)
         spark = builder.getOrCreate()
-        if size is not None or not running:
-            for key, value in sized(size or 0, spark.sparkContext.defaultParallelism).items():
-                if key not in {**given, **options}:
-                    spark.conf.set(key, value)
+        follow = sized(size or 0, spark.sparkContext.defaultParallelism) if size is not None or not running else {}
+        for key in follow.keys() - {**given, **options}.keys():
+            spark.conf.set(key, follow[key])
         hadoop = spark.sparkContext._jsc.hadoopConfiguration()
         for key, value in options.items():
             if key.startswith("spark.hadoop."):  # a context that runs already does not take it from its session

@@ -39,6 +39,12 @@ JOBS = {
 }
 """Stage -> the job that runs it, without ``jobs/`` and ``.py``."""
 
+ALSO = {
+    "report": "aggregates, the live generation and its items",
+    "item features": "aggregates, `truth`",
+}
+"""What stages read without a hash, where the list of tables is long."""
+
 SOURCES = {"ingest": "the source", "report": "see the third table"}
 """What stages read that declare no table for it."""
 
@@ -125,7 +131,9 @@ def tables(stages: list[Row]) -> str:
         lines.append(f"| {row.name} | {', '.join(written) or '`report/`'} |")
     lines += ["", "| stage | settings that count | reads where it exists, not hashed |", "|---|---|---|"]
     for row in stages:
-        lines.append(f"| {row.name} | {ticked(row.settings) or 'always runs'} | {ticked(row.also)} |")
+        lines.append(
+            f"| {row.name} | {ticked(row.settings) or 'always runs'} | {ALSO.get(row.name) or ticked(row.also)} |"
+        )
     return "\n".join(lines)
 
 

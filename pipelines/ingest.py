@@ -62,7 +62,7 @@ def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
         "source": cfg.source.model_dump(mode="json", exclude={"tables": {"in_place"}}),  # which changes no row
         "seed": cfg.seed if cfg.source.kind == "synthetic" else None,
         "modalities": modalities_of(cfg),
-        **({"raw fields": raw} if any(raw := raw_of(cfg)) else {}),
+        **({"raw_fields": raw} if any(raw := raw_of(cfg)) else {}),
         "files": {key: fingerprint(cfg, key, path, form) for key, (path, form) in inputs_of(cfg).items()},
     }
 

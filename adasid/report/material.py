@@ -32,8 +32,6 @@ class Material:
 
     cfg: Config
     catalog: Row | None = None
-    content: Sequence[Row] = ()
-    refused_contents: Mapping[str, int] = field(default_factory=dict)
     generation: Row | None = None
     refused: Row | None = None
     behavior: Training | None = None
@@ -42,6 +40,8 @@ class Material:
     versions: Mapping[str, int] = field(default_factory=dict)
     created: str = ""
     lags: Sequence[str] = ()
+    content: Sequence[Row] = ()
+    refused_contents: Mapping[str, int] = field(default_factory=dict)
     explore: bool = False
 
     @property

@@ -22,14 +22,21 @@ from adasid.training.loop import Report, Row, TrainingLoop, silent
 
 _DEFAULTS = config.Training()
 """Settings of the loop for a tokenizer that is only fitted."""
+_OF_SLOT = " of "
+"""Between the name of a figure and that of its slot."""
 _QUALITY = ("reconstruction", "utilisation", "entropy", "sparsity", "sparsity_target", "least_active")
 
 
 def summary(row: Mapping[str, float], modalities: Iterable[str]) -> dict[str, Any]:
     """Select the entries of the last logged row for the manifest; ``fvu``: fraction of variance unexplained by
-    modality."""
+    modality; ``slots``: utilisation and entropy by slot."""
     fvu = {m: row[f"fvu_{m}"] for m in modalities if f"fvu_{m}" in row}
-    return {**{name: row[name] for name in _QUALITY if name in row}, "fvu": fvu}
+    slots: dict[str, dict[str, float]] = {}
+    for name, value in row.items():
+        figure, _, slot = name.partition(_OF_SLOT)
+        if slot:
+            slots.setdefault(slot, {})[figure] = value
+    return {**{name: row[name] for name in _QUALITY if name in row}, "fvu": fvu, "slots": slots}
 
 
 class TokenizerTraining(TrainingLoop):
@@ -192,6 +199,9 @@ class TokenizerTraining(TrainingLoop):
             if float(spread) > 1e-12 * float(total[width]):  # else all items are equal, or none has the modality
                 row[f"fvu_{m}"] = float(total[width + 1] / spread)
         use = [code_use(counts[: slot.size]) for slot, counts in zip(slots, self.workers.sum(used).cpu().numpy())]
+        for slot, found in zip(slots, use):
+            row[f"utilisation{_OF_SLOT}{slot.name}"] = found.utilisation
+            row |= {} if found.entropy is None else {f"entropy{_OF_SLOT}{slot.name}": found.entropy}
         entropy = [u.entropy for u in use if u.entropy is not None]
         row["utilisation"] = float(np.mean([u.utilisation for u in use]))
         return {**row, "entropy": float(np.mean(entropy))} if entropy else row

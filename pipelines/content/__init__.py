@@ -80,13 +80,13 @@ def _key(modality: str) -> str:
 
 
 def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
-    result = dict[str, object]()
+    result = dict[str, dict[str, object]]()
     for modality, encoder in chosen(cfg, lake).items():
         reads = {"fields": list(encoder.read)}
         reads |= encoder.model_dump(include={"max_bytes", "max_pixels", "web"}) if encoder.field else {}
         known = _model(encoder) if encoder.model == TF_IDF else _identity(cfg, modality, encoder)
-        result[_key(modality)] = {**reads, **known}
-    return result
+        result[modality] = {**reads, **known}
+    return {"content.encoders": result}
 
 
 def _model(encoder: Encoder) -> dict[str, object]:

@@ -18,8 +18,9 @@ _FIX = "run jobs/encode_content.py"
 
 
 def needed(cfg: Config) -> tuple[str, ...]:
-    """Return the tables beside ``items`` that :func:`items` reads."""
-    return (EMBEDDINGS, ENCODERS) if cfg.content.encoders else ()
+    """Return the tables beside ``items`` that :func:`items` reads, and on which rows depend; it reads ``ENCODERS``,
+    too."""
+    return (EMBEDDINGS,) if cfg.content.encoders else ()
 
 
 def check(cfg: Config, lake: Lake) -> None:

@@ -22,6 +22,8 @@ from pipelines.engines.spool import Record
 
 KEY = "adasid.key"
 _PREFIX = "key-"
+_DESCRIPTION = 5000
+"""MLflow takes so many characters of a model version's description."""
 
 
 def now() -> int:
@@ -167,10 +169,16 @@ def _register(client: MlflowClient, run: str, record: Record) -> None:
             client.log_artifacts(run, str(files), folder.name)
         source = f"{client.get_run(run).info.artifact_uri}/{folder.name}"
         tags = {"digest": record["digest"], "tokenizer": record["tokenizer"]}
-        version = client.create_model_version(name, source, run, tags=tags)
+        version = client.create_model_version(name, source, run, tags=tags, description=_described(record))
     else:
         raise InputError(f"tokenizer {record['digest']} is neither in MLflow nor in {folder}: {record['alias']} stays")
     client.set_registered_model_alias(name, record["alias"], version.version)
+
+
+def _described(record: Record) -> str | None:
+    """Return the card of a model, cut to what MLflow takes; a record of an earlier version has none."""
+    card = record.get("card")
+    return str(card)[:_DESCRIPTION] if card else None
 
 
 def _resume(client: MlflowClient, run: str, record: Record) -> None:

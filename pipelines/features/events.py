@@ -270,6 +270,7 @@ EVENTS = Stage(
     "spark",
     reads=lambda cfg: (*_READS, *vectors.needed(cfg)),
     writes=lambda cfg: _WRITES,
+    also=(vectors.ENCODERS,),
     appends=("rejected_rows",),
     settings=_settings,
     unhashed=frozenset({_BUCKETS}),

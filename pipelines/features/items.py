@@ -168,7 +168,7 @@ ITEM_FEATURES = Stage(
     "spark",
     reads=_reads,
     writes=lambda cfg: ("item_features", "richness_stats", quality.TABLE),
-    also=("catalog_stats", "truth"),
+    also=(content_vectors.ENCODERS, "catalog_stats", "truth"),
     settings=_settings,
     body=_build,
     prefix="items",

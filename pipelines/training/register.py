@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from adasid.config import Config
-from adasid.files import Location
+from adasid.files import Location, write_text
+from adasid.report import card
 from adasid.tokenizers import artifact
+from adasid.tokenizers.artifact import Manifest
+from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
+
+CARD = "card.md"
 
 
 def model_name(cfg: Config) -> str:
@@ -20,7 +25,21 @@ def register(
 ) -> None:
     """Set ``alias`` of the registered model to the tokenizer (its digest), whose artifact in ``folder`` is logged
     unless it was: ``candidate`` is the one trained last by jobs/train.py, ``champion`` that of the live semantic
-    IDs."""
-    method = artifact.read_manifest(folder).tokenizer if (folder / "manifest.json").exists() else None
+    IDs. The artifact gets its card, ``card.md``, which is the description of the model in MLflow."""
+    method = text = None
+    if (folder / "manifest.json").exists():
+        manifest = artifact.read_manifest(folder)
+        method, text = manifest.tokenizer, _card(context, folder, manifest)
     record = {"do": "register", "run": context.key, "model": model_name(cfg)}
-    context.recorder.put({**record, "path": str(folder), "digest": tokenizer, "tokenizer": method, "alias": alias})
+    context.recorder.put(
+        {**record, "path": str(folder), "digest": tokenizer, "tokenizer": method, "alias": alias, "card": text}
+    )
+
+
+def _card(context: StageContext, folder: Location, manifest: Manifest) -> str:
+    """Return the card of an artifact; write it where there is none, as later encoders may be others."""
+    path, lake = folder / CARD, Lake(context.lake.root, context.cfg.pins)
+    if not path.exists():
+        encoders = lake.read("content_encoders").to_pylist() if lake.exists("content_encoders") else []
+        write_text(path, card.render(manifest, encoders))
+    return path.read_text(encoding="utf-8")

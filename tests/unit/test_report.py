@@ -224,6 +224,9 @@ def material(**changes: Any) -> Material:
         {"catalog_stats": 1, "generations": 2},
         "2025-01-02 03:04 UTC",
     )
+    quality = {"sample": 400, "effective_rank": 31.2, "near_duplicates": 0.07, "agreement": 0.61, "chance": 0.04}
+    content = [{"input_hash": "x", "modality": "text", "items": 1900, "missing": 100, **quality}]
+    whole = dataclasses.replace(whole, content=content, refused_contents={"truncated": 3})
     return dataclasses.replace(whole, **changes)
 
 
@@ -262,6 +265,7 @@ def test_page_is_whole_and_self_contained() -> None:
     read = Reader(html)
     assert [section["id"] for section in read.all("section")] == [
         "catalogue",
+        "content",
         "behaviour",
         "weights",
         "sids",
@@ -296,6 +300,8 @@ def test_page_is_whole_and_self_contained() -> None:
         "0123456789abcdef",
         "item_features v4",
         "12 min 17 s",
+        "61.0 %",
+        "truncated",
     )
     for expected in numbers:
         assert expected in read.text.replace(words.SPACE, " "), expected

@@ -230,7 +230,7 @@ def _frames(
             for name, target in _targets(cfg, modalities).items()
         }
     assert cfg.source.amazon
-    return amazon.read(spark, paths, raw_of(cfg), inputs.hash)
+    return amazon.read(spark, cfg.source.amazon, paths, raw_of(cfg), inputs.hash)
 
 
 def _targets(cfg: Config, modalities: tuple[str, ...]) -> dict[str, parquet.Target]:

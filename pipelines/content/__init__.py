@@ -180,9 +180,9 @@ def _encode(
     started = said = time.monotonic()
     progress = pool.Progress()
     for progress in pool.encode(call, cfg.content.actors, cfg.ray):
-        if time.monotonic() - said >= _SECONDS:
+        due = number - finished * number // parts
+        if progress.items < due and time.monotonic() - said >= _SECONDS:
             said = time.monotonic()
-            due = number - finished * number // parts
             context.note(f"{modality}: {progress.items:,} of {due:,}, {_speed(progress, said - started)}")
     seconds = time.monotonic() - started
     context.note(f"{modality}: {progress.items:,} encoded, {_speed(progress, seconds)}")

@@ -11,6 +11,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from adasid import tables
+from adasid.config import AmazonSource
 from adasid.datasets import literals
 from adasid.errors import InputError
 from pipelines.engines import spark as engine
@@ -25,7 +26,11 @@ _LARGE = ("hi_res", "large", "thumb")
 
 
 def read(
-    spark: SparkSession, paths: dict[str, str], raw: tuple[tuple[str, ...], tuple[str, ...]], input_hash: str
+    spark: SparkSession,
+    source: AmazonSource,
+    paths: dict[str, str],
+    raw: tuple[tuple[str, ...], tuple[str, ...]],
+    input_hash: str,
 ) -> dict[str, DataFrame]:
     """Return ``items`` with the ``raw`` fields, ``interactions``, and ``rejected_rows`` for lines that are neither JSON
     nor a Python literal. Raises InputError for a file of another kind."""
@@ -47,7 +52,7 @@ def read(
         "brand": F.coalesce("brand", "store"),
         "categories": _joined(F.coalesce("categories", "category"), " > "),
         "description": _joined(F.col("description"), " "),
-        PICTURE: _picture(),
+        PICTURE: _picture(downloaded=source.pictures is not None),
     }
     chosen = dict.fromkeys(("title", *(name for names in raw for name in names)))
     items = products.filter("broken is null").select(
@@ -117,13 +122,15 @@ def _joined(text: Column, between: str) -> Column:
     return F.coalesce(F.when(nested, F.array_join(inner, ", ")).otherwise(F.array_join(parts, between)), text)
 
 
-def _picture() -> Column:
-    """Return the first picture of a product, as ``tables.PICTURE``; null where it has none."""
+def _picture(downloaded: bool) -> Column:
+    """Return the first picture of a product, as ``tables.PICTURE``; null where it has none. ``downloaded``: its path is
+    the last part of its address."""
     first = [F.get(_parts(F.col(name)), F.lit(0)) for name in _ADDRESSES]
     sizes = [F.get_json_object(place, f"$.{size}") for place in first[:1] for size in _LARGE]
     plain = [F.when(~F.trim(F.col(name)).startswith("["), F.col(name)) for name in _ADDRESSES]
     address = F.coalesce(*sizes, *(F.when(~place.startswith("{"), place) for place in first), *plain)
-    path = F.nullif(F.trim(address), F.lit(""))
+    name = F.regexp_extract(address, r"([^/?#]+)(?:[?#].*)?$", 1) if downloaded else address
+    path = F.nullif(F.trim(name), F.lit(""))
     return F.when(path.isNotNull(), F.struct(F.lit(None).cast("binary").alias("bytes"), path.alias("path")))
 
 

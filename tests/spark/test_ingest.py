@@ -690,6 +690,10 @@ def test_amazon_releases(make_config, tmp_path, year):
         for row in refused
     )
     assert ingested(cfg).status == "up to date" and context.lake.version("rejected_rows") == 0
+    amazon = cfg.source.amazon.model_copy(update={"pictures": "/pictures"})
+    cfg = cfg.model_copy(update={"source": cfg.source.model_copy(update={"amazon": amazon})})
+    names = [row["image"] and row["image"]["path"] for row in rows(ingested(cfg), "items", "item_id")]
+    assert names == [place and place.rpartition("/")[2] for *_, place in RAW[year]]
 
 
 def test_amazon_errors(make_config, tmp_path):

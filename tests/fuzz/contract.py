@@ -24,7 +24,7 @@ import yaml
 
 from adasid import tables
 from adasid.config import Config
-from pipelines import cli, features, ingest
+from pipelines import cli, content, features, ingest
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from tests.fuzz.forms import BROKEN
@@ -106,6 +106,9 @@ def run(example: Example, folder: Path, uri: str, screen: Screen) -> Outcome:
         return _refused(example, Outcome(code, line, log=log), folder)
     assert not example.refused, f"ingest took {example.refused}"
     _rows_arrived(example, lake)
+    code, line = _job(path, "content", content.run)
+    if code:
+        return _refused(example, Outcome(code, line, log=log + screen.take()), folder)
     part = "auto" if example.config["behavior"] else "events"
     build = lambda cfg, context: features.run(cfg, context, part)  # noqa: E731
     code, line = _job(path, "features", build)
@@ -141,6 +144,7 @@ def _absolute(example: Example, folder: Path, uri: str) -> dict[str, Any]:
         "runs_dir": str(folder / "runs"),
         "tracking": {"uri": uri},
         "spark": {"master": "local[1]", "shuffle_partitions": 1},
+        "ray": {"workers": 0},
     }
     return {"name": "r", **own, **config}
 

@@ -90,11 +90,10 @@ CONTENT_EMBEDDINGS = _schema(
     ("fingerprint", pa.string(), False),
     ("vector", VECTOR, True),
     ("reason", pa.string(), True),
-    ("input_hash", pa.string(), False),
+    ("added", pa.string(), False),
 )
 """Key modality, encoder, fingerprint. The vector of a raw content, whichever items have it; null with a ``reason``
-where it cannot be encoded. ``fingerprint``: MD5 of the raw fields; ``input_hash``: of the stage run that added the
-row."""
+where it cannot be encoded. ``fingerprint``: MD5 of the raw fields; ``added``: names the commit that added the row."""
 
 CONTENT_QUALITY = _schema(
     ("input_hash", pa.string(), False),
@@ -106,11 +105,14 @@ CONTENT_QUALITY = _schema(
     ("near_duplicates", pa.float64(), True),
     ("agreement", pa.float64(), True),
     ("chance", pa.float64(), True),
+    ("neighbours", pa.int64(), False),
+    ("near_duplicate", pa.float64(), False),
 )
 """Key input_hash, modality; written with ``item_features``. Of a modality: items with and without a vector, and of a
 ``sample`` of these, evenly spaced by popularity: the effective rank of the vectors, the share of them that have a
 near-duplicate in the sample, and the share of their nearest neighbours that have their category, beside that of any
-two items (``chance``); null where it is not defined."""
+two items (``chance``); null where it is not defined. ``neighbours`` and ``near_duplicate``: number of nearest items and
+cosine with which it was measured."""
 
 ITEM_STATS = _schema(
     ("item_id", pa.string(), False),

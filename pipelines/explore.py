@@ -130,12 +130,12 @@ def pictures(cfg: Config, lake: Lake, ids: Sequence[str]) -> dict[str, bytes]:
     if encoder is None or encoder.field is None or not ids or in_place.size(lake, "items") > PICTURES:
         return {}
     schema, wanted = tables.items((), (), (encoder.field,)), pc.field("item_id").isin(list(ids))
-    found, root = dict[str, bytes](), content.root_of(cfg)
+    found, rules = dict[str, bytes](), places.Rules(encoder.max_bytes, content.root_of(cfg), cfg.content.roots)
     for rows in in_place.batches(lake, "items", schema, wanted):
         for item, place in zip(rows["item_id"].to_pylist(), places.places(rows[encoder.field])):
             if item in found or (place.data is None and place.path is None):
                 continue
-            data = places.read(place, encoder.max_bytes, root, encoder.web)
+            data = places.read(place, rules)  # nothing is fetched from the web for a page
             if isinstance(data, bytes):
                 image = images.decode(data, encoder.max_bytes, encoder.max_pixels, cfg.explore.picture_pixels)
                 if not isinstance(image, str):

@@ -59,12 +59,19 @@ def _writes(cfg: Config) -> tuple[str, ...]:
 def _settings(cfg: Config, lake: Lake) -> dict[str, object]:
     return {
         "format": _FORMAT,
-        "source": cfg.source.model_dump(mode="json", exclude={"tables": {"in_place"}}),  # which changes no row
+        "source": _source(cfg),
         "seed": cfg.seed if cfg.source.kind == "synthetic" else None,
         "modalities": modalities_of(cfg),
         **({"raw_fields": raw} if any(raw := raw_of(cfg)) else {}),
         "files": {key: fingerprint(cfg, key, path, form) for key, (path, form) in inputs_of(cfg).items()},
     }
+
+
+def _source(cfg: Config) -> dict[str, object]:
+    """Return what counts of the source: not where tables stay, which changes no row, nor a kind that is not used, which
+    earlier versions did not know."""
+    source = cfg.source.model_dump(mode="json", exclude={"tables": {"in_place"}})
+    return source if cfg.source.folder else {name: value for name, value in source.items() if name != "folder"}
 
 
 def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:

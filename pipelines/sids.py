@@ -16,6 +16,7 @@ from adasid.files import Location, location
 from adasid.report.words import mean
 from adasid.tokenizers import artifact
 from pipelines import stage, staleness
+from pipelines.content import vectors
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
@@ -78,7 +79,7 @@ def declare(cfg: Config) -> Stage:
         "spark",
         reads=lambda cfg: ("item_features",),
         writes=lambda cfg: ("sids", "sid_changes", "generations", "live", "leases"),
-        also=("richness_stats", "item_stats", *pairs),
+        also=("richness_stats", "item_stats", vectors.ENCODERS, *pairs),
         settings=lambda cfg, lake: {
             "tokenizer": artifact.read_manifest(_artifact(cfg, lake)).digest,
             "sids.gates": cfg.sids.gates,
@@ -99,6 +100,7 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
     exports.check(cfg, lake, version)
     features = engine.read(spark, lake, "item_features", version)
     check_features(features.schema, manifest)
+    vectors.check_tokenizer(lake, manifest)
     items = features.count()
     stride = drift.sampling_stride(items, cfg.retokenize.sample)
     encoded = encode(spark, features, folder, manifest, cfg.sids.batch, stride).persist(StorageLevel.DISK_ONLY)

@@ -44,7 +44,11 @@ class Encoder(Section):
     max_chars: int = Field(8192, ge=1, description="a longer text is cut")
     max_bytes: int = Field(20_000_000, ge=1, description="a larger picture file is refused")
     max_pixels: int = Field(50_000_000, ge=1, description="a picture with more pixels is refused before it is decoded")
-    web: bool = Field(False, description="whether pictures may be fetched from http and https addresses")
+    web: bool = Field(
+        False,
+        description="whether pictures may be fetched from public http and https addresses; those of private networks "
+        "need an entry in content.roots",
+    )
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -62,8 +66,13 @@ class Content(Section):
     actors: Annotated[int, Field(ge=1)] | None = Field(
         None, description="encoding processes; null: one a GPU, without GPUs ray.workers"
     )
+    roots: Names = Field(
+        (),
+        description="folders, buckets and addresses from which pictures may be read besides the folder of the source, "
+        "such as /mnt/pictures, s3://shop/pictures or https://images.example",
+    )
     part_items: int = Field(
-        2048, ge=1, description="items of a part: an interrupted job encodes again what its parts lack"
+        2048, ge=1, description="items of a part: an interrupted job loses the parts at work and keeps the others"
     )
     replace: bool = Field(
         False, description="true: encode all items again where an encoder is another than that of the published vectors"
@@ -78,6 +87,8 @@ class Content(Section):
                 raise ValueError(f"{key} must read text or a picture: set either fields, a list, or field, one name")
             if encoder.field and encoder.model == TF_IDF:
                 raise ValueError(f"{key}.model is {TF_IDF!r}, which encodes text only: name a vision model")
+            if encoder.field and encoder.field.lower() == "title":
+                raise ValueError(f"{key}.field is 'title', which is text: name the column of pictures")
             if encoder.prompt and (encoder.field or encoder.model == TF_IDF):
                 raise ValueError(f"{key}.prompt has no effect on {encoder.model}: leave it out")
             for name in encoder.read:

@@ -196,7 +196,9 @@ def _source(field: pa.Field) -> tuple[tuple[str, ...], Callable[[pa.Array], pa.A
         return (field.name,), vectors
     if pt.is_struct(field.type):
         return (field.name,), pictures
-    return _SOURCES.get(field.name, ((field.name,), raw_texts))
+    names, how = _SOURCES.get(field.name, ((field.name,), raw_texts))
+    raw = pt.is_string(field.type) and how in (numbers, positions)  # a raw field of items with the name of another
+    return ((field.name,), raw_texts) if raw else (names, how)
 
 
 def plain_ids(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

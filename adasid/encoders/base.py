@@ -4,6 +4,7 @@ encoded, has no vector, and a reason why."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
@@ -59,12 +60,13 @@ def open_encoder(
     *,
     fitted: Location | None,
     root: Location | None,
+    roots: Sequence[str] = (),
     offline: bool,
     device: torch.device,
 ) -> Encoder:
     """Load an encoder. ``key``: its place in the configuration, such as content.encoders.text, with which errors begin.
-    ``fitted``: folder with the state of tf-idf. ``root``: folder of relative paths to pictures. ``offline``: the model
-    is a local folder, or lies in the hub's local cache.
+    ``fitted``: folder with the state of tf-idf. ``root``: folder of relative paths to pictures; ``roots``: further
+    places from which pictures may be read. ``offline``: the model is a local folder, or lies in the hub's local cache.
 
     Raises InputError for a model that does not exist, has no weights as safetensors, or is narrower than
     ``settings.width``, and for a missing package.
@@ -76,7 +78,7 @@ def open_encoder(
     if settings.model == TF_IDF:
         return TfIdfEncoder(key, settings, fitted, device)
     if settings.field:
-        return ImageEncoder(key, settings, root, offline, device)
+        return ImageEncoder(key, settings, root, offline, device, roots)
     return SentenceEncoder(key, settings, offline, device)
 
 

@@ -3,8 +3,10 @@ reason."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
+import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -78,17 +80,32 @@ def places(rows: pa.Array) -> Iterator[Place]:
         yield Place(data, path if path and path.strip() else None)
 
 
-def read(place: Place, max_bytes: int, root: Location | None, web: bool) -> bytes | str:
-    """Return the bytes of a picture, at most ``max_bytes``, or the reason why they cannot be read. ``root``: folder of
-    relative paths. ``web``: whether http and https addresses are fetched. Raises TransientError where a disk or an
+class Rules(NamedTuple):
+    """Rules say which places may be read: those below ``root``, to which relative paths refer, and below one of
+    ``roots`` (folders, buckets, addresses); with ``web`` also public http and https addresses. ``max_bytes``: of a
+    picture."""
+
+    max_bytes: int
+    root: Location | None = None
+    roots: tuple[str, ...] = ()
+    web: bool = False
+
+    def allow(self, place: str) -> bool:
+        """Return whether a folder, bucket or address of a place is named."""
+        named = (*self.roots, *([] if self.root is None else [str(self.root)]))
+        return any(place == base.rstrip("/") or place.startswith(base.rstrip("/") + "/") for base in named)
+
+
+def read(place: Place, rules: Rules) -> bytes | str:
+    """Return the bytes of a picture, or the reason why they cannot be read. Raises TransientError where a disk or an
     object store does not answer."""
     if place.data is not None:
-        return place.data if len(place.data) <= max_bytes else TOO_MANY_BYTES
+        return place.data if len(place.data) <= rules.max_bytes else TOO_MANY_BYTES
     if place.path is None:
         return ABSENT
     path = place.path.strip()
     try:
-        return _read(_where(path, root, web), max_bytes)
+        return _read(_where(path, rules), rules)
     except _Refused as refusal:
         return refusal.reason
     except (FileNotFoundError, NotADirectoryError):
@@ -106,31 +123,38 @@ class _Refused(Exception):
         self.reason = reason
 
 
-def _where(path: str, root: Location | None, web: bool) -> Location | str:
+def _where(path: str, rules: Rules) -> Location | str:
     """Return the file or the object that a path or a URI names, or its address in the web."""
     uri = _URI.match(path)
     scheme = (uri[1] or uri[2]).lower() if uri else ""
     if scheme in ("http", "https"):
-        if not web:
+        if not rules.web:
             raise _Refused(WEB_NOT_ALLOWED)
         return path
     if scheme in SCHEMES:
-        return ObjectPath.of(path)
+        return _allowed(ObjectPath.of(path), rules)
     if scheme == "file":
-        return Path(unquote(path.partition(":")[2].removeprefix("//").removeprefix("localhost")))
-    if scheme:
+        path = unquote(path.partition(":")[2].removeprefix("//").removeprefix("localhost"))
+    elif scheme:
         raise _Refused(UNKNOWN_SCHEME)
     if os.path.isabs(path):
-        return Path(path)
+        return _allowed(Path(os.path.normpath(path)), rules)
     inner = os.path.normpath(path)
-    if root is None or inner.split(os.sep)[0] == os.pardir:
+    if rules.root is None or inner.split(os.sep)[0] == os.pardir:
         raise _Refused(OUTSIDE_ROOT)
-    return root / inner
+    return rules.root / inner
 
 
-def _read(where: Location | str, max_bytes: int) -> bytes:
+def _allowed(place: Location, rules: Rules) -> Location:
+    if not rules.allow(str(place)):
+        raise _Refused(OUTSIDE_ROOT)
+    return place
+
+
+def _read(where: Location | str, rules: Rules) -> bytes:
+    max_bytes = rules.max_bytes
     if isinstance(where, str):
-        return _download(where, max_bytes)
+        return _download(where, rules)
     if isinstance(where, Path):
         facts = where.stat()
         if not stat.S_ISREG(facts.st_mode):  # opening a pipe waits for its writer
@@ -144,20 +168,36 @@ def _read(where: Location | str, max_bytes: int) -> bytes:
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follow redirects to http and https only."""
+    """Follow redirects to http and https only, and to addresses that may be read."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
 
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
         if urlsplit(newurl).scheme not in ("http", "https"):
             raise HTTPError(newurl, code, "redirect to another scheme", headers, fp)
+        _check_public(newurl, self.rules)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _download(url: str, max_bytes: int) -> bytes:
+def _check_public(url: str, rules: Rules) -> None:
+    """Refuse an address of this machine or of a private network, unless the rules name it."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    if rules.allow(url):
+        return
+    found = socket.getaddrinfo(parts.hostname or "", port, type=socket.SOCK_STREAM)
+    if not all(ipaddress.ip_address(address[4][0]).is_global for address in found):
+        raise _Refused(WEB_NOT_ALLOWED)
+
+
+def _download(url: str, rules: Rules) -> bytes:
     """Fetch a picture. A server that fails is no error: one picture of many is missing."""
     request = Request(quote(url, safe=":/?#[]@!$&'()*+,;=%~"), headers={"User-Agent": "adasid", "Accept": "image/*"})
-    deadline = time.monotonic() + _SECONDS
+    deadline, max_bytes = time.monotonic() + _SECONDS, rules.max_bytes
     try:
-        with build_opener(_Redirects).open(request, timeout=_CONNECT) as answer:
+        _check_public(url, rules)
+        with build_opener(_Redirects(rules)).open(request, timeout=_CONNECT) as answer:
             if int(answer.headers.get("Content-Length") or 0) > max_bytes:
                 raise _Refused(TOO_MANY_BYTES)
             parts, size = [], 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -51,7 +51,13 @@ class ImageEncoder:
     the next batch while the model runs."""
 
     def __init__(
-        self, key: str, settings: config.Encoder, root: Location | None, offline: bool, device: torch.device
+        self,
+        key: str,
+        settings: config.Encoder,
+        root: Location | None,
+        offline: bool,
+        device: torch.device,
+        roots: Sequence[str] = (),
     ) -> None:
         """Load the model. Raises InputError as :func:`adasid.encoders.base.open_encoder` does."""
         library = needed(key, "transformers")
@@ -67,7 +73,8 @@ class ImageEncoder:
             )
             missing = sorted(loading["missing_keys"])
             self._features = Features(model, not any("pooler" in name for name in missing)).eval().to(device)
-            self._settings, self._root, self._device = settings, root, device
+            self._settings, self._device = settings, device
+            self._rules = places.Rules(settings.max_bytes, root, tuple(roots), settings.web)
             width = int(self._forward([self._inputs(needed(key, "PIL.Image").new("RGB", (64, 64)))]).shape[1])
         except Exception as error:
             raise wrapped(
@@ -109,7 +116,7 @@ class ImageEncoder:
 
     def _prepared(self, place: places.Place) -> Prepared:
         settings = self._settings
-        data = places.read(place, settings.max_bytes, self._root, settings.web)
+        data = places.read(place, self._rules)
         if isinstance(data, str):
             return data
         picture = images.decode(data, settings.max_bytes, settings.max_pixels, self._side)

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections import Counter
+from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
 
+import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -18,10 +21,11 @@ from adasid.config.content import TF_IDF
 from adasid.encoders import places
 from adasid.encoders.base import ABSENT, identity_of
 from adasid.errors import GateError
-from adasid.files import Location, location, remove, write_text
+from adasid.files import Location, location, remove
 from pipelines import stage
 from pipelines.content import fit, pool, vectors
 from pipelines.content.vectors import EMBEDDINGS, ENCODERS
+from pipelines.engines import cluster
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
@@ -35,8 +39,8 @@ _FAULT = "content_"
 _SECONDS = 10.0
 """Progress is printed at most this often."""
 _ROW_GROUP = 16 * 2**20
-_READY = "ready.json"
-"""Parts are complete where their folder has this file."""
+_SHOWN = 200
+"""Of a content that could not be encoded so many characters are in its rejected row."""
 
 
 def run(cfg: Config, context: StageContext) -> None:
@@ -96,29 +100,32 @@ def _model(encoder: Encoder) -> dict[str, object]:
 
 def _identity(cfg: Config, modality: str, encoder: Encoder) -> dict[str, object]:
     state = fitted(cfg, encoder, modality)
-    return dict(identity_of(_key(modality), encoder, fitted=state, offline=cfg.content.offline))
+    model = identity_of(_key(modality), encoder, fitted=state, offline=cfg.content.offline)
+    return {"fields": list(encoder.read), **model}
 
 
 def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     cfg, lake, encoders = inputs.cfg, inputs.lake, chosen(inputs.cfg, inputs.lake)
     spark = engine.session(cfg.spark, size=in_place.size(lake, "items"))
     with in_place.reading(lake, "items"):
-        items = vectors.raw(spark, cfg, lake)
+        items, encoded = vectors.raw(spark, cfg, lake), 0
         for modality, encoder in encoders.items():
             fit.ensure(items, encoder, fitted(cfg, encoder, modality), cfg.seed, context.note)
         identities = {modality: _identity(cfg, modality, encoder) for modality, encoder in encoders.items()}
         _check_same(cfg, lake, identities)
-        folder, encoded = Run(cfg).artifact("content", inputs.hash), 0
+        digests = {modality: digest(identity) for modality, identity in identities.items()}
         for modality, encoder in encoders.items():
-            encoded += _encode(spark, inputs, context, items, modality, encoder, digest(identities[modality]))
-        written = _add(spark, inputs, folder, {m: digest(identity) for m, identity in identities.items()})
+            revision = identities[modality].get("revision")
+            settings = encoder.model_copy(update={"revision": revision}) if revision else encoder
+            encoded += _encode(spark, inputs, context, items, modality, settings, digests[modality])
+        if cfg.content.replace:
+            _drop_others(spark, inputs, digests)
+        written = {EMBEDDINGS: _stamp(spark, inputs), "rejected_rows": _reject(spark, inputs, context, items, digests)}
         rows = [
-            {"modality": m, "encoder": digest(identity), "identity": json.dumps(identity), "width": identity["width"]}
+            {"modality": m, "encoder": digests[m], "identity": json.dumps(identity), "width": identity["width"]}
             for m, identity in identities.items()
         ]
         written[ENCODERS] = lake.write_rows(ENCODERS, tables.CONTENT_ENCODERS, rows, inputs.hash, inputs.versions)
-        written["rejected_rows"] = _reject(spark, inputs, context, items, encoders)
-    remove(folder)
     context.facts["encoded"] = encoded
     return written
 
@@ -152,48 +159,50 @@ def _encode(
     encoder: Encoder,
     digest_of: str,
 ) -> int:
-    """Encode the contents of a modality without a vector into ``done/<modality>``; return how many there were."""
-    cfg, folder = inputs.cfg, Run(inputs.cfg).artifact("content", inputs.hash)
-    todo, done = folder / "todo" / modality, folder / "done" / modality
-    if not (todo / _READY).exists():
-        remove(todo)
-        _write_todo(spark, cfg, inputs.lake, items, modality, encoder, digest_of, todo)
-        contents = spark.read.parquet(engine.uri(todo)).count()
-        write_text(todo / _READY, json.dumps({"contents": contents}))
-    number = int(json.loads((todo / _READY).read_text(encoding="utf-8"))["contents"])
-    parts, finished = (len(list(where.glob("*.parquet"))) for where in (todo, done))
-    if number == 0 or parts == finished:
-        return number
-    left = f"; {finished} of {parts} parts are done already" if finished else ""
-    context.note(f"{modality}: {number:,} contents to encode with {encoder.model}{left}")
+    """Encode the contents of a modality that this encoder has not seen; return how many there were. The folder is that
+    of the encoder, so that parts which an interrupted run has finished are added first, whatever changed since."""
+    cfg, folder = inputs.cfg, Run(inputs.cfg).artifact("content", f"{modality}-{digest_of}")
+    todo, done = folder / "todo", folder / "done"
+    if found := _add(spark, inputs, modality, digest_of, done):
+        context.note(f"{modality}: {found:,} contents of an interrupted run are added")
+    remove(folder)
+    _write_todo(spark, cfg, inputs.lake, items, modality, encoder, digest_of, todo)
+    number = spark.read.parquet(engine.uri(todo)).count()
+    if not number:
+        remove(folder)
+        return 0
+    context.note(f"{modality}: {number:,} contents to encode with {encoder.model}")
     call = pool.Call(
-        _key(modality),
-        encoder,
-        todo,
-        done,
-        fitted(cfg, encoder, modality),
-        root_of(cfg),
-        cfg.content.offline,
-        max(1, round(cfg.ray.cpus_per_worker)),
-        dict(cfg.storage.options),
+        key=_key(modality),
+        settings=encoder,
+        digest=digest_of,
+        todo=todo,
+        done=done,
+        fitted=fitted(cfg, encoder, modality),
+        root=root_of(cfg),
+        roots=tuple(cfg.content.roots),
+        offline=cfg.content.offline,
+        threads=cluster.threads(cfg.ray),
+        options=dict(cfg.storage.options),
     )
     started = said = time.monotonic()
     progress = pool.Progress()
     for progress in pool.encode(call, cfg.content.actors, cfg.ray):
-        due = number - finished * number // parts
-        if progress.items < due and time.monotonic() - said >= _SECONDS:
+        if progress.items < number and time.monotonic() - said >= _SECONDS:
             said = time.monotonic()
-            context.note(f"{modality}: {progress.items:,} of {due:,}, {_speed(progress, said - started)}")
+            context.note(f"{modality}: {progress.items:,} of {number:,}, {_speed(progress, said - started)}")
     seconds = time.monotonic() - started
     context.note(f"{modality}: {progress.items:,} encoded, {_speed(progress, seconds)}")
-    outside = 1 - progress.model / max(progress.busy, 1e-9)
-    context.metrics({f"{modality}_items_per_second": progress.items / seconds, f"{modality}_outside_model": outside})
+    speed = {"items_per_second": progress.items / seconds, "outside_model": progress.outside}
+    context.metrics({f"{modality}_{name}": value for name, value in speed.items()})
+    _add(spark, inputs, modality, digest_of, done)
+    remove(folder)
     return number
 
 
 def _speed(progress: pool.Progress, seconds: float) -> str:
-    outside = 1 - progress.model / max(progress.busy, 1e-9)
-    return f"{progress.items / max(seconds, 1e-9):,.1f} items/s, {outside:.0%} of the actors' time outside the model"
+    speed = progress.items / max(seconds, 1e-9)
+    return f"{speed:,.1f} items/s, {progress.outside:.0%} of the actors' time outside the model"
 
 
 def _write_todo(
@@ -206,19 +215,23 @@ def _write_todo(
     digest_of: str,
     todo: Location,
 ) -> None:
-    """Write the contents that this encoder has not seen, each once, to parts of ``content.part_items``."""
+    """Write the contents that this encoder has not seen, each once, to parts of ``content.part_items``. Only pictures
+    that are in the table itself may be there more than once: to exchange them costs more than to encode copies."""
     raw = F.col(f"`{encoder.field}`") if encoder.field else vectors.text(encoder)
-    rows = items.select(vectors.fingerprint(encoder).alias("fingerprint"), raw.alias(pool.RAW), "item_id")
+    rows = items.select(vectors.fingerprint(encoder).alias("fingerprint"), raw.alias(pool.RAW))
     rows = rows.filter("fingerprint IS NOT NULL")
     if lake.exists(EMBEDDINGS):
-        known = engine.read(spark, lake, EMBEDDINGS).filter(
-            (F.col("modality") == modality) & (F.col("encoder") == digest_of) & ~_again()
-        )
-        rows = rows.join(known.select("fingerprint"), "fingerprint", "left_anti")
-    if not encoder.field:  # to exchange pictures would cost more than to encode copies of them
-        rows = rows.dropDuplicates(["fingerprint"])
+        seen = vectors.made_by(engine.read(spark, lake, EMBEDDINGS), modality, digest_of).filter(~_again())
+        if not seen.isEmpty():
+            new = rows.select("fingerprint").distinct().join(seen.select("fingerprint"), "fingerprint", "left_anti")
+            rows = rows.join(new, "fingerprint", "left_semi")
+    if encoder.field:
+        inline = F.col(f"{pool.RAW}.bytes").isNotNull()
+        rows = rows.filter(inline).unionByName(rows.filter(~inline).dropDuplicates(["fingerprint"]))
+    else:
+        rows = rows.dropDuplicates(["fingerprint"]).sortWithinPartitions("fingerprint")  # batches repeat
     with engine.row_groups(spark, _ROW_GROUP):
-        parts = rows.select("fingerprint", pool.RAW).write.option("maxRecordsPerFile", cfg.content.part_items)
+        parts = rows.write.option("maxRecordsPerFile", cfg.content.part_items)
         parts.mode("overwrite").parquet(engine.uri(todo))
 
 
@@ -227,49 +240,68 @@ def _again() -> Column:
     return F.coalesce(F.col("reason").isin(*places.UNSEEN), F.lit(False))
 
 
-def _add(spark: SparkSession, inputs: Inputs, folder: Location, digests: dict[str, str]) -> dict[str, int]:
-    """Add the encoded contents to ``content_embeddings``, in place of those of an interrupted run on the same inputs;
-    where an encoder is another, the vectors of others go."""
-    frames, lake = list[DataFrame](), inputs.lake
-    for modality, encoder in digests.items():
-        done = folder / "done" / modality
-        if not list(done.glob("*.parquet")):
-            continue
-        rows = spark.read.schema(engine.struct(pool.ENCODED)).parquet(engine.uri(done))
-        added = {"modality": F.lit(modality), "encoder": F.lit(encoder), "input_hash": F.lit(inputs.hash)}
-        frames.append(rows.dropDuplicates(["fingerprint"]).withColumns(added))
-    schema = tables.CONTENT_EMBEDDINGS
-    empty = spark.createDataFrame([], engine.struct(schema))
-    new = reduce(DataFrame.unionByName, [frame.select(*schema.names) for frame in frames], empty)
-    tried = " OR ".join(f"reason = '{reason}'" for reason in places.UNSEEN)  # they were encoded again
-    where: str | None = f"input_hash = '{inputs.hash}' OR {tried}"
+def _add(spark: SparkSession, inputs: Inputs, modality: str, digest_of: str, done: Location) -> int:
+    """Add the encoded contents of a folder to ``content_embeddings``, in place of pictures that were not looked at
+    before; return how many there are. What has a vector keeps it."""
+    if not list(done.glob("*.parquet")):
+        return 0
+    lake, schema = Lake(inputs.lake.root, {}), tables.CONTENT_EMBEDDINGS
+    rows = spark.read.schema(engine.struct(pool.ENCODED)).parquet(engine.uri(done)).dropDuplicates(["fingerprint"])
     if lake.exists(EMBEDDINGS):
-        old = engine.read(spark, lake, EMBEDDINGS)
-        mine = [(F.col("modality") == m) & (F.col("encoder") == encoder) for m, encoder in digests.items()]
-        stays = reduce(lambda one, other: one | other, mine)
-        if not old.filter(~stays).isEmpty():
-            new = new.unionByName(old.filter(stays & (F.col("input_hash") != inputs.hash) & ~_again()))
-            where = None
-    return {
-        EMBEDDINGS: engine.write(
-            new, lake, EMBEDDINGS, schema, inputs.hash, replace=where, few=True, sources=inputs.versions
-        )
-    }
+        seen = vectors.made_by(engine.read(spark, lake, EMBEDDINGS), modality, digest_of).filter(~_again())
+        rows = rows.join(seen.select("fingerprint"), "fingerprint", "left_anti")
+    added = {"modality": modality, "encoder": digest_of, "added": uuid.uuid4().hex}
+    rows = rows.withColumns({name: F.lit(value) for name, value in added.items()})
+    unseen = " OR ".join(f"reason = '{reason}'" for reason in places.UNSEEN)
+    mine = f"modality = '{modality}' AND encoder = '{digest_of}' AND ({unseen})"
+    _commit(inputs, rows.persist(), replace=f"added = '{added['added']}' OR ({mine})", schema=schema)
+    number = rows.count()
+    rows.unpersist()
+    return number
+
+
+def _commit(inputs: Inputs, rows: DataFrame, replace: str | None, schema: pa.Schema) -> int:
+    return engine.write(
+        rows, inputs.lake, EMBEDDINGS, schema, inputs.hash, replace=replace, few=True, sources=inputs.versions
+    )
+
+
+def _stamp(spark: SparkSession, inputs: Inputs) -> int:
+    """Commit the input hash of this run to ``content_embeddings``, without a row; return the version."""
+    lake, schema = Lake(inputs.lake.root, {}), tables.CONTENT_EMBEDDINGS
+    if lake.exists(EMBEDDINGS) and lake.input_hash(EMBEDDINGS) == inputs.hash:
+        return lake.version(EMBEDDINGS)
+    nothing = spark.createDataFrame([], engine.struct(schema))
+    return _commit(inputs, nothing, replace=f"added = '{uuid.uuid4().hex}'", schema=schema)
+
+
+def _drop_others(spark: SparkSession, inputs: Inputs, digests: Mapping[str, str]) -> None:
+    """Delete the vectors of other encoders."""
+    lake = Lake(inputs.lake.root, {})
+    rows = engine.read(spark, lake, EMBEDDINGS)
+    mine = reduce(
+        lambda one, other: one | other,
+        [(F.col("modality") == modality) & (F.col("encoder") == encoder) for modality, encoder in digests.items()],
+    )
+    if not rows.filter(~mine).isEmpty():
+        _commit(inputs, rows.filter(mine), replace=None, schema=tables.CONTENT_EMBEDDINGS)
 
 
 def _reject(
-    spark: SparkSession, inputs: Inputs, context: StageContext, items: DataFrame, encoders: dict[str, Encoder]
+    spark: SparkSession, inputs: Inputs, context: StageContext, items: DataFrame, digests: Mapping[str, str]
 ) -> int:
     """Write a row of ``rejected_rows`` for each item whose content could not be encoded; return the version."""
     lake, frames = Lake(inputs.lake.root, {}), list[DataFrame]()
-    for modality, encoder in encoders.items():
-        faults = vectors.current(spark, lake, modality).filter(f"reason IS NOT NULL AND reason != '{ABSENT}'")
+    for modality, encoder in inputs.cfg.content.encoders.items():
+        made = vectors.made_by(engine.read(spark, lake, EMBEDDINGS), modality, digests[modality])
+        faults = made.filter(f"reason IS NOT NULL AND reason != '{ABSENT}'").select("fingerprint", "reason")
         if faults.isEmpty():
             continue
-        path = F.col(f"`{encoder.field}`.path") if encoder.field else F.substring(vectors.text(encoder), 1, 200)
-        rows = items.select("item_id", vectors.fingerprint(encoder).alias("fingerprint"), path.alias("content"))
-        bad = rows.join(F.broadcast(faults.select("fingerprint", "reason")), "fingerprint")
+        content = _masked(F.col(f"`{encoder.field}`.path")) if encoder.field else vectors.text(encoder)
+        shown = F.substring(content, 1, _SHOWN).alias("content")
+        rows = items.select("item_id", vectors.fingerprint(encoder).alias("fingerprint"), shown)
         row = F.to_json(F.struct("item_id", F.lit(modality).alias("modality"), "content"))
+        bad = rows.join(faults, "fingerprint")
         named = bad.select(F.concat(F.lit(_FAULT), "reason").alias("reason"), row.alias("row"))
         frames.append(named.groupBy("reason", "row").agg(F.count("*").alias("copies")))
     schema = tables.REJECTED_ROWS
@@ -278,27 +310,33 @@ def _reject(
             return lake.write_rows("rejected_rows", schema, [], inputs.hash)
         return lake.version("rejected_rows")
     added = {"input_hash": F.lit(inputs.hash), "table": F.lit("items"), "row_hash": F.sha2("row", 256)}
-    rows = reduce(DataFrame.unionByName, frames).withColumns(added).persist()
-    totals = rows.groupBy("reason").agg(F.sum("copies").alias("items")).collect()
+    refused = reduce(DataFrame.unionByName, frames).withColumns(added).persist()
+    totals = refused.groupBy("reason").agg(F.sum("copies").alias("items")).collect()
     counts = Counter({found["reason"].removeprefix(_FAULT): found["items"] for found in totals})
     listed = ", ".join(f"{reason} {number:,}" for reason, number in counts.most_common())
     context.note(f"items without a modality because of their content: {listed}")
     context.facts["refused contents"] = counts.total()
     where = f"input_hash = '{inputs.hash}'"
-    version = engine.write(rows, inputs.lake, "rejected_rows", schema, inputs.hash, replace=where)
-    rows.unpersist()
+    version = engine.write(refused, inputs.lake, "rejected_rows", schema, inputs.hash, replace=where)
+    refused.unpersist()
     return version
 
 
+def _masked(address: Column) -> Column:
+    """Return an address without user, password and query, which may be secrets."""
+    return F.regexp_replace(F.regexp_replace(address, r"(?<=://)[^/@]*@", ""), r"(?<=://)([^?#]*)[?#].*", "$1")
+
+
 def root_of(cfg: Config) -> Location | None:
-    """Return the folder to which relative paths of pictures refer: that of the source's files."""
+    """Return the folder to which paths of pictures refer, that of the source's files; absolute, as actors may work
+    elsewhere."""
     source = cfg.source
     if source.folder:
-        return location(source.folder.folder) / source.folder.pictures
+        return (location(source.folder.folder) / source.folder.pictures).resolve()
     if source.amazon:
-        return location(source.amazon.pictures) if source.amazon.pictures else None
+        return location(source.amazon.pictures).resolve() if source.amazon.pictures else None
     if source.tables and "/" in source.tables.items:
-        return location(source.tables.items.rstrip("/").rpartition("/")[0] or "/")
+        return location(source.tables.items.rstrip("/")).resolve().parent
     return None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,16 +35,18 @@ _BLOCKS = 32
 
 
 class Call(NamedTuple):
-    """A call has what an actor needs: ``key``: of the encoder in errors; ``todo`` and ``done``: folders of parts;
-    ``fitted``: folder of tf-idf's state; ``root``: folder to which paths of pictures refer; ``threads``: of torch;
-    ``options``: of the object store."""
+    """A call has what an actor needs: ``key``: of the encoder in errors; ``digest``: of its identity; ``todo`` and
+    ``done``: folders of parts; ``fitted``: folder of tf-idf's state; ``root``: folder to which paths of pictures refer,
+    ``roots``: other places from which they may be read; ``threads``: of torch; ``options``: of the object store."""
 
     key: str
     settings: config.Encoder
+    digest: str
     todo: Location
     done: Location
     fitted: Location | None
     root: Location | None
+    roots: tuple[str, ...]
     offline: bool
     threads: int
     options: dict[str, str]
@@ -55,6 +59,11 @@ class Progress(NamedTuple):
     busy: float = 0.0
     model: float = 0.0
 
+    @property
+    def outside(self) -> float:
+        """Return the share of the time that was not spent in the model."""
+        return 1 - self.model / max(self.busy, 1e-9)
+
 
 class EncodePart:
     """``EncodePart`` encodes parts on one actor, which loads the model once."""
@@ -62,6 +71,7 @@ class EncodePart:
     def __init__(self, call: Call) -> None:
         configure(call.options)
         settle(call.threads)
+        _check_here(call)
         self.call, self.encoder = call, _opened(call)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -83,9 +93,31 @@ class EncodePart:
 
 def _opened(call: Call) -> Encoder:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return open_encoder(
-        call.key, call.settings, fitted=call.fitted, root=call.root, offline=call.offline, device=device
+    encoder = open_encoder(
+        call.key,
+        call.settings,
+        fitted=call.fitted,
+        root=call.root,
+        roots=call.roots,
+        offline=call.offline,
+        device=device,
     )
+    if config.digest({"fields": list(call.settings.read), **encoder.identity}) != call.digest:
+        raise errors.InputError(
+            f"{call.key}.model: {call.settings.model} is another model on {socket.gethostname()} than on the driver's "
+            "machine: give all machines the same files"
+        )
+    return encoder
+
+
+def _check_here(call: Call) -> None:
+    """Raise InputError where this machine does not see the folders of the driver's."""
+    for folder, what in ((call.todo, "the run's folder"), (call.root, "the folder of pictures")):
+        if isinstance(folder, Path) and not folder.is_dir():
+            raise errors.InputError(
+                f"{folder}: {what} is not there on {socket.gethostname()}: mount it on all machines under one path, or "
+                "use object storage"
+            )
 
 
 def _encoded(encoder: Encoder, batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -9,6 +9,7 @@ from pyspark.sql import functions as F
 from adasid import tables
 from adasid.config import Config, Encoder
 from adasid.errors import InputError
+from adasid.tokenizers.artifact import Manifest
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import read
 from pipelines.sources import in_place, parquet
@@ -27,12 +28,32 @@ def check(cfg: Config, lake: Lake) -> None:
     """Raise InputError unless the vectors are of the encoders and of the items that are read now."""
     if not cfg.content.encoders:
         return
-    known = {row["modality"] for row in lake.read(ENCODERS).to_pylist()}
+    if not lake.exists(ENCODERS) or lake.input_hash(ENCODERS) != lake.input_hash(EMBEDDINGS):
+        raise InputError(f"{EMBEDDINGS} is not complete (was its job cut off?): {_FIX}")
+    known = encoders(lake)
     if lacks := next((modality for modality in cfg.content.encoders if modality not in known), None):
         raise InputError(f"{EMBEDDINGS} has no vectors of content.encoders.{lacks}: {_FIX}")
-    read_at = lake.lineage(EMBEDDINGS).get("items")
-    if read_at is None or lake.newer("items", read_at):
-        raise InputError(f"{EMBEDDINGS} lags behind items (read at version {read_at}): {_FIX}")
+    read_at, now = lake.lineage(EMBEDDINGS).get("items"), lake.version("items")
+    if read_at != now and (read_at is None or lake.input_hash("items", read_at) != lake.input_hash("items", now)):
+        raise InputError(f"{EMBEDDINGS} lags behind items (read at version {read_at}, now {now}): {_FIX}")
+
+
+def encoders(lake: Lake) -> dict[str, str]:
+    """Return modality -> digest of the encoder whose vectors are in use; empty where there is none."""
+    if not lake.exists(ENCODERS):
+        return {}
+    return {row["modality"]: row["encoder"] for row in lake.read(ENCODERS).to_pylist()}
+
+
+def check_tokenizer(lake: Lake, manifest: Manifest) -> None:
+    """Raise InputError where a tokenizer was trained on vectors of another encoder than those in use."""
+    used, trained = encoders(lake), (manifest.model_extra or {}).get("encoders", {})
+    for modality, encoder in trained.items():
+        if used.get(modality, encoder) != encoder:
+            raise InputError(
+                f"tokenizer {manifest.digest} was trained on vectors of another encoder of {modality!r} than "
+                f"{ENCODERS} names: train a new one (jobs/train.py --stage tokenizer), or go back to that encoder"
+            )
 
 
 def fingerprint(encoder: Encoder) -> Column:
@@ -60,21 +81,23 @@ def raw(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
 def items(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
     """Return ``items`` with the vectors of all modalities: item_id, title, a column a modality. Raises InputError where
     the vectors of encoders are missing or lag behind."""
-    rows, encoders = raw(spark, cfg, lake), cfg.content.encoders
+    rows, used = raw(spark, cfg, lake), cfg.content.encoders
     order = ["item_id", "title", *cfg.features.content]
     order += [tables.BEHAVIOR] if cfg.behavior.source == "column" else []
-    if not encoders:
+    if not used:
         return rows
     check(cfg, lake)
-    prints = [fingerprint(encoder).alias(f"_print_{modality}") for modality, encoder in encoders.items()]
+    prints = [fingerprint(encoder).alias(f"_print_{modality}") for modality, encoder in used.items()]
     joined = rows.select("item_id", "title", *cfg.brought, *prints)
-    for modality in encoders:
-        vectors = current(spark, lake, modality).select(F.col("fingerprint").alias(f"_print_{modality}"), "vector")
+    made, digests = read(spark, lake, EMBEDDINGS), encoders(lake)
+    for modality in used:
+        vectors = made_by(made, modality, digests[modality]).select(
+            F.col("fingerprint").alias(f"_print_{modality}"), "vector"
+        )
         joined = joined.join(vectors, f"_print_{modality}", "left").withColumnRenamed("vector", modality)
     return joined.select(*order)
 
 
-def current(spark: SparkSession, lake: Lake, modality: str) -> DataFrame:
-    """Return the rows of ``content_embeddings`` of the modality's encoder."""
-    encoder = next(row["encoder"] for row in lake.read(ENCODERS).to_pylist() if row["modality"] == modality)
-    return read(spark, lake, EMBEDDINGS).filter((F.col("modality") == modality) & (F.col("encoder") == encoder))
+def made_by(embeddings: DataFrame, modality: str, encoder: str) -> DataFrame:
+    """Return the rows of ``content_embeddings`` of a modality and the digest of its encoder."""
+    return embeddings.filter((F.col("modality") == modality) & (F.col("encoder") == encoder))

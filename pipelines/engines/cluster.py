@@ -58,7 +58,7 @@ def fit(
     write_json(folder / _SHARED, {"host": socket.gethostname()})
     with _watch(folder, show):
         if settings.workers == 0:
-            settle(_threads(settings))
+            settle(threads(settings))
             function(payload)
         else:
             _fit_on_ray(function, payload, settings, name, folder)
@@ -101,7 +101,7 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
     run = RunConfig(
         name=name, storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=settings.max_failures)
     )
-    call = {"function": function, "payload": payload, "folder": str(folder), "threads": _threads(settings)}
+    call = {"function": function, "payload": payload, "folder": str(folder), "threads": threads(settings)}
     trainer = TorchTrainer(_guarded, train_loop_config=call, scaling_config=scaling, run_config=run)
     try:
         trainer.fit()
@@ -230,7 +230,8 @@ def _raise_failure(
             raise getattr(errors, failure["kind"])(failure["message"])
 
 
-def _threads(settings: config.Ray) -> int:
+def threads(settings: config.Ray) -> int:
+    """Return the number of torch's threads in a worker."""
     return max(1, round(settings.cpus_per_worker))
 
 

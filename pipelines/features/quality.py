@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from adasid import tables
 from adasid.config import Config
+from adasid.errors import InputError
 from adasid.metrics.content import Quality
 from adasid.metrics.content import quality as measured
 from pipelines import categories
@@ -28,7 +29,11 @@ def write(cfg: Config, lake: Lake, version: int, inputs: Inputs, context: StageC
     lacks = dict(stats["missing"] or ())
     sample = _sample(lake, version, ["item_id", *content])
     ids = sample["item_id"].combine_chunks()
-    known = categories.of(cfg, lake, ids)
+    try:
+        known = categories.of(cfg, lake, ids)
+    except InputError as error:  # a file for studies does not stop the features
+        context.note(f"content_quality has no agreement with categories: {error}", "WARN")
+        known = {}
     kinds = np.array([known.get(item, -1) for item in ids.to_pylist()], np.int64)
     for modality in content:
         missing = lacks.get(modality, 0)
@@ -42,6 +47,8 @@ def write(cfg: Config, lake: Lake, version: int, inputs: Inputs, context: StageC
                 "missing": missing,
                 "sample": number,
                 **found._asdict(),
+                "neighbours": cfg.compare.neighbours,
+                "near_duplicate": cfg.compare.near_duplicate,
             }
         )
         context.metrics({f"{modality}_{name}": value for name, value in found._asdict().items() if value is not None})
@@ -65,6 +72,8 @@ def _sample(lake: Lake, version: int, columns: list[str]) -> pa.Table:
 
 def _measured(cfg: Config, column: pa.Array, kinds: np.ndarray) -> Quality:
     present = column.is_valid().to_numpy(zero_copy_only=False)
+    if not present.any():
+        return Quality(None, None, None, None)
     flat = column.drop_null().flatten().to_numpy(zero_copy_only=False)
     vectors = flat.reshape(int(present.sum()), -1).astype(np.float32)
     return measured(vectors, kinds[present], cfg.compare.neighbours, cfg.compare.near_duplicate)

@@ -18,6 +18,7 @@ from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.base import Tokenizer
 from pipelines import report
+from pipelines.content import vectors
 from pipelines.engines import spark as engine
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
@@ -93,6 +94,7 @@ class NightlyRun:
                 "artifact back, or run jobs/write_sids.py"
             )
         check_features(engine.struct(self.lake.schema("item_features", self.version)), manifest)
+        vectors.check_tokenizer(self.lake, manifest)
         return tokenizer, manifest
 
     def _champion(self, live: Generation) -> None:

@@ -18,6 +18,7 @@ from mlflow.entities import Run as TrackedRun
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from adasid.encoders import tfidf
 from adasid.errors import first_line
 from adasid.files import Location, children, location, modified, newest, remove
 from adasid.tables import REJECTED_ROWS
@@ -29,6 +30,8 @@ from pipelines.publish.lease import LOG
 from pipelines.run import Run
 from pipelines.training.register import model_name
 
+_REJECTING = ("items", "interactions", "content_embeddings", "item_stats")
+"""Tables whose stages reject rows."""
 _DAY = 86_400
 _LONGEST = 14
 """MLflow shows a killed run as running for ever: after so many days it is taken for dead."""
@@ -117,7 +120,8 @@ def trim_artifacts(context: StageContext) -> None:
     tokenizers, hashes = {row.tokenizer for row in history} | aliased, _last_hashes(context)
     since = time.time() - _DAY * context.cfg.retokenize.retention.artifact_days
     for model in (model for kind in children(folder) for model in children(kind)):
-        if model.parent.name == other or model.name in hashes or newest(model) >= since:
+        lasting = model.parent.name == other or (model / tfidf.FILE).exists()
+        if lasting or model.name in hashes or newest(model) >= since:
             continue
         if any(f"{path}/".startswith(f"{model.resolve()}/") for path in used) or tokenizers & set(_digests(model)):
             continue
@@ -184,7 +188,7 @@ def trim_rejected(context: StageContext) -> None:
     lake, table = context.lake, "rejected_rows"
     if not lake.exists(table):
         return
-    current = {lake.input_hash(name) for name in ("items", "interactions", "item_stats") if lake.exists(name)}
+    current = {lake.input_hash(name) for name in _REJECTING if lake.exists(name)}
     marks = dict.fromkeys(commit_hash(entry) for entry in lake.writes(table))
     keep = {*islice(marks, context.cfg.retokenize.retention.rejected), *current}
     there = {mark for batch in lake.batches(table, None, ["input_hash"]) for mark in batch[0].unique().to_pylist()}

@@ -45,15 +45,18 @@ def table(
 
 def _csv(spark: SparkSession, key: str, path: str, target: Target) -> DataFrame:
     where = f"{key} {path}"
-    reader = spark.read.option("header", "true").option("multiLine", "true").option("escape", '"')
-    reader = reader.option("sep", "\t" if ".tsv" in path.lower() else ",")
+    separator = "\t" if path.lower().endswith((".tsv", ".tsv.gz")) else ","
+    options = {"header": "true", "multiLine": "true", "escape": '"', "sep": separator, "mode": "FAILFAST"}
+    spark.conf.set("spark.sql.csv.parser.columnPruning.enabled", "false")  # else a row with too few fields is taken
+    reader = spark.read.options(**options)
     try:
         frame = reader.csv(engine.uri(engine.escaped(path, key)))
     except PySparkException as error:
         raise wrapped(error, f"{where}: not readable as CSV ({engine.root_cause(error)}); correct the path") from error
     target.check(where, frame.columns)
     names = [name for name in frame.columns if name in columns.read_from(target.schema)]
-    chosen = frame.select(*(_number(where, name) if name in _NUMBERS else F.col(f"`{name}`") for name in names))
+    numbers = _NUMBERS if "user_id" in target.schema.names else {}
+    chosen = frame.select(*(_number(where, name) if name in numbers else F.col(f"`{name}`") for name in names))
     columns.problems(to_arrow_schema(chosen.schema, timezone="UTC"), target.schema, where)
     return chosen.mapInArrow(partial(convert_batches, target.schema, where), engine.struct(target.schema))
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from adasid.config import Config
+from adasid.errors import AdasidError, first_line
 from adasid.files import Location, write_text
 from adasid.report import card
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
+from pipelines.run import Run
 
 CARD = "card.md"
 
@@ -36,10 +38,17 @@ def register(
     )
 
 
-def _card(context: StageContext, folder: Location, manifest: Manifest) -> str:
+def _card(context: StageContext, folder: Location, manifest: Manifest) -> str | None:
     """Return the card of an artifact; write it where there is none, as later encoders may be others."""
     path, lake = folder / CARD, Lake(context.lake.root, context.cfg.pins)
-    if not path.exists():
+    try:
+        if path.exists():
+            return path.read_text(encoding="utf-8")
         encoders = lake.read("content_encoders").to_pylist() if lake.exists("content_encoders") else []
-        write_text(path, card.render(manifest, encoders))
-    return path.read_text(encoding="utf-8")
+        text = card.render(manifest, encoders)
+        if str(path).startswith(f"{Run(context.cfg).artifacts}/"):  # others may be shared, and not writable
+            write_text(path, text)
+        return text
+    except (AdasidError, OSError) as error:
+        context.note(f"tokenizer {manifest.digest} has no card: {first_line(error)}", "WARN")
+        return None

@@ -71,9 +71,7 @@ def test_parquet_with_paths(make, shop):
 
 
 def test_mistakes_are_named(make, shop):
-    with pytest.raises(
-        InputError, match=r"source.folder.items .*items.csv: column 'image' is missing"
-    ):
+    with pytest.raises(InputError, match=r"source.folder.items .*items.csv: column 'image' is missing"):
         ran(make(), ingest.run)
     (shop / "interactions.csv").write_text(EVENTS.replace("3.5", "good"))
     with pytest.raises(InputError, match=r"column 'rating' has a text that is no number: good"):

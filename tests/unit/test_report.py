@@ -225,6 +225,7 @@ def material(**changes: Any) -> Material:
         "2025-01-02 03:04 UTC",
     )
     quality = {"sample": 400, "effective_rank": 31.2, "near_duplicates": 0.07, "agreement": 0.61, "chance": 0.04}
+    quality |= {"neighbours": 10, "near_duplicate": 0.95}
     content = [{"input_hash": "x", "modality": "text", "items": 1900, "missing": 100, **quality}]
     whole = dataclasses.replace(whole, content=content, refused_contents={"truncated": 3})
     return dataclasses.replace(whole, **changes)

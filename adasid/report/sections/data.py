@@ -115,11 +115,11 @@ def content(material: Material) -> Section:
         "Neighbours agree",
         "Chance",
     )
-    cfg = material.cfg.compare
+    first = rows[0]
     lead = (
-        f"Of a sample of items: near-duplicates have a cosine of at least {cfg.near_duplicate:g} with another one; "
-        f"neighbours agree where the {cfg.neighbours} nearest are of the item's category, chance is the same of any "
-        "other items."
+        f"Of a sample of items: near-duplicates have a cosine of at least {first['near_duplicate']:g} with another "
+        f"one; neighbours agree where the {first['neighbours']} nearest are of the item's category, chance is the same "
+        "of any other items."
     )
     tables = [Table("Quality of the vectors, on a sample", columns, quality, words=2)]
     if material.refused_contents:

@@ -11,11 +11,12 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from adasid import tables
 from adasid.config import Config
-from adasid.errors import InputError, first_line
+from adasid.errors import AdasidError, InputError, first_line
 from adasid.files import Location, modified, write_bytes, write_text
 from adasid.report import page, summary
 from adasid.report.material import Material, Training
@@ -64,7 +65,7 @@ def _explore(cfg: Config, lake: Lake, material: Material, context: StageContext)
         return False
     try:
         explore.write(cfg, lake, generations.live(lake), material.created)
-    except (InputError, OSError) as error:
+    except (AdasidError, OSError, pa.ArrowException) as error:
         context.note(f"the page of items and codes is not written: {first_line(error)}")
         return False
     return True

@@ -48,7 +48,8 @@ class Payload(BaseModel):
     ``read``, the ``folder`` of the result and the ``library_versions`` for its record.
 
     ``catalogue``: the SIDs of a downstream model, None: one token an item; ``start``: the artifact from which a
-    tokenizer continues; ``previous``: previous codes that it preserves."""
+    tokenizer continues; ``previous``: previous codes that it preserves; ``encoders``: modality -> digest of the encoder
+    of its vectors, for the tokenizer's manifest."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,5 +59,6 @@ class Payload(BaseModel):
     folder: Location
     library_versions: dict[str, str]
     catalogue: Catalogue | None = None
+    encoders: dict[str, str] = {}
     start: Location | None = None
     previous: PreviousTable | None = None

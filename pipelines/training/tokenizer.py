@@ -10,6 +10,8 @@ from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.training.checkpoint import Checkpoints
 from pipelines import stage, staleness
+from pipelines.content import vectors
+from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.features import items, pairs
 from pipelines.run import Run
@@ -81,7 +83,8 @@ def train(
     its tolerance."""
     read = {**read, **({"previous_codes": previous.version} if previous else {})}
     payload = launch.payload(cfg, context.lake, read, folder)
-    payload = payload.model_copy(update={"start": start, "previous": previous})
+    encoders = vectors.encoders(Lake(context.lake.root, cfg.pins))
+    payload = payload.model_copy(update={"start": start, "previous": previous, "encoders": encoders})
     epochs = cfg.tokenizer.epochs.epochs if cfg.tokenizer.epochs else 1
     launch.fit(workers.tokenizer, payload, context, "tokenizer", epochs, _SHOWN)
     manifest = artifact.read_manifest(folder / "model")

@@ -109,7 +109,7 @@ def tokenizer(payload: Payload) -> None:
             "seconds": round(time.monotonic() - started, 1),
             "versions": payload.library_versions,
             "run": cfg.name,
-            **({"encoders": used} if (used := vectors.encoders(lake)) else {}),
+            **({"encoders": payload.encoders} if payload.encoders else {}),
         }
         artifact.write(folder / "model", tokenizer, settings, facts)
 

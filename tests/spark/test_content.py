@@ -152,7 +152,7 @@ def test_only_what_changed_is_encoded_again(make, shop):
     with pytest.raises(InputError, match=r"content_embeddings lags behind items .*: run jobs/encode_content.py"):
         ran(cfg, features.run)
     context = ran(cfg)
-    assert context.facts["encoded"] == 3  # two texts that no item had, one picture
+    assert context.facts["encoded"] == 3 + 2  # two texts that no item had, one picture, and two that could not be read
     after = vectors(context.lake)
     assert {key: after[key] for key in before} == before and len(after) == len(before) + 3
     assert ran(cfg, features.run).lake.read("catalog_stats").to_pylist()[0]["items"] == ITEMS + 1
@@ -178,29 +178,50 @@ def test_another_encoder_needs_a_deliberate_act(make, shop):
 
 
 @pytest.mark.usefixtures("spark")
-def test_an_interrupted_run_goes_on_with_the_parts_that_are_left(make, shop, monkeypatch):
-    shop(catalogue())
-    whole, cut = make("whole"), make("cut")
-    for cfg in (whole, cut):
-        ran(cfg, ingest.run)
-    expected = vectors(ran(whole).lake)
-    encode, seen = pool.EncodePart.__call__, []
+def test_an_interrupted_run_keeps_what_is_done_whatever_changed_since(make, shop, monkeypatch):
+    columns = catalogue()
+    shop(columns)
+    cfg = make()
+    ran(cfg, ingest.run)
+    encode, parts = pool.EncodePart.__call__, []
 
     def interrupted(worker, row):
-        if len(seen) == 3:
+        if len(parts) == 3:
             raise KeyboardInterrupt
-        seen.append(row["part"])
-        return encode(worker, row)
+        parts.append(encode(worker, row)["items"])
+        return {"part": row["part"], "items": parts[-1], "busy": 1.0, "model": 1.0}
 
     monkeypatch.setattr(pool.EncodePart, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ran(cut)
-    first = list(seen)
-    monkeypatch.setattr(
-        pool.EncodePart, "__call__", lambda worker, row: seen.append(row["part"]) or encode(worker, row)
-    )
-    assert vectors(ran(cut).lake) == expected
-    assert len(seen) == len(set(seen)) > len(first)
+        ran(cfg)
+    with pytest.raises(InputError, match=r"content_embeddings does not exist|content_embeddings is not complete"):
+        ran(cfg, features.run)
+    monkeypatch.setattr(pool.EncodePart, "__call__", encode)
+    columns["title"][20] = "changed meanwhile"
+    shop(columns)
+    ran(cfg, ingest.run)
+    context = ran(cfg)
+    texts, pictures = ITEMS - 1, ITEMS - 1
+    assert context.facts["encoded"] in {texts + pictures - sum(parts), texts + pictures - sum(parts) + 1}
+    found = vectors(context.lake)
+    modalities = [modality for modality, _ in found]
+    assert modalities.count("text") - texts in {0, 1} and modalities.count("visual") == pictures
+    assert ran(cfg, features.run).lake.read("catalog_stats").to_pylist()[0]["items"] == ITEMS
+
+
+@pytest.mark.usefixtures("spark")
+def test_contents_that_come_back_have_their_vectors(make, shop):
+    first, second = catalogue(), catalogue()
+    second["title"] = [f"other {title}" for title in first["title"]]
+    cfg, seen = make(), []
+    for columns in (first, second, first):
+        shop(columns)
+        ran(cfg, ingest.run)
+        seen.append(ran(cfg).facts["encoded"])
+        lake = ran(cfg, features.run).lake
+        assert dict(lake.read("catalog_stats").to_pylist()[0]["missing"])["text"] == (2 if columns is first else 0)
+    assert seen[0] > seen[1] > 0 and seen[2] == 2  # the pictures that could not be read are tried again
+    vectors(lake)
 
 
 def test_mistakes_in_the_config_are_named(make_config):

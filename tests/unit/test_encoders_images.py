@@ -245,8 +245,18 @@ def test_any_damage_gives_a_picture_or_a_reason() -> None:
     assert found <= {*known, "picture"} and {"picture", images.TRUNCATED, images.UNDECODABLE} <= found
 
 
-def read(path: str | None, data: bytes | None = None, root: str | Path | None = None, web: bool = False) -> bytes | str:
-    return places.read(places.Place(data, path), 1000, None if root is None else location(root), web)
+EVERYWHERE = ("/", "s3://lake", "s3://no-such-bucket-of-tests", "http://127.0.0.1:9")
+
+
+def read(
+    path: str | None,
+    data: bytes | None = None,
+    root: str | Path | None = None,
+    web: bool = False,
+    roots: tuple[str, ...] = EVERYWHERE,
+) -> bytes | str:
+    rules = places.Rules(1000, None if root is None else location(root), roots, web)
+    return places.read(places.Place(data, path), rules)
 
 
 def test_pictures_are_read_from_bytes_paths_and_uris(tmp_path: Path) -> None:
@@ -277,11 +287,27 @@ def test_a_place_without_a_picture_has_a_reason(tmp_path: Path) -> None:
     assert read("..whole", root=root) == places.MISSING_FILE
     for uri in ("ftp://host/a.jpg", "data:image/png;base64,aaaa", "hdfs://host/a", "javascript://x"):
         assert read(uri) == places.UNKNOWN_SCHEME
-    for address in ("http://127.0.0.1:9/a.jpg", "HTTPS://127.0.0.1:9/a.jpg"):
-        assert read(address) == places.WEB_NOT_ALLOWED
+    assert read("http://127.0.0.1:9/a.jpg") == places.WEB_NOT_ALLOWED
+    for address in ("http://[::1", "http://127.0.0.1:x/", "http://127.0.0.1:9/a.jpg", "http://127.0.0.1:9/é b"):
         assert read(address, web=True) == places.UNREADABLE_FILE
-    for address in ("http://", "http://[::1", "http://127.0.0.1:x/", "http://127.0.0.1:9/é b"):
-        assert read(address, web=True) == places.UNREADABLE_FILE
+
+
+def test_only_named_places_are_read(tmp_path: Path) -> None:
+    shop, other = tmp_path / "shop", tmp_path / "shop-of-others"
+    for folder in (shop, other):
+        folder.mkdir()
+        (folder / "a.jpg").write_bytes(b"content")
+    assert read(f"{shop}/a.jpg", root=shop, roots=()) == read(f"{shop}/./a.jpg", roots=(f"{shop}/",)) == b"content"
+    for path in (f"{other}/a.jpg", f"{shop}/../shop-of-others/a.jpg", f"file://{other}/a.jpg", "s3://lake/a.jpg"):
+        assert read(path, root=shop, roots=("s3://lake/pictures",)) == places.OUTSIDE_ROOT
+    for address in (
+        "http://127.0.0.1:9/a",
+        "HTTPS://127.0.0.1:9/a",
+        "http://localhost:9/",
+        "http://[::1]:9/",
+        "http://",
+    ):
+        assert read(address, web=True, roots=()) == places.WEB_NOT_ALLOWED
 
 
 @pytest.fixture
@@ -319,12 +345,24 @@ def website() -> Iterator[str]:
 
 
 def test_pictures_are_fetched_from_the_web_where_that_is_allowed(website: str) -> None:
-    assert read(f"{website}/picture", web=True) == read(f"{website}/here", web=True) == b"content"
-    assert read(f"{website}/é b", web=True) == read(f"{website}/%C3%A9%20b", web=True) == b"quoted"
-    assert read(f"{website}/large", web=True) == read(f"{website}/stream", web=True) == images.TOO_MANY_BYTES
-    assert read(f"{website}/gone", web=True) == places.MISSING_FILE
+    assert (
+        read(f"{website}/picture", web=True, roots=(website,))
+        == read(f"{website}/here", web=True, roots=(website,))
+        == b"content"
+    )
+    assert (
+        read(f"{website}/é b", web=True, roots=(website,))
+        == read(f"{website}/%C3%A9%20b", web=True, roots=(website,))
+        == b"quoted"
+    )
+    assert (
+        read(f"{website}/large", web=True, roots=(website,))
+        == read(f"{website}/stream", web=True, roots=(website,))
+        == images.TOO_MANY_BYTES
+    )
+    assert read(f"{website}/gone", web=True, roots=(website,)) == places.MISSING_FILE
     for path in ("broken", "closed", "file", "ftp", "loop"):
-        assert read(f"{website}/{path}", web=True) == places.UNREADABLE_FILE
+        assert read(f"{website}/{path}", web=True, roots=(website,)) == places.UNREADABLE_FILE
     assert read(f"{website}/picture") == places.WEB_NOT_ALLOWED
 
 

@@ -66,24 +66,10 @@ def fit(
 
 def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray, name: str, folder: Location) -> None:
     import ray
-    from ray.exceptions import AuthenticationError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    try:
-        join(settings)
-    except AuthenticationError as error:
-        raise errors.InputError(
-            f"Ray refused the connection ({errors.first_line(error)}): export RAY_AUTH_MODE=token, as where the "
-            "cluster was started"
-        ) from error
-    except OSError as error:  # ConnectionError, and a time-out
-        where = settings.address or os.environ.get("RAY_ADDRESS")
-        raise wrapped(
-            error,
-            f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave "
-            "ray.address null",
-        ) from error
+    join(settings)
     available = ray.cluster_resources()
     gpus = int(available.get("GPU", 0)) if settings.gpus == "auto" else 0
     workers = min(settings.workers, gpus) if gpus else settings.workers
@@ -166,13 +152,27 @@ def shutdown() -> None:
 
 
 def join(settings: config.Ray) -> None:
-    """Connect to the cluster, or start a local one, unless this process has done so. Raises OSError where the cluster
-    does not answer."""
+    """Connect to the cluster, or start a local one, unless this process has done so. Raises InputError where the cluster
+    refuses or does not answer."""
     import ray
+    from ray.exceptions import AuthenticationError
 
-    with _JOINING:
-        if not ray.is_initialized():
-            _connect(settings)
+    try:
+        with _JOINING:
+            if not ray.is_initialized():
+                _connect(settings)
+    except AuthenticationError as error:
+        raise errors.InputError(
+            f"Ray refused the connection ({errors.first_line(error)}): export RAY_AUTH_MODE=token, as where the "
+            "cluster was started"
+        ) from error
+    except OSError as error:  # ConnectionError, and a time-out
+        where = settings.address or os.environ.get("RAY_ADDRESS")
+        raise wrapped(
+            error,
+            f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave "
+            "ray.address null",
+        ) from error
 
 
 def _connect(settings: config.Ray) -> None:

@@ -152,8 +152,8 @@ def shutdown() -> None:
 
 
 def join(settings: config.Ray) -> None:
-    """Connect to the cluster, or start a local one, unless this process has done so. Raises InputError where the cluster
-    refuses or does not answer."""
+    """Connect to the cluster, or start a local one, unless this process has done so. Raises InputError where the
+    cluster refuses or does not answer."""
     import ray
     from ray.exceptions import AuthenticationError
 

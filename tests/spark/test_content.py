@@ -136,16 +136,17 @@ def test_raw_fields_become_vectors_and_bad_content_a_reason(make, shop):
 
 
 @pytest.mark.usefixtures("spark")
-def test_only_what_changed_is_encoded_again(make, shop):
+def test_only_what_changed_is_encoded_and_another_encoder_is_a_deliberate_act(make, shop):
     columns = catalogue()
     shop(columns)
     cfg = make()
     ran(cfg, ingest.run)
-    before = vectors(ran(cfg).lake)
-    columns["title"][10], columns["title"][11] = "another title", columns["title"][12]
-    columns["item_id"].append("new")
+    first = ran(cfg)
+    before = vectors(first.lake)
     for name in ("title", "brand", "categories", "image"):
         columns[name].append(columns[name][13])
+    columns["item_id"].append("new")
+    columns["title"][10], columns["title"][11] = "another title", columns["title"][12]
     columns["image"][14] = {"bytes": picture(99), "path": None}
     shop(columns)
     ran(cfg, ingest.run)
@@ -155,26 +156,21 @@ def test_only_what_changed_is_encoded_again(make, shop):
     assert context.facts["encoded"] == 3 + 2  # two texts that no item had, one picture, and two that could not be read
     after = vectors(context.lake)
     assert {key: after[key] for key in before} == before and len(after) == len(before) + 3
-    assert ran(cfg, features.run).lake.read("catalog_stats").to_pylist()[0]["items"] == ITEMS + 1
-
-
-@pytest.mark.usefixtures("spark")
-def test_another_encoder_needs_a_deliberate_act(make, shop):
-    shop(catalogue())
-    ran(make(), ingest.run)
-    before = vectors(ran(make()).lake)
+    shop(catalogue())  # as at first: nothing is lost that was there
+    ran(cfg, ingest.run)
+    assert ran(cfg).facts["encoded"] == 2
+    (stats,) = ran(cfg, features.run).lake.read("catalog_stats").to_pylist()
+    assert dict(stats["missing"]) == {"text": 2, "visual": 6} and vectors(first.lake) == after
     other = make(text={"width": 12})
     with pytest.raises(
         GateError, match=r"content.encoders.text is another encoder .*width 8 -> 12.*content.replace=true"
     ):
         ran(other)
-    assert vectors(ran(make()).lake) == before
-    context = ran(make(text={"width": 12}, replace=True))
-    after = vectors(context.lake)
-    assert {len(v) for (modality, _), (v, _) in after.items() if modality == "text" and v} == {12}
-    assert {key: after[key] for key in after if key[0] == "visual"} == {
-        k: before[k] for k in before if k[0] == "visual"
-    }
+    assert vectors(first.lake) == after
+    replaced = vectors(ran(make(text={"width": 12}, replace=True)).lake)
+    assert {len(v) for (modality, _), (v, _) in replaced.items() if modality == "text" and v} == {12}
+    pictures = [{key: rows[key] for key in rows if key[0] == "visual"} for rows in (replaced, after)]
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.usefixtures("spark")
@@ -207,21 +203,6 @@ def test_an_interrupted_run_keeps_what_is_done_whatever_changed_since(make, shop
     modalities = [modality for modality, _ in found]
     assert modalities.count("text") - texts in {0, 1} and modalities.count("visual") == pictures
     assert ran(cfg, features.run).lake.read("catalog_stats").to_pylist()[0]["items"] == ITEMS
-
-
-@pytest.mark.usefixtures("spark")
-def test_contents_that_come_back_have_their_vectors(make, shop):
-    first, second = catalogue(), catalogue()
-    second["title"] = [f"other {title}" for title in first["title"]]
-    cfg, seen = make(), []
-    for columns in (first, second, first):
-        shop(columns)
-        ran(cfg, ingest.run)
-        seen.append(ran(cfg).facts["encoded"])
-        lake = ran(cfg, features.run).lake
-        assert dict(lake.read("catalog_stats").to_pylist()[0]["missing"])["text"] == (2 if columns is first else 0)
-    assert seen[0] > seen[1] > 0 and seen[2] == 2  # the pictures that could not be read are tried again
-    vectors(lake)
 
 
 def test_mistakes_in_the_config_are_named(make_config):

@@ -23,7 +23,7 @@ def of(cfg: Config, lake: Lake, items: pa.Array) -> dict[str, int]:
     wanted = pc.field("item_id").isin(items)
     if cfg.compare.categories:
         ids, kinds = _of_file(cfg.compare.categories, wanted)
-    elif cfg.source.synthetic:
+    elif cfg.source.synthetic and lake.exists("truth"):
         truth = lake.open("truth").to_pyarrow_dataset().to_table(columns=["item_id", "topic"], filter=wanted)
         ids, kinds = truth["item_id"], truth["topic"].combine_chunks()
     elif RAW in cfg.content.raw()[0] and RAW in lake.schema("items").names:

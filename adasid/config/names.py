@@ -20,10 +20,10 @@ _ATTRIBUTES = """
     register_forward_hook register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
     register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
     register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory
-    state_dict t_destination to to_empty train training type update values xpu zero_grad
+    smart_apply state_dict t_destination to to_empty train training type update values xpu zero_grad
 """
 MODULE = frozenset(_ATTRIBUTES.split())
-"""Attributes of torch.nn.ModuleDict, in lower case; a test compares them with torch's."""
+"""Attributes of torch.nn.ModuleDict, in lower case; a test compares them with torch's. ``smart_apply`` is transformers'."""
 
 
 _PART = r"(?:\w+|`(?:[^`]|``)+`)"

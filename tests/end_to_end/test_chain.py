@@ -111,6 +111,7 @@ def test_summary_report_and_tracking(on_ray, folder):
     assert {f.path for f in client.list_artifacts(tokenizer.info.run_id, "model")} == {
         "model/manifest.json",
         "model/weights.safetensors",
+        "model/card.md",
     }
 
 
@@ -120,8 +121,8 @@ def test_a_second_run_changes_nothing(on_ray, folder):
     before = lake.versions(*TABLES)
     chain.run(load(path))
     assert lake.versions(*TABLES) == before
-    rows = [json.loads(line) for line in (load(path).run_dir / "stages.jsonl").read_text().splitlines()][-7:]
-    assert [row["status"] for row in rows[:-1]] == ["up to date"] * 6
+    rows = [json.loads(line) for line in (load(path).run_dir / "stages.jsonl").read_text().splitlines()][-8:]
+    assert [row["status"] for row in rows[:-1]] == ["up to date", "not needed", *["up to date"] * 5]
 
 
 @pytest.mark.skipif(not shutil.which("airflow"), reason="Airflow is not on the PATH")

@@ -133,7 +133,7 @@ def by_dag(environment, day, monkeypatch):
         monkeypatch.setenv(name, value)
     spec = importlib.util.spec_from_file_location("dag", ROOT / "infra" / "airflow" / "adasid_nightly.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert len(commands) == 4 and "{{" not in "".join(commands)
+    assert len(commands) == 5 and "{{" not in "".join(commands)
     return "".join(ran(["bash", "-c", command], environment) for command in commands)
 
 

@@ -23,7 +23,8 @@ _ATTRIBUTES = """
     smart_apply state_dict t_destination to to_empty train training type update values xpu zero_grad
 """
 MODULE = frozenset(_ATTRIBUTES.split())
-"""Attributes of torch.nn.ModuleDict, in lower case; a test compares them with torch's. ``smart_apply`` is transformers'."""
+"""Attributes of torch.nn.ModuleDict, in lower case; a test compares them with torch's (``smart_apply`` comes with
+transformers)."""
 
 
 _PART = r"(?:\w+|`(?:[^`]|``)+`)"

@@ -76,5 +76,10 @@ def test_mistakes_are_named(make, shop):
     (shop / "interactions.csv").write_text(EVENTS.replace("3.5", "good"))
     with pytest.raises(InputError, match=r"column 'rating' has a text that is no number: good"):
         ran(make(suffix=".jpg"), ingest.run)
+    for broken in ("x\n", 'x,"an open quote,3\n', "x,title,1,2,3\n"):
+        (shop / "interactions.csv").write_text(EVENTS)
+        (shop / "items.csv").write_text(ITEMS + broken)
+        with pytest.raises(InputError, match=r"source.folder could not be copied into the lake \(.*items.csv"):
+            ran(make(suffix=".jpg"), ingest.run)
     with pytest.raises(InputError, match=r"source.folder.items .*none.csv: does not exist"):
         ran(make(suffix=".jpg", items="none.csv"), ingest.run)

@@ -7,15 +7,17 @@ import pytest
 from adasid.config import build
 from adasid.files import location
 from pipelines import ingest
-from tests import models
+from tests import models, s3
 from tests.conftest import INTERPRETED
 from tests.spark.test_content import picture, ran, vectors
 
 pytest.importorskip("obstore")
 
 
-@pytest.mark.usefixtures("spark")
-def test_contents_and_their_vectors_lie_in_a_bucket(bucket, tmp_path):
+def test_contents_and_their_vectors_lie_in_a_bucket(spark, bucket, tmp_path):
+    hadoop = spark.sparkContext._jsc.hadoopConfiguration()
+    for key, name in {"access.key": "AWS_ACCESS_KEY_ID", "secret.key": "AWS_SECRET_ACCESS_KEY"}.items():
+        hadoop.set(f"fs.s3a.{key}", s3.ENVIRONMENT[name])  # the JVM was started before the server
     names = [f"pictures/{i}.png" for i in range(8)]
     for i, name in enumerate(names[:6]):
         location(f"{bucket}/shop/{name}").write_bytes(picture(i, "PNG"))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections import Counter
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -19,11 +18,11 @@ from adasid import tables
 from adasid.config import Config, Encoder, digest
 from adasid.config.content import TF_IDF
 from adasid.encoders import places
-from adasid.encoders.base import ABSENT, identity_of
+from adasid.encoders.base import identity_of
 from adasid.errors import GateError
 from adasid.files import Location, location, remove
 from pipelines import stage
-from pipelines.content import fit, pool, vectors
+from pipelines.content import fit, pool, rejected, vectors
 from pipelines.content.vectors import EMBEDDINGS, ENCODERS
 from pipelines.engines import cluster
 from pipelines.engines import spark as engine
@@ -34,13 +33,9 @@ from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 
 BROUGHT = "content.encoders is empty: the source brings all vectors"
-_FAULT = "content_"
-"""Reasons of rejected contents begin with it in ``rejected_rows``."""
 _SECONDS = 10.0
 """Progress is printed at most this often."""
 _ROW_GROUP = 16 * 2**20
-_SHOWN = 200
-"""Of a content that could not be encoded so many characters are in its rejected row."""
 
 
 def run(cfg: Config, context: StageContext) -> None:
@@ -120,7 +115,10 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
             encoded += _encode(spark, inputs, context, items, modality, settings, digests[modality])
         if cfg.content.replace:
             _drop_others(spark, inputs, digests)
-        written = {EMBEDDINGS: _stamp(spark, inputs), "rejected_rows": _reject(spark, inputs, context, items, digests)}
+        written = {
+            EMBEDDINGS: _stamp(spark, inputs),
+            "rejected_rows": rejected.write(spark, inputs, context, items, digests),
+        }
         rows = [
             {"modality": m, "encoder": digests[m], "identity": json.dumps(identity), "width": identity["width"]}
             for m, identity in identities.items()
@@ -285,46 +283,6 @@ def _drop_others(spark: SparkSession, inputs: Inputs, digests: Mapping[str, str]
     )
     if not rows.filter(~mine).isEmpty():
         _commit(inputs, rows.filter(mine), replace=None, schema=tables.CONTENT_EMBEDDINGS)
-
-
-def _reject(
-    spark: SparkSession, inputs: Inputs, context: StageContext, items: DataFrame, digests: Mapping[str, str]
-) -> int:
-    """Write a row of ``rejected_rows`` for each item whose content could not be encoded; return the version."""
-    lake, frames = Lake(inputs.lake.root, {}), list[DataFrame]()
-    for modality, encoder in inputs.cfg.content.encoders.items():
-        made = vectors.made_by(engine.read(spark, lake, EMBEDDINGS), modality, digests[modality])
-        faults = made.filter(f"reason IS NOT NULL AND reason != '{ABSENT}'").select("fingerprint", "reason")
-        if faults.isEmpty():
-            continue
-        content = _masked(F.col(f"`{encoder.field}`.path")) if encoder.field else vectors.text(encoder)
-        shown = F.substring(content, 1, _SHOWN).alias("content")
-        rows = items.select("item_id", vectors.fingerprint(encoder).alias("fingerprint"), shown)
-        row = F.to_json(F.struct("item_id", F.lit(modality).alias("modality"), "content"))
-        bad = rows.join(faults, "fingerprint")
-        named = bad.select(F.concat(F.lit(_FAULT), "reason").alias("reason"), row.alias("row"))
-        frames.append(named.groupBy("reason", "row").agg(F.count("*").alias("copies")))
-    schema = tables.REJECTED_ROWS
-    if not frames:
-        if not lake.exists("rejected_rows"):
-            return lake.write_rows("rejected_rows", schema, [], inputs.hash)
-        return lake.version("rejected_rows")
-    added = {"input_hash": F.lit(inputs.hash), "table": F.lit("items"), "row_hash": F.sha2("row", 256)}
-    refused = reduce(DataFrame.unionByName, frames).withColumns(added).persist()
-    totals = refused.groupBy("reason").agg(F.sum("copies").alias("items")).collect()
-    counts = Counter({found["reason"].removeprefix(_FAULT): found["items"] for found in totals})
-    listed = ", ".join(f"{reason} {number:,}" for reason, number in counts.most_common())
-    context.note(f"items without a modality because of their content: {listed}")
-    context.facts["refused contents"] = counts.total()
-    where = f"input_hash = '{inputs.hash}'"
-    version = engine.write(refused, inputs.lake, "rejected_rows", schema, inputs.hash, replace=where)
-    refused.unpersist()
-    return version
-
-
-def _masked(address: Column) -> Column:
-    """Return an address without user, password and query, which may be secrets."""
-    return F.regexp_replace(F.regexp_replace(address, r"(?<=://)[^/@]*@", ""), r"(?<=://)([^?#]*)[?#].*", "$1")
 
 
 def root_of(cfg: Config) -> Location | None:

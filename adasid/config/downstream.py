@@ -91,7 +91,7 @@ class Retrieval(Section):
     )
     eval_users: int = Field(25_000, ge=1, description="users scored at each validation, at most")
     test_users: int = Field(
-        1_000_000,
+        100_000,
         ge=1,
         description="users scored in the test, at most: all, or a fixed random sample; the result says how many they "
         "were",

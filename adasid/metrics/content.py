@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_CHUNK = 512
+from adasid.metrics.neighbours import nearest
 
 
 class Quality(NamedTuple):
@@ -26,31 +26,20 @@ class Quality(NamedTuple):
 def quality(
     vectors: NDArray[np.float32], kinds: NDArray[np.int64], neighbours: int = 10, near_duplicate: float = 0.95
 ) -> Quality:
-    """Measure ``vectors`` [n, D]; ``kinds`` [n]: number of the category, negative where unknown. Of vectors that tie at
-    the last place those that come first count."""
+    """Measure ``vectors`` [n, D]; ``kinds`` [n]: number of the category, negative where unknown. Vectors of zeros have
+    no neighbours and are none."""
     if len(vectors) < 2:
         return Quality(None, None, None, None)
-    x = torch.from_numpy(vectors).double()
-    unit = torch.nn.functional.normalize(x, dim=1).float()
-    kind = torch.from_numpy(kinds)
-    near, same, asked = 0, 0.0, 0
-    neighbours = min(neighbours, len(x) - 1)
-    for first in range(0, len(x), _CHUNK):
-        rows = torch.arange(first, min(first + _CHUNK, len(x)))
-        cosine = unit[rows] @ unit.T
-        cosine[torch.arange(len(rows)), rows] = -2.0
-        best, nearest = cosine.topk(neighbours, dim=1)
-        near += int((best[:, 0] >= near_duplicate).sum())
-        known = kind[rows] >= 0
-        asked += int(known.sum())
-        same += float((kind[nearest] == kind[rows][:, None])[known].double().mean(1).sum())
+    places, cosines = nearest(vectors, neighbours)
+    asked, near = (kinds >= 0) & (places[:, 0] >= 0), cosines[:, 0] >= near_duplicate
+    same, compared = (kinds[places] == kinds[:, None]) & (places >= 0), (places >= 0).sum(1)
     counts = np.bincount(kinds[kinds >= 0])
-    others = (counts * (counts - 1)).sum() / max(1, counts.sum() * (len(x) - 1))
+    chance = (counts * (counts - 1)).sum() / max(1, counts.sum() * (len(vectors) - 1))
     return Quality(
-        effective_rank(x),
-        near / len(x),
-        same / asked if asked else None,
-        float(others) if asked else None,
+        effective_rank(torch.from_numpy(vectors).double()),
+        float(near.mean()),
+        float((same.sum(1)[asked] / compared[asked]).mean()) if asked.any() else None,
+        float(chance) if asked.any() else None,
     )
 
 

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix, csr_matrix
 
+from adasid.metrics.neighbours import nearest, unit
 from adasid.sid import Slot
 from adasid.tables import PAD, STRATA
 
@@ -39,7 +40,6 @@ NEXT = 5
 """Codes that :func:`transitions` lists after a code."""
 TITLE = 120
 """Characters of a title that the page shows."""
-_BLOCK = 1024
 _EDGE = 32_000
 """Largest absolute coordinate on the map."""
 
@@ -155,23 +155,6 @@ def transitions(first: NDArray[np.integer], then: NDArray[np.integer], size: int
     return found
 
 
-def neighbours(vectors: NDArray[np.float32], number: int = NEIGHBOURS) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return the places [n, number] of the rows with the highest cosine to each row, the highest first, and the
-    cosines. Rows of zeros have no neighbours and are none; a place is -1 where there are too few."""
-    unit, rows = _unit(vectors), np.flatnonzero(vectors.any(1))
-    places = np.full((len(vectors), number), -1, np.int32)
-    cosines = np.zeros((len(vectors), number), np.float32)
-    unit, wanted = unit[rows], min(number, len(rows) - 1)
-    for start in range(0, len(rows) if wanted > 0 else 0, _BLOCK):
-        block = unit[start : start + _BLOCK] @ unit.T
-        mine = np.arange(len(block))
-        block[mine, start + mine] = -np.inf
-        values, near = torch.topk(torch.from_numpy(block), wanted, dim=1)
-        places[rows[start + mine], :wanted] = rows[near.numpy()]
-        cosines[rows[start + mine], :wanted] = values.numpy()
-    return places, cosines
-
-
 def project(vectors: NDArray[np.float32], seed: int = 0) -> NDArray[np.int16]:
     """Return the first two principal components of the rows [n, D], scaled by one factor to whole numbers of at most
     32,000, [n, 2]. Equal rows and ``seed`` give equal coordinates."""
@@ -213,8 +196,8 @@ def payload(
     whole catalogue by stratum)."""
     words = Words(items.titles)
     content = [m for m in items.vectors if m in {slot.kind for slot in slots}] or list(items.vectors)
-    plane = decoded if decoded is not None else np.concatenate([_unit(items.vectors[m]) for m in content], axis=1)
-    near = {m: neighbours(vectors) for m, vectors in items.vectors.items()}
+    plane = decoded if decoded is not None else np.concatenate([unit(items.vectors[m]) for m in content], axis=1)
+    near = {m: nearest(vectors, NEIGHBOURS) for m, vectors in items.vectors.items()}
     whole = np.int16 if len(items.ids) <= 32_767 else np.int32
     return {
         "facts": {**(facts or {}), "mapped": "decoded" if decoded is not None else "vectors"},
@@ -263,9 +246,3 @@ def render(data: Mapping[str, Any]) -> str:
 def _cut(title: str | None) -> str:
     text = " ".join((title or "").split())
     return text if len(text) <= TITLE else f"{text[: TITLE - 1]}…"
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return rows of norm 1; rows of zeros stay."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(norms > 0, norms, 1), np.float32)

@@ -19,7 +19,6 @@ import torch
 from adasid import config, errors, files
 from adasid.distributed import settle
 from adasid.encoders.base import Encoder, open_encoder
-from adasid.faults import passing
 from adasid.files import Location
 from adasid.storage import configure
 from adasid.tables import VECTOR
@@ -150,7 +149,7 @@ def _rows(call: Call, parts: list[str], actors: int | None, settings: config.Ray
     import ray
 
     cluster.join(settings)
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if settings.gpus == "auto" else 0
+    gpus = cluster.gpus_of(settings)
     number = min(actors or gpus or settings.workers, len(parts))
     blocks = min(len(parts), number * _BLOCKS)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -168,7 +167,4 @@ def _rows(call: Call, parts: list[str], actors: int | None, settings: config.Ray
     except Exception as error:
         if found := re.search(r"adasid\.errors\.(\w+): ([^\n]+)", str(error)):
             raise getattr(errors, found.group(1))(found.group(2).strip()) from error
-        raise (errors.TransientError if passing(error) else errors.TrainingError)(
-            f"{call.key}: the encoding actors failed ({errors.first_line(error)}); run the command again to go on with "
-            "the parts that are left"
-        ) from error
+        raise cluster.failed(f"{call.key}: the actors", "to go on with the parts that are left", error) from error

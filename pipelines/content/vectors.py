@@ -100,4 +100,9 @@ def items(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
 
 def made_by(embeddings: DataFrame, modality: str, encoder: str) -> DataFrame:
     """Return the rows of ``content_embeddings`` of a modality and the digest of its encoder."""
-    return embeddings.filter((F.col("modality") == modality) & (F.col("encoder") == encoder))
+    return embeddings.filter(of_encoder(modality, encoder))
+
+
+def of_encoder(modality: str, encoder: str) -> Column:
+    """Return whether a row of ``content_embeddings`` is of a modality and the digest of its encoder."""
+    return (F.col("modality") == modality) & (F.col("encoder") == encoder)

@@ -70,8 +70,7 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
     from ray.train.torch import TorchTrainer
 
     join(settings)
-    available = ray.cluster_resources()
-    gpus = int(available.get("GPU", 0)) if settings.gpus == "auto" else 0
+    available, gpus = ray.cluster_resources(), gpus_of(settings)
     workers = min(settings.workers, gpus) if gpus else settings.workers
     if workers < settings.workers:
         log.line(f"{workers} workers instead of {settings.workers}, one for each GPU", "WARN")
@@ -95,11 +94,21 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
         _raise_failure(folder)
         if lost := re.search(r"adasid\.errors\.InputError: ([^\n]+ of the driver is not there on [^\n]+)", str(error)):
             raise errors.InputError(lost.group(1)) from error
-        raise (errors.TransientError if passing(error) else errors.TrainingError)(
-            f"{name}: the workers failed ({_first_line(error)}); run the command again to resume from the last "
-            "checkpoint"
-        ) from error
+        raise failed(f"{name}: the workers", "to resume from the last checkpoint", error) from error
     _raise_failure(folder, ("TrainingError",))  # a retry has recovered from any other kind
+
+
+def gpus_of(settings: config.Ray) -> int:
+    """Return the number of the joined cluster's GPUs that may be used."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0)) if settings.gpus == "auto" else 0
+
+
+def failed(who: str, effect: str, error: Exception) -> errors.AdasidError:
+    """Return the error to raise where Ray's workers have failed; ``effect`` of running the command again."""
+    kind = errors.TransientError if passing(error) else errors.TrainingError
+    return kind(f"{who} failed ({_last_line(error)}); run the command again {effect}")
 
 
 def rows(folder: Location) -> list[dict[str, float]]:
@@ -170,7 +179,7 @@ def join(settings: config.Ray) -> None:
         where = settings.address or os.environ.get("RAY_ADDRESS")
         raise wrapped(
             error,
-            f"no Ray cluster at {where} ({_first_line(error)}): start one with `ray start --head`, or leave "
+            f"no Ray cluster at {where} ({_last_line(error)}): start one with `ray start --head`, or leave "
             "ray.address null",
         ) from error
 
@@ -235,6 +244,6 @@ def threads(settings: config.Ray) -> int:
     return max(1, round(settings.cpus_per_worker))
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]

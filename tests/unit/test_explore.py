@@ -1,4 +1,4 @@
-"""Test what the page of items and codes says: the sample, typical words, transitions, neighbours, the map, and that the
+"""Test what the page of items and codes says: the sample, typical words, transitions, the map, and that the
 payload survives the page."""
 
 from __future__ import annotations
@@ -125,24 +125,6 @@ def test_transitions_count_what_follows_and_compare_with_popularity():
     many = explore.transitions(np.zeros(12, int), np.array([7, 7, 6, 6, 6, 5, 4, 3, 2, 1, 0, 0]), 8)
     assert [n.code for n in many[0]] == [6, 0, 7, 1, 2]
     assert explore.transitions(np.zeros(0, int), np.zeros(0, int), 8) == {}
-
-
-def test_neighbours_are_those_of_a_full_search(monkeypatch):
-    monkeypatch.setattr(explore, "_BLOCK", 16)
-    vectors = np.random.default_rng(0).standard_normal((70, 5)).astype(np.float32)
-    vectors[[3, 40]] = 0
-    places, cosines = explore.neighbours(vectors, 4)
-    for item, row in enumerate(vectors):
-        if item in (3, 40):
-            assert (places[item] == -1).all()
-            continue
-        every = vectors @ row / np.maximum(np.linalg.norm(vectors, axis=1) * np.linalg.norm(row), 1e-9)
-        every[[item, 3, 40]] = -2
-        best = np.argsort(-every)[:4]
-        assert places[item].tolist() == best.tolist()
-        assert np.allclose(cosines[item], every[best], atol=1e-5)
-    assert explore.neighbours(vectors[:3], 4)[0][0, 2:].tolist() == [-1, -1]
-    assert (explore.neighbours(vectors[:1], 4)[0] == -1).all()
 
 
 def test_the_map_shows_the_directions_of_largest_spread():

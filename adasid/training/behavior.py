@@ -256,11 +256,11 @@ class BehaviorTraining(TrainingLoop):
     def _result(self, rows: list[Row]) -> BehaviorResult:
         (chosen, note), early_rows = self.best_row(rows), rows[: self.settings.early_epochs]
         index = best(early_rows, "spearman")
-        early = early_rows[-1 if index is None else index]
+        early, own = early_rows[-1 if index is None else index], self.table.index()
+        del self.table  # it and the best embeddings would be twice its memory
         embeddings = read_rows(self._folder("best", chosen), self.workers)["embeddings"]
         use_early = self.settings.norm_checkpoint == "early"
         norms = read_rows(self._folder("early", early), self.workers)["norms"] if use_early else embeddings.norm(dim=1)
-        own = self.table.index()
         unseen = torch.from_numpy(self.data.counts == 0)[own]
         lowest = norms[~unseen].min() if (~unseen).any() else norms.new_tensor(torch.inf)
         lowest = self.workers.gather(lowest[None].to(self.device)).min().cpu()

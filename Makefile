@@ -31,7 +31,7 @@ scale: setup  ## seconds, memory and bytes of every stage on synthetic catalogue
 	@$(BIN)/python tests/benchmarks/scale.py $(or $(SIZE),5000) --draw
 
 drills: setup  ## kill the nightly job 30 times at all of its steps (about half an hour); WHERE=s3: in a bucket
-	@ADASID_DRILLS=30 ADASID_DRILLS_WHERE=$(WHERE) ADASID_DRILLS_LOG=$(CURDIR)/drills.jsonl $(BIN)/python -m pytest tests/end_to_end/test_drills.py tests/end_to_end/test_ray_nodes.py tests/end_to_end/test_both_clusters.py tests/end_to_end/test_s3.py tests/ray/test_content.py
+	@ADASID_DRILLS=30 ADASID_DRILLS_WHERE=$(WHERE) ADASID_DRILLS_LOG=$(CURDIR)/drills.jsonl $(BIN)/python -m pytest tests/end_to_end/test_drills.py tests/end_to_end/test_ray_nodes.py tests/end_to_end/test_both_clusters.py tests/end_to_end/test_s3.py tests/ray/test_content.py tests/end_to_end/test_raw_releases.py
 
 fuzz: setup  ## 200 random sources and configs through ingest and build_features (about 10 minutes); what breaks the contract is kept in fuzz-cases
 	@ADASID_FUZZ=200 ADASID_FUZZ_CASES=$(CURDIR)/fuzz-cases $(BIN)/python -m pytest -s tests/fuzz -k random

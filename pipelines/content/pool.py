@@ -167,4 +167,6 @@ def _rows(call: Call, parts: list[str], actors: int | None, settings: config.Ray
     except Exception as error:
         if found := re.search(r"adasid\.errors\.(\w+): ([^\n]+)", str(error)):
             raise getattr(errors, found.group(1))(found.group(2).strip()) from error
-        raise cluster.failed(f"{call.key}: the actors", "to go on with the parts that are left", error) from error
+        raise cluster.failed(
+            f"{call.key}: the encoding actors failed", "to go on with the parts that are left", error
+        ) from error

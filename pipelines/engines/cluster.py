@@ -94,7 +94,7 @@ def _fit_on_ray(function: Callable[[P], None], payload: P, settings: config.Ray,
         _raise_failure(folder)
         if lost := re.search(r"adasid\.errors\.InputError: ([^\n]+ of the driver is not there on [^\n]+)", str(error)):
             raise errors.InputError(lost.group(1)) from error
-        raise failed(f"{name}: the workers", "to resume from the last checkpoint", error) from error
+        raise failed(f"{name}: the workers failed", "to resume from the last checkpoint", error) from error
     _raise_failure(folder, ("TrainingError",))  # a retry has recovered from any other kind
 
 
@@ -105,10 +105,10 @@ def gpus_of(settings: config.Ray) -> int:
     return int(ray.cluster_resources().get("GPU", 0)) if settings.gpus == "auto" else 0
 
 
-def failed(who: str, effect: str, error: Exception) -> errors.AdasidError:
-    """Return the error to raise where Ray's workers have failed; ``effect`` of running the command again."""
+def failed(problem: str, effect: str, error: Exception) -> errors.AdasidError:
+    """Return the error to raise where Ray's workers have failed; ``effect``: that of running the command again."""
     kind = errors.TransientError if passing(error) else errors.TrainingError
-    return kind(f"{who} failed ({_last_line(error)}); run the command again {effect}")
+    return kind(f"{problem} ({_last_line(error)}); run the command again {effect}")
 
 
 def rows(folder: Location) -> list[dict[str, float]]:

@@ -74,12 +74,6 @@ class Content(Section):
     part_items: int = Field(
         2048, ge=1, description="items of a part: an interrupted job loses the parts at work and keeps the others"
     )
-    max_unused: float = Field(
-        1.0,
-        ge=0.0,
-        description="vectors of contents that no item has any more are kept, as contents come back, while there are "
-        "at most 1 + this many vectors for each item and encoder; then they are deleted",
-    )
     replace: bool = Field(
         False, description="true: encode all items again where an encoder is another than that of the published vectors"
     )

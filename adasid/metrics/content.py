@@ -33,8 +33,8 @@ def quality(
     places, cosines = nearest(vectors, neighbours)
     asked, near = (kinds >= 0) & (places[:, 0] >= 0), cosines[:, 0] >= near_duplicate
     same, compared = (kinds[places] == kinds[:, None]) & (places >= 0), (places >= 0).sum(1)
-    counts = np.bincount(kinds[kinds >= 0])
-    chance = (counts * (counts - 1)).sum() / max(1, counts.sum() * (len(vectors) - 1))
+    counts, others = np.bincount(kinds[asked]), int(vectors.any(1).sum()) - 1
+    chance = (counts * (counts - 1)).sum() / max(1, counts.sum() * others)
     return Quality(
         effective_rank(torch.from_numpy(vectors).double()),
         float(near.mean()),

@@ -114,10 +114,8 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
             revision = identities[modality].get("revision")
             settings = encoder.model_copy(update={"revision": revision}) if revision else encoder
             encoded += _encode(spark, inputs, context, items, modality, settings, digests[modality])
-        if cfg.content.replace:
+        if cfg.content.replace and lake.exists(EMBEDDINGS):
             _drop_others(spark, inputs, digests)
-        if deleted := _drop_unused(spark, inputs, items, encoders, digests):
-            context.note(f"{EMBEDDINGS}: {deleted:,} vectors that no item uses are deleted")
         written = {
             EMBEDDINGS: _stamp(spark, inputs),
             "rejected_rows": rejected.write(spark, inputs, context, items, digests),
@@ -282,25 +280,6 @@ def _drop_others(spark: SparkSession, inputs: Inputs, digests: Mapping[str, str]
     mine = reduce(operator.or_, [vectors.of_encoder(modality, digest_of) for modality, digest_of in digests.items()])
     if not rows.filter(~mine).isEmpty():
         _commit(inputs, rows.filter(mine), replace=None, schema=tables.CONTENT_EMBEDDINGS)
-
-
-def _drop_unused(
-    spark: SparkSession, inputs: Inputs, items: DataFrame, encoders: Mapping[str, Encoder], digests: Mapping[str, str]
-) -> int:
-    """Delete the vectors that no item uses where there are more than ``content.max_unused`` allows; return how many
-    were deleted."""
-    rows = engine.read(spark, Lake(inputs.lake.root, {}), EMBEDDINGS)
-    number = rows.count()
-    if number <= (1 + inputs.cfg.content.max_unused) * items.count() * len(encoders):
-        return 0
-    keys = ["modality", "encoder", "fingerprint"]
-    used = [
-        items.select(F.lit(m).alias(keys[0]), F.lit(digests[m]).alias(keys[1]), vectors.fingerprint(e).alias(keys[2]))
-        for m, e in encoders.items()
-    ]
-    left = rows.join(reduce(DataFrame.unionByName, used).distinct(), keys, "left_semi")
-    _commit(inputs, left.select(*rows.columns), replace=None, schema=tables.CONTENT_EMBEDDINGS)
-    return number - engine.read(spark, Lake(inputs.lake.root, {}), EMBEDDINGS).count()
 
 
 def root_of(cfg: Config) -> Location | None:

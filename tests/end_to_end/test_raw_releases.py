@@ -112,5 +112,7 @@ def test_raw_lines_and_pictures_become_codes_that_one_can_look_at(year, tmp_path
     agreement = {row["modality"]: row["agreement"] for row in lake.read("content_quality").to_pylist()}
     assert agreement["text"] > 0.9
     page = (cfg.run_dir / "report" / "explore" / "index.html").read_text(encoding="utf-8")
-    assert "Acme nail polish" in page
-    assert len(re.findall("data:image/jpeg|/9j/", page)) > 0
+    (payload,) = re.findall(r'<script[^>]*id="payload"[^>]*>(.*?)</script>', page, re.DOTALL)
+    shown = json.loads(payload)
+    assert f"Acme nail polish, kid's {TOPICS - 2}" in shown["titles"]
+    assert len(shown["pictures"]) == ITEMS - dict(stats["missing"])["visual"]

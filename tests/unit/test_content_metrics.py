@@ -44,7 +44,7 @@ def test_unknown_categories_and_vectors_of_zeros_are_not_compared():
     # 0: {5, 1} -> 1 of 2; 1: {5, 0} -> 1 of 2; 2: {3, 1} -> 0; 3: {2, 1} -> 1 of 2; zeros and the unknown do not count
     assert found.agreement == pytest.approx((0.5 + 0.5 + 0 + 0.5) / 4)
     assert found.near_duplicates == pytest.approx(5 / 6)
-    assert found.chance == pytest.approx(4 * 3 / (5 * 5))
+    assert found.chance == pytest.approx(3 * 2 / (4 * 4))
 
 
 def test_nothing_is_said_of_one_vector_or_without_categories():

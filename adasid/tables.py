@@ -148,7 +148,6 @@ RANKING_SAMPLES = _schema(
     ("bucket", pa.int32(), False),
     ("user_id", pa.string(), False),
     ("user_index", pa.int64(), False),
-    ("item_id", pa.string(), False),
     ("item_index", pa.int64(), False),
     ("time", pa.timestamp("us", tz="UTC"), True),
     ("position", pa.int64(), False),

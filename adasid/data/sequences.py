@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -126,16 +126,12 @@ class _Split:
         return mask
 
 
-def epoch_batches(
-    histories: Histories, users: int, length: int, seed: int, number: int, workers: Workers, device: torch.device
-) -> Iterator[NDArray[np.int64]]:
-    """Yield the batches of epoch ``number``: this worker's share of ``users`` users per step, shuffled, their last
-    ``length`` items (see :meth:`Histories.last`). All workers make equally many steps; one with fewer users repeats
-    some."""
+def epoch_users(
+    histories: Histories, users: int, seed: int, number: int, workers: Workers, device: torch.device
+) -> NDArray[np.int64]:
+    """Return the users of each step of epoch ``number`` [steps, share]: this worker's share of ``users`` users per
+    step, shuffled. All workers make equally many steps; one with fewer users repeats some."""
     share = max(1, users // workers.world)
     largest = int(workers.gather(torch.tensor([len(histories)], device=device)).max())
-    order = np.resize(
-        np.random.default_rng([seed, number, workers.rank]).permutation(len(histories)), -(-largest // share) * share
-    )
-    for start in range(0, len(order), share):
-        yield histories.last(order[start : start + share], length)
+    order = np.random.default_rng([seed, number, workers.rank]).permutation(len(histories))
+    return np.resize(order, (-(-largest // share), share))

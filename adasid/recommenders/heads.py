@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 import torch.nn.functional as nnf
@@ -12,25 +11,23 @@ from torch import Tensor, nn
 from adasid import config
 from adasid.metrics.blocks import Scores
 from adasid.recommenders.autoregressive import AutoregressiveRetriever
-from adasid.recommenders.retriever import CHUNK, Retriever, ScoredRetriever, token_loss
+from adasid.recommenders.retriever import Retriever, ScoredRetriever, token_loss
 from adasid.recommenders.sasrec import sampled_softmax
 from adasid.recommenders.tokens import ItemTokens
-
-_VECTORS = 4 << 30
-"""Bytes of item vectors that are in memory while many users are scored."""
 
 
 class ItemRetriever(ScoredRetriever):
     """The score is state . vector; the loss is the sampled softmax over items with logQ correction (methods 7.3, the
     item head), or the softmax over all SIDs."""
 
-    def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
-        super().__init__(settings, catalogue)
-        order = catalogue.group.argsort(stable=True)
+    @cached_property
+    def first(self) -> Tensor:
+        """One item of each SID, in the order of ``catalogue.group``."""
+        group = self.catalogue.group
+        order = group.argsort(stable=True)
         opens = torch.ones_like(order, dtype=torch.bool)
-        opens[1:] = catalogue.group[order][1:] != catalogue.group[order][:-1]
-        self.first = order[opens]  # one item of each SID, in the order of catalogue.group
-        self._items: Tensor | None = None
+        opens[1:] = group[order][1:] != group[order][:-1]
+        return order[opens]
 
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Compute the loss; items that share the target's SID are no negatives."""
@@ -55,28 +52,12 @@ class ItemRetriever(ScoredRetriever):
 
     def score(self, prepared: Tensor, first: int, last: int) -> Tensor:
         """Return inner products."""
-        if self._items is not None:
-            return prepared @ self._items[first:last].T
         return prepared @ self.vectors(torch.arange(first, last, device=prepared.device)).T
 
     def block(self, states: Tensor, first: int, last: int) -> Scores:
         """Return the function as :meth:`ScoredRetriever.block`; the items' vectors are computed once."""
-        items = torch.arange(first, last, device=states.device)
-        vectors = self.vectors(items) if self._items is None else self._items[first:last]
+        vectors = self.vectors(torch.arange(first, last, device=states.device))
         return lambda users: states[users] @ vectors.T
-
-    @contextmanager
-    def fixed_weights(self) -> Iterator[None]:
-        """Compute the vectors of all items once, [M, width], where they take at most 4 GiB."""
-        items = torch.arange(len(self.catalogue.rows), device=self.table.device)
-        if len(items) * self.table.shape[1] * self.table.element_size() <= _VECTORS:
-            self._items = self.table.new_empty(len(items), self.table.shape[1])
-            for part in items.split(CHUNK):
-                self._items[part] = self.vectors(part).detach()
-        try:
-            yield
-        finally:
-            self._items = None
 
 
 class ParallelRetriever(ScoredRetriever):

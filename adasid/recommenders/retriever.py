@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -27,8 +25,7 @@ CHUNK = 1 << 20
 SPARSE_FROM = 1 << 16
 """Rows from which on the gradient of a table has only the rows of the batch, which are sorted at each step."""
 RANKED = 1 << 16
-"""Users that are ranked at a time: the vectors of all items are computed again for the next, if they were not
-retained."""
+"""Users that are ranked at a time: the vectors of all items are computed again for the next."""
 _PARTS, _PART = 8, 1024
 """Number of parts into which a batch of histories is split by length; on a GPU, each has at least so many histories."""
 
@@ -41,11 +38,15 @@ class Retriever(CausalEncoder, ABC):
         s = self.settings = settings
         super().__init__(s.width, s.blocks, s.heads, s.feedforward, s.max_length, s.dropout)
         self.catalogue = catalogue
-        self.omega = catalogue.loss_weights()
         self.table = nn.Parameter(torch.randn(sum(catalogue.sizes), s.width) * 0.02)
         self.ngrams: nn.Parameter | None = None
         if catalogue.ngram_rows:  # zeros: a row that training never uses changes nothing
             self.ngrams = nn.Parameter(torch.zeros(catalogue.ngram_rows + 1, s.width))
+
+    @cached_property
+    def omega(self) -> Tensor:
+        """Weights of the tokens in the loss of a head that predicts tokens [M, L]."""
+        return self.catalogue.loss_weights()
 
     @property
     def tables(self) -> list[nn.Parameter]:
@@ -111,11 +112,6 @@ class Retriever(CausalEncoder, ABC):
     def users_at_once(self, beam: int) -> int:
         """Return the number of users for which :meth:`ranks` should be called at a time."""
         return RANKED
-
-    @contextmanager
-    def fixed_weights(self) -> Iterator[None]:
-        """Compute once, within the context, what scores of many users need of the items."""
-        yield
 
 
 class ScoredRetriever(Retriever):

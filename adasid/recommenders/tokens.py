@@ -49,8 +49,11 @@ class ItemTokens:
                 "tokenizer"
             )
         sizes = tuple(slot.size + 1 for slot in slots)
-        rows = np.where(codes == PAD, np.array(sizes) - 1, codes).astype(np.int64) + np.array(_starts(sizes))
-        group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
+        rows = codes.astype(np.int64)
+        for slot, (size, start) in enumerate(zip(sizes, _starts(sizes))):
+            rows[codes[:, slot] == PAD, slot] = size - 1
+            rows[:, slot] += start
+        group = _groups(codes, sizes)
         given = np.ones(codes.shape, np.float32) if weights is None else weights
         behavior = tuple(index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR)
         return ItemTokens(
@@ -77,14 +80,17 @@ class ItemTokens:
         codes = self.codes
         table = hashed(codes, ngrams, rows)
         if trained is not None and ngrams:
-            table = table.masked_fill(rare(codes, ngrams, trained, min_items), rows)
+            table.masked_fill_(rare(codes, ngrams, trained, min_items), rows)
         return replace(self, ngrams=table, ngram_rows=rows if ngrams else 0)
 
     @property
     def codes(self) -> Tensor:
-        """Return the codes, PAD where a slot has none [M, L]."""
-        local = self.rows - torch.tensor(self.starts, device=self.rows.device)
-        return local.masked_fill(local == torch.tensor(self.sizes, device=self.rows.device) - 1, PAD)
+        """Return the codes, PAD where a slot has none [M, L] int32."""
+        codes = torch.empty(self.rows.shape, dtype=torch.int32, device=self.rows.device)
+        for slot, (size, start) in enumerate(zip(self.sizes, self.starts)):
+            codes[:, slot] = self.rows[:, slot] - start
+            codes[:, slot].masked_fill_(codes[:, slot] == size - 1, PAD)
+        return codes
 
     def loss_weights(self) -> Tensor:
         """Return the weight of each token in a loss [M, L]: for a behaviour token its weight, scaled to mean 1 over
@@ -127,6 +133,22 @@ def _first(above: NDArray[np.int64], below: NDArray[np.int64]) -> Tensor:
     """Return the first node of a level, which open at the positions ``below``, of each node above, and their
     number."""
     return torch.from_numpy(np.append(np.searchsorted(below, above), len(below)))
+
+
+def _groups(codes: NDArray[np.int32], sizes: Sequence[int]) -> NDArray[np.int64]:
+    """Return the index of each row of ``codes`` [M, L] among the distinct rows in lexicographic order [M]. The codes of
+    a row are the digits of one integer, replaced by its rank where the next digit would not fit."""
+    number, largest = np.zeros(len(codes), np.int64), 1
+    for slot, size in enumerate(sizes):
+        if largest > np.iinfo(np.int64).max // size:
+            number = np.unique(number, return_inverse=True)[1]
+            largest = len(codes)
+        number *= size
+        number += codes[:, slot]
+        number += 1  # PAD is -1, the lowest
+        largest *= size
+    group: NDArray[np.int64] = np.unique(number, return_inverse=True)[1]
+    return group
 
 
 def _no_ngrams(items: int) -> Tensor:

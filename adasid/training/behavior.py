@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid import config, files
-from adasid.data.sequences import Histories, epoch_batches
+from adasid.data.sequences import Histories, epoch_users
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import Location
@@ -149,9 +149,9 @@ class BehaviorTraining(TrainingLoop):
         self.model.train()
         total = torch.zeros(2, device=self.device)
         s = self.settings
-        for step, events in enumerate(
-            epoch_batches(self.data.train, s.batch_users, s.max_length + 1, self.seed, epoch, self.workers, self.device)
-        ):
+        order = epoch_users(self.data.train, s.batch_users, self.seed, epoch, self.workers, self.device)
+        for step in self.tracked(range(len(order)), f"epoch {epoch}/{self.epochs}"):
+            events = self.data.train.last(order[step], s.max_length + 1)
             total += torch.stack([self._step(events, epoch, step), torch.ones((), device=self.device)])
         total = self.workers.sum(total)
         return float(total[0] / total[1])
@@ -193,19 +193,20 @@ class BehaviorTraining(TrainingLoop):
         self.model.eval()
         row: dict[str, float] = {}
         for split, histories in (("validation", self.data.validation), ("test", self.data.test)):
-            scores = recall_ndcg(self._ranks(histories))
+            scores = recall_ndcg(self._ranks(histories, split))
             row.update({f"{split}_{name}": value for name, value in scores.items()})
         spearman = self._spearman()
         return {**row, "spearman": spearman} if np.isfinite(spearman) else row
 
-    def _ranks(self, histories: Histories) -> Tensor:
+    def _ranks(self, histories: Histories, split: str) -> Tensor:
         """Return the 1-based ranks of the targets of all workers' users, over the full catalogue including the
-        history, the same on all workers. Each worker scores all users against its own rows of the table."""
+        history, the same on all workers. Each worker scores all users against its own rows of the table. ``split``: its
+        name."""
         users = self._scored(histories)
         largest = int(self.workers.gather(torch.tensor([len(users)], device=self.device)).max())
         ranks = [torch.zeros(0, dtype=torch.int64, device=self.device)]
         share = max(1, _ROUND // self.workers.world)
-        for first in range(0, largest, share):
+        for first in self.tracked(range(0, largest, share), split):
             last = min(first + share, largest)
             chunks = [
                 self._states(histories, users[start : min(start + _CHUNK, last)])

@@ -5,8 +5,10 @@ random numbers depend only on (seed, epoch or step, rank)."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,13 +16,18 @@ from torch import Tensor, nn
 
 from adasid.distributed import Workers
 from adasid.errors import TrainingError
-from adasid.files import Location
+from adasid.files import Location, write_json
 from adasid.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
 
 Row = dict[str, float]
 """The logged metrics of one epoch."""
 Report = Callable[[list[Row]], None]
 """A callback that gets all rows so far, on every worker."""
+PROGRESS = "progress.json"
+"""Rank 0 writes to this file of the training's folder how far a long loop is."""
+_SECONDS = 30.0
+"""It does so at intervals of so many seconds."""
+T = TypeVar("T")
 
 
 def silent(rows: list[Row]) -> None:
@@ -108,6 +115,15 @@ class TrainingLoop(ABC):
             if logged:
                 report(rows)
         return rows
+
+    def tracked(self, steps: Sequence[T], what: str) -> Iterator[T]:
+        """Yield ``steps``, and write from time to time how many of them are done. ``what``: name of the loop."""
+        written = time.monotonic()
+        for done, step in enumerate(steps):
+            if self.workers.rank == 0 and time.monotonic() - written >= _SECONDS:
+                written = time.monotonic()
+                write_json(self.folder / PROGRESS, {"what": what, "done": done, "of": len(steps)})
+            yield step
 
     def best_row(self, rows: Sequence[Row]) -> tuple[Row, dict[str, str]]:
         """Return the row of the best epoch, and a note where no epoch defines :attr:`monitor`: then it is the last."""

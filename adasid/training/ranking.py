@@ -145,7 +145,7 @@ class RankingTraining(DownstreamTraining):
         largest = int(self.workers.gather(torch.tensor([len(mine)], device=self.device)).max())
         order = rng.permutation(mine)
         total = torch.zeros(2, device=self.device)
-        for step, start in enumerate(range(0, largest, share)):
+        for step, start in enumerate(self.tracked(range(0, largest, share), f"epoch {number}/{self.epochs}")):
             events = order.take(np.arange(start, start + share), mode="wrap").astype(np.int64)
             drawn = self._draw(rng.random((len(events), self.drawn)))
             batch, labels = self._batch(events, drawn)
@@ -175,7 +175,7 @@ class RankingTraining(DownstreamTraining):
 
     def _scored(self, split: str) -> Iterator[Tensor]:
         """Yield (user_index, item, label, score) of this worker's held-out samples [n, 4], in chunks."""
-        for part in np.array_split(self.parts[split], max(1, len(self.parts[split]) // 2048)):
+        for part in self.tracked(np.array_split(self.parts[split], max(1, len(self.parts[split]) // 2048)), split):
             if len(part):
                 events = part.astype(np.int64)
                 (users, histories, items), labels = self._batch(events, self._negatives(events))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid import config
-from adasid.data.sequences import Histories, epoch_batches
+from adasid.data.sequences import Histories, epoch_users
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import Location
@@ -131,12 +131,9 @@ class RetrievalTraining(DownstreamTraining):
     def train_epoch(self, number: int) -> float:
         """Train on all users once."""
         total, length = torch.zeros(2, device=self.device), self.settings.max_length + 1
-        for step, events in enumerate(
-            epoch_batches(
-                self.data.train, self.settings.batch_users, length, self.seed, number, self.workers, self.device
-            )
-        ):
-            ids = torch.from_numpy(events).to(self.device)
+        order = epoch_users(self.data.train, self.settings.batch_users, self.seed, number, self.workers, self.device)
+        for step in self.tracked(range(len(order)), f"epoch {number}/{self.epochs}"):
+            ids = torch.from_numpy(self.data.train.last(order[step], length)).to(self.device)
             generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + number) * 1_000_003 + step) % 2**63)
             self.lap("data")
             loss = self._loss(ids, generator)
@@ -156,7 +153,7 @@ class RetrievalTraining(DownstreamTraining):
 
     def validate(self) -> dict[str, float]:
         """Compute Recall and NDCG of a sample of ``eval_users`` users."""
-        ranked = self._ranked(self.data.validation, self.settings.validation_beam, self.settings.eval_users)
+        ranked = self._ranked("validation", self.settings.validation_beam, self.settings.eval_users)
         return averages(ranked.targets.numpy(), gains())
 
     def test(self) -> dict[str, Any]:
@@ -165,7 +162,7 @@ class RetrievalTraining(DownstreamTraining):
         history."""
         started = time.monotonic()
         mine = self._mine(self.data.test, self.settings.test_users)
-        ranked = self._ranked(self.data.test, self.settings.beam, self.settings.test_users)
+        ranked = self._ranked("test", self.settings.beam, self.settings.test_users)
         seconds, users = time.monotonic() - started, float(ranked.targets.sum())
         repeats = self.workers.sum(torch.tensor(repeated(self.data.test, mine), device=self.device))
         return {
@@ -182,24 +179,24 @@ class RetrievalTraining(DownstreamTraining):
         return histories.sample(-(-users // self.workers.world))
 
     @torch.inference_mode()
-    def _ranked(self, histories: Histories, beam: int, users: int) -> Ranked:
+    def _ranked(self, split: str, beam: int, users: int) -> Ranked:
         """Rank the targets of a sample of ``users`` users of all workers."""
+        histories: Histories = getattr(self.data, split)
         mine = self._mine(histories, users)
         group, strata = self.model.catalogue.group, torch.from_numpy(self.data.strata).to(self.device)
         sizes, order = torch.bincount(group), group.argsort(stable=True)
         rank_in_sid = torch.empty_like(order)  # index of an item within its SID
         rank_in_sid[order] = runs(sizes)[1]
         ranked = Ranked.none()
-        with self.model.fixed_weights():
-            for part, states, targets in self._states(histories, mine, beam):
-                last = None if self.settings.repeatable else torch.from_numpy(histories.last(part)).to(self.device)
-                seen = None if last is None else distinct(last)
-                ranks, everywhere = self.model.ranks(states, targets, beam, seen)
-                before, size = rank_in_sid[targets], sizes[group[targets]]
-                if seen is not None:  # items excluded from a list do not count in it
-                    mates = (seen >= 0) & (group[seen] == group[targets][:, None]) & (seen != targets[:, None])
-                    before, size = before - (mates & (seen < targets[:, None])).sum(1), size - mates.sum(1)
-                ranked += Ranked.of(ranks, everywhere, ranks - before, strata[targets], size)
+        for part, states, targets in self._states(split, mine, beam):
+            last = None if self.settings.repeatable else torch.from_numpy(histories.last(part)).to(self.device)
+            seen = None if last is None else distinct(last)
+            ranks, everywhere = self.model.ranks(states, targets, beam, seen)
+            before, size = rank_in_sid[targets], sizes[group[targets]]
+            if seen is not None:  # items excluded from a list do not count in it
+                mates = (seen >= 0) & (group[seen] == group[targets][:, None]) & (seen != targets[:, None])
+                before, size = before - (mates & (seen < targets[:, None])).sum(1), size - mates.sum(1)
+            ranked += Ranked.of(ranks, everywhere, ranks - before, strata[targets], size)
         sizes = torch.unique(self.workers.gather_ragged(ranked.sizes.to(self.device)))
         ranked = ranked.over(sizes.cpu())
         targets, everywhere, groups = (
@@ -208,12 +205,13 @@ class RetrievalTraining(DownstreamTraining):
         return Ranked(targets, everywhere, groups, ranked.sizes)
 
     def _states(
-        self, histories: Histories, users: NDArray[np.int64], beam: int
+        self, split: str, users: NDArray[np.int64], beam: int
     ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
         """Yield ``users`` in batches, short histories first, with the state after their history and their target."""
+        histories: Histories = getattr(self.data, split)
         size = self.model.users_at_once(beam)
         users = users[np.diff(histories.starts)[users].argsort(kind="stable")]
-        for part in np.array_split(users, max(1, -(-len(users) // size))):
+        for part in self.tracked(np.array_split(users, max(1, -(-len(users) // size))), split):
             if len(part):
                 chunks = np.array_split(part, -(-len(part) // _ENCODED))
                 states = torch.cat([self._last_states(histories, chunk) for chunk in chunks])

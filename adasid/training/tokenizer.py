@@ -136,7 +136,7 @@ class TokenizerTraining(TrainingLoop):
         self.tokenizer.train()
         self.tokenizer.start_epoch(self._generator(-epoch))
         sums: dict[str, float] = {}
-        for index in range(self.steps):
+        for index in self.tracked(range(self.steps), f"epoch {epoch}/{self.epochs}"):
             before = time.monotonic()
             rows = order[index * self.share : (index + 1) * self.share]
             batch = (self.shard.take_pairs(rows, random) if self.pairs else self.shard.take(rows)).to(self.device)

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from adasid import config, errors, storage
 from adasid.distributed import settle
 from adasid.faults import passing, wrapped
 from adasid.files import Location, location, write_json
+from adasid.training.loop import PROGRESS
 from pipelines import log
 from pipelines.engines import code
 
@@ -30,6 +32,8 @@ training on CPUs)."""
 
 METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"
+_NOTED = 60.0
+"""Progress within an epoch is printed at intervals of so many seconds."""
 _POLL = 5.0
 """Metrics in object storage are read at intervals of so many seconds."""
 _SHARED = "shared.json"
@@ -46,17 +50,19 @@ def fit(
     name: str,
     folder: Location,
     show: Callable[[dict[str, float]], None],
+    note: Callable[[str], None],
 ) -> None:
     """Run ``function(payload)`` on ``settings.workers`` Ray Train workers with a torch process group, or in this
     process for 0.
 
     A worker that dies is replaced (the function resumes from its checkpoint in ``folder``). ``show`` gets each new row
-    of the ``metrics.jsonl`` that the function writes in ``folder``. Raises the workers' own AdasidError, or
-    TrainingError.
+    of the ``metrics.jsonl`` that the function writes in ``folder``, ``note`` a line of how far it is within an epoch or
+    a test, at most one a minute. Raises the workers' own AdasidError, or TrainingError.
     """
     (folder / _FAILURE).unlink(missing_ok=True)
+    (folder / PROGRESS).unlink(missing_ok=True)
     write_json(folder / _SHARED, {"host": socket.gethostname()})
-    with _watch(folder, show):
+    with _watch(folder, show, note):
         if settings.workers == 0:
             settle(threads(settings))
             function(payload)
@@ -120,20 +126,35 @@ def rows(folder: Location) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def _progress(folder: Location) -> str:
+    """Return what the training's rank 0 said last of how far it is; empty where it said nothing."""
+    try:
+        found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    return f"{found['what']}: {found['done'] / found['of']:.0%}"
+
+
 @contextmanager
-def _watch(folder: Location, show: Callable[[dict[str, float]], None]) -> Iterator[None]:
-    """Call ``show`` with each new row of metrics (also where another machine writes it); raise its error at the end."""
+def _watch(folder: Location, show: Callable[[dict[str, float]], None], note: Callable[[str], None]) -> Iterator[None]:
+    """Call ``show`` with each new row of metrics and ``note`` with the progress (also where another machine writes
+    them); raise an error of theirs at the end."""
     stop = threading.Event()
     failed: list[Exception] = []
 
     def follow(seen: int) -> None:
-        last = False
+        last, before, noted = False, "", time.monotonic()
         while not last:
             last = stop.wait(1.0 if isinstance(folder, Path) else _POLL)
             logged = rows(folder)
             for row in logged[min(seen, len(logged)) :]:
                 show(row)
             seen = len(logged)
+            if not last and time.monotonic() - noted >= _NOTED:
+                noted, text = time.monotonic(), _progress(folder)
+                if text != before:
+                    note(text)
+                before = text
 
     def guarded(seen: int) -> None:
         try:
@@ -245,5 +266,7 @@ def threads(settings: config.Ray) -> int:
 
 
 def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Return the last line of the first cause: Ray puts the traces of its own wrappers after it."""
+    first = str(error).split("The above exception was the direct cause of", 1)[0]
+    lines = [line.strip() for line in first.splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]

@@ -19,8 +19,8 @@ from pipelines.engines.spark import fits_broadcast, session, write
 from pipelines.engines.tracking import StageContext
 from pipelines.features import histories, labels, layout, statistics
 from pipelines.features.check import Checked, check, modalities
-from pipelines.features.layout import BUCKET, ITEM, PART, USER, Layout
-from pipelines.features.ranks import Ranked
+from pipelines.features.layout import BUCKET, ITEM, PART, ROW, USER, Layout
+from pipelines.features.ranks import Ranked, row_of_partition
 from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 
@@ -169,13 +169,14 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
 
 
 def _indexed(events: DataFrame, stats: Ranked, users: Layout) -> DataFrame:
-    """Add item_id and ``item_index`` to ``events``, which each partition has in the order of users and positions. Where
-    all items are too many to broadcast, the events go to the items and back, once."""
-    index = stats.frame.select(ITEM, "item_id", "item_index")
+    """Add ``item_index`` to ``events``, which keep their partitions and their order. Where all items are too many to
+    broadcast, two integers of an event go to the items and back, and nothing else of it."""
+    index = stats.frame.select(ITEM, "item_index")
     if fits_broadcast(index):
         return events.join(F.broadcast(index), ITEM)
-    placed = users.place(events.join(index.hint("shuffle_hash"), ITEM))
-    return placed.sortWithinPartitions(*USER, "position").persist()
+    found = events.select(ITEM, PART, ROW).join(index.hint("shuffle_hash"), ITEM)
+    found = users.place(found.select(PART, ROW, "item_index")).persist()
+    return events.join(found.hint("shuffle_hash"), [PART, ROW])
 
 
 def prepare(checked: Checked, features: Features, context: StageContext) -> Clean:
@@ -212,7 +213,8 @@ def prepare(checked: Checked, features: Features, context: StageContext) -> Clea
                 "accept items and users below "
                 f"{features.k_core} events"
             )
-    ordered = histories.order(events, features, USER).drop("pos", histories.CHANCE).persist()
+    ordered = histories.order(events, features, USER).drop("pos", histories.CHANCE)
+    ordered = ordered.withColumn(ROW, row_of_partition()).persist()
     sums = [F.count_if(~F.col("in_history")).alias("outside_histories"), F.count_if("tied").alias("tied")]
     train = F.count_if(F.col("split") == "train").alias("train")
     row = ordered.agg(
@@ -277,6 +279,6 @@ EVENTS = Stage(
     decide=_decided,
     body=_build,
     fresh=_fresh,
-    prefix="events 2",  # raised when a table gets a column, or events another order
+    prefix="events 3",  # raised when a table gets or loses a column, or events another order
 )
 """Reads raw items and interactions, writes statistics, sequences, ranking samples and rejected rows."""

@@ -21,6 +21,8 @@ USER = ("user_index", PART)
 """These columns identify a user in windows and groups, which then need no exchange: one integer orders users faster
 than their ids do."""
 BUCKET = "bucket"
+ROW = "_row"
+"""This column has the number of a row in its partition."""
 ITEM = "_item"
 """This column has an integer for each item_id, which is faster to move, to sort and to join."""
 

@@ -44,7 +44,7 @@ def fit(
         figures = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
         context.note(f"epoch {int(row['epoch'])}/{epochs}  {figures}")
 
-    cluster.fit(function, sent, sent.config.ray, f"{name}-{sent.folder.name}", sent.folder, show)
+    cluster.fit(function, sent, sent.config.ray, f"{name}-{sent.folder.name}", sent.folder, show, context.note)
 
 
 def check_same_run(input_hashes: Mapping[str, str]) -> None:

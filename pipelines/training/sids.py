@@ -38,6 +38,7 @@ def read_catalogue(
         return ItemTokens.ids(items), counts, strata
     codes, weights = _codes(lake, version, items, chosen, settings)
     tokens = ItemTokens.of(codes, chosen.slots, weights)
+    del codes
     combinations = ngrams.choose(settings.ngrams, chosen.slots, chosen.parallel)
     trained = torch.from_numpy(counts > 0)
     tokens = tokens.with_ngrams(combinations, settings.ngram_rows, trained, settings.ngram_min_items)

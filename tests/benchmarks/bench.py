@@ -356,9 +356,9 @@ def ngrams(items: int = 10_000_000, rows: int = 1 << 20) -> None:
             optimizer.step()
 
         steps.append(seconds(step, 3.0))
-        with torch.inference_mode(), model.fixed_weights():
-            state = torch.randn(64, model.settings.width)
-            scored.append(seconds(partial(model.top, state, 100), 3.0) / 64)
+        with torch.inference_mode():
+            states, targets = torch.randn(1024, model.settings.width), torch.randint(items, (1024,))
+            scored.append(seconds(partial(model.ranks, states, targets, 100), 3.0) / 1024)
     text = f"with {rows:,} rows a step takes {steps[1]:.2f} s, {steps[1] / steps[0]:.2f} times that without; a user"
     print(f"{'':41}{text} {1000 * scored[1]:.0f} ms, {scored[1] / scored[0]:.2f} times")
 

@@ -348,16 +348,17 @@ def _accounted(example: Example, expected: Expected, lake: Lake, outcome: Outcom
 
 
 def _samples(lake: Lake, stats: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    names = {item["item_index"]: item["item_id"] for item in stats}
+    counts = {item["item_index"]: item["interactions"] for item in stats}
     samples = lake.read("ranking_samples").to_pylist()
     places: dict[str, list[int]] = {}
     for sample in samples:
         places.setdefault(sample["user_id"], []).append(sample["position"])
-        assert names[sample["item_index"]] == sample["item_id"], f"ranking_samples: {sample}"
         assert sample["label"] in {0, 1, None}, f"ranking_samples: {sample}"
+    trained = Counter(sample["item_index"] for sample in samples if sample["split"] == "train")
+    assert {item: n for item, n in counts.items() if n} == trained, "item_stats counts other events than train"
     assert len(samples) == row["interactions"] and len(places) == row["users"], f"{len(samples)} ranking samples; {row}"
     for user, found in places.items():
         assert sorted(found) == [*range(len(found))], f"ranking_samples: positions of {user!r} are {found}"
     for sequence in lake.read("sequences").to_pylist():
         targets = [] if sequence["target"] is None else [sequence["target"]]
-        assert {*sequence["history"], *targets} <= {*names}, f"sequences: {sequence}"
+        assert {*sequence["history"], *targets} <= {*counts}, f"sequences: {sequence}"

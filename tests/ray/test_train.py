@@ -4,6 +4,7 @@ takes half a minute to start."""
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from adasid import config, errors
 from adasid.distributed import Workers
+from adasid.training import loop
 from pipelines.engines import cluster
 
 SETTINGS = config.Ray(workers=2, cpus_per_worker=0.5, gpus="never", max_failures=1)
@@ -62,7 +64,7 @@ def collectives(payload):
 def test_collectives_and_a_worker_that_dies_once_and_an_expected_error_that_comes_home_as_one_line(tmp_path):
     shown = []
     with pytest.raises(errors.TrainingError, match=r"^loss is not finite at step 7, input item_features version 3$"):
-        cluster.fit(collectives, {"folder": str(tmp_path)}, SETTINGS, "collectives", tmp_path, shown.append)
+        cluster.fit(collectives, {"folder": str(tmp_path)}, SETTINGS, "collectives", tmp_path, shown.append, print)
     assert (tmp_path / "tries-1").read_text() == "xx", "killed once, and not tried again after the expected error"
     for rank in range(2):
         checks = json.loads((tmp_path / f"result-{rank}.json").read_text())
@@ -74,8 +76,32 @@ def test_no_cluster_is_one_line_with_the_fix(tmp_path, monkeypatch):
     cluster.shutdown()
     with pytest.raises(errors.TransientError, match="ray start --head"):
         cluster.fit(
-            collectives, {}, SETTINGS.model_copy(update={"address": "127.0.0.1:1"}), "none", tmp_path, lambda row: None
+            collectives, {}, SETTINGS.model_copy(update={"address": "127.0.0.1:1"}), "none", tmp_path, print, print
         )
+
+
+class Steps(loop.TrainingLoop):
+    """A loop of ten steps, of which two take longer than the progress is polled."""
+
+    def epoch(self, number):
+        for step in self.tracked(range(10), f"epoch {number}/2"):
+            time.sleep(1.5 if step in {4, 7} else 0)
+        return {"epoch": float(number)}
+
+
+def steps(payload):
+    model, workers = torch.nn.Linear(1, 1), Workers.current()
+    Steps(model, {}, 2, payload["folder"], workers, torch.device("cpu"), "events").run_epochs(loop.silent)
+
+
+def test_progress_within_an_epoch_is_printed(tmp_path, monkeypatch):
+    noted = []
+    monkeypatch.setattr(cluster, "_NOTED", 0.0)
+    monkeypatch.setattr(loop, "_SECONDS", 0.0)
+    settings = SETTINGS.model_copy(update={"workers": 0})
+    cluster.fit(steps, {"folder": tmp_path}, settings, "steps", tmp_path, print, noted.append)
+    assert set(noted) <= {*(f"epoch {number}/2: {part}0%" for number in (1, 2) for part in range(10))}
+    assert {"epoch 1/2: 40%", "epoch 1/2: 70%", "epoch 2/2: 40%", "epoch 2/2: 70%"} <= set(noted)
 
 
 def dies(payload):
@@ -90,5 +116,6 @@ def has_a_bug(payload):
 def test_workers_that_die_too_often_are_a_fault_that_passes_and_a_bug_is_none(tmp_path, function, code):
     once = SETTINGS.model_copy(update={"max_failures": 0})
     with pytest.raises(errors.AdasidError, match="the workers failed") as found:
-        cluster.fit(function, {}, once, "fails", tmp_path, print)
+        cluster.fit(function, {}, once, "fails", tmp_path, print, print)
     assert found.value.exit_code == code and found.value.__cause__
+    assert ("KeyError: 'a bug'" in str(found.value)) == (function is has_a_bug)  # the cause, not a wrapper of Ray's

@@ -401,7 +401,9 @@ def test_a_behaviour_column_and_events_with_pos_only(spark, tmp_path, capsys):
     assert (richness["richness_source"], stats["ranking_split"]) == ("count", "leave_one_out")  # rated, without times
     samples = lake.read("ranking_samples").to_pylist()
     assert {row["time"] for row in samples} == {None}
-    of_user = [row["item_id"] for row in sorted(samples, key=lambda row: row["position"]) if row["user_id"] == "u03"]
+    ids = {row["item_index"]: row["item_id"] for row in lake.read("item_stats").to_pylist()}
+    places = sorted(samples, key=lambda row: row["position"])
+    of_user = [ids[row["item_index"]] for row in places if row["user_id"] == "u03"]
     assert of_user == [item for user, item, *_ in seen if user == "u03"]
 
 

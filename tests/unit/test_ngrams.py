@@ -64,7 +64,7 @@ def test_an_ngram_with_pad_is_lacking_and_equal_codes_share_a_row():
     assert rows[0, 1] == 1000
     assert rows[0, 0] == rows[1, 0] != rows[2, 0]
     tokens = ItemTokens.of(codes.numpy().astype(np.int32), SLOTS)
-    assert torch.equal(tokens.codes, codes)
+    assert torch.equal(tokens.codes, codes.int())
     assert torch.equal(tokens.with_ngrams([(0, 1), (1, 2)], 1000).ngrams, rows)
 
 

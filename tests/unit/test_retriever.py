@@ -52,6 +52,15 @@ def test_tokens_are_rows_of_one_table_and_pad_is_a_slots_last():
         ItemTokens.of(np.zeros((1, 2), np.int32), SLOTS)
 
 
+@pytest.mark.parametrize("size", [3, 2**31 - 2])
+def test_groups_are_those_of_distinct_rows_also_where_codes_do_not_fit_into_one_integer(size):
+    rng = np.random.default_rng(0)
+    codes = rng.choice(np.array([PAD, 0, size - 1], np.int32), (300, 4))
+    tokens = ItemTokens.of(codes, [Slot(str(slot), "text", size) for slot in range(4)])
+    assert tokens.group.tolist() == np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1).tolist()
+    assert tokens.codes.tolist() == codes.tolist()
+
+
 def test_loss_weights_have_mean_one_over_the_behaviour_tokens_and_are_clipped():
     codes = np.array([[0, 0, 0], [0, 0, 1], [0, 0, PAD], [0, 0, 2], [0, 0, 3], [0, 0, 4]], np.int32)
     weights = np.ones((6, 3), np.float32)
@@ -393,7 +402,7 @@ def test_ranks_in_blocks_are_those_of_all_scores(head, size, monkeypatch):
     targets[:2] = torch.tensor([0, 1])  # they share a SID
     states = torch.randn(20, 8)
     states[3] = torch.nan
-    with torch.inference_mode(), made.fixed_weights():
+    with torch.inference_mode():
         ranks, everywhere = made.ranks(states, targets, 0, SEEN.repeat(7, 1)[:20])
         assert torch.equal(everywhere, target_ranks(made.scores(states), targets, made.places))
     assert (ranks <= everywhere).logical_or(ranks > 100).all() and everywhere[3] > 160
@@ -457,8 +466,8 @@ def clumped(run, groups):
 
 def test_corrected_figures_are_those_of_a_random_order_of_the_items_of_a_sid(tmp_path):
     run = clumped(training("item", tmp_path, 1), np.arange(40) // 8)
-    found = by_stratum(run._ranked(run.data.test, 100, 400), 0)["all"]
-    _, *found_states = zip(*run._states(run.data.test, np.arange(400), 100))
+    found = by_stratum(run._ranked("test", 100, 400), 0)["all"]
+    _, *found_states = zip(*run._states("test", np.arange(400), 100))
     states, wanted = map(torch.cat, found_states)
     order = (states @ run.model.vectors(torch.arange(0, 40, 8)).T).argsort(1, descending=True)
     group = (order == (wanted // 8)[:, None]).int().argmax(1)  # 0: the target's SID is the best
@@ -471,7 +480,7 @@ def test_lists_without_the_history_are_scored_as_such(tmp_path):
     run = clumped(training("item", tmp_path, 1, repeatable=False), np.arange(40) // 8)
     found = run.test()
     ranks, whole, shared = [], [], []
-    for users, states, targets in run._states(run.data.test, np.arange(400), 100):
+    for users, states, targets in run._states("test", np.arange(400), 100):
         for user, scores, target in zip(users, states @ run.model.vectors(torch.arange(40)).T, targets.tolist()):
             history = set(run.data.test.items[run.data.test.starts[user] : run.data.test.starts[user + 1]].tolist())
             order = sorted(range(40), key=lambda item: (-scores[item].item(), item))

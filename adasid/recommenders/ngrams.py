@@ -20,6 +20,8 @@ _OFFSET, _PRIME = 0xCBF29CE484222325 - 2**64, 0x100000001B3
 """Offset basis, as int64, and prime of FNV-1a with 64 bits."""
 _CHUNK = 1 << 18
 """Items whose n-grams are hashed at a time."""
+_COUNTED = 1 << 21
+"""N-grams are counted in parts of about so many items, whose sort takes four times their memory."""
 _LONGEST_PREFIX = 4
 _MOST_PAIRED = 4
 """Largest group of parallel slots of which all pairs are n-grams; in a larger one, each slot is in a pair with a
@@ -81,11 +83,15 @@ def rare(codes: Tensor, ngrams: Sequence[Sequence[int]], trained: Tensor, min_it
     """Return which n-grams of items fewer than ``min_items`` of the ``trained`` [M] items have, [M, G] bool. An n-gram
     of one item would stand for that item as an item id does."""
     mask = torch.empty(len(codes), len(ngrams), dtype=torch.bool, device=codes.device)
+    parts = -(-len(codes) // _COUNTED)
     for column, ngram in enumerate(ngrams):
         numbers = torch.cat([_fnv_1a(part, ngram) for part in codes.split(_CHUNK)])
-        distinct, key = torch.unique(numbers, return_inverse=True)
-        items = torch.zeros(len(distinct), dtype=torch.int64, device=codes.device).index_add_(0, key, trained.long())
-        mask[:, column] = items[key] < min_items
+        for part in range(parts):
+            index = torch.nonzero(numbers.remainder(parts) == part).flatten()
+            distinct, key = torch.unique(numbers[index], return_inverse=True)
+            items = torch.zeros(len(distinct), dtype=torch.int64, device=codes.device)
+            items.index_add_(0, key, trained[index].long())
+            mask[index, column] = items[key] < min_items
     return mask
 
 

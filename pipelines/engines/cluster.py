@@ -39,6 +39,8 @@ _POLL = 5.0
 _SHARED = "shared.json"
 """The driver writes this file, for every worker to see that it shares the folder."""
 _JOINING = threading.Lock()
+_LISTENERS = ("ray_listen_error_messages", "ray_print_logs")
+"""Names of the threads with which Ray prints messages of the cluster."""
 
 P = TypeVar("P")
 
@@ -208,6 +210,7 @@ def join(settings: config.Ray) -> None:
 def _connect(settings: config.Ray) -> None:
     import ray
 
+    _one_line_of_listeners()
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     environment = {**MALLOC, "RAY_TRAIN_V2_ENABLED": "1"}
     address = settings.address or os.environ.get("RAY_ADDRESS")
@@ -229,6 +232,21 @@ def _connect(settings: config.Ray) -> None:
     else:
         cpus = max(os.cpu_count() or 1, math.ceil(settings.workers * settings.cpus_per_worker))
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+
+
+def _one_line_of_listeners() -> None:
+    """Make an error that ends one of Ray's threads that only print what the cluster says a line, not a trace: a poll of
+    theirs can fail (Ray's issue 40575), and no result depends on them."""
+    others = threading.excepthook
+
+    def hook(found: threading.ExceptHookArgs) -> None:
+        name = found.thread.name if found.thread else ""
+        if not name.startswith(_LISTENERS):
+            others(found)
+        elif found.exc_value is not None:
+            log.line(f"Ray's messages are not shown from here on ({_last_line(found.exc_value)})", "WARN")
+
+    threading.excepthook = hook
 
 
 def _guarded(call: dict[str, Any]) -> None:

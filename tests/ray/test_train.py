@@ -4,6 +4,7 @@ takes half a minute to start."""
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -78,6 +79,22 @@ def test_no_cluster_is_one_line_with_the_fix(tmp_path, monkeypatch):
         cluster.fit(
             collectives, {}, SETTINGS.model_copy(update={"address": "127.0.0.1:1"}), "none", tmp_path, print, print
         )
+
+
+def test_a_listener_of_rays_that_fails_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not that of pytest
+    cluster._one_line_of_listeners()
+
+    def poll():
+        raise RuntimeError("System error: Missing :authority header")
+
+    for name in ("ray_listen_error_messages", "another"):
+        thread = threading.Thread(target=poll, name=name)
+        thread.start()
+        thread.join()
+    first, *others = capsys.readouterr().err.splitlines()
+    assert "Ray's messages are not shown from here on (System error: Missing :authority header)" in first
+    assert others[0] == "Exception in thread another:" and "RuntimeError: System error" in others[-1]
 
 
 class Steps(loop.TrainingLoop):

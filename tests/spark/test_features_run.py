@@ -19,7 +19,8 @@ from pipelines import features, stage
 from pipelines.engines import tracking
 from pipelines.engines.lake import Lake
 from pipelines.engines.spark import struct, write
-from pipelines.features import check, events, items, layout
+from pipelines.features import check, events, histories, items, layout, statistics
+from pipelines.features.layout import USER
 from pipelines.training import behavior
 from tests.conftest import give_store
 
@@ -177,6 +178,11 @@ def test_tables_against_plain_python(done):
     assert stats["duplicates"] == len(catalogue()[1]) - 1 - stats["interactions"]
 
 
+def in_order(rows):
+    order = [(row["user_index"], row.get("position", 0)) for row in rows]
+    return order == sorted(order)
+
+
 def test_a_user_is_in_one_bucket_and_files_are_in_order(spark, done):
     cfg, lake, _ = done
     samples = pa.Table.from_batches(lake.batches("ranking_samples")).to_pylist()
@@ -192,9 +198,7 @@ def test_a_user_is_in_one_bucket_and_files_are_in_order(spark, done):
         assert lake.open(name).metadata().partition_columns == ["bucket"]
         files = [pq.ParquetFile(file).read().to_pylist() for file in lake.open(name).file_uris()]
         assert len(files) == 3
-        for file in files:
-            order = [(row["user_index"], row.get("position", 0)) for row in file]
-            assert order == sorted(order) and len({row["user_id"] for row in file}) > 1
+        assert all(in_order(file) and len({row["user_id"] for row in file}) > 1 for file in files)
     stats = lake.read("user_stats").to_pylist()
     assert all(users[row["user_index"]] == row["user_id"] for row in stats)
 
@@ -286,7 +290,9 @@ def test_a_second_run_writes_nothing(done):
     assert tracks[2].facts == tracks[1].facts
 
 
-def test_other_buckets_write_the_same_rows_and_no_later_stage_runs(done, tmp_path):
+def test_other_buckets_write_the_same_rows_and_no_later_stage_runs(done, tmp_path, monkeypatch):
+    """Also where items are too many to broadcast, so that events get their index by an exchange."""
+    monkeypatch.setattr(events, "fits_broadcast", lambda frame: False)
     shutil.copytree(done[0].run_dir, tmp_path / "t")
     cfg = config(tmp_path, features={**done[0].features.model_dump(), "user_buckets": 5})
     lake = Lake(str(tmp_path / "t" / "lake"), {})
@@ -299,6 +305,8 @@ def test_other_buckets_write_the_same_rows_and_no_later_stage_runs(done, tmp_pat
     assert run(cfg).status != "up to date"
     assert len(lake.open("sequences").partitions()) > 3
     assert rows() == before
+    for name in ("ranking_samples", "sequences"):
+        assert all(in_order(pq.ParquetFile(file).read().to_pylist()) for file in lake.open(name).file_uris())
     assert lake.input_hashes(lake.versions(*names)) == hashes
     assert lake.version("item_features") == version
     assert run(cfg).status == "up to date"
@@ -445,8 +453,12 @@ def test_shuffles_are_as_few_as_the_plan_needs(spark, done, broadcast):
         spark.conf.set(key, value)
     try:
         with tracking.stage(cfg, "count") as context:
-            clean = events.prepare(check.check(spark, cfg, lake, "count", context.note), cfg.features, context)
+            checked = check.check(spark, cfg, lake, "count", context.note)
+            clean = events.prepare(checked, cfg.features, context)
             of_events = exchanges(spark, clean.events)
+            stats = statistics.item_stats(checked.items, statistics.trained(clean.events, USER), cfg.features)
+            indexed = events._indexed(clean.events, stats, checked.users)
+            of_sequences = exchanges(spark, histories.sequences(indexed, 5, USER))
             spark.catalog.clearCache()
             of_items = exchanges(spark, items.join(spark, cfg, lake))
     finally:
@@ -460,6 +472,8 @@ def test_shuffles_are_as_few_as_the_plan_needs(spark, done, broadcast):
     assert sum("user_id" in where for where in of_events) == 1, of_events
     assert len(by_part) == 2 and all(where.startswith("hashpartitioning(_part") for where in by_part), of_events
     assert sum("item_id" in where for where in of_events) == (1 if broadcast else 2), of_events
+    # Histories stay where the events are; only the indices of items too many to broadcast come by part.
+    assert sum("_part" in where for where in of_sequences) == (2 if broadcast else 3), of_sequences
     # Each of items, item_stats and behavior_embeddings by item_id, the last two only where they are too big to
     # broadcast.
     assert all("item_id" in where for where in of_items), of_items

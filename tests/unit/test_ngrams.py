@@ -9,6 +9,7 @@ import torch
 from adasid import config
 from adasid.errors import InputError
 from adasid.recommenders import heads
+from adasid.recommenders import ngrams
 from adasid.recommenders.ngrams import choose, hashed, rare
 from adasid.recommenders.ppnet import ItemVectors
 from adasid.recommenders.tokens import ItemTokens
@@ -68,7 +69,9 @@ def test_an_ngram_with_pad_is_lacking_and_equal_codes_share_a_row():
     assert torch.equal(tokens.with_ngrams([(0, 1), (1, 2)], 1000).ngrams, rows)
 
 
-def test_an_ngram_of_few_trained_items_is_lacking():
+@pytest.mark.parametrize("counted", [1 << 21, 2])
+def test_an_ngram_of_few_trained_items_is_lacking(counted, monkeypatch):
+    monkeypatch.setattr(ngrams, "_COUNTED", counted)
     codes = np.array([[0, 1, 2], [0, 1, 3], [0, 1, 3], [1, 1, 3], [PAD, 1, 3]], np.int32)
     trained = torch.tensor([True, True, False, False, True])
     grams = [(0, 1), (1, 2)]

@@ -158,10 +158,11 @@ RANKING_SAMPLES = _schema(
 )
 """Key user_id, position; partitioned by ``bucket`` = pmod(xxhash64(user_id), ``features.user_buckets``), sorted by
 ``user_index``, position within a file. ``user_index`` is the 0-based rank of user_id among all users with a clean
-event: a dense index. A clean event; ``position`` is its 0-based index among all events of the user. The history of
-an event consists of the earlier events with ``in_history`` (``features.histories``). ``label`` is null where only other
-events are rated. ``split`` is specific to ranking (``features.ranking_split``): one of ``SPLITS``, where ``train``
-means that no task holds the event out, or ``RANKING_ONLY``."""
+event: a dense index; ``item_index``: as in ``item_stats``. A clean event; ``position`` is its 0-based index among all
+events of the user. The history of an event consists of the earlier events with ``in_history``
+(``features.histories``). ``label`` is null where only other events are rated. ``split`` is specific to ranking
+(``features.ranking_split``): one of ``SPLITS``, where ``train`` means that no task holds the event out, or
+``RANKING_ONLY``."""
 
 RANKING_SCORES = _schema(
     ("user", pa.int64(), False),
@@ -178,9 +179,9 @@ ITEM_PAIRS = _schema(
     ("score", pa.float64(), False),
     ("users", pa.int64(), False),
 )
-"""Key item_index, partner_index. A co-engaged partner of an item, one of its top partners by (score desc,
-partner_index), from the training part; ``users``: how many have both (swing: of the users compared). Written where
-``features.pairs.method`` is not ``none``."""
+"""Key item_index, partner_index; in the order of item_index, then of (score desc, partner_index). A co-engaged partner
+of an item, one of its top partners by that order, from the training part; ``users``: how many have both (swing: of the
+users compared). Written where ``features.pairs.method`` is not ``none``."""
 
 PREVIOUS_CODES = _schema(
     ("item_index", pa.int64(), False),

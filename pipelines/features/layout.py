@@ -57,13 +57,13 @@ def layout(spark: SparkSession, buckets: int) -> Layout:
     return Layout(buckets, _keys(spark, buckets * -(-_partitions(spark) // buckets)))
 
 
-def by_index(frame: DataFrame, size: int) -> DataFrame:
-    """Sort ``frame`` by ``item_index``, which is dense below ``size``: every partition has one range of it, and all are
-    equally long. Ranges of Spark's would be sampled, which computes the frame twice."""
+def by_index(frame: DataFrame, size: int, *order: Column) -> DataFrame:
+    """Sort ``frame`` by ``item_index``, which is below ``size``, then by ``order``: every partition has one range of
+    the index, and all are equally long. Ranges of Spark's would be sampled, which computes the frame twice."""
     spark = frame.sparkSession
     keys = _keys(spark, min(_partitions(spark), max(size, 1)))
     part = F.get(F.array(*map(F.lit, keys)), F.expr(f"int(item_index * {len(keys)} div {max(size, 1)})"))
-    return frame.repartition(len(keys), part).sortWithinPartitions("item_index")
+    return frame.repartition(len(keys), part).sortWithinPartitions("item_index", *order)
 
 
 def _partitions(spark: SparkSession) -> int:

@@ -20,7 +20,7 @@ from adasid.config import Config, Pairs
 from adasid.errors import InputError
 from pipelines import stage
 from pipelines.engines.lake import Lake
-from pipelines.engines.spark import read, session, write
+from pipelines.engines.spark import read, row_groups, session, write
 from pipelines.engines.tracking import StageContext
 from pipelines.features import layout
 from pipelines.sources import in_place
@@ -28,6 +28,7 @@ from pipelines.stage import Inputs, Stage
 
 TABLE = "item_pairs"
 _SAMPLES = "ranking_samples"
+_ROW_GROUP = 2**20
 _ROW_BYTES = 40
 """A shuffled row has two users and an item, 8 bytes each, and its header, before compression."""
 
@@ -47,12 +48,15 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     spark = session(cfg.spark, size=in_place.size(lake, *inputs.versions))
     try:
         mined = mine(read(spark, lake, _SAMPLES).filter("split = 'train'"), cfg.features.pairs, context.note)
-        version = write(mined, lake, TABLE, tables.ITEM_PAIRS, inputs.hash, sources=inputs.versions)
+        items = lake.open("item_stats").count()
+        with row_groups(spark, _ROW_GROUP):  # a worker reads those of its items
+            ordered = layout.by_index(mined, items, F.desc("score"), F.col("partner_index"))
+            version = write(ordered, lake, TABLE, tables.ITEM_PAIRS, inputs.hash, sources=inputs.versions)
     finally:
         spark.catalog.clearCache()
     written = read(spark, lake, TABLE, version)
     pairs, paired = written.count(), written.select("item_index").distinct().count()
-    share = paired / read(spark, lake, "item_stats").count()
+    share = paired / items
     context.metrics({"item_pairs": pairs, "paired_items": share})
     context.facts.update({"pairs": pairs, "items with pairs": round(share, 3)})
     return {TABLE: version}

@@ -76,8 +76,8 @@ def maintain(cfg: Config, context: StageContext) -> None:
                 table.alter.set_table_properties(
                     {"delta.enableExpiredLogCleanup": "false"}, commit_properties=input_hash
                 )
-            # readers of sids and live open a fixed version; compaction would lose the order of item_features
-            if name not in {"sids", "live", "item_features"}:
+            # readers of sids and live open a fixed version; compaction would lose the order by item_index
+            if name not in {"sids", "live", "item_features", "item_pairs"}:
                 compacted = table.optimize.compact(commit_properties=input_hash)["numFilesRemoved"]
             if keep is None:
                 context.facts[name] = f"{compacted} files compacted"

@@ -8,8 +8,7 @@ import torch
 
 from adasid import config
 from adasid.errors import InputError
-from adasid.recommenders import heads
-from adasid.recommenders import ngrams
+from adasid.recommenders import heads, ngrams
 from adasid.recommenders.ngrams import choose, hashed, rare
 from adasid.recommenders.ppnet import ItemVectors
 from adasid.recommenders.tokens import ItemTokens

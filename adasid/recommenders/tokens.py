@@ -51,6 +51,12 @@ class ItemTokens:
         sizes = tuple(slot.size + 1 for slot in slots)
         rows = codes.astype(np.int64)
         for slot, (size, start) in enumerate(zip(sizes, _starts(sizes))):
+            low, high = codes[:, slot].min(initial=PAD), codes[:, slot].max(initial=PAD)
+            if low < PAD or high >= size - 1:
+                raise InputError(
+                    f"the SIDs have code {low if low < PAD else high} in slot {slots[slot].name} but the tokenizer has "
+                    f"{size - 1} codes there: write them with this tokenizer"
+                )
             rows[codes[:, slot] == PAD, slot] = size - 1
             rows[:, slot] += start
         group = _groups(codes, sizes)

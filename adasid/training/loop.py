@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adasid.distributed import Workers
-from adasid.errors import TrainingError
+from adasid.errors import TrainingError, TransientError
 from adasid.files import Location, write_json
 from adasid.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
 
@@ -117,12 +118,14 @@ class TrainingLoop(ABC):
         return rows
 
     def tracked(self, steps: Sequence[T], what: str) -> Iterator[T]:
-        """Yield ``steps``, and write from time to time how many of them are done. ``what``: name of the loop."""
+        """Yield ``steps``, and write from time to time how many of them are done, for people alone: where that fails,
+        training goes on. ``what``: name of the loop."""
         written = time.monotonic()
         for done, step in enumerate(steps):
             if self.workers.rank == 0 and time.monotonic() - written >= _SECONDS:
+                with suppress(OSError, TransientError):
+                    write_json(self.folder / PROGRESS, {"what": what, "done": done, "of": len(steps)})
                 written = time.monotonic()
-                write_json(self.folder / PROGRESS, {"what": what, "done": done, "of": len(steps)})
             yield step
 
     def best_row(self, rows: Sequence[Row]) -> tuple[Row, dict[str, str]]:

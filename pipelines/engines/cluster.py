@@ -36,11 +36,15 @@ _NOTED = 60.0
 """Progress within an epoch is printed at intervals of so many seconds."""
 _POLL = 5.0
 """Metrics in object storage are read at intervals of so many seconds."""
+_CAUSED = "The above exception was the direct cause of the following exception:"
+_RAYS = re.compile(r"^(ray\.\S+|UserExceptionWithTraceback|UserCodeException)\b", re.MULTILINE)
 _SHARED = "shared.json"
 """The driver writes this file, for every worker to see that it shares the folder."""
 _JOINING = threading.Lock()
-_LISTENERS = ("ray_listen_error_messages", "ray_print_logs")
-"""Names of the threads with which Ray prints messages of the cluster."""
+_hooks: list[Callable[[threading.ExceptHookArgs], Any]] = []
+"""The hook of errors of threads that was there before."""
+_LISTENER = "ray_listen_error_messages"
+"""Name of the thread with which Ray prints errors of the cluster."""
 
 P = TypeVar("P")
 
@@ -129,10 +133,10 @@ def rows(folder: Location) -> list[dict[str, float]]:
 
 
 def _progress(folder: Location) -> str:
-    """Return what the training's rank 0 said last of how far it is; empty where it said nothing."""
+    """Return what the training's rank 0 said last of how far it is; empty where it said nothing, or cannot be read."""
     try:
         found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (OSError, errors.TransientError):
         return ""
     return f"{found['what']}: {found['done'] / found['of']:.0%}"
 
@@ -149,6 +153,8 @@ def _watch(folder: Location, show: Callable[[dict[str, float]], None], note: Cal
         while not last:
             last = stop.wait(1.0 if isinstance(folder, Path) else _POLL)
             logged = rows(folder)
+            if len(logged) > seen:
+                before = _progress(folder)  # of an epoch that has ended
             for row in logged[min(seen, len(logged)) :]:
                 show(row)
             seen = len(logged)
@@ -210,7 +216,9 @@ def join(settings: config.Ray) -> None:
 def _connect(settings: config.Ray) -> None:
     import ray
 
-    _one_line_of_listeners()
+    if threading.excepthook is not _one_line_of_listener:
+        _hooks[:] = [threading.excepthook]
+        threading.excepthook = _one_line_of_listener
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     environment = {**MALLOC, "RAY_TRAIN_V2_ENABLED": "1"}
     address = settings.address or os.environ.get("RAY_ADDRESS")
@@ -234,19 +242,14 @@ def _connect(settings: config.Ray) -> None:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
 
 
-def _one_line_of_listeners() -> None:
-    """Make an error that ends one of Ray's threads that only print what the cluster says a line, not a trace: a poll of
-    theirs can fail (Ray's issue 40575), and no result depends on them."""
-    others = threading.excepthook
-
-    def hook(found: threading.ExceptHookArgs) -> None:
-        name = found.thread.name if found.thread else ""
-        if not name.startswith(_LISTENERS):
-            others(found)
-        elif found.exc_value is not None:
-            log.line(f"Ray's messages are not shown from here on ({_last_line(found.exc_value)})", "WARN")
-
-    threading.excepthook = hook
+def _one_line_of_listener(found: threading.ExceptHookArgs) -> None:
+    """Print a line, not a trace, where Ray's thread ends that prints errors of the cluster: a poll of its can fail
+    (Ray's issue 40575), and no result depends on it. Other threads' errors go to the hook that was there."""
+    if found.thread is None or found.thread.name != _LISTENER or found.exc_value is None:
+        for hook in _hooks:
+            hook(found)
+    else:
+        log.line(f"Ray's messages are not shown from here on ({_last_line(found.exc_value)})", "WARN")
 
 
 def _guarded(call: dict[str, Any]) -> None:
@@ -284,7 +287,9 @@ def threads(settings: config.Ray) -> int:
 
 
 def _last_line(error: BaseException) -> str:
-    """Return the last line of the first cause: Ray puts the traces of its own wrappers after it."""
-    first = str(error).split("The above exception was the direct cause of", 1)[0]
-    lines = [line.strip() for line in first.splitlines() if line.strip()]
+    """Return the last line of an error, without the traces of Ray's own wrappers around it."""
+    causes = str(error).split(_CAUSED)
+    while len(causes) > 1 and _RAYS.search(causes[-1]):
+        causes.pop()
+    lines = [line.strip() for line in causes[-1].splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]

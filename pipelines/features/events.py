@@ -20,7 +20,7 @@ from pipelines.engines.tracking import StageContext
 from pipelines.features import histories, labels, layout, statistics
 from pipelines.features.check import Checked, check, modalities
 from pipelines.features.layout import BUCKET, ITEM, PART, ROW, USER, Layout
-from pipelines.features.ranks import Ranked, row_of_partition
+from pipelines.features.ranks import Ranked
 from pipelines.sources import in_place
 from pipelines.stage import Inputs, Stage
 
@@ -170,7 +170,8 @@ def _write(spark: SparkSession, inputs: Inputs, context: StageContext) -> dict[s
 
 def _indexed(events: DataFrame, stats: Ranked, users: Layout) -> DataFrame:
     """Add ``item_index`` to ``events``, which keep their partitions and their order. Where all items are too many to
-    broadcast, two integers of an event go to the items and back, and nothing else of it."""
+    broadcast, three integers of an event go to the items and back, and nothing else of it; the indices of a partition's
+    events must fit in memory."""
     index = stats.frame.select(ITEM, "item_index")
     if fits_broadcast(index):
         return events.join(F.broadcast(index), ITEM)
@@ -214,7 +215,7 @@ def prepare(checked: Checked, features: Features, context: StageContext) -> Clea
                 f"{features.k_core} events"
             )
     ordered = histories.order(events, features, USER).drop("pos", histories.CHANCE)
-    ordered = ordered.withColumn(ROW, row_of_partition()).persist()
+    ordered = ordered.withColumn(ROW, F.monotonically_increasing_id()).persist()
     sums = [F.count_if(~F.col("in_history")).alias("outside_histories"), F.count_if("tied").alias("tied")]
     train = F.count_if(F.col("split") == "train").alias("train")
     row = ordered.agg(

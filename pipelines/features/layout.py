@@ -22,7 +22,7 @@ USER = ("user_index", PART)
 than their ids do."""
 BUCKET = "bucket"
 ROW = "_row"
-"""This column has the number of a row in its partition."""
+"""This column numbers events; another execution gives other numbers."""
 ITEM = "_item"
 """This column has an integer for each item_id, which is faster to move, to sort and to join."""
 

@@ -22,10 +22,7 @@ class Ranked(NamedTuple):
 def rank_by(frame: DataFrame, *order: Column) -> Ranked:
     """Rank all rows by ``order``, which must be total for the rank to be deterministic: range partitions, each
     sorted. Spark samples the ranges: ``frame`` is read twice, and computed once."""
-    computed = frame.persist()
-    ranked = numbered(computed.repartitionByRange(*order).sortWithinPartitions(*order))
-    computed.unpersist()
-    return ranked
+    return numbered(frame.persist().repartitionByRange(*order).sortWithinPartitions(*order))
 
 
 def numbered(frame: DataFrame) -> Ranked:
@@ -36,19 +33,11 @@ def numbered(frame: DataFrame) -> Ranked:
     sizes = {row["part"]: row["n"] for row in local.groupBy(part.alias("part")).agg(F.count("*").alias("n")).collect()}
     starts = list(itertools.accumulate((sizes.get(i, 0) for i in range(max(sizes, default=0) + 1)), initial=0))
     start = F.get(F.array(*map(F.lit, starts)), part.cast("int"))
-    return Ranked(local.select(*frame.columns, (start + _row(F.col("_at"))).cast("bigint").alias("rank")), starts[-1])
-
-
-def row_of_partition() -> Column:
-    """Return the 0-based number of a row within its partition."""
-    return _row(F.monotonically_increasing_id()).cast("int")
+    row = F.col("_at").bitwiseAND(F.lit((1 << _ROW_BITS) - 1))
+    return Ranked(local.select(*frame.columns, (start + row).cast("bigint").alias("rank")), starts[-1])
 
 
 def values_at(ranked: Ranked, column: str, ranks: Iterable[int]) -> dict[int, float]:
     """Return rank -> value of ``column``, for a bounded number of ranks."""
     rows = ranked.frame.filter(F.col("rank").isin(sorted(set(ranks)))).select("rank", column).collect()
     return {row["rank"]: row[column] for row in rows}
-
-
-def _row(at: Column) -> Column:
-    return at.bitwiseAND(F.lit((1 << _ROW_BITS) - 1))

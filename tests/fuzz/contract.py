@@ -342,17 +342,20 @@ def _accounted(example: Example, expected: Expected, lake: Lake, outcome: Outcom
     assert expected.item_faults.items() <= of["items"].items(), f"items: {of['items']}, expected {expected.item_faults}"
     assert {item["item_id"] for item in stats} == expected.items, "item_stats has other items than the source"
     assert sorted(item["item_index"] for item in stats) == [*range(len(stats))], "item_index is not dense"
-    _samples(lake, stats, row)
+    _samples(lake, stats, row, expected)
     if example.config["behavior"]:
         assert lake.read("item_features").num_rows == len(stats), "item_features has other rows than item_stats"
 
 
-def _samples(lake: Lake, stats: list[dict[str, Any]], row: dict[str, Any]) -> None:
+def _samples(lake: Lake, stats: list[dict[str, Any]], row: dict[str, Any], expected: Expected) -> None:
+    names = {item["item_index"]: item["item_id"] for item in stats}
     counts = {item["item_index"]: item["interactions"] for item in stats}
+    accepted = {(event["user_id"], event["item_id"]) for event in expected.good}
     samples = lake.read("ranking_samples").to_pylist()
     places: dict[str, list[int]] = {}
     for sample in samples:
         places.setdefault(sample["user_id"], []).append(sample["position"])
+        assert (sample["user_id"], names[sample["item_index"]]) in accepted, f"ranking_samples: {sample}"
         assert sample["label"] in {0, 1, None}, f"ranking_samples: {sample}"
     trained = Counter(sample["item_index"] for sample in samples if sample["split"] == "train")
     assert {item: n for item, n in counts.items() if n} == trained, "item_stats counts other events than train"
@@ -361,4 +364,4 @@ def _samples(lake: Lake, stats: list[dict[str, Any]], row: dict[str, Any]) -> No
         assert sorted(found) == [*range(len(found))], f"ranking_samples: positions of {user!r} are {found}"
     for sequence in lake.read("sequences").to_pylist():
         targets = [] if sequence["target"] is None else [sequence["target"]]
-        assert {*sequence["history"], *targets} <= {*counts}, f"sequences: {sequence}"
+        assert {*sequence["history"], *targets} <= {*names}, f"sequences: {sequence}"

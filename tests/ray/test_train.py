@@ -82,8 +82,8 @@ def test_no_cluster_is_one_line_with_the_fix(tmp_path, monkeypatch):
 
 
 def test_a_listener_of_rays_that_fails_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not that of pytest
-    cluster._one_line_of_listeners()
+    monkeypatch.setattr(cluster, "_hooks", [threading.__excepthook__])  # not that of pytest
+    monkeypatch.setattr(threading, "excepthook", cluster._one_line_of_listener)
 
     def poll():
         raise RuntimeError("System error: Missing :authority header")
@@ -97,12 +97,24 @@ def test_a_listener_of_rays_that_fails_is_one_line(capsys, monkeypatch):
     assert others[0] == "Exception in thread another:" and "RuntimeError: System error" in others[-1]
 
 
+@pytest.mark.parametrize(
+    ("outer", "line"),
+    [
+        ("ray.exceptions.UserCodeException: UDF failed to process a data block.", "KeyError: 'a bug'"),
+        ("OSError: cannot load model m", "OSError: cannot load model m"),
+    ],
+)
+def test_the_cause_of_a_failure_is_shown_without_rays_wrapper(outer, line):
+    trace = f"ray::f()\n  File x\nKeyError: 'a bug'\n\n{cluster._CAUSED}\n\nray::g()\n  File y\n{outer}\n"
+    assert cluster._last_line(RuntimeError(trace)) == line
+
+
 class Steps(loop.TrainingLoop):
     """A loop of ten steps, of which two take longer than the progress is polled."""
 
     def epoch(self, number):
         for step in self.tracked(range(10), f"epoch {number}/2"):
-            time.sleep(1.5 if step in {4, 7} else 0)
+            time.sleep(2.5 if step in {4, 7} else 0)
         return {"epoch": float(number)}
 
 
@@ -117,7 +129,7 @@ def test_progress_within_an_epoch_is_printed(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_SECONDS", 0.0)
     settings = SETTINGS.model_copy(update={"workers": 0})
     cluster.fit(steps, {"folder": tmp_path}, settings, "steps", tmp_path, print, noted.append)
-    assert set(noted) <= {*(f"epoch {number}/2: {part}0%" for number in (1, 2) for part in range(10))}
+    assert set(noted) <= {*(f"epoch {number}/2: {10 * part}%" for number in (1, 2) for part in range(10))}
     assert {"epoch 1/2: 40%", "epoch 1/2: 70%", "epoch 2/2: 40%", "epoch 2/2: 70%"} <= set(noted)
 
 

@@ -50,7 +50,7 @@ def test_tokens_are_rows_of_one_table_and_pad_is_a_slots_last():
     assert tokens.group[0] == tokens.group[2] != tokens.group[1]
     with pytest.raises(InputError, match="2 codes but the tokenizer has 3 slots"):
         ItemTokens.of(np.zeros((1, 2), np.int32), SLOTS)
-    with pytest.raises(InputError, match=r"code 3 in slot .* but the tokenizer has 3 codes there: write them with this"):
+    with pytest.raises(InputError, match=r"code 3 in slot .* but the tokenizer has 3 codes there"):
         ItemTokens.of(np.array([[0, 3, 0]], np.int32), SLOTS)
 
 

@@ -24,7 +24,7 @@ CHUNK = 1 << 20
 """Items whose vectors or scores are computed at a time."""
 SPARSE_FROM = 1 << 16
 """Rows from which on the gradient of a table has only the rows of the batch, which are sorted at each step."""
-RANKED = 1 << 16
+RANKED = 1 << 14
 """Users that are ranked at a time: the vectors of all items are computed again for the next."""
 _PARTS, _PART = 8, 1024
 """Number of parts into which a batch of histories is split by length; on a GPU, each has at least so many histories."""

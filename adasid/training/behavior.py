@@ -192,16 +192,16 @@ class BehaviorTraining(TrainingLoop):
     def _evaluate(self) -> dict[str, float]:
         self.model.eval()
         row: dict[str, float] = {}
-        for split, histories in (("validation", self.data.validation), ("test", self.data.test)):
-            scores = recall_ndcg(self._ranks(histories, split))
+        for split in ("validation", "test"):
+            scores = recall_ndcg(self._ranks(split))
             row.update({f"{split}_{name}": value for name, value in scores.items()})
         spearman = self._spearman()
         return {**row, "spearman": spearman} if np.isfinite(spearman) else row
 
-    def _ranks(self, histories: Histories, split: str) -> Tensor:
+    def _ranks(self, split: str) -> Tensor:
         """Return the 1-based ranks of the targets of all workers' users, over the full catalogue including the
-        history, the same on all workers. Each worker scores all users against its own rows of the table. ``split``: its
-        name."""
+        history, the same on all workers. Each worker scores all users against its own rows of the table."""
+        histories: Histories = getattr(self.data, split)
         users = self._scored(histories)
         largest = int(self.workers.gather(torch.tensor([len(users)], device=self.device)).max())
         ranks = [torch.zeros(0, dtype=torch.int64, device=self.device)]

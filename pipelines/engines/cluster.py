@@ -41,8 +41,8 @@ _RAYS = re.compile(r"^(ray\.\S+|UserExceptionWithTraceback|UserCodeException)\b"
 _SHARED = "shared.json"
 """The driver writes this file, for every worker to see that it shares the folder."""
 _JOINING = threading.Lock()
-_hooks: list[Callable[[threading.ExceptHookArgs], Any]] = []
-"""The hook of errors of threads that was there before."""
+_OTHERS = threading.excepthook
+"""This hook prints the errors of all other threads."""
 _LISTENER = "ray_listen_error_messages"
 """Name of the thread with which Ray prints errors of the cluster."""
 
@@ -216,9 +216,7 @@ def join(settings: config.Ray) -> None:
 def _connect(settings: config.Ray) -> None:
     import ray
 
-    if threading.excepthook is not _one_line_of_listener:
-        _hooks[:] = [threading.excepthook]
-        threading.excepthook = _one_line_of_listener
+    threading.excepthook = _one_line_of_listener
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     environment = {**MALLOC, "RAY_TRAIN_V2_ENABLED": "1"}
     address = settings.address or os.environ.get("RAY_ADDRESS")
@@ -246,8 +244,7 @@ def _one_line_of_listener(found: threading.ExceptHookArgs) -> None:
     """Print a line, not a trace, where Ray's thread ends that prints errors of the cluster: a poll of its can fail
     (Ray's issue 40575), and no result depends on it. Other threads' errors go to the hook that was there."""
     if found.thread is None or found.thread.name != _LISTENER or found.exc_value is None:
-        for hook in _hooks:
-            hook(found)
+        _OTHERS(found)
     else:
         log.line(f"Ray's messages are not shown from here on ({_last_line(found.exc_value)})", "WARN")
 

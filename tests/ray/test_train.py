@@ -82,7 +82,7 @@ def test_no_cluster_is_one_line_with_the_fix(tmp_path, monkeypatch):
 
 
 def test_a_listener_of_rays_that_fails_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(cluster, "_hooks", [threading.__excepthook__])  # not that of pytest
+    monkeypatch.setattr(cluster, "_OTHERS", threading.__excepthook__)  # not that of pytest
     monkeypatch.setattr(threading, "excepthook", cluster._one_line_of_listener)
 
     def poll():

@@ -122,7 +122,7 @@ def run_rank(rank, folder):
     d = data()
     d.train, d.validation, d.test = (part.part(rank, 2) for part in (d.train, d.validation, d.test))
     training, ranks = BehaviorTraining(SMALL, d, folder / "sasrec", 1, workers), []
-    result = training.run(lambda rows: ranks.append(training._ranks(d.test, "test").sort().values))
+    result = training.run(lambda rows: ranks.append(training._ranks("test").sort().values))
     across |= {"ranks": torch.equal(*workers.gather(ranks[-1][None]))}
     try:
         BehaviorTraining(SMALL, d, folder / "sasrec killed", 1, workers).run(kill_early)
@@ -201,7 +201,7 @@ def test_one_worker_resumes_what_two_have_trained_and_ranks_as_they_do(facts):
     one = BehaviorTraining(SMALL, data(), folder / "sasrec", 1, Workers())
     one._resume()
     one.model.eval()
-    assert one._ranks(data().test, "test").sort().values.tolist() == facts[0]["ranks"]
+    assert one._ranks("test").sort().values.tolist() == facts[0]["ranks"]
     result = one.run()  # all epochs are done
     parts = pa.concat_tables([pq.read_table(folder / f"embeddings-{rank}.parquet") for rank in range(2)])
     parts = parts.sort_by("item_index")

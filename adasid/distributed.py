@@ -117,7 +117,7 @@ class Workers:
         dist.all_reduce(flat)
         flat /= self.world
         for parameter, part in zip(dense, flat.split([p.numel() for p in dense])):
-            parameter.grad = part.view_as(parameter).clone()
+            parameter.grad = part.view_as(parameter)
         for parameter in sparse:
             assert parameter.grad is not None
             parameter.grad = self._mean_of_rows(parameter.grad)

@@ -104,9 +104,11 @@ class PPNet(nn.Module):
         -1, each for n consecutive users and items."""
         users = hashed_index(users, self.rows) if self.hashed else users
         mask = (histories >= 0).to(self.out.weight.dtype)[..., None]
-        past = (self.items(histories.clamp(min=0)) * mask).sum(1) / mask.sum(1).clamp(min=1)
+        vectors = self.items(torch.cat([histories.clamp(min=0).flatten(), items]))
+        past, chosen = vectors.split([histories.numel(), len(items)])
+        past = (past.view(*histories.shape, -1) * mask).sum(1) / mask.sum(1).clamp(min=1)
         past = past.repeat_interleave(len(items) // len(histories), dim=0)
-        features = torch.cat([self.users(users), past, self.items(items), self.weights[items][:, self.gated]], dim=1)
+        features = torch.cat([self.users(users), past, chosen, self.weights[items][:, self.gated]], dim=1)
         prior = torch.cat([self.prior_users(users), self.prior_items(items), features.detach()], dim=1)
         x = features
         for layer, gate in zip(self.layers, self.gates):

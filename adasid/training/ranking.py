@@ -66,7 +66,7 @@ class RankingTraining(DownstreamTraining):
         self.tables = model.sparse_tables()
         dense = [p for p in model.parameters() if all(p is not table for table in self.tables)]
         optimizers = {
-            "adam": torch.optim.Adam(dense, lr=settings.lr, weight_decay=settings.weight_decay),
+            "adam": torch.optim.Adam(dense, lr=settings.lr, weight_decay=settings.weight_decay, fused=True),
             "table": torch.optim.Adagrad(self.tables, lr=settings.table_lr),
         }
         super().__init__(

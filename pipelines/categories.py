@@ -6,10 +6,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from adasid import tables
 from adasid.config import Categories, Config
 from adasid.errors import first_line
 from adasid.faults import wrapped
 from pipelines.engines.lake import Lake
+from pipelines.sources import in_place
 
 RAW = "categories"
 """Raw field of items that is read where ``compare.categories`` names no file."""
@@ -26,8 +28,9 @@ def of(cfg: Config, lake: Lake, items: pa.Array) -> dict[str, int]:
     elif cfg.source.synthetic and lake.exists("truth"):
         truth = lake.open("truth").to_pyarrow_dataset().to_table(columns=["item_id", "topic"], filter=wanted)
         ids, kinds = truth["item_id"], truth["topic"].combine_chunks()
-    elif RAW in cfg.content.raw()[0] and RAW in lake.schema("items").names:
-        rows = lake.open("items").to_pyarrow_dataset().to_table(columns=["item_id", RAW], filter=wanted)
+    elif RAW in cfg.content.raw()[0] and (in_place.reference(lake, "items") or RAW in lake.schema("items").names):
+        found = list(in_place.batches(lake, "items", tables.items((), (RAW,)), wanted))
+        rows = pa.Table.from_batches(found) if found else tables.items((), (RAW,)).empty_table()
         ids, kinds = rows["item_id"], _numbers(_broad(rows[RAW].combine_chunks()))
     else:
         return {}

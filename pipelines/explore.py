@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from adasid import tables
 from adasid.config import Config
 from adasid.data.shards import batch_of
-from adasid.data.text import hashed_text
+from adasid.data.text import hashed_text, readable
 from adasid.encoders import images, places
+from adasid.errors import TransientError
 from adasid.files import Location, write_text
 from adasid.report import explore
 from adasid.report.explore import Items, Next, thumbnail
@@ -45,6 +46,8 @@ CHANGES = 500
 """Changes that the page lists."""
 PICTURES = 4 * 2**30
 """A table of items with more bytes is not searched for pictures, of which all would be read."""
+FAILURES = 10
+"""After so many failures of a store or disk no further picture is read."""
 _ANY = 1e12
 """Slack with which a tokenizer decodes the published codes, however far they are."""
 
@@ -102,7 +105,7 @@ def gather(cfg: Config, lake: Lake, live: Generation, created: str) -> dict[str,
         codes = catalogue.codes[:, place]
         counts.append(explore.sizes(codes, catalogue.strata, slot))
         following.append(explore.transitions(codes[first], codes[then], slot.size))
-    shown = items.ids[: cfg.explore.pictures]
+    shown = [items.ids[place] for place in explore.choose(items.strata, cfg.explore.pictures, popular=True)]
     return explore.payload(
         items,
         slots,
@@ -125,17 +128,23 @@ def gather(cfg: Config, lake: Lake, live: Generation, created: str) -> dict[str,
 def pictures(cfg: Config, lake: Lake, ids: Sequence[str]) -> dict[str, bytes]:
     """Return the pictures of items, item_id -> JPEG of at most ``explore.picture_pixels``, from the first encoder of
     pictures; empty where no encoder reads pictures, or the table of items has more than :data:`PICTURES` bytes. A
-    picture that cannot be read is left out."""
+    picture that cannot be read is left out; after :data:`FAILURES` that a store or disk did not give, so are all
+    others."""
     encoder = next((encoder for encoder in cfg.content.encoders.values() if encoder.field), None)
     if encoder is None or encoder.field is None or not ids or in_place.size(lake, "items") > PICTURES:
         return {}
     schema, wanted = tables.items((), (), (encoder.field,)), pc.field("item_id").isin(list(ids))
-    found, rules = dict[str, bytes](), places.Rules(encoder.max_bytes, content.root_of(cfg), cfg.content.roots)
+    found, failures = dict[str, bytes](), 0
+    rules = places.Rules(encoder.max_bytes, content.root_of(cfg), tuple(map(places.normal, cfg.content.roots)))
     for rows in in_place.batches(lake, "items", schema, wanted):
         for item, place in zip(rows["item_id"].to_pylist(), places.places(rows[encoder.field])):
-            if item in found or (place.data is None and place.path is None):
+            if item in found or (place.data is None and place.path is None) or failures == FAILURES:
                 continue
-            data = places.read(place, rules)  # nothing is fetched from the web for a page
+            try:
+                data = places.read(place, rules)  # nothing is fetched from the web for a page
+            except TransientError:
+                failures += 1
+                continue
             if isinstance(data, bytes):
                 image = images.decode(data, encoder.max_bytes, encoder.max_pixels, cfg.explore.picture_pixels)
                 if not isinstance(image, str):
@@ -162,7 +171,7 @@ def _items(
         if not rows.num_rows:
             continue
         place = np.searchsorted(chosen, rows.column("item_index").to_numpy())
-        text[:, place] = [rows.column("item_id").to_pylist(), rows.column("title").to_pylist()]
+        text[:, place] = [rows.column("item_id").to_pylist(), readable(rows.column("title"))]
         interactions[place] = rows.column("interactions").to_numpy()
         for m in modalities:
             there = rows.column(m).is_valid().to_numpy(zero_copy_only=False)
@@ -232,7 +241,7 @@ def _changes(lake: Lake, live: Generation, catalogue: Catalogue) -> dict[str, An
     version, titles = live.inputs["item_features"], dict[str, str | None]()
     wanted = pc.field("item_id").isin(ids)
     for part in lake.batches("item_features", version, ["item_id", "title"], wanted) if len(ids) else ():
-        titles |= zip(part.column("item_id").to_pylist(), part.column("title").to_pylist())
+        titles |= zip(part.column("item_id").to_pylist(), readable(part.column("title")))
     listed = [
         {"id": row["item_id"], "title": titles.get(row["item_id"]), "why": row["why"]}
         | {"old": row["old_codes"], "new": row["new_codes"]}

@@ -254,8 +254,10 @@ class Compare(Section):
 
 
 class Explore(Section):
-    items: int = Field(20_000, ge=1, description="items on the page, an equal share of head, mid, tail and cold")
-    pictures: int = Field(2_000, ge=0, description="of these, the most popular are shown with their picture")
+    items: int = Field(
+        20_000, ge=1, le=20_000, description="items on the page, an equal share of head, mid, tail and cold"
+    )
+    pictures: int = Field(2_000, ge=0, description="of these, the most popular of each stratum have their picture")
     picture_pixels: int = Field(96, ge=16, le=512, description="longer side of a picture")
 
 

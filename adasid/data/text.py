@@ -1,11 +1,15 @@
-"""Hash texts by columns, so that tables are joined by integers instead of texts."""
+"""Texts by columns: hashes, with which tables are joined by integers; words; bytes that are not UTF-8."""
 
 from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+_JOINERS = r"[\x{200C}\x{200D}]"
+_NO_WORD = r"[^\p{L}\p{M}\p{N}%s]+"
+_UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*)"
 _OFFSET, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 
 
@@ -28,3 +32,36 @@ def hashed_text(column: pa.StringArray, salt: int = 0) -> NDArray[np.uint64]:
     found = np.empty_like(hashes)
     found[order] = hashes
     return found
+
+
+def is_utf8(texts: pa.Array) -> NDArray[np.bool_]:
+    """Return whether the bytes of each text [n] are UTF-8, which Arrow and Parquet do not check; true for null."""
+    try:
+        texts.validate(full=True)
+        return np.ones(len(texts), bool)
+    except pa.ArrowInvalid:
+        return np.array([text is None or text == _replaced(text).encode() for text in _bytes(texts)], bool)
+
+
+def readable(texts: pa.Array) -> list[str | None]:
+    """Return texts [n]; bytes that are not UTF-8 become U+FFFD."""
+    if is_utf8(texts).all():
+        return [None if text is None else str(text) for text in texts.to_pylist()]
+    return [None if text is None else _replaced(text) for text in _bytes(texts)]
+
+
+def spaced(texts: list[str], inner: str = "") -> list[str]:
+    """Return the words of texts [n] in lower case, with blanks between them; in scripts without blanks each character
+    is a word. ``inner``: characters that belong to words besides letters, marks and digits."""
+    words = pc.replace_substring_regex(pa.array(texts, pa.large_string()), _JOINERS, "")
+    words = pc.replace_substring_regex(pc.utf8_lower(words), _NO_WORD % inner, " ")
+    return [str(text) for text in pc.replace_substring_regex(words, _UNSPACED, r" \1 ").to_pylist()]
+
+
+def _bytes(texts: pa.Array) -> list[bytes | None]:
+    found: list[bytes | None] = texts.cast(pa.large_binary()).to_pylist()
+    return found
+
+
+def _replaced(text: bytes) -> str:
+    return text.decode("utf-8", "replace")

@@ -111,7 +111,8 @@ def vectors(values: pa.Array) -> pa.Array:
 
 
 def raw_texts(values: pa.Array) -> pa.Array:
-    """Convert a raw field to text: numbers and dates as written, the parts of a list joined by ", "."""
+    """Convert a raw field to text: numbers and dates as written, the parts of a list joined by ", "; NaN is
+    null."""
     kind = values.type
     if pt.is_null(kind) or _is_text(kind):
         return pc.cast(values, pa.string())
@@ -120,7 +121,8 @@ def raw_texts(values: pa.Array) -> pa.Array:
         lists = pa.ListArray.from_arrays(_offsets(values), inner)
         return pc.binary_join(pc.if_else(values.is_null(), pa.scalar(None, lists.type), lists), ", ")
     if pt.is_primitive(kind) or pt.is_decimal(kind):
-        return pc.cast(values, pa.string())
+        written = pc.cast(values, pa.string())
+        return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.string()), written) if pt.is_floating(kind) else written
     raise InputError(f"is {kind}; a field that is encoded must be text, a number, or a list of these")
 
 

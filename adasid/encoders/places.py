@@ -10,6 +10,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 import pyarrow as pa
 import pyarrow.types as pt
 
+from adasid.data.text import readable
 from adasid.encoders.base import ABSENT
 from adasid.encoders.images import TOO_MANY_BYTES, TOO_MANY_PIXELS
 from adasid.errors import InputError, TransientError, first_line
@@ -59,7 +61,8 @@ class Place(NamedTuple):
 
 def places(rows: pa.Array) -> Iterator[Place]:
     """Yield the places of pictures [n]: a struct<bytes: binary, path: string>, as Hugging Face's datasets store
-    pictures, or binary, or string. Raises InputError for another type."""
+    pictures, or binary, or string. Bytes of a path that are not UTF-8 become U+FFFD. Raises InputError for another
+    type."""
     kind = rows.type
     if pt.is_struct(kind):
         names = [field.name for field in kind]
@@ -74,16 +77,16 @@ def places(rows: pa.Array) -> Iterator[Place]:
         parts = {}
     else:
         raise InputError(f"the pictures are {kind}: store struct<bytes: binary, path: string>, binary or string")
-    given = rows.is_valid().to_pylist()
+    given, paths = rows.is_valid().to_pylist(), readable(parts["path"]) if "path" in parts else [None] * len(rows)
     for row, there in enumerate(given):
-        data, path = (parts[name][row].as_py() if there and name in parts else None for name in ("bytes", "path"))
+        data, path = parts["bytes"][row].as_py() if there and "bytes" in parts else None, paths[row] if there else None
         yield Place(data, path if path and path.strip() else None)
 
 
 class Rules(NamedTuple):
     """Rules say which places may be read: those below ``root``, to which relative paths refer, and below one of
-    ``roots`` (folders, buckets, addresses); with ``web`` also public http and https addresses. ``max_bytes``: of a
-    picture."""
+    ``roots`` (folders, buckets, addresses, as :func:`normal` writes them); with ``web`` also public http and https
+    addresses. ``max_bytes``: of a picture."""
 
     max_bytes: int
     root: Location | None = None
@@ -91,9 +94,47 @@ class Rules(NamedTuple):
     web: bool = False
 
     def allow(self, place: str) -> bool:
-        """Return whether a folder, bucket or address of a place is named."""
-        named = (*self.roots, *([] if self.root is None else [str(self.root)]))
-        return any(place == base.rstrip("/") or place.startswith(base.rstrip("/") + "/") for base in named)
+        """Return whether a folder, bucket or address of a place is named; a folder also by a link to it."""
+        named = [normal(base) for base in (*self.roots, *([] if self.root is None else [str(self.root)]))]
+        if os.path.isabs(place):
+            named += [os.path.realpath(base) for base in named if os.path.isabs(base)]
+        return any(_below(spelling, base) for spelling in _spellings(place) for base in named)
+
+
+def _below(place: str, base: str) -> bool:
+    return place == base or place.startswith(base.rstrip("/") + "/")
+
+
+def _spellings(place: str) -> Iterator[str]:
+    """Yield a place in its normal form, and a file also without symbolic links."""
+    if not os.path.isabs(place):
+        inner = unquote(urlsplit(place).path).split("/")
+        yield from () if os.pardir in inner else (place,)
+        return
+    yield os.path.normpath(place)
+    yield os.path.realpath(place)
+
+
+@lru_cache
+def normal(place: str) -> str:
+    """Return a folder, a bucket or an address as places are compared: folders as absolute paths, ``file://`` as a path,
+    Hadoop's ``s3a://`` as ``s3://``, without a slash at the end."""
+    scheme, path = _parsed(place)
+    if scheme in SCHEMES:
+        return str(ObjectPath.of(path))
+    return path.rstrip("/") if scheme else os.path.abspath(path)
+
+
+def _parsed(place: str) -> tuple[str, str]:
+    """Return the scheme of a URI, with Hadoop's ``s3a`` as ``s3``, and the URI with it; of a path or a ``file:`` no
+    scheme, and the path."""
+    uri = _URI.match(place)
+    scheme = (uri[1] or uri[2]).lower() if uri else ""
+    rest = place.partition(":")[2]
+    if scheme in ("", "file"):
+        return "", unquote(rest.removeprefix("//").removeprefix("localhost")) if scheme else place
+    scheme = "s3" if scheme == "s3a" else scheme
+    return scheme, f"{scheme}:{rest}"
 
 
 def read(place: Place, rules: Rules) -> bytes | str:
@@ -125,17 +166,14 @@ class _Refused(Exception):
 
 def _where(path: str, rules: Rules) -> Location | str:
     """Return the file or the object that a path or a URI names, or its address in the web."""
-    uri = _URI.match(path)
-    scheme = (uri[1] or uri[2]).lower() if uri else ""
+    scheme, path = _parsed(path)
     if scheme in ("http", "https"):
         if not rules.web:
             raise _Refused(WEB_NOT_ALLOWED)
         return path
     if scheme in SCHEMES:
         return _allowed(ObjectPath.of(path), rules)
-    if scheme == "file":
-        path = unquote(path.partition(":")[2].removeprefix("//").removeprefix("localhost"))
-    elif scheme:
+    if scheme:
         raise _Refused(UNKNOWN_SCHEME)
     if os.path.isabs(path):
         return _allowed(Path(os.path.normpath(path)), rules)

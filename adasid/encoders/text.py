@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from adasid import config
+from adasid.data.text import is_utf8
 from adasid.encoders import hub
 from adasid.encoders.base import ABSENT, Clock, Encoded, checked_width, encoded, needed
 from adasid.errors import InputError, first_line
@@ -21,6 +22,7 @@ from adasid.faults import wrapped
 
 EMPTY_TEXT = "empty_text"
 """Reason: the text has markup and blanks only; of tf-idf also: no words."""
+NOT_UTF8 = "not_utf8"
 
 _MARKUP = "(?is)" + "|".join(
     (
@@ -42,7 +44,8 @@ _INVISIBLE = r"^[\p{Z}\p{Cf}\x{FE00}-\x{FE0F}]*$"
 def clean(texts: pa.Array, max_chars: int) -> list[str | None]:
     """Return texts [n] without HTML tags, entities, contents of script and style, control characters and zero-width
     blanks, in Unicode's form NFC, with single blanks, cut to ``max_chars`` characters. None where there is no text or
-    only blanks; an empty text where cleaning leaves nothing. Raises InputError for a column that is not text."""
+    only blanks, or its bytes are not UTF-8; an empty text where cleaning leaves nothing. Raises InputError for a column
+    that is not text."""
     return [None if text is None else str(text) for text in _clean(texts, max_chars).to_pylist()]
 
 
@@ -51,6 +54,7 @@ def _clean(texts: pa.Array, max_chars: int) -> pa.Array:
     if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind) or pt.is_null(kind)):
         raise InputError(f"the texts are {kind}: store them as string")
     raw = pc.cast(texts, pa.large_string())
+    raw = pc.if_else(pa.array(is_utf8(raw)), raw, pa.scalar(None, raw.type))
     given = pc.invert(pc.equal(pc.utf8_trim_whitespace(raw), ""))
     raw = pc.if_else(given, raw, pa.scalar(None, raw.type))
     raw = _replaced(raw, pc.match_substring_regex(raw, "<[a-zA-Z/!?]|" + _ENTITY), _plain)
@@ -79,9 +83,11 @@ def _composed(texts: pa.Array) -> pa.Array:
     return pa.array(forms, pa.large_string())
 
 
-def reasons_of(texts: list[str | None]) -> tuple[list[str | None], NDArray[np.int64]]:
-    """Return why cleaned texts [n] have no vector, and the rows [m] of those that have text."""
+def reasons_of(rows: pa.Array, texts: list[str | None]) -> tuple[list[str | None], NDArray[np.int64]]:
+    """Return why texts [n], ``rows`` and cleaned, have no vector, and the places [m] of those that have text."""
     reasons = [ABSENT if text is None else None if text else EMPTY_TEXT for text in texts]
+    for row in np.flatnonzero(~is_utf8(rows)):
+        reasons[row] = NOT_UTF8
     return reasons, np.array([row for row, reason in enumerate(reasons) if reason is None], np.int64)
 
 
@@ -120,7 +126,7 @@ class SentenceEncoder:
     def encode(self, rows: pa.Array) -> Encoded:
         """Encode texts [n]; the model reads those of similar length together."""
         texts = clean(rows, self._settings.max_chars)
-        reasons, given = reasons_of(texts)
+        reasons, given = reasons_of(rows, texts)
         if not len(given):
             return Encoded(np.zeros((len(texts), self.width), np.float32), reasons)
         outputs = self._model.encode(

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from adasid import config
 from adasid.config.content import TF_IDF
+from adasid.data.text import spaced
 from adasid.encoders.base import Encoded, Identity, encoded, needed
 from adasid.encoders.text import EMPTY_TEXT, clean, reasons_of
 from adasid.errors import InputError, first_line
@@ -36,9 +36,6 @@ WIDTH = 256
 """Width of the vectors where ``content.encoders.<modality>.width`` is null."""
 FILE = "tf-idf.safetensors"
 """Name of the file with the state."""
-_NO_WORD = r"[^\p{L}\p{M}\p{N}]+"
-_UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*)"
-_JOINERS = r"[\x{200C}\x{200D}]"
 
 
 class State(NamedTuple):
@@ -119,7 +116,7 @@ class TfIdfEncoder:
     def encode(self, rows: pa.Array) -> Encoded:
         """Encode texts [n]."""
         texts = clean(rows, self._max_chars)
-        reasons, given = reasons_of(texts)
+        reasons, given = reasons_of(rows, texts)
         terms = _terms([text for text in texts if text])
         empty = np.diff(terms.indptr) == 0
         for row in given[empty]:
@@ -139,10 +136,7 @@ class TfIdfEncoder:
 
 def _terms(texts: list[str]) -> Any:
     """Return the counts of terms, a sparse matrix [n, ROWS] in CSR."""
-    words = pc.replace_substring_regex(pa.array(texts, pa.large_string()), _JOINERS, "")
-    words = pc.replace_substring_regex(pc.utf8_lower(words), _NO_WORD, " ")
-    words = pc.replace_substring_regex(words, _UNSPACED, r" \1 ")
-    counts = _hashing().transform([*words.to_pylist(), ""])[:-1]  # it refuses an empty list
+    counts = _hashing().transform([*spaced(texts), ""])[:-1]  # it refuses an empty list
     counts.sum_duplicates()
     return counts
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix, csr_matrix
 
+from adasid.data.text import spaced
 from adasid.metrics.neighbours import nearest, unit
 from adasid.sid import Slot
 from adasid.tables import PAD, STRATA
@@ -69,14 +69,15 @@ class Items:
     vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
-def choose(strata: NDArray[np.int8], items: int) -> NDArray[np.int64]:
+def choose(strata: NDArray[np.int8], items: int, popular: bool = False) -> NDArray[np.int64]:
     """Return the item_index of at most ``items`` items, ascending: of each stratum an equal share, or all of it where
-    it has fewer, evenly spaced. ``strata``: place in ``STRATA`` of each item of the catalogue."""
+    it has fewer, evenly spaced, or the first, which are the most ``popular``. ``strata`` [n]: place in ``STRATA`` of
+    each item, by item_index."""
     parts = sorted((np.flatnonzero(strata == place) for place in range(len(STRATA))), key=len)
     chosen, left = list[NDArray[np.int64]](), items
     for place, part in enumerate(parts):
         take = min(len(part), left // (len(parts) - place))
-        chosen.append(part[np.linspace(0, len(part) - 1, take).round().astype(np.int64)])
+        chosen.append(part[:take] if popular else part[np.linspace(0, len(part) - 1, take).round().astype(np.int64)])
         left -= take
     return np.sort(np.concatenate(chosen))
 
@@ -115,8 +116,9 @@ class Words:
         known = dict[str, int]()
         pairs = [
             (item, known.setdefault(word, len(known)))
-            for item, title in enumerate(titles)
-            for word in re.findall(r"\w+(?:['’]\w+)*", (title or "").casefold())
+            for item, title in enumerate(spaced([title or "" for title in titles], "'’"))
+            for word in (part.strip("'’") for part in title.split())
+            if word
         ]
         self.names = list(known)
         self.items, self.words = np.array(pairs, np.int64).reshape(-1, 2).T

@@ -1,5 +1,5 @@
-"""Schedule the nightly run as an Airflow 3 DAG: ingest, encode content, build features, retokenize, maintain. Copy it
-into the DAGs folder.
+"""Schedule the nightly run as an Airflow 3 DAG: ingest, encode content, build features, retokenize, maintain,
+report. Copy it into the DAGs folder.
 
 ``ADASID_HOME`` (the checkout, with its ``.venv``), ``ADASID_CONFIG`` (a file of ``conf/``), ``ADASID_SPARK_MASTER``
 (default: this machine) and ``ADASID_DRIVER_MEMORY`` are read from the scheduler's environment. A job is tried up to
@@ -58,4 +58,4 @@ with DAG(
         return Job(task_id=name, bash_command=command, cwd=HOME, append_env=True, **options)
 
     features = job("ingest") >> job("encode_content") >> job("build_features")
-    features >> job("retokenize", RETOKENIZE, execution_timeout=timedelta(hours=6)) >> job("maintain")
+    features >> job("retokenize", RETOKENIZE, execution_timeout=timedelta(hours=6)) >> job("maintain") >> job("report")

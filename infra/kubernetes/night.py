@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
-NIGHT = ("ingest", "encode_content", "build_features", "retokenize", "maintain")
+NIGHT = ("ingest", "encode_content", "build_features", "retokenize", "maintain", "report")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

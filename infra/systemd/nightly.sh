@@ -12,3 +12,4 @@ submit=(spark-submit --master "${ADASID_SPARK_MASTER:-local[*]}" --driver-memory
 "${submit[@]}" jobs/build_features.py --config "$config"
 "${submit[@]}" jobs/retokenize.py --config "$config" --run-date "$day" --set retokenize.lease.wait=3600
 "${submit[@]}" jobs/maintain.py --config "$config"
+python3 jobs/report.py --config "$config"

@@ -11,6 +11,7 @@ from pyspark.sql import functions as F
 
 from adasid.config import Encoder
 from adasid.encoders import tfidf
+from adasid.errors import InputError
 from adasid.files import Location
 from pipelines.content import vectors
 from pipelines.engines import spark as engine
@@ -42,6 +43,11 @@ def ensure(items: DataFrame, encoder: Encoder, folder: Location | None, seed: in
     frequencies = np.zeros(tfidf.ROWS, np.int64)
     frequencies[index[index >= 0]] = sums[index >= 0]
     documents = int(sums[index == _ALL].sum())
+    if not documents:
+        raise InputError(
+            f"content.encoders: no item has a text in {', '.join(encoder.fields)}, so that tf-idf has no words to "
+            "count: name other fields, or leave the encoder out"
+        )
     width = encoder.width or tfidf.WIDTH
     tfidf.write(folder, frequencies, documents, width, seed)
     note(f"tf-idf: counted the words of {documents:,} texts; later runs keep these counts")

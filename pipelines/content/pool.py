@@ -28,7 +28,11 @@ RAW = "raw"
 """Column of the text or picture in a part."""
 ENCODED = pa.schema([("fingerprint", pa.string()), ("vector", VECTOR), ("reason", pa.string())])
 _BATCHES = 16
-"""A part is read so many of the encoder's batches at a time."""
+"""A part is read so many of the encoder's batches at a time, or less:"""
+_BYTES = 128 * 2**20
+"""about so many bytes."""
+_TRIES = 3
+"""A part that ends so many actors ends the job, as Ray starts actors again without a limit."""
 _BLOCKS = 32
 """Ray Data gets so many blocks of parts an actor."""
 
@@ -74,20 +78,41 @@ class EncodePart:
         self.call, self.encoder = call, _opened(call)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Encode the part that the row names; return its figures."""
+        """Encode the part that the row names; return its figures. Raises TrainingError for a part that has ended
+        :data:`_TRIES` actors."""
         name, started, before = str(row["part"]), time.monotonic(), self.encoder.seconds
-        items = 0
+        items, tries = 0, self.call.todo / f"{name}.tries"
+        self._begin(tries)
         with (
             files.local(self.call.todo / name) as source,
             files.replacing(self.call.done / name) as draft,
             pq.ParquetFile(source) as file,
             pq.ParquetWriter(draft, ENCODED) as writer,
         ):
-            for batch in file.iter_batches(self.call.settings.batch * _BATCHES):
+            for batch in _batches(file, self.call.settings.batch * _BATCHES):
                 writer.write_batch(_encoded(self.encoder, batch))
                 items += batch.num_rows
+        tries.unlink(missing_ok=True)
         busy, model = time.monotonic() - started, self.encoder.seconds - before
         return {"part": name, "items": items, "busy": busy, "model": model}
+
+    def _begin(self, tries: Location) -> None:
+        begun = int(tries.read_text(encoding="utf-8")) if tries.exists() else 0
+        if begun == _TRIES:
+            raise errors.TrainingError(
+                f"{self.call.key}: {tries.name.removesuffix('.tries')} ended its actor {_TRIES} times (out of memory, "
+                f"or a content that a library does not survive): lower {self.call.key}.batch, max_bytes or max_pixels, "
+                "or give the actors more memory; with a lower content.part_items fewer contents are in question"
+            )
+        files.write_text(tries, str(begun + 1))
+
+
+def _batches(file: pq.ParquetFile, rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield at most ``rows`` rows at a time, fewer where a row group's pictures are large."""
+    for group in range(file.num_row_groups):
+        facts = file.metadata.row_group(group)
+        fit = max(1, _BYTES * facts.num_rows // max(1, facts.total_byte_size))
+        yield from file.iter_batches(min(rows, fit), row_groups=[group])
 
 
 def _opened(call: Call) -> Encoder:
@@ -114,8 +139,8 @@ def _check_here(call: Call) -> None:
     for folder, what in ((call.todo, "the run's folder"), (call.root, "the folder of pictures")):
         if isinstance(folder, Path) and not folder.is_dir():
             raise errors.InputError(
-                f"{folder}: {what} is not there on {socket.gethostname()}: mount it on all machines under one path, or "
-                "use object storage"
+                f"{folder}: {what} is not there on {socket.gethostname()}: correct its place in the config, mount it "
+                "on all machines under one path, or use object storage"
             )
 
 

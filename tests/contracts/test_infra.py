@@ -26,7 +26,7 @@ SETUP = (ROOT / "setup.py").read_text()
 NIGHT = yaml.safe_load_all((INFRA / "kubernetes" / "nightly.yaml").read_text())
 SPARK, RAY = NIGHT
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
-STEPS = ["ingest", "encode_content", "build_features", "retokenize", "maintain"]
+STEPS = ["ingest", "encode_content", "build_features", "retokenize", "maintain", "report"]
 VARIABLES = {
     "ADASID_HOME",
     "ADASID_CONFIG",

@@ -133,7 +133,7 @@ def by_dag(environment, day, monkeypatch):
         monkeypatch.setenv(name, value)
     spec = importlib.util.spec_from_file_location("dag", ROOT / "infra" / "airflow" / "adasid_nightly.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert len(commands) == 5 and "{{" not in "".join(commands)
+    assert len(commands) == 6 and "{{" not in "".join(commands)
     return "".join(ran(["bash", "-c", command], environment) for command in commands)
 
 
@@ -153,6 +153,8 @@ def test_what_the_source_adds_changes_and_removes_is_published_the_next_day(publ
         with monkeypatch.context() as patch:
             said = run(environment, day, patch)
         row = generations.live(lake)
+        page = (lake.root.parent / "report" / "explore" / "index.html").read_text(encoding="utf-8")
+        assert f'"generation":{row.generation},' in page
         after = rows_of(lake.read("sids", row.sids_version))
         assert (row.generation, row.run_date, row.policy) == (number + 1, day, "frozen"), said[-3000:]
         assert set(after) == set(source.items) == (set(before) | set(added)) - set(removed)

@@ -205,6 +205,30 @@ def test_an_interrupted_run_keeps_what_is_done_whatever_changed_since(make, shop
     assert ran(cfg, features.run).lake.read("catalog_stats").to_pylist()[0]["items"] == ITEMS
 
 
+@pytest.mark.usefixtures("spark")
+def test_a_catalogue_without_any_text_has_no_words_to_count(make, shop):
+    columns = catalogue()
+    for name in ("title", "brand", "categories"):
+        columns[name] = [None] * ITEMS
+    shop(columns)
+    cfg = make()
+    ran(cfg, ingest.run)
+    with pytest.raises(InputError, match=r"no item has a text in title, brand, categories, .*: name other fields"):
+        ran(cfg)
+
+
+def test_a_part_with_large_pictures_is_read_a_few_at_a_time(tmp_path, monkeypatch):
+    raw = [b"x" * 1000 * (1 + i // 20) for i in range(40)]
+    rows = pa.table({"fingerprint": [str(i) for i in range(40)], "raw": raw})
+    pq.write_table(rows, tmp_path / "part.parquet", row_group_size=20, use_dictionary=False)
+    monkeypatch.setattr(pool, "_BYTES", 10_000)
+    with pq.ParquetFile(tmp_path / "part.parquet") as file:
+        found = list(pool._batches(file, 16))
+        assert [len(batch) for batch in found] == [8, 8, 4, *[4] * 5]
+        assert pa.Table.from_batches(found).equals(rows)
+        assert [len(batch) for batch in pool._batches(file, 3)] == [3] * 6 + [2] + [3] * 6 + [2]
+
+
 def test_mistakes_in_the_config_are_named(make_config):
     for content_, problem in (
         ({"encoders": {"text": {"fields": ["title"], "field": "image"}}}, "content.encoders.text must read text or a"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,12 +31,14 @@ def shop(tmp_path):
 
 @pytest.fixture
 def make(make_config, shop):
-    def config(**source):
-        model = models.siglip(shop / "siglip")
-        text = {"fields": ["title", "price"], "width": 8}
+    def config(pictures=True, **source):
+        encoders = {"text": {"fields": ["title", "price"], "width": 8}}
+        if pictures:
+            encoders["visual"] = {"model": str(models.siglip(shop / "siglip")), "field": "image"}
         return make_config(
             source={"kind": "folder", "folder": {"folder": str(shop), **source}},
-            content={"encoders": {"text": text, "visual": {"model": str(model), "field": "image"}}},
+            content={"encoders": encoders},
+            features={"content": list(encoders)},
             ray={"workers": 0},
         )
 
@@ -60,6 +64,13 @@ def test_csv_and_pictures_named_by_item(make):
     assert context.facts == {"refused contents": 1, "encoded": 6}
     (row,) = context.lake.read("rejected_rows").to_pylist()
     assert row["reason"] == "content_missing_file" and '"00c.jpg"' in row["row"]
+
+
+def test_texts_need_no_folder_of_pictures(make, shop):
+    shutil.rmtree(shop / "pictures")
+    cfg = make(pictures=False)
+    ran(cfg, ingest.run)
+    assert ran(cfg, content.run).facts == {"encoded": 3}
 
 
 def test_parquet_with_paths(make, shop):

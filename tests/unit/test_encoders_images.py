@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -302,6 +303,27 @@ def test_only_named_places_are_read(tmp_path: Path) -> None:
         assert read(path, root=shop, roots=("s3://lake/pictures",)) == places.OUTSIDE_ROOT
     for address in ("http://127.0.0.1:9/a", "HTTPS://127.0.0.1:9/a", "http://localhost:9/"):
         assert read(address, web=True, roots=()) == places.WEB_NOT_ALLOWED
+
+
+def test_a_place_is_compared_whatever_its_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop, link = tmp_path / "shop", tmp_path / "link"
+    shop.mkdir()
+    (shop / "a.jpg").write_bytes(b"content")
+    link.symlink_to(shop)
+    monkeypatch.chdir(tmp_path)
+    for root in (f"file://{shop}", f"{tmp_path}/other/../shop", "shop", str(link)):
+        assert read(f"{shop}/a.jpg", roots=(root,)) == b"content"
+    assert (
+        read(f"{link}/a.jpg", root=shop.resolve(), roots=()) == read(f"{link}/a.jpg", roots=(str(shop),)) == b"content"
+    )
+    rules = places.Rules(1000, None, ("s3a://lake/pictures/", "http://127.0.0.1:9/open"), True)
+    assert rules.allow("s3://lake/pictures/a.jpg") and not rules.allow("s3://lake/others/a.jpg")
+    assert places.normal("S3A://lake/a/") == "s3://lake/a" and read("s3a://lake/a.jpg", roots=()) == places.OUTSIDE_ROOT
+    assert rules.allow("http://127.0.0.1:9/open/a.jpg")
+    for address in ("http://127.0.0.1:9/open/../a.jpg", "http://127.0.0.1:9/open/%2e%2E/a.jpg"):
+        assert not rules.allow(address) and places.read(places.Place(None, address), rules) == places.WEB_NOT_ALLOWED
+    latin = pc.cast(pa.array([b"caf\xe9.jpg", b"a.jpg"]), pa.string(), safe=False)
+    assert [place.path for place in places.places(latin)] == ["caf\ufffd.jpg", "a.jpg"]
 
 
 @pytest.fixture

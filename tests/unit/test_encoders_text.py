@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
 from adasid import config
+from adasid.data.text import is_utf8, readable
+from adasid.datasets.columns import raw_texts
 from adasid.encoders import tfidf
 from adasid.encoders.base import ABSENT, NOT_FINITE, encoded, identity_of, open_encoder
-from adasid.encoders.text import EMPTY_TEXT, clean
+from adasid.encoders.text import EMPTY_TEXT, NOT_UTF8, clean
 from adasid.errors import InputError
 
 CPU = torch.device("cpu")
@@ -91,6 +94,24 @@ def test_a_long_text_is_cut_after_cleaning() -> None:
     assert cut[:2] == ["ééé", "ab"]
     assert cut[2:] == ["<<<", "<a"]
     assert clean(texts.slice(1, 1), 3) == ["ab"]
+
+
+LATIN = pc.cast(pa.array([b"caf\xe9 shoe", b"red shoe", None]), pa.string(), safe=False)
+"""Its first text is Latin-1, as Parquet files have it where a writer did not convert."""
+
+
+def test_a_text_that_is_not_utf8_has_a_reason_and_the_others_are_encoded(counted: Path) -> None:
+    assert is_utf8(LATIN).tolist() == [False, True, True] and is_utf8(LATIN.slice(1)).all()
+    assert readable(LATIN) == ["caf\ufffd shoe", "red shoe", None]
+    assert clean(LATIN, 100) == [None, "red shoe", None]
+    np.testing.assert_array_equal(tfidf.count(LATIN, 100), tfidf.count(LATIN.slice(1), 100))
+    vectors, reasons = opened(settings(width=16), counted).encode(LATIN)
+    assert reasons == [NOT_UTF8, None, ABSENT] and vectors[1].any() and not vectors[0].any()
+
+
+def test_a_raw_field_that_is_no_number_is_null() -> None:
+    assert raw_texts(pa.array([1.5, float("nan"), None])).to_pylist() == ["1.5", None, None]
+    assert raw_texts(pa.array([[1.0, float("nan")], None])).to_pylist() == ["1, ", None]
 
 
 def test_a_column_of_another_type_is_refused() -> None:

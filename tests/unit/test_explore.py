@@ -84,6 +84,8 @@ def test_each_stratum_has_an_equal_share_of_the_sample_or_all_its_items():
     assert chosen[0] == 0 and np.diff(chosen[:171]).max() <= 6  # evenly spaced
     assert explore.choose(strata, 10**6).tolist() == list(range(len(strata)))
     assert explore.choose(np.zeros(9, np.int8), 4).tolist() == [0, 3, 5, 8]
+    popular = explore.choose(strata, 8, popular=True)
+    assert popular.tolist() == [0, 1, 1000, 1001, 5000, 5001, 5050, 5051]
 
 
 def test_items_are_counted_by_code_and_stratum():
@@ -113,6 +115,11 @@ def test_typical_words_are_those_of_the_planted_topic():
     }
     assert all(z >= explore.CERTAIN for found in words.values() for _, z in found)
     assert Words([None, ""]).typical(np.array([0, 1]), 2) == {}
+
+
+def test_words_of_any_script_are_whole():
+    titles = ["Don't 'quote' L’Oréal", "हिन्दी किताब", "石鹸です", "می\u200cخواهم"]
+    assert Words(titles).names == ["don't", "quote", "l’oréal", "हिन्दी", "किताब", *"石鹸です", "میخواهم"]
 
 
 def test_transitions_count_what_follows_and_compare_with_popularity():

@@ -153,7 +153,7 @@ def test_what_the_source_adds_changes_and_removes_is_published_the_next_day(publ
         with monkeypatch.context() as patch:
             said = run(environment, day, patch)
         row = generations.live(lake)
-        page = (lake.root.parent / "report" / "explore" / "index.html").read_text(encoding="utf-8")
+        page = (Path(lake.root).parent / "report" / "explore" / "index.html").read_text(encoding="utf-8")
         assert f'"generation":{row.generation},' in page
         after = rows_of(lake.read("sids", row.sids_version))
         assert (row.generation, row.run_date, row.policy) == (number + 1, day, "frozen"), said[-3000:]

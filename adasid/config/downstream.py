@@ -134,7 +134,7 @@ class Ranking(Section):
         1_000_000,
         ge=1,
         lt=2**31,
-        description="rows of the tables of users, at most: of more users, several share a row (FNV-1a of user_index)",
+        description="rows of the table of users, at most: of more users, several share a row (FNV-1a of user_index)",
     )
     hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = Field(
         (64, 64, 64), min_length=1, description="widths of the hidden layers"
@@ -155,7 +155,7 @@ class Ranking(Section):
     table_lr: float = Field(
         0.05,
         gt=0,
-        description="Adagrad learning rate of the tables of users, and of those of items from 131072 rows on (lazy: "
+        description="Adagrad learning rate of the table of users, and of those of items from 131072 rows on (lazy: "
         "only rows of the batch)",
     )
     lr: float = Field(0.001, gt=0, description="Adam learning rate of everything else")

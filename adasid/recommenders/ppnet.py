@@ -72,9 +72,9 @@ class Gate(nn.Module):
 
 class PPNet(nn.Module):
     """``PPNet`` computes the logit of a click from the user, the mean of the history, and the item. The gates read the
-    prior (user and item, in separate tables) and all features without gradient, and scale each hidden layer's output
-    after its activation. More than ``settings.user_rows`` users share so many rows of the users' tables, whose
-    gradients are sparse."""
+    prior (other embeddings of user and item) and all features without gradient, and scale each hidden layer's output
+    after its activation. More than ``settings.user_rows`` users share so many rows of the users' table, whose gradients
+    are sparse."""
 
     def __init__(self, settings: config.Ranking, catalogue: ItemTokens, users: int) -> None:
         super().__init__()
@@ -82,9 +82,8 @@ class PPNet(nn.Module):
         self.items, self.prior_items = ItemVectors(s, catalogue), ItemVectors(s, catalogue)
         self.rows = min(users, s.user_rows)
         self.hashed = users > self.rows
-        self.users, self.prior_users = (nn.Embedding(self.rows, s.width, sparse=True) for _ in range(2))
-        for table in (self.users, self.prior_users):
-            nn.init.normal_(table.weight, std=0.01)
+        self.users = nn.Embedding(self.rows, 2 * s.width, sparse=True)  # a user's feature beside its prior
+        nn.init.normal_(self.users.weight, std=0.01)
         self.gated = list(catalogue.behavior) if s.weights else []
         self.weights = catalogue.weights
         features = s.width + 2 * self.items.width + len(self.gated)
@@ -96,8 +95,7 @@ class PPNet(nn.Module):
 
     def sparse_tables(self) -> list[nn.Parameter]:
         """Return the tables whose gradients are sparse."""
-        users = [*self.users.parameters(), *self.prior_users.parameters()]
-        return [*users, *self.items.sparse_tables(), *self.prior_items.sparse_tables()]
+        return [*self.users.parameters(), *self.items.sparse_tables(), *self.prior_items.sparse_tables()]
 
     def forward(self, users: Tensor, histories: Tensor, items: Tensor) -> Tensor:
         """Return logits [B]. ``users`` [B] user_index, ``items`` [B], ``histories`` [B / n, T] item_index padded with
@@ -108,8 +106,9 @@ class PPNet(nn.Module):
         past, chosen = vectors.split([histories.numel(), len(items)])
         past = (past.view(*histories.shape, -1) * mask).sum(1) / mask.sum(1).clamp(min=1)
         past = past.repeat_interleave(len(items) // len(histories), dim=0)
-        features = torch.cat([self.users(users), past, chosen, self.weights[items][:, self.gated]], dim=1)
-        prior = torch.cat([self.prior_users(users), self.prior_items(items), features.detach()], dim=1)
+        user, prior_user = self.users(users).chunk(2, dim=1)
+        features = torch.cat([user, past, chosen, self.weights[items][:, self.gated]], dim=1)
+        prior = torch.cat([prior_user, self.prior_items(items), features.detach()], dim=1)
         x = features
         for layer, gate in zip(self.layers, self.gates):
             x = self.dropout(torch.relu(layer(x)) * gate(prior))

@@ -128,14 +128,14 @@ def test_more_users_than_rows_share_them_by_fnv_1a():
     spread = torch.bincount(hashed_index(torch.arange(97_000), 97))
     assert spread.min() > 850 and spread.max() < 1150
     few = PPNet(config.Ranking(width=8, hidden=(16,), user_rows=97), tokens(), 300)
-    assert few.users.num_embeddings == few.prior_users.num_embeddings == 97
+    assert few.users.num_embeddings == 97
     few(torch.tensor([299]), torch.tensor([[1]]), torch.tensor([2])).sum().backward()
     assert few.users.weight.grad.coalesce().indices().tolist() == [[expected[2]]]
 
 
 def test_only_the_rows_of_the_batch_change_and_decay(tmp_path):
     made = training(tmp_path, events(), weight_decay=0.5)
-    tables = [made.model.users.weight, made.model.prior_users.weight]
+    tables = [made.model.users.weight]
     assert [id(table) for table in made.model.sparse_tables()] == [id(table) for table in tables]
     before = [table.detach().clone() for table in tables]
     batch, labels = made._batch(np.array([4, 29]), np.array([[7, 8], [9, 10]]))
@@ -215,7 +215,7 @@ def training(folder, table, epochs=6, workers=Workers(), **settings):
     codes = np.stack([np.arange(40) // 10, np.arange(40) % 2], axis=1).astype(np.int32)
     counts = np.bincount(whole.items[whole.splits == 0], minlength=40)
     chosen = config.Ranking.model_validate(
-        {"width": 8, "hidden": [16], "batch": 512, "lr": 0.01, "epochs": epochs, "dropout": 0.0, **settings}
+        {"width": 8, "hidden": [32], "batch": 512, "lr": 0.01, "epochs": epochs, "dropout": 0.0, **settings}
     )
     return RankingTraining(
         chosen,

@@ -11,7 +11,6 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from adasid import tables
@@ -20,7 +19,7 @@ from adasid.errors import AdasidError, InputError, first_line
 from adasid.files import Location, modified, write_bytes, write_text
 from adasid.report import page, summary
 from adasid.report.material import Material, Training
-from pipelines import explore, stage, staleness
+from pipelines import explore, stage, staleness, traces
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.features.items import richness
@@ -65,8 +64,9 @@ def _explore(cfg: Config, lake: Lake, material: Material, context: StageContext)
         return False
     try:
         explore.write(cfg, lake, generations.live(lake), material.created)
-    except (AdasidError, OSError, pa.ArrowException) as error:
-        context.note(f"the page of items and codes is not written: {first_line(error)}")
+    except Exception as error:
+        where = "" if isinstance(error, AdasidError) else traces.keep(cfg, error)
+        context.note(f"the page of items and codes is not written: {first_line(error)}{where}", "WARN")
         return False
     return True
 

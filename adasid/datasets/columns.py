@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
@@ -111,14 +112,15 @@ def vectors(values: pa.Array) -> pa.Array:
 
 
 def raw_texts(values: pa.Array) -> pa.Array:
-    """Convert a raw field to text: numbers and dates as written, the parts of a list joined by ", "; NaN is
-    null."""
+    """Convert a raw field to text: numbers and dates as written, the parts of a list that are not null joined
+    by ", "; NaN is null."""
     kind = values.type
     if pt.is_null(kind) or _is_text(kind):
         return pc.cast(values, pa.string())
     if _is_list(kind):
-        inner = pc.fill_null(raw_texts(decoded(pc.list_flatten(values))), "")
-        lists = pa.ListArray.from_arrays(_offsets(values), inner)
+        inner = raw_texts(decoded(pc.list_flatten(values)))
+        given = np.concatenate([[0], np.cumsum(inner.is_valid())]).astype(np.int32)
+        lists = pa.ListArray.from_arrays(pa.array(given[_offsets(values)]), inner.drop_null())
         return pc.binary_join(pc.if_else(values.is_null(), pa.scalar(None, lists.type), lists), ", ")
     if pt.is_primitive(kind) or pt.is_decimal(kind):
         written = pc.cast(values, pa.string())

@@ -10,7 +10,8 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,10 +84,11 @@ def places(rows: pa.Array) -> Iterator[Place]:
         yield Place(data, path if path and path.strip() else None)
 
 
-class Rules(NamedTuple):
+@dataclass(frozen=True)
+class Rules:
     """Rules say which places may be read: those below ``root``, to which relative paths refer, and below one of
-    ``roots`` (folders, buckets, addresses, as :func:`normal` writes them); with ``web`` also public http and https
-    addresses. ``max_bytes``: of a picture."""
+    ``roots`` (folders, buckets, addresses, in any spelling); with ``web`` also public http and https addresses.
+    ``max_bytes``: of a picture."""
 
     max_bytes: int
     root: Location | None = None
@@ -95,10 +97,12 @@ class Rules(NamedTuple):
 
     def allow(self, place: str) -> bool:
         """Return whether a folder, bucket or address of a place is named; a folder also by a link to it."""
-        named = [normal(base) for base in (*self.roots, *([] if self.root is None else [str(self.root)]))]
-        if os.path.isabs(place):
-            named += [os.path.realpath(base) for base in named if os.path.isabs(base)]
-        return any(_below(spelling, base) for spelling in _spellings(place) for base in named)
+        return any(_below(spelling, base) for spelling in _spellings(place) for base in self._named)
+
+    @cached_property
+    def _named(self) -> set[str]:
+        named = {normal(base) for base in (*self.roots, *([] if self.root is None else [str(self.root)]))}
+        return named | {os.path.realpath(base) for base in named if os.path.isabs(base)}
 
 
 def _below(place: str, base: str) -> bool:
@@ -107,22 +111,22 @@ def _below(place: str, base: str) -> bool:
 
 def _spellings(place: str) -> Iterator[str]:
     """Yield a place in its normal form, and a file also without symbolic links."""
-    if not os.path.isabs(place):
-        inner = unquote(urlsplit(place).path).split("/")
-        yield from () if os.pardir in inner else (place,)
-        return
-    yield os.path.normpath(place)
-    yield os.path.realpath(place)
+    if os.path.isabs(place):
+        yield from (os.path.normpath(place), os.path.realpath(place))
+    elif not place.startswith("http") or os.pardir not in unquote(urlsplit(place).path).split("/"):
+        yield normal(place)
 
 
-@lru_cache
 def normal(place: str) -> str:
     """Return a folder, a bucket or an address as places are compared: folders as absolute paths, ``file://`` as a path,
     Hadoop's ``s3a://`` as ``s3://``, without a slash at the end."""
     scheme, path = _parsed(place)
     if scheme in SCHEMES:
         return str(ObjectPath.of(path))
-    return path.rstrip("/") if scheme else os.path.abspath(path)
+    if scheme:
+        parts = urlsplit(path)
+        return parts._replace(netloc=parts.netloc.lower()).geturl().rstrip("/")
+    return os.path.abspath(path)
 
 
 def _parsed(place: str) -> tuple[str, str]:

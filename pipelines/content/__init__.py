@@ -229,8 +229,8 @@ def _write_todo(
         rows = rows.filter(inline).unionByName(rows.filter(~inline).dropDuplicates(["fingerprint"]))
     else:
         rows = rows.dropDuplicates(["fingerprint"]).sortWithinPartitions("fingerprint")  # batches repeat
-    with engine.row_groups(spark, _ROW_GROUP):
-        parts = rows.write.option("maxRecordsPerFile", cfg.content.part_items)
+    with engine.row_groups(spark, _ROW_GROUP):  # without dictionaries, so that its metadata says what a row takes
+        parts = rows.write.options(maxRecordsPerFile=cfg.content.part_items, **{"parquet.enable.dictionary": False})
         parts.mode("overwrite").parquet(engine.uri(todo))
 
 
@@ -287,11 +287,11 @@ def root_of(cfg: Config) -> Location | None:
     elsewhere."""
     source = cfg.source
     if source.folder:
-        return (location(source.folder.folder) / source.folder.pictures).resolve()
+        return location(places.normal(source.folder.folder)) / source.folder.pictures
     if source.amazon:
-        return location(source.amazon.pictures).resolve() if source.amazon.pictures else None
+        return location(places.normal(source.amazon.pictures)) if source.amazon.pictures else None
     if source.tables and "/" in source.tables.items:
-        return location(source.tables.items.rstrip("/")).resolve().parent
+        return location(places.normal(source.tables.items)).parent
     return None
 
 

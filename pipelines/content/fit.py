@@ -43,7 +43,7 @@ def ensure(items: DataFrame, encoder: Encoder, folder: Location | None, seed: in
     frequencies = np.zeros(tfidf.ROWS, np.int64)
     frequencies[index[index >= 0]] = sums[index >= 0]
     documents = int(sums[index == _ALL].sum())
-    if not documents:
+    if not frequencies.any():
         raise InputError(
             f"content.encoders: no item has a text in {', '.join(encoder.fields)}, so that tf-idf has no words to "
             "count: name other fields, or leave the encoder out"

@@ -78,7 +78,7 @@ class EncodePart:
         self.call, self.encoder = call, _opened(call)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Encode the part that the row names; return its figures. Raises TrainingError for a part that has ended
+        """Encode the part that the row names; return its figures. Raises InputError for a part that has ended
         :data:`_TRIES` actors."""
         name, started, before = str(row["part"]), time.monotonic(), self.encoder.seconds
         items, tries = 0, self.call.todo / f"{name}.tries"
@@ -99,7 +99,7 @@ class EncodePart:
     def _begin(self, tries: Location) -> None:
         begun = int(tries.read_text(encoding="utf-8")) if tries.exists() else 0
         if begun == _TRIES:
-            raise errors.TrainingError(
+            raise errors.InputError(
                 f"{self.call.key}: {tries.name.removesuffix('.tries')} ended its actor {_TRIES} times (out of memory, "
                 f"or a content that a library does not survive): lower {self.call.key}.batch, max_bytes or max_pixels, "
                 "or give the actors more memory; with a lower content.part_items fewer contents are in question"

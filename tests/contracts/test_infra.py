@@ -110,6 +110,8 @@ def test_kubernetes_runs_the_chain_in_order_and_stops_where_a_job_fails(tmp_path
     assert [words[1:] for words in ran] == [
         [*shared, *(["--run-date", "today"] if name == "retokenize" else [])] for name in STEPS
     ]
+    (tmp_path / "jobs" / "report.py").write_text("import sys\nsys.exit(1)\n")
+    assert night()[0] == 0, "the generation is published"
     (tmp_path / "jobs" / "retokenize.py").write_text("import sys\nsys.exit(4)\n")
     code, ran = night()
     assert code == 4 and [Path(words[0]).stem for words in ran] == ["ingest", "encode_content", "build_features"]

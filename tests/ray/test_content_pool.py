@@ -63,7 +63,7 @@ def call(tmp_path, monkeypatch):
 
 def test_a_part_that_ends_its_actor_is_tried_again_and_given_up_in_the_end(call):
     (call.todo / "red shoe 3 0").touch()
-    with pytest.raises(errors.TrainingError) as failure:
+    with pytest.raises(errors.InputError) as failure:
         list(pool.encode(call, 1, SETTINGS))
     assert "content.encoders.text: 3.parquet ended its actor 3 times" in str(failure.value)
     assert "\n" not in str(failure.value)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 
+from adasid import tables
 from adasid.metrics import neighbours
 from adasid.metrics.content import quality
 from adasid.metrics.neighbours import nearest
+from pipelines import categories
+from pipelines.run import Run
+from pipelines.sources import in_place
 
 
 def test_neighbours_are_those_of_a_full_search(monkeypatch):
@@ -51,3 +57,21 @@ def test_nothing_is_said_of_one_vector_or_without_categories():
     assert quality(np.ones((1, 3), np.float32), np.zeros(1, np.int64)) == (None, None, None, None)
     found = quality(np.ones((4, 3), np.float32), np.full(4, -1))
     assert found.effective_rank is None and found.agreement is None and found.near_duplicates == 1
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_categories_are_read_wherever_the_items_are(make_config, tmp_path, placed):
+    cfg = make_config(content={"encoders": {"text": {"fields": ["title", "categories"]}}})
+    lake, ids = Run(cfg).lake, ["a", "b", "c", "d"]
+    kinds = ["Beauty > Hair > Oil > x", "Beauty > Hair > Oil > y", "Beauty > Skin", None]
+    if placed:
+        own = {"item_id": ids, "categories": [kind and kind.split(" > ") for kind in kinds], "price": [1, 2, 3, 4]}
+        write_deltalake(str(tmp_path / "items"), pa.table(own))
+        in_place.write(lake, "items", in_place.Reference(str(tmp_path / "items"), 0), "h")
+    else:
+        rows = [{"item_id": i, "title": None, "categories": kind} for i, kind in zip(ids, kinds)]
+        lake.write_rows("items", tables.items((), ("categories",)), rows, "h")
+    found = categories.of(cfg, lake, pa.array(["a", "b", "c", "d", "none"]))
+    assert found["a"] == found["b"] != found["c"] and found["d"] == -1 and set(found) == set(ids)
+    assert set(categories.of(cfg, lake, pa.array(["c"]))) == {"c"}
+    assert not categories.of(cfg, lake, pa.array([], pa.string()))

@@ -319,7 +319,8 @@ def test_a_place_is_compared_whatever_its_spelling(tmp_path: Path, monkeypatch: 
     rules = places.Rules(1000, None, ("s3a://lake/pictures/", "http://127.0.0.1:9/open"), True)
     assert rules.allow("s3://lake/pictures/a.jpg") and not rules.allow("s3://lake/others/a.jpg")
     assert places.normal("S3A://lake/a/") == "s3://lake/a" and read("s3a://lake/a.jpg", roots=()) == places.OUTSIDE_ROOT
-    assert rules.allow("http://127.0.0.1:9/open/a.jpg")
+    assert rules.allow("http://127.0.0.1:9/open/a.jpg") and rules.allow("s3://lake/pictures/a%2F..%2Fb.jpg")
+    assert places.Rules(1, None, ("https://Images.example/",)).allow("HTTPS://images.Example/a")
     for address in ("http://127.0.0.1:9/open/../a.jpg", "http://127.0.0.1:9/open/%2e%2E/a.jpg"):
         assert not rules.allow(address) and places.read(places.Place(None, address), rules) == places.WEB_NOT_ALLOWED
     latin = pc.cast(pa.array([b"caf\xe9.jpg", b"a.jpg"]), pa.string(), safe=False)

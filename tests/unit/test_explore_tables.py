@@ -156,6 +156,14 @@ def test_the_report_does_not_fail_where_the_tokenizer_is_gone(cfg, run):
     assert "explore/index.html" not in (folder / "index.html").read_text(encoding="utf-8")
 
 
+def test_the_report_does_not_fail_with_the_page(cfg, run, monkeypatch):
+    monkeypatch.setattr(explore, "USERS", "no number")
+    with stage(cfg, "report") as context:
+        report.run(cfg, context)
+    assert (Run(cfg).report() / "index.html").exists() and not (Run(cfg).report() / "explore").exists()
+    assert "Error" in Run(cfg).error_log.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("settings", [config.RandomSidSettings(), config.OpqSettings(width=12, codebook_size=8)])
 def test_a_tokenizer_decodes_its_vectors_or_none(settings):
     data = shard(catalogue(60)[0], CONTENT)

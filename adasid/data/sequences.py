@@ -38,7 +38,13 @@ class Histories(NamedTuple):
 
     def part(self, rank: int, world: int) -> Histories:
         """Return every ``world``-th user, starting with ``rank``."""
-        users = np.arange(rank, len(self), world)
+        return self._take(np.arange(rank, len(self), world))
+
+    def sampled(self, number: int) -> Histories:
+        """Return the users of :meth:`sample` alone, so that the others need no memory."""
+        return self._take(self.sample(number))
+
+    def _take(self, users: NDArray[np.int64]) -> Histories:
         lengths = self.starts[users + 1] - self.starts[users]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Histories(self.items[spans(self.starts[users], lengths)], starts, self.targets[users])

@@ -28,7 +28,7 @@ from adasid.metrics.longtail import spearman
 from adasid.metrics.retrieval import recall_ndcg, tie_order
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
 from adasid.tables import BEHAVIOR_SHARD
-from adasid.training.checkpoint import Checkpoint, read_rows, write_rows
+from adasid.training.checkpoint import Checkpoint, read_rows, restore_rows, write_rows
 from adasid.training.item_table import ItemTable
 from adasid.training.loop import Report, Row, TrainingLoop, best, silent
 
@@ -116,9 +116,7 @@ class BehaviorTraining(TrainingLoop):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore both."""
-        rows = self.checkpoints.rows(checkpoint.step, self.workers)
-        self.table.rows.copy_(rows["table"])
-        self.table.squares.copy_(rows["squares"])
+        self.checkpoints.restore_rows(checkpoint.step, self.divided_rows(), self.workers)
 
     def save_divided_results(self, rows: list[Row]) -> None:
         """Save this worker's rows of the best embeddings, and the norms of the early epoch with the highest Spearman
@@ -258,8 +256,9 @@ class BehaviorTraining(TrainingLoop):
         (chosen, note), early_rows = self.best_row(rows), rows[: self.settings.early_epochs]
         index = best(early_rows, "spearman")
         early, own = early_rows[-1 if index is None else index], self.table.index()
-        del self.table  # it and the best embeddings would be twice its memory
-        embeddings = read_rows(self._folder("best", chosen), self.workers)["embeddings"]
+        embeddings = self.table.rows  # read in its place: two tables would be twice the memory
+        restore_rows(self._folder("best", chosen), {"embeddings": embeddings}, self.workers)
+        embeddings = embeddings.cpu()
         use_early = self.settings.norm_checkpoint == "early"
         norms = read_rows(self._folder("early", early), self.workers)["norms"] if use_early else embeddings.norm(dim=1)
         unseen = torch.from_numpy(self.data.counts == 0)[own]

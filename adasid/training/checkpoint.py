@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from adasid.errors import InputError
 from adasid.files import Location
 
 _STATE = "state.json"
+_ROWS = 1 << 16
+"""Rows that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ class Checkpoints:
         write_rows(self._of(step), rows, workers)
         workers.agree(True, device)
 
-    def rows(self, step: int, workers: Workers) -> dict[str, Tensor]:
-        """Return this worker's rows of the checkpoint of ``step``, whatever number of workers wrote it. Raises
-        InputError if they cannot be read."""
+    def restore_rows(self, step: int, rows: Mapping[str, Tensor], workers: Workers) -> None:
+        """Read this worker's rows of the checkpoint of ``step`` into ``rows``, whatever number of workers wrote it.
+        Raises InputError if they cannot be read."""
         with _reading(self._of(step)):
-            return read_rows(self._of(step), workers)
+            restore_rows(self._of(step), rows, workers)
 
     def latest(self, workers: Workers) -> Checkpoint | None:
         """Return the newest complete checkpoint that rank 0 sees, the same on all workers, or None. Raises InputError
@@ -139,6 +142,22 @@ def read_rows(folder: Location, workers: Workers) -> dict[str, Tensor]:
     if not parts:
         raise FileNotFoundError(f"{folder} has no file rows-*-of-*.safetensors")
     return {name: _in_order(*map(torch.cat, zip(*found))) for name, found in parts.items()}
+
+
+def restore_rows(folder: Location, rows: Mapping[str, Tensor], workers: Workers) -> None:
+    """Read what :func:`read_rows` returns into the tensors ``rows``, a block at a time where as many workers wrote it:
+    memory that is there already is all that is needed."""
+    path = folder / f"rows-{workers.rank}-of-{workers.world}.safetensors"
+    if not path.exists():
+        found = read_rows(folder, workers)
+        for name, tensor in rows.items():
+            tensor.copy_(found[name])
+        return
+    with files.local(path) as file, safe_open(file, "pt") as written:
+        for name, tensor in rows.items():
+            part = written.get_slice(name)
+            for first in range(0, len(tensor), _ROWS):
+                tensor[first : first + _ROWS].copy_(part[first : first + _ROWS])
 
 
 def _in_order(index: Tensor, rows: Tensor) -> Tensor:

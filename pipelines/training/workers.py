@@ -51,10 +51,11 @@ def behavior(payload: Payload) -> None:
         counts[rows.column("item_index").to_numpy()] = rows.column("interactions").to_numpy()
     length = cfg.behavior.max_length
     users = _histories(lake, read, workers, cfg, {"train": length + 1, "validation": length, "test": length})
+    evaluated = -(-cfg.behavior.eval_users // workers.world)
     data = BehaviorData(
-        users["train"],
-        users["validation"],
-        users["test"],
+        users.pop("train"),
+        users.pop("validation").sampled(evaluated),
+        users.pop("test").sampled(evaluated),
         counts,
         f"sequences version {read['sequences']}",
     )

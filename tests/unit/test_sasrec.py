@@ -8,6 +8,7 @@ from adasid.data.sequences import Histories
 from adasid.distributed import Workers
 from adasid.errors import InputError, TrainingError
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
+from adasid.training import checkpoint
 from adasid.training.behavior import BehaviorData, BehaviorTraining
 from adasid.training.checkpoint import read_rows, write_rows
 from adasid.training.item_table import ItemTable
@@ -50,6 +51,9 @@ def test_histories_batches_are_cut_and_padded():
     part = h.part(1, 2)
     assert part.last(np.array([0]), 3).tolist() == [[5]]
     assert part.targets.tolist() == [8]
+    two = h.sampled(2)
+    assert two.targets.tolist() == h.targets[h.sample(2)].tolist() and two.sample(2).tolist() == [0, 1]
+    assert two.last(np.arange(2)).tolist() == h.last(h.sample(2)).tolist()
     assert len(Histories.from_batches([])) == 0
 
 
@@ -129,13 +133,17 @@ def test_a_step_of_row_wise_adagrad_is_that_computed_by_hand():
 
 
 @pytest.mark.parametrize(("written", "read"), [(1, 3), (3, 1), (2, 3), (3, 3)])
-def test_rows_are_read_by_any_number_of_workers(written, read, tmp_path):
+def test_rows_are_read_by_any_number_of_workers(written, read, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_ROWS", 3)
     whole = torch.arange(22.0).view(11, 2)
     for rank in range(written):
         write_rows(tmp_path, {"table": whole[rank::written], "norm": whole[rank::written, 0]}, Workers(rank, written))
     for rank in range(read):
         rows = read_rows(tmp_path, Workers(rank, read))
         assert torch.equal(rows["table"], whole[rank::read]) and torch.equal(rows["norm"], whole[rank::read, 0])
+        there = {"table": torch.zeros(len(whole[rank::read]), 2)}
+        checkpoint.restore_rows(tmp_path, there, Workers(rank, read))
+        assert torch.equal(there["table"], whole[rank::read])
     with pytest.raises(FileNotFoundError):
         read_rows(tmp_path / "none", Workers())
 

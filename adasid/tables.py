@@ -160,9 +160,9 @@ RANKING_SAMPLES = _schema(
 ``user_index``, position within a file. ``user_index`` is the 0-based rank of user_id among all users with a clean
 event: a dense index; ``item_index``: as in ``item_stats``. A clean event; ``position`` is its 0-based index among all
 events of the user. The history of an event consists of the earlier events with ``in_history``
-(``features.histories``). ``label`` is null where only other events are rated. ``split`` is specific to ranking
-(``features.ranking_split``): one of ``SPLITS``, where ``train`` means that no task holds the event out, or
-``RANKING_ONLY``."""
+(``features.histories``), without those of its time if some of that time are not ``in_history`` (a slate). ``label`` is
+null where only other events are rated. ``split`` is specific to ranking (``features.ranking_split``): one of
+``SPLITS``, where ``train`` means that no task holds the event out, or ``RANKING_ONLY``."""
 
 RANKING_SCORES = _schema(
     ("user", pa.int64(), False),

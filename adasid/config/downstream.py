@@ -162,6 +162,7 @@ class Ranking(Section):
     weight_decay: float = Field(1e-6, ge=0, description="weight decay; of those tables, that of the rows of the batch")
     epochs: int = Field(20, ge=1, description="upper bound of epochs")
     patience: int = Field(2, ge=1, description="epochs without a better validation AUC before stopping")
+    eval_users: int = Field(100_000, ge=1, description="users whose samples are scored at each validation, at most")
 
     @model_validator(mode="after")
     def _prefixes(self) -> Ranking:

@@ -28,8 +28,8 @@ class Pairs(Section):
     max_rows: int = Field(
         5_000_000_000,
         ge=1,
-        description="swing: pairs of users of one item, the rows of its largest shuffle, about 40 bytes each; more "
-        "stop the stage before it starts",
+        description="swing: pairs of users of one item, and pairs of items of two users: the rows of its largest "
+        "shuffles, about 40 bytes each; more stop the stage before they are formed",
     )
     alpha: float = Field(1.0, gt=0, description="swing: smoothing added to the number of items that two users share")
 

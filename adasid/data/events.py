@@ -12,9 +12,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from adasid.data.reading import Read
+from adasid.data.samples import mixed
 from adasid.tables import RANKING_ONLY, SPLITS
 
 COLUMNS = ["user_index", "position", "item_index", "label", "in_history", "split"]
+_TIME = "time"
+_NO_TIME = np.iinfo(np.int64).min
 _CHUNK = 1 << 17
 """Events that are sorted at a time."""
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -29,7 +32,9 @@ class Events:
     index in ``tables.SPLITS``, where ``RANKING_ONLY`` counts as train.
 
     Items of the events that are in histories are ``visited`` [v] int32, in the same order; each event comes after the
-    first ``before`` [n] of them."""
+    first ``before`` [n] of them. Events of a user at one time, of which some are in no history, are a slate: nothing
+    says in which order they were seen, so that none of them comes after another (its label could be read from the
+    history)."""
 
     ids: Ints
     starts: Ints
@@ -71,29 +76,23 @@ class Events:
         """Return ``number`` random numbers in [0, 1) of each event [B, number], a hash (SplitMix64) of its user_index,
         its position among the user's events and a counter: they do not depend on which other events there are."""
         users = self.users[events]
-        key = _mixed(_mixed(self.ids[users].astype(np.uint64)) + (events - self.starts[users]).astype(np.uint64))
+        key = mixed(mixed(self.ids[users].astype(np.uint64)) + (events - self.starts[users]).astype(np.uint64))
         steps = np.arange(1, number + 1, dtype=np.uint64) * _GAMMA
-        drawn: NDArray[np.float64] = (_mixed(key[:, None] + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        drawn: NDArray[np.float64] = (mixed(key[:, None] + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return drawn
 
 
-def _mixed(number: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the output function of SplitMix64 (Steele, Lea and Flood 2014)."""
-    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return number ^ (number >> np.uint64(31))
-
-
 def read_events(read: Read) -> Events:
-    """Read the events of ``read(COLUMNS)``, in any order. ``read`` is called twice: the first time the arrays are
-    sized, the second time they are filled and then sorted in place, by chunks, so that little more than the result is
-    in memory."""
-    ids, starts = _users(read)
+    """Read the events of ``read(COLUMNS)``, in any order; where some are in no history, their ``time``, too. ``read``
+    is called twice: the first time the arrays are sized, the second time they are filled and then sorted in place, by
+    chunks, so that little more than the result is in memory."""
+    ids, starts, slates = _users(read)
     total = int(starts[-1])
     items, positions = np.empty(total, np.int32), np.empty(total, np.int32)
     labels, splits, visits = np.empty(total, np.int8), np.empty(total, np.int8), np.empty(total, bool)
+    times = np.empty(total if slates else 0, np.int64)
     free, names = starts[:-1].copy(), pa.array([*SPLITS, RANKING_ONLY])
-    for rows in read(COLUMNS):
+    for rows in read([*COLUMNS, _TIME] if slates else COLUMNS):
         users = np.searchsorted(ids, rows.column("user_index").to_numpy())
         order = np.argsort(users, kind="stable")
         distinct, first, counts = np.unique(users[order], return_index=True, return_counts=True)
@@ -105,23 +104,42 @@ def read_events(read: Read) -> Events:
         labels[place] = rows.column("label").fill_null(-1).to_numpy()
         visits[place] = rows.column("in_history").to_numpy(zero_copy_only=False)
         splits[place] = pc.index_in(rows.column("split"), names).to_numpy(zero_copy_only=False) % len(SPLITS)
+        if slates:
+            times[place] = rows.column(_TIME).cast(pa.int64()).fill_null(_NO_TIME).to_numpy()
     del free
     users = np.repeat(np.arange(len(ids), dtype=np.int32), np.diff(starts))
     for part in _chunks(starts):
         order = np.lexsort((positions[part], users[part]))
-        for column in (items, labels, visits, splits):
+        for column in (items, labels, visits, splits, *([times] if slates else [])):
             column[part] = column[part][order]
     del positions
     before: NDArray[Any] = np.cumsum(visits, dtype=np.int32 if total < 2**31 else np.int64)
     np.subtract(before, visits, out=before)
+    for part in _chunks(starts) if slates else ():
+        before[part] = _before_slates(users[part], times[part], visits[part], before[part])
+    del times
     visited = items if visits.all() else items[visits]
     return Events(ids, starts, users, items, labels, splits, visited, before)
 
 
-def _users(read: Read) -> tuple[Ints, Ints]:
-    """Return the distinct users, ascending [U], and the start of the events of each [U + 1]."""
-    counts = np.zeros(1, np.int32)
-    for rows in read(["user_index"]):
+def _before_slates(
+    users: NDArray[np.int32], times: Ints, visits: NDArray[np.bool_], before: NDArray[Any]
+) -> NDArray[Any]:
+    """Return ``before`` [n] with that of the first event for all events of a slate. An event without a time is in
+    none."""
+    first = np.ones(len(users), bool)
+    first[1:] = (users[1:] != users[:-1]) | (times[1:] != times[:-1]) | (times[1:] == _NO_TIME)
+    starts, moment = np.flatnonzero(first), np.cumsum(first) - 1
+    slate = np.logical_or.reduceat(~visits, starts)
+    return np.where(slate[moment], before[starts][moment], before)
+
+
+def _users(read: Read) -> tuple[Ints, Ints, bool]:
+    """Return the distinct users, ascending [U], the start of the events of each [U + 1], and whether some event is in
+    no history."""
+    counts, outside = np.zeros(1, np.int32), False
+    for rows in read(["user_index", "in_history"]):
+        outside |= not pc.all(rows.column("in_history")).as_py()
         distinct, found = np.unique(rows.column("user_index").to_numpy(), return_counts=True)
         if len(distinct) and distinct[-1] >= len(counts):
             counts = np.concatenate([counts, np.zeros(max(int(distinct[-1]) + 1 - len(counts), len(counts)), np.int32)])
@@ -129,7 +147,7 @@ def _users(read: Read) -> tuple[Ints, Ints]:
     ids = np.flatnonzero(counts)
     starts = np.zeros(len(ids) + 1, np.int64)
     np.cumsum(counts[ids], out=starts[1:])
-    return ids, starts
+    return ids, starts, outside
 
 
 def _chunks(starts: Ints) -> Iterator[slice]:

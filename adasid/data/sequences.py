@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from adasid.distributed import Workers
 from adasid.ragged import spans
 
 Name = TypeVar("Name", str, None)
+Choose = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 
 
 class Histories(NamedTuple):
@@ -38,23 +39,10 @@ class Histories(NamedTuple):
 
     def part(self, rank: int, world: int) -> Histories:
         """Return every ``world``-th user, starting with ``rank``."""
-        return self._take(np.arange(rank, len(self), world))
-
-    def sampled(self, number: int) -> Histories:
-        """Return the users of :meth:`sample` alone, so that the others need no memory."""
-        return self._take(self.sample(number))
-
-    def _take(self, users: NDArray[np.int64]) -> Histories:
+        users = np.arange(rank, len(self), world)
         lengths = self.starts[users + 1] - self.starts[users]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Histories(self.items[spans(self.starts[users], lengths)], starts, self.targets[users])
-
-    def sample(self, number: int) -> NDArray[np.int64]:
-        """Return a fixed random sample of ``number`` users, or all if there are fewer. Ids may be in the order of
-        age."""
-        if len(self) <= number:
-            return np.arange(len(self))
-        return np.sort(np.random.default_rng(0).permutation(len(self))[:number])
 
     def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
         """Return at most the last ``length`` items (all, if not given) of each user: [B, longest of them], padded at
@@ -68,13 +56,16 @@ class Histories(NamedTuple):
         return np.where(inside, self.items[np.minimum(source, len(self.items) - 1)], -1).astype(np.int64)
 
 
-def read_histories(read: Read, lengths: Mapping[Name, int | None]) -> dict[Name, Histories]:
+def read_histories(
+    read: Read, lengths: Mapping[Name, int | None], choose: Mapping[Name, Choose] | None = None
+) -> dict[Name, Histories]:
     """Read the histories of each split of ``lengths`` in the order of user_index, cut to their latest
-    ``lengths[split]`` items (None: all). The split None takes all rows.
+    ``lengths[split]`` items (None: all). The split None takes all rows. ``choose``: for some splits, a function from
+    the user_index of all its users [n] to whether each is read [n]; the histories of the others need no memory.
 
     ``read`` streams the columns user_index, split, history and target, twice: the first time the arrays are sized, the
     second time they are filled, so that little more than the result is in memory."""
-    splits = {split: _Split(split, length) for split, length in lengths.items()}
+    splits = {split: _Split(split, length, (choose or {}).get(split)) for split, length in lengths.items()}
     named: list[str] = [] if None in lengths else ["split"]
     for rows in read(["user_index", *named, "history"]):
         for part in splits.values():
@@ -90,8 +81,8 @@ def read_histories(read: Read, lengths: Mapping[Name, int | None]) -> dict[Name,
 class _Split:
     """The histories of one split while they are read."""
 
-    def __init__(self, name: str | None, length: int | None) -> None:
-        self.name, self.length = name, length
+    def __init__(self, name: str | None, length: int | None, choose: Choose | None) -> None:
+        self.name, self.length, self.choose = name, length, choose
         self.parts: list[tuple[NDArray[np.int64], NDArray[np.int32]]] = []
 
     def count(self, rows: pa.RecordBatch) -> None:
@@ -101,10 +92,13 @@ class _Split:
         self.parts.append((users, self._cut(np.diff(offsets)[chosen]).astype(np.int32)))
 
     def allocate(self) -> None:
-        """Allocate the arrays of all users, sorted."""
+        """Allocate the arrays of all chosen users, sorted."""
         users = np.concatenate([np.zeros(0, np.int64), *(users for users, _ in self.parts)])
         counts = np.concatenate([np.zeros(0, np.int32), *(counts for _, counts in self.parts)])
         self.parts.clear()
+        if self.choose:
+            chosen = self.choose(users)
+            users, counts = users[chosen], counts[chosen]
         order = np.argsort(users, kind="stable")
         self.users, self.starts = users[order], np.zeros(len(users) + 1, np.int64)
         np.cumsum(counts[order], out=self.starts[1:])
@@ -114,8 +108,11 @@ class _Split:
 
     def fill(self, rows: pa.RecordBatch) -> None:
         """Copy the histories and targets of a batch to their places."""
-        chosen, history = self._chosen(rows), rows.column("history")
-        place = np.searchsorted(self.users, rows.column("user_index").to_numpy()[chosen])
+        chosen, history, users = self._chosen(rows), rows.column("history"), rows.column("user_index").to_numpy()
+        place = np.searchsorted(self.users, users)
+        if self.choose:
+            chosen &= np.append(self.users, -1)[place] == users
+        place = place[chosen]
         offsets = history.offsets.to_numpy()
         lengths = self._cut(np.diff(offsets)[chosen])
         source = spans(offsets[1:][chosen] - lengths, lengths)

@@ -41,8 +41,8 @@ _ROWS = 50_000
 
 @dataclass
 class BehaviorData:
-    """``BehaviorData`` is the training data of one worker. ``train`` and the held-out splits have this worker's users;
-    ``counts`` [M]: training events of every item."""
+    """``BehaviorData`` is the training data of one worker: the histories of its users, of the held-out splits those
+    that are evaluated; ``counts`` [M]: training events of every item."""
 
     train: Histories
     validation: Histories
@@ -200,7 +200,7 @@ class BehaviorTraining(TrainingLoop):
         """Return the 1-based ranks of the targets of all workers' users, over the full catalogue including the
         history, the same on all workers. Each worker scores all users against its own rows of the table."""
         histories: Histories = getattr(self.data, split)
-        users = self._scored(histories)
+        users = np.arange(len(histories))
         largest = int(self.workers.gather(torch.tensor([len(users)], device=self.device)).max())
         ranks = [torch.zeros(0, dtype=torch.int64, device=self.device)]
         share = max(1, _ROUND // self.workers.world)
@@ -239,10 +239,6 @@ class BehaviorTraining(TrainingLoop):
         """Order of items of equal scores [M], computed where there are such."""
         return tie_order(torch.arange(self.table.items, device=self.device))
 
-    def _scored(self, histories: Histories) -> NDArray[np.int64]:
-        """Return this worker's users to evaluate: its share of ``eval_users``."""
-        return histories.sample(-(-self.settings.eval_users // self.workers.world))
-
     def _spearman(self) -> float:
         """Compute Spearman(norm, count) over items that occur in training, or a fixed sample of them if there are very
         many; the same on all workers."""
@@ -266,7 +262,7 @@ class BehaviorTraining(TrainingLoop):
         lowest = self.workers.gather(lowest[None].to(self.device)).min().cpu()
         if lowest.isfinite():
             norms = torch.where(unseen, lowest, norms)
-        users = int(self.workers.sum(torch.tensor([len(self._scored(self.data.test))], device=self.device)))
+        users = int(self.workers.sum(torch.tensor([len(self.data.test)], device=self.device)))
         summary = {
             "best_epoch": int(chosen["epoch"]),
             **note,

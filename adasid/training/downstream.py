@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adasid import files
 from adasid.distributed import Workers
 from adasid.errors import TrainingError
 from adasid.files import Location
@@ -70,7 +71,7 @@ class DownstreamTraining(TrainingLoop):
         self.check()
         rows = self.run_epochs(report)
         chosen, note = self.best_row(rows)
-        self.model.load_state_dict(read_tensors(self.folder / "best.safetensors"))
+        self.model.load_state_dict(read_tensors(self.weights(int(chosen["epoch"]))))
         self.model.eval()
         validation = {name: value for name, value in chosen.items() if name.startswith(_PREFIX)}
         validation.pop("validation_seconds")
@@ -136,11 +137,19 @@ class DownstreamTraining(TrainingLoop):
         self.average.weights = {name: tensor.to(self.device) for name, tensor in checkpoint.under("average").items()}
         self.steps = int(checkpoint.state["steps"])
 
+    def weights(self, epoch: int) -> Location:
+        """Return the file of the weights of the best ``epoch``."""
+        return self.folder / "best" / f"epoch-{epoch:06d}" / "model.safetensors"
+
     def save_results(self, rows: list[Row]) -> None:
-        """Save the model if the last epoch is the best so far."""
+        """Save the model if the last epoch is the best so far. That of the best epoch before stays: where the
+        checkpoint of this one is not completed, it still counts."""
         if self.improved(rows):
+            for folder in files.children(self.folder / "best"):
+                if not rows[:-1] or folder != self.weights(int(self.best_row(rows[:-1])[0]["epoch"])).parent:
+                    files.remove(folder)
             with self.average.in_model():
-                write_tensors(self.folder / "best.safetensors", self.model.state_dict())
+                write_tensors(self.weights(int(rows[-1]["epoch"])), self.model.state_dict())
 
 
 class Laps:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adasid import config, files
 from adasid.data.events import Events
+from adasid.data.samples import sampled
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import Location
@@ -84,7 +85,13 @@ class RankingTraining(DownstreamTraining):
         self.cdf = np.cumsum(popularity) / max(popularity.sum(), 1e-12)
         label = 1 if self.labels == "sampled" else None
         self.parts = {split: self.events.chosen(index, label) for index, split in enumerate(SPLITS)}
+        self.parts["validation"] = self._evaluated(self.parts["validation"])
         self.drawn = settings.negatives if self.labels == "sampled" else 0
+
+    def _evaluated(self, events: NDArray[Any]) -> NDArray[Any]:
+        """Return those of the held-out ``events`` [n] whose user is one of ``eval_users`` users of all workers."""
+        users, index = np.unique(self.events.users[events], return_inverse=True)
+        return events[sampled(self.events.ids[users], self.settings.eval_users, self.workers, self.device)[index]]
 
     def check(self) -> None:
         """Check that every worker has training samples, and that validation and test have both classes."""

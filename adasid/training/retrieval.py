@@ -31,9 +31,9 @@ _DRAWS = 1000
 
 @dataclass
 class RetrievalData:
-    """``RetrievalData`` is the training and evaluation data of one worker: its users' histories; ``counts`` [M]:
-    training events of every item; ``strata`` [M]: index of every item's stratum in ``tables.STRATA``; ``version``: name
-    of the input in errors."""
+    """``RetrievalData`` is the training and evaluation data of one worker: the histories of its users, of validation
+    and test those that are evaluated; ``counts`` [M]: training events of every item; ``strata`` [M]: index of every
+    item's stratum in ``tables.STRATA``; ``version``: name of the input in errors."""
 
     train: Histories
     validation: Histories
@@ -152,19 +152,18 @@ class RetrievalTraining(DownstreamTraining):
         return self.model.loss(states, targets[valid], negatives, self.log_q)
 
     def validate(self) -> dict[str, float]:
-        """Compute Recall and NDCG of a sample of ``eval_users`` users."""
-        ranked = self._ranked("validation", self.settings.validation_beam, self.settings.eval_users)
+        """Compute Recall and NDCG of the users of validation."""
+        ranked = self._ranked("validation", self.settings.validation_beam)
         return averages(ranked.targets.numpy(), gains())
 
     def test(self) -> dict[str, Any]:
-        """Compute Recall and NDCG of a sample of ``test_users`` users, by stratum of the target; ``test_users``: their
-        number; ``test_repeatable``: with lists that include the history; ``repeats``: share of targets that are in the
+        """Compute Recall and NDCG of the users of the test, by stratum of the target; ``test_users``: their number;
+        ``test_repeatable``: with lists that include the history; ``repeats``: share of targets that are in the
         history."""
         started = time.monotonic()
-        mine = self._mine(self.data.test, self.settings.test_users)
-        ranked = self._ranked("test", self.settings.beam, self.settings.test_users)
+        ranked = self._ranked("test", self.settings.beam)
         seconds, users = time.monotonic() - started, float(ranked.targets.sum())
-        repeats = self.workers.sum(torch.tensor(repeated(self.data.test, mine), device=self.device))
+        repeats = self.workers.sum(torch.tensor(repeated(self.data.test), device=self.device))
         return {
             "test": averages(ranked.targets.numpy(), gains()),
             "test_users": int(users),
@@ -174,21 +173,16 @@ class RetrievalTraining(DownstreamTraining):
             "test_users_per_second": users / max(seconds, 1e-9),
         }
 
-    def _mine(self, histories: Histories, users: int) -> NDArray[np.int64]:
-        """Return this worker's share of a fixed random sample of ``users`` users."""
-        return histories.sample(-(-users // self.workers.world))
-
     @torch.inference_mode()
-    def _ranked(self, split: str, beam: int, users: int) -> Ranked:
-        """Rank the targets of a sample of ``users`` users of all workers."""
+    def _ranked(self, split: str, beam: int) -> Ranked:
+        """Rank the targets of all workers' users."""
         histories: Histories = getattr(self.data, split)
-        mine = self._mine(histories, users)
         group, strata = self.model.catalogue.group, torch.from_numpy(self.data.strata).to(self.device)
         sizes, order = torch.bincount(group), group.argsort(stable=True)
         rank_in_sid = torch.empty_like(order)  # index of an item within its SID
         rank_in_sid[order] = runs(sizes)[1]
         ranked = Ranked.none()
-        for part, states, targets in self._states(split, mine, beam):
+        for part, states, targets in self._states(split, beam):
             last = None if self.settings.repeatable else torch.from_numpy(histories.last(part)).to(self.device)
             seen = None if last is None else distinct(last)
             ranks, everywhere = self.model.ranks(states, targets, beam, seen)
@@ -204,13 +198,13 @@ class RetrievalTraining(DownstreamTraining):
         )
         return Ranked(targets, everywhere, groups, ranked.sizes)
 
-    def _states(
-        self, split: str, users: NDArray[np.int64], beam: int
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
-        """Yield ``users`` in batches, short histories first, with the state after their history and their target."""
+    def _states(self, split: str, beam: int) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+        """Yield this worker's users in batches, short histories first, with the state after their history and their
+        target."""
         histories: Histories = getattr(self.data, split)
-        size = self.model.users_at_once(beam)
-        users = users[np.diff(histories.starts)[users].argsort(kind="stable")]
+        lengths = np.diff(histories.starts)
+        longer = 0 if self.settings.repeatable else int(lengths.max(initial=0))  # items that lists leave out
+        size, users = self.model.users_at_once(beam + longer), lengths.argsort(kind="stable")
         for part in self.tracked(np.array_split(users, max(1, -(-len(users) // size))), split):
             if len(part):
                 chunks = np.array_split(part, -(-len(part) // _ENCODED))
@@ -222,8 +216,9 @@ class RetrievalTraining(DownstreamTraining):
         return self.model.states(ids)[torch.arange(len(users)), (ids >= 0).sum(1) - 1]
 
 
-def repeated(histories: Histories, users: NDArray[np.int64]) -> int:
-    """Count the ``users`` whose target is in their (truncated) history."""
+def repeated(histories: Histories) -> int:
+    """Count the users whose target is in their (truncated) history."""
+    users = np.arange(len(histories))
     parts = np.array_split(users, -(-len(users) // retriever.RANKED)) if len(users) else []
     return sum(int((histories.last(part) == histories.targets[part, None]).any(1).sum()) for part in parts)
 

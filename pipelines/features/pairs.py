@@ -2,10 +2,10 @@
 al., arXiv 2010.05525; methods 4.1).
 
 Work is bounded by the arrays that are paired: a user has at most ``max_user_items`` items and, for Swing, an item at
-most ``max_item_users`` users, so Swing forms at most items x max_item_users^2 / 2 pairs of users, which are counted
-first and are at most ``max_rows``, and from each of those at most max_user_items^2 / 2 pairs of items. Users are
-sampled by a hash of their index, the same for every item, so the samples of two items mostly share users. No row holds
-more than one such array, and nothing is collected.
+most ``max_item_users`` users, so Swing forms at most items x max_item_users^2 / 2 pairs of users, and from each of
+those at most max_user_items^2 / 2 pairs of items. Both are counted before they are formed, and are at most
+``max_rows``. Users are sampled by a hash of their index, the same for every item, so the samples of two items mostly
+share users. No row has more than one such array, and nothing is collected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ TABLE = "item_pairs"
 _SAMPLES = "ranking_samples"
 _ROW_GROUP = 2**20
 _ROW_BYTES = 40
-"""A shuffled row has two users and an item, 8 bytes each, and its header, before compression."""
+"""A shuffled row has two users and an item, or two items and a weight, 8 bytes each, and its header, before
+compression."""
 
 
 def check(cfg: Config, lake: Lake) -> None:
@@ -123,10 +124,15 @@ def swing(kept: DataFrame, settings: Pairs, note: Callable[[str], None]) -> Data
     chance = Window.partitionBy("item_index").orderBy(F.xxhash64("user_index"), "user_index")
     sampled = kept.select("*", F.row_number().over(chance).alias("_n")).filter(F.col("_n") <= settings.max_item_users)
     users = sampled.groupBy("item_index").agg(F.array_sort(F.collect_list("user_index")).alias("all")).persist()
-    _bound(users, settings, note)
-    common = _two_of(users, "item_index").groupBy("a", "b").agg(F.array_sort(F.collect_list("item_index")).alias("all"))
+    most = settings.max_item_users
+    fewer = f"lower features.pairs.max_item_users (now {most}; half of it makes a quarter of the pairs)"
+    _bound(users, "pairs of users of one item", fewer, settings, note)
+    both = _two_of(users, "item_index").groupBy("a", "b").agg(F.array_sort(F.collect_list("item_index")).alias("all"))
+    common = both.filter(F.size("all") > 1).persist()
+    shorter = f"lower features.pairs.max_user_items (now {settings.max_user_items}) or max_item_users"
+    _bound(common, "pairs of items of two users", shorter, settings, note)
     weight = (1 / (F.lit(settings.alpha) + F.size("all"))).cast("decimal(18,18)")  # below 1/2: at least two items
-    weighted = common.filter(F.size("all") > 1).select("all", weight.alias("weight"))
+    weighted = common.select("all", weight.alias("weight"))
     summed = (
         _two_of(weighted, "weight")
         .groupBy("a", "b")
@@ -137,16 +143,15 @@ def swing(kept: DataFrame, settings: Pairs, note: Callable[[str], None]) -> Data
     )  # n = users (users - 1) / 2
 
 
-def _bound(users: DataFrame, settings: Pairs, note: Callable[[str], None]) -> None:
-    """Note how many pairs of ``users`` of one item there are. Raises InputError for more than ``max_rows``."""
+def _bound(lists: DataFrame, what: str, fix: str, settings: Pairs, note: Callable[[str], None]) -> None:
+    """Note how many pairs the elements of ``lists`` make. Raises InputError for more than ``max_rows``."""
     number = F.size("all").cast("bigint")
-    row = users.agg(F.sum(number * (number - 1) / 2).cast("bigint").alias("rows")).first()
+    row = lists.agg(F.sum(number * (number - 1) / 2).cast("bigint").alias("rows")).first()
     rows = (row and row["rows"]) or 0
-    amount = f"{rows} pairs of users of one item, about {rows * _ROW_BYTES / 2**30:.3g} GiB to shuffle"
+    amount = f"{rows} {what}, up to {rows * _ROW_BYTES / 2**30:.3g} GiB to shuffle"
     if rows > settings.max_rows:
         raise InputError(
-            f"features.pairs: swing would form {amount}, more than features.pairs.max_rows {settings.max_rows}: lower "
-            f"features.pairs.max_item_users (now {settings.max_item_users}; half of it makes a quarter of the pairs), "
+            f"features.pairs: swing would form {amount}, more than features.pairs.max_rows {settings.max_rows}: {fix}, "
             "set features.pairs.method: cooccurrence, or raise max_rows"
         )
     note(f"swing forms {amount}")

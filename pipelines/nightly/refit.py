@@ -13,7 +13,7 @@ from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
 from adasid.tokenizers.relabel import Relabelled
 from pipelines.engines import spark as engine
-from pipelines.features import items, pairs
+from pipelines.features import items, layout, pairs
 from pipelines.nightly.nightly_run import NightlyRun
 from pipelines.publish import drift
 from pipelines.publish.encode import encode
@@ -62,10 +62,11 @@ def _previous(nightly: NightlyRun, key: str) -> PreviousTable | None:
     if not slack or not isinstance(nightly.cfg.tokenizer, TrainedSettings):
         return None
     if not nightly.lake.fresh(key, "previous_codes"):
-        codes = nightly.features.select("item_id", "item_index").join(
-            nightly.published.select("item_id", "codes"), "item_id"
-        )
-        engine.write(codes, nightly.lake, "previous_codes", tables.PREVIOUS_CODES, key)
+        items_of = nightly.features.select("item_id", "item_index")
+        codes = items_of.join(nightly.published.select("item_id", "codes"), "item_id")
+        number = nightly.lake.open("item_features", nightly.version).count()
+        ordered = layout.by_index(codes, number)  # a worker reads those of its items
+        engine.write(ordered, nightly.lake, "previous_codes", tables.PREVIOUS_CODES, key)
     slots = tuple((slot.kind, slot.size) for slot in artifact.read_manifest(nightly.artifact).slots)
     return PreviousTable(version=nightly.lake.version("previous_codes"), slots=slots, slack=slack)
 

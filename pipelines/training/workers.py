@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from adasid import tables
 from adasid.config import Config, TokenizerSettings
 from adasid.data.events import read_events
+from adasid.data.samples import sampled
 from adasid.data.sequences import Histories, read_histories
 from adasid.data.shards import Pairs, Shard
 from adasid.distributed import Workers
@@ -50,14 +51,10 @@ def behavior(payload: Payload) -> None:
     for rows in parts.rows(lake, "item_stats", version, ["item_index", "interactions"]):
         counts[rows.column("item_index").to_numpy()] = rows.column("interactions").to_numpy()
     length = cfg.behavior.max_length
-    users = _histories(lake, read, workers, cfg, {"train": length + 1, "validation": length, "test": length})
-    evaluated = -(-cfg.behavior.eval_users // workers.world)
+    lengths, most = {"train": length + 1, "validation": length, "test": length}, cfg.behavior.eval_users
+    users = _histories(lake, read, workers, cfg, lengths, {"validation": most, "test": most})
     data = BehaviorData(
-        users.pop("train"),
-        users.pop("validation").sampled(evaluated),
-        users.pop("test").sampled(evaluated),
-        counts,
-        f"sequences version {read['sequences']}",
+        users["train"], users["validation"], users["test"], counts, f"sequences version {read['sequences']}"
     )
     training = BehaviorTraining(cfg.behavior, data, folder, cfg.seed, workers, _device(cfg))
     result = training.run(_report(payload, workers))
@@ -117,13 +114,14 @@ def tokenizer(payload: Payload) -> None:
 
 def retrieval(payload: Payload) -> None:
     """Train a retriever on the SIDs of ``payload.catalogue`` (table, version and slots; None: one token an item);
-    write ``best.safetensors`` and ``outcome.json``."""
+    write the weights of the best epoch and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read, settings = payload.read, cfg.retrieval
     catalogue, counts, strata = read_catalogue(lake, payload, settings)
     length = settings.max_length
     whole = None if not settings.repeatable else length  # lists leave out all items of a history
-    users = _histories(lake, read, workers, cfg, {"train": length + 1, "validation": whole, "test": None})
+    lengths, most = {"train": length + 1, "validation": whole, "test": None}, settings.test_users
+    users = _histories(lake, read, workers, cfg, lengths, {"validation": settings.eval_users, "test": most})
     data = RetrievalData(
         users["train"], users["validation"], users["test"], counts, strata, f"sequences version {read['sequences']}"
     )
@@ -132,7 +130,7 @@ def retrieval(payload: Payload) -> None:
 
 
 def ranking(payload: Payload) -> None:
-    """Train a click-through model on the same SIDs; write ``best.safetensors`` and ``outcome.json``."""
+    """Train a click-through model on the same SIDs; write the weights of the best epoch and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     version, settings = payload.read["ranking_samples"], cfg.ranking
     catalogue, counts, strata = read_catalogue(lake, payload, settings)
@@ -152,14 +150,20 @@ def _finish(payload: Payload, workers: Workers, result: dict[str, Any]) -> None:
 
 
 def _histories(
-    lake: Lake, read: dict[str, int], workers: Workers, cfg: Config, lengths: Mapping[str, int | None] | None = None
+    lake: Lake,
+    read: dict[str, int],
+    workers: Workers,
+    cfg: Config,
+    lengths: Mapping[str, int | None],
+    most: Mapping[str, int],
 ) -> dict[str, Histories]:
     """Return the histories of this worker's users in each split, cut to their latest ``lengths[split]`` items (None:
-    all)."""
+    all); of the splits of ``most``, those of a sample of so many users of all workers."""
     version = read["sequences"]
     mine = parts.reader(lake, "sequences", version, parts.buckets_of(lake, "sequences", version, cfg, workers))
-    found = read_histories(mine, lengths or dict.fromkeys(tables.SPLITS))
     device = _device(cfg) if workers.world > 1 else "cpu"
+    choose = {split: partial(sampled, number=users, workers=workers, device=device) for split, users in most.items()}
+    found = read_histories(mine, lengths, choose)
     if not workers.agree(len(found["train"]) > 0, device):
         raise InputError(
             f"sequences version {version} has no user with at least two training events for one of "

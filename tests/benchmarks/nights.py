@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from adasid import tables
 from adasid.config import Config, load
 from adasid.data.shards import batch_of
 from adasid.distributed import Workers
@@ -179,7 +180,9 @@ def recall(path: str, log: Path) -> None:
         source = Catalogue.of("sids", live.sids_version, artifact.read_manifest(Path(live.artifact)))
         folder = downstream.folder_of(downstream.resolve(cfg, lake, "retrieval", source), "retrieval")
     read = lake.versions("sequences", "item_stats")
-    parts, settings = workers._histories(lake, read, Workers(), cfg), cfg.retrieval
+    best_epoch = json.loads((folder / "result.json").read_text())["best_epoch"]
+    settings, lengths = cfg.retrieval, dict.fromkeys(tables.SPLITS)
+    parts = workers._histories(lake, read, Workers(), cfg, lengths, {"test": settings.test_users})
     payload = launch.payload(cfg, lake, read, folder).model_copy(update={"catalogue": source})
     known, counts, strata = read_catalogue(lake, payload, settings)
     ids = lake.read("item_stats", read["item_stats"], ["item_id", "item_index"]).sort_by("item_index")["item_id"]
@@ -187,7 +190,7 @@ def recall(path: str, log: Path) -> None:
     def score(policy: str, catalogue: ItemTokens) -> None:
         data = RetrievalData(parts["train"], parts["validation"], parts["test"], counts, strata, "sequences")
         training = RetrievalTraining(settings, catalogue, data, folder, cfg.seed, Workers())
-        training.model.load_state_dict(load_file(folder / "best.safetensors"))
+        training.model.load_state_dict(load_file(training.weights(best_epoch)))
         training.model.eval()
         same = float((catalogue.rows == known.rows).double().mean())
         tell(

@@ -6,8 +6,9 @@ Models train for one epoch, the tokenizer for two. Then comes a day: 1 % of the 
 events are there, in Delta tables that stay in place; features are built and a nightly run publishes its table. One JSON
 line a stage is printed and appended to ``<runs>/scale.jsonl`` as it comes: seconds, peak memory of the driver, the JVM,
 Spark's Python processes and each training worker, bytes read and written (on disks and sockets) and shuffled.
-A stage that has its line is not measured again, so an interrupted command resumes. ``--draw`` writes ``scale.png`` and
-prints the table of all sizes with the exponent between the last two.
+A stage that has its line is not measured again, so an interrupted command resumes; the line of a stage that was cut
+off and went on says ``resumed``, and its seconds are those of the rest. ``--draw`` writes ``scale.png`` and prints the
+table of all sizes with the exponent between the last two.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ def measure(stage: str, path: Path, runs: Path) -> dict[str, Any]:
     """Run a job to its end. Exits with its output where it fails."""
     name, *arguments = {**JOBS, **DAY}[stage]
     log, begun = runs / f"{path.stem}-{stage.removeprefix('day: ').replace(' ', '-')}.log", time.time()
+    resumed = log.exists()  # a log without a line is that of a run that was cut off
     started = time.perf_counter()
     with log.open("w") as file:
         command = [sys.executable, f"jobs/{name}.py", "--config", str(path), *arguments]
@@ -182,7 +184,8 @@ def measure(stage: str, path: Path, runs: Path) -> dict[str, Any]:
     seconds = round(time.perf_counter() - started, 1)
     if process.returncode:
         sys.exit(f"{stage} ended with exit code {process.returncode}: see {log}\n{log.read_text()[-2000:]}")
-    return {"seconds": seconds, **sampler.row(), "shuffle_gb": shuffled(runs / "events", begun)}
+    row = {"seconds": seconds, **sampler.row(), "shuffle_gb": shuffled(runs / "events", begun)}
+    return {**row, **({"resumed": True} if resumed else {})}
 
 
 def in_duckdb(lake: Path, runs: Path) -> dict[str, Any]:
@@ -205,7 +208,10 @@ def run(size: int, runs: Path, workers: int, stages: Sequence[str] = ORDER) -> N
     path, day = runs / f"scale-{size}.yaml", runs / f"scale-{size}-day.yaml"
     settings, lake, source = config(size, runs, workers), runs / f"scale-{size}" / "lake", runs / f"source-{size}"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    done = {row["stage"] for row in lines(runs) if row["items"] == size}
+    measured = [row for row in lines(runs) if row["items"] == size]
+    if other := {row["ray_workers"] for row in measured} - {workers}:
+        sys.exit(f"{runs} has lines of {size} items and {other.pop()} workers: name another folder with --runs")
+    done = {row["stage"] for row in measured}
     for stage in ORDER:
         if stage in done or stage not in stages:
             continue
@@ -242,7 +248,8 @@ def draw(runs: Path) -> Path:
     for stage, known in stages.items():
         seconds = {size: known[size]["seconds"] for size in sorted(known)}
         power = exponent(seconds)
-        shown = [f"{seconds[size]:,.0f} s" if size in seconds else "" for size in sizes]
+        rest = {size: " (resumed)" if row.get("resumed") else "" for size, row in known.items()}
+        shown = [f"{seconds[size]:,.0f} s{rest[size]}" if size in seconds else "" for size in sizes]
         last = known[max(known)]
         shown += ["" if power is None else f"{power:.2f}", *(f"{last.get(name) or '':}" for name in _LARGEST)]
         print(f"| {stage} | " + " | ".join([*shown, growth(known)]) + " |")

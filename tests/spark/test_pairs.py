@@ -123,9 +123,15 @@ def test_swing_says_what_it_will_shuffle_and_stops_before_too_much(spark):
     frame = spark.createDataFrame([(user, item, item) for user in range(5) for item in range(2)], SCHEMA)
     notes = []
     pairs.mine(frame, Pairs(max_item_users=4), notes.append)
-    assert notes == ["swing forms 12 pairs of users of one item, about 4.47e-07 GiB to shuffle"]
+    assert notes == [
+        "swing forms 12 pairs of users of one item, up to 4.47e-07 GiB to shuffle",
+        "swing forms 6 pairs of items of two users, up to 2.24e-07 GiB to shuffle",
+    ]
     with pytest.raises(InputError, match=r"more than features.pairs.max_rows 11: lower features.pairs.max_item_users"):
         pairs.mine(frame, Pairs(max_item_users=4, max_rows=11), notes.append)
+    long = spark.createDataFrame([(user, item, item) for user in range(2) for item in range(9)], SCHEMA)
+    with pytest.raises(InputError, match=r"form 36 pairs of items of two users, .* 35: lower features.pairs.max_user"):
+        pairs.mine(long, Pairs(max_rows=35), notes.append)
 
 
 def table(lake):

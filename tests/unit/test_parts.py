@@ -6,12 +6,14 @@ from itertools import chain
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from deltalake import WriterProperties, write_deltalake
 
 from adasid import config, tables
 from adasid.data import events as events_module
 from adasid.data.events import read_events
+from adasid.data.samples import sampled
 from adasid.data.sequences import read_histories
 from adasid.data.text import hashed_text
 from adasid.distributed import Workers
@@ -60,6 +62,7 @@ def samples(users=USERS, seed=0):
         "item_index": rng.integers(0, 99, size),
         "label": pa.array(rng.integers(0, 2, size), pa.int32(), mask=rng.random(size) < 0.1),
         "in_history": rng.random(size) < 0.8,
+        "time": pa.array(position // 2 * 10**6, pa.timestamp("us", tz="UTC"), mask=index % 14 == 0),
         "split": rng.choice([*tables.SPLITS, tables.RANKING_ONLY], size),
         "bucket": pa.array(index // 2 * 5 % BUCKETS, pa.int32()),
     }
@@ -159,7 +162,7 @@ def test_histories_are_those_of_the_table_in_the_order_of_users_and_cut(lake, wo
     cfg, rows = CFG, lake.read("sequences").sort_by("user_index").to_pylist()
     for rank in range(world):
         lengths = {"train": 3, "validation": None, "test": 1}
-        found = workers._histories(lake, {"sequences": 0}, Alone(rank, world), cfg, lengths)
+        found = workers._histories(lake, {"sequences": 0}, Alone(rank, world), cfg, lengths, {})
         for split, length in lengths.items():
             mine = [row for row in rows if row["split"] == split and row["bucket"] % world == rank]
             h = found[split]
@@ -172,7 +175,30 @@ def test_histories_are_those_of_the_table_in_the_order_of_users_and_cut(lake, wo
 def test_a_worker_without_a_user_is_named(lake):
     cfg = CFG.model_copy(update={"features": config.Features(user_buckets=16)})
     with pytest.raises(InputError, match=r"no user with at least two training events for one of 16 workers"):
-        workers._histories(lake, {"sequences": 0}, Alone(9, 16), cfg)
+        workers._histories(lake, {"sequences": 0}, Alone(9, 16), cfg, dict.fromkeys(tables.SPLITS), {})
+
+
+def test_the_sample_of_users_does_not_depend_on_the_number_of_workers_nor_on_ids():
+    users = np.arange(1000) ** 2
+    whole = sampled(users, 150, Workers())
+    assert whole.sum() == 150 and sampled(users, 1000, Workers()).all() and sampled(users, 2000, Workers()).all()
+    assert abs(np.flatnonzero(whole).mean() - 500) < 4 * 1000 / np.sqrt(12 * 150), "ids may be in the order of age"
+    order = np.random.default_rng(0).permutation(1000)
+    np.testing.assert_array_equal(sampled(users[order], 150, Workers()), whole[order])
+
+
+def test_histories_of_a_sample_are_read_alone(lake):
+    lengths = {"train": 3, "validation": None, "test": 5}
+    every = workers._histories(lake, {"sequences": 0}, Workers(), CFG, lengths, {})
+    some = workers._histories(lake, {"sequences": 0}, Workers(), CFG, lengths, {"validation": 7, "test": 10**6})
+    rows = lake.read("sequences").filter(pc.field("split") == "validation").sort_by("user_index")
+    chosen = sampled(rows["user_index"].to_numpy(), 7, Workers())
+    mine = np.arange(7)
+    assert some["validation"].targets.tolist() == every["validation"].targets[chosen].tolist()
+    assert some["validation"].last(mine).tolist() == every["validation"].last(np.flatnonzero(chosen)).tolist()
+    assert len(some["validation"].items) == int(np.diff(every["validation"].starts)[chosen].sum())
+    assert some["train"].items.tolist() == every["train"].items.tolist()
+    assert some["test"].items.tolist() == every["test"].items.tolist()
 
 
 def test_events_are_those_of_the_table_by_user_and_time(monkeypatch):
@@ -185,7 +211,11 @@ def test_events_are_those_of_the_table_by_user_and_time(monkeypatch):
     assert found.labels.tolist() == rows["label"].fill_null(-1).to_pylist()
     visits = rows["in_history"].to_numpy()
     assert found.visited.tolist() == found.items[visits].tolist()
-    assert found.before.tolist() == [int(visits[:n].sum()) for n in range(len(found))]
+    moments = list(zip(found.users.tolist(), rows["time"].to_pylist(), range(len(found))))
+    for n, (user, time, _) in enumerate(moments):
+        moment = [e for other, at, e in moments if time is not None and (other, at) == (user, time)]
+        slate = not all(visits[e] for e in moment)
+        assert found.before[n] == visits[: moment[0] if slate else n].sum()
     first = [int(visits[: found.starts[user]].sum()) for user in found.users]
     assert found.first(np.arange(len(found))).tolist() == first
     kinds = {name: place for place, name in enumerate(tables.SPLITS)} | {tables.RANKING_ONLY: 0}

@@ -9,10 +9,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from adasid import config
 from adasid.data.events import read_events
+from adasid.data.samples import sampled
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics, user_auc
@@ -247,6 +249,7 @@ def test_impressions_and_unrated_events(tmp_path):
     seen = {
         "in_history": [True, False, True, True, False, True],
         "split": ["train"] * 3 + ["ranking", "validation", "test"],
+        "time": pa.array(range(6), pa.timestamp("us", tz="UTC")),
     }
     found = read(pa.table({"user_index": [0] * 6, **rows, **seen}))
     assert [found.histories(np.array([e]), 2).tolist()[0] for e in range(6)] == [
@@ -262,6 +265,25 @@ def test_impressions_and_unrated_events(tmp_path):
     data = RankingData(found, np.ones(40, np.int64), np.zeros(40, np.int64), "v")
     made = RankingTraining(chosen, catalogue, data, tmp_path, 3, Workers())
     assert [made.parts[split].tolist() for split in SPLITS] == [[1, 3], [4], [5]]
+
+
+def test_no_event_of_a_slate_is_in_the_history_of_another():
+    """Impressions carry the time of their slate, and what was clicked there would say which were not."""
+    label, time = [1, 1, 0, 1, 0, 1, 1, 1], [1, 2, 2, 2, 2, 3, 4, 4]
+    rows = {"user_index": [0] * 8, "position": range(8), "item_index": range(10, 18), "label": label}
+    seen = {"in_history": [value == 1 for value in label], "split": ["train"] * 8}
+    table = pa.table({**rows, **seen, "time": pa.array(time, pa.timestamp("us", tz="UTC"))})
+    last = read(table).histories(np.arange(8), 2).tolist()
+    assert last == [[-1, -1], *[[10, -1]] * 4, [11, 13], [13, 15], [15, 16]]
+    untimed = table.set_column(6, "time", pa.nulls(8, pa.timestamp("us", tz="UTC")))
+    assert read(untimed).histories(np.arange(8), 2).tolist()[4] == [11, 13], "pos says the order"
+
+
+def test_the_users_of_validation_are_at_most_so_many(tmp_path):
+    found = training(tmp_path, events(), 1, eval_users=50)
+    assert len(found.parts["validation"]) == 50 and len(found.parts["test"]) == 300
+    chosen = sampled(np.arange(300), 50, Workers())
+    assert found.events.ids[found.events.users[found.parts["validation"]]].tolist() == np.flatnonzero(chosen).tolist()
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -320,6 +342,28 @@ def test_a_killed_training_ends_as_it_would_have(tmp_path):
     assert [rest[key] for key in ("best_epoch", "test", "strata")] == [
         whole[key] for key in ("best_epoch", "test", "strata")
     ]
+
+
+def test_an_epoch_that_was_cut_off_does_not_replace_the_best_one(tmp_path, monkeypatch):
+    """Another number of workers may find, after it resumes, that this epoch is not the best."""
+    first, save = training(tmp_path, events(), 2), RankingTraining._save
+    aucs = iter([0.5, 0.6])
+    monkeypatch.setattr(RankingTraining, "validate", lambda self: {"auc": next(aucs)})
+
+    def killed(self, number, rows):
+        if number == 2:
+            raise KeyboardInterrupt
+        save(self, number, rows)
+
+    monkeypatch.setattr(RankingTraining, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert first.weights(1).exists() and first.weights(2).exists()
+    monkeypatch.setattr(RankingTraining, "_save", save)
+    aucs, other = iter([0.4]), training(tmp_path, events(), 2)
+    assert other.run()["best_epoch"] == 1
+    saved = load_file(other.weights(1))
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in other.model.state_dict().items())
 
 
 def test_ratings_are_asked_for_where_there_are_none(tmp_path):

@@ -330,11 +330,12 @@ def test_the_moving_average_of_the_weights_is_kept(tmp_path):
     run.step = record
     expected = [run.model.table.detach().clone()]
     best = run.run()["best_epoch"]
+    saved = load_file(run.weights(best))["table"]
     for number, table in enumerate(seen, 1):
         expected.append(expected[-1].lerp(table, 1 - min(0.9, number / (number + 9))))
     assert run.steps == len(seen) > 90  # the decay has reached its bound
     torch.testing.assert_close(run.averaged["table"], expected[-1])
-    torch.testing.assert_close(load_file(tmp_path / "best.safetensors")["table"], expected[best * len(seen) // 16])
+    torch.testing.assert_close(saved, expected[best * len(seen) // 16])
     assert training("item", tmp_path / "plain", 1, average=0.0).averaged == {}
 
 
@@ -383,14 +384,10 @@ def test_rows_that_no_step_uses_are_averaged_as_at_every_step():
     assert not torch.equal(models[0].weight, averages[0].weights["weight"])
 
 
-def test_a_small_test_is_of_a_fixed_sample_and_says_how_many_users_it_has(tmp_path):
-    run = training("item", tmp_path, 1, test_users=30)
-    found = run.test()
-    assert found["test_users"] == found["strata"]["all"]["users"] == 30
-    assert found["test"] == run.test()["test"]
-    everyone = training("item", tmp_path, 1).test()
-    assert everyone["test_users"] == 400
-    test = run.data.test
+def test_a_test_says_how_many_users_and_repeats_it_has(tmp_path):
+    run = training("item", tmp_path, 1)
+    everyone, test = run.test(), run.data.test
+    assert everyone["test_users"] == everyone["strata"]["all"]["users"] == 400
     again = [test.targets[u] in test.items[test.starts[u] : test.starts[u + 1]] for u in range(400)]
     assert everyone["repeats"] == sum(again) / 400
 

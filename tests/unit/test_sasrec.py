@@ -51,9 +51,6 @@ def test_histories_batches_are_cut_and_padded():
     part = h.part(1, 2)
     assert part.last(np.array([0]), 3).tolist() == [[5]]
     assert part.targets.tolist() == [8]
-    two = h.sampled(2)
-    assert two.targets.tolist() == h.targets[h.sample(2)].tolist() and two.sample(2).tolist() == [0, 1]
-    assert two.last(np.arange(2)).tolist() == h.last(h.sample(2)).tolist()
     assert len(Histories.from_batches([])) == 0
 
 
@@ -191,13 +188,6 @@ def test_no_user_to_train_on_is_named(tmp_path):
     d.train = Histories.from_batches([])
     with pytest.raises(InputError, match="behaviour: sequences version 0 has no user to train on"):
         BehaviorTraining(SMALL, d, tmp_path, 1, Workers()).run()
-
-
-def test_users_for_validation_are_a_fixed_sample_in_no_order_of_ids():
-    h = histories([[1]] * 100)
-    assert h.sample(100).tolist() == h.sample(200).tolist() == list(range(100))
-    some = h.sample(20)
-    assert some.tolist() == sorted(set(some.tolist())) == h.sample(20).tolist() and len(some) == 20 and some.max() > 60
 
 
 def test_the_best_row_is_the_first_of_the_highest_that_are_numbers():

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from adasid import config
+from adasid.data.samples import sampled
 from adasid.distributed import Workers, settle
 from adasid.metrics.ranking import auc
 from adasid.recommenders import retriever
@@ -130,7 +131,9 @@ def run_rank(rank, folder):
         other = BehaviorTraining(SMALL, d, folder / "sasrec killed", 1, workers).run()
     same["sasrec"] = torch.equal(result.embeddings, other.embeddings) and torch.equal(result.norms, other.norms)
     result.write(folder / f"embeddings-{rank}.parquet")
-    across |= {"item table": table_of_two(workers)}
+    users = np.arange(300) * 3
+    sample = sampled(users[rank::2], 40, workers) == sampled(users, 40, Workers())[rank::2]
+    across |= {"item table": table_of_two(workers), "sample": bool(sample.all())}
     downstream = {
         "retrieval": lambda where, epochs: retrieval(
             "item", where, epochs, workers, users=385

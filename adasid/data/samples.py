@@ -27,7 +27,7 @@ def sampled(
     hashes = mixed(users.astype(np.uint64)).view(np.int64)
     least = np.partition(hashes, number - 1)[:number] if len(hashes) > number else hashes
     every = workers.gather_ragged(torch.from_numpy(least).to(device)).cpu().numpy()
-    if len(every) <= number:
+    if len(every) < number:
         return np.ones(len(users), bool)
     chosen: NDArray[np.bool_] = hashes <= np.partition(every, number - 1)[number - 1]
     return chosen

@@ -108,11 +108,12 @@ class _Split:
 
     def fill(self, rows: pa.RecordBatch) -> None:
         """Copy the histories and targets of a batch to their places."""
-        chosen, history, users = self._chosen(rows), rows.column("history"), rows.column("user_index").to_numpy()
+        chosen, history = np.flatnonzero(self._chosen(rows)), rows.column("history")
+        users = rows.column("user_index").to_numpy()[chosen]
         place = np.searchsorted(self.users, users)
         if self.choose:
-            chosen &= np.append(self.users, -1)[place] == users
-        place = place[chosen]
+            there = self.users.take(place, mode="clip") == users if len(self.users) else np.zeros(len(users), bool)
+            chosen, place = chosen[there], place[there]
         offsets = history.offsets.to_numpy()
         lengths = self._cut(np.diff(offsets)[chosen])
         source = spans(offsets[1:][chosen] - lengths, lengths)

@@ -36,8 +36,6 @@ def fit(
     for row in earlier:
         context.metrics(row, int(row["epoch"]))
     logged = {row["epoch"] for row in earlier}
-    if earlier:
-        context.note(f"resumes after epoch {int(earlier[-1]['epoch'])}/{epochs}")
 
     def show(row: dict[str, float]) -> None:
         if row["epoch"] not in logged:

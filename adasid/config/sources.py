@@ -50,7 +50,8 @@ class TablesSource(Section):
         "column a modality, optional title"
     )
     interactions: str = Field(
-        description="path or name of the interactions table: user_id, item_id, timestamp or pos, optional rating"
+        description="path or name of the interactions table: user_id, item_id, timestamp or pos, "
+        "optional rating or label"
     )
     format: Literal["parquet", "delta"] = Field(
         "parquet", description="format of tables that are named by a path; the catalogue knows that of the others"

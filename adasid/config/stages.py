@@ -55,7 +55,8 @@ class Features(Section):
         "auto",
         description="same: ranking samples are split as above; global_time: by two cut-off times of their own, and "
         "what one task holds out neither "
-        "embeddings nor SIDs learn from; auto: global_time where events have a time and some are rated low",
+        "embeddings nor SIDs learn from; auto: global_time where every event has a time and "
+        "some are rated low or labelled 0",
     )
     ranking_holdout: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
         (0.05, 0.1), description="ranking_split global_time: shares of events that are validation and, the last, test"

@@ -118,7 +118,8 @@ class ExpertCodebooks(Codebooks):
         weights: Tensor | None = None,
     ) -> None:
         """Initialise the codebooks by k-means on the active rows of each slot; a previous code becomes the mean of its
-        rows. ``latents`` [L, n, d], ``active`` [L, n] bool, ``previous`` [L, n]: codes (negative: none); ``weights``
+        rows. A slot is fitted to what earlier slots leave of its rows, whether these were fitted to them or not, as
+        :meth:`forward` quantizes. ``latents`` [L, n, d], ``active`` [L, n] bool, ``previous`` [L, n]: codes (negative: none); ``weights``
         [n]: how much a row counts."""
         parts = list[Quantized]()
         for slot, keep in enumerate(active):
@@ -131,7 +132,7 @@ class ExpertCodebooks(Codebooks):
             codes = self._nearest(rest, words, None)
             if previous is not None:
                 codes = torch.where(previous[slot] >= 0, previous[slot], codes)
-            parts.append(Quantized(codes, rest, _chosen(words, codes) * keep[None, :, None]))
+            parts.append(Quantized(codes, rest, _chosen(words, codes)))
 
     def _fit(
         self,

@@ -156,13 +156,15 @@ class TokenizerTraining(TrainingLoop):
             group["lr"] = self.settings.lr * group["factor"] * 0.5 * (1 + np.cos(np.pi * step / total))
         if batch.previous:
             batch = replace(batch, previous=batch.previous.at(step / total))
-        losses = self.tokenizer.losses(batch, self.workers, step / total)
+        progress = 1.0 if self.warm else step / total  # a warm run goes on where the schedules ended
+        losses = self.tokenizer.losses(batch, self.workers, progress)
         where = f"step {step} (epoch {epoch}, {losses.parts})"
         self.backward(losses.total, where, f"lower {self.lr_key}, or look at the features")
         optimizer.step()
-        replaced = self.tokenizer.after_step(step + 1, (step + 1) / total, self.workers, self._generator(step + 1))
-        for parameter, mask in replaced.items():
-            self._forget(parameter, mask)
+        if not self.warm:  # a published code is not replaced by another
+            replaced = self.tokenizer.after_step(step + 1, (step + 1) / total, self.workers, self._generator(step + 1))
+            for parameter, mask in replaced.items():
+                self._forget(parameter, mask)
         return losses.parts
 
     def _forget(self, parameter: nn.Parameter, mask: Tensor) -> None:

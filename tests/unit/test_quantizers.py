@@ -112,6 +112,20 @@ def test_damped_codebooks_are_initialised_slot_by_slot_as_they_quantize():
         assert (means - books.weight[slot]).norm() < 0.1 * books.weight[slot].norm()
 
 
+def test_a_damped_slot_is_fitted_to_what_earlier_slots_leave_of_its_own_sample():
+    """Large catalogues: shared slots and those of a modality have different samples."""
+    rows = torch.randn(1, 1000, 4, generator=generator()).expand(2, -1, -1)
+    active = torch.arange(1000) < 500
+    books = ExpertCodebooks(2, 16, 4, "euclidean", 1.0, torch.ones(2, 2).tril(-1).bool())
+    books.initialise(rows, torch.stack([active, ~active]), 20, generator(1))
+    with torch.no_grad():
+        out = books(rows)
+    means, _ = lloyd_round(out.latents[1, ~active], books.weight[1].detach())
+    assert (means - books.weight[1]).norm() < 0.1 * books.weight[1].norm()
+    error = [float((rows[0] - out.codewords[: slot + 1].sum(0))[~active].square().sum()) for slot in range(2)]
+    assert error[0] > 2 * error[1]
+
+
 def test_damped_codebooks_that_start_from_previous_codes_are_the_means_of_what_these_codes_leave():
     x = torch.randn(1, 60, 4, generator=generator()).expand(2, -1, -1)
     previous = torch.stack([torch.arange(60) % 3, torch.arange(60) // 20])

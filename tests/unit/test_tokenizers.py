@@ -365,6 +365,18 @@ def test_a_sample_has_items_of_each_modality():
     assert not empty.present[BEHAVIOR].any(), "a worker without such items yields another one"
 
 
+def test_a_warm_run_restarts_no_schedule_and_replaces_no_code(tmp_path, monkeypatch):
+    loop, _ = train(TOKENIZERS["adasid"], catalogue(), tmp_path)
+    tokenizer, seen, losses = loop.tokenizer, [], loop.tokenizer.losses
+    tokenizer.unfreeze()
+    monkeypatch.setattr(tokenizer, "losses", lambda *args: seen.append(args[2]) or losses(*args))
+    monkeypatch.setattr(tokenizer, "after_step", None)
+    TokenizerTraining(
+        tokenizer, TOKENIZERS["adasid"], loop.shard, tmp_path / "warm", 5, Workers(), "v", warm=config.Warm(epochs=2)
+    ).run()
+    assert len(seen) > 1 and set(seen) == {1.0}
+
+
 def test_fixed_codebooks_stay_fixed_in_a_warm_run_too(tmp_path):
     table = catalogue()
     loop, _ = train(TOKENIZERS["adc-sid fixed"], table, tmp_path)

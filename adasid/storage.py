@@ -185,6 +185,16 @@ class ObjectPath:
         with _asking("PUT", self):
             _obstore().put(_store(self.root), self.key, content)
 
+    def create(self, content: bytes) -> bool:
+        """Put the object unless there is one; return whether there was none."""
+        with _asking("PUT", self):
+            obstore = _obstore()
+            try:
+                obstore.put(_store(self.root), self.key, content, mode="create", use_multipart=False)
+            except obstore.exceptions.AlreadyExistsError:
+                return False
+        return True
+
     def write_text(self, content: str, encoding: str = "utf-8") -> None:
         """Put text with :meth:`write_bytes`."""
         self.write_bytes(content.encode(encoding))

@@ -17,14 +17,14 @@ from adasid import tables
 from adasid.config import Config
 from adasid.errors import AdasidError, InputError, first_line
 from adasid.files import Location, modified, write_bytes, write_text
-from adasid.report import page, summary
+from adasid.report import nights, page, summary
 from adasid.report.material import Material, Training
 from pipelines import explore, stage, staleness, traces
 from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.features.items import richness
 from pipelines.publish import generations
-from pipelines.publish.generations import Generation
+from pipelines.publish.generations import Candidate, Generation
 from pipelines.run import Run
 from pipelines.stage import Inputs, Stage
 
@@ -52,6 +52,8 @@ def _build(inputs: Inputs, context: StageContext) -> dict[str, int]:
     folder = Run(cfg).report()
     explored = _explore(cfg, inputs.lake, material, context)
     figures = write(folder, summary.build(replace(material, explore=explored)))
+    if Run(cfg).report("nights").is_dir():  # a roll-back or another publication may have followed the last night
+        write_nights(cfg, inputs.lake)
     context.inputs(material.versions)
     context.artifact(folder)
     context.facts.update(page=str(folder / "index.html"), figures=figures)
@@ -87,6 +89,15 @@ def write(folder: Location, content: page.Page, cells: Sequence[Mapping[str, Any
         writer.writerows(cells)
         write_text(folder / "cells.csv", table.getvalue())
     return len(pictures)
+
+
+def write_nights(cfg: Config, lake: Lake, dry: Candidate | None = None) -> Location:
+    """Write the page of the last generations, of the last refusal and of a ``dry`` run to ``<run>/report/nights``, with
+    its figures; return the folder."""
+    folder, refused = Run(cfg).report("nights"), _object(Run(cfg).refused) if Run(cfg).refused.exists() else None
+    last = [generation.model_dump() for generation in generations.history(lake)[-cfg.retokenize.keep :]]
+    write(folder, nights.build(cfg.name, last, refused, dry.model_dump() if dry else None))
+    return folder
 
 
 def gather(cfg: Config, lake: Lake) -> Material:

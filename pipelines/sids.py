@@ -26,7 +26,7 @@ from pipelines.publish.collisions import ranked
 from pipelines.publish.encode import check_features, encode, faults
 from pipelines.publish.gates import Gate, Metrics, check_gates, churn_gates, failures
 from pipelines.publish.generations import Candidate, Generation
-from pipelines.publish.lease import Lease, leased
+from pipelines.publish.lease import Lease, check_pins, leased
 from pipelines.publish.measure import measure
 from pipelines.run import Run
 from pipelines.sources import in_place
@@ -42,6 +42,9 @@ def run(cfg: Config, context: StageContext) -> None:
     one by more than ``retokenize.gates`` allow and ``sids.replace`` is false, or the live one is on hold. Raises
     InputError where ``item_features`` was not built from the newest tables.
     """
+    check_pins(cfg)
+    if generations.pointer(context.lake) is not None:
+        exports.point(cfg, context.lake)  # a roll-back or a publication that was killed may not have done this
     step = declare(cfg)
     inputs = stage.resolve(step, cfg, context.lake)
     staleness.check(context, inputs.versions["item_features"])
@@ -49,6 +52,8 @@ def run(cfg: Config, context: StageContext) -> None:
         if not generations.history(context.lake)[-1].live:
             generations.check_hold(context.lake)
         context.status = "up to date"
+    else:
+        Run(cfg).refused.unlink(missing_ok=True)  # the table that it kept live has been replaced
     live = generations.live(context.lake)
     exports.point(cfg, context.lake)
     registration.register(cfg, context)
@@ -67,7 +72,10 @@ def _artifact(cfg: Config, lake: Lake) -> Location:
 
 def _body(inputs: Inputs, context: StageContext) -> dict[str, int]:
     with leased(context, inputs.cfg.retokenize.lease) as lease:
-        _publish(inputs, context, lease)
+        if generations.settled(context.lake, inputs.hash):  # another run did it while this one waited
+            context.status = "up to date"
+        else:
+            _publish(inputs, context, lease)
     return {}
 
 
@@ -117,10 +125,11 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
             )
         before, number = generations.pointer(lake), generations.next_number(lake)
         live = generations.live(lake) if before else None
-        moves, churn = None, Metrics()
+        moves, churn, ranks = None, Metrics(), None
         if live:
             old = engine.read(spark, lake, "sids", live.sids_version)
             other_slots = live.metrics["slots"] != metrics["slots"]
+            ranks = None if other_slots else old
             moves = moved(old, encoded, "full", every=other_slots)
             churn = measure_churn(moves, encoded, metrics, live.items)
             churn["by_slot"] = {} if other_slots else churn["by_slot"]
@@ -149,7 +158,15 @@ def _publish(inputs: Inputs, context: StageContext, lease: Lease) -> None:
             key,
             candidate,
             before,
-            partial(engine.write, ranked(encoded, manifest.digest, number), lake, "sids", tables.SIDS, key, few=True),
+            partial(
+                engine.write,
+                ranked(encoded, manifest.digest, number, before=ranks),
+                lake,
+                "sids",
+                tables.SIDS,
+                key,
+                few=True,
+            ),
             None
             if moves is None
             else partial(

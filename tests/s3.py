@@ -21,10 +21,10 @@ import pyarrow as pa
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-FAULTS = ("down", "commits", "denied", "read-only", "slow S", "dies N")
+FAULTS = ("down", "commits", "denied", "read-only", "slow S", "dies N", "no conditions")
 """``down``: every request fails with 503; ``commits``: only PUTs of Delta commits do; ``denied``: 403 to all;
 ``read-only``: 403 to what writes; ``slow S``: S seconds more for every request; ``dies N``: from the N-th Delta commit
-on, every request fails with 503."""
+on, every request fails with 503; ``no conditions``: ``If-None-Match`` is ignored."""
 SCHEMA = pa.schema([("item_id", pa.string())])
 ENVIRONMENT = {
     "AWS_REGION": "us-east-1",
@@ -98,6 +98,8 @@ class Server:
             )
             start(code, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
             return [body]
+        if self.fault == "no conditions":
+            environ.pop("HTTP_IF_NONE_MATCH", None)
         result = self.inner(environ, start)
         if method == "GET":
             result = list(result)

@@ -118,8 +118,10 @@ class ExpertCodebooks(Codebooks):
         weights: Tensor | None = None,
     ) -> None:
         """Initialise the codebooks by k-means on the active rows of each slot; a previous code becomes the mean of its
-        rows. A slot is fitted to what earlier slots leave of its rows, whether these were fitted to them or not, as
-        :meth:`forward` quantizes. ``latents`` [L, n, d], ``active`` [L, n] bool, ``previous`` [L, n]: codes (negative: none); ``weights``
+        rows. A slot is fitted to what earlier slots leave of its rows, whether or not these were fitted to them, as
+        :meth:`forward` quantizes.
+
+        ``latents`` [L, n, d], ``active`` [L, n] bool, ``previous`` [L, n]: codes (negative: none); ``weights``
         [n]: how much a row counts."""
         parts = list[Quantized]()
         for slot, keep in enumerate(active):

@@ -103,8 +103,15 @@ class Lake:
         folder = location(self.root)
         probe = folder / f".probe-{uuid4().hex}"  # threads and hosts may probe at once
         if isinstance(probe, ObjectPath):
-            probe.write_bytes(b"")
-            probe.unlink(missing_ok=True)
+            try:
+                probe.create(b"")
+                if probe.create(b""):
+                    raise InputError(
+                        f"lake {self.root}: the store ignores If-None-Match, by which Delta commits exclude each "
+                        "other: name a bucket of one that honours it (docs/operations.md, object storage)"
+                    )
+            finally:
+                probe.unlink(missing_ok=True)
             return
         link = probe.with_suffix(".link")
         try:

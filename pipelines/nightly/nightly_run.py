@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,7 +11,6 @@ from pyspark.sql import DataFrame, SparkSession
 from adasid.config import Config, digest
 from adasid.errors import InputError
 from adasid.files import Location
-from adasid.report import nights
 from adasid.sid import Slot
 from adasid.tokenizers import artifact
 from adasid.tokenizers.artifact import Manifest
@@ -181,7 +179,7 @@ class NightlyRun:
         self.context.status = "done"  # training the tokenizer may have set another status
         self.refused.unlink(missing_ok=True)
         self.pages()
-        self._summarize(candidate)
+        self._summarize(generation)
 
     def _summarize(self, candidate: Candidate) -> None:
         """Add what changed to the facts of the run."""
@@ -192,11 +190,7 @@ class NightlyRun:
         self.context.facts.update(facts | {"churn": f"{churn['churn']:.2%}"})
 
     def pages(self, dry: Candidate | None = None) -> None:
-        """Write the page of the last generations and of a ``dry`` run to ``<run>/report/nights``, with its figures, and
-        log it in MLflow."""
-        folder = Run(self.cfg).report("nights")
-        refused = json.loads(self.refused.read_text(encoding="utf-8")) if self.refused.exists() else None
-        last = [generation.model_dump() for generation in generations.history(self.lake)[-self.cfg.retokenize.keep :]]
-        report.write(folder, nights.build(self.cfg.name, last, refused, dry.model_dump() if dry else None))
+        """Write the page of the last generations and of a ``dry`` run, and log it in MLflow."""
+        folder = report.write_nights(self.cfg, self.lake, dry)
         self.context.artifact(folder)
         self.context.facts["page"] = str(folder / "index.html")

@@ -104,6 +104,7 @@ def trim_exports(context: StageContext) -> None:
     for part in children(folder):
         number = part.name.removeprefix(".").partition(".")[0]
         if number.isdigit() and (part.name not in keep):
+            (part / "manifest.json").unlink(missing_ok=True)  # first: without it the folder does not count
             removed, size = removed + 1, size + remove(part)
     _say(context, "exports", f"{removed} generations removed, {size / 1e6:.1f} MB")
 

@@ -22,11 +22,12 @@ from adasid.tables import SID_CHANGES, SIDS
 from adasid.tokenizers.artifact import Manifest
 from pipelines import staleness
 from pipelines.engines import spark as engine
+from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.nightly import changes, incremental, refit, verdict
 from pipelines.nightly.nightly_run import NightlyRun
 from pipelines.nightly.verdict import Measurements
-from pipelines.publish import drift, generations
+from pipelines.publish import drift, exports, generations
 from pipelines.publish.churn import measure_churn, moved
 from pipelines.publish.collisions import ranked
 from pipelines.publish.encode import encode, faults
@@ -69,7 +70,10 @@ def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -
         )
         context.inputs({"item_features": version, "sids": live.sids_version})
         nightly = NightlyRun(cfg, context, lease, live, version, day, key, dry)
-        if version == live.inputs["item_features"] and (settings.policy in {"frozen", "auto"} or before == day):
+        if not dry:
+            exports.point(cfg, lake)  # a roll-back or a publication that was killed may not have done this
+        read, quiet = live.inputs["item_features"], settings.policy in {"frozen", "auto"}
+        if (quiet and version == read) or (day == before and _same(lake, version, read)):
             nightly.unchanged()
             return
         try:
@@ -83,6 +87,12 @@ def run(cfg: Config, context: StageContext, run_date: date, dry: bool = False) -
                 f"generation {generations.pointer(lake)} stays live: mend the table or the disk that it names, then "
                 "run it again",
             ) from error
+
+
+def _same(lake: Lake, version: int, other: int) -> bool:
+    """Return whether two versions of ``item_features`` have the same rows, as maintenance leaves them."""
+    known = lake.input_hash("item_features", version)
+    return version == other or (known is not None and known == lake.input_hash("item_features", other))
 
 
 def _publish(nightly: NightlyRun) -> None:

@@ -147,11 +147,12 @@ def publish(
         raise BusyError(
             f"generation {parent} went live in {lake.root} while this run was at work on {expected}: run it again"
         )
-    if lake.fresh(key, "generations"):  # recorded, but interrupted before it was live
-        generation = history(lake)[-1]
-    else:
+    last = history(lake)[-1] if lake.fresh(key, "generations") else None  # recorded, but interrupted before it was live
+    if last and last.parent == parent:
+        generation = last
+    else:  # changes and churn of ``last`` are against another generation
         allowed()
-        if not lake.fresh(key, "sids"):
+        if last or not lake.fresh(key, "sids"):
             write_sids()
         version = lake.made("sids", key)
         if version is None:

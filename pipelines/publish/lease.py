@@ -27,6 +27,7 @@ from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 
 _TABLE = "leases"
+_POINTERS = {"live", "generations"}
 _POLL = 1.0
 LOG = {"delta.enableExpiredLogCleanup": "true", "delta.logRetentionDuration": "interval 1 days"}
 """Every renewal is a commit: without these properties the table's log would grow without end."""
@@ -153,9 +154,20 @@ def _read(table: DeltaTable) -> tuple[str | None, float]:
     return (rows[0]["holder"], float(rows[0]["seconds"])) if rows else (None, 0.0)
 
 
+def check_pins(cfg: config.Config) -> None:
+    """Raise InputError where the tables of generations are pinned: an older pointer would be followed, and what the
+    newer one needs be replaced or removed."""
+    for name in sorted(_POINTERS & set(cfg.pins)):
+        raise InputError(
+            f"pins.{name} is {cfg.pins[name]}, but jobs that publish or maintain follow its newest version: leave this "
+            "pin to the configs of other jobs"
+        )
+
+
 @contextmanager
 def leased(context: StageContext, settings: config.Lease) -> Iterator[Lease]:
     """Take the lease, renew it meanwhile, release it."""
+    check_pins(context.cfg)
     lease = Lease(context.lake, settings.seconds)
     lease.take(settings.wait, context.note)
     renewer = threading.Thread(target=lease.renew_until_ended, daemon=True)

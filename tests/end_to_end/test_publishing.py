@@ -1,9 +1,11 @@
 """Test the checks between new tables and readers: missed steps, gates of a replacement, a hold, a dry run. Each test
 works on a copy of one published shop."""
 
+import json
 from datetime import date
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
 
@@ -142,6 +144,78 @@ def test_a_hold_lasts_until_its_release(shop, tmp_path):
         assert "Generation 1 is on hold since 20" in (load(path).run_dir / "report" / page).read_text(encoding="utf-8")
     assert roll(path, None).facts["on hold"] == "no" and roll(path, None).status == "up to date"
     assert night(path).facts["generation"] == 2
+
+
+def test_a_killed_roll_back_is_seen_by_consumers_of_files_though_nothing_is_published(shop, tmp_path):
+    path, lake = copied(shop, tmp_path / "shop")
+    model, live = generations.live(lake).artifact, load(path).run_dir / "exports" / "live.json"
+    roll(path, 1, hold=True)
+    put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
+    for step in (night, lambda path: stage(path, sids.run, f"sids.artifact={model}", "sids.replace=true")):
+        live.write_text('{"generation": 9}')  # of before the roll-back, which was killed before this file
+        with pytest.raises(GateError, match="is on hold"):
+            step(path)
+        assert json.loads(live.read_text())["generation"] == 1
+
+
+def test_a_recorded_generation_does_not_go_live_over_another_than_it_was_measured_against(shop, tmp_path, monkeypatch):
+    path, lake = copied(shop, tmp_path / "shop")
+    chosen = f"sids.artifact={generations.live(lake).artifact}", "sids.replace=true"
+    put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
+    assert night(path).facts["generation"] == 2
+    put(lake, next_day(lake.read("item_features"), seed=2), "the day after")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    point = generations._point
+    monkeypatch.setattr(generations, "_point", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage(path, sids.run, *chosen)
+    monkeypatch.setattr(generations, "_point", point)
+    assert generations.history(lake)[-1].generation == 3
+    roll(path, 1)
+    stage(path, sids.run, *chosen)
+    row, first = generations.live(lake), generations.history(lake)[0]
+    assert (row.generation, row.parent) == (4, 1)
+    assert set(lake.read("sids", row.sids_version)["generation"].to_pylist()) == {4}
+    moves = lake.read("sid_changes").filter(pc.field("generation") == 4).to_pylist()
+    old = rows_of(lake.read("sids", first.sids_version))
+    assert moves and all(move["old_codes"] == old.get(move["item_id"], {}).get("codes") for move in moves)
+
+
+def test_ranks_stay_where_codes_do_when_all_items_are_encoded_again(shop, tmp_path):
+    path, lake = copied(shop, tmp_path / "shop")
+    features, columns = lake.read("item_features"), ["item_id", "codes", "collision_rank"]
+    counts = pa.array(features["interactions"].to_pylist()[::-1], features.schema.field("interactions").type)
+    put(lake, features.set_column(features.column_names.index("interactions"), "interactions", counts), "other counts")
+    before = generations.live(lake)
+    stage(path, sids.run, f"sids.artifact={before.artifact}", "sids.replace=true")
+    after = generations.live(lake)
+    assert after.generation == 2
+    ranks = [rows_of(lake.read("sids", row.sids_version, columns)) for row in (before, after)]
+    assert ranks[0] == ranks[1] and any(row["collision_rank"] for row in ranks[0].values())
+
+
+def test_a_night_that_is_run_again_after_maintenance_does_nothing_under_any_policy(shop, tmp_path):
+    path, lake = copied(shop, tmp_path / "shop")
+    put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
+    assert night(path).facts["generation"] == 2
+    rewrite(lake, "item_features", "tomorrow")  # as vacuum and properties leave it: a new version of the same rows
+    assert night(path, "retokenize.policy=refit").status == "up to date"
+    assert generations.live(lake).generation == 2
+
+
+def test_pins_of_the_pointer_are_refused_by_jobs_that_publish(shop, tmp_path):
+    path, _ = copied(shop, tmp_path / "shop")
+    pins, line = "pins={live: 0}", r"pins\.live is 0, but jobs that publish or maintain follow its newest"
+    for step in (
+        lambda: night(path, pins),
+        lambda: stage(path, sids.run, pins),
+        lambda: stage(path, upkeep.maintain, pins),
+    ):
+        with pytest.raises(InputError, match=line):
+            step()
 
 
 def test_a_dry_run_measures_and_judges_but_publishes_nothing(shop, tmp_path, capsys):

@@ -78,6 +78,18 @@ def test_a_fault_is_one_line_with_bucket_operation_and_fix(fault, error, words, 
     assert s3.ENVIRONMENT["AWS_SECRET_ACCESS_KEY"] not in text
 
 
+def test_a_store_that_ignores_conditions_is_refused(bucket, server):
+    lake = Lake(f"{bucket}/lake", {})
+    lake.writable()
+    s3.ask(server, "/_fault", "PUT", b"no conditions")
+    try:
+        with pytest.raises(InputError, match="ignores If-None-Match, by which Delta commits exclude each other"):
+            lake.writable()
+    finally:
+        s3.ask(server, "/_fault", "PUT")
+    assert not [path for path in ObjectPath.of(f"{bucket}/lake").files() if "probe" in path.name]
+
+
 def test_a_bucket_that_does_not_exist_is_named(server):
     with pytest.raises(InputError, match="s3://absent does not exist: create it"):
         Lake("s3://absent/lake", {}).writable()

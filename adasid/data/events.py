@@ -108,9 +108,10 @@ def read_events(read: Read) -> Events:
             times[place] = rows.column(_TIME).cast(pa.int64()).fill_null(_NO_TIME).to_numpy()
     del free
     users = np.repeat(np.arange(len(ids), dtype=np.int32), np.diff(starts))
+    columns: list[NDArray[Any]] = [items, labels, visits, splits, *([times] if slates else [])]
     for part in _chunks(starts):
         order = np.lexsort((positions[part], users[part]))
-        for column in (items, labels, visits, splits, *([times] if slates else [])):
+        for column in columns:
             column[part] = column[part][order]
     del positions
     before: NDArray[Any] = np.cumsum(visits, dtype=np.int32 if total < 2**31 else np.int64)

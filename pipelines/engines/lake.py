@@ -103,15 +103,14 @@ class Lake:
         folder = location(self.root)
         probe = folder / f".probe-{uuid4().hex}"  # threads and hosts may probe at once
         if isinstance(probe, ObjectPath):
-            try:
-                probe.create(b"")
-                if probe.create(b""):
-                    raise InputError(
-                        f"lake {self.root}: the store ignores If-None-Match, by which Delta commits exclude each "
-                        "other: name a bucket of one that honours it (docs/operations.md, object storage)"
-                    )
-            finally:
-                probe.unlink(missing_ok=True)
+            probe.create(b"")
+            ignored = probe.create(b"")
+            probe.unlink(missing_ok=True)
+            if ignored:
+                raise InputError(
+                    f"lake {self.root}: the store ignores If-None-Match, by which Delta commits exclude each other: "
+                    "name a bucket of one that honours it (docs/operations.md, object storage)"
+                )
             return
         link = probe.with_suffix(".link")
         try:

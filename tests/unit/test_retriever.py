@@ -465,8 +465,8 @@ def clumped(run, groups):
 
 def test_corrected_figures_are_those_of_a_random_order_of_the_items_of_a_sid(tmp_path):
     run = clumped(training("item", tmp_path, 1), np.arange(40) // 8)
-    found = by_stratum(run._ranked("test", 100, 400), 0)["all"]
-    _, *found_states = zip(*run._states("test", np.arange(400), 100))
+    found = by_stratum(run._ranked("test", 100), 0)["all"]
+    _, *found_states = zip(*run._states("test", 100))
     states, wanted = map(torch.cat, found_states)
     order = (states @ run.model.vectors(torch.arange(0, 40, 8)).T).argsort(1, descending=True)
     group = (order == (wanted // 8)[:, None]).int().argmax(1)  # 0: the target's SID is the best
@@ -479,7 +479,7 @@ def test_lists_without_the_history_are_scored_as_such(tmp_path):
     run = clumped(training("item", tmp_path, 1, repeatable=False), np.arange(40) // 8)
     found = run.test()
     ranks, whole, shared = [], [], []
-    for users, states, targets in run._states("test", np.arange(400), 100):
+    for users, states, targets in run._states("test", 100):
         for user, scores, target in zip(users, states @ run.model.vectors(torch.arange(40)).T, targets.tolist()):
             history = set(run.data.test.items[run.data.test.starts[user] : run.data.test.starts[user + 1]].tolist())
             order = sorted(range(40), key=lambda item: (-scores[item].item(), item))

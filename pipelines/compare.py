@@ -58,7 +58,8 @@ def run(cfg: Config, context: StageContext) -> None:
             cell = cfg.model_copy(update={"tokenizer": cfg.compare.tokenizers[label], "seed": seed})
             inputs = stage.resolve(tokenizer.declare("compare"), cell, context.lake)
             folder = tokenizer.folder_of(inputs, "compare")
-            result = folder / f"result-{digest(cfg.compare.model_dump(mode='json', include=_PROBES))}.json"
+            probes = cfg.compare.model_dump(mode="json", include=_PROBES)
+            result = folder / f"result-{digest(_FORMAT, probes, sorted(kinds.items()))}.json"
             if not result.exists():
                 with tracking.stage(cell, f"compare {label}, seed {seed}", journal=False) as inner:
                     row = {"label": label, "seed": seed, **_measure(inputs, inner, folder, kinds)}
@@ -73,6 +74,8 @@ def run(cfg: Config, context: StageContext) -> None:
     _write(cfg, context, rows)
 
 
+_FORMAT = 2
+"""This number is raised when a probe measures something else."""
 _PROBES = {"sample", "queries", "neighbours", "near_duplicate", "categories"}
 
 
@@ -135,13 +138,14 @@ def _probe(cfg: Config, lake: Lake, version: int, model: Location, kinds: dict[s
             torch.cat([nnf.normalize(batch.vectors[m], dim=1) for m in cfg.features.content], 1), dim=1
         )
         slots = active[:, [slot.kind == BEHAVIOR for slot in tokenizer.slots]].double().mean(1)
+        slots[~batch.present[BEHAVIOR]] = torch.nan  # no behaviour, nothing to switch off
         stratum = rows.column("stratum").to_numpy(zero_copy_only=False)
         parts.append((codes.numpy(), kind, stratum, emitted.numpy(), content.numpy(), slots.numpy()))
     codes_, kind_, stratum, emitted_, content_, active_ = (np.concatenate(part) for part in zip(*parts))
     row: Row = {f"readout_{m}": value for m, value in probe.unexplained().items()}
     row["shared_cosine"] = shared_cosine(emitted_, content_)
     if (active_ < 1).any():
-        row |= {f"active_{name}": float(active_[stratum == name].mean()) for name in ("head", "tail")}
+        row |= {f"active_{name}": float(np.nanmean(active_[stratum == name])) for name in ("head", "tail")}
     everyone = np.unique(np.linspace(0, len(kind_) - 1, min(cfg.compare.queries, len(kind_))).round().astype(np.int64))
     row["duplicates_kept"] = duplicates_kept(emitted_, content_, everyone, cfg.compare.near_duplicate)
     if kinds:

@@ -116,10 +116,12 @@ def duplicates_kept(
 
 def shared_cosine(codes: NDArray[np.int32], vectors: NDArray[np.float32]) -> float:
     """Compute the mean cosine of the pairs of items that share all codes; NaN if no two do. ``codes`` [M, L],
-    ``vectors`` [M, D] of unit norm.
+    ``vectors`` [M, D] of unit norm, or zero for an item without a vector, which is in no pair.
 
     The unit vectors of a group of n sum to S; its n (n - 1) ordered pairs have |S|^2 - n as the sum of their cosines.
     """
+    there = vectors.any(1)
+    codes, vectors = codes[there], vectors[there]
     group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
     size = np.bincount(group)
     crowded = np.flatnonzero(size[group] > 1)

@@ -56,7 +56,7 @@ def flat(row: Row) -> Row:
 def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "all") -> Gain | None:
     """Compute the relative gain of ``one`` over ``other`` in ``key``, the half width of its 95 % interval, the p value
     of the paired t test, and the number of seeds that both have and where ``other`` is above 0. None without such
-    seeds; infinite width and p = 1 for one seed."""
+    seeds; infinite width and p = 1 for one seed, and for equal gains, from which no spread can be estimated."""
     mine, theirs = (
         {row["seed"]: row["strata"][stratum][key] for row in group if key in row["strata"].get(stratum, {})}
         for group in (one, other)
@@ -65,8 +65,8 @@ def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "a
     if not both:
         return None
     gains = np.array([mine[seed] / theirs[seed] - 1 for seed in both])
-    if len(both) == 1:
-        return float(gains[0]), float("inf"), 1.0, 1
+    if len(both) == 1 or (gains.std() == 0 and gains[0]):
+        return float(gains[0]), float("inf"), 1.0, len(both)
     half = stats.t.ppf(0.975, len(both) - 1) * gains.std(ddof=1) / np.sqrt(len(both))
     p = stats.ttest_1samp(gains, 0.0).pvalue if gains.std() > 0 else 1.0
     return float(gains.mean()), float(half), float(p), len(both)

@@ -29,6 +29,8 @@ _SHARED = (
     ("shared_cosine", "Cosine in a group", lambda v: number(v, 2)),
     ("duplicates_kept", "Near-duplicates together", share),
 )
+_LONGEST = 1.5
+"""Bars are drawn up to here: unexplained variance above 1 says that a probe is worse than the mean."""
 _COST = (("seconds", "Training", seconds), ("parameters", "Parameters", count))
 
 
@@ -193,7 +195,7 @@ def _table(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str
 @style.styled
 def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, str]], low: float = 0.0) -> Figure:
     """Draw horizontal bars that start at ``low``: one group per method, one bar per column that the method has;
-    whiskers are the range over seeds."""
+    whiskers are the range over seeds. A bar above ``_LONGEST`` is cut, with its value beside it."""
     by_label = {
         label: {
             key: values for key, _ in columns if (values := [row[key] for row in group if row.get(key) is not None])
@@ -217,15 +219,19 @@ def bars(title: str, groups: dict[str, list[Row]], columns: Sequence[tuple[str, 
         at = [top for top, _ in cells]
         axes.barh(
             at,
-            np.minimum(middle, 1.5),
+            middle,
             1,
             xerr=whiskers,
             label=name,
             color=style.PALETTE[index % len(style.PALETTE)],
             error_kw={"lw": 0.8},
         )
+        for top, value in zip(at, middle):
+            if value > _LONGEST:
+                axes.annotate(f" {value:.3g}", (_LONGEST, top), va="center", fontsize=6, annotation_clip=False)
     axes.set_yticks([top + (len(found) - 1) / 2 for top, found in zip(tops, by_label.values())], list(groups))
     axes.set_xlim(low, None)
+    axes.set_xlim(low, min(axes.get_xlim()[1], _LONGEST))
     axes.invert_yaxis()
     if len(columns) > 1 or columns[0][1] not in title:
         style.legend(figure, 3)

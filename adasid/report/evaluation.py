@@ -112,7 +112,7 @@ def _ranking(cells: Cells, settings: config.Evaluate) -> list[Section]:
                     "auc_strata",
                     _strata("AUC by popularity of the item", cells, "ranking", "auc", low=0.45),
                     "Bars of AUC by stratum.",
-                    "Samples whose item is of the stratum.",
+                    "Samples whose item is of the stratum. The axis starts at 0.45.",
                 )
             ],
             tables=[

@@ -92,11 +92,11 @@ def measure(key: str) -> str:
 
 
 def gained(result: Gain | None, digits: int = 1) -> str:
-    """Format a gain as ``+8.3% ± 2.1% (p 0.01)``; for one seed the gain alone."""
+    """Format a gain as ``+8.3% ± 2.1% (p 0.01)``; without a spread the gain alone."""
     if result is None:
         return DASH
-    gain, half, p, seeds = result
-    return f"{gain:+.{digits}%}" + (f" ± {half:.{digits}%} (p {p:.2g})" if seeds > 1 else "")
+    gain, half, p, _ = result
+    return f"{gain:+.{digits}%}" + (f" ± {half:.{digits}%} (p {p:.2g})" if math.isfinite(half) else "")
 
 
 def sure(result: Gain) -> str:

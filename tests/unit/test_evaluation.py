@@ -8,7 +8,7 @@ from scipy import stats
 
 from adasid import config
 from adasid.errors import ConfigError
-from adasid.report import cells, comparison, evaluation, published
+from adasid.report import cells, comparison, evaluation, published, words
 from pipelines import evaluate as pipeline
 
 BEAUTY = Path(__file__).parents[2] / "conf" / "beauty.yaml"
@@ -58,6 +58,9 @@ def test_the_gain_is_paired_by_seed():
     assert p == pytest.approx(stats.ttest_1samp(gains, 0).pvalue)
     assert cells.paired(mine, theirs[:1], "recall@50")[2:] == (1.0, 1)
     assert cells.paired(mine[:1], theirs[1:], "recall@50") is None
+    thirds, fifths = ([cell("x", seed, value) for seed in (0, 1)] for value in (0.3, 0.2))
+    equal = cells.paired(thirds, fifths, "recall@50")
+    assert equal == (pytest.approx(0.5), float("inf"), 1.0, 2) and words.gained(equal) == "+50.0%"
 
 
 def test_the_page_says_who_is_ahead_and_how_sure_that_is():

@@ -72,6 +72,9 @@ def test_the_cosine_of_items_that_share_a_sid_is_the_mean_over_pairs():
     pairs = [vectors[i] @ vectors[j] for i in range(60) for j in range(i) if (codes[i] == codes[j]).all()]
     assert shared_cosine(codes, vectors) == pytest.approx(np.mean(pairs), rel=1e-5)
     assert np.isnan(shared_cosine(np.arange(8, dtype=np.int32).reshape(4, 2), vectors[:4]))
+    lacking = np.vstack([vectors, np.zeros((9, 5), np.float32)])  # items without content
+    assert shared_cosine(np.vstack([codes, codes[:9]]), lacking) == shared_cosine(codes, vectors)
+    assert np.isnan(shared_cosine(np.zeros((2, 2), np.int32), np.zeros((2, 5), np.float32)))
 
 
 def test_near_duplicates_that_have_one_sid():

@@ -132,9 +132,12 @@ def test_a_hold_lasts_until_its_release(shop, tmp_path):
     put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
     line = r"^generation 1 is on hold since 20.* UTC: nothing is published until `.*rollback.py .*--release`$"
     chosen = f"sids.artifact={model}", "sids.replace=true"
+    live = load(path).run_dir / "exports" / "live.json"
     for step in (night, lambda path: stage(path, sids.run, *chosen)):
+        live.write_text('{"generation": 9}')  # as a roll-back leaves it that was killed in between
         with pytest.raises(GateError, match=line):
             step(path)
+        assert json.loads(live.read_text())["generation"] == 1
     with pytest.raises(GateError, match="not published: largest group is"):  # checks come first
         night(path, "sids.gates.max_group=1")
     assert state(lake) == before
@@ -146,23 +149,13 @@ def test_a_hold_lasts_until_its_release(shop, tmp_path):
     assert night(path).facts["generation"] == 2
 
 
-def test_a_killed_roll_back_is_seen_by_consumers_of_files_though_nothing_is_published(shop, tmp_path):
-    path, lake = copied(shop, tmp_path / "shop")
-    model, live = generations.live(lake).artifact, load(path).run_dir / "exports" / "live.json"
-    roll(path, 1, hold=True)
-    put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
-    for step in (night, lambda path: stage(path, sids.run, f"sids.artifact={model}", "sids.replace=true")):
-        live.write_text('{"generation": 9}')  # of before the roll-back, which was killed before this file
-        with pytest.raises(GateError, match="is on hold"):
-            step(path)
-        assert json.loads(live.read_text())["generation"] == 1
-
-
 def test_a_recorded_generation_does_not_go_live_over_another_than_it_was_measured_against(shop, tmp_path, monkeypatch):
     path, lake = copied(shop, tmp_path / "shop")
     chosen = f"sids.artifact={generations.live(lake).artifact}", "sids.replace=true"
     put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
     assert night(path).facts["generation"] == 2
+    rewrite(lake, "item_features", "tomorrow")  # as maintenance leaves it: a new version of the same rows
+    assert night(path, "retokenize.policy=refit").status == "up to date"
     put(lake, next_day(lake.read("item_features"), seed=2), "the day after")
 
     def killed(*args):
@@ -178,32 +171,13 @@ def test_a_recorded_generation_does_not_go_live_over_another_than_it_was_measure
     stage(path, sids.run, *chosen)
     row, first = generations.live(lake), generations.history(lake)[0]
     assert (row.generation, row.parent) == (4, 1)
-    assert set(lake.read("sids", row.sids_version)["generation"].to_pylist()) == {4}
+    old, new = (rows_of(lake.read("sids", version)) for version in (first.sids_version, row.sids_version))
+    assert {item["generation"] for item in new.values()} == {4}
     moves = lake.read("sid_changes").filter(pc.field("generation") == 4).to_pylist()
-    old = rows_of(lake.read("sids", first.sids_version))
     assert moves and all(move["old_codes"] == old.get(move["item_id"], {}).get("codes") for move in moves)
-
-
-def test_ranks_stay_where_codes_do_when_all_items_are_encoded_again(shop, tmp_path):
-    path, lake = copied(shop, tmp_path / "shop")
-    features, columns = lake.read("item_features"), ["item_id", "codes", "collision_rank"]
-    counts = pa.array(features["interactions"].to_pylist()[::-1], features.schema.field("interactions").type)
-    put(lake, features.set_column(features.column_names.index("interactions"), "interactions", counts), "other counts")
-    before = generations.live(lake)
-    stage(path, sids.run, f"sids.artifact={before.artifact}", "sids.replace=true")
-    after = generations.live(lake)
-    assert after.generation == 2
-    ranks = [rows_of(lake.read("sids", row.sids_version, columns)) for row in (before, after)]
-    assert ranks[0] == ranks[1] and any(row["collision_rank"] for row in ranks[0].values())
-
-
-def test_a_night_that_is_run_again_after_maintenance_does_nothing_under_any_policy(shop, tmp_path):
-    path, lake = copied(shop, tmp_path / "shop")
-    put(lake, next_day(lake.read("item_features"), seed=1), "tomorrow")
-    assert night(path).facts["generation"] == 2
-    rewrite(lake, "item_features", "tomorrow")  # as vacuum and properties leave it: a new version of the same rows
-    assert night(path, "retokenize.policy=refit").status == "up to date"
-    assert generations.live(lake).generation == 2
+    stay = [item for item in old if item in new and old[item]["codes"] == new[item]["codes"]]
+    assert len(stay) > ITEMS / 2 and any(old[item]["collision_rank"] for item in stay)
+    assert all(old[item]["collision_rank"] == new[item]["collision_rank"] for item in stay)
 
 
 def test_pins_of_the_pointer_are_refused_by_jobs_that_publish(shop, tmp_path):

@@ -195,6 +195,17 @@ class ObjectPath:
                 return False
         return True
 
+    def check_conditions(self) -> None:
+        """Create and remove the object. Raises InputError where the store creates it twice."""
+        self.create(b"")
+        ignored = self.create(b"")
+        self.unlink(missing_ok=True)
+        if ignored:
+            raise InputError(
+                f"{self.parent}: the store ignores If-None-Match, by which Delta commits exclude each other: name a "
+                "bucket of one that honours it (docs/operations.md, object storage)"
+            )
+
     def write_text(self, content: str, encoding: str = "utf-8") -> None:
         """Put text with :meth:`write_bytes`."""
         self.write_bytes(content.encode(encoding))

@@ -41,7 +41,7 @@ _ROWS = 50_000
 
 @dataclass
 class BehaviorData:
-    """``BehaviorData`` is the training data of one worker: the histories of its users, of the held-out splits those
+    """``BehaviorData`` is the training data of one worker: the histories of its users, of validation and test those
     that are evaluated; ``counts`` [M]: training events of every item."""
 
     train: Histories

@@ -89,7 +89,7 @@ class RankingTraining(DownstreamTraining):
         self.drawn = settings.negatives if self.labels == "sampled" else 0
 
     def _evaluated(self, events: NDArray[Any]) -> NDArray[Any]:
-        """Return those of the held-out ``events`` [n] whose user is one of ``eval_users`` users of all workers."""
+        """Return those of ``events`` [n] whose user is one of ``eval_users`` users of all workers."""
         users, index = np.unique(self.events.users[events], return_inverse=True)
         return events[sampled(self.events.ids[users], self.settings.eval_users, self.workers, self.device)[index]]
 

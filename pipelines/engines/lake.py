@@ -103,14 +103,7 @@ class Lake:
         folder = location(self.root)
         probe = folder / f".probe-{uuid4().hex}"  # threads and hosts may probe at once
         if isinstance(probe, ObjectPath):
-            probe.create(b"")
-            ignored = probe.create(b"")
-            probe.unlink(missing_ok=True)
-            if ignored:
-                raise InputError(
-                    f"lake {self.root}: the store ignores If-None-Match, by which Delta commits exclude each other: "
-                    "name a bucket of one that honours it (docs/operations.md, object storage)"
-                )
+            probe.check_conditions()
             return
         link = probe.with_suffix(".link")
         try:

@@ -107,17 +107,19 @@ class Workers:
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace gradients by their mean over workers: dense ones in one message, where a missing gradient counts as
         zero; of sparse ones, only the rows that any worker has are sent. A gradient is sparse on all workers or on
-        none."""
+        none. One that no worker has stays missing, so that the optimiser does not step."""
         if self.world == 1:
             return
         parameters = [p for p in parameters if p.requires_grad]
         sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
         dense = [p for p in parameters if all(p is not other for other in sparse)]
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in dense])
-        dist.all_reduce(flat)
-        flat /= self.world
-        for parameter, part in zip(dense, flat.split([p.numel() for p in dense])):
-            parameter.grad = part.view_as(parameter)
+        if dense:
+            parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in dense]
+            flat = torch.cat([*parts, parts[0].new_tensor([float(p.grad is not None) for p in dense])])
+            dist.all_reduce(flat)
+            *means, found = (flat / self.world).split([*(len(part) for part in parts), len(dense)])
+            for parameter, mean, workers in zip(dense, means, found.tolist()):
+                parameter.grad = mean.view_as(parameter) if workers else None
         for parameter in sparse:
             assert parameter.grad is not None
             parameter.grad = self._mean_of_rows(parameter.grad)

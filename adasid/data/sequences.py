@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from adasid.data.reading import Read
 from adasid.distributed import Workers
@@ -43,6 +44,16 @@ class Histories(NamedTuple):
         lengths = self.starts[users + 1] - self.starts[users]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Histories(self.items[spans(self.starts[users], lengths)], starts, self.targets[users])
+
+    def counts(self, items: int, length: int) -> tuple[Tensor, Tensor]:
+        """Count the events that a model of ``length`` events trains on, the latest ``length`` + 1 of each history: how
+        often each of ``items`` items is among them, and how often after another of them, as a target, [items] each."""
+        starts, ends = self.starts[:-1], self.starts[1:]
+        first = np.maximum(starts, ends - length - 1)
+        events = self.items if (first == starts).all() else self.items[spans(first, ends - first)]
+        visits = torch.bincount(torch.from_numpy(events), minlength=items)
+        opening = torch.from_numpy(self.items[first[first < ends]])
+        return visits, visits - torch.bincount(opening, minlength=items)
 
     def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
         """Return at most the last ``length`` items (all, if not given) of each user: [B, longest of them], padded at
@@ -139,3 +150,11 @@ def epoch_users(
     largest = int(workers.gather(torch.tensor([len(histories)], device=device)).max())
     order = np.random.default_rng([seed, number, workers.rank]).permutation(len(histories))
     return np.resize(order, (-(-largest // share), share))
+
+
+def log_q(targets: Tensor, workers: Workers, device: torch.device) -> Tensor:
+    """Return the log-probability [M] with which a negative is item i, where negatives are drawn from all workers'
+    targets, of which each worker passes its counts ``targets`` [M] (methods 7.4). An item that is no target counts as
+    one target, so that its logarithm is finite."""
+    total = workers.sum(targets.to(device)).double()
+    return (total.clamp(min=1) / total.sum().clamp(min=1)).log().float()

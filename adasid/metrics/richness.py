@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from adasid.config import Features
 from adasid.errors import InputError
 
+_ROUNDING = 1e-6
+"""About eight times the relative error of a float32."""
+
 
 class RichnessScale(NamedTuple):
     """A fitted scale maps a value to richness, ``(value - low) / (high - low)`` clipped to [0, 1].
@@ -69,15 +72,16 @@ def fit_scale(
     ranked = norms[order]
     if not np.isfinite(ranked[-1]):
         raise InputError(f"richness: a norm of the behaviour vectors is {ranked[-1]}; bring vectors of finite norm")
-    correlation = None
+    correlation, equal = None, constant(float(ranked[0]), float(ranked[-1]))
     if counts is not None:
-        correlation = 0.0 if ranked[0] == ranked[-1] else _spearman(order, counts)
+        correlation = 0.0 if equal else _spearman(order, counts)
     if counts is not None and correlation is not None and correlation < features.proxy_min_spearman:
         low, high = math.log1p(int(counts.min())), math.log1p(int(counts.max()))
         scale = RichnessScale("count", low, high, correlation, 0.0)
         values: NDArray[Any] = counts
     else:
         low, high = quantiles(lambda rank: float(ranked[rank]), quantile_ranks(features.norm_percentiles, n))
+        low = high if equal else low
         scale = RichnessScale("norm", low, high, correlation, 0.0)
         values = norms
     mean = scale.richness(values, np.ones(n, bool)).mean(dtype=np.float64)
@@ -106,6 +110,12 @@ def rank_correlation(n: int, xy: int, yy: int) -> float:
     centre = n * (n + 1) ** 2
     variances = (4 * n * (n + 1) * (2 * n + 1) // 6 - centre) * (yy - centre)
     return (xy - centre) / math.sqrt(variances) if variances else 0.0
+
+
+def constant(least: float, most: float) -> bool:
+    """Return whether norms between ``least`` and ``most`` differ by no more than the rounding of float32, as those of
+    normalized vectors do."""
+    return most - least <= _ROUNDING * most
 
 
 def quantile_ranks(percents: Sequence[float], size: int, first: int = 0) -> list[tuple[int, int, float]]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid import config, files
-from adasid.data.sequences import Histories, epoch_users
+from adasid.data.sequences import Histories, epoch_users, log_q
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import Location
@@ -55,22 +55,26 @@ class BehaviorData:
 class BehaviorResult:
     """``BehaviorResult`` is this worker's part of the result of a training run, all of it where there is one worker:
     ``index`` [own]: the item_index of each row, ascending; ``embeddings`` [own, width] of the best validation epoch;
-    ``norms`` [own] of the checkpoint that measures richness; ``summary``: JSON, the same on all workers."""
+    ``norms`` [own] of the checkpoint that measures richness; ``learned`` [own]: False where no event that was trained
+    on has the item, so that its row has its random start; ``summary``: JSON, the same on all workers."""
 
     index: Tensor
     embeddings: Tensor
     norms: Tensor
+    learned: Tensor
     summary: dict[str, Any]
 
     def write(self, path: Location) -> None:
-        """Write the rows to a Parquet file with the schema ``tables.BEHAVIOR_SHARD``."""
+        """Write the learned rows to a Parquet file with the schema ``tables.BEHAVIOR_SHARD``."""
         width = self.embeddings.shape[1]
         with files.replacing(path) as draft, pq.ParquetWriter(draft, BEHAVIOR_SHARD) as file:
-            for index, rows, norms in zip(*(x.split(_ROWS) for x in (self.index, self.embeddings, self.norms))):
+            columns = self.index, self.embeddings, self.norms, self.learned
+            for *parts, learned in zip(*(column.split(_ROWS) for column in columns)):
+                index, rows, norms = (part[learned] for part in parts)
                 offsets = np.arange(0, rows.numel() + 1, width, dtype=np.int32)
                 vectors = pa.ListArray.from_arrays(offsets, pa.array(rows.reshape(-1).numpy()))
-                columns = [pa.array(index.numpy()), vectors, pa.array(norms.numpy())]
-                file.write_batch(pa.RecordBatch.from_arrays(columns, schema=BEHAVIOR_SHARD))
+                arrays = [pa.array(index.numpy()), vectors, pa.array(norms.numpy())]
+                file.write_batch(pa.RecordBatch.from_arrays(arrays, schema=BEHAVIOR_SHARD))
 
 
 class BehaviorTraining(TrainingLoop):
@@ -95,7 +99,9 @@ class BehaviorTraining(TrainingLoop):
         model = SASRec(s.width, s.blocks, s.heads, s.max_length, s.dropout).to(device)
         self.table = ItemTable(len(data.counts), s.width, seed, s.table_lr, workers, device)
         self.dense = torch.optim.Adam(model.parameters(), lr=s.lr, betas=(0.9, 0.98))
-        self.log_q = torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(device)
+        visits, targets = data.train.counts(len(data.counts), s.max_length)
+        self.learned, self.log_q = workers.sum(visits.to(device)) > 0, log_q(targets, workers, device)
+        del visits, targets
         super().__init__(model, {"dense": self.dense}, s.epochs, folder, workers, device, data.version, s.patience)
 
     def run(self, report: Report = silent) -> BehaviorResult:
@@ -240,9 +246,9 @@ class BehaviorTraining(TrainingLoop):
         return tie_order(torch.arange(self.table.items, device=self.device))
 
     def _spearman(self) -> float:
-        """Compute Spearman(norm, count) over items that occur in training, or a fixed sample of them if there are very
-        many; the same on all workers."""
-        known = np.flatnonzero(self.data.counts)
+        """Compute Spearman(norm, count) over items that are trained on, or a fixed sample of them if there are
+        very many; the same on all workers."""
+        known = np.flatnonzero(self.learned.cpu().numpy())
         if len(known) > _SPEARMAN_SAMPLE:
             known = np.random.default_rng(self.seed).choice(known, _SPEARMAN_SAMPLE, replace=False)
         norms = self.table.norms(torch.from_numpy(known).to(self.device)).cpu().numpy()
@@ -257,11 +263,6 @@ class BehaviorTraining(TrainingLoop):
         embeddings = embeddings.cpu()
         use_early = self.settings.norm_checkpoint == "early"
         norms = read_rows(self._folder("early", early), self.workers)["norms"] if use_early else embeddings.norm(dim=1)
-        unseen = torch.from_numpy(self.data.counts == 0)[own]
-        lowest = norms[~unseen].min() if (~unseen).any() else norms.new_tensor(torch.inf)
-        lowest = self.workers.gather(lowest[None].to(self.device)).min().cpu()
-        if lowest.isfinite():
-            norms = torch.where(unseen, lowest, norms)
         users = int(self.workers.sum(torch.tensor([len(self.data.test)], device=self.device)))
         summary = {
             "best_epoch": int(chosen["epoch"]),
@@ -276,4 +277,4 @@ class BehaviorTraining(TrainingLoop):
                 for split in ("validation", "test")
             },
         }
-        return BehaviorResult(own, embeddings, norms, summary)
+        return BehaviorResult(own, embeddings, norms, self.learned.cpu()[own], summary)

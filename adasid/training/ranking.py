@@ -31,8 +31,9 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RankingData:
-    """``RankingData`` is the training and evaluation data of one worker: the ``events`` of its users; ``counts`` and
-    ``strata`` [M] as in ``RetrievalData``; ``version``: name of the input in errors."""
+    """``RankingData`` is the training and evaluation data of one worker: the ``events`` of its users; ``counts``
+    [M]: training events of every item; ``strata`` [M] as in ``RetrievalData``; ``version``: name of the input in
+    errors."""
 
     events: Events
     counts: Ints
@@ -125,10 +126,15 @@ class RankingTraining(DownstreamTraining):
     def _negatives(self, events: Ints) -> Ints:
         """Return the sampled negatives of held-out events [B, negatives], equal for every seed, model and number of
         workers."""
-        return self._draw(self.events.uniform(events, self.drawn))
+        return self._draw(self.events.uniform(events, self.drawn), self.events.items[events])
 
-    def _draw(self, uniform: NDArray[np.float64]) -> Ints:
-        return np.minimum(np.searchsorted(self.cdf, uniform, side="right"), len(self.cdf) - 1).astype(np.int64)
+    def _draw(self, uniform: NDArray[np.float64], positive: NDArray[np.int32]) -> Ints:
+        """Return the items at ``uniform`` numbers [B, n] in the distribution of all items but the ``positive`` [B]."""
+        low, high = np.where(positive > 0, self.cdf[positive - 1], 0.0)[:, None], self.cdf[positive][:, None]
+        at = uniform * (1.0 - (high - low))
+        at = np.where(at < low, at, np.maximum(at + (high - low), high))
+        drawn: Ints = np.searchsorted(self.cdf, at, side="right").astype(np.int64)
+        return np.minimum(drawn, len(self.cdf) - 1)
 
     def backward(
         self, loss: Tensor, where: str, fix: str, parameters: Iterable[torch.nn.Parameter] | None = None
@@ -154,7 +160,7 @@ class RankingTraining(DownstreamTraining):
         total = torch.zeros(2, device=self.device)
         for step, start in enumerate(self.tracked(range(0, largest, share), f"epoch {number}/{self.epochs}")):
             events = order.take(np.arange(start, start + share), mode="wrap").astype(np.int64)
-            drawn = self._draw(rng.random((len(events), self.drawn)))
+            drawn = self._draw(rng.random((len(events), self.drawn)), self.events.items[events])
             batch, labels = self._batch(events, drawn)
             self.lap("data")
             loss = torch.nn.functional.binary_cross_entropy_with_logits(self.model(*batch), labels)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid import config
-from adasid.data.sequences import Histories, epoch_users
+from adasid.data.sequences import Histories, epoch_users, log_q
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import Location
@@ -32,13 +32,12 @@ _DRAWS = 1000
 @dataclass
 class RetrievalData:
     """``RetrievalData`` is the training and evaluation data of one worker: the histories of its users, of validation
-    and test those that are evaluated; ``counts`` [M]: training events of every item; ``strata`` [M]: index of every
-    item's stratum in ``tables.STRATA``; ``version``: name of the input in errors."""
+    and test those that are evaluated; ``strata`` [M]: index of every item's stratum in ``tables.STRATA``; ``version``:
+    name of the input in errors."""
 
     train: Histories
     validation: Histories
     test: Histories
-    counts: NDArray[np.int64]
     strata: NDArray[np.int64]
     version: str
 
@@ -116,7 +115,8 @@ class RetrievalTraining(DownstreamTraining):
         super().__init__(
             model, optimizers, limits, folder, seed, workers, torch.device(device), data.version, settings.average
         )
-        self.log_q = torch.from_numpy(np.log(np.maximum(data.counts, 1) / max(1, data.counts.sum()))).float().to(device)
+        targets = data.train.counts(len(data.strata), settings.max_length)[1]
+        self.log_q = log_q(targets, workers, self.device)
 
     def check(self) -> None:
         """Check that every split has users."""

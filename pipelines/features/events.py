@@ -104,7 +104,7 @@ def _check_columns(lake: Lake) -> None:
 
 def _rated(features: Features, lake: Lake) -> bool:
     """Return whether an event has a rating or a label that is not positive."""
-    low = pc.field("rating") <= features.positive_rating
+    low = pc.field("rating") <= pa.scalar(features.positive_rating, tables.INTERACTIONS.field("rating").type)
     return _any_row(lake, "rating", low) or _any_row(lake, "label", pc.field("label") == 0)
 
 
@@ -214,7 +214,8 @@ def prepare(checked: Checked, features: Features, context: StageContext) -> Clea
                 "accept items and users below "
                 f"{features.k_core} events"
             )
-    ordered = histories.order(events, features, USER).drop("pos", histories.CHANCE)
+    shown = features.histories != "all" and bool(checked.accepted["labels"] or checked.accepted["ratings"])
+    ordered = histories.order(events, features, USER, slates=shown).drop("pos", histories.CHANCE)
     ordered = ordered.withColumn(ROW, F.monotonically_increasing_id()).persist()
     sums = [F.count_if(~F.col("in_history")).alias("outside_histories"), F.count_if("tied").alias("tied")]
     train = F.count_if(F.col("split") == "train").alias("train")
@@ -280,6 +281,6 @@ EVENTS = Stage(
     decide=_decided,
     body=_build,
     fresh=_fresh,
-    prefix="events 3",  # raised when a table gets or loses a column, or events another order
+    prefix="events 4",  # raised when a table gets or loses a column, or events another order
 )
 """Reads raw items and interactions, writes statistics, sequences, ranking samples and rejected rows."""

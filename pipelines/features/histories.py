@@ -82,11 +82,12 @@ def k_core(events: DataFrame, least: int, rounds: int) -> tuple[DataFrame, bool]
     return events, False
 
 
-def order(events: DataFrame, features: Features, by: Sequence[str] = _BY) -> DataFrame:
+def order(events: DataFrame, features: Features, by: Sequence[str] = _BY, slates: bool = True) -> DataFrame:
     """Add ``position`` (0-based rank among the user's events), ``place`` (the same among those ``in_history``),
     ``tied`` (whether another event has the same time and pos), ``split`` and ``ranking_split``. Both are ``train`` for
     the events that neither holds out: embeddings, counts and SIDs are computed from these. ``split`` is null where only
-    ranking reads an event; an event outside histories is split with the next visit."""
+    ranking reads an event. An event outside histories is split with the user's first visit at its time, else with the
+    next one. ``slates``: whether there may be such events."""
     ordered = Window.partitionBy(*by).orderBy(*chronological())
     visits = F.sum(F.col("in_history").cast("bigint"))
     moment = F.struct("time", "pos")
@@ -101,11 +102,15 @@ def order(events: DataFrame, features: Features, by: Sequence[str] = _BY) -> Dat
         visits.over(ordered.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)).alias("_n"),
     )
     columns = [*events.columns, "position", "place", "tied"]
+    place = F.col("place")
+    if slates:  # all impressions of a slate, whatever their order, go with its visit
+        shown = F.min(F.when(F.col("in_history"), F.col("place"))).over(Window.partitionBy(*by, "time"))
+        place = F.when(F.col("in_history") | F.col("time").isNull(), place).otherwise(F.coalesce(shown, "place"))
     if features.split == "global_time":
         visited = events.filter("in_history")
         held_out = _by_time(visited, (features.holdout, features.holdout), "split", "holdout", "leave_one_out")
     else:
-        left = F.when(F.col("_n") >= 3, F.col("_n") - F.least("place", F.col("_n") - 1))
+        left = F.when(F.col("_n") >= 3, F.col("_n") - F.least(place, F.col("_n") - 1))
         held_out = F.when(left == 1, "test").when(left == 2, "validation")
     split = F.coalesce(held_out, F.lit("train"))
     if features.ranking_split != "global_time":

@@ -122,8 +122,11 @@ def _note_missing(context: StageContext, without: int, items: int) -> None:
     context.metrics({"items_without_embedding": without})
     if without:
         context.facts["without behaviour embedding"] = without
-        until = "they count as items without behaviour until the next training (jobs/train.py --stage behavior)"
-        context.note(f"{without} of {items} items have training events but no behaviour embedding: {until}")
+        context.note(
+            f"{without} of {items} items have training events but no behaviour embedding (they are new since its "
+            "training, or not in the latest behavior.max_length events of any user): they count as items without "
+            "behaviour"
+        )
 
 
 def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:

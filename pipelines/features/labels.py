@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
@@ -31,12 +32,12 @@ def labelled(events: DataFrame, features: Features, totals: Mapping[str, Any]) -
     rated, every event is positive. ``totals``: the values of :func:`sums`. Raises InputError where no event would be
     positive.
     """
-    limit = features.positive_rating
+    limit = float(np.float32(features.positive_rating))  # ratings are float32: one of 3.9 is above the double 3.9
     if totals["ratings"] and totals["highest"] <= limit:
         fix = "call the column 'label' if 1 means positive, or set" if totals["highest"] <= 1 else "set"
         raise InputError(
             f"table interactions: the highest rating is {totals['highest']:g}, not above features.positive_rating "
-            f"{limit:g}, so no rated event is positive: "
+            f"{features.positive_rating:g}, so no rated event is positive: "
             f"{fix} features.positive_rating below it"
         )
     if totals["labels"] and not totals["positive"] and not totals["ratings"]:

@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 
 from adasid.config import Features
 from adasid.errors import InputError
-from adasid.metrics.richness import quantile_ranks, quantiles, rank_correlation, unit
+from adasid.metrics.richness import constant, quantile_ranks, quantiles, rank_correlation, unit
 from pipelines.features.ranks import Ranked, rank_by, values_at
 from pipelines.features.statistics import PERCENTS, curve, wide
 
@@ -42,10 +42,11 @@ def measure(measured: DataFrame, features: Features) -> Richness:
             f"a norm of the behaviour vectors is {values[ranked.size - 1]}, not a finite number: train them again, or "
             "mend the column 'behavior' of table items"
         )
-    if values[0] == values[ranked.size - 1]:
-        spearman = 0.0  # all norms equal: their ranks follow the ids alone
+    if equal := constant(values[0], values[ranked.size - 1]):
+        spearman = 0.0  # their ranks follow rounding and ids alone
     source = "norm" if spearman >= features.proxy_min_spearman else "count"
     low, high, *norms = quantiles(values.__getitem__, where)
+    low = high if equal else low
     if source == "norm":
         column = _unit(F.col("norm"), low, high)
         spread = quantiles(lambda rank: unit(values[rank], low, high), where[2:])

@@ -77,14 +77,13 @@ BEHAVIOR = Stage(
         "seed": cfg.seed,
     },
     body=_train_behavior,
-    prefix="behavior",
+    prefix="behavior 2",  # raised when embeddings of the same sequences change
 )
 """Reads sequences, writes behaviour embeddings (SASRec)."""
 
 
 def _with_ids(spark: SparkSession, lake: Lake, shards: list[str]) -> DataFrame:
-    """Return the rows of the workers' files (``tables.BEHAVIOR_SHARD``) with their ids, for items that have training
-    events: the embeddings of others never got a gradient, even if they get events before the next training."""
-    learned = read(spark, lake, "item_stats").filter("interactions > 0").select("item_index", "item_id")
+    """Return the rows of the workers' files (``tables.BEHAVIOR_SHARD``), which are of the items that were trained on,
+    with their ids."""
     rows = spark.read.parquet(*shards).withColumnRenamed("embedding", tables.BEHAVIOR)
-    return rows.join(learned, "item_index")
+    return rows.join(read(spark, lake, "item_stats").select("item_index", "item_id"), "item_index")

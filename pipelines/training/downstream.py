@@ -24,7 +24,7 @@ from pipelines.stage import Inputs, Stage
 from pipelines.training import launch, workers
 from pipelines.training.payload import Catalogue, Task
 
-_FORMAT = 6
+_FORMAT = 7
 """Bump when downstream results change meaning, so that stale results are not reused."""
 _SHOWN = ("loss", "validation_ndcg@10", "validation_recall@10", "validation_auc", "seconds", "validation_seconds")
 

@@ -117,13 +117,13 @@ def retrieval(payload: Payload) -> None:
     write the weights of the best epoch and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read, settings = payload.read, cfg.retrieval
-    catalogue, counts, strata = read_catalogue(lake, payload, settings)
+    catalogue, _, strata = read_catalogue(lake, payload, settings)
     length = settings.max_length
     whole = None if not settings.repeatable else length  # lists leave out all items of a history
     lengths, most = {"train": length + 1, "validation": whole, "test": None}, settings.test_users
     users = _histories(lake, read, workers, cfg, lengths, {"validation": settings.eval_users, "test": most})
     data = RetrievalData(
-        users["train"], users["validation"], users["test"], counts, strata, f"sequences version {read['sequences']}"
+        users["train"], users["validation"], users["test"], strata, f"sequences version {read['sequences']}"
     )
     training = RetrievalTraining(settings, catalogue, data, folder, cfg.seed, workers, _device(cfg))
     _finish(payload, workers, training.run(_report(payload, workers)))

@@ -188,7 +188,7 @@ def recall(path: str, log: Path) -> None:
     ids = lake.read("item_stats", read["item_stats"], ["item_id", "item_index"]).sort_by("item_index")["item_id"]
 
     def score(policy: str, catalogue: ItemTokens) -> None:
-        data = RetrievalData(parts["train"], parts["validation"], parts["test"], counts, strata, "sequences")
+        data = RetrievalData(parts["train"], parts["validation"], parts["test"], strata, "sequences")
         training = RetrievalTraining(settings, catalogue, data, folder, cfg.seed, Workers())
         training.model.load_state_dict(load_file(training.weights(best_epoch)))
         training.model.eval()

@@ -171,6 +171,15 @@ def test_impressions_are_in_no_history_and_are_split_with_the_visit_that_follows
     assert made == {"train": ([a, b], None), "validation": ([a, b], c), "test": ([a, b, c], d)}
 
 
+def test_the_impressions_of_a_slate_are_split_with_its_visit(spark):
+    slates = [(f"{name}{number}", second) for second, name in enumerate("abcd") for number in range(20)]
+    rows = [("u", item, second, None, None, int(item[1:] == "7")) for item, second in slates]
+    ordered = histories.order(frame(spark, rows), Features()).collect()
+    splits = {name: {row["ranking_split"] for row in ordered if row["item_id"][0] == name} for name in "abcd"}
+    assert splits == {"a": {"train", "ranking"}, "b": {"train", "ranking"}, "c": {"validation"}, "d": {"test"}}
+    assert len({row["position"] for row in ordered}) == 80
+
+
 def test_an_impression_does_not_hide_a_visit(spark):
     rows = [
         ("u", "a", 1, None, None, 0),

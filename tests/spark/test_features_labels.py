@@ -31,6 +31,12 @@ def test_labels_ratings_and_neither(spark):
     )
 
 
+def test_a_rating_equal_to_the_limit_is_not_above_it(spark):
+    assert labelled(spark, [(3.9, None), (4.1, None)], positive_rating=3.9) == [(0, True), (1, True)]
+    with pytest.raises(InputError, match=r"highest rating is 3.9, not above features.positive_rating 3.9"):
+        labelled(spark, [(3.9, None)], positive_rating=3.9)
+
+
 def test_a_key_decides_what_makes_histories(spark):
     pairs = [(None, 0.0), (2.0, None), (5.0, None), (None, None)]
     assert [shown for _, shown in labelled(spark, pairs)] == [False, True, True, True]

@@ -136,7 +136,12 @@ def test_where_the_norm_does_not_follow_the_count_richness_rests_on_the_count(sp
 
 @pytest.mark.parametrize(
     ("norms", "counts", "floor", "source"),
-    [([2.0] * 3, [1, 2, 3], -1.0, "norm"), ([1.0, 2.0, 3.0], [4] * 3, 0.2, "count"), ([1.0], [0], 0.2, "count")],
+    [
+        ([2.0] * 3, [1, 2, 3], -1.0, "norm"),
+        ([0.9999999, 1.0, 1.0000001], [1, 2, 3], -1.0, "norm"),
+        ([1.0, 2.0, 3.0], [4] * 3, 0.2, "count"),
+        ([1.0], [0], 0.2, "count"),
+    ],
 )
 def test_without_spread_nothing_is_nan(spark, norms, counts, floor, source):
     frame = measured(spark, norms, counts)
@@ -144,6 +149,8 @@ def test_without_spread_nothing_is_nan(spark, norms, counts, floor, source):
     assert (found.fields["richness_source"], found.fields["spearman"]) == (source, 0.0)
     assert {row["r"] for row in frame.select(found.column.alias("r")).collect()} == {0.5}
     assert set(ys(found.fields["richness_quantiles"])) == {0.5}
+    scale = fit_scale(np.array(norms, np.float32), np.array(counts), features=Features(proxy_min_spearman=floor))
+    assert (scale.source, scale.spearman, scale.mean) == (source, 0.0, 0.5)
 
 
 def test_behaviour_that_cannot_be_measured_is_refused(spark):

@@ -316,8 +316,12 @@ def test_drawn_items_do_not_depend_on_the_seed_or_the_worker(tmp_path):
         part = training(tmp_path / str(rank), table, workers=Alone(rank, 3))
         mine = part._negatives(part.parts["test"].astype(np.int64))
         np.testing.assert_array_equal(mine, every[rank::3])
-    share = np.bincount(every.ravel(), minlength=40) / every.size
-    expected = np.diff(whole.cdf, prepend=0)
+    own = whole.events.items[whole.parts["test"].astype(np.int64)]
+    assert not (every == own[:, None]).any(), "an event's item is no negative of it"
+    share, popularity = np.bincount(every.ravel(), minlength=40) / every.size, np.diff(whole.cdf, prepend=0)
+    others = np.tile(popularity, (len(own), 1))
+    others[np.arange(len(own)), own] = 0
+    expected = (others / others.sum(1, keepdims=True)).mean(0)
     assert np.abs(share - expected).max() < 4 * np.sqrt(expected.max() / every.size)
 
 

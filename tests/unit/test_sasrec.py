@@ -1,10 +1,11 @@
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from adasid import config
-from adasid.data.sequences import Histories
+from adasid.data.sequences import Histories, log_q
 from adasid.distributed import Workers
 from adasid.errors import InputError, TrainingError
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
@@ -54,6 +55,17 @@ def test_histories_batches_are_cut_and_padded():
     assert len(Histories.from_batches([])) == 0
 
 
+def test_negatives_are_as_likely_as_they_are_drawn():
+    h = histories([[1, 2, 3, 4], [5], [6, 4, 7]])
+    visits, targets = h.counts(9, 2)  # what a model of two events trains on: 2, 3, 4; 5; 6, 4, 7
+    assert visits.tolist() == [0, 0, 1, 1, 2, 1, 1, 1, 0] and targets.tolist() == [0, 0, 0, 1, 2, 0, 0, 1, 0]
+    assert [part.tolist() for part in h.counts(9, 3)] == [[0, 1, 1, 1, 2, 1, 1, 1, 0], [0, 0, 1, 1, 2, 0, 0, 1, 0]]
+    drawn = np.bincount(np.random.default_rng(0).choice(np.concatenate([[3, 4], [4, 7]]), 4000), minlength=9) / 4000
+    share = log_q(targets, Workers(), torch.device("cpu")).exp().numpy()
+    assert share[targets > 0] == pytest.approx(drawn[targets > 0], abs=0.04)
+    assert np.isfinite(share).all() and (share > 0).all()
+
+
 def test_sampled_softmax_over_all_items_with_uniform_q_is_the_full_softmax():
     torch.manual_seed(0)
     states, table, target = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
@@ -89,9 +101,23 @@ def test_it_learns_the_walk_updates_only_seen_rows_and_reports_the_norm(tmp_path
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert result.summary["test"]["recall@5"] > 0.5
     assert torch.equal(result.embeddings[-1], unseen), "Adagrad must not touch a row that is in no batch"
-    assert result.norms[-1] == result.norms[:-1][torch.from_numpy(d.counts[:-1] > 0)].min()
+    assert result.learned.tolist() == (d.counts > 0).tolist()
     assert result.summary["best_epoch"] == max(rows, key=lambda r: r["validation_ndcg@10"])["epoch"]
     assert result.embeddings.shape == (41, 16)
+
+
+def test_an_item_that_no_event_trains_has_no_embedding(tmp_path):
+    d = data()
+    walks = d.train.items.reshape(-1, 6)
+    d.train = histories([[40, *row] if user == 0 else [*row] for user, row in enumerate([*walks[:1], *walks])])
+    d.counts[40] = 1  # one event, before the latest seven of its user
+    long = BehaviorTraining(SMALL, d, tmp_path / "long", 1, Workers()).run()
+    cut = BehaviorTraining(SMALL.model_copy(update={"max_length": 5}), d, tmp_path / "cut", 1, Workers()).run()
+    assert long.learned[40] and not cut.learned[40]
+    cut.write(tmp_path / "shard.parquet")
+    written = pq.read_table(tmp_path / "shard.parquet")
+    assert written["item_index"].to_pylist() == torch.nonzero(cut.learned).flatten().tolist()
+    assert written["embedding"].to_pylist() == cut.embeddings[cut.learned].tolist()
 
 
 def test_a_killed_run_resumes_and_ends_as_it_would_have(tmp_path):

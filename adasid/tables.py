@@ -197,10 +197,11 @@ BEHAVIOR_EMBEDDINGS = _schema(
     ("norm", pa.float32(), False),
 )
 """Key item_id. Behaviour embedding (best validation epoch) and the norm that measures richness (early checkpoint), for
-items with training events."""
+items in events that SASRec was trained on."""
 
 BEHAVIOR_SHARD = _schema(("item_index", pa.int64(), False), ("embedding", VECTOR, False), ("norm", pa.float32(), False))
-"""Rows of all items that a worker leaves in its folder; Spark adds the ids and writes ``behavior_embeddings``."""
+"""Rows of the items that were trained on, which a worker leaves in its folder; Spark adds the ids and writes
+``behavior_embeddings``."""
 
 
 def item_features(content: Iterable[str]) -> pa.Schema:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from urllib.parse import unquote
 
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, DataFrameReader, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from adasid.config import FolderSource
 from adasid.datasets import columns
 from adasid.datasets.files import convert_batches
+from adasid.errors import InputError
 from adasid.faults import wrapped
 from pipelines.engines import spark as engine
 from pipelines.sources import parquet
@@ -20,6 +22,7 @@ from pipelines.sources.parquet import Target
 
 PICTURE = "image"
 """Name of the picture of an item."""
+_IDS = ("user_id", "item_id")
 _NUMBERS = {"rating": "double", "label": "double", "pos": "bigint", "order": "bigint"}
 
 
@@ -53,12 +56,35 @@ def _csv(spark: SparkSession, key: str, path: str, target: Target) -> DataFrame:
         frame = reader.csv(engine.uri(engine.escaped(path, key)))
     except PySparkException as error:
         raise wrapped(error, f"{where}: not readable as CSV ({engine.root_cause(error)}); correct the path") from error
+    _same_columns(reader, frame, key, where)
     target.check(where, frame.columns)
     names = [name for name in frame.columns if name in columns.read_from(target.schema)]
     numbers = _NUMBERS if "user_id" in target.schema.names else {}
-    chosen = frame.select(*(_number(where, name) if name in numbers else F.col(f"`{name}`") for name in names))
+    kinds = {**dict.fromkeys(numbers, _number), **dict.fromkeys(_IDS, _id)}
+    chosen = frame.select(*(kinds[name](where, name) if name in kinds else F.col(f"`{name}`") for name in names))
     columns.problems(to_arrow_schema(chosen.schema, timezone="UTC"), target.schema, where)
     return chosen.mapInArrow(partial(convert_batches, target.schema, where), engine.struct(target.schema))
+
+
+def _same_columns(reader: DataFrameReader, frame: DataFrame, key: str, where: str) -> None:
+    """Raise InputError where a folder has files of other columns, or in another order: Spark would read them by
+    position."""
+    files = sorted(unquote(file).removeprefix("file://") for file in frame.inputFiles())
+    for file in files if len(files) > 1 else ():
+        found = reader.csv(engine.uri(engine.escaped(file, key))).columns
+        if found and found != frame.columns:
+            raise InputError(
+                f"{where}: {file} has the columns {', '.join(found)}, other files {', '.join(frame.columns)}: write "
+                "all files with the same columns in the same order"
+            )
+
+
+def _id(where: str, name: str) -> Column:
+    """Return a column of ids. One with U+FFFD, which stands for bytes that are not UTF-8, ends the job: several ids
+    could become one."""
+    fault = f"adasid.errors.InputError: {where}: column {name!r} has an id that is not UTF-8 (or has U+FFFD): "
+    message = F.concat(F.lit(fault), F.col(name), F.lit("; write the file in UTF-8"))
+    return F.when(F.col(name).contains("\ufffd"), F.raise_error(message)).otherwise(F.col(name)).alias(name)
 
 
 def _number(where: str, name: str) -> Column:

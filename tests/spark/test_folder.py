@@ -24,7 +24,7 @@ def shop(tmp_path):
     (tmp_path / "pictures").mkdir()
     for name in ("00a.jpg", "00b.jpg"):
         (tmp_path / "pictures" / name).write_bytes(picture(1))
-    (tmp_path / "items.csv").write_text(ITEMS)
+    (tmp_path / "items.csv").write_text(ITEMS, encoding="utf-8-sig")  # as Excel writes it
     (tmp_path / "interactions.csv").write_text(EVENTS)
     return tmp_path
 
@@ -81,6 +81,27 @@ def test_parquet_with_paths(make, shop):
     assert ran(cfg, content.run).facts == {"encoded": 3}
 
 
+def test_the_files_of_a_folder_have_the_same_columns(make, shop):
+    parts = shop / "events.csv"
+    parts.mkdir()
+    first, *rows = EVENTS.splitlines()
+    (parts / "part-0.csv").write_text("\n".join([first, *rows[:2]]))
+    (parts / "part-1 é.csv").write_text("\n".join([first, *rows[2:]]))
+    (parts / "part-2.csv").write_text("")
+    cfg = make(pictures=False, interactions="events.csv")
+    assert {row["item_id"] for row in ran(cfg, ingest.run).lake.read("interactions").to_pylist()} == {
+        "00a",
+        "00b",
+        "00c",
+    }
+    swapped = ",".join(["item_id", "user_id", "timestamp", "rating"])
+    (parts / "part-2.csv").write_text("\n".join([swapped, "00a,u3,1500000003,1"]))
+    with pytest.raises(
+        InputError, match=r"part-\d.* has the columns \w+_id, .*, other files \w+_id, .*: write all files with the same"
+    ):
+        ran(cfg, ingest.run)
+
+
 def test_mistakes_are_named(make, shop):
     with pytest.raises(InputError, match=r"source.folder.items .*items.csv: column 'image' is missing"):
         ran(make(), ingest.run)
@@ -91,6 +112,11 @@ def test_mistakes_are_named(make, shop):
         (shop / "interactions.csv").write_text(EVENTS)
         (shop / "items.csv").write_text(ITEMS + broken)
         with pytest.raises(InputError, match=r"source.folder could not be copied into the lake \(.*items.csv"):
+            ran(make(suffix=".jpg"), ingest.run)
+    for name, text in {"items.csv": ITEMS, "interactions.csv": EVENTS}.items():
+        (shop / "items.csv").write_text(ITEMS)
+        (shop / name).write_bytes(text.replace("00c", "00\xe9").encode("latin-1"))
+        with pytest.raises(InputError, match=r"column 'item_id' has an id that is not UTF-8 .*: 00\ufffd; write"):
             ran(make(suffix=".jpg"), ingest.run)
     with pytest.raises(InputError, match=r"source.folder.items .*none.csv: does not exist"):
         ran(make(suffix=".jpg", items="none.csv"), ingest.run)

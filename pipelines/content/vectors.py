@@ -3,11 +3,16 @@ vectors of items, whether the source brings them or encoders made them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from adasid import tables
 from adasid.config import Config, Encoder
+from adasid.config.content import TF_IDF
 from adasid.errors import InputError
 from adasid.tokenizers.artifact import Manifest
 from pipelines.engines.lake import Lake
@@ -30,12 +35,31 @@ def check(cfg: Config, lake: Lake) -> None:
         return
     if not lake.exists(ENCODERS) or lake.input_hash(ENCODERS) != lake.input_hash(EMBEDDINGS):
         raise InputError(f"{EMBEDDINGS} is not complete (was its job cut off?): {_FIX}")
-    known = encoders(lake)
-    if lacks := next((modality for modality in cfg.content.encoders if modality not in known), None):
-        raise InputError(f"{EMBEDDINGS} has no vectors of content.encoders.{lacks}: {_FIX}")
+    known = {row["modality"]: json.loads(row["identity"]) for row in lake.read(ENCODERS).to_pylist()}
+    for modality, encoder in cfg.content.encoders.items():
+        key = f"content.encoders.{modality}"
+        if modality not in known:
+            raise InputError(f"{EMBEDDINGS} has no vectors of {key}: {_FIX}")
+        if changed := _changed(encoder, known[modality]):
+            raise InputError(f"{key} is another encoder than that of the vectors in use ({changed}): {_FIX}")
     read_at, now = lake.lineage(EMBEDDINGS).get("items"), lake.version("items")
     if read_at != now and (read_at is None or lake.input_hash("items", read_at) != lake.input_hash("items", now)):
         raise InputError(f"{EMBEDDINGS} lags behind items (read at version {read_at}, now {now}): {_FIX}")
+
+
+def _changed(encoder: Encoder, used: Mapping[str, Any]) -> str:
+    """Say how an encoder of the config differs from the identity of the one ``used``; empty where it does not. Files
+    of a model are not read: another model in the same folder is left to jobs/encode_content.py."""
+    given = encoder.model_dump(include={"revision", "width", "prompt", "max_chars"}) | {"fields": list(encoder.read)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "model" in used or (used["kind"] == TF_IDF) != (encoder.model == TF_IDF):
+        given["model"] = encoder.model
+    before = {"model": used["kind"], **used}
+    return "; ".join(
+        f"{name} {before[name]!r} -> {value!r}"
+        for name, value in given.items()
+        if name in before and before[name] != value
+    )
 
 
 def encoders(lake: Lake) -> dict[str, str]:

@@ -7,6 +7,8 @@ from typing import Literal
 from adasid.config import Config
 from adasid.errors import InputError
 from pipelines import stage
+from pipelines.content import vectors
+from pipelines.engines.lake import Lake
 from pipelines.engines.tracking import StageContext
 from pipelines.features import events, items, pairs
 
@@ -14,7 +16,9 @@ from pipelines.features import events, items, pairs
 def run(cfg: Config, context: StageContext, part: Literal["auto", "events", "items"] = "auto") -> None:
     """Bring the tables up to date. ``events`` needs items and interactions, ``items`` also behaviour embeddings;
     ``auto`` does both as far as possible. Raises InputError for missing or unusable input."""
-    worked = False
+    worked, lake = False, Lake(context.lake.root, cfg.pins)
+    if lake.exists(vectors.ENCODERS):
+        vectors.check(cfg, lake)  # also where the tables are up to date: their input hash does not know the config's
     if part != "items":
         worked = stage.run(events.EVENTS, cfg, context) is not None
         if cfg.tokenizer.pairs:

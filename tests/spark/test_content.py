@@ -162,6 +162,13 @@ def test_only_what_changed_is_encoded_and_another_encoder_is_a_deliberate_act(ma
     (stats,) = ran(cfg, features.run).lake.read("catalog_stats").to_pylist()
     assert dict(stats["missing"]) == {"text": 2, "visual": 6} and vectors(first.lake) == after
     other = make(text={"width": 12})
+    for changed, said in (
+        (other, "width 8 -> 12"),
+        (make(text={"fields": ["title"]}), r"fields \['title', 'brand', 'categories'\] -> \['title'\]"),
+        (make(text={"model": "some/model"}), "model 'tf-idf' -> 'some/model'"),
+    ):
+        with pytest.raises(InputError, match=f"content.encoders.text is another encoder .*{said}.*encode_content.py"):
+            ran(changed, features.run)
     with pytest.raises(
         GateError, match=r"content.encoders.text is another encoder .*width 8 -> 12.*content.replace=true"
     ):

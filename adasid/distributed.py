@@ -114,12 +114,15 @@ class Workers:
         sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
         dense = [p for p in parameters if all(p is not other for other in sparse)]
         if dense:
-            parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in dense]
-            flat = torch.cat([*parts, parts[0].new_tensor([float(p.grad is not None) for p in dense])])
+            present = [p.grad is not None for p in dense]
+            flags = dense[0].new_tensor(present)
+            flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in dense), flags])
             dist.all_reduce(flat)
-            *means, found = (flat / self.world).split([*(len(part) for part in parts), len(dense)])
-            for parameter, mean, workers in zip(dense, means, found.tolist()):
-                parameter.grad = mean.view_as(parameter) if workers else None
+            flat /= self.world
+            *means, flags = flat.split([*(p.numel() for p in dense), len(dense)])
+            found = present if all(present) else flags.tolist()  # a GPU is waited for only where a gradient is missing
+            for parameter, mean, there in zip(dense, means, found):
+                parameter.grad = mean.view_as(parameter) if there else None
         for parameter in sparse:
             assert parameter.grad is not None
             parameter.grad = self._mean_of_rows(parameter.grad)

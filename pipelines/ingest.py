@@ -315,11 +315,9 @@ def _reading(cfg: Config) -> Iterator[None]:
     try:
         yield
     except (Py4JJavaError, PySparkException) as error:
-        raise engine.input_error(error) or wrapped(
-            error,
-            f"source.{cfg.source.kind} could not be copied into the lake ({engine.root_cause(error)}); check the files "
-            "it names",
-        ) from error
+        cause = engine.root_cause(error)
+        text = f"source.{cfg.source.kind} could not be copied into the lake ({cause}); check the files it names"
+        raise engine.input_error(error) or folder.other_columns(error) or wrapped(error, text) from error
 
 
 INGEST = Stage(

@@ -152,9 +152,11 @@ def epoch_users(
     return np.resize(order, (-(-largest // share), share))
 
 
-def log_q(targets: Tensor, workers: Workers, device: torch.device) -> Tensor:
-    """Return the log-probability [M] with which a negative is item i, where negatives are drawn from all workers'
-    targets, of which each worker passes its counts ``targets`` [M] (methods 7.4). An item that is no target counts as
-    one target, so that its logarithm is finite."""
-    total = workers.sum(targets.to(device)).double()
-    return (total.clamp(min=1) / total.sum().clamp(min=1)).log().float()
+def log_q(targets: Tensor, users: int, workers: Workers, device: torch.device) -> Tensor:
+    """Return the log-probability [M] with which a negative is item i, where negatives are drawn from the targets of all
+    workers' batches (methods 7.4). Each worker passes the counts ``targets`` [M] of its targets and the number of its
+    ``users``: a batch has equally many users of every worker. An item that is no target is as likely as the rarest."""
+    share = workers.sum(targets.to(device) / max(1, users))
+    share /= share.sum().clamp(min=torch.finfo(share.dtype).tiny)
+    found = share[share > 0]
+    return share.clamp(min=float(found.min()) if len(found) else 1.0).log().float()

@@ -19,7 +19,8 @@ _OTHER = ["onnx/*", "openvino/*", "*.fp16.*", "open_clip*", ".*"]
 """Files of a repository for other libraries."""
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _PART = 1 << 20
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A revision that is a commit, and no branch or tag."""
 
 
 class Origin(NamedTuple):
@@ -43,7 +44,7 @@ def find(key: str, settings: config.Encoder, offline: bool) -> Origin:
             "create the folder, or name another model"
         )
     hub = needed(key, "huggingface_hub")
-    if revision and _COMMIT.fullmatch(revision):
+    if revision and COMMIT.fullmatch(revision):
         return Origin(None, revision)
     for name in ("config.json", "modules.json"):
         cached = hub.try_to_load_from_cache(model, name, revision=revision)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from adasid.config import Features
 from adasid.errors import InputError
 
-_ROUNDING = 1e-6
-"""About eight times the relative error of a float32."""
+_ROUNDING = 1e-3
+"""Relative spread of the norms of vectors that were normalized and stored as half floats, at most."""
 
 
 class RichnessScale(NamedTuple):
@@ -113,8 +113,8 @@ def rank_correlation(n: int, xy: int, yy: int) -> float:
 
 
 def constant(least: float, most: float) -> bool:
-    """Return whether norms between ``least`` and ``most`` differ by no more than the rounding of float32, as those of
-    normalized vectors do."""
+    """Return whether norms between ``least`` and ``most`` differ by no more than rounding, as those of normalized
+    vectors do."""
     return most - least <= _ROUNDING * most
 
 

@@ -96,7 +96,7 @@ class Retriever(CausalEncoder, ABC):
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Compute the loss, a scalar. ``states`` [P, width]; ``targets`` [P]: the item that follows each;
         ``negatives`` [N]: item_index drawn from all targets (none: all items); ``log_q`` [M]: log-probability of
-        drawing each item."""
+        drawing each item, which the item head reads where there are negatives."""
 
     @abstractmethod
     def top(self, states: Tensor, number: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ class BehaviorTraining(TrainingLoop):
         self.table = ItemTable(len(data.counts), s.width, seed, s.table_lr, workers, device)
         self.dense = torch.optim.Adam(model.parameters(), lr=s.lr, betas=(0.9, 0.98))
         visits, targets = data.train.counts(len(data.counts), s.max_length)
-        self.learned, self.log_q = workers.sum(visits.to(device)) > 0, log_q(targets, workers, device)
+        self.learned, self.log_q = workers.sum(visits.to(device)) > 0, log_q(targets, len(data.train), workers, device)
         del visits, targets
         super().__init__(model, {"dense": self.dense}, s.epochs, folder, workers, device, data.version, s.patience)
 

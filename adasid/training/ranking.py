@@ -83,7 +83,8 @@ class RankingTraining(DownstreamTraining):
         )
         self.labels = self._labels()
         popularity = np.maximum(data.counts, 0).astype(np.float64) ** settings.negative_power * (data.counts > 0)
-        self.cdf = np.cumsum(popularity) / max(popularity.sum(), 1e-12)
+        self.cdf, self.drawable = np.cumsum(popularity), int((popularity > 0).sum())
+        self.cdf /= max(self.cdf[-1], 1e-12)
         label = 1 if self.labels == "sampled" else None
         self.parts = {split: self.events.chosen(index, label) for index, split in enumerate(SPLITS)}
         self.parts["validation"] = self._evaluated(self.parts["validation"])
@@ -107,6 +108,11 @@ class RankingTraining(DownstreamTraining):
             classes = self.workers.sum(
                 torch.tensor([int(mine.sum()), int((mine == 0).sum()) + drawn], device=self.device)
             ).tolist()
+            if drawn and self.drawable < 2:
+                raise InputError(
+                    f"ranking: {self.version} has training events of {self.drawable} item alone: no other item can be "
+                    "drawn as a negative; bring events of more items, or ratings"
+                )
             if split != "train" and not all(classes):
                 raise InputError(
                     f"ranking: split {split!r} of {self.version} has {classes[0]} positive and {classes[1]} negative "
@@ -132,9 +138,9 @@ class RankingTraining(DownstreamTraining):
         """Return the items at ``uniform`` numbers [B, n] in the distribution of all items but the ``positive`` [B]."""
         low, high = np.where(positive > 0, self.cdf[positive - 1], 0.0)[:, None], self.cdf[positive][:, None]
         at = uniform * (1.0 - (high - low))
-        at = np.where(at < low, at, np.maximum(at + (high - low), high))
-        drawn: Ints = np.searchsorted(self.cdf, at, side="right").astype(np.int64)
-        return np.minimum(drawn, len(self.cdf) - 1)
+        below, above = np.minimum(at, np.nextafter(low, 0.0)), np.maximum(at + (high - low), high)
+        at = np.where((at < low) | (high >= 1.0), below, np.minimum(above, np.nextafter(1.0, 0.0)))  # rounding is cut
+        return np.searchsorted(self.cdf, at, side="right").astype(np.int64)
 
     def backward(
         self, loss: Tensor, where: str, fix: str, parameters: Iterable[torch.nn.Parameter] | None = None

@@ -115,8 +115,10 @@ class RetrievalTraining(DownstreamTraining):
         super().__init__(
             model, optimizers, limits, folder, seed, workers, torch.device(device), data.version, settings.average
         )
-        targets = data.train.counts(len(data.strata), settings.max_length)[1]
-        self.log_q = log_q(targets, workers, self.device)
+        self.log_q = torch.zeros(0, device=device)
+        if isinstance(model, heads.ItemRetriever) and settings.negatives:
+            targets = data.train.counts(len(data.strata), settings.max_length)[1]
+            self.log_q = log_q(targets, len(data.train), workers, self.device)
 
     def check(self) -> None:
         """Check that every split has users."""

@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 from adasid import tables
 from adasid.config import Config, Encoder
 from adasid.config.content import TF_IDF
+from adasid.encoders import hub, tfidf
 from adasid.errors import InputError
 from adasid.tokenizers.artifact import Manifest
 from pipelines.engines.lake import Lake
@@ -41,7 +42,8 @@ def check(cfg: Config, lake: Lake) -> None:
         if modality not in known:
             raise InputError(f"{EMBEDDINGS} has no vectors of {key}: {_FIX}")
         if changed := _changed(encoder, known[modality]):
-            raise InputError(f"{key} is another encoder than that of the vectors in use ({changed}): {_FIX}")
+            fix = f"{_FIX} --set content.replace=true, or go back to that encoder"
+            raise InputError(f"{key} is another encoder than that of the vectors in use ({changed}): {fix}")
     read_at, now = lake.lineage(EMBEDDINGS).get("items"), lake.version("items")
     if read_at != now and (read_at is None or lake.input_hash("items", read_at) != lake.input_hash("items", now)):
         raise InputError(f"{EMBEDDINGS} lags behind items (read at version {read_at}, now {now}): {_FIX}")
@@ -49,9 +51,11 @@ def check(cfg: Config, lake: Lake) -> None:
 
 def _changed(encoder: Encoder, used: Mapping[str, Any]) -> str:
     """Say how an encoder of the config differs from the identity of the one ``used``; empty where it does not. Files
-    of a model are not read: another model in the same folder is left to jobs/encode_content.py."""
-    given = encoder.model_dump(include={"revision", "width", "prompt", "max_chars"}) | {"fields": list(encoder.read)}
-    given = {name: value for name, value in given.items() if value is not None}
+    of a model are not read: that a local folder has another one is left to jobs/encode_content.py."""
+    given = encoder.model_dump(include={"prompt", "max_chars"}) | {"fields": list(encoder.read)}
+    given["width"] = encoder.width or (tfidf.WIDTH if encoder.model == TF_IDF else None)
+    if encoder.revision and hub.COMMIT.fullmatch(encoder.revision):  # a branch or a tag says nothing
+        given["revision"] = encoder.revision
     if "model" in used or (used["kind"] == TF_IDF) != (encoder.model == TF_IDF):
         given["model"] = encoder.model
     before = {"model": used["kind"], **used}

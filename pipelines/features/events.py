@@ -214,8 +214,8 @@ def prepare(checked: Checked, features: Features, context: StageContext) -> Clea
                 "accept items and users below "
                 f"{features.k_core} events"
             )
-    shown = features.histories != "all" and bool(checked.accepted["labels"] or checked.accepted["ratings"])
-    ordered = histories.order(events, features, USER, slates=shown).drop("pos", histories.CHANCE)
+    slates = labels.outside(features, checked.accepted)
+    ordered = histories.order(events, features, USER, slates=slates).drop("pos", histories.CHANCE)
     ordered = ordered.withColumn(ROW, F.monotonically_increasing_id()).persist()
     sums = [F.count_if(~F.col("in_history")).alias("outside_histories"), F.count_if("tied").alias("tied")]
     train = F.count_if(F.col("split") == "train").alias("train")

@@ -86,7 +86,7 @@ def order(events: DataFrame, features: Features, by: Sequence[str] = _BY, slates
     """Add ``position`` (0-based rank among the user's events), ``place`` (the same among those ``in_history``),
     ``tied`` (whether another event has the same time and pos), ``split`` and ``ranking_split``. Both are ``train`` for
     the events that neither holds out: embeddings, counts and SIDs are computed from these. ``split`` is null where only
-    ranking reads an event. An event outside histories is split with the user's first visit at its time, else with the
+    ranking reads an event. An event outside histories is split with the user's last visit at its time, else with the
     next one. ``slates``: whether there may be such events."""
     ordered = Window.partitionBy(*by).orderBy(*chronological())
     visits = F.sum(F.col("in_history").cast("bigint"))
@@ -103,8 +103,10 @@ def order(events: DataFrame, features: Features, by: Sequence[str] = _BY, slates
     )
     columns = [*events.columns, "position", "place", "tied"]
     place = F.col("place")
-    if slates:  # all impressions of a slate, whatever their order, go with its visit
-        shown = F.min(F.when(F.col("in_history"), F.col("place"))).over(Window.partitionBy(*by, "time"))
+    if (
+        slates
+    ):  # all impressions of a slate go with its last visit, so that none is trained on where a click is held out
+        shown = F.max(F.when(F.col("in_history"), F.col("place"))).over(Window.partitionBy(*by, "time"))
         place = F.when(F.col("in_history") | F.col("time").isNull(), place).otherwise(F.coalesce(shown, "place"))
     if features.split == "global_time":
         visited = events.filter("in_history")

@@ -123,9 +123,9 @@ def _note_missing(context: StageContext, without: int, items: int) -> None:
     if without:
         context.facts["without behaviour embedding"] = without
         context.note(
-            f"{without} of {items} items have training events but no behaviour embedding (they are new since its "
-            "training, or not in the latest behavior.max_length events of any user): they count as items without "
-            "behaviour"
+            f"{without} of {items} items have training events but no behaviour embedding (new since its training, "
+            "or not among the latest behavior.max_length + 1 events of a user with at least two): they count as items "
+            "without behaviour"
         )
 
 
@@ -149,7 +149,7 @@ def join(spark: SparkSession, cfg: Config, lake: Lake) -> DataFrame:
 
 
 def _learned(spark: SparkSession, lake: Lake, stats: DataFrame) -> DataFrame:
-    """Add the learned behaviour and norm to ``stats``; null for cold items, whose embeddings never got a gradient."""
+    """Add the learned behaviour and norm to ``stats``; null for items that were not trained, and for cold ones."""
     learned = read(spark, lake, EMBEDDINGS).select(
         "item_id", F.col(BEHAVIOR).alias("_vector"), F.col("norm").alias("_norm")
     )

@@ -54,3 +54,10 @@ def labelled(events: DataFrame, features: Features, totals: Mapping[str, Any]) -
         "positive": F.coalesce(label, F.lit(1)) == 1,
     }[features.histories]
     return events.withColumn("in_history", shown).withColumn("label", label)
+
+
+def outside(features: Features, totals: Mapping[str, Any]) -> bool:
+    """Return whether :func:`labelled` can leave events outside histories."""
+    if features.histories == "positive":
+        return bool(totals["labels"] or totals["ratings"])
+    return features.histories == "auto" and totals["labels"] > (totals["positive"] or 0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from urllib.parse import unquote
 
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, DataFrameReader, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
@@ -54,9 +55,10 @@ def _csv(spark: SparkSession, key: str, path: str, target: Target) -> DataFrame:
     reader = spark.read.options(**options)
     try:
         frame = reader.csv(engine.uri(engine.escaped(path, key)))
+        if len(frame.inputFiles()) > 1:  # else the columns of all files are taken by position
+            frame = reader.option("enforceSchema", "false").csv(engine.uri(engine.escaped(path, key)))
     except PySparkException as error:
         raise wrapped(error, f"{where}: not readable as CSV ({engine.root_cause(error)}); correct the path") from error
-    _same_columns(reader, frame, key, where)
     target.check(where, frame.columns)
     names = [name for name in frame.columns if name in columns.read_from(target.schema)]
     numbers = _NUMBERS if "user_id" in target.schema.names else {}
@@ -66,17 +68,13 @@ def _csv(spark: SparkSession, key: str, path: str, target: Target) -> DataFrame:
     return chosen.mapInArrow(partial(convert_batches, target.schema, where), engine.struct(target.schema))
 
 
-def _same_columns(reader: DataFrameReader, frame: DataFrame, key: str, where: str) -> None:
-    """Raise InputError where a folder has files of other columns, or in another order: Spark would read them by
-    position."""
-    files = sorted(unquote(file).removeprefix("file://") for file in frame.inputFiles())
-    for file in files if len(files) > 1 else ():
-        found = reader.csv(engine.uri(engine.escaped(file, key))).columns
-        if found and found != frame.columns:
-            raise InputError(
-                f"{where}: {file} has the columns {', '.join(found)}, other files {', '.join(frame.columns)}: write "
-                "all files with the same columns in the same order"
-            )
+def other_columns(error: Exception) -> InputError | None:
+    """Return the InputError for a CSV file whose header is not that of the files beside it; None for another error."""
+    match = re.search(r"CSV header does not conform to the schema.*?CSV file: (\S+)", str(error), re.DOTALL)
+    if not match:
+        return None
+    fix = "write all files with the same columns in the same order"
+    return InputError(f"source.folder: {unquote(match[1])} does not have the columns of the files beside it: {fix}")
 
 
 def _id(where: str, name: str) -> Column:

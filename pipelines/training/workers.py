@@ -117,7 +117,8 @@ def retrieval(payload: Payload) -> None:
     write the weights of the best epoch and ``outcome.json``."""
     cfg, workers, lake, folder = _opened(payload)
     read, settings = payload.read, cfg.retrieval
-    catalogue, _, strata = read_catalogue(lake, payload, settings)
+    catalogue, counts, strata = read_catalogue(lake, payload, settings)
+    del counts  # of all items
     length = settings.max_length
     whole = None if not settings.repeatable else length  # lists leave out all items of a history
     lengths, most = {"train": length + 1, "validation": whole, "test": None}, settings.test_users

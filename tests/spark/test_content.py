@@ -166,6 +166,7 @@ def test_only_what_changed_is_encoded_and_another_encoder_is_a_deliberate_act(ma
         (other, "width 8 -> 12"),
         (make(text={"fields": ["title"]}), r"fields \['title', 'brand', 'categories'\] -> \['title'\]"),
         (make(text={"model": "some/model"}), "model 'tf-idf' -> 'some/model'"),
+        (make(text={"width": None}), "width 8 -> 256"),
     ):
         with pytest.raises(InputError, match=f"content.encoders.text is another encoder .*{said}.*encode_content.py"):
             ran(changed, features.run)

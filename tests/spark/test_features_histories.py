@@ -173,11 +173,21 @@ def test_impressions_are_in_no_history_and_are_split_with_the_visit_that_follows
 
 def test_the_impressions_of_a_slate_are_split_with_its_visit(spark):
     slates = [(f"{name}{number}", second) for second, name in enumerate("abcd") for number in range(20)]
-    rows = [("u", item, second, None, None, int(item[1:] == "7")) for item, second in slates]
-    ordered = histories.order(frame(spark, rows), Features()).collect()
-    splits = {name: {row["ranking_split"] for row in ordered if row["item_id"][0] == name} for name in "abcd"}
-    assert splits == {"a": {"train", "ranking"}, "b": {"train", "ranking"}, "c": {"validation"}, "d": {"test"}}
-    assert len({row["position"] for row in ordered}) == 80
+
+    def splits(*clicked):
+        rows = [("u", item, second, None, None, int(int(item[1:]) in clicked)) for item, second in slates]
+        found = {name: Counter() for name in "abcd"}
+        for row in histories.order(frame(spark, rows), Features()).collect():
+            found[row["item_id"][0]][row["ranking_split"]] += 1
+        return found
+
+    trained = {"train": 1, "ranking": 19}
+    assert splits(7) == {"a": trained, "b": trained, "c": {"validation": 20}, "d": {"test": 20}}
+    several = {"train": 3, "ranking": 17}  # of the last three clicks two are held out: their slate is that of the test
+    assert splits(3, 7, 9) == {
+        **dict.fromkeys("abc", several),
+        "d": {"train": 1, "validation": 1, "test": 18},
+    }
 
 
 def test_an_impression_does_not_hide_a_visit(spark):

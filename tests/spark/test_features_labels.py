@@ -37,6 +37,22 @@ def test_a_rating_equal_to_the_limit_is_not_above_it(spark):
         labelled(spark, [(3.9, None)], positive_rating=3.9)
 
 
+def test_events_are_rated_low_where_their_labels_are_0(lake):
+    row = {"user_id": "u", "item_id": "i", "timestamp": "1", "rating": 3.9}
+    lake.write_rows("interactions", tables.INTERACTIONS, [row], "h")
+    assert events._rated(Features(positive_rating=3.9), lake) and not events._rated(Features(positive_rating=3.8), lake)
+
+
+def test_events_outside_histories_are_known_from_the_totals(spark):
+    for pairs in ([(None, None)], [(2.0, None), (5.0, None)], [(None, 1.0)], [(None, 0.0), (None, 1.0)]):
+        for histories in ("auto", "all", "positive"):
+            frame = spark.createDataFrame(pairs, "rating float, label float")
+            totals, chosen = frame.agg(*labels.sums()).first().asDict(), Features(histories=histories)
+            shown = [row["in_history"] for row in labels.labelled(frame, chosen, totals).collect()]
+            assert labels.outside(chosen, totals) or all(shown), (pairs, histories)
+            assert not labels.outside(chosen, totals) or histories == "positive" or not all(shown)
+
+
 def test_a_key_decides_what_makes_histories(spark):
     pairs = [(None, 0.0), (2.0, None), (5.0, None), (None, None)]
     assert [shown for _, shown in labelled(spark, pairs)] == [False, True, True, True]

@@ -138,7 +138,7 @@ def test_where_the_norm_does_not_follow_the_count_richness_rests_on_the_count(sp
     ("norms", "counts", "floor", "source"),
     [
         ([2.0] * 3, [1, 2, 3], -1.0, "norm"),
-        ([0.9999999, 1.0, 1.0000001], [1, 2, 3], -1.0, "norm"),
+        ([0.9998, 1.0, 1.0002], [1, 2, 3], -1.0, "norm"),
         ([1.0, 2.0, 3.0], [4] * 3, 0.2, "count"),
         ([1.0], [0], 0.2, "count"),
     ],

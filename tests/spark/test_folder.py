@@ -89,16 +89,11 @@ def test_the_files_of_a_folder_have_the_same_columns(make, shop):
     (parts / "part-1 é.csv").write_text("\n".join([first, *rows[2:]]))
     (parts / "part-2.csv").write_text("")
     cfg = make(pictures=False, interactions="events.csv")
-    assert {row["item_id"] for row in ran(cfg, ingest.run).lake.read("interactions").to_pylist()} == {
-        "00a",
-        "00b",
-        "00c",
-    }
+    events = ran(cfg, ingest.run).lake.read("interactions")
+    assert sorted(events["item_id"].to_pylist()) == ["00a", "00b", "00c"]
     swapped = ",".join(["item_id", "user_id", "timestamp", "rating"])
     (parts / "part-2.csv").write_text("\n".join([swapped, "00a,u3,1500000003,1"]))
-    with pytest.raises(
-        InputError, match=r"part-\d.* has the columns \w+_id, .*, other files \w+_id, .*: write all files with the same"
-    ):
+    with pytest.raises(InputError, match=r"part-\d.* does not have the columns of the files beside it: write all"):
         ran(cfg, ingest.run)
 
 

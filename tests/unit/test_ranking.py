@@ -325,6 +325,18 @@ def test_drawn_items_do_not_depend_on_the_seed_or_the_worker(tmp_path):
     assert np.abs(share - expected).max() < 4 * np.sqrt(expected.max() / every.size)
 
 
+def test_negatives_at_the_ends_of_the_catalogue_are_other_items(tmp_path):
+    made = training(tmp_path, events())
+    made.cdf = np.cumsum([0, 0.5, 0, 0.5 - 1e-12, 1e-12, 0])
+    uniform = np.array([[0.0, 0.5, np.nextafter(1, 0)]] * 6)
+    drawn = made._draw(uniform, np.arange(6, dtype=np.int32))
+    assert np.isin(drawn, [1, 3, 4]).all() and not (drawn == np.arange(6)[:, None]).any()
+    alone = events()
+    alone = alone.set_column(2, "item_index", pa.array(np.zeros(len(alone), np.int64)))
+    with pytest.raises(InputError, match=r"training events of 1 item alone: no other item can be drawn"):
+        training(tmp_path / "alone", alone).run()
+
+
 def test_numbers_of_an_event_are_uniform():
     found = read(events(users=2000))
     drawn = found.uniform(np.arange(len(found)), 4)

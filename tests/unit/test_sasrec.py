@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from adasid import config
-from adasid.data.sequences import Histories, log_q
+from adasid.data.sequences import Histories, epoch_users, log_q
 from adasid.distributed import Workers
 from adasid.errors import InputError, TrainingError
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
@@ -60,10 +60,35 @@ def test_negatives_are_as_likely_as_they_are_drawn():
     visits, targets = h.counts(9, 2)  # what a model of two events trains on: 2, 3, 4; 5; 6, 4, 7
     assert visits.tolist() == [0, 0, 1, 1, 2, 1, 1, 1, 0] and targets.tolist() == [0, 0, 0, 1, 2, 0, 0, 1, 0]
     assert [part.tolist() for part in h.counts(9, 3)] == [[0, 1, 1, 1, 2, 1, 1, 1, 0], [0, 0, 1, 1, 2, 0, 0, 1, 0]]
-    drawn = np.bincount(np.random.default_rng(0).choice(np.concatenate([[3, 4], [4, 7]]), 4000), minlength=9) / 4000
-    share = log_q(targets, Workers(), torch.device("cpu")).exp().numpy()
-    assert share[targets > 0] == pytest.approx(drawn[targets > 0], abs=0.04)
-    assert np.isfinite(share).all() and (share > 0).all()
+    share = log_q(targets, 3, Workers(), torch.device("cpu")).exp()
+    assert share.tolist() == pytest.approx([0.25, 0.25, 0.25, 0.25, 0.5, 0.25, 0.25, 0.25, 0.25])
+    assert log_q(torch.zeros(9), 0, Workers(), torch.device("cpu")).isfinite().all()
+
+
+def drawn(training, length, batch_users, epochs=30):
+    """The share of each item among the targets of all workers' batches."""
+    data, workers, device = training.data, training.workers, torch.device("cpu")
+    counts = torch.zeros(len(training.log_q), dtype=torch.int64)
+    for epoch in range(epochs):
+        for users in epoch_users(data.train, batch_users, training.seed, epoch, workers, device):
+            targets = torch.from_numpy(data.train.last(users, length + 1)[:, 1:])
+            counts += torch.bincount(targets[targets >= 0], minlength=len(counts))
+    counts = workers.sum(counts)
+    return counts / counts.sum()
+
+
+def is_drawn(training, length, batch_users):
+    """Whether ``log_q`` is the logarithm of the share of each item that is drawn."""
+    share = drawn(training, length, batch_users)
+    return torch.allclose(training.log_q.exp()[share > 0], share[share > 0], rtol=0.15, atol=0.002)
+
+
+def test_logq_is_that_of_the_negatives_that_training_draws(tmp_path):
+    short = SMALL.model_copy(update={"max_length": 3})
+    training = BehaviorTraining(short, data(), tmp_path, 1, Workers())
+    assert is_drawn(training, 3, SMALL.batch_users)
+    training.log_q = BehaviorTraining(SMALL, data(), tmp_path, 1, Workers()).log_q
+    assert not is_drawn(training, 3, SMALL.batch_users)
 
 
 def test_sampled_softmax_over_all_items_with_uniform_q_is_the_full_softmax():

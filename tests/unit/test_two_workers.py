@@ -26,7 +26,7 @@ from tests.unit.test_ranking import events
 from tests.unit.test_ranking import training as ranking
 from tests.unit.test_retriever import clumped
 from tests.unit.test_retriever import training as retrieval
-from tests.unit.test_sasrec import SMALL, data
+from tests.unit.test_sasrec import SMALL, data, is_drawn
 from tests.unit.test_tokenizers import TOKENIZERS, data_of
 
 EPOCHS, KILLED_AT = 14, 7
@@ -140,11 +140,14 @@ def run_rank(rank, folder):
         other = BehaviorTraining(SMALL, d, folder / "sasrec killed", 1, workers).run()
     same["sasrec"] = torch.equal(result.embeddings, other.embeddings) and torch.equal(result.norms, other.norms)
     result.write(folder / f"embeddings-{rank}.parquet")
+    uneven = data()
+    uneven.train = uneven.train.part(0, 2) if rank == 0 else uneven.train.part(1, 6)
     users = np.arange(300) * 3
     sample = sampled(users[rank::2], 40, workers) == sampled(users, 40, Workers())[rank::2]
     across |= {
         "item table": table_of_two(workers),
         "sample": bool(sample.all()),
+        "logq": is_drawn(BehaviorTraining(SMALL, uneven, folder / "uneven", 1, workers), 6, SMALL.batch_users),
         "gradients": gradients_of_two(workers),
     }
     downstream = {

@@ -4,6 +4,7 @@
 
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+unexport SPARK_HOME
 # glibc would give large buffers back to the kernel at every training step
 export MALLOC_MMAP_THRESHOLD_ = 2147483648
 export MALLOC_TRIM_THRESHOLD_ = 8589934592

@@ -7,6 +7,7 @@
 # hashes: for an index whose files are others, such as that of torch's CPU builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset SPARK_HOME  # another Spark, into which Delta's jars would go
 extras=${EXTRAS:-all,lint} lock=${LOCK-requirements.lock}
 python=${PYTHON:-python3}
 stop() { echo "setup: $1" >&2; exit 1; }

@@ -15,13 +15,19 @@ from pipelines import cli
 
 
 def day(text: str) -> date:
-    """Parse an ISO date, ``today`` or ``yesterday`` (UTC). Raises ArgumentTypeError for any other text."""
+    """Parse an ISO date, ``today`` or ``yesterday`` (UTC). Raises ArgumentTypeError for any other text and for
+    a day after tomorrow."""
     now = datetime.now(timezone.utc).date()
     named = {"today": now, "yesterday": now - timedelta(days=1)}
     try:
-        return named[text] if text in named else date.fromisoformat(text)
+        found = named[text] if text in named else date.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-11-22, today or yesterday") from None
+    if found > now + timedelta(days=1):
+        raise argparse.ArgumentTypeError(
+            f"{text} is in the future (today is {now}), and no earlier day could follow it"
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from adasid.config import Config
+from adasid.config.secrets import masked_text
 from pipelines import content, features, ingest, migrate, report, sids, stage
 from pipelines.engines import cluster, tracking
 from pipelines.engines.lake import Lake
@@ -132,9 +133,17 @@ def summary(cfg: Config, seconds: float) -> str:
     ]
     lines += [
         f"  model    {run.artifacts}/tokenizer",
-        f"  runs     {sys.executable.rsplit('/', 1)[0]}/mlflow ui --backend-store-uri {run.tracking_uri}"
-        if run.tracking_uri
-        else f"  runs     {run.spool}: set tracking.uri, and the next stage sends them to MLflow",
+        f"  runs     {_runs(run)}",
         "",
     ]
     return "\n".join(lines)
+
+
+def _runs(run: Run) -> str:
+    """Say where the MLflow runs are."""
+    uri = run.tracking_uri
+    if not uri:
+        return f"{run.spool}: set tracking.uri, and the next stage sends them to MLflow"
+    if uri.startswith("http"):
+        return masked_text(uri)
+    return f"{sys.executable.rsplit('/', 1)[0]}/mlflow ui --backend-store-uri {masked_text(uri)}"

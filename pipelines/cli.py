@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from adasid import config
-from adasid.config.secrets import hidden
+from adasid.config.secrets import hidden, masked_text
 from adasid.errors import AdasidError, TransientError, first_line
 from adasid.storage import configure
 from pipelines import log, traces
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) ->
     except Exception as error:
         kept = traces.keep(cfg, error) if cfg and not checks else ""
         if isinstance(error, AdasidError):
-            log.line(hidden(str(error), cfg) if cfg else str(error), "ERROR")
+            log.line(hidden(str(error), cfg) if cfg else masked_text(str(error)), "ERROR")
             return error.exit_code
         from adasid.faults import passing
 

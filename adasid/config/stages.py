@@ -203,7 +203,7 @@ class Ray(Section):
     workers: int = Field(2, ge=0, description="training workers; 0 trains in the job's own process, without Ray")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved (and threads used) by a worker")
     gpus: Literal["auto", "never"] = Field(
-        "auto", description="auto: a GPU a worker where the cluster has one for each"
+        "auto", description="auto: a GPU a worker, and no more workers than GPUs where the cluster has any"
     )
     address: str | None = Field(None, description="a running cluster; null: RAY_ADDRESS, else a local one is started")
     scratch: str | None = Field(

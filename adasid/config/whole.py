@@ -20,6 +20,7 @@ from adasid.config.downstream import Evaluate, Ranking, Retrieval
 from adasid.config.names import check_labels
 from adasid.config.nightly import Retokenize
 from adasid.config.publish import Publish
+from adasid.config.secrets import masked
 from adasid.config.sources import Source, Synthetic
 from adasid.config.stages import Behavior, Compare, Explore, Features, Ray, Sids, Spark, Storage, Tracking
 from adasid.errors import ConfigError
@@ -230,7 +231,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if _has_comment(text, value):
             raise yaml.YAMLError("'#' after a blank begins a comment, which would cut the value: put it in quotes")
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from None
+        problem = getattr(error, "problem", None) or error  # not the value, which may be a secret
+        raise ConfigError(f"--set {key}: the value is not valid YAML ({' '.join(str(problem).split())})") from None
     node = data
     *parents, last = key.split(".")
     for parent in parents:
@@ -263,8 +265,13 @@ def _explain(origin: str, error: dict[str, Any]) -> str:
     if error["type"] == "union_tag_invalid":
         tag = error["ctx"]["discriminator"].strip("'")
         return f"{origin}: {key}.{tag} is {error['ctx']['tag']!r}: must be one of {error['ctx']['expected_tags']}"
-    hint = " (put it in quotes)" if error["type"] == "string_type" and isinstance(error["input"], (int, float)) else ""
-    return f"{origin}: {key} is {error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}{hint}"
+    value, hint = error.get("input"), ""
+    if error["type"] == "string_type" and isinstance(value, (int, float)):
+        hint = " (put it in quotes)"
+    elif error["type"] == "string_type" and isinstance(value, dict):
+        hint = f" (a name with dots is written --set '{'.'.join(location[:-1])}={{{location[-1]}.x.y: value}}')"
+    shown = type(value).__name__ if isinstance(value, (dict, list)) else repr(masked(value, key))
+    return f"{origin}: {key} is {shown}: {error['msg'][0].lower()}{error['msg'][1:]}{hint}"
 
 
 def _keys(location: list[str]) -> list[str]:

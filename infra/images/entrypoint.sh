@@ -12,6 +12,7 @@ case "${1:-}" in
       --conf "spark.executorEnv.SPARK_DRIVER_POD_IP=$address" "$@"
     ;;
   executor)
+    cd "${TMPDIR:-/tmp}"  # Spark copies the code that the driver sends into the working folder; the root is read-only
     options=()
     for ((i = 0; ; i++)); do
       option="SPARK_JAVA_OPT_$i"

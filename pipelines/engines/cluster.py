@@ -201,8 +201,8 @@ def join(settings: config.Ray) -> None:
                 _connect(settings)
     except AuthenticationError as error:
         raise errors.InputError(
-            f"Ray refused the connection ({errors.first_line(error)}): export RAY_AUTH_MODE=token, as where the "
-            "cluster was started"
+            f"Ray refused the connection ({errors.first_line(error)}): export RAY_AUTH_MODE=token, and bring the token "
+            "of the cluster (~/.ray/auth_token, or the file of RAY_AUTH_TOKEN_PATH)"
         ) from error
     except OSError as error:  # ConnectionError, and a time-out
         where = settings.address or os.environ.get("RAY_ADDRESS")

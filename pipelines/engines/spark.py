@@ -204,6 +204,11 @@ def _object_store() -> dict[str, str]:
 def _start_fix(error: Exception) -> str:
     if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
         return "it needs Java 17 or newer on PATH or JAVA_HOME: run `make setup`"
+    home = os.environ.get("SPARK_HOME")
+    if home and Path(home).resolve() != Path(pyspark.__file__).parent.resolve():
+        return (
+            f"SPARK_HOME is {home}, which must be Spark {pyspark.__version__} with Delta's jars: unset it, or set it so"
+        )
     if "GATEWAY" in str(error):
         return "the JVM says why above; check spark.master, spark.driver_memory and spark.conf, or run `make setup`"
     return "check spark.master, spark.conf and what spark-submit and spark-defaults.conf set"

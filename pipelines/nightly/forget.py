@@ -21,7 +21,7 @@ import pyarrow.dataset as ds
 from deltalake import DeltaTable, write_deltalake
 
 from adasid.config import Config
-from adasid.errors import InputError
+from adasid.errors import InputError, TransientError
 from adasid.files import Location, local, location, remove, write_text
 from pipelines.engines.lake import Lake, properties
 from pipelines.engines.tracking import StageContext
@@ -38,7 +38,8 @@ _REFUSED = ("row_hash", "row")
 
 def forget(cfg: Config, context: StageContext, users: Iterable[str], files: Iterable[str] = ()) -> None:
     """Remove ``users``, and those that ``files`` name, one a line, from every table, and from what the run's folder and
-    MLflow say about errors. Raises InputError for a file that cannot be read, or where no user is named."""
+    MLflow say about errors. Raises InputError for a file that cannot be read, or where no user is named;
+    TransientError, after all else, while MLflow is away."""
     wanted = sorted({*users, *(line for file in files for line in _lines(file))})
     if not wanted or "" in wanted:
         raise InputError("--forget-user: an empty id; name the user as the column user_id does")
@@ -69,6 +70,11 @@ def forget(cfg: Config, context: StageContext, users: Iterable[str], files: Iter
             context.note(f"user {user!r} is in no table")
     context.facts["users"] = f"{len(seen)} of {len(wanted)} were there"
     context.status = "done" if seen else "up to date"
+    if context.recorder.away and Run(cfg).tracking_uri:
+        raise TransientError(
+            "MLflow does not answer, so its error messages may still name a user; the tables and files do not: run the "
+            "command again"
+        )
 
 
 def _forget_copies(context: StageContext, name: str) -> None:
@@ -249,8 +255,6 @@ def _forget_errors(context: StageContext, users: list[str]) -> None:
         if named:
             context.recorder.spool.replace(kept)
             changed += len(named)
-    if context.recorder.away and Run(context.cfg).tracking_uri:
-        context.note("MLflow does not answer: its error messages may name a user; run this again", "WARN")
     for run in list(tracked_runs(context)) if not context.recorder.away else ():
         message = run.data.tags.get("error", "")
         if any(_mentions(message, user) for user in users):

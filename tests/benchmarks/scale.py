@@ -48,7 +48,7 @@ JOBS: dict[str, tuple[str, ...]] = {
 DAY: dict[str, tuple[str, ...]] = {
     "day: ingest": ("ingest",),
     "day: features": ("build_features",),
-    "day: SIDs": ("retokenize", "--run-date", "2030-01-01"),
+    "day: SIDs": ("retokenize", "--run-date", "today"),
 }
 DUCKDB = "features in DuckDB"
 ORDER = ("ingest", "features", DUCKDB, *[stage for stage in JOBS if stage not in {"ingest", "features"}], *DAY)

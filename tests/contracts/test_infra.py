@@ -72,6 +72,7 @@ def test_kubernetes_runs_the_jobs_with_flags_that_they_have():
         for flag in {"--run-date"} if job == door else set(template["arguments"][::2]) - {"--run-date"}:
             assert flag in shown, (job, flag)
     assert SPARK["spec"]["concurrencyPolicy"] == "Forbid"
+    assert template["sparkConf"]["spark.kubernetes.driver.service.deleteOnTermination"] == "false"
     assert template["restartPolicy"]["type"] == "OnFailure" and template["restartPolicy"]["onFailureRetries"] == 2
     assert RAY["spec"]["backoffLimit"] == 2
     pods = [*(template[part]["volumeMounts"] for part in ("driver", "executor"))]
@@ -250,7 +251,8 @@ def test_the_timer_starts_the_same_chain():
     found = subprocess.run([str(INFRA / "systemd" / "nightly.sh")], env=bare, cwd="/", capture_output=True, text=True)
     assert found.returncode == 2 and " ERROR conf/none.yaml: cannot be read" in found.stdout, found.stderr
     service = (INFRA / "systemd" / "adasid-nightly.service").read_text()
-    assert "RestartPreventExitStatus=2 3 4 5\n" in service and "RestartForceExitStatus=75\n" in service
+    assert "RestartPreventExitStatus=2 3 4 5\n" in service and "\nRestart=on-failure\n" in service
+    assert "RestartForceExitStatus" not in service, "systemd before 256 refuses it for Type=oneshot"
     assert "ExecStart=/opt/adasid/infra/systemd/nightly.sh" in service
     for line in ("NoNewPrivileges=true", "ProtectSystem=strict", "ProtectHome=true", "PrivateTmp=true"):
         assert f"\n{line}\n" in service
@@ -264,7 +266,8 @@ def test_the_timer_starts_the_same_chain():
             capture_output=True,
             text=True,
         )
-        assert "Unknown" not in found.stderr and "Failed to parse" not in found.stderr, found.stderr
+        for fault in ("Unknown", "Failed to parse", "Refusing", "bad unit file"):
+            assert fault not in found.stderr, found.stderr
 
 
 def test_compose_names_services_and_volumes_that_it_has():
@@ -299,6 +302,22 @@ def test_a_driver_pod_runs_the_job_and_any_other_command_runs_as_it_stands(tmp_p
     found = started("driver", "--master", "local[1]", str(job), "argument", SPARK_DRIVER_BIND_ADDRESS="127.0.0.1")
     assert found.returncode == 0 and "argument 127.0.0.1" in found.stdout, found.stderr
     assert "SPARK_DRIVER_BIND_ADDRESS: is set by" in started("driver").stderr
+
+
+def test_an_executor_pod_works_in_a_folder_that_it_can_write(tmp_path):
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\npwd\n")
+    java.chmod(0o755)
+    names = ("DRIVER_URL", "EXECUTOR_ID", "EXECUTOR_CORES", "EXECUTOR_MEMORY", "EXECUTOR_POD_IP", "EXECUTOR_POD_NAME")
+    settings = {f"SPARK_{name}": "1" for name in (*names, "APPLICATION_ID", "RESOURCE_PROFILE_ID")}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    found = subprocess.run(
+        [str(ENTRY), "executor"],
+        env={**os.environ, **settings, "PATH": path, "TMPDIR": str(tmp_path), "SPARK_HOME": "/none"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == str(tmp_path), found.stderr
 
 
 def test_an_executor_pod_looks_for_its_driver():

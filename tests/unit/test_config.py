@@ -52,6 +52,7 @@ def test_every_shipped_config_is_valid(path):
         ("source.synthetic.users=90000", ["interactions 400000 is less than 5 a user", "90000 users"]),
         ("novalue", ["dotted.key=value"]),
         ("seed=[1", ["not valid YAML"]),
+        ("spark.conf.spark.x=1", ["spark.conf.spark is dict", "--set 'spark.conf={spark.x.y: value}'"]),
     ],
 )
 def test_bad_settings_are_named_with_the_fix(override, words):
@@ -61,6 +62,23 @@ def test_bad_settings_are_named_with_the_fix(override, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "spark.conf.spark.hadoop.fs.s3a.secret.key=S3CRET",
+        "spark.conf={spark.hadoop.fs.s3a.secret.key: [S3CRET]}",
+        "tracking.uri=[http://user:S3CRET@host]",
+        "tracking.timeout=http://user:S3CRET@host",
+        "tracking.uri={http://user:S3CRET@host",
+        "publish={S3CRET: [",
+    ],
+)
+def test_an_error_shows_no_secret(override):
+    with pytest.raises(ConfigError) as error:
+        config.load(CONF / "demo.yaml", [override])
+    assert "S3CRET" not in str(error.value) and override.partition("=")[0].split(".")[0] in str(error.value)
 
 
 def test_a_section_that_has_no_effect_is_an_error(tmp_path):
@@ -235,7 +253,7 @@ def test_a_key_stands_once(tmp_path, text, words):
 
 
 def test_a_key_stands_once_in_an_override():
-    with pytest.raises(ConfigError, match=r"--set 'behavior=\{lr: 1e-3, lr: 2e-3\}'.*key 'lr' stands twice"):
+    with pytest.raises(ConfigError, match=r"--set behavior: .*key 'lr' stands twice"):
         config.load(CONF / "demo.yaml", ["behavior={lr: 1e-3, lr: 2e-3}"])
 
 

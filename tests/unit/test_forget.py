@@ -13,7 +13,7 @@ import yaml
 from deltalake import DeltaTable, write_deltalake
 
 from adasid import tables
-from adasid.errors import InputError
+from adasid.errors import InputError, TransientError
 from pipelines.engines.lake import properties
 from pipelines.engines.tracking import stage
 from pipelines.nightly.forget import forget
@@ -158,6 +158,15 @@ def test_messages_that_name_a_user_go_and_a_user_who_is_nowhere_is_said(make_con
     assert "u1" not in context.client.get_run(failed.run_id).data.tags["error"]
     said = capsys.readouterr().err
     assert "user 'u10' is in no table" in said and "user 'u1' is in no table" in said
+
+
+def test_a_removal_without_mlflow_is_not_done(make_config):
+    away = make_config(tracking={"uri": "http://127.0.0.1:9", "timeout": 0.5})
+    with stage(away, "fill") as context:
+        fill(context.lake)
+    with pytest.raises(TransientError, match="MLflow does not answer, so its error messages may still name a user"):
+        run(away, ["u1"])
+    assert "u1" not in context.lake.read("interactions")["user_id"].to_pylist()
 
 
 def test_the_job_takes_ids_and_files_and_says_counts(tmp_path, make_config):

@@ -20,6 +20,7 @@ def keep(cfg: Config, error: BaseException) -> str:
     """Add the whole trace of an error, with its causes and without secrets, to the run's ``error.log``, before those of
     the errors before; return where it is, as the end of a line, or nothing where it cannot be written."""
     text = hidden("".join(traceback.format_exception(error)), cfg)
+    text = text.encode(errors="backslashreplace").decode()  # a name of a file may have bytes that are no text
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]}\n...\n{text[-_LONGEST // 2 :]}"
     try:

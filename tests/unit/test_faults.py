@@ -17,7 +17,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from adasid.errors import GateError, InputError, TransientError
 from adasid.faults import passing, wrapped
-from pipelines import cli
+from pipelines import cli, traces
 from pipelines.run import Run
 
 ROWS = pa.table({"a": np.arange(10)})
@@ -170,6 +170,12 @@ def test_the_log_has_the_last_five_traces_with_their_causes_and_no_secret(tmp_pa
     assert text.count("ValueError: the engine's words") == 5 and text.count("Traceback (most recent call last)") == 10
     assert "planted-s3cr3t" not in text and "pa55word" not in text
     assert "pa55word" not in capsys.readouterr().err
+
+
+def test_a_trace_with_the_name_of_a_file_that_is_no_text(make_config):
+    cfg = make_config()
+    assert "whole trace" in traces.keep(cfg, FileNotFoundError(os.fsdecode(b"caf\xe9.parquet")))
+    assert "caf\\udce9.parquet" in Run(cfg).error_log.read_text()
 
 
 def test_an_error_of_the_code_names_its_trace(tmp_path, capsys):

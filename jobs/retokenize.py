@@ -15,8 +15,8 @@ from pipelines import cli
 
 
 def day(text: str) -> date:
-    """Parse an ISO date, ``today`` or ``yesterday`` (UTC). Raises ArgumentTypeError for any other text and for
-    a day after tomorrow."""
+    """Parse an ISO date, ``today`` or ``yesterday`` (UTC). Raises ArgumentTypeError for any other text, and for
+    a date after tomorrow."""
     now = datetime.now(timezone.utc).date()
     named = {"today": now, "yesterday": now - timedelta(days=1)}
     try:

@@ -53,7 +53,7 @@ def collectives(payload):
     weight, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))
     weight.grad = torch.tensor([1.0, 3.0]) * (r + 1)
     workers.average_gradients([weight, unused])
-    checks["average"] = weight.grad.tolist() == [1.5, 4.5] and unused.grad.tolist() == [0.0]
+    checks["average"] = weight.grad.tolist() == [1.5, 4.5] and unused.grad is None
     dist.barrier()
     (folder / f"result-{r}.json").write_text(json.dumps(checks))
     if r == 0:

@@ -161,7 +161,7 @@ def test_messages_that_name_a_user_go_and_a_user_who_is_nowhere_is_said(make_con
 
 
 def test_a_removal_without_mlflow_is_not_done(make_config):
-    away = make_config(tracking={"uri": "http://127.0.0.1:9", "timeout": 0.5})
+    away = make_config(tracking={"uri": "http://127.0.0.1:11", "timeout": 0.5})
     with stage(away, "fill") as context:
         fill(context.lake)
     with pytest.raises(TransientError, match="MLflow does not answer, so its error messages may still name a user"):

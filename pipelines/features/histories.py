@@ -104,7 +104,7 @@ def order(events: DataFrame, features: Features, by: Sequence[str] = _BY, slates
     columns = [*events.columns, "position", "place", "tied"]
     place = F.col("place")
     if slates:
-        # all impressions of a slate go with its last visit: none is trained on where a click is held out
+        # all impressions of a slate are split as its last visit: none is trained on where a click is tested
         shown = F.max(F.when(F.col("in_history"), F.col("place"))).over(Window.partitionBy(*by, "time"))
         place = F.when(F.col("in_history") | F.col("time").isNull(), place).otherwise(F.coalesce(shown, "place"))
     if features.split == "global_time":

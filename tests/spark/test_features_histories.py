@@ -183,7 +183,7 @@ def test_the_impressions_of_a_slate_are_split_with_its_visit(spark):
 
     trained = {"train": 1, "ranking": 19}
     assert splits(7) == {"a": trained, "b": trained, "c": {"validation": 20}, "d": {"test": 20}}
-    several = {"train": 3, "ranking": 17}  # of the last three clicks two are held out: their slate is that of the test
+    several = {"train": 3, "ranking": 17}  # the last slate has a click of each split: its impressions are in the test
     assert splits(3, 7, 9) == {
         **dict.fromkeys("abc", several),
         "d": {"train": 1, "validation": 1, "test": 18},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,18 +18,34 @@ def mixed(number: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return number ^ (number >> np.uint64(31))
 
 
-def sampled(
-    users: NDArray[np.int64], number: int, workers: Workers, device: torch.device | str = "cpu"
-) -> NDArray[np.bool_]:
-    """Return which of this worker's ``users`` [n] (distinct user_index) belong to the sample of ``number`` users of all
-    workers [n]; all do if there are fewer.
+class Sample(NamedTuple):
+    """``Sample`` is a sample of ``number`` users of all ``workers``: those of the smallest hashes; all, if there are
+    fewer. The workers exchange tensors on ``device``."""
 
-    The sample has the users of the smallest hashes. All workers call it together; each sends at most ``number``
-    integers."""
-    hashes = mixed(users.astype(np.uint64)).view(np.int64)
-    least = np.partition(hashes, number - 1)[:number] if len(hashes) > number else hashes
-    every = workers.gather_ragged(torch.from_numpy(least).to(device)).cpu().numpy()
-    if len(every) < number:
-        return np.ones(len(users), bool)
-    chosen: NDArray[np.bool_] = hashes <= np.partition(every, number - 1)[number - 1]
-    return chosen
+    number: int
+    workers: Workers
+    device: torch.device | str = "cpu"
+
+    def possible(self, users: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which of ``users`` [n] (distinct user_index), some of this worker's, can belong to it [n]: at most
+        ``number``."""
+        hashes = _hashes(users)
+        if len(users) <= self.number:
+            return np.ones(len(users), bool)
+        possible: NDArray[np.bool_] = hashes <= np.partition(hashes, self.number - 1)[self.number - 1]
+        return possible
+
+    def chosen(self, users: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which of this worker's ``users`` [n] (distinct user_index) belong to it [n]. All workers call it
+        together; each sends at most ``number`` integers."""
+        hashes = _hashes(users)
+        least = hashes[self.possible(users)]
+        every = self.workers.gather_ragged(torch.from_numpy(least).to(self.device)).cpu().numpy()
+        if len(every) < self.number:
+            return np.ones(len(users), bool)
+        chosen: NDArray[np.bool_] = hashes <= np.partition(every, self.number - 1)[self.number - 1]
+        return chosen
+
+
+def _hashes(users: NDArray[np.int64]) -> NDArray[np.int64]:
+    return mixed(users.astype(np.uint64)).view(np.int64)

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid.data.reading import Read
+from adasid.data.samples import Sample
 from adasid.distributed import Workers
 from adasid.ragged import spans
 
 Name = TypeVar("Name", str, None)
-Choose = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+Users = NDArray[np.int64]
+_USERS = 1 << 16
+"""Users whose events are counted at a time."""
 
 
 class Histories(NamedTuple):
@@ -46,14 +49,20 @@ class Histories(NamedTuple):
         return Histories(self.items[spans(self.starts[users], lengths)], starts, self.targets[users])
 
     def counts(self, items: int, length: int) -> tuple[Tensor, Tensor]:
-        """Count the events that a model of ``length`` events trains on, the latest ``length`` + 1 of each history: how
-        often each of ``items`` items is among them, and how often after another of them, as a target, [items] each."""
-        starts, ends = self.starts[:-1], self.starts[1:]
-        first = np.maximum(starts, ends - length - 1)
-        events = self.items if (first == starts).all() else self.items[spans(first, ends - first)]
-        visits = torch.bincount(torch.from_numpy(events), minlength=items)
-        opening = torch.from_numpy(self.items[first[first < ends]])
-        return visits, visits - torch.bincount(opening, minlength=items)
+        """Count the events that a model of ``length`` events trains on, the latest ``length`` + 1 of each history:
+        whether each of ``items`` items is among them [items] bool, and how often it comes after another of them, as a
+        target, [items] int32."""
+        visited, targets = torch.zeros(items, dtype=torch.bool), torch.zeros(items, dtype=torch.int32)
+        one = torch.ones((), dtype=torch.int32)
+        for start in range(0, len(self), _USERS):
+            ends = self.starts[start + 1 : start + _USERS + 1]
+            first = np.maximum(self.starts[start : start + len(ends)], ends - length - 1)
+            events = torch.from_numpy(self.items[spans(first, ends - first)]).long()
+            opening = torch.from_numpy(self.items[first[first < ends]]).long()
+            visited[events] = True
+            targets.scatter_add_(0, events, one.expand(len(events)))
+            targets.scatter_add_(0, opening, -one.expand(len(opening)))
+        return visited, targets
 
     def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
         """Return at most the last ``length`` items (all, if not given) of each user: [B, longest of them], padded at
@@ -68,15 +77,15 @@ class Histories(NamedTuple):
 
 
 def read_histories(
-    read: Read, lengths: Mapping[Name, int | None], choose: Mapping[Name, Choose] | None = None
+    read: Read, lengths: Mapping[Name, int | None], samples: Mapping[Name, Sample] | None = None
 ) -> dict[Name, Histories]:
     """Read the histories of each split of ``lengths`` in the order of user_index, cut to their latest
-    ``lengths[split]`` items (None: all). The split None takes all rows. ``choose``: for some splits, a function from
-    the user_index of all its users [n] to whether each is read [n]; the histories of the others need no memory.
+    ``lengths[split]`` items (None: all). The split None takes all rows. ``samples``: for some splits, the users that
+    are read; the others need no memory.
 
     ``read`` streams the columns user_index, split, history and target, twice: the first time the arrays are sized, the
     second time they are filled, so that little more than the result is in memory."""
-    splits = {split: _Split(split, length, (choose or {}).get(split)) for split, length in lengths.items()}
+    splits = {split: _Split(split, length, (samples or {}).get(split)) for split, length in lengths.items()}
     named: list[str] = [] if None in lengths else ["split"]
     for rows in read(["user_index", *named, "history"]):
         for part in splits.values():
@@ -92,38 +101,47 @@ def read_histories(
 class _Split:
     """The histories of one split while they are read."""
 
-    def __init__(self, name: str | None, length: int | None, choose: Choose | None) -> None:
-        self.name, self.length, self.choose = name, length, choose
-        self.parts: list[tuple[NDArray[np.int64], NDArray[np.int32]]] = []
+    def __init__(self, name: str | None, length: int | None, sample: Sample | None) -> None:
+        self.name, self.length, self.sample = name, length, sample
+        self.users, self.counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+        self.number = 0
 
     def count(self, rows: pa.RecordBatch) -> None:
         """Take note of the users of a batch and of the lengths of their histories."""
         chosen = self._chosen(rows)
         users, offsets = rows.column("user_index").to_numpy()[chosen], rows.column("history").offsets.to_numpy()
-        self.parts.append((users, self._cut(np.diff(offsets)[chosen]).astype(np.int32)))
+        self.users.append(users)
+        self.counts.append(self._cut(np.diff(offsets)[chosen]).astype(np.int32))
+        self.number += len(users)
+        if self.sample and self.number > 2 * self.sample.number:
+            self._keep(self.sample.possible)
+
+    def _keep(self, choose: Callable[[Users], NDArray[np.bool_]]) -> None:
+        users, counts = np.concatenate(self.users), np.concatenate(self.counts)
+        chosen = choose(users)
+        self.users, self.counts, self.number = [users[chosen]], [counts[chosen]], int(chosen.sum())
 
     def allocate(self) -> None:
-        """Allocate the arrays of all chosen users, sorted."""
-        users = np.concatenate([np.zeros(0, np.int64), *(users for users, _ in self.parts)])
-        counts = np.concatenate([np.zeros(0, np.int32), *(counts for _, counts in self.parts)])
-        self.parts.clear()
-        if self.choose:
-            chosen = self.choose(users)
-            users, counts = users[chosen], counts[chosen]
-        order = np.argsort(users, kind="stable")
-        self.users, self.starts = users[order], np.zeros(len(users) + 1, np.int64)
-        np.cumsum(counts[order], out=self.starts[1:])
-        del users, counts, order
-        self.targets = np.full(len(self.users), -1, np.int64)
+        """Allocate the arrays of all users, sorted."""
+        if self.sample:
+            self._keep(self.sample.chosen)
+        self.sorted, self.starts = np.concatenate(self.users), np.zeros(self.number + 1, np.int64)
+        self.users.clear()  # each array is freed before the next is allocated
+        counts = np.concatenate(self.counts)
+        self.counts.clear()
+        np.cumsum(counts[np.argsort(self.sorted, kind="stable")], out=self.starts[1:])
+        del counts
+        self.sorted.sort()
+        self.targets = np.full(self.number, -1, np.int64)
         self.items = np.empty(self.starts[-1], np.int32)
 
     def fill(self, rows: pa.RecordBatch) -> None:
         """Copy the histories and targets of a batch to their places."""
         chosen, history = np.flatnonzero(self._chosen(rows)), rows.column("history")
         users = rows.column("user_index").to_numpy()[chosen]
-        place = np.searchsorted(self.users, users)
-        if self.choose:
-            there = self.users.take(place, mode="clip") == users if len(self.users) else np.zeros(len(users), bool)
+        place = np.searchsorted(self.sorted, users)
+        if self.sample:
+            there = self.sorted.take(place, mode="clip") == users if self.number else np.zeros(len(users), bool)
             chosen, place = chosen[there], place[there]
         offsets = history.offsets.to_numpy()
         lengths = self._cut(np.diff(offsets)[chosen])
@@ -158,5 +176,5 @@ def log_q(targets: Tensor, users: int, workers: Workers, device: torch.device) -
     ``users``: a batch has equally many users of every worker. An item that is no target is as likely as the rarest."""
     share = workers.sum(targets.to(device) / max(1, users))
     share /= share.sum().clamp(min=torch.finfo(share.dtype).tiny)
-    found = share[share > 0]
-    return share.clamp(min=float(found.min()) if len(found) else 1.0).log().float()
+    least = share[share > 0].min() if share.any() else share.new_ones(())
+    return share.clamp_(min=float(least)).log_()

@@ -17,8 +17,10 @@ Scores = Callable[[Tensor], Tensor]
 """This function returns the scores [b, m] of users [b], positions in a batch, for the items of a block."""
 
 _ONE = Workers()
-ITEMS, USERS = 1 << 16, 256
-"""Items and users of a block on a CPU; on a GPU, which prefers few large ones, twice and four times as many."""
+ITEMS, USERS = 1 << 14, 256
+"""Items and users of a block on a CPU: their scores fit a cache."""
+GPU_ITEMS, GPU_USERS = 1 << 17, 1024
+"""The same on a GPU, which prefers few large blocks."""
 
 
 class _Counts:
@@ -82,7 +84,7 @@ def blocked_ranks(
     Each block is requested twice: for the scores of the targets in it, then to count; once, if there is but one."""
     counts = _Counts(targets, seen, items, workers)
     order = targets.argsort(stable=True)  # targets of adjacent users are in few blocks
-    size, users_at_once = (2 * ITEMS, 4 * USERS) if targets.is_cuda else (ITEMS, USERS)
+    size, users_at_once = (GPU_ITEMS, GPU_USERS) if targets.is_cuda else (ITEMS, USERS)
     batches, local = order.split(users_at_once), counts.local[order].cpu().numpy()
     starts = range(0, counts.own, size)
     single = len(starts) == 1 and workers.world == 1
@@ -100,6 +102,7 @@ def blocked_ranks(
             if single:
                 counts.find(scores, users, first)
             counts.add(scores, users, first, places)
+            del scores  # before the next are computed
     everywhere = 1 + workers.sum(counts.ahead)
     beyond = counts.score.isnan()
     ranks = (everywhere - counts.seen_ahead).masked_fill(beyond, items + DEEPEST + 1)

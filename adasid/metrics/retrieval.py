@@ -15,30 +15,34 @@ CUTOFFS = (5, 10, 20, 50, 100)
 DEEPEST = max(CUTOFFS)
 
 
+def item_order(items: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the rank of each of ``items`` items among items of equal scores [items] int32: a fixed random order. Ties
+    are not broken by index, because it follows popularity: a model with constant scores would look like a popularity
+    model."""
+    return torch.randperm(items, generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(device)
+
+
 def tie_order(group: Tensor) -> Tensor:
-    """Return the rank [M] of each item among items of equal scores: SIDs in a fixed random order, the items of one SID
-    by index. Ties are not broken by index alone, because it follows popularity: a model with constant scores would look
-    like a popularity model.
-    """
-    sids = torch.randperm(int(group.max()) + 1 if len(group) else 0, generator=torch.Generator().manual_seed(0))
-    order = sids.to(group.device)[group].argsort(stable=True)
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order), device=order.device)
+    """Return the rank [M] int32 of each item among items of equal scores: SIDs, the ``group`` [M] of an item, in the
+    order of :func:`item_order`, the items of one SID by index."""
+    order = item_order(int(group.max()) + 1 if len(group) else 0, group.device)[group].argsort(stable=True)
+    ranks = torch.empty(len(order), dtype=torch.int32, device=group.device)
+    ranks[order] = torch.arange(len(order), dtype=torch.int32, device=group.device)
     return ranks
 
 
 def target_ranks(scores: Tensor, targets: Tensor, places: Tensor | None = None) -> Tensor:
     """Return the 1-based rank of each row's target. ``scores`` [B, M], ``targets`` [B] (int64) -> [B].
 
-    Equal scores rank by ``places`` [M] (:func:`tie_order`, of single items if not given); a target with a NaN score is
-    beyond all cut-offs.
+    Equal scores rank by ``places`` [M] (:func:`tie_order`; :func:`item_order` if not given); a target with a NaN score
+    is beyond all cut-offs.
     """
     items = scores.shape[1]
     target_scores = scores.gather(1, targets[:, None])
     ranks = 1 + (scores > target_scores).sum(1, dtype=torch.int32)
     tied = torch.nonzero((scores >= target_scores).sum(1, dtype=torch.int32) > ranks).flatten()
     if len(tied):
-        places = tie_order(torch.arange(items, device=scores.device)) if places is None else places
+        places = item_order(items, scores.device) if places is None else places
         before = places[None, :] < places[targets[tied], None]
         ranks[tied] += ((scores[tied] == target_scores[tied]) & before).sum(1)
     return torch.where(target_scores[:, 0].isnan(), items + DEEPEST + 1, ranks)

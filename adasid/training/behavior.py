@@ -25,7 +25,7 @@ from adasid.errors import InputError
 from adasid.files import Location
 from adasid.metrics.blocks import Scores, blocked_ranks
 from adasid.metrics.longtail import spearman
-from adasid.metrics.retrieval import recall_ndcg, tie_order
+from adasid.metrics.retrieval import item_order, recall_ndcg
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
 from adasid.tables import BEHAVIOR_SHARD
 from adasid.training.checkpoint import Checkpoint, read_rows, restore_rows, write_rows
@@ -99,9 +99,10 @@ class BehaviorTraining(TrainingLoop):
         model = SASRec(s.width, s.blocks, s.heads, s.max_length, s.dropout).to(device)
         self.table = ItemTable(len(data.counts), s.width, seed, s.table_lr, workers, device)
         self.dense = torch.optim.Adam(model.parameters(), lr=s.lr, betas=(0.9, 0.98))
-        visits, targets = data.train.counts(len(data.counts), s.max_length)
-        self.learned, self.log_q = workers.sum(visits.to(device)) > 0, log_q(targets, len(data.train), workers, device)
-        del visits, targets
+        visited, targets = data.train.counts(len(data.counts), s.max_length)
+        self.learned = workers.sum(visited.to(device).int()) > 0
+        self.log_q = log_q(targets, len(data.train), workers, device)
+        del targets
         super().__init__(model, {"dense": self.dense}, s.epochs, folder, workers, device, data.version, s.patience)
 
     def run(self, report: Report = silent) -> BehaviorResult:
@@ -243,14 +244,13 @@ class BehaviorTraining(TrainingLoop):
     @cached_property
     def _tie_order(self) -> Tensor:
         """Order of items of equal scores [M], computed where there are such."""
-        return tie_order(torch.arange(self.table.items, device=self.device))
+        return item_order(self.table.items, self.device)
 
     def _spearman(self) -> float:
-        """Compute Spearman(norm, count) over items that are trained on, or a fixed sample of them if there are
-        very many; the same on all workers."""
-        known = np.flatnonzero(self.learned.cpu().numpy())
-        if len(known) > _SPEARMAN_SAMPLE:
-            known = np.random.default_rng(self.seed).choice(known, _SPEARMAN_SAMPLE, replace=False)
+        """Compute Spearman(norm, count) over items that are trained on, where there are very many over those of every
+        n-th item_index; the same on all workers."""
+        every = -(-self.table.items // _SPEARMAN_SAMPLE) or 1
+        known = every * np.flatnonzero(self.learned[::every].cpu().numpy())
         norms = self.table.norms(torch.from_numpy(known).to(self.device)).cpu().numpy()
         return spearman(norms.astype(np.float64), self.data.counts[known].astype(np.float64))
 

@@ -12,8 +12,8 @@ from adasid.distributed import Workers
 
 _EPSILON = 1e-8
 _DEVIATION = 0.02
-_DRAWN = 1 << 16
-"""Rows of the table whose first values are drawn at a time."""
+_ROWS = 1 << 16
+"""Rows of the table that are drawn or read at a time."""
 
 
 class Request(NamedTuple):
@@ -42,8 +42,8 @@ class ItemTable:
         self.rows = torch.empty(own, width, device=device)
         self.squares = torch.zeros(own, device=device)
         generator = torch.Generator().manual_seed(seed)
-        for first in range(0, items, _DRAWN):
-            drawn = torch.randn(min(_DRAWN, items - first), width, generator=generator) * _DEVIATION
+        for first in range(0, items, _ROWS):
+            drawn = torch.randn(min(_ROWS, items - first), width, generator=generator) * _DEVIATION
             mine = drawn[(workers.rank - first) % workers.world :: workers.world]
             start = len(range(workers.rank, first, workers.world))
             self.rows[start : start + len(mine)] = mine.to(device)
@@ -82,7 +82,8 @@ class ItemTable:
         """Return the norms of the rows of ``items`` [n], of all workers, [n]. All workers pass the same items."""
         mine = torch.nonzero(items % self.workers.world == self.workers.rank).flatten()
         norms = self.rows.new_zeros(len(items))
-        norms[mine] = self.rows[items[mine] // self.workers.world].norm(dim=1)
+        for part in mine.split(_ROWS):
+            norms[part] = self.rows[items[part] // self.workers.world].norm(dim=1)
         return self.workers.sum(norms)
 
     def index(self) -> Tensor:

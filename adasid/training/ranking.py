@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adasid import config, files
 from adasid.data.events import Events
-from adasid.data.samples import sampled
+from adasid.data.samples import Sample
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.files import Location
@@ -93,7 +93,8 @@ class RankingTraining(DownstreamTraining):
     def _evaluated(self, events: NDArray[Any]) -> NDArray[Any]:
         """Return those of ``events`` [n] whose user is one of ``eval_users`` users of all workers."""
         users, index = np.unique(self.events.users[events], return_inverse=True)
-        return events[sampled(self.events.ids[users], self.settings.eval_users, self.workers, self.device)[index]]
+        sample = Sample(self.settings.eval_users, self.workers, self.device)
+        return events[sample.chosen(self.events.ids[users])[index]]
 
     def check(self) -> None:
         """Check that every worker has training samples, and that validation and test have both classes."""

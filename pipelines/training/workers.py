@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 
 from adasid.config import Config, TokenizerSettings
 from adasid.data.events import read_events
-from adasid.data.samples import sampled
+from adasid.data.samples import Sample
 from adasid.data.sequences import Histories, read_histories
 from adasid.data.shards import Pairs, Shard
 from adasid.distributed import Workers
@@ -163,8 +162,8 @@ def _histories(
     version = read["sequences"]
     mine = parts.reader(lake, "sequences", version, parts.buckets_of(lake, "sequences", version, cfg, workers))
     device = _device(cfg) if workers.world > 1 else "cpu"
-    choose = {split: partial(sampled, number=users, workers=workers, device=device) for split, users in most.items()}
-    found = read_histories(mine, lengths, choose)
+    samples = {split: Sample(users, workers, device) for split, users in most.items()}
+    found = read_histories(mine, lengths, samples)
     if not workers.agree(len(found["train"]) > 0, device):
         raise InputError(
             f"sequences version {version} has no user with at least two training events for one of "

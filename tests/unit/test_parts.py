@@ -13,7 +13,7 @@ from deltalake import WriterProperties, write_deltalake
 from adasid import config, tables
 from adasid.data import events as events_module
 from adasid.data.events import read_events
-from adasid.data.samples import sampled
+from adasid.data.samples import Sample
 from adasid.data.sequences import read_histories
 from adasid.data.text import hashed_text
 from adasid.distributed import Workers
@@ -180,11 +180,15 @@ def test_a_worker_without_a_user_is_named(lake):
 
 def test_the_sample_of_users_does_not_depend_on_the_number_of_workers_nor_on_ids():
     users = np.arange(1000) ** 2
-    whole = sampled(users, 150, Workers())
-    assert whole.sum() == 150 and sampled(users, 1000, Workers()).all() and sampled(users, 2000, Workers()).all()
+    sample = Sample(150, Workers())
+    whole = sample.chosen(users)
+    assert whole.sum() == 150 and all(Sample(number, Workers()).chosen(users).all() for number in (1000, 2000))
     assert abs(np.flatnonzero(whole).mean() - 500) < 4 * 1000 / np.sqrt(12 * 150), "ids may be in the order of age"
     order = np.random.default_rng(0).permutation(1000)
-    np.testing.assert_array_equal(sampled(users[order], 150, Workers()), whole[order])
+    np.testing.assert_array_equal(sample.chosen(users[order]), whole[order])
+    for half in (order[:500], order[500:]):
+        possible = sample.possible(users[half])
+        assert possible.sum() == 150 and possible[whole[half]].all(), "no user of the sample is left out of a part"
 
 
 def test_histories_of_a_sample_are_read_alone(lake):
@@ -192,7 +196,7 @@ def test_histories_of_a_sample_are_read_alone(lake):
     every = workers._histories(lake, {"sequences": 0}, Workers(), CFG, lengths, {})
     some = workers._histories(lake, {"sequences": 0}, Workers(), CFG, lengths, {"validation": 7, "test": 10**6})
     rows = lake.read("sequences").filter(pc.field("split") == "validation").sort_by("user_index")
-    chosen = sampled(rows["user_index"].to_numpy(), 7, Workers())
+    chosen = Sample(7, Workers()).chosen(rows["user_index"].to_numpy())
     mine = np.arange(7)
     assert some["validation"].targets.tolist() == every["validation"].targets[chosen].tolist()
     assert some["validation"].last(mine).tolist() == every["validation"].last(np.flatnonzero(chosen)).tolist()
@@ -236,21 +240,24 @@ def peak(function):
         tracemalloc.stop()
 
 
-def test_histories_take_little_more_memory_than_is_kept():
-    users, events, size = 60_000, 30, 500
+@pytest.mark.parametrize("events", [8, 30])
+def test_histories_take_little_more_memory_than_is_kept(events):
+    users, size = 60_000, 500
     lists = pa.ListArray.from_arrays(
-        np.arange(0, size * events + 1, events, dtype=np.int32), np.arange(size * events) % 1000
+        np.arange(0, 3 * size * events + 1, events, dtype=np.int32), np.arange(3 * size * events) % 1000
     )
 
     def read(columns):
         for start in range(0, users, size):
-            index = pa.array(users - 1 - np.arange(start, start + size))
-            rows = {"user_index": index, "split": pa.array(["train"] * size), "history": lists}
-            yield pa.record_batch({**rows, "target": pa.nulls(size, pa.int64())}).select(columns)
+            index = pa.array(np.tile(users - 1 - np.arange(start, start + size), 3))
+            rows = {"user_index": index, "split": pa.array(np.repeat(tables.SPLITS, size)), "history": lists}
+            yield pa.record_batch({**rows, "target": pa.nulls(3 * size, pa.int64())}).select(columns)
 
-    found, most = peak(lambda: read_histories(read, {"train": 20})["train"])
-    kept = found.items.nbytes + found.starts.nbytes + found.targets.nbytes
-    assert len(found.items) == users * 20
+    samples = {split: Sample(1000, Workers()) for split in ("validation", "test")}
+    found, most = peak(lambda: read_histories(read, {"train": 20, "validation": 19, "test": 19}, samples))
+    kept = sum(array.nbytes for histories in found.values() for array in histories)
+    assert [len(found[split]) for split in tables.SPLITS] == [users, 1000, 1000]
+    assert len(found["train"].items) == users * min(20, events)
     assert most < 1.5 * kept, f"{most / kept:.2f} times"
 
 

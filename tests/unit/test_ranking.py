@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from adasid import config
 from adasid.data.events import read_events
-from adasid.data.samples import sampled
+from adasid.data.samples import Sample
 from adasid.distributed import Workers
 from adasid.errors import InputError
 from adasid.metrics.ranking import auc, ranking_metrics, user_auc
@@ -282,7 +282,7 @@ def test_no_event_of_a_slate_is_in_the_history_of_another():
 def test_the_users_of_validation_are_at_most_so_many(tmp_path):
     found = training(tmp_path, events(), 1, eval_users=50)
     assert len(found.parts["validation"]) == 50 and len(found.parts["test"]) == 300
-    chosen = sampled(np.arange(300), 50, Workers())
+    chosen = Sample(50, Workers()).chosen(np.arange(300))
     assert found.events.ids[found.events.users[found.parts["validation"]]].tolist() == np.flatnonzero(chosen).tolist()
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from adasid import config
-from adasid.data.samples import sampled
+from adasid.data.samples import Sample
 from adasid.distributed import Workers, settle
 from adasid.metrics.ranking import auc
 from adasid.recommenders import retriever
@@ -143,7 +143,7 @@ def run_rank(rank, folder):
     uneven = data()
     uneven.train = uneven.train.part(0, 2) if rank == 0 else uneven.train.part(1, 6)
     users = np.arange(300) * 3
-    sample = sampled(users[rank::2], 40, workers) == sampled(users, 40, Workers())[rank::2]
+    sample = Sample(40, workers).chosen(users[rank::2]) == Sample(40, Workers()).chosen(users)[rank::2]
     across |= {
         "item table": table_of_two(workers),
         "sample": bool(sample.all()),

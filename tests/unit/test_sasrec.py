@@ -8,8 +8,9 @@ from adasid import config
 from adasid.data.sequences import Histories, epoch_users, log_q
 from adasid.distributed import Workers
 from adasid.errors import InputError, TrainingError
+from adasid.metrics.longtail import spearman
 from adasid.recommenders.sasrec import SASRec, sampled_softmax
-from adasid.training import checkpoint
+from adasid.training import behavior, checkpoint
 from adasid.training.behavior import BehaviorData, BehaviorTraining
 from adasid.training.checkpoint import read_rows, write_rows
 from adasid.training.item_table import ItemTable
@@ -248,3 +249,13 @@ def test_the_best_row_is_the_first_of_the_highest_that_are_numbers():
     assert best([{"a": float("nan")}, {"a": 1.0}, {"a": 1.0}, {}], "a") == 1
     assert best([{"a": float("nan")}, {}], "a") is None is best([], "a")
     assert best([{"a": 0.0}, {"a": -1.0}], "a") == 0
+
+
+def test_the_correlation_of_many_items_is_that_of_every_nth(tmp_path, monkeypatch):
+    training = BehaviorTraining(SMALL, data(), tmp_path, 0, Workers())
+    norms, counts, learned = training.table.rows.norm(dim=1).numpy(), training.data.counts, training.learned.numpy()
+    assert training._spearman() == pytest.approx(spearman(norms[learned], counts[learned].astype(float)))
+    monkeypatch.setattr(behavior, "_SPEARMAN_SAMPLE", len(counts) // 3)
+    every = -(-len(counts) // (len(counts) // 3))
+    some = np.arange(0, len(counts), every)[learned[::every]]
+    assert training._spearman() == pytest.approx(spearman(norms[some], counts[some].astype(float)))

@@ -8,34 +8,14 @@ Exit code 3: an earlier stage is out of date; 4: a gate refused, or the live gen
 at work.
 """
 
-import argparse
-from datetime import date, datetime, timedelta, timezone
-
 from pipelines import cli
-
-
-def day(text: str) -> date:
-    """Parse an ISO date, ``today`` or ``yesterday`` (UTC). Raises ArgumentTypeError for any other text, and for
-    a date after tomorrow."""
-    now = datetime.now(timezone.utc).date()
-    named = {"today": now, "yesterday": now - timedelta(days=1)}
-    try:
-        found = named[text] if text in named else date.fromisoformat(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-11-22, today or yesterday") from None
-    if found > now + timedelta(days=1):
-        raise argparse.ArgumentTypeError(
-            f"{text} is in the future (today is {now}), and no earlier day could follow it"
-        )
-    return found
-
 
 if __name__ == "__main__":
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--run-date",
         required=True,
-        type=day,
+        type=cli.day,
         metavar="DATE",
         help="the day whose table this is: YYYY-MM-DD, today or yesterday (UTC)",
     )

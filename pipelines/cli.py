@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import date, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
@@ -52,6 +53,22 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     parsed.set_defaults(job=parsed.prog.removesuffix(".py"))
     return parsed
+
+
+def day(text: str) -> date:
+    """Parse an ISO date, ``today`` or ``yesterday`` (UTC). Raises ArgumentTypeError for any other text, and for
+    a date after tomorrow."""
+    now = datetime.now(timezone.utc).date()
+    named = {"today": now, "yesterday": now - timedelta(days=1)}
+    try:
+        found = named[text] if text in named else date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-11-22, today or yesterday") from None
+    if found > now + timedelta(days=1):
+        raise argparse.ArgumentTypeError(
+            f"{text} is in the future (today is {now}), and no earlier day could follow it"
+        )
+    return found
 
 
 def run(arguments: argparse.Namespace, body: Callable[[config.Config], None]) -> int:

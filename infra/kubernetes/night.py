@@ -3,13 +3,15 @@ for that of the report: what is published stays published.
 
   spark-submit infra/kubernetes/night.py --config conf/cluster.yaml --run-date today
 
-``--run-date`` goes to retokenize, all other arguments to every job.
+``--run-date`` goes to retokenize, as the day on which the night began; all other arguments go to every job.
 """
 
 import argparse
 import runpy
 import sys
 from pathlib import Path
+
+from pipelines import cli
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 NIGHT = ("ingest", "encode_content", "build_features", "retokenize", "maintain", "report")
@@ -18,11 +20,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--run-date", required=True, metavar="DATE", help="as in jobs/retokenize.py")
+    parser.add_argument("--run-date", required=True, type=cli.day, metavar="DATE", help="as in jobs/retokenize.py")
     own, shared = parser.parse_known_args()
     for name in NIGHT:
         job = JOBS / f"{name}.py"
-        sys.argv = [str(job), *shared, *(["--run-date", own.run_date] if name == "retokenize" else [])]
+        sys.argv = [str(job), *shared, *(["--run-date", own.run_date.isoformat()] if name == "retokenize" else [])]
         try:
             runpy.run_path(str(job), run_name="__main__")
         except SystemExit as end:

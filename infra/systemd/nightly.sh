@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Runs the nightly jobs on one machine, started by the timer. The first argument is the run date (default: today, in
-# UTC). The first job that fails ends the script with its exit code, but for
-# the report: what is published stays published.
+# Runs the nightly jobs on one machine, started by the timer. The first argument is the run date (default: the day on
+# which it starts, in UTC). The first job that fails ends the script with its exit code, but for the report: what is
+# published stays published.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-day="${1:-today}"
+day="$(date -u -d "${1:-today}" +%F)" || exit 2
+if [[ "$day" > "$(date -u -d tomorrow +%F)" ]]; then
+  echo "nightly.sh: $day is in the future, and no earlier day could follow it" >&2
+  exit 2
+fi
 config="${ADASID_CONFIG:?name a file of conf/}"
 export PATH="$PWD/.venv/bin:$PATH"  # spark-submit uses the first python3
 submit=(spark-submit --master "${ADASID_SPARK_MASTER:-local[*]}" --driver-memory "${ADASID_DRIVER_MEMORY:-8g}")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -104,13 +105,15 @@ def test_kubernetes_runs_the_chain_in_order_and_stops_where_a_job_fails(tmp_path
         found = subprocess.run([sys.executable, str(door), *template["arguments"]], capture_output=True, text=True)
         return found.returncode, [line.split() for line in found.stdout.splitlines()]
 
+    before = datetime.now(timezone.utc).date()
     code, ran = night()
+    days = [f"{day}" for day in (before, datetime.now(timezone.utc).date())]
     assert code == 0 and [Path(words[0]).stem for words in ran] == STEPS
     date = template["arguments"].index("--run-date")
     shared = [*template["arguments"][:date], *template["arguments"][date + 2 :]]
-    assert [words[1:] for words in ran] == [
-        [*shared, *(["--run-date", "today"] if name == "retokenize" else [])] for name in STEPS
-    ]
+    assert [words[1:] for words in ran] in [
+        [[*shared, *(["--run-date", day] if name == "retokenize" else [])] for name in STEPS] for day in days
+    ], "the day on which the night began, however long it takes"
     (tmp_path / "jobs" / "report.py").write_text("import sys\nsys.exit(1)\n")
     assert night()[0] == 0, "the generation is published"
     (tmp_path / "jobs" / "retokenize.py").write_text("import sys\nsys.exit(4)\n")
@@ -250,6 +253,15 @@ def test_the_timer_starts_the_same_chain():
     }  # what a service starts with
     found = subprocess.run([str(INFRA / "systemd" / "nightly.sh")], env=bare, cwd="/", capture_output=True, text=True)
     assert found.returncode == 2 and " ERROR conf/none.yaml: cannot be read" in found.stdout, found.stderr
+    for words in (["systemd/nightly.sh"], ["kubernetes/night.py", "--config", "conf/none.yaml", "--run-date"]):
+        for day, reason in (
+            ("2999-01-01", "2999-01-01 is in the future"),
+            ("someday", "'?someday'? is not a date|invalid date"),
+        ):
+            command = [*([sys.executable] if len(words) > 1 else []), str(INFRA / words[0]), *words[1:], day]
+            found = subprocess.run(command, env=bare, cwd=ROOT, capture_output=True, text=True)
+            assert found.returncode == 2 and re.search(reason, found.stderr), found
+            assert "none.yaml" not in found.stdout + found.stderr, "no job is started"
     service = (INFRA / "systemd" / "adasid-nightly.service").read_text()
     assert "RestartPreventExitStatus=2 3 4 5\n" in service and "\nRestart=on-failure\n" in service
     assert "RestartForceExitStatus" not in service, "systemd before 256 refuses it for Type=oneshot"

@@ -93,7 +93,7 @@ class DownstreamTraining(TrainingLoop):
         self._laps.start()
         loss, seconds = self.train_epoch(number), self._laps.stop()
         row = {"epoch": float(number), "loss": loss, "seconds": sum(seconds.values())}
-        if not self.workers.agree(all(bool(p.isfinite().all()) for p in self.model.parameters()), self.device):
+        if not self.workers.agree(all(map(_finite, self.model.parameters())), self.device):
             where = f"after epoch {number}, input {self.version}"
             raise TrainingError(f"{self.name}: parameters are not finite {where}; lower the learning rates")
         row |= {f"{part}_seconds": value for part, value in seconds.items()}
@@ -194,3 +194,8 @@ class Laps:
         for (_, before), (part, event) in zip(self._events, self._events[1:]):
             self.seconds[part] += before.elapsed_time(event) / 1000
         self._events = self._events[-1:]
+
+
+def _finite(values: Tensor) -> bool:
+    """Return whether all ``values`` are finite, with no tensor of their size: a NaN is the least and the largest."""
+    return not values.numel() or all(bool(end.isfinite()) for end in values.detach().aminmax())

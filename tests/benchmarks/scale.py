@@ -131,7 +131,9 @@ class Sampler:
                 with suppress(psutil.Error):
                     kind, memory, io = self._kind(process), process.memory_info(), process.io_counters()
                     own = memory.rss - (0 if kind == "jvm" else memory.shared)
-                    self.peak[process.pid] = kind, max(own, self.peak.get(process.pid, (kind, 0))[1])
+                    before, most = self.peak.get(process.pid, (kind, 0))
+                    # Ray names a process after its task: a worker that ends has another name
+                    self.peak[process.pid] = before if before == "worker" else kind, max(own, most)
                     self.bytes[process.pid] = io.read_chars, io.write_chars
 
     def row(self) -> dict[str, Any]:

@@ -108,11 +108,7 @@ def read_events(read: Read) -> Events:
             times[place] = rows.column(_TIME).cast(pa.int64()).fill_null(_NO_TIME).to_numpy()
     del free
     users = np.repeat(np.arange(len(ids), dtype=np.int32), np.diff(starts))
-    columns: list[NDArray[Any]] = [items, labels, visits, splits, *([times] if slates else [])]
-    for part in _chunks(starts):
-        order = np.lexsort((positions[part], users[part]))
-        for column in columns:
-            column[part] = column[part][order]
+    _sort([items, labels, visits, splits, *([times] if slates else [])], users, positions, starts)
     del positions
     before: NDArray[Any] = np.cumsum(visits, dtype=np.int32 if total < 2**31 else np.int64)
     np.subtract(before, visits, out=before)
@@ -121,6 +117,16 @@ def read_events(read: Read) -> Events:
     del times
     visited = items if visits.all() else items[visits]
     return Events(ids, starts, users, items, labels, splits, visited, before)
+
+
+def _sort(
+    columns: list[NDArray[Any]], users: NDArray[np.int32], positions: NDArray[np.int32], starts: NDArray[np.int64]
+) -> None:
+    """Sort ``columns`` [n each] in place by user and position."""
+    for part in _chunks(starts):
+        order = np.lexsort((positions[part], users[part]))
+        for column in columns:
+            column[part] = column[part][order]
 
 
 def _before_slates(

@@ -1,4 +1,5 @@
-"""Choose a fixed random sample of users: the same for every run, and however many workers share them."""
+"""Choose a fixed random sample of users, the same for every run and however many workers share them, and the order of
+an epoch."""
 
 from __future__ import annotations
 
@@ -49,3 +50,11 @@ class Sample(NamedTuple):
 
 def _hashes(users: NDArray[np.int64]) -> NDArray[np.int64]:
     return mixed(users.astype(np.uint64)).view(np.int64)
+
+
+def shuffled(random: np.random.Generator, rows: int, number: int) -> NDArray[np.int32]:
+    """Return the indices of ``rows`` rows in a random order, from the first again until they are ``number``,
+    [number]."""
+    order = random.permutation(np.arange(rows, dtype=np.int32))
+    times, rest = divmod(number, max(1, rows))
+    return np.concatenate([*[order] * times, order[:rest]])

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adasid.data.reading import Read
-from adasid.data.samples import Sample
+from adasid.data.samples import Sample, shuffled
 from adasid.distributed import Workers
 from adasid.ragged import spans
 
 Name = TypeVar("Name", str, None)
 Users = NDArray[np.int64]
-_USERS = 1 << 16
+_USERS = 1 << 13
 """Users whose events are counted at a time."""
 
 
@@ -64,7 +64,7 @@ class Histories(NamedTuple):
             targets.scatter_add_(0, opening, -one.expand(len(opening)))
         return visited, targets
 
-    def last(self, users: NDArray[np.int64], length: int | None = None) -> NDArray[np.int64]:
+    def last(self, users: NDArray[np.integer], length: int | None = None) -> NDArray[np.int64]:
         """Return at most the last ``length`` items (all, if not given) of each user: [B, longest of them], padded at
         the end with -1."""
         ends = self.starts[users + 1]
@@ -126,7 +126,7 @@ class _Split:
         if self.sample:
             self._keep(self.sample.chosen)
         self.sorted, self.starts = np.concatenate(self.users), np.zeros(self.number + 1, np.int64)
-        self.users.clear()  # each array is freed before the next is allocated
+        self.users.clear()
         counts = np.concatenate(self.counts)
         self.counts.clear()
         np.cumsum(counts[np.argsort(self.sorted, kind="stable")], out=self.starts[1:])
@@ -161,13 +161,15 @@ class _Split:
 
 def epoch_users(
     histories: Histories, users: int, seed: int, number: int, workers: Workers, device: torch.device
-) -> NDArray[np.int64]:
+) -> NDArray[np.int32]:
     """Return the users of each step of epoch ``number`` [steps, share]: this worker's share of ``users`` users per
     step, shuffled. All workers make equally many steps; one with fewer users repeats some."""
     share = max(1, users // workers.world)
     largest = int(workers.gather(torch.tensor([len(histories)], device=device)).max())
-    order = np.random.default_rng([seed, number, workers.rank]).permutation(len(histories))
-    return np.resize(order, (-(-largest // share), share))
+    steps = -(-largest // share)
+    return shuffled(np.random.default_rng([seed, number, workers.rank]), len(histories), steps * share).reshape(
+        steps, share
+    )
 
 
 def log_q(targets: Tensor, users: int, workers: Workers, device: torch.device) -> Tensor:
@@ -176,5 +178,5 @@ def log_q(targets: Tensor, users: int, workers: Workers, device: torch.device) -
     ``users``: a batch has equally many users of every worker. An item that is no target is as likely as the rarest."""
     share = workers.sum(targets.to(device) / max(1, users))
     share /= share.sum().clamp(min=torch.finfo(share.dtype).tiny)
-    least = share[share > 0].min() if share.any() else share.new_ones(())
-    return share.clamp_(min=float(least)).log_()
+    least = float(share.masked_fill(share == 0, torch.inf).min()) if len(share) else 1.0
+    return share.clamp_(min=min(least, 1.0)).log_()

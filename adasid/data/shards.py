@@ -132,6 +132,7 @@ class Shard:
                 "catalogue"
             )
         self.item_index = np.sort(np.concatenate(parts))
+        parts.clear()
         self._workers, self._device = workers, device
         self._present = {m: np.zeros(len(self), bool) for m in modalities}
         self._richness, self._counts = (np.zeros(len(self), kind) for kind in (np.float32, np.int64))

@@ -75,16 +75,18 @@ def blocked_ranks(
     places: Callable[[], Tensor],
     seen: Tensor | None = None,
     workers: Workers = _ONE,
+    size: int = ITEMS,
 ) -> tuple[Tensor, Tensor]:
     """Return the 1-based ranks [B] of ``targets`` [B] (int64) among ``items`` items without the ``seen`` [B, S]
     (distinct, padded with -1; one worker only), and among all.
 
     ``block(first, last)`` returns the scores of those of this worker's items: item i is number i // world of worker i
     modulo world. All workers pass the same targets and get the same ranks. ``places()`` [items]: order of equal scores.
-    Each block is requested twice: for the scores of the targets in it, then to count; once, if there is but one."""
+    ``size``: items of a block on a CPU. Each block is requested twice: for the scores of the targets in it, then to
+    count; once, if there is but one."""
     counts = _Counts(targets, seen, items, workers)
     order = targets.argsort(stable=True)  # targets of adjacent users are in few blocks
-    size, users_at_once = (GPU_ITEMS, GPU_USERS) if targets.is_cuda else (ITEMS, USERS)
+    size, users_at_once = (GPU_ITEMS, GPU_USERS) if targets.is_cuda else (size, USERS)
     batches, local = order.split(users_at_once), counts.local[order].cpu().numpy()
     starts = range(0, counts.own, size)
     single = len(starts) == 1 and workers.world == 1

@@ -34,6 +34,11 @@ class AutoregressiveRetriever(Retriever):
         return Prefixes.of(self.catalogue).to(self.catalogue.rows.device)
 
     @cached_property
+    def _largest(self) -> int:
+        """Return the number of items of the most common SID."""
+        return int(torch.bincount(self.catalogue.group).max())
+
+    @cached_property
     def _columns(self) -> list[Tensor]:
         """Return the random column of each slot's tokens in the search [size]; top-k may break ties by column."""
         random = torch.Generator().manual_seed(0)
@@ -65,7 +70,7 @@ class AutoregressiveRetriever(Retriever):
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Compute the loss with teacher forcing, the weighted mean over slots and targets of the cross-entropy of each
         token."""
-        out = self._decoded(states, self.catalogue.rows[targets][:, :-1]).unbind(1)
+        out = self._decoded(states, self.catalogue.rows[targets][:, :-1].long()).unbind(1)
         above = nnf.pad(self.prefixes.paths(targets)[:, :-1], (1, 0)).unbind(1)
         logits = [
             self._valid(row @ table.T / self.settings.temperature, level, nodes)
@@ -133,7 +138,7 @@ class AutoregressiveRetriever(Retriever):
     def ranks(self, states: Tensor, targets: Tensor, beam: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rank within the items of the beam; the list is long enough for all items of a SID that begins before the
         deepest cut-off."""
-        number = DEEPEST - 1 + int(torch.bincount(self.catalogue.group).max())
+        number = DEEPEST - 1 + self._largest
         longer = 0 if seen is None else seen.shape[1]
         items, _ = self.top(states, number + longer, beam=beam + longer)
         hit, beyond = items == targets[:, None], unranked(self.catalogue)

@@ -32,7 +32,7 @@ class ItemRetriever(ScoredRetriever):
     def loss(self, states: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
         """Compute the loss; items that share the target's SID are no negatives."""
         if not len(negatives):
-            return nnf.cross_entropy(states @ self.vectors(self.first).T, self.catalogue.group[targets])
+            return nnf.cross_entropy(states @ self.vectors(self.first).T, self.catalogue.group[targets].long())
         distinct, inverse = torch.unique(torch.cat([targets, negatives]), return_inverse=True)
         rows = nnf.embedding(inverse, self.vectors(distinct))
         positive_rows, negative_rows = rows.split([len(targets), len(negatives)])
@@ -63,6 +63,8 @@ class ItemRetriever(ScoredRetriever):
 class ParallelRetriever(ScoredRetriever):
     """``ParallelRetriever`` has a residual head for each slot and cosine logits; the score of an item is the sum of its
     tokens' log-probabilities (RPG; methods 7.3)."""
+
+    block_items = 1 << 16  # the log-probabilities are computed again for each block
 
     def __init__(self, settings: config.Retrieval, catalogue: ItemTokens) -> None:
         super().__init__(settings, catalogue)

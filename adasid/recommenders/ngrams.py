@@ -83,11 +83,12 @@ def rare(codes: Tensor, ngrams: Sequence[Sequence[int]], trained: Tensor, min_it
     """Return which n-grams of items fewer than ``min_items`` of the ``trained`` [M] items have, [M, G] bool. An n-gram
     of one item would stand for that item as an item id does."""
     mask = torch.empty(len(codes), len(ngrams), dtype=torch.bool, device=codes.device)
-    parts = -(-len(codes) // _COUNTED)
+    numbers, parts = torch.empty(len(codes), dtype=torch.int64, device=codes.device), -(-len(codes) // _COUNTED)
     for column, ngram in enumerate(ngrams):
-        numbers = torch.cat([_fnv_1a(part, ngram) for part in codes.split(_CHUNK)])
-        for part in range(parts):
-            index = torch.nonzero(numbers.remainder(parts) == part).flatten()
+        for part, out in zip(codes.split(_CHUNK), numbers.split(_CHUNK)):
+            out[:] = _fnv_1a(part, ngram)
+        for number in range(parts):
+            index = torch.nonzero(numbers.remainder(parts) == number).flatten()
             distinct, key = torch.unique(numbers[index], return_inverse=True)
             items = torch.zeros(len(distinct), dtype=torch.int64, device=codes.device)
             items.index_add_(0, key, trained[index].long())

@@ -48,7 +48,7 @@ class ItemVectors(nn.Module):
     def forward(self, items: Tensor) -> Tensor:
         """Return the vectors of items: item_index [...] -> [..., width]. With ``weights`` a token's embedding is scaled
         by the tokenizer's weight of the token."""
-        tokens = self.table(self.rows[items])
+        tokens = self.table(self.rows[items].long())
         if self.settings.weights:
             tokens = tokens * self.catalogue.weights[items][..., None]
         vectors: Tensor = tokens.flatten(-2) if self.settings.items == "concat" else tokens.sum(-2)

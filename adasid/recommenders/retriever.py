@@ -15,7 +15,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from adasid import config
-from adasid.metrics.blocks import Scores, blocked_ranks
+from adasid.metrics.blocks import ITEMS, Scores, blocked_ranks
 from adasid.metrics.retrieval import DEEPEST, tie_order
 from adasid.recommenders.encoder import CausalEncoder
 from adasid.recommenders.tokens import ItemTokens, embedded_ngrams
@@ -57,7 +57,7 @@ class Retriever(CausalEncoder, ABC):
         """Return the sum of the embeddings of tokens and n-grams over sqrt(L), which at the start has the variance of
         one token: item_index [...] -> [..., width]."""
         flat = items.reshape(-1)
-        total = nnf.embedding_bag(self.catalogue.rows[flat], self.table, mode="sum", sparse=_large(self.table))
+        total = nnf.embedding_bag(self.catalogue.rows[flat].long(), self.table, mode="sum", sparse=_large(self.table))
         if self.ngrams is not None:
             total = total + self._ngrams(flat)
         return total.view(*items.shape, -1) / math.sqrt(len(self.catalogue.sizes))
@@ -115,7 +115,9 @@ class Retriever(CausalEncoder, ABC):
 
 
 class ScoredRetriever(Retriever):
-    """This head can score the whole catalogue."""
+    """This head can score the whole catalogue. ``block_items``: items of a block of scores on a CPU."""
+
+    block_items = ITEMS
 
     @abstractmethod
     def scorer(self, states: Tensor) -> Tensor:
@@ -158,7 +160,12 @@ class ScoredRetriever(Retriever):
         """Compute exact ranks, in blocks of users and items; equal scores rank by :attr:`places`."""
         items = len(self.catalogue.rows)
         ranks, everywhere = blocked_ranks(
-            lambda first, last: self.block(states, first, last), targets, items, lambda: self.places, seen
+            lambda first, last: self.block(states, first, last),
+            targets,
+            items,
+            lambda: self.places,
+            seen,
+            size=self.block_items,
         )
         if seen is None:
             return everywhere, everywhere
@@ -190,7 +197,7 @@ def unranked(catalogue: ItemTokens) -> int:
 def token_loss(logits: list[Tensor], catalogue: ItemTokens, omega: Tensor, targets: Tensor) -> Tensor:
     """Compute ``- sum_l omega_l log p(c_l) / sum_l omega_l`` over the slots of all targets (methods 7.2). ``logits``:
     [P, size] for each slot; ``omega`` [M, L]."""
-    rows, weights = catalogue.rows[targets], omega[targets]
+    rows, weights = catalogue.rows[targets].long(), omega[targets]
     local = [rows[:, slot] - start for slot, start in enumerate(catalogue.starts)]
     total = torch.stack([nnf.cross_entropy(x, code, reduction="none") for x, code in zip(logits, local)], dim=1)
     return (total * weights).sum() / weights.sum().clamp(min=1e-6)

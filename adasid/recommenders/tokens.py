@@ -25,11 +25,11 @@ _CLIP = 3.0
 
 @dataclass(frozen=True)
 class ItemTokens:
-    """``ItemTokens`` contains the tokens of a catalogue: ``rows`` [M, L] int64: row of an item's token in the table of
+    """``ItemTokens`` contains the tokens of a catalogue: ``rows`` [M, L] integer: row of an item's token in the table of
     all slots, where slot l has its codes and then PAD; ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the
-    tokenizer's weight of each token; ``behavior``: the behaviour slots; ``group`` [M]: index of the item's SID among
-    the distinct ones; ``ngrams`` [M, G] int32: row of each n-gram in a table of ``ngram_rows`` rows, that number where
-    the item lacks it."""
+    tokenizer's weight of each token; ``behavior``: the behaviour slots; ``group`` [M] int32: index of the item's SID
+    among the distinct ones; ``ngrams`` [M, G] int32: row of each n-gram in a table of ``ngram_rows`` rows, that number
+    where the item lacks it."""
 
     rows: Tensor
     sizes: tuple[int, ...]
@@ -49,7 +49,7 @@ class ItemTokens:
                 "tokenizer"
             )
         sizes = tuple(slot.size + 1 for slot in slots)
-        rows = codes.astype(np.int64)
+        rows = codes.astype(np.int32 if sum(sizes) < 2**31 else np.int64)
         for slot, (size, start) in enumerate(zip(sizes, _starts(sizes))):
             low, high = codes[:, slot].min(initial=PAD), codes[:, slot].max(initial=PAD)
             if low < PAD or high >= size - 1:
@@ -60,12 +60,12 @@ class ItemTokens:
             rows[codes[:, slot] == PAD, slot] = size - 1
             rows[:, slot] += start
         group = _groups(codes, sizes)
-        given = np.ones(codes.shape, np.float32) if weights is None else weights
+        given = torch.ones(1, 1).expand(codes.shape) if weights is None else torch.from_numpy(weights)
         behavior = tuple(index for index, slot in enumerate(slots) if slot.kind == BEHAVIOR)
         return ItemTokens(
             torch.from_numpy(rows),
             sizes,
-            torch.from_numpy(given),
+            given,
             behavior,
             torch.from_numpy(group),
             _no_ngrams(len(rows)),
@@ -74,8 +74,8 @@ class ItemTokens:
     @staticmethod
     def ids(items: int) -> ItemTokens:
         """Return one token per item: the control without semantic IDs."""
-        index = torch.arange(items)
-        return ItemTokens(index[:, None], (items,), torch.ones(items, 1), (), index, _no_ngrams(items))
+        index = torch.arange(items, dtype=torch.int32)
+        return ItemTokens(index[:, None], (items,), torch.ones(1, 1).expand(items, 1), (), index, _no_ngrams(items))
 
     def with_ngrams(
         self, ngrams: Sequence[Sequence[int]], rows: int, trained: Tensor | None = None, min_items: int = 1
@@ -123,7 +123,7 @@ class ItemTokens:
         """Return the same tokens with the behaviour slots before all others; their rows in the table move with them."""
         order = sorted(range(len(self.sizes)), key=lambda slot: slot not in self.behavior)
         sizes = tuple(self.sizes[slot] for slot in order)
-        moved = torch.tensor(_starts(sizes)) - torch.tensor(self.starts)[order]
+        moved = (torch.tensor(_starts(sizes)) - torch.tensor(self.starts)[order]).to(self.rows.dtype)
         rows = self.rows[:, order] + moved.to(self.rows.device)
         return replace(
             self, rows=rows, sizes=sizes, weights=self.weights[:, order], behavior=tuple(range(len(self.behavior)))
@@ -141,7 +141,7 @@ def _first(above: NDArray[np.int64], below: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(np.append(np.searchsorted(below, above), len(below)))
 
 
-def _groups(codes: NDArray[np.int32], sizes: Sequence[int]) -> NDArray[np.int64]:
+def _groups(codes: NDArray[np.int32], sizes: Sequence[int]) -> NDArray[np.int32]:
     """Return the index of each row of ``codes`` [M, L] among the distinct rows in lexicographic order [M]. The codes of
     a row are the digits of one integer, replaced by its rank where the next digit would not fit."""
     number, largest = np.zeros(len(codes), np.int64), 1
@@ -153,8 +153,7 @@ def _groups(codes: NDArray[np.int32], sizes: Sequence[int]) -> NDArray[np.int64]
         number += codes[:, slot]
         number += 1  # PAD is -1, the lowest
         largest *= size
-    group: NDArray[np.int64] = np.unique(number, return_inverse=True)[1]
-    return group
+    return np.unique(number, return_inverse=True)[1].astype(np.int32)
 
 
 def _no_ngrams(items: int) -> Tensor:

@@ -47,7 +47,7 @@ class BehaviorData:
     train: Histories
     validation: Histories
     test: Histories
-    counts: NDArray[np.int64]
+    counts: NDArray[np.integer]
     version: str
 
 

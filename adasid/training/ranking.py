@@ -37,7 +37,7 @@ class RankingData:
 
     events: Events
     counts: Ints
-    strata: Ints
+    strata: NDArray[np.int8]
     version: str
 
 

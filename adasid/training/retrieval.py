@@ -38,7 +38,7 @@ class RetrievalData:
     train: Histories
     validation: Histories
     test: Histories
-    strata: NDArray[np.int64]
+    strata: NDArray[np.int8]
     version: str
 
 
@@ -181,8 +181,9 @@ class RetrievalTraining(DownstreamTraining):
         histories: Histories = getattr(self.data, split)
         group, strata = self.model.catalogue.group, torch.from_numpy(self.data.strata).to(self.device)
         sizes, order = torch.bincount(group), group.argsort(stable=True)
-        rank_in_sid = torch.empty_like(order)  # index of an item within its SID
-        rank_in_sid[order] = runs(sizes)[1]
+        rank_in_sid = torch.empty_like(group)  # index of an item within its SID
+        rank_in_sid[order] = runs(sizes)[1].int()
+        del order
         ranked = Ranked.none()
         for part, states, targets in self._states(split, beam):
             last = None if self.settings.repeatable else torch.from_numpy(histories.last(part)).to(self.device)
@@ -192,7 +193,7 @@ class RetrievalTraining(DownstreamTraining):
             if seen is not None:  # items excluded from a list do not count in it
                 mates = (seen >= 0) & (group[seen] == group[targets][:, None]) & (seen != targets[:, None])
                 before, size = before - (mates & (seen < targets[:, None])).sum(1), size - mates.sum(1)
-            ranked += Ranked.of(ranks, everywhere, ranks - before, strata[targets], size)
+            ranked += Ranked.of(ranks, everywhere, ranks - before, strata[targets].long(), size)
         sizes = torch.unique(self.workers.gather_ragged(ranked.sizes.to(self.device)))
         ranked = ranked.over(sizes.cpu())
         targets, everywhere, groups = (

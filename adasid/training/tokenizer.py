@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adasid import config
+from adasid.data.samples import shuffled
 from adasid.data.shards import Batch, Shard
 from adasid.distributed import Workers
 from adasid.files import Location
@@ -131,14 +132,13 @@ class TokenizerTraining(TrainingLoop):
     def _train_epoch(self, epoch: int) -> Row:
         started, waited = time.monotonic(), 0.0
         random = np.random.default_rng([self.seed, epoch, self.workers.rank])
-        order = random.permutation(len(self.shard))
-        order = np.resize(order, self.steps * self.share)  # with pairs, an epoch visits half of the items
+        order = shuffled(random, len(self.shard), self.steps * self.share)  # with pairs, an epoch visits half of them
         self.tokenizer.train()
         self.tokenizer.start_epoch(self._generator(-epoch))
         sums: dict[str, float] = {}
         for index in self.tracked(range(self.steps), f"epoch {epoch}/{self.epochs}"):
             before = time.monotonic()
-            rows = order[index * self.share : (index + 1) * self.share]
+            rows = order[index * self.share : (index + 1) * self.share].astype(np.int64)
             batch = (self.shard.take_pairs(rows, random) if self.pairs else self.shard.take(rows)).to(self.device)
             waited += time.monotonic() - before
             for name, value in self._step((epoch - 1) * self.steps + index, batch, epoch).items():

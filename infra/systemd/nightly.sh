@@ -4,6 +4,10 @@
 # published stays published.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+if [[ ! "${1:-today}" =~ ^([0-9]{4}-[0-9]{2}-[0-9]{2}|today|yesterday)$ ]]; then
+  echo "nightly.sh: '$1' is not a date like 2026-11-22, today or yesterday" >&2
+  exit 2
+fi
 day="$(date -u -d "${1:-today}" +%F)" || exit 2
 if [[ "$day" > "$(date -u -d tomorrow +%F)" ]]; then
   echo "nightly.sh: $day is in the future, and no earlier day could follow it" >&2

@@ -24,12 +24,12 @@ _SIZE = 1 << 16
 
 def read_catalogue(
     lake: Lake, payload: Payload, settings: Retrieval | Ranking
-) -> tuple[ItemTokens, NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[ItemTokens, NDArray[np.int64], NDArray[np.int8]]:
     """Return tokens, training counts and strata of all items, in the order of item_index, as the model's
     ``settings`` want them. Raises InputError where the SIDs are of other items."""
     version, chosen = payload.read["item_stats"], payload.catalogue
     items = lake.open("item_stats", version).to_pyarrow_dataset().count_rows()
-    counts, strata, names = np.zeros(items, np.int64), np.zeros(items, np.int64), pa.array(tables.STRATA)
+    counts, strata, names = np.zeros(items, np.int64), np.zeros(items, np.int8), pa.array(tables.STRATA)
     for rows in parts.rows(lake, "item_stats", version, ["item_index", "interactions", "stratum"], size=_SIZE):
         index = rows.column("item_index").to_numpy()
         counts[index] = rows.column("interactions").to_numpy()

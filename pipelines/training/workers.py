@@ -46,9 +46,10 @@ def behavior(payload: Payload) -> None:
     cfg, workers, lake, folder = _opened(payload)
     read = payload.read
     version = read["item_stats"]
-    counts = np.zeros(lake.open("item_stats", version).to_pyarrow_dataset().count_rows(), np.int64)
+    counts = np.zeros(lake.open("item_stats", version).to_pyarrow_dataset().count_rows(), np.int32)
     for rows in parts.rows(lake, "item_stats", version, ["item_index", "interactions"]):
-        counts[rows.column("item_index").to_numpy()] = rows.column("interactions").to_numpy()
+        number = rows.column("interactions").to_numpy()
+        counts[rows.column("item_index").to_numpy()] = np.minimum(number, np.iinfo(np.int32).max)
     length = cfg.behavior.max_length
     lengths, most = {"train": length + 1, "validation": length, "test": length}, cfg.behavior.eval_users
     users = _histories(lake, read, workers, cfg, lengths, {"validation": most, "test": most})
@@ -126,6 +127,7 @@ def retrieval(payload: Payload) -> None:
         users["train"], users["validation"], users["test"], strata, f"sequences version {read['sequences']}"
     )
     training = RetrievalTraining(settings, catalogue, data, folder, cfg.seed, workers, _device(cfg))
+    del catalogue  # the model has it, on its device
     _finish(payload, workers, training.run(_report(payload, workers)))
 
 
@@ -140,6 +142,7 @@ def ranking(payload: Payload) -> None:
     training = RankingTraining(
         settings, catalogue, data, folder, cfg.seed, workers, _device(cfg), cfg.spark.scores_from
     )
+    del catalogue, counts, data  # the model has the catalogue, on its device
     _finish(payload, workers, training.run(_report(payload, workers)))
 
 

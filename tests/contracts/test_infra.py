@@ -256,7 +256,8 @@ def test_the_timer_starts_the_same_chain():
     for words in (["systemd/nightly.sh"], ["kubernetes/night.py", "--config", "conf/none.yaml", "--run-date"]):
         for day, reason in (
             ("2999-01-01", "2999-01-01 is in the future"),
-            ("someday", "'?someday'? is not a date|invalid date"),
+            ("someday", "'someday' is not a date"),
+            ("2026", "'2026' is not a date"),
         ):
             command = [*([sys.executable] if len(words) > 1 else []), str(INFRA / words[0]), *words[1:], day]
             found = subprocess.run(command, env=bare, cwd=ROOT, capture_output=True, text=True)

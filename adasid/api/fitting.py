@@ -86,7 +86,7 @@ def fit(
     if threads < 1:
         raise ConfigError(f"{_CALLER}: threads is {threads}; it must be at least 1")
     where = _device(device)
-    linked = _pairs(pairs, items.n, chosen)
+    linked = _pairs(pairs, items, chosen)
     values, scale = _richness(items, counts, richness, chosen)
     read, started = _reader(items, chosen.inputs, values, _counts(items, counts)), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="adasid-fit-") as name, _deterministic(threads, where):
@@ -180,9 +180,7 @@ def _richness(
         batch = items.batch(start, start + CHUNK, width)
         norms[start : start + CHUNK] = vector_norms(batch.vectors[BEHAVIOR].numpy())
         present[start : start + CHUNK] = batch.present[BEHAVIOR].numpy()
-    ids = items.extra.get("item_id")
-    known = None if number is None else number[present]
-    scale = fit_scale(norms[present], known, None if ids is None else ids[present])
+    scale = fit_scale(norms[present], None if number is None else number[present])
     if scale.source == "norm" or number is None:
         return scale.richness(norms, present), scale
     least = config.Features().proxy_min_spearman
@@ -222,9 +220,9 @@ def _reader(items: Items, modalities: Sequence[str], richness: NDArray[np.float3
     return read
 
 
-def _pairs(pairs: ArrayLike | None, n: int, settings: config.TokenizerSettings) -> Pairs | None:
-    """Return the co-engaged pairs as a shard reads them. Raises InputError if they are missing or wrong, ConfigError if
-    they would have no effect."""
+def _pairs(pairs: ArrayLike | None, items: Items, settings: config.TokenizerSettings) -> Pairs | None:
+    """Return the co-engaged pairs as a shard reads them, by item_index. Raises InputError if they are missing or wrong,
+    ConfigError if they would have no effect."""
     name = settings.name
     if not settings.pairs:
         if pairs is not None:
@@ -237,11 +235,10 @@ def _pairs(pairs: ArrayLike | None, n: int, settings: config.TokenizerSettings) 
     rows = np.asarray(pairs)
     if rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype.kind not in "iu" or not len(rows):
         raise InputError(f"{_CALLER}: pairs is {rows.dtype} of shape {rows.shape}; {form}")
-    if rows.min() < 0 or rows.max() >= n:
+    if rows.min() < 0 or rows.max() >= items.n:
         span = f"{rows.min()} to {rows.max()}"
-        raise InputError(f"{_CALLER}: pairs names rows {span}, but there are {n} items; {form}")
-    items, partners = rows.astype(np.int64).T
-    return Pairs(items, partners)
+        raise InputError(f"{_CALLER}: pairs names rows {span}, but there are {items.n} items; {form}")
+    return Pairs(*items.index[rows.astype(np.int64)].T)
 
 
 def _printer(settings: config.TokenizerSettings) -> Callable[[list[dict[str, float]]], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ CHUNK = 8192
 """Rows converted at a time."""
 _EXTRA = ("item_id", "item_index", "interactions", "richness")
 """Columns of a table that are read if present, named as in ``item_features``."""
+
+
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_WRITTEN = re.compile(r"\s*\[[-+\d\s.,eE]+\]\s*")
+"""A vector that was written as text."""
 
 
 class ArrowTable(Protocol):
@@ -50,8 +56,12 @@ class Items:
             columns = {str(name): _column(value, f"{caller}: {name}") for name, value in data.items()}
         elif hasattr(data, "__arrow_c_stream__"):
             table = _table(data, caller)
-            columns = {name: table[name] for name in table.column_names if _is_list(table[name].type)}
-            extra = {name: _plain(table[name]) for name in _EXTRA if name in table.column_names}
+            columns = {}
+            for name in table.column_names:
+                column = _lists(table[name], f"{caller}: {name}")
+                if column is not None:
+                    columns[name] = column
+            extra = {name: _plain(table[name], f"{caller}: {name}") for name in _EXTRA if name in table.column_names}
         else:
             fix = "pass a dict of modality -> array [n, D], an Arrow table or a pandas frame"
             raise InputError(f"{caller}: the data are of type {type(data).__name__}; {fix}")
@@ -91,8 +101,13 @@ class Items:
             values = torch.zeros(stop - start, width)  # torch's alignment: equal sums for any batch
             given = _fill(values.numpy(), self.columns[m], m, start)
             vectors[m], present[m] = values, torch.from_numpy(given)
-        index = self.extra["item_index"][start:stop] if "item_index" in self.extra else np.arange(start, stop)
-        return Batch(vectors, present, torch.zeros(stop - start), torch.from_numpy(np.array(index, np.int64)))
+        index = torch.from_numpy(np.array(self.index[start:stop], np.int64))
+        return Batch(vectors, present, torch.zeros(stop - start), index)
+
+    @property
+    def index(self) -> NDArray[np.int64]:
+        """Return the column ``item_index`` [n], or the row numbers."""
+        return self.extra["item_index"] if "item_index" in self.extra else np.arange(self.n)
 
 
 def vector(values: Any, n: int, name: str, caller: str) -> NDArray[Any]:
@@ -137,6 +152,8 @@ def _column(value: Any, name: str) -> Any:
 
 def _array(value: Any, name: str) -> Any:
     """Return a NumPy matrix, or an Arrow column if rows differ in length or some are None."""
+    if isinstance(value, np.ma.MaskedArray):
+        value = np.ma.filled(value.astype(np.float32), np.nan)
     try:
         matrix = np.asarray(value)
         if matrix.dtype != object:
@@ -165,21 +182,51 @@ def _table(data: Any, caller: str) -> pa.Table:
 
 
 def _holds_lists(series: Any) -> bool:
-    """Return whether the first non-missing value of a pandas series is a sequence of numbers."""
-    first = series.dropna().head(1)
-    return bool(len(first)) and isinstance(first.iloc[0], list | tuple | np.ndarray)
+    """Return whether the first non-missing value of a pandas series is a sequence of numbers, or one that was written
+    as text."""
+    first = next(iter(series.dropna().head(1)), None)
+    return isinstance(first, list | tuple | np.ndarray | torch.Tensor) or bool(
+        isinstance(first, str) and _WRITTEN.fullmatch(first)
+    )
 
 
-def _plain(column: pa.ChunkedArray) -> NDArray[Any]:
-    """Convert a column of ids or numbers to NumPy."""
+def _plain(column: pa.ChunkedArray, name: str) -> NDArray[Any]:
+    """Convert a column of ids or numbers to NumPy. Raises InputError for a null, which NumPy has not."""
+    if column.null_count:
+        row = pc.index(pc.is_null(column), True).as_py()
+        raise InputError(f"{name} of row {row} is null; give it a value, or leave the column out")
     array: NDArray[Any] = column.to_numpy()
     return array.astype(str) if array.dtype == object else array
+
+
+def _lists(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray | None:
+    """Return a column of vectors as lists of numbers, None for a column of anything else. Raises InputError for vectors
+    in a form that is not read."""
+    types, kind = pa.types, column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+        column = pa.chunked_array([part.storage for part in column.chunks], kind)
+    if _is_list(kind):
+        return column
+    nested = [*_LISTS, types.is_list_view, types.is_large_list_view]
+    if any(is_list(kind) for is_list in nested):
+        inner = kind.value_type
+        if types.is_floating(inner) or types.is_integer(inner) or types.is_decimal(inner):
+            return column.cast(pa.large_list(pa.float64()))
+        if not (types.is_string(inner) or types.is_large_string(inner) or types.is_boolean(inner)):
+            raise InputError(f"{name} is a column of {column.type}; pass a column of lists of numbers")
+    elif types.is_string(kind) or types.is_large_string(kind):
+        first = column.drop_null().slice(0, 1)
+        if len(first) and _WRITTEN.fullmatch(first[0].as_py()):
+            fix = "parse them, for example with json.loads"
+            raise InputError(f"{name} has vectors that are written as text ({first[0].as_py()[:20]}...); {fix}")
+    return None
 
 
 def _is_list(kind: pa.DataType) -> bool:
     """Return whether an Arrow type is a list of numbers, of fixed length or not."""
     types = pa.types
-    nested = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    nested = any(is_list(kind) for is_list in _LISTS)
     inner = kind.value_type if nested else kind
     return bool(nested and (types.is_floating(inner) or types.is_integer(inner) or types.is_null(inner)))
 

@@ -55,26 +55,25 @@ def vector_norms(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def fit_scale(
     norms: NDArray[np.float32],
     counts: NDArray[np.int64] | None,
-    item_ids: NDArray[np.str_] | None = None,
     features: Features | None = None,
 ) -> RichnessScale:
     """Fit the scale on the items that have a behaviour vector: ``norms`` [n], training ``counts`` [n] or None.
 
     The norm is clipped to ``features.norm_percentiles`` and min-max scaled. If counts are given, the norm must be a
-    proxy of them: below ``features.proxy_min_spearman`` richness is min-max of log(1 + count) instead. Ties of norms
-    are ranked by ``item_ids`` [n], or by row number. Raises InputError for no items or a norm that is not finite.
+    proxy of them: below ``features.proxy_min_spearman`` richness is min-max of log(1 + count) instead.
+
+    Raises InputError for no items or a norm that is not finite.
     """
     features = features or Features()
     n = len(norms)
     if not n:
         raise InputError("richness: no item has a behaviour vector; bring vectors that are neither NaN nor zero")
-    order = np.argsort(norms, kind="stable") if item_ids is None else np.lexsort((item_ids, norms))
-    ranked = norms[order]
+    ranked = np.sort(norms)
     if not np.isfinite(ranked[-1]):
         raise InputError(f"richness: a norm of the behaviour vectors is {ranked[-1]}; bring vectors of finite norm")
     correlation, equal = None, constant(float(ranked[0]), float(ranked[-1]))
     if counts is not None:
-        correlation = 0.0 if equal else _spearman(order, counts)
+        correlation = 0.0 if equal else _spearman(norms, counts)
     if counts is not None and correlation is not None and correlation < features.proxy_min_spearman:
         low, high = math.log1p(int(counts.min())), math.log1p(int(counts.max()))
         scale = RichnessScale("count", low, high, correlation, 0.0)
@@ -88,27 +87,28 @@ def fit_scale(
     return scale._replace(mean=float(mean))
 
 
-def _spearman(order: NDArray[np.int64], counts: NDArray[np.int64]) -> float:
-    """Compute Spearman(norm, count), where ``order`` sorts the norms and equal counts share their mean rank."""
-    n = len(order)
-    x = np.empty(n, np.int64)
-    x[order] = 2 * np.arange(n) + 2
-    _, inverse, sizes = np.unique(counts, return_inverse=True, return_counts=True)
-    y = (2 * (np.cumsum(sizes) - sizes) + sizes + 1)[inverse]
+def _spearman(norms: NDArray[np.float32], counts: NDArray[np.int64]) -> float:
+    """Compute Spearman(norm, count), where equal values share their mean rank."""
+    n, x, y = len(norms), _ranks(norms), _ranks(counts)
     step = max(1, 2**62 // (2 * n) ** 2)  # no sum of 64-bit integers overflows
     starts = range(0, n, step)
-    xy, yy = (sum(int((a[i : i + step] * y[i : i + step]).sum()) for i in starts) for a in (x, y))
-    return rank_correlation(n, xy, yy)
+    xy, xx, yy = (
+        sum(int((a[i : i + step] * b[i : i + step]).sum()) for i in starts) for a, b in ((x, y), (x, x), (y, y))
+    )
+    return rank_correlation(n, xy, xx, yy)
 
 
-def rank_correlation(n: int, xy: int, yy: int) -> float:
-    """Compute Spearman's correlation of ``n`` untied ranks with ranks y, from exact sums of doubled ranks; 0 for
-    constant y.
+def _ranks(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Return twice the mean rank of each value [n], from 1."""
+    _, inverse, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    return (2 * (np.cumsum(sizes) - sizes) + sizes + 1)[inverse]
 
-    ``xy`` is the sum of 2x * 2y and ``yy`` of (2y)^2, with ranks from 1.
-    """
+
+def rank_correlation(n: int, xy: int, xx: int, yy: int) -> float:
+    """Compute Spearman's correlation of ``n`` pairs of mean ranks x and y from exact sums of doubled ranks, of 2x * 2y,
+    of (2x)^2 and of (2y)^2; 0 where x or y is constant."""
     centre = n * (n + 1) ** 2
-    variances = (4 * n * (n + 1) * (2 * n + 1) // 6 - centre) * (yy - centre)
+    variances = (xx - centre) * (yy - centre)
     return (xy - centre) / math.sqrt(variances) if variances else 0.0
 
 

@@ -25,8 +25,8 @@ _CLIP = 3.0
 
 @dataclass(frozen=True)
 class ItemTokens:
-    """``ItemTokens`` contains the tokens of a catalogue: ``rows`` [M, L] integer: row of an item's token in the table of
-    all slots, where slot l has its codes and then PAD; ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the
+    """``ItemTokens`` contains the tokens of a catalogue: ``rows`` [M, L] integer: row of an item's token in the table
+    of all slots, where slot l has its codes and then PAD; ``sizes`` [L]: rows of each slot; ``weights`` [M, L]: the
     tokenizer's weight of each token; ``behavior``: the behaviour slots; ``group`` [M] int32: index of the item's SID
     among the distinct ones; ``ngrams`` [M, G] int32: row of each n-gram in a table of ``ngram_rows`` rows, that number
     where the item lacks it."""
@@ -49,7 +49,7 @@ class ItemTokens:
                 "tokenizer"
             )
         sizes = tuple(slot.size + 1 for slot in slots)
-        rows = codes.astype(np.int32 if sum(sizes) < 2**31 else np.int64)
+        rows: NDArray[np.integer] = codes.astype(np.int32 if sum(sizes) < 2**31 else np.int64)
         for slot, (size, start) in enumerate(zip(sizes, _starts(sizes))):
             low, high = codes[:, slot].min(initial=PAD), codes[:, slot].max(initial=PAD)
             if low < PAD or high >= size - 1:

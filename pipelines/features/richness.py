@@ -79,17 +79,31 @@ def _counts(ranked: Ranked) -> DataFrame:
 
 
 def _spearman(ranked: Ranked, counts: DataFrame) -> tuple[float, int, int]:
-    """Return Spearman(norm, count), 0 where all counts are equal, with the least and the largest count. It is exact:
-    sums of integers, on doubled ranks."""
-    n, x, y = ranked.size, wide(2 * F.col("rank") + 2), wide(F.col("twice"))
-    bounds = F.min("interactions").alias("least"), F.max("interactions").alias("most")
-    row = (
+    """Return Spearman(norm, count), where equal norms share their mean rank, 0 where all counts are equal, with the
+    least and the largest count. It is exact: sums of integers, on doubled ranks."""
+    y = wide(F.col("twice"))
+    norms = (
         ranked.frame.join(F.broadcast(counts), "interactions")
-        .agg(F.sum(x * y).alias("xy"), F.sum(y * y).alias("yy"), *bounds)
-        .first()
+        .groupBy("norm")
+        .agg(
+            wide(F.min("rank") + F.max("rank") + 2).alias("x"),
+            wide(F.count("*")).alias("n"),
+            F.sum(y).alias("y"),
+            F.sum(y * y).alias("yy"),
+            F.min("interactions").alias("least"),
+            F.max("interactions").alias("most"),
+        )
+        .withColumn("xy", F.col("x") * F.col("y").cast("decimal(20,0)"))
     )
+    row = norms.agg(
+        *(F.sum(name).alias(name) for name in ("xy", "yy")),
+        F.sum(F.col("n") * (F.col("x") * F.col("x")).cast("decimal(20,0)")).alias("xx"),
+        F.min("least").alias("least"),
+        F.max("most").alias("most"),
+    ).first()
     assert row is not None
-    return rank_correlation(n, int(row["xy"]), int(row["yy"])), row["least"], row["most"]
+    xy, xx, yy = (int(row[name]) for name in ("xy", "xx", "yy"))
+    return rank_correlation(ranked.size, xy, xx, yy), row["least"], row["most"]
 
 
 def _by_count(ranked: Ranked, counts: DataFrame, most: int) -> list[dict[str, float]]:

@@ -77,7 +77,7 @@ def run(cfg: Config, context: StageContext, train_cells: bool = True) -> None:
             cluster.shutdown()
     else:
         results = {index: row for index, cell in enumerate(cells) if (row := _known(cell, context.lake)) is not None}
-    rows = [_popularity(cfg, context.lake)]
+    rows = [_popularity(cfg, context.lake)] if any(cell.task == "retrieval" for cell in cells) else []
     rows += [
         {"task": cells[index].task, "tokenizer": cells[index].tokenizer, "model": cells[index].model, **results[index]}
         for index in sorted(results)

@@ -124,11 +124,10 @@ def _figures(total: dict[str, Any], spread: dict[str, Any] | None) -> dict[str, 
         return result
     for name, users in (("auc", "users"), ("gauc", "both")):
         if total[name] is not None:
-            half = _NORMAL * sqrt(spread[name]) / total[users]
-            result |= {
-                name: total[name],
-                f"{name}_interval": [max(0.0, total[name] - half), min(1.0, total[name] + half)],
-            }
+            result[name] = total[name]
+            if total[users] > 1:
+                half = _NORMAL * sqrt(spread[name]) / total[users]
+                result[f"{name}_interval"] = [max(0.0, total[name] - half), min(1.0, total[name] + half)]
     return result
 
 

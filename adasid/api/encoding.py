@@ -101,7 +101,8 @@ class SidTokenizer:
         richness: ArrayLike | None = None,
         batch_size: int = 1024,
     ) -> SemanticIds:
-        """Encode items to semantic IDs. The result for an item depends on that item alone.
+        """Encode items to semantic IDs. The result for an item depends on that item alone; that of the controls
+        ``item-id`` and ``random`` on its ``item_index``.
 
         ``data``: modality -> matrix [n, D] (NumPy or torch), or an Arrow table or pandas frame whose list columns are
         the modalities. A row of NaN or of zeros, or a null, says that the item lacks the modality. Modalities that the
@@ -121,6 +122,9 @@ class SidTokenizer:
         items.check(widths, f"{_CALLER}: tokenizer {self.manifest.tokenizer!r}")
         if batch_size < 1:
             raise InputError(f"{_CALLER}: batch_size is {batch_size}; it must be at least 1")
+        if not self.settings.inputs and "item_index" not in items.extra:
+            why = f"codes of {self.manifest.tokenizer!r} follow item_index, and the data have no such column"
+            warnings.warn(f"{_CALLER}: {why}: row numbers are used", UserWarning, stacklevel=2)
         given = self._given(items, counts, richness) if self._gated else None
         n, length = items.n, len(self.slots)
         codes, weights = np.empty((n, length), np.int32), np.empty((n, length), np.float32)

@@ -21,6 +21,8 @@ from adasid.tables import BEHAVIOR, PAD
 
 _CALLER = "adasid.evaluate_codes"
 _ROWS = 1024
+_READOUT = 8 << 30
+"""Largest size of the regression of vectors on codes, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,15 @@ def _probes(
     n = len(emitted)
     if items.n != n:
         raise InputError(f"{_CALLER}: vectors have {items.n} rows, codes have {n}; row i of both must be the same item")
+    if sample < 1 or queries < 0:
+        raise InputError(f"{_CALLER}: sample is {sample} and queries {queries}; pass at least 1 and 0")
     widths, step = items.widths(items.columns, _CALLER), -(-n // sample)
+    needed = Readout.bytes(emitted.shape[1], size, widths)
+    if needed > _READOUT:
+        raise InputError(
+            f"{_CALLER}: the regression of {len(widths)} modalities on {emitted.shape[1]} slots of {size} codes takes "
+            f"{needed / 2**30:.0f} GiB, more than {_READOUT >> 30}; leave vectors out"
+        )
     content = [m for m in widths if m != BEHAVIOR] or list(widths)
     readout, parts = Readout(emitted.shape[1], size, widths), []
     for start in range(0, n, _ROWS * step):

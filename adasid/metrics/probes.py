@@ -3,6 +3,8 @@ from them, and whether items that share codes are of one kind (methods 8.10). PA
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -32,6 +34,12 @@ class Readout:
         self._sums = {m: torch.zeros(2, width, dtype=torch.float64) for m, width in widths.items()}
         self._squares = {m: torch.zeros(2, dtype=torch.float64) for m in widths}
         self._items = {m: torch.zeros(2, dtype=torch.float64) for m in widths}
+
+    @staticmethod
+    def bytes(slots: int, size: int, widths: Mapping[str, int]) -> int:
+        """Return the bytes that a readout of ``slots`` slots of ``size`` codes takes."""
+        columns = slots * (size + 1)
+        return sum(16 * columns * (columns + width) for width in widths.values())
 
     def add(self, codes: Tensor, place: Tensor, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> None:
         """Add a batch of items. ``codes`` [B, L], ``place`` [B]: index of the item in the sample, ``vectors`` modality

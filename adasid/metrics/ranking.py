@@ -53,8 +53,8 @@ def ranking_metrics(
     users: NDArray[np.int64], scores: Floats, labels: NDArray[np.int64], draws: int = 0, seed: int = 0
 ) -> dict[str, float | list[float]]:
     """Compute ``auc``, ``gauc``, ``gauc_users`` (those with both classes), ``samples``; with ``draws`` the 95 %
-    bootstrap intervals ``auc_interval`` and ``gauc_interval`` over users. Metrics that are undefined with one class are
-    omitted."""
+    bootstrap intervals ``auc_interval`` and ``gauc_interval`` over users, of at least two. Metrics that are undefined
+    with one class are omitted."""
     aucs, size = user_auc(users, scores, labels)
     result: dict[str, float | list[float]] = {"gauc_users": float(len(aucs)), "samples": float(len(scores))}
     if not 0 < labels.sum() < len(labels):
@@ -62,13 +62,13 @@ def ranking_metrics(
     result["auc"] = auc(scores, labels)
     if len(aucs):
         result["gauc"] = float((aucs * size).sum() / size.sum())
-    if draws:
+    if draws and len(np.unique(users)) > 1:
         rng = np.random.default_rng(seed)
         user_index = np.unique(users, return_inverse=True)[1].reshape(-1)
         everyone, ties = user_index.max() + 1, _sorted(scores)
         drawn = [_auc(*ties, labels, _times(rng, everyone)[user_index]) for _ in range(draws)]
         result["auc_interval"] = [float(x) for x in np.nanquantile(drawn, (0.025, 0.975))]
-        if len(aucs):
+        if len(aucs) > 1:
             gauc = [np.average(aucs, weights=size * _times(rng, len(aucs))) for _ in range(draws)]
             result["gauc_interval"] = [float(x) for x in np.quantile(gauc, (0.025, 0.975))]
     return result

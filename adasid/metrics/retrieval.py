@@ -92,9 +92,9 @@ def intervals(
     counts: NDArray[np.float64], of: Gains, draws: int, seed: int, level: float = 0.95
 ) -> dict[str, tuple[float, float]]:
     """Compute bootstrap intervals over users of the metrics of :func:`averages`; resampling users is equivalent to
-    drawing cells of ``counts`` (the gains' shape)."""
+    drawing cells of ``counts`` (the gains' shape). Empty for one user, who says nothing of the spread."""
     users, nonzero = int(counts.sum()), counts > 0
-    if not users:
+    if users < 2:
         return {}
     drawn = np.random.default_rng(seed).multinomial(users, counts[nonzero] / users, size=draws)
     edges = ((1 - level) / 2, (1 + level) / 2)

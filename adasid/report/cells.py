@@ -21,6 +21,8 @@ SHOWN = {
 """Metrics of the tables, by task."""
 TESTED = {"retrieval": ("recall@50", "ndcg@50", "recall@10"), "ranking": ("auc", "gauc")}
 """Metrics whose gains are tested, by task; the first decides."""
+_ROUNDING = 1e-12
+"""Relative spread of gains that are equal but for rounding, at most."""
 _CHOOSES = {"retrieval": "ndcg@10", "ranking": "auc"}
 
 
@@ -65,10 +67,10 @@ def paired(one: Sequence[Row], other: Sequence[Row], key: str, stratum: str = "a
     if not both:
         return None
     gains = np.array([mine[seed] / theirs[seed] - 1 for seed in both])
-    if len(both) == 1 or (gains.std() == 0 and gains[0]):
-        return float(gains[0]), float("inf"), 1.0, len(both)
+    if len(both) == 1 or np.ptp(gains) <= _ROUNDING * max(1.0, np.abs(gains).max()):
+        return float(gains[0]), 0.0 if len(both) > 1 and not gains.any() else float("inf"), 1.0, len(both)
     half = stats.t.ppf(0.975, len(both) - 1) * gains.std(ddof=1) / np.sqrt(len(both))
-    p = stats.ttest_1samp(gains, 0.0).pvalue if gains.std() > 0 else 1.0
+    p = stats.ttest_1samp(gains, 0.0).pvalue
     return float(gains.mean()), float(half), float(p), len(both)
 
 

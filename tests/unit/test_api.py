@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import torch
 
 import adasid
 from adasid import config
+from adasid.api.items import Items
 from adasid.distributed import Workers, settle
 from adasid.errors import ConfigError, InputError
 from adasid.metrics.longtail import spearman
@@ -154,6 +156,59 @@ def test_tables_frames_and_tensors_are_read_alike(table, data, pairs):
         assert adasid.fit("adc-sid", form, progress=False, **MIXTURE).digest == tokenizer.digest
 
 
+def test_pairs_are_rows_also_of_a_table_in_another_order(table, pairs):
+    """The first row of a pair is trained with the second, whatever ``item_index`` the rows have."""
+    plain, order = table.drop_columns(["item_index"]), np.random.default_rng(1).permutation(len(table))
+    index = pa.array(1000 + np.arange(len(table)))
+    moved = plain.append_column("item_index", index).take(order)  # the same items under other row numbers
+    given = {"pairs": pairs, "progress": False, "richness": np.zeros(len(table)), **RESIDUAL}
+    one = adasid.fit("quasid", plain.append_column("item_index", index), **given)
+    other = adasid.fit("quasid", moved, **{**given, "pairs": np.argsort(order)[pairs]})
+    assert one.digest == other.digest
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        (pa.list_view(pa.float32()), [[1.0, 2.0], [3.0, 4.0], None]),
+        (pa.large_list_view(pa.float64()), [[1.0, 2.0], [3.0, 4.0], None]),
+        (pa.list_(pa.decimal128(5, 2)), [[Decimal(1), Decimal(2)], [Decimal(3), Decimal(4)], None]),
+        (pa.fixed_shape_tensor(pa.float32(), [2]), [[1.0, 2.0], [3.0, 4.0], None]),
+    ],
+)
+def test_a_modality_is_read_in_whatever_form_arrow_has_it(kind, rows):
+    lists = pa.array(rows, getattr(kind, "storage_type", kind))
+    column = pa.ExtensionArray.from_storage(kind, lists) if hasattr(kind, "storage_type") else lists
+    items = Items.of(pa.table({"text": column, "visual": pa.array([[1.0]] * 3), "tags": pa.array([["a"]] * 3)}), "fit")
+    batch = items.batch(0, 3, items.widths(items.columns, "fit"))
+    assert set(items.columns) == {"text", "visual"} and batch.present["text"].tolist() == [True, True, False]
+    assert batch.vectors["text"].tolist() == [[1, 2], [3, 4], [0, 0]]
+
+
+def test_what_is_no_vector_of_numbers_is_named_and_not_left_out():
+    vectors = pa.array([[1.0]] * 2)
+    with pytest.raises(InputError, match=r"fit: text has vectors that are written as text \(\[0.1, 0.2\]"):
+        Items.of(pd.DataFrame({"visual": [[1.0]] * 2, "text": ["[0.1, 0.2]"] * 2}), "fit")
+    assert set(Items.of(pd.DataFrame({"visual": [[1.0]] * 2, "title": ["[2 Pack] x"] * 2}), "fit").columns) == {
+        "visual"
+    }
+    with pytest.raises(InputError, match="fit: text is a column of list<item: list<item: double>>"):
+        Items.of(pa.table({"visual": vectors, "text": pa.array([[[1.0]], None])}), "fit")
+    with pytest.raises(InputError, match="fit: item_id of row 1 is null"):
+        Items.of(pa.table({"visual": vectors, "item_id": pa.array([2**60 + 1, None])}), "fit")
+    hidden = np.ma.masked_array(np.ones((2, 2)), mask=[[False, False], [True, True]])
+    assert Items.of({"text": hidden}, "fit").batch(0, 2, {"text": 2}).present["text"].tolist() == [True, False]
+
+
+def test_controls_say_that_they_follow_item_index(data, table):
+    tokenizer = fitted("random", data, None)
+    with pytest.warns(UserWarning, match="codes of 'random' follow item_index, and the data have no such column"):
+        rows = tokenizer.encode({name: values[10:20] for name, values in data.items()})
+    indexed = tokenizer.encode(table.slice(10, 10))
+    assert not np.array_equal(rows.codes, indexed.codes)
+    assert np.array_equal(indexed.codes, tokenizer.encode(table).codes[10:20])
+
+
 def test_a_row_of_nan_or_zeros_says_that_the_item_lacks_the_modality(data, pairs):
     tokenizer = fitted("adc-sid", data, pairs)
     row = {m: np.repeat(x[:1], 3, axis=0) for m, x in data.items()}
@@ -183,8 +238,11 @@ def test_richness_is_the_scaled_norm_and_follows_counts_where_the_norm_does_not(
     flat = fit_scale(np.ones(9, np.float32), np.arange(9))
     assert flat.source == "count" and flat.spearman == 0
     assert (fit_scale(np.ones(9, np.float32), None).richness(np.ones(9), np.ones(9, bool)) == 0.5).all()
-    ids = np.array([f"i{9 - n}" for n in range(9)])
-    assert fit_scale(np.repeat([1.0, 2.0, 3.0], 3).astype(np.float32), np.arange(9), ids).spearman < 0.9
+    ties = np.where(counts < 800, 1.0, norms).astype(np.float32)  # items below a threshold share a vector
+    known = fit_scale(ties, counts).spearman
+    assert known == pytest.approx(spearman(ties.astype(float), counts.astype(float)))
+    order = rng.permutation(5000)
+    assert fit_scale(ties[order], counts[order]).spearman == known, "the order of rows is no evidence"
     with pytest.raises(InputError, match="inf; bring vectors of finite norm"):
         fit_scale(np.array([1, np.inf], np.float32), None)
 
@@ -283,6 +341,8 @@ def test_data_that_cannot_be_read_are_refused(change, words, data):
         (lambda d: adasid.evaluate_codes([[-2]]), "codes run from -2 to 0"),
         (lambda d: adasid.evaluate_codes([[3]], codebook_size=3), "codes run from 0 to 3"),
         (lambda d: adasid.evaluate_codes(CODES, d), "vectors have 400 rows, codes have 4"),
+        (lambda d: adasid.evaluate_codes(ROWS, d, sample=0), "sample is 0 and queries"),
+        (lambda d: adasid.evaluate_codes(ROWS * 5000, d), "the regression of 3 modalities on 1 slots of 1995001 codes"),
     ],
 )
 def test_errors_name_the_thing_the_value_and_the_fix(call, words, data):

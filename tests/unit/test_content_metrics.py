@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
 
 from adasid import tables
+from adasid.errors import InputError
 from adasid.metrics import neighbours
 from adasid.metrics.content import quality
 from adasid.metrics.neighbours import nearest
@@ -75,3 +77,15 @@ def test_categories_are_read_wherever_the_items_are(make_config, tmp_path, place
     assert found["a"] == found["b"] != found["c"] and found["d"] == -1 and set(found) == set(ids)
     assert set(categories.of(cfg, lake, pa.array(["c"]))) == {"c"}
     assert not categories.of(cfg, lake, pa.array([], pa.string()))
+
+
+def test_a_file_of_categories_may_have_ids_that_are_numbers_and_must_know_the_items(make_config, tmp_path):
+    file = tmp_path / "kinds.parquet"
+    kinds = pa.array([["x", "y"], ["x", "z"], ["x", "y"]], pa.large_list(pa.string()))
+    pq.write_table(pa.table({"item_id": pa.array([7, 8, 9]), "kinds": kinds}), file)
+    cfg = make_config(compare={"categories": {"file": str(file), "column": "kinds", "depth": 2}})
+    lake = Run(cfg).lake
+    found = categories.of(cfg, lake, pa.array(["7", "8", "9", "10"]))
+    assert found["7"] == found["9"] != found["8"] and set(found) == {"7", "8", "9"}
+    with pytest.raises(InputError, match="has none of the items, such as item_id '007'"):
+        categories.of(cfg, lake, pa.array(["007"]))

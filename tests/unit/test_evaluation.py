@@ -376,6 +376,14 @@ def test_the_best_rival_is_one_that_shares_a_seed():
     )
 
 
+def test_equal_gains_are_no_evidence_whatever_their_rounding():
+    for wins in range(2, 40):
+        mine, theirs = ([cell(name, seed, k / 40) for seed in (1, 2, 3)] for name, k in (("a", wins), ("b", 23)))
+        gain, half, p, seeds = cells.paired(mine, theirs, "recall@50")
+        assert (half, p, seeds) == (0.0 if wins == 23 else float("inf"), 1.0, 3), wins
+        assert gain == pytest.approx(wins / 23 - 1)
+
+
 def test_a_gain_over_nothing_is_no_gain_and_chooses_nothing():
     mine, theirs = [cell("a", seed, 0.2) for seed in (1, 2)], [cell("b", 1, 0.0), cell("b", 2, 0.1)]
     assert cells.paired(mine, theirs, "recall@50") == (pytest.approx(1.0), float("inf"), 1.0, 1)

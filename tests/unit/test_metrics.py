@@ -124,6 +124,8 @@ def test_metrics_of_nothing_are_absent():
 def test_bootstrap_intervals_are_those_of_the_normal_law():
     ranks = torch.from_numpy(np.random.default_rng(2).integers(1, 101, 4000))
     counts = rank_histogram(ranks, torch.zeros_like(ranks), 1)[0].numpy()
+    one = rank_histogram(ranks[:1], torch.zeros_like(ranks[:1]), 1)[0].numpy()
+    assert intervals(one, gains(), 4000, 0) == {}, "one user says nothing of the spread"
     low, high = intervals(counts, gains(), 4000, 0)["recall@20"]
     p = averages(counts, gains())["recall@20"]
     assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(p * (1 - p) / 4000), rel=0.06)

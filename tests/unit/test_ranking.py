@@ -60,8 +60,9 @@ def test_gauc_is_the_mean_of_the_users_aucs_weighted_by_their_samples():
 def test_gauc_of_one_user_is_auc():
     rng = np.random.default_rng(2)
     labels, scores = rng.integers(0, 2, 50), rng.normal(size=50)
-    found = ranking_metrics(np.zeros(50, np.int64), scores, labels)
+    found = ranking_metrics(np.zeros(50, np.int64), scores, labels, 100)
     assert found["gauc"] == pytest.approx(found["auc"])
+    assert not [name for name in found if name.endswith("interval")], "one user says nothing of the spread"
     assert set(ranking_metrics(np.zeros(3, np.int64), scores[:3], np.ones(3, np.int64))) == {"gauc_users", "samples"}
 
 

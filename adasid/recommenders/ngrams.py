@@ -20,8 +20,8 @@ _OFFSET, _PRIME = 0xCBF29CE484222325 - 2**64, 0x100000001B3
 """Offset basis, as int64, and prime of FNV-1a with 64 bits."""
 _CHUNK = 1 << 18
 """Items whose n-grams are hashed at a time."""
-_COUNTED = 1 << 21
-"""N-grams are counted in parts of about so many items, whose sort takes four times their memory."""
+_COUNTED = 1 << 20
+"""N-grams are counted in parts of about so many items, whose sort takes 64 bytes each."""
 _LONGEST_PREFIX = 4
 _MOST_PAIRED = 4
 """Largest group of parallel slots of which all pairs are n-grams; in a larger one, each slot is in a pair with a
@@ -79,20 +79,22 @@ def hashed(codes: Tensor, ngrams: Sequence[Sequence[int]], rows: int, pad_lacks:
     return table
 
 
-def rare(codes: Tensor, ngrams: Sequence[Sequence[int]], trained: Tensor, min_items: int) -> Tensor:
-    """Return which n-grams of items fewer than ``min_items`` of the ``trained`` [M] items have, [M, G] bool. An n-gram
-    of one item would stand for that item as an item id does."""
-    mask = torch.empty(len(codes), len(ngrams), dtype=torch.bool, device=codes.device)
-    numbers, parts = torch.empty(len(codes), dtype=torch.int64, device=codes.device), -(-len(codes) // _COUNTED)
-    for column, ngram in enumerate(ngrams):
-        for part, out in zip(codes.split(_CHUNK), numbers.split(_CHUNK)):
-            out[:] = _fnv_1a(part, ngram)
-        for number in range(parts):
-            index = torch.nonzero(numbers.remainder(parts) == number).flatten()
-            distinct, key = torch.unique(numbers[index], return_inverse=True)
-            items = torch.zeros(len(distinct), dtype=torch.int64, device=codes.device)
-            items.index_add_(0, key, trained[index].long())
-            mask[index, column] = items[key] < min_items
+def rare(codes: Tensor, ngram: Sequence[int], trained: Tensor, min_items: int) -> Tensor:
+    """Return of which items fewer than ``min_items`` of the ``trained`` [M] items have the same n-gram of the slots
+    ``ngram``, [M] bool. An n-gram of one item would stand for that item as an item id does. ``codes`` [M, L]: integers
+    that tell the codes of a slot from each other."""
+    mask = torch.empty(len(codes), dtype=torch.bool, device=codes.device)
+    numbers = torch.empty(len(codes), dtype=torch.int64, device=codes.device)
+    for chunk, out in zip(codes.split(_CHUNK), numbers.split(_CHUNK)):
+        out[:] = _fnv_1a(chunk, ngram)
+    parts = 1 << (-(-len(codes) // _COUNTED) - 1).bit_length()  # a power of two: equal numbers are in one part
+    for part in range(parts):
+        found = [torch.nonzero((chunk & (parts - 1)) == part).flatten() for chunk in numbers.split(_CHUNK)]
+        index = torch.cat([places + number * _CHUNK for number, places in enumerate(found)])
+        distinct, key = torch.unique(numbers[index], return_inverse=True)
+        items = torch.zeros(len(distinct), dtype=torch.int64, device=codes.device)
+        items.index_add_(0, key, trained[index].long())
+        mask[index] = items[key] < min_items
     return mask
 
 

@@ -19,6 +19,8 @@ from adasid.recommenders.ngrams import hashed, rare
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
 
+_CHUNK = 1 << 18
+"""Items whose codes are read from their rows at a time."""
 _CLIP = 3.0
 """Largest loss weight of a token (methods 7.2)."""
 
@@ -83,18 +85,23 @@ class ItemTokens:
         """Return the same tokens with the n-grams of the slots ``ngrams`` (:func:`adasid.recommenders.ngrams.choose`),
         hashed into ``rows`` rows. With ``trained`` [M], which items have training events, an item lacks the n-grams
         that fewer than ``min_items`` of these have."""
-        codes = self.codes
-        table = hashed(codes, ngrams, rows)
-        if trained is not None and ngrams:
-            table.masked_fill_(rare(codes, ngrams, trained, min_items), rows)
+        table = torch.empty(len(self.rows), len(ngrams), dtype=torch.int32, device=self.rows.device)
+        for part, out in zip(self.rows.split(_CHUNK), table.split(_CHUNK)):
+            out[:] = hashed(self._codes(part), ngrams, rows)
+        for column, ngram in enumerate(ngrams if trained is not None else ()):
+            assert trained is not None
+            table[:, column].masked_fill_(rare(self.rows, ngram, trained, min_items), rows)
         return replace(self, ngrams=table, ngram_rows=rows if ngrams else 0)
 
     @property
     def codes(self) -> Tensor:
         """Return the codes, PAD where a slot has none [M, L] int32."""
-        codes = torch.empty(self.rows.shape, dtype=torch.int32, device=self.rows.device)
+        return self._codes(self.rows)
+
+    def _codes(self, rows: Tensor) -> Tensor:
+        codes = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
         for slot, (size, start) in enumerate(zip(self.sizes, self.starts)):
-            codes[:, slot] = self.rows[:, slot] - start
+            codes[:, slot] = rows[:, slot] - start
             codes[:, slot].masked_fill_(codes[:, slot] == size - 1, PAD)
         return codes
 
@@ -153,7 +160,14 @@ def _groups(codes: NDArray[np.int32], sizes: Sequence[int]) -> NDArray[np.int32]
         number += codes[:, slot]
         number += 1  # PAD is -1, the lowest
         largest *= size
-    return np.unique(number, return_inverse=True)[1].astype(np.int32)
+    order = number.argsort()
+    number = number[order]
+    opens = np.zeros(len(codes), bool)
+    opens[1:] = number[1:] != number[:-1]
+    del number
+    group = np.empty(len(codes), np.int32)
+    group[order] = np.cumsum(opens, dtype=np.int32)
+    return group
 
 
 def _no_ngrams(items: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -10,9 +11,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+
+import pyarrow as pa
 
 from adasid import config, errors, storage
 from adasid.distributed import settle
@@ -47,6 +50,14 @@ _LISTENER = "ray_listen_error_messages"
 """Name of the thread with which Ray prints errors of the cluster."""
 
 P = TypeVar("P")
+
+
+def release_unused() -> None:
+    """Return to the kernel what glibc and Arrow retain without use, as after a table was read: arrays that are larger
+    than what is free between others would be placed above it. Does nothing with another C library."""
+    pa.default_memory_pool().release_unused()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def fit(

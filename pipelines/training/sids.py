@@ -14,6 +14,7 @@ from adasid.data.text import hashed_text
 from adasid.errors import InputError
 from adasid.recommenders import ngrams
 from adasid.recommenders.tokens import ItemTokens
+from pipelines.engines import cluster
 from pipelines.engines.lake import Lake
 from pipelines.training import parts
 from pipelines.training.payload import Catalogue, Payload
@@ -38,10 +39,12 @@ def read_catalogue(
         return ItemTokens.ids(items), counts, strata
     codes, weights = _codes(lake, version, items, chosen, settings)
     tokens = ItemTokens.of(codes, chosen.slots, weights)
-    del codes
+    del codes, weights
+    cluster.release_unused()
     combinations = ngrams.choose(settings.ngrams, chosen.slots, chosen.parallel)
     trained = torch.from_numpy(counts > 0)
     tokens = tokens.with_ngrams(combinations, settings.ngram_rows, trained, settings.ngram_min_items)
+    cluster.release_unused()
     return tokens, counts, strata
 
 

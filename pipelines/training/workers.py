@@ -138,6 +138,7 @@ def ranking(payload: Payload) -> None:
     catalogue, counts, strata = read_catalogue(lake, payload, settings)
     mine = parts.buckets_of(lake, "ranking_samples", version, cfg, workers)
     events = read_events(parts.reader(lake, "ranking_samples", version, mine))
+    cluster.release_unused()
     data = RankingData(events, counts, strata, f"ranking_samples version {version}")
     training = RankingTraining(
         settings, catalogue, data, folder, cfg.seed, workers, _device(cfg), cfg.spark.scores_from
@@ -167,6 +168,7 @@ def _histories(
     device = _device(cfg) if workers.world > 1 else "cpu"
     samples = {split: Sample(users, workers, device) for split, users in most.items()}
     found = read_histories(mine, lengths, samples)
+    cluster.release_unused()
     if not workers.agree(len(found["train"]) > 0, device):
         raise InputError(
             f"sequences version {version} has no user with at least two training events for one of "

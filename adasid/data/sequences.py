@@ -18,7 +18,6 @@ from adasid.distributed import Workers
 from adasid.ragged import spans
 
 Name = TypeVar("Name", str, None)
-Users = NDArray[np.int64]
 _USERS = 1 << 13
 """Users whose events are counted at a time."""
 
@@ -116,7 +115,7 @@ class _Split:
         if self.sample and self.number > 2 * self.sample.number:
             self._keep(self.sample.possible)
 
-    def _keep(self, choose: Callable[[Users], NDArray[np.bool_]]) -> None:
+    def _keep(self, choose: Callable[[NDArray[np.int64]], NDArray[np.bool_]]) -> None:
         users, counts = np.concatenate(self.users), np.concatenate(self.counts)
         chosen = choose(users)
         self.users, self.counts, self.number = [users[chosen]], [counts[chosen]], int(chosen.sum())

@@ -18,8 +18,8 @@ from adasid.tokenizers.settings import SHARED
 
 _OFFSET, _PRIME = 0xCBF29CE484222325 - 2**64, 0x100000001B3
 """Offset basis, as int64, and prime of FNV-1a with 64 bits."""
-_CHUNK = 1 << 18
-"""Items whose n-grams are hashed at a time."""
+CHUNK = 1 << 18
+"""Items whose codes and n-grams are computed at a time."""
 _COUNTED = 1 << 20
 """N-grams are counted in parts of about so many items, whose sort takes 64 bytes each."""
 _LONGEST_PREFIX = 4
@@ -71,7 +71,7 @@ def hashed(codes: Tensor, ngrams: Sequence[Sequence[int]], rows: int, pad_lacks:
     each as 4 bytes, least significant first; its halves are combined by exclusive or, then taken modulo ``rows``."""
     table = torch.empty(len(codes), len(ngrams), dtype=torch.int32, device=codes.device)
     for column, ngram in enumerate(ngrams):
-        for part, out in zip(codes.split(_CHUNK), table.split(_CHUNK)):
+        for part, out in zip(codes.split(CHUNK), table.split(CHUNK)):
             number = _fnv_1a(part, ngram)
             folded = ((number >> 32) ^ number) & 0xFFFFFFFF
             lacking = (part[:, list(ngram)] == PAD).any(1) & pad_lacks
@@ -85,12 +85,12 @@ def rare(codes: Tensor, ngram: Sequence[int], trained: Tensor, min_items: int) -
     that tell the codes of a slot from each other."""
     mask = torch.empty(len(codes), dtype=torch.bool, device=codes.device)
     numbers = torch.empty(len(codes), dtype=torch.int64, device=codes.device)
-    for chunk, out in zip(codes.split(_CHUNK), numbers.split(_CHUNK)):
+    for chunk, out in zip(codes.split(CHUNK), numbers.split(CHUNK)):
         out[:] = _fnv_1a(chunk, ngram)
     parts = 1 << (-(-len(codes) // _COUNTED) - 1).bit_length()  # a power of two: equal numbers are in one part
     for part in range(parts):
-        found = [torch.nonzero((chunk & (parts - 1)) == part).flatten() for chunk in numbers.split(_CHUNK)]
-        index = torch.cat([places + number * _CHUNK for number, places in enumerate(found)])
+        found = [torch.nonzero((chunk & (parts - 1)) == part).flatten() for chunk in numbers.split(CHUNK)]
+        index = torch.cat([places + number * CHUNK for number, places in enumerate(found)])
         distinct, key = torch.unique(numbers[index], return_inverse=True)
         items = torch.zeros(len(distinct), dtype=torch.int64, device=codes.device)
         items.index_add_(0, key, trained[index].long())

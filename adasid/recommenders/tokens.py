@@ -15,12 +15,10 @@ from torch import Tensor
 
 from adasid.errors import InputError
 from adasid.ragged import runs
-from adasid.recommenders.ngrams import hashed, rare
+from adasid.recommenders.ngrams import CHUNK, hashed, rare
 from adasid.sid import Slot
 from adasid.tables import BEHAVIOR, PAD
 
-_CHUNK = 1 << 18
-"""Items whose codes are read from their rows at a time."""
 _CLIP = 3.0
 """Largest loss weight of a token (methods 7.2)."""
 
@@ -86,7 +84,7 @@ class ItemTokens:
         hashed into ``rows`` rows. With ``trained`` [M], which items have training events, an item lacks the n-grams
         that fewer than ``min_items`` of these have."""
         table = torch.empty(len(self.rows), len(ngrams), dtype=torch.int32, device=self.rows.device)
-        for part, out in zip(self.rows.split(_CHUNK), table.split(_CHUNK)):
+        for part, out in zip(self.rows.split(CHUNK), table.split(CHUNK)):
             out[:] = hashed(self._codes(part), ngrams, rows)
         for column, ngram in enumerate(ngrams if trained is not None else ()):
             assert trained is not None

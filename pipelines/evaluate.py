@@ -82,6 +82,8 @@ def run(cfg: Config, context: StageContext, train_cells: bool = True) -> None:
         {"task": cells[index].task, "tokenizer": cells[index].tokenizer, "model": cells[index].model, **results[index]}
         for index in sorted(results)
     ]
+    if not rows:
+        raise InputError("no cell of evaluate has a result yet: run jobs/evaluate.py without --report")
     folder = Run(cfg).report("evaluation")
     report.write(
         folder, evaluation.build(cfg.name, rows, cfg.evaluate, len(cells) - len(results)), [flat(row) for row in rows]
